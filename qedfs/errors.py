@@ -1,0 +1,92 @@
+"""The errors of qedfs: what went wrong, who must act, which errno and which exit code it becomes.
+
+Imports nothing of the project. Every error that a user can meet is a `QedfsError`; foreign exceptions are
+translated where they arise, with `from`. The message is one line that names the thing and, where there is one,
+the way out; it never holds a credential (sources name themselves by their redacted URL).
+
+Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unreachable, 5 source changed,
+6 no space, 7 timed out, 8 in use, 9 refused by policy.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import ClassVar
+
+
+class QedfsError(Exception):
+    """Base of all errors that a user can meet."""
+
+    errno: ClassVar[int] = _errno.EIO
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(QedfsError):
+    """The user asked for something that cannot be: a bad option, a missing file. Exit code 2."""
+
+    errno: ClassVar[int] = _errno.EINVAL
+    exit_code: ClassVar[int] = 2
+
+
+class BadOverlay(QedfsError):
+    """The overlay file is not a QED image that can be served. Nothing was written to it."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class ReadOnlyOverlay(QedfsError):
+    """A write to an overlay that takes none: opened read-only, or a barrier failed on it."""
+
+    errno: ClassVar[int] = _errno.EROFS
+    exit_code: ClassVar[int] = 1
+
+
+class SourceError(QedfsError):
+    """The source gave an answer that cannot be used and that asking again will not change (404, bad range)."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class SourceUnreachable(SourceError):
+    """The source gave no usable answer now, another try may succeed: refused, reset, timed out, 503, cut short.
+
+    `retry_after_seconds` is the server's own wish (HTTP Retry-After), when it gave one.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class SourceChanged(SourceError):
+    """The source is no longer the version whose clusters the overlay holds."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class NoSpace(QedfsError):
+    """The file system that holds the overlay is full (ENOSPC or EDQUOT)."""
+
+    errno: ClassVar[int] = _errno.ENOSPC
+    exit_code: ClassVar[int] = 6
+
+
+class TimedOut(QedfsError):
+    """A wait that the user bounded ran out."""
+
+    errno: ClassVar[int] = _errno.ETIMEDOUT
+    exit_code: ClassVar[int] = 7
+
+
+class InUse(QedfsError):
+    """The overlay is open elsewhere (qedfs or QEMU), or the mountpoint is busy."""
+
+    errno: ClassVar[int] = _errno.EBUSY
+    exit_code: ClassVar[int] = 8
+
+
+class Refused(QedfsError):
+    """The policy of the mounting user does not allow this backing. The message names the option that would."""
+
+    errno: ClassVar[int] = _errno.EACCES
+    exit_code: ClassVar[int] = 9

@@ -1,0 +1,83 @@
+"""What an overlay may make this machine open or connect to: decided by the user who mounts, not by the overlay.
+
+The default is safe without being in the way on a private network: http, https and nbd to any address but
+link-local ones (cloud metadata services live there); no local path and no Unix socket. A redirect may not lead from
+a public address to a private or loopback one, nor from https to http. As soon as one prefix is allowed, nothing
+outside the prefixes is opened (what a service that mounts other people's overlays wants).
+
+Pure: the callers resolve names and connect, and ask here with the address that they are about to use, so that a
+name which resolves differently the second time gains nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+from urllib.parse import urlsplit
+
+from qedfs.errors import Refused
+from qedfs.source.url import Location
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """`prefixes`: the values of `--allow-backing`: URL prefixes, or absolute folders and files."""
+
+    prefixes: tuple[str, ...] = ()
+
+    def check_location(self, location: Location) -> None:
+        """Raise Refused unless a backing may be at this place at all."""
+        if self.prefixes:
+            if not any(_covers(prefix, location) for prefix in self.prefixes):
+                raise Refused(f"backing {location} is outside every --allow-backing prefix")
+            return
+        if location.path is not None:
+            what = "the Unix socket" if location.kind == "nbd" else "the local file"
+            raise Refused(
+                f"backing {location} names {what} {location.path}; --allow-backing {location.path} would allow it"
+            )
+
+    def check_address(self, address: str, location: Location, *, redirected_from: str | None = None) -> None:
+        """Raise Refused unless a connection to this numeric address may be made for `location`.
+
+        `redirected_from` is the numeric address of the server that redirected here.
+        """
+        ip = _effective(address)
+        if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+            raise Refused(f"backing {location} leads to {address}, a link-local or special address")
+        if redirected_from is not None and not _is_inner(_effective(redirected_from)) and _is_inner(ip):
+            raise Refused(f"backing {location} was redirected from {redirected_from} to the private address {address}")
+
+    def check_redirect(self, source: Location, target: Location) -> None:
+        """Raise Refused unless an HTTP answer of `source` may send us on to `target`."""
+        if target.kind != "http":
+            raise Refused(f"backing {source} redirects to {target}, which is not http")
+        if source.tls and not target.tls:
+            raise Refused(f"backing {source} redirects from https to {target}")
+        self.check_location(target)
+
+
+def _effective(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.ipv4_mapped or ip.sixtofour or ip
+    return ip
+
+
+def _is_inner(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_private or ip.is_loopback
+
+
+def _covers(prefix: str, location: Location) -> bool:
+    if location.path is not None:
+        folder = os.path.realpath(prefix)
+        path = os.path.realpath(location.path)
+        return prefix.startswith("/") and (path == folder or path.startswith(folder.rstrip("/") + "/"))
+    wanted, actual = urlsplit(prefix), urlsplit(location.secret_url)
+    if (wanted.scheme, wanted.hostname, wanted.port) != (actual.scheme, actual.hostname, actual.port):
+        return False
+    # "http://host/images" covers /images and /images/x, not /images-secret; ".." never leaves the prefix.
+    inside = os.path.normpath(actual.path or "/")
+    stem = wanted.path.rstrip("/")
+    return inside == stem or inside.startswith(stem + "/") or not stem
