@@ -36,9 +36,9 @@ class Identity:
             return f"size was {self.size}, is now {other.size}"
         if self.etag is not None and other.etag is not None:
             return None if self.etag == other.etag else f"ETag was {self.etag}, is now {other.etag}"
-        if self.last_modified is not None and other.last_modified is not None:
-            if self.last_modified != other.last_modified:
-                return f"Last-Modified was {self.last_modified}, is now {other.last_modified}"
+        dated = self.last_modified is not None and other.last_modified is not None
+        if dated and self.last_modified != other.last_modified:
+            return f"Last-Modified was {self.last_modified}, is now {other.last_modified}"
         return None
 
 
