@@ -1,0 +1,1 @@
+"""The NBD source. Read in this order: client, connection, transport; then, free of I/O, handshake and reply."""

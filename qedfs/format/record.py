@@ -1,0 +1,120 @@
+"""The private record that qedfs keeps in the header clusters, where QEMU never looks.
+
+Owns the two slots, their checksum, and what the record says: which session has the overlay open, which version of the
+source its clusters come from (the pin), and the user's wishes that outlive a mount. A record that is missing, torn or
+from elsewhere is never an error; it is no record.
+
+There are two slots, written in turn, so that a record torn by a power cut leaves the one before: losing the pin would
+let the overlay be filled from two versions of a source. The slots end where the header clusters end. QEMU keeps those
+bytes, except that a new backing name is written from offset 64 on; a name that reaches into a slot destroys it, which
+the checksum shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+import zlib
+
+from qedfs.format.header import HEADER_BYTES, Header
+
+SLOT_BYTES = 1536  # three sectors; two of them fit behind a maximal name in two 4 KiB clusters
+_PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequence number and text, sequence number
+_MAGIC = b"qedfs\0\1\n"
+_MAX_TEXT = SLOT_BYTES - _PREFIX.size
+_MAX_VALIDATOR = 256  # characters
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pin:
+    """The stored identity of the source.
+
+    `backing` is `digest` of the name it was reached by: another name voids the pin. Validators are stored `shortened`.
+    """
+
+    backing: str
+    size: int
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """What qedfs remembers inside the overlay. `session` is hex, empty outside a mount."""
+
+    session: str = ""
+    pin: Pin | None = None
+    copy_on_read: bool = True
+    paused: bool = False
+    sequence: int = 0
+
+
+def digest(text: str) -> str:
+    """32 hex digits that stand for a text of any length."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def shortened(validator: str | None) -> str | None:
+    """The validator, or its digest where it is too long for a slot: a server may send kilobytes of ETag."""
+    return validator if validator is None or len(validator) <= _MAX_VALIDATOR else "sha256:" + digest(validator)
+
+
+def slot_offsets(header: Header) -> tuple[int, int] | None:
+    """Where the two slots are, or None if the header clusters have no room for them beside the backing name."""
+    first = header.area_bytes - 2 * SLOT_BYTES
+    name_end = header.backing_name_offset + header.backing_name_size if header.has_backing else HEADER_BYTES
+    return (first, first + SLOT_BYTES) if first >= name_end else None
+
+
+def slot_index(record: Record) -> int:
+    """Which of the two slots holds this record."""
+    return record.sequence % 2
+
+
+def encode_record(record: Record) -> bytes:
+    """One slot's bytes."""
+    text = json.dumps(_to_json(record), separators=(",", ":"), sort_keys=True).encode()
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"record of {len(text)} bytes does not fit in {_MAX_TEXT}")
+    body = struct.pack("<Q", record.sequence) + text
+    return (_PREFIX.pack(_MAGIC, len(text), zlib.crc32(body), record.sequence) + text).ljust(SLOT_BYTES, b"\0")
+
+
+def decode_record(slots: tuple[bytes, bytes]) -> Record | None:
+    """The newer of the records in the two slots that are whole, or None."""
+    found = [record for slot in slots if (record := _decode_slot(slot)) is not None]
+    return max(found, key=lambda record: record.sequence, default=None)
+
+
+def _decode_slot(slot: bytes) -> Record | None:
+    if len(slot) < SLOT_BYTES:
+        return None
+    magic, length, checksum, sequence = _PREFIX.unpack_from(slot)
+    if magic != _MAGIC or length > _MAX_TEXT:
+        return None
+    text = slot[_PREFIX.size : _PREFIX.size + length]
+    if zlib.crc32(struct.pack("<Q", sequence) + text) != checksum:
+        return None
+    try:
+        return _from_json(json.loads(text), sequence)
+    except (ValueError, TypeError, KeyError):
+        # The checksum holds, so this is a later version's record with other keys: not ours to read.
+        return None
+
+
+def _to_json(record: Record) -> dict[str, object]:
+    fields = dataclasses.asdict(record)
+    del fields["sequence"]
+    return fields
+
+
+def _from_json(fields: dict[str, object], sequence: int) -> Record:
+    pin = fields.pop("pin", None)
+    if pin is not None and not isinstance(pin, dict):
+        raise TypeError("pin is no object")
+    record = Record(**fields, pin=Pin(**pin) if pin else None, sequence=sequence)  # type: ignore[arg-type]
+    if not isinstance(record.session, str) or (record.pin and not isinstance(record.pin.size, int)):
+        raise TypeError("field of another type")
+    return record

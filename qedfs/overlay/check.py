@@ -1,0 +1,142 @@
+"""Walk an overlay's tables, say what is wrong with them, repair what can be repaired.
+
+Owns the rules of what is a corruption: those of QEMU's check, except that its phantom leaks (one per cluster_size - 1
+clusters of file) are not copied. Works on a file that nobody else has open; synchronous.
+
+What can be repaired is an entry that points where no table or cluster can be: it becomes 0, and its clusters read from
+the backing (or zeros) again. A place that two entries use cannot be: nobody knows whose it is. Leaks are harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable
+
+from qedfs.errors import BadOverlay
+from qedfs.format.geometry import ENTRY_SIZE, round_down
+from qedfs.format.header import Header, valid_table_offset
+from qedfs.format.tables import MISSING, ZERO, decode_table, encode_table
+from qedfs.overlay.storage import Storage
+
+# (index, entry) -> whether the entry may stay
+_Judge = Callable[[int, int], bool]
+
+CHUNK_ENTRIES = 8192  # entries read at once, 64 KiB
+MAX_CLUSTERS = 1 << 29  # one bit each: 64 MiB of memory; a file beyond is sparse by design and not of our making
+
+
+@dataclasses.dataclass(slots=True)
+class Report:
+    """What a check found. Counts of clusters, except `corruptions` and `repaired`: of entries."""
+
+    total: int  # of the image
+    allocated: int = 0
+    zero: int = 0
+    tables: int = 0
+    corruptions: int = 0  # that are (still) in the file
+    repaired: int = 0
+    leaks: int = 0
+    first_problem: str = ""
+
+    def problem(self, text: str) -> None:
+        """Count a corruption and remember the first one's description."""
+        self.corruptions += 1
+        self.first_problem = self.first_problem or text
+
+
+def check(storage: Storage, header: Header) -> Report:
+    """Look at every entry. Raises BadOverlay only where the file is too large to keep a map of."""
+    return _Walk(storage, header, mend=False).run()
+
+
+def repair(storage: Storage, header: Header) -> Report:
+    """Look at every entry and clear those that point where nothing can be.
+
+    The entries only go from "unusable" to "missing", so the order of the writes does not matter; the caller makes them
+    durable before it clears NEED_CHECK.
+    """
+    return _Walk(storage, header, mend=True).run()
+
+
+class _Walk:
+    def __init__(self, storage: Storage, header: Header, *, mend: bool) -> None:
+        self._storage = storage
+        self._header = header
+        self._geometry = header.geometry
+        self._mend = mend
+        self._end = round_down(storage.size(), header.geometry.cluster_size)
+        clusters = self._end // header.geometry.cluster_size
+        if clusters > MAX_CLUSTERS:
+            raise BadOverlay(f"the file claims {clusters} clusters, too many to check")
+        self._used = bytearray(-(-clusters // 8))
+        self._used_count = 0
+        self.report = Report(total=header.geometry.clusters)
+
+    def run(self) -> Report:
+        report = self.report
+        header_clusters = self._header.header_size
+        self._claim_table(self._header.l1_table_offset)
+        self._each_entry(self._header.l1_table_offset, self._l1_entry)
+        report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used_count
+        return report
+
+    def _each_entry(self, table: int, judge: _Judge) -> None:
+        """Call `judge(index, entry)` for each entry that is not 0; clear those for which it says so."""
+        for first in range(0, self._geometry.entries, CHUNK_ENTRIES):
+            size = min(CHUNK_ENTRIES, self._geometry.entries - first) * ENTRY_SIZE
+            offset = table + first * ENTRY_SIZE
+            data = bytearray(size)
+            self._storage.read(offset, memoryview(data))
+            if data.count(0) == size:
+                continue
+            entries = decode_table(data)
+            bad = [i for i, entry in enumerate(entries) if entry != MISSING and not judge(first + i, entry)]
+            if bad and self._mend:
+                self._clear(offset, entries, bad)
+
+    def _clear(self, offset: int, entries: array[int], bad: list[int]) -> None:
+        for index in bad:
+            entries[index] = MISSING
+        self._storage.write(offset, [encode_table(entries)])
+        self.report.corruptions -= len(bad)
+        self.report.repaired += len(bad)
+
+    def _l1_entry(self, index: int, entry: int) -> bool:
+        if not valid_table_offset(entry, self._header, self._end):
+            self.report.problem(f"L1 entry {index} points to {entry:#x}, where no table can be")
+            return False
+        self.report.tables += 1
+        shared = self._claim_table(entry)
+        if shared:
+            for _ in range(shared):
+                self.report.problem(f"the L2 table at {entry:#x} shares clusters with something else")
+            return True
+        self._each_entry(entry, self._l2_entry)
+        return True
+
+    def _l2_entry(self, index: int, entry: int) -> bool:
+        if entry == ZERO:
+            self.report.zero += 1
+            return True
+        cluster_size = self._geometry.cluster_size
+        if entry % cluster_size or not self._header.area_bytes <= entry < self._end:
+            self.report.problem(f"L2 entry {index} points to {entry:#x}, where no cluster can be")
+            return False
+        self.report.allocated += 1
+        if not self._claim(entry // cluster_size):
+            self.report.problem(f"two entries point to the cluster at {entry:#x}")
+        return True
+
+    def _claim_table(self, offset: int) -> int:
+        """Mark a table's clusters as used; returns how many of them were used already."""
+        first = offset // self._geometry.cluster_size
+        return sum(not self._claim(first + i) for i in range(self._geometry.table_size))
+
+    def _claim(self, cluster: int) -> bool:
+        byte, bit = cluster >> 3, 1 << (cluster & 7)
+        if self._used[byte] & bit:
+            return False
+        self._used[byte] |= bit
+        self._used_count += 1
+        return True

@@ -1,0 +1,298 @@
+"""Which cluster of the image is where: the tables in memory, including entries that are not yet in the file.
+
+Owns the L1 entries, the cached slices of L2 tables, and the marks of what the file does not have yet (`dirty` sectors,
+`unwritten` tables). Must not write to the file: `commit.py` does, and tells the map what has become durable.
+
+L2 tables are cached in *slices* of at most 64 KiB, not whole: a legal L2 table can be 1 GiB. A slice with dirty
+sectors stays; clean ones go, oldest first, when the cache is over its bound.
+
+Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load` and `count`
+await; whoever calls them must look again at whatever it had looked at before.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from qedfs.errors import BadOverlay
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
+from qedfs.format.header import Header, valid_table_offset
+from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
+from qedfs.overlay.storage import Storage
+
+SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
+SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
+CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
+
+
+class Run(NamedTuple):
+    """Neighbouring clusters in one state, clipped to what was asked for.
+
+    `offset` is where the bytes at `pos` lie in the overlay, for data; else MISSING or ZERO. `size` in bytes.
+    """
+
+    offset: int
+    pos: int
+    size: int
+
+
+class ClusterMap:
+    """The map of one overlay."""
+
+    def __init__(self, storage: Storage, header: Header, l1: array[int], file_end: int) -> None:
+        """`l1` holds the entries inside the image only; `file_end` is the first byte no cluster may lie at."""
+        geometry = header.geometry
+        self._storage = storage
+        self._header = header
+        self.geometry = geometry
+        self.file_end = file_end
+        self.l1 = l1
+        self.dirty: dict[int, set[int]] = {}  # slice -> sectors of it that the file does not have yet
+        self.unwritten: set[int] = set()  # L1 indices of tables that the file does not have yet
+        self.missing: int | None = None  # clusters; None until `count` has ended
+        self._counted_to = 0  # slices below this one are part of _counted_missing
+        self._counted_missing = 0
+        self._slices: dict[int, array[int]] = {}
+        self._pinned: frozenset[int] = frozenset()
+        self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
+        self._slice_entries = min(geometry.entries, SLICE_ENTRIES)
+        self._shift = self._slice_entries.bit_length() - 1
+        self._mask = self._slice_entries - 1
+        self._cluster_size = geometry.cluster_size
+        self._cluster_shift = geometry.cluster_size.bit_length() - 1
+        self._cluster_mask = geometry.cluster_size - 1
+        self._cache_slices = max(4, CACHE_BYTES // (self._slice_entries * ENTRY_SIZE))
+
+    # Look-ups: synchronous, on the read path.
+
+    def data_offset(self, pos: int, size: int) -> int:
+        """Where a request inside one data cluster lies in the file; 0 for every other request."""
+        start = pos & self._cluster_mask
+        if start + size > self._cluster_size:
+            return 0
+        cluster = pos >> self._cluster_shift
+        part = self._slices.get(cluster >> self._shift)
+        if part is None:
+            return 0
+        offset = part[cluster & self._mask]
+        return self.checked(offset, cluster) + start if offset > ZERO else 0
+
+    def entry(self, cluster: int) -> int:
+        """The entry of a cluster whose slice is loaded."""
+        part = self._slices.get(cluster >> self._shift)
+        if part is None:
+            if self._table_offset(cluster >> self._shift):
+                raise LookupError(cluster)
+            return MISSING
+        return part[cluster & self._mask]
+
+    def runs(self, pos: int, size: int) -> list[Run] | None:
+        """Split a request into runs, or None if a slice has to be loaded first (`load`).
+
+        Raises:
+            BadOverlay: an entry on the way points where no cluster can be.
+        """
+        runs: list[Run] = []
+        cluster_size = self._cluster_size
+        end = pos + size
+        while pos < end:
+            cluster = pos >> self._cluster_shift
+            try:
+                entry = self.entry(cluster)
+            except LookupError:
+                return None
+            start = pos & self._cluster_mask
+            length = min(cluster_size - start, end - pos)
+            offset = self.checked(entry, cluster) + start if entry > ZERO else entry
+            if runs:
+                last = runs[-1]
+                joined = last.offset + last.size == offset if entry > ZERO else last.offset == offset
+                if joined:
+                    runs[-1] = Run(last.offset, last.pos, last.size + length)
+                    pos += length
+                    continue
+            runs.append(Run(offset, pos, length))
+            pos += length
+        return runs
+
+    def is_loaded(self, pos: int, size: int) -> bool:
+        """Whether `runs` of this request would answer."""
+        first, last = pos >> self._cluster_shift >> self._shift, (pos + size - 1) >> self._cluster_shift >> self._shift
+        return all(n in self._slices or not self._table_offset(n) for n in range(first, last + 1))
+
+    async def load(self, pos: int, size: int) -> None:
+        """Bring the slices of a request into the cache.
+
+        Raises:
+            BadOverlay: an L1 entry on the way points where no table can be.
+        """
+        for number in self._slices_of(pos, size):
+            if number not in self._slices and self._table_offset(number):
+                await self._load_slice(number)
+
+    async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
+        """The first run of missing clusters at or after `cluster`: (first, count), at most `most` clusters long.
+
+        A stretch without an L2 table costs one step, however large it is. None: there is no further one.
+        """
+        clusters = self.geometry.clusters
+        while cluster < clusters:
+            number = cluster >> self._shift
+            limit = min((number + 1) << self._shift, clusters)
+            if not self._table_offset(number):
+                return cluster, min(most, limit - cluster)
+            if number not in self._slices:
+                await self._load_slice(number)
+                continue
+            part = self._slices[number]
+            at = _index(part, MISSING, cluster & self._mask, limit - (number << self._shift))
+            if at < 0:
+                cluster = limit
+                continue
+            cluster = (number << self._shift) + at
+            count = 1
+            while count < most and cluster + count < limit and part[at + count] == MISSING:
+                count += 1
+            return cluster, count
+        return None
+
+    # Changes: synchronous, on the event loop.
+
+    def set(self, cluster: int, entry: int) -> None:
+        """Let `cluster` be `entry` from now on, in memory; the commit brings it into the file.
+
+        The table and the slice must be there (`needs_table`, `load`).
+        """
+        number = cluster >> self._shift
+        part = self._slices[number]
+        index = cluster & self._mask
+        if part[index] == MISSING and number < self._counted_to:
+            self._counted_missing -= 1
+            if self.missing is not None:
+                self.missing -= 1
+        part[index] = entry
+        self.dirty.setdefault(number, set()).add(index // SECTOR_ENTRIES)
+
+    def needs_table(self, cluster: int) -> int | None:
+        """The L1 index that has no table yet, for a cluster that is to be set; None if the table is there."""
+        index = cluster // self.geometry.entries
+        return None if self.l1[index] else index
+
+    def add_table(self, index: int, offset: int) -> None:
+        """A new L2 table of zeros at `offset` belongs to L1 entry `index`; the file has neither yet."""
+        self.l1[index] = offset
+        self.unwritten.add(index)
+
+    def load_now(self, cluster: int) -> None:
+        """Bring the slice of a cluster into memory, waiting for the disk (before anybody else uses the map)."""
+        number = cluster >> self._shift
+        if number not in self._slices:
+            view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
+            if number // self._per_table not in self.unwritten:
+                self._storage.read(self._slice_place(number), view)
+            self._slices[number] = decode_table(view)
+
+    def make_slice(self, cluster: int) -> None:
+        """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
+        number = cluster >> self._shift
+        if number not in self._slices and number // self._per_table in self.unwritten:
+            self._slices[number] = empty_table(self._slice_entries)
+
+    # For the commit.
+
+    def table_index(self, number: int) -> int:
+        """The L1 index of the table that a slice is part of."""
+        return number // self._per_table
+
+    def sector(self, number: int, sector: int) -> tuple[int, bytes]:
+        """Where one sector of a loaded slice lies in the file, and its bytes now."""
+        first = sector * SECTOR_ENTRIES
+        data = encode_table(self._slices[number][first : first + SECTOR_ENTRIES])
+        return self._slice_place(number) + sector * SECTOR_SIZE, data
+
+    def pin_slices(self, numbers: Iterable[int]) -> None:
+        """Keep these slices in memory, beside the dirty ones, until the next call."""
+        self._pinned = frozenset(numbers)
+
+    # Counting.
+
+    async def count(self) -> None:
+        """Count the missing clusters once; from then on `missing` is kept exact.
+
+        Runs beside readers and writers: slices below `_counted_to` are kept up to date by `set`.
+        """
+        slices = -(-self.geometry.clusters // self._slice_entries)
+        while self._counted_to < slices:
+            number = self._counted_to
+            if not self._table_offset(number):
+                self._count_slice(number, None)
+                continue
+            part = self._slices.get(number)
+            if part is None:
+                part = await self._read_slice(number)
+                part = self._slices.get(number, part)
+            self._count_slice(number, part)
+        self.missing = self._counted_missing
+
+    def _count_slice(self, number: int, part: array[int] | None) -> None:
+        inside = min(self._slice_entries, self.geometry.clusters - (number << self._shift))
+        if part is None:
+            self._counted_missing += inside
+        else:
+            self._counted_missing += (part if inside == len(part) else part[:inside]).count(MISSING)
+        self._counted_to = number + 1
+
+    # Inside.
+
+    def _slices_of(self, pos: int, size: int) -> range:
+        shift = self._cluster_shift + self._shift
+        return range(pos >> shift, ((pos + size - 1) >> shift) + 1)
+
+    def _table_offset(self, number: int) -> int:
+        return self.l1[number // self._per_table]
+
+    def _slice_place(self, number: int) -> int:
+        return self._table_offset(number) + number % self._per_table * self._slice_entries * ENTRY_SIZE
+
+    async def _load_slice(self, number: int) -> None:
+        part = await self._read_slice(number)
+        if number in self._slices:
+            return  # somebody else loaded it meanwhile, and may have changed it
+        self._slices[number] = part
+        if len(self._slices) > self._cache_slices:
+            self._evict()
+
+    async def _read_slice(self, number: int) -> array[int]:
+        if number // self._per_table in self.unwritten:
+            return empty_table(self._slice_entries)
+        table = self._table_offset(number)
+        if not valid_table_offset(table, self._header, self.file_end):
+            raise BadOverlay(f"the L2 table at {table:#x} is not inside the file; run qedfs check")
+        view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
+        offset = self._slice_place(number)
+        if not self._storage.read_now(offset, view):
+            await self._storage.in_thread(lambda: self._storage.read(offset, view))
+        return decode_table(view)
+
+    def _evict(self) -> None:
+        for number in list(self._slices):
+            if len(self._slices) <= self._cache_slices:
+                return
+            if number not in self.dirty and number not in self._pinned:
+                del self._slices[number]
+
+    def checked(self, offset: int, cluster: int) -> int:
+        """The data offset of an entry, or BadOverlay if it points where no cluster can be."""
+        # Any low bit, an offset inside the header or behind the end: QEMU answers EINVAL, and so must nobody read it.
+        if offset & self._cluster_mask or not self._header.area_bytes <= offset < self.file_end:
+            raise BadOverlay(f"cluster {cluster} points to {offset:#x}, where no cluster can be; run qedfs check")
+        return offset
+
+
+def _index(part: array[int], value: int, start: int, stop: int) -> int:
+    try:
+        return part.index(value, start, stop)
+    except ValueError:
+        return -1

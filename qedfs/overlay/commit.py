@@ -1,0 +1,220 @@
+"""The one writer of tables: brings entries from memory into the file, in groups, in an order that survives a power cut.
+
+Owns the end of the file (allocation), the group commit and the flush. Must not know where the bytes come from.
+
+One group:
+
+1. Sectors of tables that no durable L1 entry points to yet are written. They are invisible until step 4.
+2. The file is made a whole number of clusters long, then **barrier**. Without it an entry could reach the disk before
+   its data, and a power cut would leave a cluster that reads as garbage where the backing had good bytes.
+3. Changed sectors of the other L2 tables are written: their data is durable now.
+4. L1 sectors that point to the tables of step 1 are written.
+
+A flush is a group and a **barrier** behind it. A power cut at any point leaves at worst clusters that nothing refers
+to. Entries of one group are snapshots taken at its start: an entry published later has its data behind the barrier of
+step 2, and belongs to the next group.
+
+Groups run one after the other under a lock; a caller that finds a group started after its call already done has
+nothing left to do, so any number of waiting writers share one barrier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import trio
+
+from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
+from qedfs.format.header import Header
+from qedfs.format.tables import encode_table
+from qedfs.overlay.clustermap import SECTOR_ENTRIES, ClusterMap
+from qedfs.overlay.journal import Journal
+from qedfs.overlay.storage import Storage
+
+Write = tuple[int, bytes]
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """What one commit brings into the file."""
+
+    hidden: list[Write]  # sectors of tables that L1 does not point to in the file
+    sectors: list[Write]  # changed sectors of tables that it does point to
+    l1: list[Write]
+    end: int  # length that the file must have before an entry may be written
+    dirty: dict[int, set[int]]
+    tables: set[int]
+    cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
+
+
+class Committer:
+    """Allocation and commit of one overlay. All offsets and sizes in bytes."""
+
+    def __init__(self, storage: Storage, header: Header, clusters: ClusterMap, journal: Journal | None) -> None:
+        self.journal = journal
+        self.failure: ReadOnlyOverlay | None = None  # set by a failed barrier, never cleared
+        self.uncommitted_bytes = 0  # of data written since the last group was taken
+        self.barriers = 0
+        self._storage = storage
+        self._header = header
+        self._map = clusters
+        self._lock = trio.Lock()
+        self._started = 0  # number of the group that was started last
+        self._committed = 0  # number of the last group that ended well
+        self._flushed = 0  # the same, of those with the second barrier
+        self._l1_owed: set[int] = set()  # tables whose L1 entry a failed group may or may not have written
+        self._cold: list[tuple[int, int]] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether entries wait for a commit."""
+        return bool(self._map.dirty or self._map.unwritten or self._l1_owed)
+
+    def allocate(self, size: int) -> int:
+        """Take `size` bytes, whole clusters, behind everything that is in use. The file is not grown yet."""
+        offset = self._map.file_end
+        self._map.file_end += size
+        return offset
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Undo an allocation whose write failed.
+
+        The file is cut, so that what was written there cannot shine through a later sparse use of the place. If
+        somebody has allocated behind it, it stays as a hole that nothing refers to.
+        """
+        if offset + size == self._map.file_end:
+            self._map.file_end = offset
+            if self._storage.size() > offset:
+                self._storage.resize(offset)
+
+    def note_cold(self, offset: int, size: int) -> None:
+        """Data written by the stream: to be dropped from the page cache behind its barrier."""
+        self._cold.append((offset, size))
+
+    async def commit(self) -> None:
+        """Bring all entries published before this call into the file.
+
+        Raises:
+            NoSpace: nothing is lost, the entries stay in memory and the next commit tries again.
+            ReadOnlyOverlay: a barrier failed, now or before.
+        """
+        mine = self._started + 1
+        async with self._lock:
+            self._check()
+            if self._committed < mine and self.pending:
+                await self._run(durable=False)
+
+    async def flush(self) -> None:
+        """Commit, and make everything written before this call survive a power cut. Errors as for `commit`."""
+        mine = self._started + 1
+        async with self._lock:
+            self._check()
+            if self._flushed < mine:
+                await self._run(durable=True)
+
+    def commit_now(self) -> None:
+        """Commit and flush while nobody else uses the overlay, waiting for the disk."""
+        group = self._take()
+        self._write(group, durable=True)
+        self._landed(group)
+
+    async def _run(self, *, durable: bool) -> None:
+        self._started += 1
+        group = self._take()
+        try:
+            await self._storage.in_thread(lambda: self._write(group, durable=durable))
+        except BaseException:
+            self._put_back(group)
+            raise
+        self._committed = self._started
+        if durable:
+            self._flushed = self._started
+        self._landed(group)
+
+    def _landed(self, group: _Group) -> None:
+        self._map.pin_slices(())
+        self._map.unwritten -= group.tables
+        self._l1_owed -= group.tables
+        if self.journal is not None and not self.pending:
+            self.journal.reset()
+
+    def _take(self) -> _Group:
+        clusters = self._map
+        dirty, clusters.dirty = clusters.dirty, {}
+        clusters.pin_slices(dirty)
+        hidden: list[Write] = []
+        sectors: list[Write] = []
+        for number, changed in sorted(dirty.items()):
+            goal = hidden if clusters.table_index(number) in clusters.unwritten else sectors
+            goal.extend(clusters.sector(number, sector) for sector in sorted(changed))
+        tables = clusters.unwritten | self._l1_owed
+        cold, self._cold = self._cold, []
+        self.uncommitted_bytes = 0
+        l1 = [self._l1_sector(sector) for sector in sorted({index // SECTOR_ENTRIES for index in tables})]
+        return _Group(_joined(hidden), _joined(sectors), l1, clusters.file_end, dirty, tables, cold)
+
+    def _put_back(self, group: _Group) -> None:
+        """The entries stay in memory and dirty, whatever part of the group has reached the file.
+
+        The file may point to the group's new tables by now, so they are no longer invisible: their sectors have to
+        wait for the barrier like those of any other table.
+        """
+        self._map.pin_slices(())
+        self._map.unwritten -= group.tables
+        self._l1_owed |= group.tables
+        for number, changed in group.dirty.items():
+            self._map.dirty.setdefault(number, set()).update(changed)
+
+    def _write(self, group: _Group, *, durable: bool) -> None:
+        """Steps 1 to 4 of the module's text; runs in a worker thread."""
+        storage = self._storage
+        if group.dirty or group.tables:
+            for offset, data in group.hidden:
+                storage.write(offset, [data])
+            if storage.size() < group.end:
+                storage.resize(group.end)
+            self._barrier()
+            for offset, data in group.sectors + group.l1:
+                storage.write(offset, [data])
+        if durable:
+            # What was flushed includes its entries: without this barrier an fsync could return and its clusters
+            # still read as the backing after a power cut.
+            self._barrier()
+        for offset, size in group.cold:
+            storage.drop_cache(offset, size)
+
+    def _barrier(self) -> None:
+        self.barriers += 1
+        try:
+            self._storage.barrier()
+        except QedfsError as exc:
+            # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
+            self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")
+            raise self.failure from exc
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _l1_sector(self, sector: int) -> Write:
+        first = sector * SECTOR_ENTRIES
+        entries = self._map.l1[first : first + SECTOR_ENTRIES]
+        return self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)
+
+
+def _joined(writes: list[Write]) -> list[Write]:
+    """Neighbouring sectors as one write each, in order of offset."""
+    joined: list[Write] = []
+    parts: list[bytes] = []
+    for offset, data in sorted(writes):
+        if joined and joined[-1][0] + len(parts) * SECTOR_SIZE == offset:
+            parts.append(data)
+            continue
+        if joined:
+            joined[-1] = (joined[-1][0], b"".join(parts))
+        joined.append((offset, data))
+        parts = [data]
+    if joined:
+        joined[-1] = (joined[-1][0], b"".join(parts))
+    return joined

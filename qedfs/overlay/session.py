@@ -1,0 +1,133 @@
+"""One writable opening of an overlay: the record in its header clusters, and what a killed session left behind.
+
+Owns the header and the record as they stand in the file, and the order of their writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+from qedfs.errors import BadOverlay
+from qedfs.format.header import (
+    BACKING_FILE,
+    HEADER_BYTES,
+    UNTOUCHED,
+    Header,
+    decode_backing_name,
+    decode_header,
+)
+from qedfs.format.record import SLOT_BYTES, Record, decode_record, encode_record, slot_index, slot_offsets
+from qedfs.overlay.storage import Storage
+
+
+def read_bytes(storage: Storage, offset: int, size: int) -> bytes:
+    """Bytes of the overlay, zeros past its end."""
+    data = bytearray(size)
+    storage.read(offset, memoryview(data))
+    return bytes(data)
+
+
+def read_header(storage: Storage) -> tuple[Header, str | None]:
+    """The header and the backing name (None: no backing).
+
+    Raises:
+        BadOverlay: it is none that can be served.
+    """
+    size = storage.size()
+    header = decode_header(read_bytes(storage, 0, min(size, HEADER_BYTES)), size)
+    if not header.has_backing:
+        return header, None
+    return header, decode_backing_name(read_bytes(storage, header.backing_name_offset, header.backing_name_size))
+
+
+def read_record(storage: Storage, header: Header) -> Record | None:
+    """The record, or None if there is none that can be trusted."""
+    offsets = slot_offsets(header)
+    if offsets is None:
+        return None
+    first, second = (read_bytes(storage, offset, SLOT_BYTES) for offset in offsets)
+    return decode_record((first, second))
+
+
+class Session:
+    """The header, backing name and record of an overlay that is open for writing, and their changes.
+
+    The methods are synchronous and wait for the disk: call them through `Storage.in_thread`.
+    """
+
+    def __init__(self, storage: Storage, header: Header, record: Record | None) -> None:
+        self.header = header
+        self._storage = storage
+        self._slots = slot_offsets(header)
+        self.record = record or Record()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether this overlay can carry a record at all (4 KiB clusters made elsewhere may have no room)."""
+        return self._slots is not None
+
+    def previous(self) -> str | None:
+        """The session that had the overlay open last, if no other program has written to it since."""
+        untouched = self.header.autoclear_features & UNTOUCHED
+        return self.record.session or None if untouched else None
+
+    def begin(self) -> str:
+        """Put a new session into the overlay and return it; "" if the overlay has no room for a record.
+
+        The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
+        durable alone would vouch for the session before.
+        """
+        if not self.has_room:
+            return ""
+        session = secrets.token_hex(16)
+        self.store(dataclasses.replace(self.record, session=session))
+        # QEMU clears all bits that it does not know, and so do we.
+        self._write_header(dataclasses.replace(self.header, autoclear_features=UNTOUCHED))
+        return session
+
+    def store(self, record: Record) -> None:
+        """Write a record into the slot that does not hold the present one, and wait until it is durable.
+
+        The barrier keeps the two slots from being torn by one power cut, which would lose the pin.
+        """
+        record = dataclasses.replace(record, sequence=self.record.sequence + 1)
+        if self._slots is not None:
+            self._storage.write(self._slots[slot_index(record)], [encode_record(record)])
+            self._storage.barrier()
+        self.record = record
+
+    def clear_dirty(self, need_check: int) -> None:
+        """Clear NEED_CHECK after a repair; the repair has to be durable before, or the bit would be missing it."""
+        self._storage.barrier()
+        self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
+        self._storage.barrier()
+
+    def detach(self) -> None:
+        """Drop the backing from the header. The caller has flushed: see `Overlay.detach`."""
+        if not self.header.features & BACKING_FILE:
+            return
+        self._write_header(self.header.without_backing())
+        self._storage.barrier()
+        self.store(dataclasses.replace(self.record, pin=None, paused=False))
+
+    def _write_header(self, header: Header) -> None:
+        self._storage.write(0, [header.encode()])
+        self.header = header
+
+
+def replayable(
+    pairs: Sequence[tuple[int, int]], header: Header, file_size: int
+) -> list[tuple[int, int]]:
+    """The pairs of a journal that can be entries of this overlay.
+
+    Raises:
+        BadOverlay: one cannot: the journal is from elsewhere, and nothing of it may be used.
+    """
+    cluster_size = header.geometry.cluster_size
+    for cluster, entry in pairs:
+        fits = entry % cluster_size == 0 and header.area_bytes <= entry <= file_size - 1
+        if cluster >= header.geometry.clusters or not fits:
+            raise BadOverlay(f"the session journal names cluster {cluster} at {entry:#x}, which cannot be")
+    return list(pairs)

@@ -1,0 +1,83 @@
+"""Where qedfs keeps what dies with the machine: control sockets, logs, session journals.
+
+A leaf: imports nothing of the project but errors. Every folder is made 0700 and must belong to us; a folder that
+another user made in a shared place is refused, not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from qedfs.errors import UsageError
+
+TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
+
+
+def runtime_folder() -> Path:
+    """The folder for sockets and logs: $XDG_RUNTIME_DIR/qedfs, /run/qedfs for root, else /tmp/qedfs-UID."""
+    uid = os.getuid()
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    if xdg and os.path.isdir(xdg):
+        return private_folder(Path(xdg, "qedfs"))
+    return private_folder(Path("/run/qedfs") if uid == 0 else Path(f"/tmp/qedfs-{uid}"))  # noqa: S108 - owner is checked
+
+
+def journal_folder() -> Path | None:
+    """A folder on a tmpfs for session journals, or None where the machine has none that we can write to.
+
+    A tmpfs survives the death of a process and dies with the power, as the page cache does: the pairing that a
+    session journal needs.
+    """
+    for candidate in (runtime_folder() / "journal", Path(f"/dev/shm/qedfs-{os.getuid()}")):  # noqa: S108
+        if filesystem_type(candidate.parent) in TMPFS_TYPES and os.access(candidate.parent, os.W_OK):
+            return private_folder(candidate)
+    return None
+
+
+def mount_folder(mountpoint: str) -> Path:
+    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(mountpoint))).hexdigest()[:16]
+    return runtime_folder() / name
+
+
+def socket_path(mountpoint: str) -> Path:
+    """The control socket of the mount at `mountpoint`."""
+    return mount_folder(mountpoint) / "control.sock"
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` a folder of ours that no other user can look into.
+
+    Raises:
+        UsageError: somebody else owns it, or it is no folder.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UsageError(f"{path} is not a folder of user {os.getuid()}; set XDG_RUNTIME_DIR to one that is")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        path.chmod(0o700)
+    return path
+
+
+def filesystem_type(path: Path | str) -> str:
+    """The type of the file system that holds `path`, as in /proc/self/mountinfo; "" if it cannot be told."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                left, _, right = line.partition(" - ")
+                if left.split()[2] == wanted:
+                    return right.split()[0]
+    except OSError:
+        return ""
+    return ""
+
+
+def boot_id() -> str:
+    """What names this run of the kernel: another value means that the page cache was lost in between."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,186 @@
+"""One libcurl easy handle: what the next request is, and its callbacks.
+
+Owns the way of the bytes from libcurl into the caller's buffer, and the rule that none goes there before the header
+has been judged. Must not know pools, redirects, or which errors are worth another try.
+
+An exchange serves one request at a time and is then used for the next one. An exception in a callback is kept, the
+transfer is aborted, and `run` raises it: pycurl would print and lose it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import pycurl
+
+from qedfs.errors import Refused, SourceUnreachable
+from qedfs.source.http.answer import Answer, parse_answer
+from qedfs.source.http.failure import TransferFailed, source_error
+from qedfs.source.http.handle import new_handle
+from qedfs.source.http.multi import Multi, MultiClosed
+from qedfs.source.http.target import Target
+from qedfs.source.policy import Policy
+
+MAX_HEADER_SIZE = 64 * 1024  # bytes of all header lines of one request's answers, trailers included
+
+_ABORT = -1  # returned by a callback, makes libcurl end the transfer
+_EMPTY = memoryview(b"")
+
+Judge = Callable[[Answer], bool]
+"""Says whether the body is wanted; raises a QedfsError to refuse the answer."""
+
+
+class _SocketAddress(Protocol):
+    family: int
+    socktype: int
+    protocol: int
+    addr: tuple[str, int]
+
+
+class Exchange:
+    """An easy handle and the request that it is busy with."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.curl = new_handle()
+        self.curl.setopt(pycurl.HEADERFUNCTION, self._on_header)
+        self.curl.setopt(pycurl.WRITEFUNCTION, self._on_body)
+        self.curl.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open_socket)
+        self.curl.setopt(pycurl.SOCKOPTFUNCTION, _on_socket_options)
+        self._policy = policy
+        self._target: Target | None = None
+        self._lines: Sequence[str] = ()
+        self._prepare(_EMPTY, None, "")
+
+    def aim(self, target: Target, lines: Sequence[str]) -> None:
+        """Send the next requests to `target` with these header lines. Cheap when both are the ones of last time."""
+        if target is self._target and lines is self._lines:
+            return
+        self.curl.setopt(pycurl.URL, target.url)
+        self.curl.setopt(pycurl.PROXY, os.fsencode(target.proxy))
+        for option, value in ((pycurl.USERNAME, target.user), (pycurl.PASSWORD, target.password)):
+            if value is None:
+                self.curl.unsetopt(option)
+            else:
+                self.curl.setopt(option, value.encode())
+        self.curl.setopt(pycurl.HTTPHEADER, [line.encode("latin-1") for line in lines])
+        self._target, self._lines = target, lines
+
+    async def run(
+        self, multi: Multi, pos: int, buffer: memoryview, judge: Judge, where: str, *, fresh: bool = False
+    ) -> None:
+        """Ask for `len(buffer)` bytes at `pos`. Returns when the buffer is full, or when `judge` wants no body.
+
+        `fresh` forbids a connection that is open already: its address may have been checked under another rule.
+        `where` names the source in messages. After the call, however it ended, the buffer is not touched any more.
+
+        Raises:
+            QedfsError: what `judge` raised; Refused, by the policy; else SourceUnreachable or SourceError.
+        """
+        self._prepare(buffer, judge, where)
+        self.curl.setopt(pycurl.RANGE, f"{pos}-{pos + len(buffer) - 1}")
+        self.curl.setopt(pycurl.FRESH_CONNECT, fresh)
+        failure: Exception | None = None
+        try:
+            await multi.perform(self.curl)
+            if self._judge is not None:
+                failure = SourceUnreachable(f"{where}: the answer has no complete header")
+            elif self._filled != len(buffer):
+                failure = SourceUnreachable(f"{where}: the answer ends after {self._filled} of {len(buffer)} bytes")
+        except (TransferFailed, OSError, MultiClosed) as exc:
+            failure = self._explain(exc)
+        unwanted = self._unwanted
+        self._prepare(_EMPTY, None, "")
+        if failure is not None and not unwanted:
+            raise failure
+
+    def peer_address(self) -> str | None:
+        """Numeric address of the server (or proxy) that answered last."""
+        address: str = self.curl.getinfo(pycurl.PRIMARY_IP)
+        return address or None
+
+    def close(self) -> None:
+        """Give the handle back to libcurl. No request may be running."""
+        self.curl.close()
+
+    def _prepare(self, buffer: memoryview, judge: Judge | None, where: str) -> None:
+        self._buffer = buffer
+        self._filled = 0
+        self._judge = judge  # None once the final header is judged
+        self._where = where
+        self._header: list[bytes] = []
+        self._header_size = 0
+        self._unwanted = False
+        self._error: Exception | None = None
+        self._refusal: Refused | None = None
+
+    def _explain(self, exc: TransferFailed | OSError | MultiClosed) -> Exception:
+        if self._error is not None:
+            return self._error
+        error: Exception
+        if isinstance(exc, MultiClosed):
+            error = SourceUnreachable(f"{self._where}: the source was closed")
+        elif isinstance(exc, OSError):
+            error = SourceUnreachable(f"{self._where}: {(exc.strerror or 'system error').lower()}")
+        elif self._refusal is not None and exc.code == pycurl.E_COULDNT_CONNECT:
+            error = self._refusal
+        else:
+            error = source_error(exc.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where)
+        error.__cause__ = exc
+        return error
+
+    def _on_header(self, line: bytes) -> int | None:
+        try:
+            self._header_size += len(line)
+            if self._header_size > MAX_HEADER_SIZE:
+                raise SourceUnreachable(f"{self._where}: the answer's header is larger than {MAX_HEADER_SIZE} bytes")
+            if self._judge is None:
+                return None  # a trailer, after a body in chunks: nothing in it is used
+            if line.strip(b"\r\n"):
+                self._header.append(line)
+                return None
+            return self._end_of_header(self._judge)
+        except Exception as exc:
+            self._error = exc
+            return _ABORT
+
+    def _end_of_header(self, judge: Judge) -> int | None:
+        answer = parse_answer(self._header, self._where)
+        self._header = []
+        if answer.status < 200:
+            return None  # an interim answer (RFC 9110, section 15.2); the final one follows
+        self._judge = None
+        self._unwanted = not judge(answer)
+        return _ABORT if self._unwanted else None
+
+    def _on_body(self, data: bytes) -> int | None:
+        end = self._filled + len(data)
+        if self._judge is not None or end > len(self._buffer):
+            self._error = SourceUnreachable(f"{self._where}: the answer's body is longer than the range")
+            return _ABORT
+        self._buffer[self._filled : end] = data
+        self._filled = end
+        return None
+
+    def _on_open_socket(self, _purpose: int, address: _SocketAddress) -> socket.socket | int:
+        """Check an address right before libcurl connects to it. One refused, libcurl tries the host's next one."""
+        try:
+            if self._target is not None:
+                self._target.check_address(address.addr[0], self._policy)
+            return socket.socket(address.family, address.socktype, address.protocol)
+        except Refused as exc:
+            self._refusal = exc
+        except Exception as exc:
+            self._error = exc
+        return pycurl.SOCKET_BAD
+
+
+def _on_socket_options(fd: int, _purpose: int) -> int:
+    # pycurl duplicates the socket that it got from us, which loses close-on-exec.
+    try:
+        os.set_inheritable(fd, False)
+    except OSError:
+        return int(pycurl.SOCKOPT_ERROR)
+    return int(pycurl.SOCKOPT_OK)

@@ -1,0 +1,83 @@
+"""A libcurl easy handle with every option that is the same for all requests.
+
+Owns protocol limits, TLS trust, time limits. Must not know a particular request.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Mapping
+
+import pycurl
+
+from qedfs import __version__
+
+CONNECT_SECONDS = 10  # name look-up, TCP and TLS together
+STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for so long is given up
+STALL_BYTES_PER_SECOND = 1024
+RECEIVE_BUFFER_SIZE = 512 * 1024  # bytes per call-back at the most; libcurl takes no more
+
+_SUPPRESS_CONNECT_HEADERS = 265  # CURLOPT_SUPPRESS_CONNECT_HEADERS; pycurl has no name for it
+
+# The pycurl wheel brings an OpenSSL of its own, which does not know where this system keeps its CA certificates.
+_CA_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Arch
+    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # Alpine
+)
+
+
+def new_handle() -> pycurl.Curl:
+    """Make an easy handle for ranges over http and https.
+
+    HTTP/1.1 only: there each request in flight has a connection of its own. On the one connection of HTTP/2 the
+    bytes of an urgent answer would wait in the socket behind those of the background.
+
+    Redirects are not followed by libcurl, whose own check knows nothing of the mounting user's policy. User name and
+    password are sent as Basic: other schemes cost a refused request first. ~/.netrc is used as curl -n does.
+    """
+    curl = pycurl.Curl()
+    for option, value in _FIXED_OPTIONS.items():
+        curl.setopt(option, value)
+    curl.setopt(pycurl.CONNECTTIMEOUT, CONNECT_SECONDS)
+    curl.setopt(pycurl.LOW_SPEED_LIMIT, STALL_BYTES_PER_SECOND)
+    curl.setopt(pycurl.LOW_SPEED_TIME, STALL_SECONDS)
+    ca_file = find_ca_file(os.environ)
+    if ca_file is not None:
+        curl.setopt(pycurl.CAINFO, ca_file)
+        curl.setopt(pycurl.PROXY_CAINFO, ca_file)
+    if os.environ.get("SSL_CERT_DIR"):
+        curl.setopt(pycurl.CAPATH, os.environ["SSL_CERT_DIR"])
+    return curl
+
+
+def find_ca_file(environ: Mapping[str, str]) -> str | None:
+    """The file of CA certificates to trust: what the user names, else where this kind of system keeps it."""
+    named = environ.get("CURL_CA_BUNDLE") or environ.get("SSL_CERT_FILE")
+    if named:
+        return named  # not looked at here: if it is missing, that has to be an error and not other trust
+    candidates = (ssl.get_default_verify_paths().cafile, *_CA_FILES)
+    return next((path for path in candidates if path and os.path.exists(path)), None)
+
+
+_FIXED_OPTIONS = {
+    pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
+    pycurl.REDIR_PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
+    pycurl.FOLLOWLOCATION: 0,
+    pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+    pycurl.HTTPGET: 1,
+    pycurl.HTTPAUTH: pycurl.HTTPAUTH_BASIC,
+    pycurl.NETRC: pycurl.NETRC_OPTIONAL,
+    pycurl.HTTP_CONTENT_DECODING: 0,
+    _SUPPRESS_CONNECT_HEADERS: 1,
+    pycurl.PATH_AS_IS: 1,  # the path that the policy saw is the path that is sent
+    pycurl.SSL_VERIFYPEER: 1,
+    pycurl.SSL_VERIFYHOST: 2,
+    pycurl.BUFFERSIZE: RECEIVE_BUFFER_SIZE,
+    pycurl.NOSIGNAL: 1,  # libcurl must not touch SIGALRM and SIGPIPE of the process
+    pycurl.NOPROGRESS: 1,
+    pycurl.TCP_KEEPALIVE: 1,
+    pycurl.USERAGENT: f"qedfs/{__version__}",
+}

@@ -1,0 +1,242 @@
+"""May the body of this HTTP answer be used? Decided from status and header alone, before the first body byte.
+
+Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, and the class of error that a
+refusal becomes. Must not know libcurl, connections or redirects.
+
+A wrong byte accepted here would be copied into an overlay for good, so the rule is: exactly the range that was asked
+for, of exactly the version that is pinned, or an error. Three kinds of error: `SourceChanged` (another version),
+`SourceUnreachable` (this answer, this connection; another try may do better), `SourceError` (asking again will not
+help). Section numbers are those of RFC 9110.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import re
+from datetime import datetime
+
+from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.source.base import Identity
+from qedfs.source.http.answer import Answer
+
+MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
+MAX_RETRY_AFTER_SECONDS = 60.0  # a server may ask for more; a reader is waiting
+MAX_VALIDATOR_CHARS = 1024  # an ETag comes back to the server in each request
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE)
+_UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,19})", re.ASCII | re.IGNORECASE)
+_STRONG_ETAG = re.compile('"[!#-~\x80-\xff]*"')  # section 8.8.3; a weak one begins with W/
+_DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
+
+# Section 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_MEANING = {
+    401: "asks for credentials (401)",
+    403: "forbids access (403)",
+    404: "has no such file (404)",
+    407: "is behind a proxy that asks for credentials (407)",
+    410: "has no such file any more (410)",
+    416: "has no such range (416)",
+    429: "is asked too often (429)",
+    503: "is overloaded (503)",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RangeRequest:
+    """What was asked: `size` bytes at `pos` of the version `identity`. `where` names the source in messages."""
+
+    pos: int
+    size: int
+    identity: Identity
+    where: str
+
+
+def judge_range(answer: Answer, request: RangeRequest) -> None:
+    """Return if the body of `answer` is exactly what `request` asked for (its length is still to be counted).
+
+    Raises:
+        SourceChanged: another version: other total size, ETag or Last-Modified, or 412 to our condition.
+        SourceUnreachable: wrong or garbled range, wrong length, multipart, or a status worth another try.
+        SourceError: encoded content, ranges ignored, or a status that says no for good.
+    """
+    if answer.status == 206:
+        try:
+            _judge_partial(answer, request)
+        except ValueError as exc:
+            raise SourceUnreachable(f"{request.where}: answer to a range request refused: {exc}") from exc
+        return
+    if answer.status == 200:
+        # The whole file instead of a range. If its validator differs the version is the better thing to tell.
+        _compare_validators(answer, request)
+        raise _ignores_ranges(request.where)
+    if answer.status == 412 and (request.identity.etag or request.identity.last_modified):
+        raise SourceChanged(f"{request.where}: the file was replaced by another version (412)")
+    if answer.status == 416:
+        _compare_unsatisfied(answer, request)
+    raise refused_status(answer, request.where)
+
+
+def judge_opening(answer: Answer, where: str, name: str) -> Identity:
+    """The identity that the answer to the first request, for `bytes=0-0`, shows.
+
+    416 with `bytes */0` and 200 with `Content-Length: 0` are an empty file: no range of it exists (section 14.4).
+    `name` becomes `Identity.name`.
+
+    Raises:
+        SourceUnreachable, SourceError: as `judge_range`; also if the server does not tell the size.
+    """
+    try:
+        if answer.status == 206:
+            size = _opening_size(answer, where)
+        elif answer.status == 200:
+            if answer.sole("content-length") != "0":
+                raise _ignores_ranges(where)
+            size = 0
+        elif answer.status == 416 and _unsatisfied_total(answer) == 0:
+            size = 0
+        else:
+            raise refused_status(answer, where)
+        etag, last_modified = _validators(answer)
+    except ValueError as exc:
+        raise SourceUnreachable(f"{where}: answer to the first request refused: {exc}") from exc
+    return Identity(size, etag, last_modified, name)
+
+
+def refused_status(answer: Answer, where: str) -> SourceError:
+    """The error for a status that brings no bytes."""
+    status = answer.status
+    meaning = _MEANING.get(status, f"answered with status {status}")
+    # Section 15: an unknown 5xx is to be taken for 500; 501 and 505 say that the server will never do it.
+    if status in _TRANSIENT or (status > 500 and status not in (501, 505)):
+        return SourceUnreachable(f"{where} {meaning}", retry_after_seconds=_retry_after(answer))
+    return SourceError(f"{where} {meaning}")
+
+
+def is_http_date(text: str) -> bool:
+    """Whether `text` is an HTTP date (section 5.6.7), so that it may go back in If-Unmodified-Since."""
+    return _http_date(text) is not None
+
+
+def _judge_partial(answer: Answer, request: RangeRequest) -> None:
+    _refuse_encoded(answer, request.where)
+    start, end, total = _content_range(answer)
+    if total is None:
+        raise ValueError("Content-Range without the total size")
+    if total != request.identity.size:
+        raise SourceChanged(f"{request.where}: size was {request.identity.size}, is now {total}")
+    _compare_validators(answer, request)
+    if (start, end) != (request.pos, request.pos + request.size - 1):
+        raise ValueError(f"asked for {request.pos}-{request.pos + request.size - 1}, got {start}-{end}")
+    _check_length(answer, request.size)
+
+
+def _opening_size(answer: Answer, where: str) -> int:
+    _refuse_encoded(answer, where)
+    start, end, total = _content_range(answer)
+    if total is None:
+        raise SourceError(f"{where} does not tell the size of the file (Content-Range ends in /*)")
+    if (start, end) != (0, 0) or not 1 <= total <= MAX_SIZE:
+        raise ValueError(f"asked for 0-0, got {start}-{end}/{total}")
+    _check_length(answer, 1)
+    return total
+
+
+def _content_range(answer: Answer) -> tuple[int, int, int | None]:
+    values = answer.fields.get("content-range", ())
+    if len(values) != 1:
+        raise ValueError("no Content-Range" if not values else "more than one Content-Range")
+    found = _CONTENT_RANGE.fullmatch(values[0])
+    if found is None:
+        raise ValueError("garbled Content-Range")
+    return int(found[1]), int(found[2]), None if found[3] == "*" else int(found[3])
+
+
+def _refuse_encoded(answer: Answer, where: str) -> None:
+    """Refuse a body that is not the plain bytes of one range."""
+    for coding in answer.fields.get("content-encoding", ()):
+        if coding.lower() not in ("", "identity"):
+            raise SourceError(f"{where} encodes its answers (Content-Encoding) although identity was asked for")
+    for coding in answer.fields.get("transfer-encoding", ()):
+        if coding.lower() not in ("", "identity", "chunked"):
+            raise SourceError(f"{where} encodes its answers (Transfer-Encoding) although nobody asked for it")
+    for kind in answer.fields.get("content-type", ()):
+        if kind.lower().startswith("multipart/byteranges"):
+            raise ValueError("several ranges (multipart/byteranges)")
+
+
+def _check_length(answer: Answer, size: int) -> None:
+    for length in answer.fields.get("content-length", ()):
+        if _DIGITS.fullmatch(length) is None:
+            raise ValueError("garbled Content-Length")
+        if int(length) != size:
+            raise ValueError(f"Content-Length {length} for a range of {size} bytes")
+
+
+def _compare_validators(answer: Answer, request: RangeRequest) -> None:
+    # Compared as text: the date is parsed once, at opening, and a server that sends the same version sends the same
+    # text. A weak ETag says nothing about single bytes (section 8.8.1).
+    etag = answer.sole("etag")
+    seen = Identity(
+        request.identity.size,
+        etag if etag is not None and not etag.startswith("W/") else None,
+        answer.sole("last-modified"),
+    )
+    difference = request.identity.difference(seen)
+    if difference is not None:
+        raise SourceChanged(f"{request.where}: {difference}")
+
+
+def _compare_unsatisfied(answer: Answer, request: RangeRequest) -> None:
+    total = _unsatisfied_total(answer)
+    if total is not None and total != request.identity.size:
+        raise SourceChanged(f"{request.where}: size was {request.identity.size}, is now {total}")
+
+
+def _unsatisfied_total(answer: Answer) -> int | None:
+    values = answer.fields.get("content-range", ())
+    found = _UNSATISFIED_RANGE.fullmatch(values[0]) if len(values) == 1 else None
+    return int(found[1]) if found else None
+
+
+def _validators(answer: Answer) -> tuple[str | None, str | None]:
+    etag, last_modified = answer.sole("etag"), answer.sole("last-modified")
+    if etag is not None and (_STRONG_ETAG.fullmatch(etag) is None or len(etag) > MAX_VALIDATOR_CHARS):
+        etag = None
+    if last_modified is not None and not is_http_date(last_modified):
+        last_modified = None
+    return etag, last_modified
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """The server's wish in seconds (section 10.2.3), capped; None if absent or garbled.
+
+    A date is counted from the server's own Date, so that a wrong clock here does not matter.
+    """
+    values = answer.fields.get("retry-after", ())
+    if len(values) != 1:
+        return None
+    if _DIGITS.fullmatch(values[0]):
+        return min(float(values[0]), MAX_RETRY_AFTER_SECONDS)
+    then = _http_date(values[0])
+    now = next((_http_date(date) for date in answer.fields.get("date", ())), None)
+    if then is None or now is None:
+        return None
+    return min(max(0.0, (then - now).total_seconds()), MAX_RETRY_AFTER_SECONDS)
+
+
+def _http_date(text: str) -> datetime | None:
+    if not text.isascii() or not text.endswith(" GMT"):
+        return None
+    try:
+        return email.utils.parsedate_to_datetime(text)
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return None
+
+
+def _ignores_ranges(where: str) -> SourceError:
+    return SourceError(
+        f"{where} ignores range requests (answered 200 with the whole file);"
+        " put the file on a server that supports ranges, or download it and use the local copy"
+    )

@@ -1,0 +1,99 @@
+"""From the place that the user named to the place that serves the bytes, and to the identity of what is there.
+
+Owns the first request and the following of redirects: at most MAX_REDIRECTS, each target under the policy, no loop,
+never from https to http. Must not know reads, pools, or what was resolved before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qedfs.errors import SourceError
+from qedfs.source.base import Identity
+from qedfs.source.http.answer import Answer
+from qedfs.source.http.exchange import Exchange
+from qedfs.source.http.judge import judge_opening
+from qedfs.source.http.multi import Multi
+from qedfs.source.http.target import Target, next_target
+from qedfs.source.policy import Policy
+
+MAX_REDIRECTS = 5
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolved:
+    """Where the bytes are, and which version is there."""
+
+    target: Target
+    identity: Identity
+
+
+async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Policy) -> Resolved:
+    """Ask `origin` for the file's first byte, follow redirects, and learn size, validators and effective URL.
+
+    A GET of one byte and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
+    not tell whether ranges work.
+
+    Raises:
+        Refused: the policy forbids the place or its address.
+        SourceUnreachable, SourceError: no usable answer; too many redirects, or a loop of them.
+    """
+    target = origin
+    seen = {origin.url}
+    for _hop in range(MAX_REDIRECTS + 1):
+        target.check_literal(policy)
+        where = place_name(origin, target)
+        answer = await _ask(target, exchange, multi, where)
+        if answer.status not in REDIRECTS:
+            return Resolved(target, judge_opening(answer, where, str(target.location)))
+        following = _follow(origin, target, answer, exchange.peer_address())
+        policy.check_redirect(target.location, following.location)
+        if following.url in seen:
+            raise SourceError(f"{origin.location} redirects in a loop")
+        seen.add(following.url)
+        target = following
+    raise SourceError(f"{origin.location} redirects more than {MAX_REDIRECTS} times")
+
+
+def place_name(origin: Target, target: Target) -> str:
+    """How messages name a place that a redirect led to."""
+    return str(origin.location) if target is origin else f"{origin.location} (redirected to {target.location})"
+
+
+async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> Answer:
+    answers: list[Answer] = []
+
+    def keep(answer: Answer) -> bool:
+        answers.append(answer)
+        return answer.status == 206
+
+    exchange.aim(target, request_lines(target, None))
+    # Not on a warm connection: this hop's address is checked when it is connected, under this hop's rule.
+    await exchange.run(multi, 0, memoryview(bytearray(1)), keep, where, fresh=True)
+    return answers[0]
+
+
+def _follow(origin: Target, target: Target, answer: Answer, address: str | None) -> Target:
+    try:
+        reference = answer.sole("location")
+    except ValueError as exc:
+        raise SourceError(f"{target.location} redirects to several places at once") from exc
+    if reference is None:
+        raise SourceError(f"{target.location} redirects (status {answer.status}) without saying where")
+    return next_target(origin, target, reference, address)
+
+
+def request_lines(target: Target, pinned: Identity | None) -> tuple[str, ...]:
+    """The header lines of a request to `target`, with the condition that the file is still the pinned version.
+
+    Without an ETag, If-Unmodified-Since with the date that the server sent can only turn a wrong answer into a 412:
+    the same version has the same date, and a server that does not understand it ignores it (RFC 9110, section
+    13.1.4). It does not notice a file replaced by one with an older date; the judge compares the date as well.
+    """
+    lines = ["Accept-Encoding: identity", *target.headers]
+    if pinned is not None and pinned.etag is not None:
+        lines.append(f"If-Match: {pinned.etag}")
+    elif pinned is not None and pinned.last_modified is not None:
+        lines.append(f"If-Unmodified-Since: {pinned.last_modified}")
+    return tuple(lines)

@@ -1,0 +1,165 @@
+"""One place that a request goes to: the URL as libcurl gets it, credentials, extra header lines, proxy.
+
+Pure, except that the first target asks the environment for a proxy. Owns what may be sent where: user name, password
+and the caller's header lines go to the origin that the user named and to no other. Must not know connections or
+answers. Every field that can hold a secret is kept out of `repr`.
+
+The URL is split by Python's parser, which the policy used too, and libcurl gets it put together again from checked
+pieces. Two parsers that read one odd URL differently would let it past the policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from qedfs.errors import SourceError, UsageError
+from qedfs.source.policy import Policy
+from qedfs.source.url import Location, parse_location
+
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?", re.ASCII)
+_URL_SAFE = "/%:@!$&'()*+,;=~?[]"  # RFC 3986; what is percent-encoded already stays so
+_HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, section 5.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """Where one request goes. `url` has no user name and no fragment; `proxy` is "" for a direct connection."""
+
+    location: Location
+    url: str = dataclasses.field(repr=False)
+    user: str | None = dataclasses.field(repr=False)
+    password: str | None = dataclasses.field(repr=False)
+    headers: tuple[str, ...] = dataclasses.field(repr=False)
+    proxy: str = dataclasses.field(repr=False)
+    redirected_from: str | None = None  # numeric address of the server that sent us here
+
+    def check_address(self, address: str, policy: Policy) -> None:
+        """Raise Refused unless a connection may go to this numeric address.
+
+        A proxy is the user's own choice, so its address is not checked, and what it connects to is not known here;
+        `check_literal` still refuses an address written into the URL.
+        """
+        if not self.proxy:
+            policy.check_address(address, self.location, redirected_from=self.redirected_from)
+
+    def check_literal(self, policy: Policy) -> None:
+        """Raise Refused if the host is written as a numeric address (in any spelling) that is not allowed."""
+        address = _numeric(self.location.host or "")
+        if address is not None:
+            policy.check_address(address, self.location, redirected_from=self.redirected_from)
+
+
+def first_target(location: Location, headers: Sequence[str], environ: Mapping[str, str] = os.environ) -> Target:
+    """The target that the user named. `headers` are "Name: value" lines for its origin.
+
+    Raises:
+        UsageError: a header line that is none, or a host name that is none.
+    """
+    for line in headers:
+        if _HEADER_LINE.fullmatch(line) is None:
+            # The value may be a token: name the field only.
+            raise UsageError(f"header {line.partition(':')[0][:40]!r} is not of the form 'Name: value'")
+    return _target(location, tuple(headers), environ, redirected_from=None)
+
+
+def next_target(
+    origin: Target, current: Target, reference: str, address: str | None, environ: Mapping[str, str] = os.environ
+) -> Target:
+    """Where an answer of `current` with `Location: reference` sends us.
+
+    Credentials and header lines of `origin`, the place that the user named, come along only if the new place is of
+    the same origin: scheme, host and port (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091 are what happens
+    otherwise). `address` is the numeric address of the server that answered.
+
+    Raises:
+        SourceError: the reference is not a URL that can be followed.
+    """
+    try:
+        text = urljoin(current.location.secret_url, reference).partition("#")[0]
+        location = parse_location(text)
+        same = _origin(location) == _origin(origin.location)
+        target = _target(
+            location, origin.headers if same else (), environ, redirected_from=None if current.proxy else address
+        )
+    except (ValueError, UsageError) as exc:
+        raise SourceError(f"{current.location} redirects to something that is not a usable URL") from exc
+    if same and target.user is None:
+        return dataclasses.replace(target, user=origin.user, password=origin.password)
+    return target
+
+
+def choose_proxy(location: Location, environ: Mapping[str, str]) -> str:
+    """The proxy that curl's environment variables name for this place, or "".
+
+    As in curl(1): `http_proxy` (lower case only: the other spelling can be set by a CGI client), `https_proxy`,
+    `all_proxy`, `no_proxy`. Decided here and not inside libcurl, because whether a connection goes to the server
+    itself decides whether its address is the one to check.
+    """
+    names = ("https_proxy", "HTTPS_PROXY") if location.tls else ("http_proxy",)
+    proxy = next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
+    no_proxy = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if not proxy or any(_matches(location.host or "", entry) for entry in re.split(r"[,\s]+", no_proxy) if entry):
+        return ""
+    return proxy
+
+
+def _target(
+    location: Location, headers: tuple[str, ...], environ: Mapping[str, str], *, redirected_from: str | None
+) -> Target:
+    parts = urlsplit(location.secret_url)
+    host = _ascii_host(location)
+    bracketed = f"[{host}]" if ":" in host else host
+    path = quote(parts.path or "/", safe=_URL_SAFE.replace("?", ""))
+    query = "?" + quote(parts.query, safe=_URL_SAFE) if parts.query else ""
+    return Target(
+        location=location,
+        url=f"{parts.scheme.lower()}://{bracketed}:{location.port}{path}{query}",
+        user=None if parts.username is None else unquote(parts.username),
+        password=None if parts.password is None else unquote(parts.password),
+        headers=headers,
+        proxy=choose_proxy(location, environ),
+        redirected_from=redirected_from,
+    )
+
+
+def _ascii_host(location: Location) -> str:
+    host = location.host or ""
+    try:
+        ascii_host = host if host.isascii() else host.encode("idna").decode("ascii")
+    except UnicodeError as exc:
+        raise UsageError(f"backing {location}: not a host name") from exc
+    if _HOST.fullmatch(ascii_host) is None:
+        raise UsageError(f"backing {location}: not a host name")
+    return ascii_host
+
+
+def _origin(location: Location) -> tuple[bool, str | None, int | None]:
+    return location.tls, location.host, location.port
+
+
+def _numeric(host: str) -> str | None:
+    try:
+        return str(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        pass
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))  # 0xa9fea9fe, 2852039166, 0251.0376.0251.0376
+    except (OSError, UnicodeError):
+        return None
+
+
+def _matches(host: str, entry: str) -> bool:
+    """Whether an entry of `no_proxy` covers the host: `*`, a domain with its subdomains, an address, a network."""
+    if entry == "*":
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        stem = entry.lower().strip(".")
+        return host == stem or host.endswith("." + stem)

@@ -1,0 +1,202 @@
+"""An NBD export as a `Source`: a few connections to one server, opened when they are useful and again when they died.
+
+Owns which connection carries which read. Must not know the protocol, nor retry: a read is tried on one connection,
+and opens one if none is left, once.
+
+The first of the live connections is kept for urgent reads (and questions about holes) as soon as there is a second
+one. Further ones are opened in the background, while reads go on over those that exist: a server that promises
+several connections and then does not accept them (`qemu-nbd --shared=1`) costs nobody any time.
+
+Shared state is touched only between awaits; `_attempt` makes readers that find no connection wait for one attempt
+to connect together, in a task of its own, so that none of them loses it when another one is cancelled.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+
+import trio
+
+from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.source.base import Extent, Identity
+from qedfs.source.nbd import faults
+from qedfs.source.nbd.connection import Connection
+from qedfs.source.policy import Policy
+from qedfs.source.url import Location
+
+MAX_CONNECTIONS = 4
+GROW_LOAD = 4  # requests in flight on each background connection before another one is opened
+GROW_PAUSE_SECONDS = 60.0  # after a further connection could not be opened
+PARALLEL_ALONE = 32
+PARALLEL_TOGETHER = 64
+
+
+class _Attempt:
+    """One attempt to connect that several readers wait for."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.connection: Connection | None = None
+        self.failure: Exception | None = None
+
+
+class NbdSource:
+    """See the module; made by `open`."""
+
+    def __init__(self, location: Location, policy: Policy, tls: ssl.SSLContext | None, nursery: trio.Nursery) -> None:
+        """Make a source without a connection; callers use `open`."""
+        self._location = location
+        self._policy = policy
+        self._tls = tls
+        self._nursery = nursery
+        self._identity: Identity | None = None
+        self._multi_conn = False
+        self._connections: list[Connection] = []
+        self._opening: set[trio.CancelScope] = set()
+        self._attempt: _Attempt | None = None
+        self._growing = False
+        self._grow_after = 0.0
+        self._closed = False
+
+    @classmethod
+    async def open(cls, location: Location, policy: Policy, nursery: trio.Nursery) -> NbdSource:
+        """Connect, and learn the size of the export. Connections live in `nursery` until `aclose`.
+
+        Raises:
+            Refused: `policy` does not allow the server's address.
+            SourceUnreachable: no answer within 10 s, or none that can be used now.
+            SourceError: the server will not serve this export to us (unknown, TLS, no NBD at all).
+        """
+        tls = ssl.create_default_context() if location.tls else None
+        source = cls(location, policy, tls, nursery)
+        connection = await source._connect()
+        source._multi_conn = connection.negotiated.multi_conn
+        return source
+
+    @property
+    def identity(self) -> Identity:
+        """The size of the export; NBD knows no version."""
+        assert self._identity is not None, "open() sets it"
+        return self._identity
+
+    @property
+    def parallel(self) -> int:
+        """How many background reads are worth having in flight."""
+        return PARALLEL_TOGETHER if self._multi_conn else PARALLEL_ALONE
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill `buffer` with the bytes at `pos`; see `Source.read`."""
+        view = buffer.cast("B")
+        self._check_range(pos, len(view))
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if view:
+            connection = await self._pick(urgent=urgent)
+            await connection.read(pos, view)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """Tell the zero parts of a range, where the server has base:allocation; see `Source.extents`."""
+        self._check_range(pos, size)
+        if not size:
+            return []
+        connection = await self._pick(urgent=True)
+        described = await connection.extents(pos, size)
+        if described is None:
+            return None
+        found: list[Extent] = []
+        for extent_size, zero in described:
+            found.append(Extent(pos, extent_size, zero))
+            pos += extent_size
+        return found
+
+    async def aclose(self) -> None:
+        """Drop all connections, and attempts to make one; see `Source.aclose`."""
+        self._closed = True
+        for scope in self._opening:
+            scope.cancel()
+        connections, self._connections = self._connections, []
+        try:
+            for connection in connections:
+                await connection.aclose()
+        finally:
+            for connection in connections:
+                connection.drop("closed")
+
+    def _check_range(self, pos: int, size: int) -> None:
+        if pos < 0 or size < 0 or pos + size > self.identity.size:
+            raise ValueError(f"{pos}+{size} is not inside of {self.identity.size} bytes")
+
+    # Which connection
+
+    async def _pick(self, *, urgent: bool) -> Connection:
+        if self._closed:
+            raise faults.dropped(self._location, "closed")
+        live = self._connections = [each for each in self._connections if each.broken is None]
+        if not live:
+            return await self._reconnect()
+        if urgent or not self._multi_conn:
+            return live[0]
+        background = live[1:] or live
+        chosen = min(background, key=lambda each: each.load)
+        if len(live) == 1 or chosen.load >= GROW_LOAD:
+            self._grow(len(live))
+        return chosen
+
+    def _grow(self, have: int) -> None:
+        if have < MAX_CONNECTIONS and not self._growing and trio.current_time() >= self._grow_after:
+            self._growing = True
+            self._nursery.start_soon(self._open_further)
+
+    async def _open_further(self) -> None:
+        try:
+            await self._connect()
+        except SourceError:
+            # The reads do not need it. If it tells of a change, they will meet that on their own.
+            self._grow_after = trio.current_time() + GROW_PAUSE_SECONDS
+        finally:
+            self._growing = False
+
+    async def _reconnect(self) -> Connection:
+        attempt = self._attempt
+        if attempt is None:
+            attempt = self._attempt = _Attempt()
+            self._nursery.start_soon(self._try, attempt)
+        await attempt.over.wait()
+        if attempt.connection is not None:
+            return attempt.connection
+        if attempt.failure is None:
+            raise faults.dropped(self._location, "closed")
+        # One exception object in several tasks would mix up their tracebacks.
+        raise type(attempt.failure)(str(attempt.failure)) from attempt.failure
+
+    async def _try(self, attempt: _Attempt) -> None:
+        try:
+            attempt.connection = await self._connect()
+        except Exception as exc:
+            attempt.failure = exc
+        finally:
+            self._attempt = None
+            attempt.over.set()
+
+    async def _connect(self) -> Connection:
+        """Open one more connection, and see that it leads to the export that we know."""
+        with trio.CancelScope() as scope:
+            self._opening.add(scope)
+            try:
+                connection = await Connection.open(self._location, self._policy, self._tls, self._nursery)
+            finally:
+                self._opening.discard(scope)
+        if scope.cancelled_caught:
+            raise SourceUnreachable(f"{self._location}: closed while connecting")
+        now = Identity(connection.negotiated.size, name=str(self._location))
+        change = self._identity.difference(now) if self._identity is not None else None
+        if self._closed or change is not None:
+            connection.drop("not wanted")
+        if change is not None:
+            # What the other connections bring may be of either version.
+            for each in self._connections:
+                each.drop(f"the export changed: {change}")
+            raise SourceChanged(f"{self._location}: the export changed: {change}")
+        self._identity = now
+        self._connections.append(connection)
+        return connection

@@ -1,0 +1,66 @@
+"""What went wrong on a connection -> the error of qedfs that its readers get: the one place of translation.
+
+Owns the choice between "try again" (SourceUnreachable) and "never" (SourceError), and the wording. Every message
+is one line that begins with the redacted location.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+import trio
+
+from qedfs.errors import SourceError, SourceUnreachable
+from qedfs.source.nbd.protocol import Refusal, Violation, printable
+from qedfs.source.url import Location
+
+
+def opening_fault(location: Location, exc: Exception) -> SourceError:
+    """Translate what ended an attempt to connect and shake hands. A broken protocol is permanent here."""
+    certificate = _certificate_fault(exc)
+    if certificate is not None:
+        return SourceError(f"{location}: the server's certificate is not trusted: {certificate}")
+    if isinstance(exc, Violation):
+        return SourceError(f"{location}: {exc}")
+    if isinstance(exc, Refusal):
+        kind = SourceUnreachable if exc.transient else SourceError
+        return kind(f"{location}: {exc}")
+    return SourceUnreachable(f"{location}: cannot connect: {reason(exc)}")
+
+
+def reply_fault(location: Location, exc: Refusal) -> SourceError:
+    """Translate a server's well-formed error reply to one request."""
+    kind = SourceUnreachable if exc.transient else SourceError
+    return kind(f"{location}: {exc}")
+
+
+def dropped(location: Location, why: str) -> SourceUnreachable:
+    """Say that the connection which carried a request is gone."""
+    return SourceUnreachable(f"{location}: connection dropped: {why}")
+
+
+def reason(exc: Exception) -> str:
+    """Put in a few words why a connection ended."""
+    if isinstance(exc, trio.TooSlowError):
+        return "timed out"
+    if isinstance(exc, EOFError):
+        return "the server closed the connection"
+    if isinstance(exc, socket.gaierror):
+        return f"its name cannot be resolved: {exc.strerror}"
+    if isinstance(exc, trio.BrokenResourceError) and exc.__cause__ is not None:
+        return f"{type(exc.__cause__).__name__}: {printable(str(exc.__cause__).encode())}"
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return os.strerror(exc.errno)
+    return str(exc) if isinstance(exc, Violation) else f"{type(exc).__name__}: {printable(str(exc).encode())}"
+
+
+def _certificate_fault(exc: Exception) -> str | None:
+    """What the verification of the server's certificate objected to, or None if it was not that."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return printable(cause.verify_message.encode())
+        cause = cause.__cause__
+    return None

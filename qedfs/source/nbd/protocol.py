@@ -1,0 +1,122 @@
+"""The words of the NBD protocol that both the handshake and the transmission phase use: numbers, requests, faults.
+
+Owns the wire constants, the layout of a request and the two ways in which a server can disappoint. Pure: bytes
+and values, no I/O, no trio. The rules come from the NBD protocol specification (NetworkBlockDevice/nbd,
+doc/proto.md); every number on the wire is big-endian.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+
+MAX_STRING_SIZE = 4096  # specification, "Terminology": the longest string that either side may send
+MAX_EXPORT_SIZE = 2**63 - 1  # larger ones do not fit a file offset (libnbd CVE-2023-5215)
+MAX_MINIMUM_BLOCK_SIZE = 64 * 1024  # specification, "Block size constraints"
+UNLIMITED_BLOCK_SIZE = 0xFFFF_FFFF  # what a server without a limit announces as its largest payload
+# Specification: "an efficient portable client" stays within 32 MiB when the server announced no limit.
+MAX_REQUEST_SIZE = 32 * 1024 * 1024
+
+REQUEST_MAGIC = 0x25609513
+SIMPLE_REPLY_MAGIC = 0x67446698
+STRUCTURED_REPLY_MAGIC = 0x668E33EF
+
+REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, position, size
+
+STATE_ZERO = 2  # base:allocation: the extent reads as zeros. Bit 1 (hole) alone promises nothing about the bytes.
+CHUNK_DONE = 1  # this chunk is the last one of its reply
+
+
+class Command(enum.IntEnum):
+    """The requests that a reader of a disk needs."""
+
+    READ = 0
+    DISC = 2
+    BLOCK_STATUS = 7
+
+
+class Chunk(enum.IntEnum):
+    """Types of structured reply chunks."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    ERROR = 2**15 + 1
+    ERROR_OFFSET = 2**15 + 2
+
+
+class Export(enum.IntFlag):
+    """Transmission flags of an export, as far as they matter to a reader."""
+
+    HAS_FLAGS = 1 << 0
+    CAN_MULTI_CONN = 1 << 8
+
+
+class ErrorCode(enum.IntEnum):
+    """Error numbers of replies. A code outside this list counts as EINVAL (specification, "Error values")."""
+
+    EPERM = 1
+    EIO = 5
+    ENOMEM = 12
+    EINVAL = 22
+    ENOSPC = 28
+    EOVERFLOW = 75
+    ENOTSUP = 95
+    ESHUTDOWN = 108
+
+
+# These say that the server cannot do it now; the others, that it never will.
+TRANSIENT_ERRORS = frozenset({ErrorCode.EIO, ErrorCode.ENOMEM, ErrorCode.ENOSPC, ErrorCode.ESHUTDOWN})
+
+
+class Violation(Exception):  # noqa: N818 - names what the server did, as the errors of qedfs do
+    """The server broke the protocol. Nothing that comes after it on this connection can be understood."""
+
+
+class Refusal(Exception):  # noqa: N818
+    """The server understood and said no. `transient`: it may say yes later. `code`: of an error reply, else 0."""
+
+    def __init__(self, message: str, *, transient: bool = False, code: int = 0) -> None:
+        super().__init__(message)
+        self.transient = transient
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Negotiated:
+    """What the handshake agreed on. Sizes in bytes."""
+
+    size: int
+    flags: Export
+    structured: bool
+    context: int | None  # the id of base:allocation in block status replies; None: the server does not tell holes
+    minimum_block: int = 1  # requests are multiples of it, in position and size
+    maximum_request: int = MAX_REQUEST_SIZE
+
+    @property
+    def multi_conn(self) -> bool:
+        """Whether several connections see the same export."""
+        return bool(self.flags & Export.CAN_MULTI_CONN)
+
+
+def encode_request(command: Command, cookie: int, pos: int = 0, size: int = 0) -> bytes:
+    """Lay out one request of the transmission phase."""
+    return REQUEST.pack(REQUEST_MAGIC, 0, command, cookie, pos, size)
+
+
+def describe_error(code: int, text: bytes = b"") -> str:
+    """Name an error reply for a human; the server's own words are cut and stripped of control characters."""
+    try:
+        name = ErrorCode(code).name
+    except ValueError:
+        name = f"error {code}"
+    words = printable(text)
+    return f"{name} ({words})" if words else name
+
+
+def printable(text: bytes, limit: int = 200) -> str:
+    """Turn what a server sent as a message into one line that is safe to print."""
+    line = text[: 4 * limit].decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else " " for char in line).strip()[:limit]

@@ -1,0 +1,327 @@
+"""The transmission phase as the client hears it: bytes of replies -> filled buffers and finished requests, no I/O.
+
+Owns the requests in flight on one connection and the verdict on every byte that answers them. Must not know
+sockets, tasks or who waits: a finished request calls its `wake`.
+
+The parser says where it wants the next bytes (`buffers`) and is told how many arrived (`received`), so that a
+scattering receive puts payload straight where the reader wants it and the header behind it into a small scratch
+buffer, in one system call. A request that nobody waits for any more (`abandon`) loses its buffer at once; the rest
+of its reply is judged as before and goes into a bin, which keeps the connection usable.
+
+`Violation` means that the stream has lost its meaning: the caller must drop the connection, and every request still
+in flight has failed. An error reply in good form fails its own request only.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from qedfs.source.nbd.coverage import Coverage
+from qedfs.source.nbd.protocol import (
+    CHUNK_DONE,
+    MAX_STRING_SIZE,
+    SIMPLE_REPLY_MAGIC,
+    STATE_ZERO,
+    STRUCTURED_REPLY_MAGIC,
+    TRANSIENT_ERRORS,
+    Chunk,
+    Command,
+    Refusal,
+    Violation,
+    describe_error,
+)
+
+SIMPLE = struct.Struct(">IIQ")  # magic, error, cookie
+STRUCTURED = struct.Struct(">IHHQI")  # magic, flags, type, cookie, size of what follows
+POSITION = struct.Struct(">Q")
+HOLE = struct.Struct(">QI")  # position, size
+ERROR = struct.Struct(">IH")  # error, size of the message
+EXTENT = struct.Struct(">II")  # size, state
+
+# Headers and small bodies; the largest of these is an error with the longest message. Payload of the next reply
+# that arrives with them is copied once, so larger is not better; 8 KiB takes a whole 4 KiB reply in one receive.
+SCRATCH_SIZE = 8 * 1024
+BIN_SIZE = 64 * 1024
+MAX_ERRORS = 16  # error chunks in one reply
+MAX_STATUS_SIZE = 4 + EXTENT.size * 1024 * 1024  # nbdkit describes up to 2^20 extents at once
+MAX_EXTENTS = 8 * 1024  # as many as we look at; the asker goes on from there, and the event loop is not held up
+
+_ZEROS = memoryview(bytes(256 * 1024))
+
+
+class Request:
+    """One request in flight. `view` is where the bytes of a read go; None once the asker has gone."""
+
+    __slots__ = ("command", "cookie", "coverage", "errors", "extents", "failure", "finished", "pos", "size", "view", "wake")
+
+    def __init__(
+        self, command: Command, cookie: int, pos: int, size: int, view: memoryview | None, wake: Callable[[], None]
+    ) -> None:
+        self.command = command
+        self.cookie = cookie
+        self.pos = pos
+        self.size = size
+        self.view = view
+        self.wake = wake
+        self.failure: Refusal | None = None
+        self.coverage = Coverage()
+        self.finished = False
+        self.errors = 0
+        self.extents: list[tuple[int, bool]] | None = None  # (size, reads as zeros)
+
+
+class Replies:
+    """Judges what the server of one connection sends. `finished` counts the replies that ended."""
+
+    def __init__(self, *, structured: bool, context: int | None) -> None:
+        self._structured = structured
+        self._context = context
+        self.in_flight: dict[int, Request] = {}
+        self.finished = 0
+        self._scratch = bytearray(SCRATCH_SIZE)
+        self._scratch_view = memoryview(self._scratch)
+        self._start = 0  # unread bytes of the scratch buffer: from here ...
+        self._end = 0  # ... to here
+        self._bin = memoryview(bytearray(BIN_SIZE))
+        # The body under way: of which request, where in its target, how much is missing, and is it the last chunk.
+        self._body: Request | None = None
+        self._body_at = 0
+        self._body_left = 0
+        self._body_last = False
+        self._status: bytearray | None = None  # the target when the body is a block status
+
+    def expect(self, request: Request) -> None:
+        """Note a request that is about to be sent."""
+        self.in_flight[request.cookie] = request
+
+    def abandon(self, request: Request) -> None:
+        """Nobody waits for this request any more: from now on its buffer is not touched."""
+        request.view = None
+        request.wake = _nothing
+
+    def buffers(self) -> list[memoryview]:
+        """Where the next bytes belong, in this order. Valid until any other method is called; never empty."""
+        if self._body is None:
+            return [self._scratch_view[self._end :]]
+        return [self._body_target(self._body), self._scratch_view]
+
+    def received(self, count: int) -> None:
+        """Take note that `count` bytes were put into `buffers()`; raises Violation."""
+        if self._body is None:
+            self._end += count
+        else:
+            taken = min(count, len(self._body_target(self._body)))
+            self._body_at += taken
+            self._body_left -= taken
+            self._end = count - taken
+            if self._body_left:
+                return
+            self._end_body(self._body)
+        while self._body is None and self._take_reply():
+            pass
+        self._compact()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take bytes that were received elsewhere (TLS hands out its own); raises Violation."""
+        rest = memoryview(data)
+        while rest:
+            target = self.buffers()[0]
+            count = min(len(target), len(rest))
+            target[:count] = rest[:count]
+            rest = rest[count:]
+            self.received(count)
+
+    # Headers and small bodies, in the scratch buffer
+
+    def _take_reply(self) -> bool:
+        """Take one header with its small body; False while a part of it is still missing."""
+        available = self._end - self._start
+        if available < SIMPLE.size:
+            return False
+        magic, error, cookie = SIMPLE.unpack_from(self._scratch, self._start)
+        if magic == SIMPLE_REPLY_MAGIC:
+            self._start += SIMPLE.size
+            self._take_simple(self._find(cookie), error)
+            return True
+        if magic != STRUCTURED_REPLY_MAGIC or not self._structured:
+            raise Violation("the server sent something else than a reply")
+        if available < STRUCTURED.size:
+            return False
+        _, flags, kind, cookie, size = STRUCTURED.unpack_from(self._scratch, self._start)
+        return self._take_chunk(self._find(cookie), bool(flags & CHUNK_DONE), kind, size)
+
+    def _find(self, cookie: int) -> Request:
+        request = self.in_flight.get(cookie)
+        if request is None:
+            raise Violation("the server answered a request that is not in flight")
+        return request
+
+    def _take_simple(self, request: Request, error: int) -> None:
+        if self._structured and (request.command == Command.READ or not error):
+            raise Violation("the server sent a simple reply though structured replies were agreed on")
+        if error:
+            request.failure = _failure(error, b"")
+            self._finish(request)
+        else:
+            request.coverage.add(0, request.size)
+            self._begin_body(request, 0, request.size, last=True)
+
+    def _take_chunk(self, request: Request, last: bool, kind: int, size: int) -> bool:
+        head = STRUCTURED.size
+        if kind == Chunk.OFFSET_DATA and request.command == Command.READ:
+            if size <= POSITION.size:
+                raise Violation("the server sent a data chunk without data")
+            if self._end - self._start < head + POSITION.size:
+                return False
+            (pos,) = POSITION.unpack_from(self._scratch, self._start + head)
+            at = self._cover(request, pos, size - POSITION.size)
+            self._start += head + POSITION.size
+            self._begin_body(request, at, size - POSITION.size, last=last)
+            return True
+        if kind == Chunk.BLOCK_STATUS and request.command == Command.BLOCK_STATUS:
+            self._check_status_size(request, size)
+            self._start += head
+            self._status = bytearray(size)
+            self._begin_body(request, 0, size, last=last)
+            return True
+        self._check_small_size(kind, size, last)
+        if self._end - self._start < head + size:
+            return False
+        body = bytes(self._scratch_view[self._start + head : self._start + head + size])
+        self._start += head + size
+        self._take_small(request, kind, body)
+        if last:
+            self._finish(request)
+        return True
+
+    def _check_small_size(self, kind: int, size: int, last: bool) -> None:
+        """Judge the size before waiting for that many bytes."""
+        if kind == Chunk.NONE:
+            fits = size == 0 and last
+        elif kind == Chunk.OFFSET_HOLE:
+            fits = size == HOLE.size
+        elif kind == Chunk.ERROR:
+            fits = ERROR.size <= size <= ERROR.size + MAX_STRING_SIZE
+        elif kind == Chunk.ERROR_OFFSET:
+            fits = ERROR.size + POSITION.size <= size <= ERROR.size + MAX_STRING_SIZE + POSITION.size
+        else:
+            raise Violation(f"the server sent a chunk of type {kind}, which does not answer the request")
+        if not fits:
+            raise Violation(f"the server sent a chunk of type {kind} with a wrong size, {size}")
+
+    def _check_status_size(self, request: Request, size: int) -> None:
+        if request.extents is not None:
+            raise Violation("the server described the extents of a range twice")
+        if size < 4 + EXTENT.size or (size - 4) % EXTENT.size or size > MAX_STATUS_SIZE:
+            raise Violation(f"the server sent a block status of a wrong size, {size}")
+
+    def _take_small(self, request: Request, kind: int, body: bytes) -> None:
+        if kind == Chunk.NONE:
+            return
+        if kind == Chunk.OFFSET_HOLE:
+            pos, size = HOLE.unpack(body)
+            if request.command != Command.READ or not size:
+                raise Violation("the server sent a hole that answers nothing")
+            at = self._cover(request, pos, size)
+            if request.view is not None:
+                _clear(request.view[at : at + size])
+            return
+        error, message_size = ERROR.unpack_from(body)
+        tail = POSITION.size if kind == Chunk.ERROR_OFFSET else 0
+        request.errors += 1
+        if not error or ERROR.size + message_size + tail != len(body) or request.errors > MAX_ERRORS:
+            raise Violation("the server sent a garbled error")
+        if tail and not request.pos <= POSITION.unpack_from(body, len(body) - tail)[0] < request.pos + request.size:
+            raise Violation("the server reported an error outside of the request")
+        request.failure = request.failure or _failure(error, body[ERROR.size : ERROR.size + message_size])
+
+    def _cover(self, request: Request, pos: int, size: int) -> int:
+        """Where in the request these bytes belong, after the check that they belong there at all."""
+        at = pos - request.pos
+        if at < 0 or at + size > request.size:
+            raise Violation("the server sent bytes from outside of the request")
+        request.coverage.add(at, at + size)
+        return at
+
+    # Bodies that may be large
+
+    def _begin_body(self, request: Request, at: int, size: int, *, last: bool) -> None:
+        self._body, self._body_at, self._body_left, self._body_last = request, at, size, last
+        while self._body_left and self._start < self._end:
+            target = self._body_target(request)
+            count = min(len(target), self._end - self._start)
+            target[:count] = self._scratch_view[self._start : self._start + count]
+            self._start += count
+            self._body_at += count
+            self._body_left -= count
+        if not self._body_left:
+            self._end_body(request)
+
+    def _body_target(self, request: Request) -> memoryview:
+        if self._status is not None:
+            return memoryview(self._status)[self._body_at : self._body_at + self._body_left]
+        if request.view is None:
+            return self._bin[: self._body_left]
+        return request.view[self._body_at : self._body_at + self._body_left]
+
+    def _end_body(self, request: Request) -> None:
+        self._body = None
+        if self._status is not None:
+            status, self._status = self._status, None
+            request.extents = self._read_extents(request, status)
+        if self._body_last:
+            self._finish(request)
+
+    def _read_extents(self, request: Request, status: bytearray) -> list[tuple[int, bool]]:
+        """Judge and merge the first extents; only the last one may lead beyond the range that was asked for."""
+        if int.from_bytes(status[:4], "big") != self._context:
+            raise Violation("the server described extents in a context that was not agreed on")
+        found: list[tuple[int, bool]] = []
+        left = request.size
+        considered = memoryview(status)[4 : 4 + MAX_EXTENTS * EXTENT.size]
+        for size, state in EXTENT.iter_unpack(considered):
+            if not size or not left:
+                raise Violation("the server described an extent without bytes or beyond the request")
+            size = min(size, left)
+            left -= size
+            zero = bool(state & STATE_ZERO)
+            if found and found[-1][1] == zero:
+                found[-1] = (found[-1][0] + size, zero)
+            else:
+                found.append((size, zero))
+        return found
+
+    def _finish(self, request: Request) -> None:
+        """The reply is over: judge it as a whole. Only then does the asker hear of it."""
+        if request.failure is None:
+            if request.command == Command.READ and request.coverage.total != request.size:
+                missing = request.size - request.coverage.total
+                raise Violation(f"the server ended a reply with {missing} bytes missing")
+            if request.command == Command.BLOCK_STATUS and request.extents is None:
+                raise Violation("the server ended a block status without any extent")
+        del self.in_flight[request.cookie]
+        self.finished += 1
+        request.finished = True
+        request.view = None
+        request.wake()
+
+    def _compact(self) -> None:
+        rest = self._end - self._start
+        if self._start:
+            self._scratch[:rest] = self._scratch[self._start : self._end]
+            self._start, self._end = 0, rest
+
+
+def _failure(code: int, text: bytes) -> Refusal:
+    return Refusal(f"the server reported {describe_error(code, text)}", transient=code in TRANSIENT_ERRORS, code=code)
+
+
+def _clear(view: memoryview) -> None:
+    for at in range(0, len(view), len(_ZEROS)):
+        part = view[at : at + len(_ZEROS)]
+        part[:] = _ZEROS[: len(part)]
+
+
+def _nothing() -> None:
+    pass
