@@ -106,14 +106,10 @@ class ClusterMap:
             start = pos & self._cluster_mask
             length = min(cluster_size - start, end - pos)
             offset = self.checked(entry, cluster) + start if entry > ZERO else entry
-            if runs:
-                last = runs[-1]
-                joined = last.offset + last.size == offset if entry > ZERO else last.offset == offset
-                if joined:
-                    runs[-1] = Run(last.offset, last.pos, last.size + length)
-                    pos += length
-                    continue
-            runs.append(Run(offset, pos, length))
+            if runs and _continues(runs[-1], offset):
+                runs[-1] = runs[-1]._replace(size=runs[-1].size + length)
+            else:
+                runs.append(Run(offset, pos, length))
             pos += length
         return runs
 
@@ -289,6 +285,11 @@ class ClusterMap:
         if offset & self._cluster_mask or not self._header.area_bytes <= offset < self.file_end:
             raise BadOverlay(f"cluster {cluster} points to {offset:#x}, where no cluster can be; run qedfs check")
         return offset
+
+
+def _continues(last: Run, offset: int) -> bool:
+    # Missing and zero runs have no place: five missing clusters of 64 KiB do not lead to offset 0x50000.
+    return last.offset + last.size == offset if last.offset > ZERO else last.offset == offset
 
 
 def _index(part: array[int], value: int, start: int, stop: int) -> int:

@@ -167,6 +167,11 @@ class Overlay:
         view = self._scratch[:size]
         return view if self.storage.read_now(offset, view) else None
 
+    def read_data_now(self, offset: int, size: int) -> memoryview | None:
+        """`size` bytes of a data run, if they are in the page cache. The view is of the buffer of `read_now`."""
+        view = self._scratch[:size]
+        return view if self.storage.read_now(offset, view) else None
+
     async def map(self, pos: int, size: int) -> list[Run]:
         """The runs of a request inside the image. Errors: BadOverlay for a bad entry."""
         while (runs := self.clusters.runs(pos, size)) is None:

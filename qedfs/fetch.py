@@ -1,0 +1,296 @@
+"""The queue of one source: who fetches what, once, and in which order.
+
+Owns the flights (requests under way) and the decision when a background request may start. Must not know overlays:
+whoever wants to keep bytes is a `Taker`.
+
+Concurrency protocol
+--------------------
+- A *flight* carries neighbouring clusters from the source. `_flights` maps each cluster to the flight that carries it,
+  from the moment it is asked for until every taker has adopted it. Whoever wants a cluster that is in flight joins the
+  flight, so a cluster crosses the wire once however many readers and overlays want it.
+- Bytes are there from `arrived` on; readers copy what they need without waiting for the adoption.
+- A flight is a task of the nursery, not of the reader who asked first: a reader that is killed ends nobody's flight.
+- Look-up and registration of flights happen without an await in between.
+- A flight's buffer goes back to the pool when it has no readers and no takers left (`Flight.holders`).
+
+Order: a reader's request leaves at once. Background requests leave while fewer than `Window.bytes` are in flight; while
+readers wait, and for a moment after, only one small one at a time. The moment grows back to the full window step by
+step, so a reader never finds more than a few small requests ahead of it on the link.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from qedfs.errors import QedfsError
+from qedfs.source.base import Extent, Identity
+from qedfs.source.remote import Remote
+from qedfs.window import MIN_REQUEST_BYTES, Window
+
+log = logging.getLogger(__name__)
+
+QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
+POOL_BUFFERS = 32  # of one size; a fresh 1 MiB buffer costs 200 us of page faults
+MAX_POOL_BYTES = 32 << 20  # of one size
+
+
+class Taker(Protocol):
+    """Somebody who keeps fetched bytes: one served image."""
+
+    async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+        """Keep what of these bytes is still missing; `asked`: a reader wanted them. Must not raise QedfsError."""
+        ...
+
+    def lost(self, error: QedfsError) -> None:
+        """A flight that it was a taker of has failed."""
+        ...
+
+    def wants(self, pos: int, size: int) -> bool:
+        """Whether it would keep bytes of this range that somebody else has fetched."""
+        ...
+
+
+class Flight:
+    """One request under way. `error` or the bytes are there when `arrived` is set."""
+
+    __slots__ = ("arrived", "asked", "buffer", "error", "first", "holders", "pos", "size", "takers", "urgent")
+
+    def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, urgent: bool) -> None:
+        self.first = first
+        self.pos = pos
+        self.size = size  # bytes of the image that it carries, zeros behind the source's end included
+        self.buffer = buffer
+        self.arrived = trio.Event()
+        self.error: QedfsError | None = None
+        self.takers: list[Taker] = []
+        self.urgent = urgent  # somebody waited for it when it was started
+        self.asked = False  # somebody wanted it before the stream came there
+        self.holders = 1
+
+    async def copy_to(self, pos: int, view: memoryview) -> int:
+        """Wait for the bytes and copy those of the image range [pos, pos + len(view)) that this flight carries.
+
+        Returns the count of bytes copied to the start of `view`. Raises the flight's error.
+        """
+        await self.arrived.wait()
+        if self.error is not None:
+            raise type(self.error)(str(self.error)) from self.error
+        start = pos - self.pos
+        count = min(len(view), self.size - start)
+        view[:count] = memoryview(self.buffer)[start : start + count]
+        return count
+
+
+class Fetch:
+    """All fetching from one source in units of one cluster size."""
+
+    def __init__(self, remote: Remote, cluster_size: int, nursery: trio.Nursery) -> None:
+        self.remote = remote
+        self.cluster_size = cluster_size
+        self.window = Window()
+        self.takers: list[Taker] = []  # who may want what others fetch
+        self.fetched_bytes = 0
+        self.nursery = nursery
+        self._flights: dict[int, Flight] = {}
+        self._pool: dict[int, list[bytearray]] = {}
+        self._readers = 0  # that wait for a flight
+        self._quiet_since = float("-inf")
+        self._background_bytes = 0
+        self._room = trio.Event()
+
+    async def identity(self) -> Identity:
+        """The version that the source serves; connects if need be. Errors of the source."""
+        return self.remote.identity or await self.remote.connect()
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """Which parts of the source read as zeros. Errors of the source."""
+        return await self.remote.extents(pos, size)
+
+    # For readers.
+
+    async def read(self, first: int, pos: int, view: memoryview, *, limit: int, taker: Taker | None) -> None:
+        """Fill `view` with the image's bytes at `pos`, which lie in the clusters from `first` on.
+
+        `limit`: the image's size; no flight carries bytes behind it. Errors of the source.
+        """
+        last = (pos + len(view) - 1) // self.cluster_size
+        source_size = (await self.identity()).size
+        flights = self._join(first, last - first + 1, source_size, limit, taker, asked=True, urgent=True)
+        self._readers += 1
+        try:
+            done = 0
+            for flight in flights:
+                done += await flight.copy_to(pos + done, view[done:])
+        finally:
+            for flight in flights:
+                self._release(flight)
+            self._readers -= 1
+            self._quiet_since = trio.current_time()
+            self._wake()
+
+    # For the background: read-ahead and stream.
+
+    def ahead(self, first: int, count: int, *, limit: int, taker: Taker) -> None:
+        """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
+        identity = self.remote.identity
+        if identity is None:
+            return
+        step = max(1, self.window.request_bytes // self.cluster_size)
+        for at in range(first, first + count, step):
+            part = min(step, first + count - at)
+            for flight in self._join(at, part, identity.size, limit, taker, asked=True, urgent=False):
+                self._release(flight)
+
+    async def background(self, first: int, count: int, *, limit: int, taker: Taker) -> None:
+        """Fetch clusters that nobody waits for, when it is their turn; returns when they are under way.
+
+        Joining what is in flight already needs no turn.
+        """
+        source_size = (await self.identity()).size
+        if any(cluster not in self._flights for cluster in range(first, first + count)):
+            await self._turn()
+        for flight in self._join(first, count, source_size, limit, taker, asked=False, urgent=False):
+            self._release(flight)
+
+    def in_flight(self, cluster: int) -> bool:
+        """Whether a flight carries this cluster."""
+        return cluster in self._flights
+
+    async def landed(self, taker: Taker) -> None:
+        """Wait until no flight has this taker."""
+        while any(taker in flight.takers for flight in self._flights.values()):
+            await self._room.wait()
+
+    async def _turn(self) -> None:
+        """Wait until a background request may leave."""
+        while self._background_bytes >= self._allowed():
+            room = self._room
+            with trio.move_on_after(self._pause()):
+                await room.wait()
+
+    def _allowed(self) -> int:
+        """Bytes that may be in flight in the background before another request leaves."""
+        if self._readers:
+            return 1
+        quiet = trio.current_time() - self._quiet_since
+        trip = self.window.round_trip
+        if quiet < QUIET_ROUND_TRIPS * trip:
+            return 1
+        doublings = min(20.0, quiet / trip - QUIET_ROUND_TRIPS)
+        return int(min(self.window.bytes, MIN_REQUEST_BYTES * 2.0**doublings))
+
+    def _pause(self) -> float:
+        """How long to sleep at most before looking again: readers may have become quiet meanwhile."""
+        return max(0.001, self.window.round_trip / 2)
+
+    @property
+    def background_request_bytes(self) -> int:
+        """A good size for the next background request: small while readers are about."""
+        near = self._readers or trio.current_time() - self._quiet_since < 0.5
+        return MIN_REQUEST_BYTES if near else self.window.request_bytes
+
+    # Flights.
+
+    def _join(
+        self, first: int, count: int, source_size: int, limit: int, taker: Taker | None, *, asked: bool, urgent: bool
+    ) -> list[Flight]:
+        """The flights that carry these clusters, in order; those that are not under way are started.
+
+        Each of them is held; give it back with `_release`.
+        """
+        flights: list[Flight] = []
+        cluster, end = first, first + count
+        while cluster < end:
+            flight = self._flights.get(cluster)
+            if flight is None:
+                stop = cluster + 1
+                while stop < end and stop not in self._flights:
+                    stop += 1
+                flight = self._start(cluster, stop - cluster, source_size, limit, urgent=urgent)
+            if taker is not None and taker not in flight.takers:
+                flight.takers.append(taker)
+            flight.asked |= asked
+            flight.holders += 1
+            flights.append(flight)
+            cluster = flight.first + -(-flight.size // self.cluster_size)
+        return flights
+
+    def _start(self, first: int, count: int, source_size: int, limit: int, *, urgent: bool) -> Flight:
+        pos = first * self.cluster_size
+        size = min(count * self.cluster_size, limit - pos)
+        flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), urgent=urgent)
+        for cluster in range(first, first + count):
+            self._flights[cluster] = flight
+        self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
+        return flight
+
+    async def _fly(self, flight: Flight, count: int, wanted: int) -> None:
+        """One request from start to the last adoption. `wanted` bytes are inside the source, the rest is zeros."""
+        background = 0 if flight.urgent else flight.size
+        self.window.started(trio.current_time(), self._background_bytes)
+        self._background_bytes += background
+        try:
+            await self._bring(flight, wanted)
+            flight.arrived.set()
+            if flight.error is None:
+                await self._hand_out(flight)
+            else:
+                for taker in flight.takers:
+                    taker.lost(flight.error)
+        except Exception:
+            # A fault of ours must cost this flight only, not every image of the mount.
+            log.exception("fetch of %d bytes at %d failed", flight.size, flight.pos)
+            flight.error = flight.error or QedfsError("internal error, see the log")
+        finally:
+            flight.arrived.set()
+            self._background_bytes -= background
+            for cluster in range(flight.first, flight.first + count):
+                del self._flights[cluster]
+            self._release(flight)
+            self._wake()
+
+    async def _bring(self, flight: Flight, wanted: int) -> None:
+        started = trio.current_time()
+        view = memoryview(flight.buffer)
+        try:
+            if wanted:
+                await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent)
+        except QedfsError as exc:
+            flight.error = exc
+            return
+        view[wanted:] = bytes(len(view) - wanted)
+        self.fetched_bytes += wanted
+        now = trio.current_time()
+        self.window.arrived(now, wanted, now - started)
+
+    async def _hand_out(self, flight: Flight) -> None:
+        for taker in self.takers:
+            if taker not in flight.takers and taker.wants(flight.pos, flight.size):
+                flight.takers.append(taker)
+        # Takers may join while we hand out; a list that grows under its iteration is what is wanted.
+        for taker in flight.takers:
+            await taker.take(flight.pos, flight.buffer, flight.size, asked=flight.asked)
+
+    def _wake(self) -> None:
+        room, self._room = self._room, trio.Event()
+        room.set()
+
+    # Buffers.
+
+    def _buffer(self, size: int) -> bytearray:
+        pool = self._pool.get(size)
+        return pool.pop() if pool else bytearray(size)
+
+    def _release(self, flight: Flight) -> None:
+        flight.holders -= 1
+        if flight.holders == 0:
+            size = len(flight.buffer)
+            if len(self._pool) > 8:
+                self._pool.clear()
+            pool = self._pool.setdefault(size, [])
+            if len(pool) * size < MAX_POOL_BYTES and len(pool) < POOL_BUFFERS:
+                pool.append(flight.buffer)

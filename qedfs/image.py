@@ -1,0 +1,334 @@
+"""THE object: one served image = an overlay, its source, and the fetching between them.
+
+Owns what a read, a write and a flush of the image mean, which version of the source its clusters may come from (the
+pin), and when entries are committed. Must not know FUSE, names or sockets.
+
+Tasks: readers and writers call in from anywhere on the event loop; `run` is one background task per image that commits
+by age. Fetched bytes come in through `take`, from the flight's task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import trio
+
+from qedfs.errors import NoSpace, QedfsError, SourceChanged
+from qedfs.fetch import Fetch
+from qedfs.format.record import Pin, digest, shortened
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.clustermap import Run
+from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
+from qedfs.overlay.storage import Buffer
+from qedfs.readahead import Readahead
+from qedfs.source.base import Identity
+
+log = logging.getLogger(__name__)
+
+COMMIT_BYTES = 64 << 20  # of new data before a commit; 16 barriers per GiB
+# A power cut may take writes that nobody has flushed; this bounds how old they are (ext4's own commit interval is 5 s).
+COMMIT_SECONDS = 2.0
+MOST_UNCOMMITTED_BYTES = 256 << 20  # beyond, adoption waits for the disk
+NO_SPACE_RETRY_SECONDS = 5.0
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Bytes since the image was opened, for status and metrics."""
+
+    read: int = 0
+    written: int = 0
+    missed: int = 0  # read by somebody from clusters that were missing
+    kept_asked: int = 0  # adopted because a reader wanted them
+    kept_stream: int = 0  # adopted in the background
+
+
+class Image:
+    """One served image. Positions and sizes in bytes of the image. It is its own `Taker`."""
+
+    def __init__(self, name: str, overlay: Overlay, fetch: Fetch | None, *, copy_on_read: bool = True) -> None:
+        """`fetch`: None for an overlay without backing. `copy_on_read`: keep what readers make us fetch."""
+        self.name = name
+        self.overlay = overlay
+        self.fetch = fetch
+        self.copy_on_read = copy_on_read and overlay.writable
+        self.size = overlay.image_size
+        self.counters = Counters()
+        self.streaming = False  # set by the stream: this image wants whatever others fetch
+        self.error: QedfsError | None = None  # the last failure of the source; None after a success
+        self.changed: SourceChanged | None = None  # the source is another version than the overlay's clusters
+        self.full: NoSpace | None = None  # the overlay could not grow; None after a success
+        self._full_since = float("-inf")
+        self._identity: Identity | None = None  # checked against the pin
+        self._pinning = trio.Lock()
+        self._readahead = Readahead()
+        self._committing = False
+        self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the overlay stands alone."""
+        return self.overlay.backing is None
+
+    @property
+    def populated(self) -> int:
+        """Bytes of the image that need no source, 0 until they have been counted."""
+        missing = self.overlay.clusters.missing
+        if self.complete:
+            return self.size
+        return 0 if missing is None else max(0, self.size - missing * self.overlay.cluster_size)
+
+    # Read.
+
+    async def read(self, pos: int, size: int) -> Buffer:
+        """Up to `size` bytes at `pos`; fewer at the image's end.
+
+        The result may be a view of a buffer that the next read overwrites: hand it on before the next await.
+
+        Raises:
+            SourceError and its children: bytes that only the source has did not come within the deadline.
+            BadOverlay: an entry on the way cannot be.
+        """
+        if pos + size > self.size:
+            size = max(0, self.size - pos)
+        self.counters.read += size
+        if self._readahead.active:
+            self._fetch_ahead(pos, size)
+        fast = self.overlay.read_now(pos, size)
+        return fast if fast is not None else await self._read_runs(pos, size)
+
+    async def _read_runs(self, pos: int, size: int) -> Buffer:
+        if not size:
+            return b""
+        runs = await self.overlay.map(pos, size)
+        if len(runs) == 1 and runs[0].offset > ZERO and size <= MAX_READ_BYTES:
+            fast = self.overlay.read_data_now(runs[0].offset, size)
+            if fast is not None:
+                return fast
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        missing = [run for run in runs if run.offset == MISSING]
+        for run in runs:
+            if run.offset > ZERO:
+                await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
+        if missing and self.fetch is not None:
+            if not self._readahead.active:
+                self._fetch_ahead(pos, size)
+            await self._read_missing(missing, pos, view)
+        return buffer
+
+    async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
+        """Fill the parts of `view` that only the source has; what lies behind its end stays zero."""
+        identity = await self._checked_identity()
+        inside = [run for run in runs if run.pos < identity.size]
+        self.counters.missed += sum(run.size for run in inside)
+        if len(inside) == 1:
+            await self._fetch_run(inside[0], pos, view)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                for run in inside:
+                    nursery.start_soon(self._fetch_run, run, pos, view)
+        except* QedfsError as group:
+            raise _first(group) from group
+
+    async def _fetch_run(self, run: Run, pos: int, view: memoryview) -> None:
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        part = view[run.pos - pos : run.pos - pos + run.size]
+        first = run.pos // self.overlay.cluster_size
+        taker = self if self.copy_on_read else None
+        try:
+            await self.fetch.read(first, run.pos, part, limit=self.size, taker=taker)
+        except SourceChanged as exc:
+            self.changed = exc
+            raise
+        except QedfsError as exc:
+            self.error = exc
+            raise
+        self.error = None
+
+    def _fetch_ahead(self, pos: int, size: int) -> None:
+        """Go ahead of a sequential reader, as far as clusters are missing in one piece."""
+        if not self.copy_on_read or self.fetch is None or self._identity is None or self.changed is not None:
+            return
+        advice = self._readahead.advise(pos, size, self.fetch.window.bytes)
+        if advice is None:
+            return
+        start, length = advice
+        runs = self.overlay.clusters.runs(start, min(length, self.size - start)) if start < self.size else None
+        for run in runs or ():
+            if run.offset == MISSING:
+                first = run.pos // self.overlay.cluster_size
+                last = (run.pos + run.size - 1) // self.overlay.cluster_size
+                self.fetch.ahead(first, last - first + 1, limit=self.size, taker=self)
+
+    # Write.
+
+    async def write(self, pos: int, data: Buffer) -> int:
+        """Write what lies inside the image; returns how many bytes that were.
+
+        Raises:
+            NoSpace: the overlay cannot grow, or `pos` is at or behind the image's end (as on a block device).
+            ReadOnlyOverlay, SourceError: as `Overlay.write`.
+        """
+        inside = self.size - pos
+        if inside < len(data):
+            if inside <= 0:
+                raise NoSpace(f"{self.name}: write behind the end of the image")
+            data = memoryview(data)[:inside]
+        await self.overlay.write(pos, data, self._fill)
+        self.counters.written += len(data)
+        self._commit_soon()
+        return len(data)
+
+    async def _fill(self, cluster: int) -> Buffer:
+        """The whole content of a missing cluster, for a write that covers it in part."""
+        pos = cluster * self.overlay.cluster_size
+        size = min(self.overlay.cluster_size, self.size - pos)
+        buffer = bytearray(self.overlay.cluster_size)
+        await self._read_missing([Run(MISSING, pos, size)], pos, memoryview(buffer)[:size])
+        return buffer
+
+    async def flush(self) -> None:
+        """Make every write that has returned survive a power cut. Errors as `Overlay.flush`."""
+        await self.overlay.flush()
+
+    # Adopt: this image as a taker.
+
+    def wants(self, pos: int, size: int) -> bool:
+        """Whether bytes that another image made us fetch are of use here: it streams, from this same version."""
+        return self.streaming and self._identity is not None and self.changed is None and pos < self.size
+
+    async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+        """Adopt fetched bytes; see `Overlay.adopt`. A full disk is remembered, not raised: the reader has its bytes."""
+        if self.changed is not None or self._closed or self._too_full():
+            return
+        size = min(size, self.size - pos)
+        try:
+            kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
+        except NoSpace as exc:
+            self.full, self._full_since = exc, trio.current_time()
+            return
+        except QedfsError as exc:
+            self.error = exc
+            return
+        self.full = None
+        self.error = None
+        if asked:
+            self.counters.kept_asked += kept
+        else:
+            self.counters.kept_stream += kept
+        if self.overlay.committer.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES:
+            await self._commit()
+        else:
+            self._commit_soon()
+
+    def lost(self, error: QedfsError) -> None:
+        """A flight that should have brought clusters here has failed."""
+        if isinstance(error, SourceChanged):
+            self.changed = error
+        self.error = error
+
+    def _too_full(self) -> bool:
+        return self.full is not None and trio.current_time() - self._full_since < NO_SPACE_RETRY_SECONDS
+
+    # The pin.
+
+    async def source_size(self) -> int:
+        """Bytes of the source, once it is known to be the right version. Errors of the source."""
+        return (await self._checked_identity()).size
+
+    async def _checked_identity(self) -> Identity:
+        """The source's identity, compared with the pin; the first time ever, it becomes the pin.
+
+        The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
+        a version that the overlay does not know about.
+        """
+        if self.changed is not None:
+            raise self.changed
+        if self._identity is not None:
+            return self._identity
+        async with self._pinning:
+            if self._identity is None:
+                self._identity = await self._pinned_identity()
+        return self._identity
+
+    async def _pinned_identity(self) -> Identity:
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        try:
+            identity = await self.fetch.identity()
+        except QedfsError as exc:
+            self.error = exc
+            raise
+        backing = digest(self.overlay.backing or "")
+        found = Pin(backing, identity.size, shortened(identity.etag), shortened(identity.last_modified))
+        pin = self.overlay.record.pin
+        if pin is None or pin.backing != backing:
+            if self.overlay.writable and self.copy_on_read:
+                await self.overlay.store_record(dataclasses.replace(self.overlay.record, pin=found))
+            return identity
+        difference = _identity(pin).difference(_identity(found))
+        if difference:
+            self.changed = SourceChanged(
+                f"{self.name}: backing {self.fetch.remote.location} is not the version that this overlay was started "
+                f"from ({difference}); what is local is served. Bring the old version back, or start a new overlay"
+            )
+            raise self.changed
+        return identity
+
+    # Commit and close.
+
+    def _commit_soon(self) -> None:
+        if self.overlay.committer.uncommitted_bytes >= COMMIT_BYTES and not self._committing and self.fetch is not None:
+            self._committing = True
+            self.fetch.nursery.start_soon(self._commit)
+
+    async def _commit(self) -> None:
+        self._committing = True
+        try:
+            await self.overlay.commit()
+        except NoSpace as exc:
+            self.full, self._full_since = exc, trio.current_time()
+        except QedfsError as exc:
+            if self.error is None or str(self.error) != str(exc):
+                log.error("%s: %s", self.name, exc)
+            self.error = exc
+        finally:
+            self._committing = False
+
+    async def run(self) -> None:
+        """Commit what has become old; runs until cancelled."""
+        while not self._closed:
+            await trio.sleep(COMMIT_SECONDS)
+            if self.overlay.writable and self.overlay.committer.pending and not self._committing:
+                await self._commit()
+
+    async def detach(self) -> None:
+        """Drop the backing: the stream has seen that nothing of it is missing. See `Overlay.detach`."""
+        await self.overlay.detach()
+        self.streaming = False
+        self._readahead.active = False
+        if self.fetch is not None and self in self.fetch.takers:
+            self.fetch.takers.remove(self)
+
+    async def close(self) -> None:
+        """Flush and close the overlay; the source is its owner's matter."""
+        if not self._closed:
+            self._closed = True
+            if self.fetch is not None and self in self.fetch.takers:
+                self.fetch.takers.remove(self)
+            await self.overlay.close()
+
+
+def _identity(pin: Pin) -> Identity:
+    return Identity(pin.size, pin.etag, pin.last_modified)
+
+
+def _first(group: BaseExceptionGroup[QedfsError]) -> QedfsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, QedfsError)  # noqa: S101 - except* has selected it
+    return type(error)(str(error))

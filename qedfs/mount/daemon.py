@@ -1,0 +1,213 @@
+"""Serves one mount from start to stop: the nursery, the signals, the readiness, the order of stopping.
+
+Owns the life of everything else. Order of starting: overlays are opened, then the file system is mounted, then the
+control socket listens, then `ready` is called. Order of stopping: the file system goes first, so that no request comes
+any more; then each overlay is flushed and closed; then the connections are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+from qedfs.control.port import Mounted
+from qedfs.control.server import serve_control
+from qedfs.errors import InUse, QedfsError, UsageError
+from qedfs.fetch import Fetch
+from qedfs.mount import loop
+from qedfs.mount.folder import Folder, Options, Served
+from qedfs.mount.kernel import tune
+from qedfs.mount.operations import Operations
+from qedfs.runtime import mount_folder, private_folder, socket_path
+from qedfs.stream.job import State
+
+log = logging.getLogger(__name__)
+
+RESCAN_SECONDS = 1.0
+# Requests in work at once over all images: one that waits for a dead source must not keep others from being read.
+# An idle worker costs a task; pyfuse3's default of 99 is filled by one black-holed source with 99 readers.
+MAX_TASKS = 4096
+MIN_TASKS = 16  # idle workers kept: below, pyfuse3 starts and ends a task per request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What to mount, where and how."""
+
+    source: str
+    mountpoint: str
+    options: Options
+    allow_other: bool = False
+    until_streamed: bool = False
+
+
+class Mount:
+    """The running mount, as the control side sees it."""
+
+    def __init__(self, settings: Settings, folder: Folder) -> None:
+        self.settings = settings
+        self.mountpoint = os.path.abspath(settings.mountpoint)
+        self.folder = folder
+        self._quit = trio.Event()
+
+    def everything(self) -> list[Served]:
+        """All overlays that were found."""
+        return self.folder.everything()
+
+    def fetches(self) -> list[Fetch]:
+        """The fetch queues in use."""
+        return self.folder.fetches()
+
+    async def rescan(self) -> None:
+        """Look into the folder again."""
+        await self.folder.scan()
+
+    def quit(self) -> None:
+        """Begin to stop."""
+        self._quit.set()
+
+    async def stopping(self) -> None:
+        """Wait until somebody wants us to stop."""
+        await self._quit.wait()
+
+
+async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
+    """Mount and serve until the file system is unmounted or a signal comes; `ready` is called when it serves.
+
+    Raises:
+        UsageError: the source or the mountpoint is not there or not usable.
+        InUse: the mountpoint or the single overlay is busy.
+        QedfsError: the single overlay cannot be served.
+    """
+    _check_mountpoint(settings)
+    async with trio.open_nursery() as nursery:
+        folder = Folder(settings.source, settings.options, nursery)
+        try:
+            await folder.scan()
+            mount = Mount(settings, folder)
+            folder.on_gone = _forget_name
+            await _serve_mounted(mount, ready)
+        finally:
+            with trio.CancelScope(shield=True):
+                await folder.close()
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None]) -> None:
+    loop.install()
+    _mount(mount)
+    try:
+        private_folder(mount_folder(mount.mountpoint))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_answer_kernel, mount)
+            nursery.start_soon(_heed_signals, mount)
+            nursery.start_soon(_rescan, mount)
+            await nursery.start(serve_control, socket_path(mount.mountpoint), mount)
+            await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
+            ready(mount)
+            if mount.settings.until_streamed:
+                nursery.start_soon(_quit_when_streamed, mount)
+            await mount.stopping()
+            nursery.cancel_scope.cancel()
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+async def _answer_kernel(mount: Mount) -> None:
+    """Ends when the file system has been unmounted from outside."""
+    await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+    mount.quit()
+
+
+async def _heed_signals(mount: Mount) -> None:
+    """SIGTERM, SIGINT and SIGHUP stop in order; a second one at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for number in signals:
+            log.info("stopping on %s", signal.Signals(number).name)
+            mount.quit()
+            break
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+async def _rescan(mount: Mount) -> None:
+    """Notice overlays that come and go. A look costs one fstat while the folder does not change."""
+    while True:
+        await trio.sleep(RESCAN_SECONDS)
+        try:
+            await mount.folder.rescan()
+        except (OSError, QedfsError) as exc:
+            log.warning("cannot look into %s: %s", mount.folder.source, exc)
+
+
+async def _quit_when_streamed(mount: Mount) -> None:
+    """Stop once every overlay is complete and nobody has an image open."""
+    while True:
+        jobs = [served.job for served in mount.folder.images()]
+        if all(job is not None and job.state is State.COMPLETE for job in jobs) and not any(
+            served.opens for served in mount.folder.images()
+        ):
+            mount.quit()
+            return
+        await trio.sleep(0.1)
+
+
+def _mount(mount: Mount) -> None:
+    # fsname is what /proc/mounts shows: the folder, never a URL. Commas separate options there.
+    name = mount.folder.source.encode("ascii", "replace").decode().replace(",", "?").replace("\\", "?")
+    options = {f"fsname={name}", "subtype=qedfs", "default_permissions", "nosuid", "nodev"}
+    if mount.settings.allow_other:
+        options.add("allow_other")
+    try:
+        pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
+    except RuntimeError as exc:
+        hint = "; is user_allow_other set in /etc/fuse.conf?" if mount.settings.allow_other and os.getuid() else ""
+        raise QedfsError(f"cannot mount on {mount.mountpoint}{hint}: see the line above") from exc
+
+
+def _forget_name(served: Served) -> None:
+    pyfuse3.invalidate_entry_async(
+        pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(served.name)), ignore_enoent=True
+    )
+
+
+def _check_mountpoint(settings: Settings) -> None:
+    mountpoint = settings.mountpoint
+    try:
+        busy = os.path.ismount(mountpoint)
+        is_folder = os.path.isdir(mountpoint)
+    except OSError:
+        busy = is_folder = False
+    if _is_left_over(mountpoint):
+        raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
+    if busy:
+        raise InUse(f"{mountpoint}: something is mounted there already; unmount it or choose another folder")
+    if not is_folder:
+        raise UsageError(f"{mountpoint}: is not a folder; make it first: mkdir -p {mountpoint}")
+    if os.path.realpath(mountpoint) == os.path.realpath(settings.source):
+        raise UsageError(f"{mountpoint}: holds the overlays; mount on another folder")
+
+
+def _is_left_over(mountpoint: str) -> bool:
+    try:
+        os.stat(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the system's unmount command: umount for root, fusermount3 for others."""
+    if os.getuid() == 0:
+        command = ["umount", *(["-l"] if lazy else []), "--", mountpoint]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,0 +1,297 @@
+"""Which overlay files are served, under which names: the folder (or the one file) that was mounted.
+
+Owns the list of served images, their inodes, and the sources that they share. Must not know FUSE requests. A file that
+cannot be served costs itself only: it is kept in the list with the reason, for the log and for `status`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import trio
+
+from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
+from qedfs.fetch import Fetch
+from qedfs.image import Image
+from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.storage import FileStorage
+from qedfs.source.open import remote_source
+from qedfs.source.policy import Policy
+from qedfs.source.remote import DEADLINE_SECONDS, Remote
+from qedfs.source.url import parse_location
+from qedfs.stream.job import State, StreamJob
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".qed"
+# A file that has changed this recently may still be being copied into the folder.
+SETTLE_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What the user said at the mount, for every image of it."""
+
+    stream: bool = True
+    copy_on_read: bool | None = None  # None: as the overlay says
+    limit: int = 0  # bytes per second and image, 0 for none
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    deadline_seconds: float = DEADLINE_SECONDS
+    journal_folder: Path | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Served:
+    """One overlay file that was found. `image` is None, and `error` says why, if it cannot be served."""
+
+    name: str
+    path: str
+    inode: int
+    seen: tuple[int, int, int]  # inode, size and mtime of the file when it was opened
+    image: Image | None = None
+    job: StreamJob | None = None
+    error: QedfsError | None = None
+    opens: int = 0
+    gone: bool = False  # the overlay has left the folder
+    status: Callable[[], os.stat_result] | None = None
+    scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+
+
+class Folder:
+    """The images of one mount."""
+
+    def __init__(self, source: str, options: Options, nursery: trio.Nursery) -> None:
+        """`source`: a folder of overlays, or one overlay file. `nursery` runs the images' tasks.
+
+        Raises:
+            UsageError: it is not there.
+        """
+        self.source = os.path.realpath(source)
+        self._options = options
+        self._nursery = nursery
+        self._single = not os.path.isdir(self.source)
+        self._root = os.path.dirname(self.source) if self._single else self.source
+        try:
+            # Held open, so that mounting over the folder itself does not hide the overlays from us.
+            self._fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise UsageError(f"{source}: {exc.strerror}") from exc
+        self._by_path: dict[str, Served] = {}
+        self._by_name: dict[str, Served] = {}
+        self._by_inode: dict[int, Served] = {}
+        self._inodes = itertools.count(2)  # 1 is the root
+        self._remotes: dict[str, Remote] = {}
+        self._fetches: dict[tuple[str, int], Fetch] = {}
+        self._scanning = trio.Lock()
+        self._scanned_mtime = -1
+        self._scanned_before = False
+        self.on_gone: Callable[[Served], None] = lambda _: None
+        self.on_come: Callable[[Served], None] = lambda _: None
+
+    # What is there.
+
+    def by_name(self, name: str) -> Served | None:
+        """The served image with this name."""
+        return self._by_name.get(name)
+
+    def by_inode(self, inode: int) -> Served | None:
+        """The served image with this inode."""
+        return self._by_inode.get(inode)
+
+    def images(self) -> list[Served]:
+        """All that can be read, in the order in which they came."""
+        return [served for served in self._by_inode.values() if not served.gone]
+
+    def everything(self) -> list[Served]:
+        """All that was found, broken ones included, by name."""
+        return sorted(self._by_path.values(), key=lambda served: served.name)
+
+    def fetches(self) -> list[Fetch]:
+        """The fetch queues in use."""
+        return list(self._fetches.values())
+
+    def stat(self) -> os.stat_result:
+        """The folder's attributes."""
+        return os.fstat(self._fd)
+
+    def statvfs(self) -> os.statvfs_result:
+        """The folder's file system."""
+        return os.fstatvfs(self._fd)
+
+    # Looking.
+
+    async def rescan(self) -> bool:
+        """Look again if the folder has changed; returns whether it had."""
+        if self._single or self.stat().st_mtime_ns == self._scanned_mtime:
+            return False
+        await self.scan()
+        return True
+
+    async def scan(self) -> None:
+        """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
+        async with self._scanning:
+            self._scanned_mtime = self.stat().st_mtime_ns
+            found = dict(self._files())
+            for path in [path for path in self._by_path if path not in found]:
+                await self._remove(self._by_path[path])
+            for path, status in found.items():
+                await self._look_at(path, status)
+            self._scanned_before = True
+
+    async def _look_at(self, path: str, status: os.stat_result) -> None:
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        known = self._by_path.get(path)
+        if known is not None:
+            replaced = known.image is not None and known.seen[0] != status.st_ino
+            retry = known.image is None and (known.seen != seen or isinstance(known.error, InUse))
+            if not replaced and not retry:
+                return
+            await self._remove(known)
+        elif self._scanned_before and _age(status) < SETTLE_SECONDS:
+            self._scanned_mtime = -1  # and look again
+            return
+        await self._add(path, seen)
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        if self._single:
+            yield self.source, os.stat(os.path.basename(self.source), dir_fd=self._fd)
+            return
+        with os.scandir(self._fd) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(SUFFIX))
+        for name in names:
+            try:
+                yield os.path.join(self._root, name), os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+
+    # Coming and going.
+
+    async def _add(self, path: str, seen: tuple[int, int, int]) -> None:
+        name = os.path.basename(path).removesuffix(SUFFIX) + ".raw"
+        served = Served(name, path, next(self._inodes), seen)
+        try:
+            await self._serve(served)
+        except QedfsError as exc:
+            if self._single:
+                raise
+            served.error = exc
+            log.error("not served: %s", exc)
+        self._by_path[path] = served
+        if served.image is not None:
+            self._by_name[name] = self._by_inode[served.inode] = served
+            self._nursery.start_soon(self._run, served)
+            self.on_come(served)
+
+    async def _serve(self, served: Served) -> None:
+        overlay = await self._open(served.path)
+        try:
+            fetch = self._fetch(overlay)
+        except BaseException:
+            await overlay.close()
+            raise
+        options = self._options
+        keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
+        served.image = Image(served.name, overlay, fetch, copy_on_read=keep)
+        if isinstance(overlay.storage, FileStorage):
+            served.status = overlay.storage.stat
+        served.job = StreamJob(served.image, enabled=options.stream, limit=options.limit)
+
+    async def _open(self, path: str) -> Overlay:
+        name = os.path.basename(path)
+        if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
+            raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
+        try:
+            return await open_overlay(path, writable=True, journal_folder=self._options.journal_folder)
+        except UsageError as exc:
+            cause = exc.__cause__
+            if not (isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)):
+                raise
+        overlay = await open_overlay(path, writable=False)
+        log.warning("%s: is not writable; it is served read-only, nothing that is fetched is kept", path)
+        return overlay
+
+    def _fetch(self, overlay: Overlay) -> Fetch | None:
+        """The queue for the overlay's backing, shared by all overlays on the same source."""
+        if overlay.backing is None:
+            return None
+        location = parse_location(overlay.backing, relative_to=self._root)
+        url = location.secret_url
+        remote = self._remotes.get(url)
+        if remote is None:
+            options = self._options
+            remote = remote_source(
+                location,
+                options.policy,
+                self._nursery,
+                deadline_seconds=options.deadline_seconds,
+                raw=not overlay.probes_backing,
+            )
+            self._remotes[url] = remote
+        key = (url, overlay.cluster_size)
+        if key not in self._fetches:
+            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery)
+        return self._fetches[key]
+
+    async def _run(self, served: Served) -> None:
+        """The tasks of one image: counting, committing, streaming."""
+        image, job = served.image, served.job
+        if image is None or job is None:
+            return
+        with served.scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(image.run)
+                    await image.overlay.clusters.count()
+                    if job.state is not State.COMPLETE:
+                        nursery.start_soon(job.run)
+            except* QedfsError as group:
+                served.error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
+                log.error("%s: %s", served.name, served.error)
+
+    async def _remove(self, served: Served) -> None:
+        """Take an overlay off the list. Who has it open keeps reading and writing until the last close."""
+        del self._by_path[served.path]
+        self._by_name.pop(served.name, None)
+        if served.image is not None:
+            self.on_gone(served)
+        served.gone = True
+        await self.drop_if_unused(served)
+
+    async def drop_if_unused(self, served: Served) -> None:
+        """Close an image whose overlay has left the folder, once nobody has it open."""
+        if not served.gone or served.opens:
+            return
+        self._by_inode.pop(served.inode, None)
+        served.scope.cancel()
+        await _closed(served)
+
+    async def close(self) -> None:
+        """Flush and close every overlay, and drop the connections."""
+        for served in {*self._by_path.values(), *self._by_inode.values()}:
+            served.scope.cancel()
+            await _closed(served)
+        for remote in self._remotes.values():
+            await remote.aclose()
+        os.close(self._fd)
+
+
+async def _closed(served: Served) -> None:
+    if served.image is None:
+        return
+    try:
+        with trio.CancelScope(shield=True):
+            await served.image.close()
+    except QedfsError as exc:
+        log.error("%s: %s", served.name, exc)
+
+
+def _age(status: os.stat_result) -> float:
+    return time.time() - status.st_mtime

@@ -1,0 +1,57 @@
+"""Sees that a reader goes straight ahead, and says how far to fetch before it.
+
+Owns the memory of the last few readers of one image. Pure: positions in, a range out. The window doubles with every
+request that continues the last one and is forgotten when the pattern breaks, as in the kernel's own read-ahead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+FIRST_BYTES = 512 << 10
+READERS = 8  # interleaved sequential readers of one image that are told apart
+# The kernel sends its read-ahead before the read that crossed its mark, so neighbours may change places.
+SLACK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(slots=True)
+class _Reader:
+    end: int  # highest byte it has read
+    window: int = 0
+    fetched_to: int = 0  # everything below has been asked for on its behalf
+
+
+class Readahead:
+    """The sequential readers of one image."""
+
+    def __init__(self) -> None:
+        self.active = False  # somebody has gone straight ahead: tell of every read, not only of those that miss
+        self._readers: list[_Reader] = []
+
+    def advise(self, pos: int, size: int, most: int) -> tuple[int, int] | None:
+        """Tell of a read; returns the range (pos, size) to fetch ahead of it, or None.
+
+        `most`: bytes to be ahead of the reader at the most.
+        """
+        reader = self._find(pos, size)
+        if reader is None:
+            self._readers.insert(0, _Reader(pos + size))
+            del self._readers[READERS:]
+            return None
+        self.active = True
+        reader.end = max(reader.end, pos + size)
+        reader.window = min(most, max(FIRST_BYTES, reader.window * 2))
+        start = max(reader.end, reader.fetched_to)
+        stop = reader.end + reader.window
+        # In steps of half a window: many small requests would be slower than few large ones.
+        if stop - start < reader.window // 2:
+            return None
+        reader.fetched_to = stop
+        return start, stop - start
+
+    def _find(self, pos: int, size: int) -> _Reader | None:
+        for reader in self._readers:
+            slack = SLACK_BYTES if reader.window else 0
+            if reader.end - slack <= pos <= reader.end + slack and pos + size > reader.end - slack:
+                return reader
+        return None

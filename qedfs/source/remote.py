@@ -1,0 +1,117 @@
+"""A source that may be away: opened on first need, asked again within a deadline, held to the version it first showed.
+
+Owns retry, back-off and the comparison of versions. Must not know who asks. One `Remote` stands for one backing
+however many overlays use it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import trio
+
+from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
+from qedfs.source.base import Extent, Identity, Source
+from qedfs.source.url import Location
+
+T = TypeVar("T")
+
+DEADLINE_SECONDS = 30.0  # of one read with all its retries; a guest's own disk timeout is 30 s on Linux
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+
+Opener = Callable[[], Awaitable[Source]]
+
+
+class Remote:
+    """The port `Source` with a lazy connection. `opener` connects and judges the first answer."""
+
+    def __init__(self, location: Location, opener: Opener, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+        self.location = location
+        self.identity: Identity | None = None  # of the first connection; a later one must show the same version
+        self.error: QedfsError | None = None  # why the last try failed; None after a success
+        self.retries = 0
+        self._opener = opener
+        self._deadline_seconds = deadline_seconds
+        self._source: Source | None = None
+        self._opening = trio.Lock()
+
+    @property
+    def parallel(self) -> int:
+        """How many background reads may usefully be in flight at once at the most."""
+        return self._source.parallel if self._source else 16
+
+    async def connect(self) -> Identity:
+        """Have a connection and return the version that is served.
+
+        Raises:
+            SourceUnreachable: not within the deadline.
+            SourceChanged: another version than at the first connection.
+            SourceError, Refused: asking again will not help.
+        """
+        source = await self._retried(self._connected)
+        return source.identity
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill `buffer`; the range must lie inside the source. Errors as for `connect`."""
+
+        async def read() -> None:
+            source = await self._connected()
+            await source.read(pos, buffer, urgent=urgent)
+
+        await self._retried(read)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """Which parts read as zeros, or None if the source cannot tell. Errors as for `connect`."""
+
+        async def extents() -> Sequence[Extent] | None:
+            source = await self._connected()
+            return await source.extents(pos, size)
+
+        return await self._retried(extents)
+
+    async def aclose(self) -> None:
+        """Drop all connections."""
+        if self._source is not None:
+            source, self._source = self._source, None
+            await source.aclose()
+
+    async def _connected(self) -> Source:
+        if self._source is not None:
+            return self._source
+        async with self._opening:
+            if self._source is None:
+                source = await self._opener()
+                if self.identity is None:
+                    self.identity = source.identity
+                difference = self.identity.difference(source.identity)
+                if difference:
+                    await source.aclose()
+                    raise SourceChanged(f"backing {self.location} is another version: {difference}")
+                self._source = source
+            return self._source
+
+    async def _retried(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Try until it works, the deadline is over, or an error says that trying again is of no use."""
+        last = SourceUnreachable(f"backing {self.location} gave no answer within {self._deadline_seconds:g} s")
+        with trio.move_on_after(self._deadline_seconds):
+            pause = FIRST_PAUSE_SECONDS
+            while True:
+                try:
+                    result = await action()
+                except SourceUnreachable as exc:
+                    self.error = last = exc
+                    self.retries += 1
+                    # Half of the pause is random, so that many clients of one server do not return in step.
+                    await trio.sleep(max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0))  # noqa: S311
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                except QedfsError as exc:
+                    self.error = exc
+                    raise
+                else:
+                    self.error = None
+                    return result
+        self.error = last
+        raise last

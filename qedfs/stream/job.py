@@ -1,0 +1,291 @@
+"""The background job of one image: brings in what is missing, then lets the overlay forget its backing.
+
+Owns the order, the pace, the states and what the user has said (pause, limit). Must not know who drives it: commands
+call the methods, and whoever wants to see changes registers a listener.
+
+The job walks the map from the start. A run of missing clusters becomes background requests as the fetch queue gives it
+turns; where the source has a hole, zero entries are set and nothing crosses the wire; a stretch without L2 table over a
+hole is passed over, since after the detach it reads as zeros anyway. When a walk has found nothing more to do and all
+flights have landed, the image is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
+from qedfs.image import NO_SPACE_RETRY_SECONDS, Image
+from qedfs.source.base import Extent
+from qedfs.stream.pace import Pace
+
+log = logging.getLogger(__name__)
+
+EXTENTS_BYTES = 1 << 30  # of the source asked about at once
+RETRY_SECONDS = (1.0, 30.0)  # first and longest pause after the source has failed
+
+
+class State(enum.StrEnum):
+    """What the job is doing, as `status` shows it."""
+
+    OFF = "off"
+    WAITING = "waiting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETE = "complete"
+    FAILED = "failed"
+    SOURCE_CHANGED = "source-changed"
+
+
+class StreamJob:
+    """The stream of one image. `run` is its task; the other methods are called from other tasks."""
+
+    def __init__(self, image: Image, *, enabled: bool = True, limit: int = 0) -> None:
+        """`limit`: bytes per second, 0 for none."""
+        self.image = image
+        self.state = State.COMPLETE if image.complete else State.OFF
+        self.reason = ""  # why it is not running, for people
+        self.pace = Pace(limit)
+        self.listeners: list[Callable[[StreamJob], None]] = []
+        self._enabled = enabled and image.overlay.writable
+        self._paused = image.overlay.record.paused
+        self._poked = trio.Event()
+        self._extents: deque[Extent] = deque()
+        self._holes: set[int] = set()  # L1 indices without a table that the source has nothing for
+        self.skipped = 0  # bytes of those
+
+    # What it has done.
+
+    @property
+    def total(self) -> int:
+        """Bytes of the image."""
+        return self.image.size
+
+    @property
+    def populated(self) -> int:
+        """Bytes that need the source no longer."""
+        return min(self.image.size, self.image.populated + self.skipped)
+
+    # Commands.
+
+    def start(self, limit: int | None = None) -> None:
+        """Let it run, also after it has been cancelled or has failed."""
+        if limit is not None:
+            self.pace.limit = limit
+        self._enabled = True
+        self._paused = False
+        self._poke()
+
+    def cancel(self) -> None:
+        """Stop it until `start`. What has been brought in stays."""
+        self._enabled = False
+        self._poke()
+
+    async def pause(self) -> None:
+        """Hold it; remembered in the overlay, so that the next mount finds it paused."""
+        await self._set_paused(paused=True)
+
+    async def resume(self) -> None:
+        """Go on."""
+        await self._set_paused(paused=False)
+
+    def set_limit(self, limit: int) -> None:
+        """Bytes per second from now on, 0 for no limit."""
+        self.pace.limit = limit
+        self._poke()
+
+    async def step(self, pos: int) -> tuple[int, int, int | None]:
+        """Populate the next missing run at or after `pos` with one request.
+
+        Returns (pos, size, next): what was populated and where the next missing cluster is, None if there is none. A
+        size of 0 says that nothing was missing. Errors of the source and of the overlay.
+        """
+        image, fetch = self.image, self.image.fetch
+        cluster_size = image.overlay.cluster_size
+        if image.complete or fetch is None:
+            return pos, 0, None
+        source_size = await image.source_size()
+        run = await self._next_run(pos // cluster_size, source_size)
+        if run is None:
+            return pos, 0, None
+        first, count = run
+        start = first * cluster_size
+        size = min(count * cluster_size, image.size - start)
+        await fetch.read(first, start, memoryview(bytearray(size)), limit=image.size, taker=image)
+        await fetch.landed(image)
+        if image.full is not None:
+            raise image.full
+        following = await self._next_run(first + count, source_size)
+        return start, size, None if following is None else following[0] * cluster_size
+
+    # The task.
+
+    async def run(self) -> None:
+        """Stream until the image is complete; waits where it must. Ends when the image is complete."""
+        pause = RETRY_SECONDS[0]
+        while not self.image.complete:
+            try:
+                await self._gate()
+                self._change(State.RUNNING)
+                self.image.error = None
+                await self._stream()
+                pause = RETRY_SECONDS[0]
+            except SourceChanged as exc:
+                self._stop(State.SOURCE_CHANGED, exc)
+            except SourceUnreachable as exc:
+                self._change(State.WAITING, str(exc))
+                await self._sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+            except NoSpace as exc:
+                self._change(State.PAUSED, str(exc))
+                await self._sleep(NO_SPACE_RETRY_SECONDS)
+            except QedfsError as exc:
+                self._stop(State.FAILED, exc)
+        self._change(State.COMPLETE)
+
+    async def _stream(self) -> None:
+        """Walk until there is nothing left, then detach. Returns early when it was told to stop."""
+        image, fetch = self.image, self.image.fetch
+        if fetch is None:
+            return
+        source_size = await image.source_size()
+        image.streaming = True
+        if image not in fetch.takers:
+            fetch.takers.append(image)
+        while await self._walk(source_size):
+            await fetch.landed(image)
+            if not self._allowed:
+                return
+        await fetch.landed(image)
+        self._raise_failure()
+        if await self._next_run(0, source_size) is None:
+            await image.detach()
+            log.info("%s: complete, the backing is no longer needed", image.name)
+
+    async def _walk(self, source_size: int) -> bool:
+        """One walk over the map; returns whether it asked for anything."""
+        image, fetch = self.image, self.image.fetch
+        assert fetch is not None  # noqa: S101 - for the type checker; `_stream` has looked
+        cluster_size = image.overlay.cluster_size
+        cursor, asked = 0, False
+        while self._allowed and (run := await self._next_run(cursor, source_size)) is not None:
+            first, count = run
+            size = count * cluster_size
+            await self.pace.wait(size)
+            self._raise_failure()
+            await fetch.background(first, count, limit=image.size, taker=image)
+            cursor, asked = first + count, True
+        return asked
+
+    async def _next_run(self, cursor: int, source_size: int) -> tuple[int, int] | None:
+        """The next run that has to cross the wire, at most one request long; holes on the way are dealt with."""
+        image, fetch = self.image, self.image.fetch
+        assert fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        overlay, clusters = image.overlay, image.overlay.clusters
+        cluster_size, entries = overlay.cluster_size, overlay.geometry.entries
+        while True:
+            most = max(1, fetch.background_request_bytes // cluster_size)
+            run = await clusters.next_missing(cursor, most)
+            if run is None:
+                return None
+            first, count = run
+            if first // entries in self._holes:
+                cursor = (first // entries + 1) * entries
+                continue
+            extent = await self._extent(first * cluster_size, source_size)
+            end = extent.pos + extent.size
+            if not extent.zero:
+                return first, max(1, min(count, -(-end // cluster_size) - first))
+            whole = (end // cluster_size if end < image.size else overlay.geometry.clusters) - first
+            if whole < 1:
+                return first, 1  # the hole ends inside this cluster
+            cursor = await self._pass_hole(first, whole)
+
+    async def _pass_hole(self, first: int, count: int) -> int:
+        """Deal with clusters that read as zeros in the source; returns the cluster to go on at."""
+        overlay = self.image.overlay
+        entries = overlay.geometry.entries
+        index = first // entries
+        stop = min((index + 1) * entries, overlay.geometry.clusters)
+        if overlay.clusters.needs_table(first) is not None and first % entries == 0 and first + count >= stop:
+            self._holes.add(index)
+            self.skipped += (stop - first) * overlay.cluster_size
+            return stop
+        count = min(count, stop - first)
+        await overlay.adopt_zeros(first, count)
+        return first + count
+
+    async def _extent(self, pos: int, source_size: int) -> Extent:
+        """What the source says of `pos`: a stretch that starts at or before it."""
+        if pos >= source_size:
+            return Extent(pos, self.image.size - pos + self.image.overlay.cluster_size, zero=True)
+        while self._extents and self._extents[0].pos + self._extents[0].size <= pos:
+            self._extents.popleft()
+        if not self._extents or self._extents[0].pos > pos:
+            assert self.image.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+            size = min(EXTENTS_BYTES, source_size - pos)
+            told = await self.image.fetch.extents(pos, size)
+            self._extents = deque(told or [Extent(pos, size, zero=False)])
+        extent = self._extents[0]
+        if extent.zero and extent.pos + extent.size >= source_size:
+            return Extent(extent.pos, self.image.size - extent.pos + self.image.overlay.cluster_size, zero=True)
+        return extent
+
+    # States.
+
+    @property
+    def _allowed(self) -> bool:
+        return self._enabled and not self._paused
+
+    async def _gate(self) -> None:
+        """Return when the job may run."""
+        while not self._allowed:
+            self.image.streaming = False
+            self._change(State.PAUSED if self._enabled else State.OFF, "by the user" if self._paused else "")
+            await self._sleep(None)
+
+    def _raise_failure(self) -> None:
+        if self.image.changed is not None:
+            raise self.image.changed
+        if self.image.full is not None:
+            raise self.image.full
+        if self.image.error is not None:
+            raise self.image.error
+
+    def _stop(self, state: State, error: QedfsError) -> None:
+        """End for now; `start` tries again."""
+        log.error("%s: the stream has stopped: %s", self.image.name, error)
+        self._enabled = False
+        self.image.streaming = False
+        self._change(state, str(error))
+
+    def _change(self, state: State, reason: str = "") -> None:
+        if state is State.OFF and self.state in (State.FAILED, State.SOURCE_CHANGED):
+            return  # what it stopped for is more telling than that it is off
+        if (state, reason) == (self.state, self.reason):
+            return
+        self.state, self.reason = state, reason
+        for listener in self.listeners:
+            listener(self)
+
+    async def _set_paused(self, *, paused: bool) -> None:
+        self._paused = paused
+        self._poke()
+        overlay = self.image.overlay
+        if overlay.writable and overlay.record.paused != paused:
+            await overlay.store_record(dataclasses.replace(overlay.record, paused=paused))
+
+    def _poke(self) -> None:
+        poked, self._poked = self._poked, trio.Event()
+        poked.set()
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until a command comes or the time is over."""
+        poked = self._poked
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            await poked.wait()

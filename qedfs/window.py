@@ -1,0 +1,103 @@
+"""How many bytes may be in flight in the background: enough to fill the link, not more.
+
+Owns the estimate of the link. Pure: it is told what was started and what has arrived, and asked; no I/O, no clock.
+
+The product of the link's rate and its round trip is what has to be in flight to keep it busy. Both are measured: the
+rate as the most that has arrived in a stretch of time, the round trip as the shortest time that a request has taken. At
+first the window doubles for as long as that brings more bytes; afterwards it is a fixed multiple of the product (as
+BBR does, Cardwell et al., ACM Queue 2016), and tries a larger one now and then, since links change.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+MIN_BYTES = 4 << 20
+MAX_BYTES = 64 << 20  # what the fetched clusters of one source may take in memory
+REQUESTS = 16  # in flight in a full window
+MIN_REQUEST_BYTES = 256 << 10
+MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to end
+GAIN = 1.5  # of the window over rate x round trip: room for jitter
+GROWTH = 1.15  # less than this is no gain from a doubled window
+PROBE_SECONDS = 3.0
+MEMORY_SECONDS = 10.0  # how long a measurement counts
+
+
+class Window:
+    """The window of one source. Times in seconds of any monotonic clock."""
+
+    def __init__(self) -> None:
+        self.bytes = MIN_BYTES
+        self._starting = True
+        self._stalls = 0
+        self._best = 0.0  # bytes per second
+        self._round_trips: deque[tuple[float, float]] = deque()  # (when, seconds), increasing in both
+        self._stretch_start: float | None = None
+        self._stretch_bytes = 0
+        self._next_probe = 0.0
+
+    @property
+    def request_bytes(self) -> int:
+        """A good size for one background request."""
+        return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, self.bytes // REQUESTS))
+
+    @property
+    def round_trip(self) -> float:
+        """The shortest time that a request took lately; 0.05 before there was one."""
+        return self._round_trips[0][1] if self._round_trips else 0.05
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that the link has shown."""
+        return self._best
+
+    def started(self, now: float, in_flight: int) -> None:
+        """A request leaves; `in_flight` bytes were in flight before it."""
+        if in_flight == 0:
+            # An idle stretch says nothing about the link.
+            self._stretch_start, self._stretch_bytes = now, 0
+
+    def arrived(self, now: float, size: int, seconds: float) -> None:
+        """A request of `size` bytes has taken `seconds`."""
+        self._remember(now, seconds)
+        if self._stretch_start is None:
+            self._stretch_start = now
+        self._stretch_bytes += size
+        length = now - self._stretch_start
+        # Long enough that the requests of the last change are behind us.
+        if length < max(0.05, 2 * self.round_trip) or self._stretch_bytes < self.bytes:
+            return
+        self._judge(now, self._stretch_bytes / length)
+        self._stretch_start, self._stretch_bytes = now, 0
+
+    def _judge(self, now: float, rate: float) -> None:
+        grown = rate > self._best * GROWTH
+        self._best = max(rate, self._best)
+        if self._starting:
+            self._stalls = 0 if grown else self._stalls + 1
+            if self._stalls >= 2:
+                self._starting = False
+                self._next_probe = now + PROBE_SECONDS
+            else:
+                self.bytes = min(MAX_BYTES, self.bytes * 2)
+                return
+        elif grown:
+            self._starting, self._stalls = True, 0
+        if now >= self._next_probe:
+            # Forget a part of the best rate, so that a link that has become slower is noticed, and look higher.
+            self._best = max(rate, self._best * 0.8)
+            self.bytes = min(MAX_BYTES, self._target() * 2)
+            self._next_probe = now + PROBE_SECONDS
+        else:
+            self.bytes = self._target()
+
+    def _target(self) -> int:
+        return int(max(MIN_BYTES, min(MAX_BYTES, GAIN * self._best * self.round_trip)))
+
+    def _remember(self, now: float, seconds: float) -> None:
+        trips = self._round_trips
+        while trips and trips[-1][1] >= seconds:
+            trips.pop()
+        trips.append((now, seconds))
+        while trips[0][0] < now - MEMORY_SECONDS:
+            trips.popleft()
