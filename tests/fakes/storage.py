@@ -1,0 +1,264 @@
+"""Twins of the overlay's file, in memory: one that fails on request, one that also writes down all that happened.
+
+Owns the bytes, the faults and the interleaving of worker threads. Must not know what the bytes mean. Both implement the
+`Storage` port of `qedfs/overlay/storage.py`; `tests/overlay/test_storage.py` holds them to the same contract as the
+real one.
+
+Interleaving: with a seed, a call given to `in_thread` runs in a real thread that stops before every operation on the
+file. The event loop then takes a seeded number of turns before it lets the thread go on. So other tasks run between any
+two operations of a worker thread, exactly one of them runs at a time, and a seed repeats the whole history. There is
+no clock in it, so it works under `trio.testing.MockClock` too.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import trio
+
+from qedfs.errors import QedfsError
+from qedfs.format.geometry import SECTOR_SIZE
+from qedfs.overlay.storage import Buffer
+
+T = TypeVar("T")
+
+MOST_TURNS = 4  # of the event loop between two operations of a thread
+
+
+class Written(NamedTuple):
+    """Bytes that were handed to the page cache."""
+
+    offset: int
+    data: bytes
+
+
+class Resized(NamedTuple):
+    """A new length of the file."""
+
+    size: int
+
+
+class BarrierBegun(NamedTuple):
+    """From here on a write is not covered by the barrier that ends with this number."""
+
+    number: int
+
+
+class BarrierEnded(NamedTuple):
+    """Everything logged before the beginning of barrier `number` survives a power cut from now on."""
+
+    number: int
+
+
+class Marked(NamedTuple):
+    """Something that a test wants to find in the log."""
+
+    text: str
+
+
+Entry = Written | Resized | BarrierBegun | BarrierEnded | Marked
+
+
+class _Fault(NamedTuple):
+    error: QedfsError
+    nth: int
+    forever: bool
+
+
+class _Steps:
+    """A call in a thread of its own that stops before each of its operations."""
+
+    current = threading.local()
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self._go = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self.ended = False
+        self.result: object = None
+        self.error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name="storage steps").start()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        self.current.steps = self
+        try:
+            self.result = self._function()
+        except BaseException as exc:
+            self.error = exc
+        self.ended = True
+        self._stopped.release()
+
+    def step(self) -> bool:
+        """Let the thread run up to its next operation; False when the call has ended."""
+        self._go.release()
+        self._stopped.acquire()
+        return not self.ended
+
+    def stop_here(self) -> None:
+        """Called in the thread: wait for the next step."""
+        self._stopped.release()
+        self._go.acquire()
+
+
+class MemoryStorage:
+    """A file in memory."""
+
+    def __init__(
+        self, data: bytes | bytearray = b"", *, name: str = "", writable: bool = True, seed: int | None = None
+    ) -> None:
+        self.bytes = bytearray(data)
+        self.writable = writable
+        self.closed = False
+        self.operations: Counter[str] = Counter()
+        self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
+        self._name = name
+        self._faults: dict[str, list[_Fault]] = {}
+        self._random = None if seed is None else random.Random(seed)
+
+    def fail(self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False) -> None:
+        """Let the `nth` operation of a kind from now on fail, or all from there on.
+
+        Kinds: read, write, resize, barrier. A write that fails has written its first half, in whole sectors.
+        """
+        self._faults.setdefault(kind, []).append(_Fault(error, self.operations[kind] + nth, forever))
+
+    def mend(self) -> None:
+        """No operation fails any more."""
+        self._faults.clear()
+
+    # The port.
+
+    def name(self) -> str:
+        return self._name
+
+    def size(self) -> int:
+        self._stop()
+        return len(self.bytes)
+
+    def disk_usage(self) -> int:
+        return len(self.bytes)
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        # With a seed, one read in three is not in the page cache.
+        if offset + len(view) > len(self.bytes) or (self._random is not None and self._random.random() < 0.33):
+            return False
+        view[:] = memoryview(self.bytes)[offset : offset + len(view)]
+        return True
+
+    def read(self, offset: int, view: memoryview) -> None:
+        self._begin("read")
+        found = memoryview(self.bytes)[offset : offset + len(view)]
+        view[: len(found)] = found
+        view[len(found) :] = bytes(len(view) - len(found))
+
+    def write(self, offset: int, data: Sequence[Buffer]) -> None:
+        joined = b"".join(bytes(buffer) for buffer in data)
+        try:
+            self._begin("write")
+        except QedfsError:
+            self._put(offset, joined[: len(joined) // 2 // SECTOR_SIZE * SECTOR_SIZE])
+            raise
+        self._put(offset, joined)
+
+    def resize(self, size: int) -> None:
+        self._begin("resize")
+        self._resized(size)
+
+    def barrier(self) -> None:
+        self._begin("barrier")
+
+    def drop_cache(self, offset: int, size: int) -> None:
+        assert 0 <= offset <= offset + size
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        await trio.lowlevel.checkpoint()
+        if self._random is None:
+            return function()
+        steps = _Steps(function)
+        with trio.CancelScope(shield=True):
+            while steps.step():
+                for _ in range(self._random.randrange(MOST_TURNS)):
+                    await trio.lowlevel.checkpoint()
+        if steps.error is not None:
+            raise steps.error
+        return steps.result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self.closed = True
+
+    # Inside.
+
+    def _put(self, offset: int, data: bytes) -> None:
+        assert self.writable, "a write to a file that was opened for reading"
+        if len(self.bytes) < offset:
+            self.bytes.extend(bytes(offset - len(self.bytes)))
+        self.bytes[offset : offset + len(data)] = data
+
+    def _resized(self, size: int) -> None:
+        assert self.writable, "a resize of a file that was opened for reading"
+        if size < len(self.bytes):
+            del self.bytes[size:]
+        else:
+            self.bytes.extend(bytes(size - len(self.bytes)))
+
+    def _begin(self, kind: str) -> None:
+        assert not self.closed, f"{kind} after close"
+        self._stop()
+        self.operations[kind] += 1
+        count = self.operations[kind]
+        for fault in self._faults.get(kind, []):
+            if count == fault.nth or (fault.forever and count > fault.nth):
+                raise fault.error
+
+    def _stop(self) -> None:
+        if self.before_step is not None:
+            self.before_step()
+        steps = getattr(_Steps.current, "steps", None)
+        if steps is not None:
+            steps.stop_here()
+
+
+class RecordingStorage(MemoryStorage):
+    """A file in memory that remembers in which order it was written to, and where the barriers were."""
+
+    def __init__(
+        self, data: bytes | bytearray = b"", *, name: str = "", writable: bool = True, seed: int | None = None
+    ) -> None:
+        super().__init__(data, name=name, writable=writable, seed=seed)
+        self.start = bytes(data)
+        self.log: list[Entry] = []
+        self._barriers = 0
+
+    def mark(self, text: str) -> None:
+        """Put a line of the test into the log."""
+        self.log.append(Marked(text))
+
+    def barrier(self) -> None:
+        self._begin("barrier")
+        self._barriers += 1
+        number = self._barriers
+        self.log.append(BarrierBegun(number))
+        # Other tasks may write while the disk works; none of that is covered.
+        self._stop()
+        self.log.append(BarrierEnded(number))
+
+    def reopened(self, *, seed: int | None = None) -> RecordingStorage:
+        """The same file opened anew: the log goes on."""
+        again = RecordingStorage(b"", name=self._name, seed=seed)
+        again.start, again.bytes, again.log, again._barriers = self.start, self.bytes, self.log, self._barriers
+        again.before_step = self.before_step
+        return again
+
+    def _put(self, offset: int, data: bytes) -> None:
+        super()._put(offset, data)
+        if data:
+            self.log.append(Written(offset, data))
+
+    def _resized(self, size: int) -> None:
+        super()._resized(size)
+        self.log.append(Resized(size))

@@ -1,0 +1,107 @@
+"""What a disk may read as after a crash: the oracle, one sector at a time.
+
+Owns the history of writes and flushes and the rule of which contents are legal. Must not know how they are stored.
+
+Each sector has versions: its content before anybody wrote, and one for every write that covers it. A flush makes the
+writes that had returned before it began *committed*. After a crash a sector may hold any version that had been begun,
+except those that a later, committed one has replaced: between the committed minimum and the current maximum, as in
+the write log of Oxide Crucible's `crutest`. Writes that overlap in time have no order, so neither replaces the other.
+
+Time is the length of the storage's log ("position"): a crash at position P keeps the operations before P in some form.
+Events at one position are told apart by the order in which they were reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+SECTOR = 512
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Version:
+    """One write, or what was there before the first."""
+
+    begun_at: int  # position
+    begun: float  # order of events
+    returned: float = math.inf
+    committed_at: float = math.inf  # position from which on it survives
+
+
+@dataclasses.dataclass(slots=True)
+class SectorModel:
+    """The legal contents of one image."""
+
+    base: bytes  # what the image reads as before the first write, a whole number of sectors
+    on_return: bool = False  # whether a write is committed when it returns (kill -9) or when a flush returns (power)
+    _events: int = 0
+    _open: list[Version] = dataclasses.field(default_factory=list)  # returned, not committed
+    _sectors: dict[int, list[tuple[Version, bytes]]] = dataclasses.field(default_factory=dict)
+
+    def begin(self, at: int, pos: int, data: bytes) -> Version:
+        """A write of whole sectors was called at position `at`. One that never returns may or may not be there."""
+        assert pos % SECTOR == 0 == len(data) % SECTOR
+        version = Version(at, self._event())
+        for start in range(0, len(data), SECTOR):
+            sector = (pos + start) // SECTOR
+            known = self._sectors.setdefault(sector, [(Version(-1, -1, -1, -1), self.base_of(sector))])
+            known.append((version, data[start : start + SECTOR]))
+        return version
+
+    def returned(self, version: Version, at: int) -> None:
+        """The write has returned without an error."""
+        version.returned = self._event()
+        if self.on_return:
+            version.committed_at = at
+        else:
+            self._open.append(version)
+
+    def flushing(self) -> float:
+        """A flush was called; hand the result to `flushed`."""
+        return self._event()
+
+    def flushed(self, since: float, at: int) -> None:
+        """The flush that began at `since` has returned without an error."""
+        self._event()
+        for version in self._open:
+            if version.returned < since:
+                version.committed_at = at
+        self._open = [version for version in self._open if version.committed_at == math.inf]
+
+    def base_of(self, sector: int) -> bytes:
+        """A sector before anybody wrote to it."""
+        return self.base[sector * SECTOR : (sector + 1) * SECTOR]
+
+    def legal(self, sector: int, at: float) -> list[bytes]:
+        """The contents that a sector may have after a crash at position `at`."""
+        known = self._sectors.get(sector)
+        if known is None:
+            return [self.base_of(sector)]
+        settled = max(version.begun for version, _ in known if version.committed_at <= at)
+        return [data for version, data in known if version.begun_at <= at and version.returned >= settled]
+
+    def fault(self, content: bytes, at: float) -> str | None:
+        """What is wrong with an image that was read after a crash at position `at`, or None."""
+        if len(content) != len(self.base):
+            return f"the image has {len(content)} bytes instead of {len(self.base)}"
+        expected = bytearray(self.base)
+        for sector in self._sectors:
+            found = content[sector * SECTOR : (sector + 1) * SECTOR]
+            if found not in self.legal(sector, at):
+                return f"written sector {sector} {self._named(sector, found)}"
+            expected[sector * SECTOR : (sector + 1) * SECTOR] = found
+        if content != expected:
+            sector = next(i for i in range(0, len(content), SECTOR) if content[i : i + 512] != expected[i : i + 512])
+            return f"sector {sector // SECTOR} that nobody wrote differs from the backing"
+        return None
+
+    def _named(self, sector: int, found: bytes) -> str:
+        versions = [data for _, data in self._sectors[sector]]
+        if found in versions:
+            return f"has version {versions.index(found)} of {len(versions)}, which a committed one had replaced"
+        return "has zeros" if not any(found) else "has bytes of nobody"
+
+    def _event(self) -> int:
+        self._events += 1
+        return self._events
