@@ -1,0 +1,73 @@
+"""What holds for every test: a quiet log, and long runs only on request.
+
+Log guard: a test during which anything logs at WARNING or above fails, unless it announced the line with the marker
+`@pytest.mark.expect_log("pattern")` or the fixture `expect_log("pattern")` (regular expressions, searched in the
+message), or takes `caplog` and so looks at the log itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "expect_log(*patterns): log lines at WARNING or above that the test provokes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Deselected, not skipped: a skip says that a test could not run here.
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+class LogGuard(logging.Handler):
+    """Keeps what was logged at WARNING or above, and the patterns that were announced."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.patterns: list[str] = []
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def unannounced(self) -> list[str]:
+        """The lines that no pattern covers, as `LEVEL logger: message`."""
+        return [
+            f"{record.levelname} {record.name}: {record.getMessage()}"
+            for record in self._records
+            if not any(re.search(pattern, record.getMessage()) for pattern in self.patterns)
+        ]
+
+
+@pytest.fixture(autouse=True)
+def log_guard(request: pytest.FixtureRequest) -> Iterator[LogGuard]:
+    """Fails the test if it logged what it did not announce; active through the teardown of every other fixture."""
+    guard = LogGuard()
+    for marker in request.node.iter_markers("expect_log"):
+        guard.patterns += marker.args
+    logging.getLogger().addHandler(guard)
+    try:
+        yield guard
+    finally:
+        logging.getLogger().removeHandler(guard)
+    unannounced = guard.unannounced()
+    if unannounced and "caplog" not in request.fixturenames:
+        pytest.fail("logged without announcement:\n" + "\n".join(unannounced), pytrace=False)
+
+
+@pytest.fixture
+def expect_log(log_guard: LogGuard) -> Callable[[str], None]:
+    """Announces a log line at WARNING or above, by a regular expression."""
+    return log_guard.patterns.append

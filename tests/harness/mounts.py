@@ -1,0 +1,171 @@
+"""The real command line: `python -m qedfs` in a process of its own, and mounts that end with their test."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .process import Child, Died, wait_for
+from .require import require, require_fuse
+
+_QEDFS = (sys.executable, "-m", "qedfs")
+
+# Longer than any command should take, shorter than pytest's own watchdog (120 s).
+COMMAND_SECONDS = 60.0
+
+
+def qedfs(
+    *args: str | Path,
+    check: bool = True,
+    timeout_seconds: float = COMMAND_SECONDS,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command to its end.
+
+    Raises:
+        RuntimeError: `check` is true and the exit code is not 0; the message holds what was printed.
+        subprocess.TimeoutExpired: it did not end in time; it was killed.
+    """
+    done = subprocess.run(
+        [*_QEDFS, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_seconds,
+        stdin=subprocess.DEVNULL,
+        env=None if env is None else {**os.environ, **env},
+    )
+    if check and done.returncode != 0:
+        words = " ".join(str(arg) for arg in args)
+        raise RuntimeError(f"qedfs {words}: exit code {done.returncode}\n{done.stderr}{done.stdout}")
+    return done
+
+
+class Mount:
+    """A running `qedfs mount` in the foreground."""
+
+    def __init__(self, mountpoint: Path, child: Child) -> None:
+        self.mountpoint = mountpoint
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while it serves."""
+        return self._child.returncode
+
+    def path(self, name: str) -> Path:
+        """The served image `name` ("disk.raw")."""
+        return self.mountpoint / name
+
+    def output(self) -> str:
+        """All that the process printed so far: its log."""
+        return self._child.output()
+
+    def status(self) -> dict[str, Any]:
+        """The object that `qedfs status --json` prints."""
+        status: dict[str, Any] = json.loads(qedfs("status", self.mountpoint, "--json").stdout)
+        return status
+
+    def image(self, name: str | None = None) -> dict[str, Any]:
+        """One image's entry in the status; without a name, that of the only image."""
+        images: list[dict[str, Any]] = self.status()["images"]
+        found = [image for image in images if name in (None, image["name"])]
+        if len(found) != 1:
+            raise LookupError(f"{name or 'one image'} among {[image['name'] for image in images]}")
+        return found[0]
+
+    def wait(self, *image: str, timeout: str = "50s") -> None:
+        """Waits until the image, or every image, is complete (`qedfs wait`).
+
+        Raises:
+            RuntimeError: it failed or took longer than `timeout` (a duration as the command line takes it).
+        """
+        qedfs("wait", self.mountpoint, *image, "--timeout", timeout)
+
+    def unmount(self) -> int:
+        """`qedfs umount`, then the exit code of the mounting process, which has ended."""
+        qedfs("umount", self.mountpoint)
+        return self._child.wait()
+
+    def wait_exit(self, timeout_seconds: float = COMMAND_SECONDS) -> int:
+        """Waits for the process to end by itself (`--until-streamed`, a signal); returns its exit code."""
+        return self._child.wait(timeout_seconds)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash: nothing is written back. The dead mount is detached."""
+        self._child.kill()
+        _detach(self.mountpoint)
+
+    def close(self) -> None:
+        """Makes sure that neither the mount nor its process is there any more, whatever state they are in."""
+        # SIGTERM is the orderly end; it also works when the control socket does not.
+        self._child.stop()
+        _detach(self.mountpoint)
+
+
+@contextlib.contextmanager
+def mounted(
+    source: Path, mountpoint: Path, *options: str | Path, env: Mapping[str, str] | None = None
+) -> Iterator[Mount]:
+    """Mounts an overlay or a folder of them, for the length of the block; `mountpoint` is made if it is not there.
+
+    Raises:
+        Died: the mount never came up; the message holds what the process printed.
+    """
+    require_fuse()
+    mountpoint.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="qedfs-"))
+    outside = mountpoint.stat().st_dev
+    try:
+        child = Child([*_QEDFS, "mount", source, mountpoint, *options], folder / "output", env=env)
+        mount = Mount(mountpoint, child)
+        try:
+            child.wait_until(lambda: is_mounted(mountpoint, outside), f"a mount at {mountpoint}")
+            yield mount
+        finally:
+            mount.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_mounted(mountpoint: Path, outside: int | None = None) -> bool:
+    """Whether a file system is mounted at `mountpoint`; `outside` is the device number of the folder below it."""
+    if outside is None:
+        outside = mountpoint.parent.stat().st_dev
+    try:
+        return mountpoint.stat().st_dev != outside
+    except OSError:
+        # A mount whose process is dead (ENOTCONN) is still a mount, but not one that serves.
+        return False
+
+
+def _detach(mountpoint: Path) -> None:
+    # Lazily: a reader that still has a file open must not keep the test from ending.
+    if not _in_mount_table(mountpoint):
+        return
+    argv = [require("fusermount3"), "-u", "-z", "-q", str(mountpoint)]
+    if os.geteuid() == 0:
+        argv = [require("umount"), "--lazy", str(mountpoint)]
+    subprocess.run(argv, check=False, capture_output=True)
+    wait_for(lambda: not _in_mount_table(mountpoint), f"end of the mount at {mountpoint}")
+
+
+def _in_mount_table(mountpoint: Path) -> bool:
+    # Field 5 of /proc/self/mountinfo, with blanks as \040 (proc(5)); stat() on a dead or stuck mount may not return.
+    wanted = str(mountpoint.absolute()).replace("\\", "\\134").replace(" ", "\\040")
+    return any(line.split()[4] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+__all__ = ["COMMAND_SECONDS", "Died", "Mount", "is_mounted", "mounted", "qedfs"]

@@ -1,0 +1,135 @@
+"""Child processes that never outlive their test, and waiting for what they do.
+
+Every wait has a deadline and watches the process: a child that dies early is reported with what it said, at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# What a loaded two-core machine needs for a server that starts in 10 ms on a quiet one.
+START_SECONDS = 20.0
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.005
+
+# Columns of /proc/net/unix (flags, __SO_ACCEPTCON) and /proc/net/tcp (state), see proc(5).
+_UNIX_LISTENS = "00010000"
+_TCP_LISTEN = "0A"
+
+
+class Died(RuntimeError):
+    """A child process ended, or did not get ready in time; the message holds the end of what it printed."""
+
+
+class Child:
+    """One child process with stdout and stderr in a file of its own."""
+
+    def __init__(
+        self, argv: Sequence[str | os.PathLike[str]], log: Path, *, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.argv = [os.fspath(arg) for arg in argv]
+        self.log = log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else {**os.environ, **env},
+                # A Ctrl-C meant for pytest must not race with the orderly stop.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        return self._process.poll()
+
+    def output(self) -> str:
+        """All that the process printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout_seconds: float = STOP_SECONDS) -> int:
+        """Waits for the process to end by itself; returns its exit code.
+
+        Raises:
+            Died: it still runs after `timeout_seconds`.
+        """
+        try:
+            return self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired as exc:
+            raise Died(self._report(f"still runs after {timeout_seconds} s")) from exc
+
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout_seconds: float = START_SECONDS) -> None:
+        """Waits until `ready()` is true.
+
+        Raises:
+            Died: the process ended first, or `timeout_seconds` passed.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not ready():
+            if self.returncode is not None:
+                raise Died(self._report(f"ended with {self.returncode} before {what}"))
+            if time.monotonic() > deadline:
+                raise Died(self._report(f"no {what} within {timeout_seconds} s"))
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:
+        """SIGTERM, then SIGKILL after `timeout_seconds`; the process is reaped. Nothing happens if it has ended."""
+        if self.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL; the process is reaped."""
+        self._process.kill()
+        self._process.wait()
+
+    def _report(self, problem: str) -> str:
+        return f"{' '.join(self.argv)}: {problem}\n{self.output()[-4000:]}"
+
+
+def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = START_SECONDS) -> None:
+    """Waits until `ready()` is true, without a process to watch.
+
+    Raises:
+        TimeoutError: `timeout_seconds` passed.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} within {timeout_seconds} s")
+        time.sleep(POLL_SECONDS)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago, for servers that cannot choose one and tell it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listening(address: tuple[str, int] | Path) -> bool:
+    """Whether a socket listens at a TCP port of this machine or at a Unix socket.
+
+    The kernel's tables are asked, not the server: some leave after their first client, or count connections.
+    """
+    if isinstance(address, Path):
+        rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+        return any(row[-1] == str(address) and row[3] == _UNIX_LISTENS for row in rows)
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{address[1]:04X}") and row[3] == _TCP_LISTEN for row in rows)

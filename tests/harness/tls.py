@@ -1,0 +1,63 @@
+"""A throw-away certificate authority and one server certificate for 127.0.0.1 and localhost.
+
+The files carry the names that QEMU and nbdkit look for in a credentials folder, so one folder serves nginx, both NBD
+servers and their clients.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from .require import require
+
+# openssl's own default configuration would add CA:TRUE to the leaf, which QEMU refuses in a server.
+_CONFIG = """
+[req]
+distinguished_name = name
+prompt = no
+[name]
+CN = {name}
+[ca]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectAltName = DNS:localhost, IP:127.0.0.1
+"""
+
+
+class Certificate(NamedTuple):
+    """Paths of one server's credentials; `folder` is what QEMU and nbdkit take as a whole."""
+
+    folder: Path
+    ca: Path
+    cert: Path
+    key: Path
+
+
+def certificate(folder: Path) -> Certificate:
+    """Makes the authority and the certificate in `folder`, valid for two days."""
+    made = Certificate(folder, folder / "ca-cert.pem", folder / "server-cert.pem", folder / "server-key.pem")
+    authority_key = folder / "ca-key.pem"
+    _openssl_req(folder, "qedfs test authority", "ca", authority_key, made.ca)
+    _openssl_req(folder, "localhost", "server", made.key, made.cert, "-CA", str(made.ca), "-CAkey", str(authority_key))
+    return made
+
+
+def _openssl_req(folder: Path, name: str, extensions: str, key: Path, cert: Path, *signer: str) -> None:
+    config = folder / "openssl.cnf"
+    config.write_text(_CONFIG.format(name=name))
+    subprocess.run(
+        [
+            *(require("openssl"), "req", "-x509", "-config", config, "-extensions", extensions, "-days", "2"),
+            *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert),
+            *signer,
+        ],
+        check=True,
+        capture_output=True,
+    )
