@@ -4,9 +4,10 @@ Owns the end of the file (allocation), the group commit and the flush. Must not 
 
 One group:
 
-1. Sectors of tables that no durable L1 entry points to yet are written. They are invisible until step 4.
-2. The file is made a whole number of clusters long, then **barrier**. Without it an entry could reach the disk before
-   its data, and a power cut would leave a cluster that reads as garbage where the backing had good bytes.
+1. The file is made a whole number of clusters long, and sectors of tables that no durable L1 entry points to yet are
+   written. They are invisible until step 4.
+2. **Barrier**. Without it an entry could reach the disk before its data, and a power cut would leave a cluster that
+   reads as garbage where the backing had good bytes.
 3. Changed sectors of the other L2 tables are written: their data is durable now.
 4. L1 sectors that point to the tables of step 1 are written.
 
@@ -42,7 +43,6 @@ class _Group:
     hidden: list[Write]  # sectors of tables that L1 does not point to in the file
     sectors: list[Write]  # changed sectors of tables that it does point to
     l1: list[Write]
-    end: int  # length that the file must have before an entry may be written
     dirty: dict[int, set[int]]
     tables: set[int]
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
@@ -63,12 +63,17 @@ class Committer:
         self._started = 0  # number of the group that was started last
         self._committed = 0  # number of the last group that ended well
         self._flushed = 0  # the same, of those with the second barrier
+        self._running = False
         self._l1_owed: set[int] = set()  # tables whose L1 entry a failed group may or may not have written
         self._cold: list[tuple[int, int]] = []
 
     @property
     def pending(self) -> bool:
-        """Whether entries wait for a commit."""
+        """Whether there are entries that the file does not have: they wait for a commit, or one is under way."""
+        return self._running or self._waiting
+
+    @property
+    def _waiting(self) -> bool:
         return bool(self._map.dirty or self._map.unwritten or self._l1_owed)
 
     def allocate(self, size: int) -> int:
@@ -83,10 +88,14 @@ class Committer:
         The file is cut, so that what was written there cannot shine through a later sparse use of the place. If
         somebody has allocated behind it, it stays as a hole that nothing refers to.
         """
-        if offset + size == self._map.file_end:
-            self._map.file_end = offset
-            if self._storage.size() > offset:
+        if offset + size != self._map.file_end:
+            return
+        if self._storage.size() > offset:
+            try:
                 self._storage.resize(offset)
+            except QedfsError:
+                return  # it stays as a hole; the caller is about to report the write's own error
+        self._map.file_end = offset
 
     def note_cold(self, offset: int, size: int) -> None:
         """Data written by the stream: to be dropped from the page cache behind its barrier."""
@@ -102,7 +111,7 @@ class Committer:
         mine = self._started + 1
         async with self._lock:
             self._check()
-            if self._committed < mine and self.pending:
+            if self._committed < mine and self._waiting:
                 await self._run(durable=False)
 
     async def flush(self) -> None:
@@ -122,11 +131,14 @@ class Committer:
     async def _run(self, *, durable: bool) -> None:
         self._started += 1
         group = self._take()
+        self._running = True
         try:
             await self._storage.in_thread(lambda: self._write(group, durable=durable))
         except BaseException:
             self._put_back(group)
             raise
+        finally:
+            self._running = False
         self._committed = self._started
         if durable:
             self._flushed = self._started
@@ -136,11 +148,13 @@ class Committer:
         self._map.pin_slices(())
         self._map.unwritten -= group.tables
         self._l1_owed -= group.tables
-        if self.journal is not None and not self.pending:
+        if self.journal is not None and not self._waiting:
             self.journal.reset()
 
     def _take(self) -> _Group:
         clusters = self._map
+        if self._waiting:
+            self._grow()
         dirty, clusters.dirty = clusters.dirty, {}
         clusters.pin_slices(dirty)
         hidden: list[Write] = []
@@ -152,7 +166,16 @@ class Committer:
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
         l1 = [self._l1_sector(sector) for sector in sorted({index // SECTOR_ENTRIES for index in tables})]
-        return _Group(_joined(hidden), _joined(sectors), l1, clusters.file_end, dirty, tables, cold)
+        return _Group(_joined(hidden), _joined(sectors), l1, dirty, tables, cold)
+
+    def _grow(self) -> None:
+        """Make the file as long as what is allocated.
+
+        On the event loop, where nobody can allocate between the look at the length and the change: in a thread, a write
+        behind the end that the group saw would be cut off again.
+        """
+        if self._storage.size() < self._map.file_end:
+            self._storage.resize(self._map.file_end)
 
     def _put_back(self, group: _Group) -> None:
         """The entries stay in memory and dirty, whatever part of the group has reached the file.
@@ -172,19 +195,18 @@ class Committer:
         if group.dirty or group.tables:
             for offset, data in group.hidden:
                 storage.write(offset, [data])
-            if storage.size() < group.end:
-                storage.resize(group.end)
-            self._barrier()
+            self.barrier()
             for offset, data in group.sectors + group.l1:
                 storage.write(offset, [data])
         if durable:
             # What was flushed includes its entries: without this barrier an fsync could return and its clusters
             # still read as the backing after a power cut.
-            self._barrier()
+            self.barrier()
         for offset, size in group.cold:
             storage.drop_cache(offset, size)
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
+        """Every barrier of the overlay goes through here, in a worker thread. ReadOnlyOverlay: it failed."""
         self.barriers += 1
         try:
             self._storage.barrier()

@@ -56,6 +56,9 @@ class Overlay:
         self.clusters = clusters
         self.committer = Committer(storage, session.header, clusters, journal)
         self._session = session
+        self._session_lock = trio.Lock()
+        self._record = session.record
+        session.barrier = self.committer.barrier
         self._journal = journal
         self._claims: dict[int, trio.Event] = {}
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
@@ -99,6 +102,7 @@ class Overlay:
         self.clusters.file_end = allocate_from
         self._replay(replayable(left, self._session.header, self.storage.size()))
         session = self._session.begin()
+        self._record = self._session.record
         if folder and name and session:
             try:
                 self._journal = Journal.create(folder, name, session)
@@ -130,8 +134,8 @@ class Overlay:
 
     @property
     def record(self) -> Record:
-        """What qedfs remembers in this overlay."""
-        return self._session.record
+        """What qedfs remembers in this overlay, including what is being stored: the next change builds on it."""
+        return self._record
 
     @property
     def probes_backing(self) -> bool:
@@ -149,9 +153,16 @@ class Overlay:
         return self._session.has_room
 
     async def store_record(self, record: Record) -> None:
-        """Make the overlay remember this, durably."""
+        """Make the overlay remember this, durably. Calls take effect in order; errors leave the record before."""
         self._check_writable()
-        await self.storage.in_thread(lambda: self._session.store(record))
+        self._record = record
+        try:
+            async with self._session_lock:
+                await self.storage.in_thread(lambda: self._session.store(record))
+        except BaseException:
+            if self._record is record:
+                self._record = self._session.record
+            raise
 
     # Read.
 
@@ -402,7 +413,9 @@ class Overlay:
         """
         self._check_writable()
         await self.committer.flush()
-        await self.storage.in_thread(self._session.detach)
+        async with self._session_lock:
+            await self.storage.in_thread(self._session.detach)
+        self._record = self._session.record
         self.backing = None
 
     async def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qedfs.errors import BadOverlay
 from qedfs.format.header import (
@@ -59,6 +59,7 @@ class Session:
 
     def __init__(self, storage: Storage, header: Header, record: Record | None) -> None:
         self.header = header
+        self.barrier: Callable[[], None] = storage.barrier  # the committer's, once there is one: it minds failures
         self._storage = storage
         self._slots = slot_offsets(header)
         self.record = record or Record()
@@ -95,21 +96,21 @@ class Session:
         record = dataclasses.replace(record, sequence=self.record.sequence + 1)
         if self._slots is not None:
             self._storage.write(self._slots[slot_index(record)], [encode_record(record)])
-            self._storage.barrier()
+            self.barrier()
         self.record = record
 
     def clear_dirty(self, need_check: int) -> None:
         """Clear NEED_CHECK after a repair; the repair has to be durable before, or the bit would be missing it."""
-        self._storage.barrier()
+        self.barrier()
         self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
-        self._storage.barrier()
+        self.barrier()
 
     def detach(self) -> None:
         """Drop the backing from the header. The caller has flushed: see `Overlay.detach`."""
         if not self.header.features & BACKING_FILE:
             return
         self._write_header(self.header.without_backing())
-        self._storage.barrier()
+        self.barrier()
         self.store(dataclasses.replace(self.record, pin=None, paused=False))
 
     def _write_header(self, header: Header) -> None:

@@ -1,4 +1,4 @@
-"""Overlays for tests, built entry by entry. Owns no behaviour of qedfs: what is built may be as wrong as a test wants."""
+"""Overlays for tests, built entry by entry. Knows no behaviour of qedfs: what is built may be as wrong as one wants."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ async def test_runs_are_split_by_state_and_joined_by_place() -> None:
 @pytest.mark.parametrize("state", [MISSING, ZERO])
 async def test_a_data_cluster_is_no_part_of_the_run_before_it(state: int) -> None:
     """The place of the data cluster equals the length of the missing run before it (4 clusters, offset 0x4000)."""
-    built = filled({4: b"data", **({n: ZERO for n in range(4)} if state else {})})
+    built = filled({4: b"data", **(dict.fromkeys(range(4), ZERO) if state else {})})
     place = built.header.area_bytes + 2 * CLUSTER
     assert place == 4 * CLUSTER
     overlay = await opened(built)

@@ -1,0 +1,176 @@
+"""Groups, barriers, the end of the file: what the committer promises beside the order that the power cuts prove."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
+from qedfs.overlay.overlay import Overlay
+from tests.fakes.storage import MemoryStorage, RecordingStorage
+from tests.overlay.images import empty
+from tests.overlay.scenario import repeatable
+
+CLUSTER = 4096
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} was asked for")
+
+
+async def zero_fill(cluster: int) -> bytes:
+    return bytes(CLUSTER)
+
+
+async def read(overlay: Overlay, pos: int, size: int) -> bytes:
+    """Data runs as they are, everything else as zeros."""
+    content = bytearray()
+    for run in await overlay.map(pos, size):
+        part = bytearray(run.size)
+        if run.offset > 1:
+            await overlay.read_data(run.offset, memoryview(part))
+        content += part
+    return bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_growing_the_file_never_cuts_a_write_that_runs_beside_it(seed: int) -> None:
+    """A group grows the file to whole clusters while others write behind the end that the group saw."""
+
+    async def main() -> None:
+        overlay = await Overlay.open(MemoryStorage(empty(backing=b"").data, seed=seed))
+
+        async def write(cluster: int) -> None:
+            for _ in range(3 * cluster):
+                await trio.lowlevel.checkpoint()
+            # The rest of the cluster stays unwritten, so that the file's length is not whole.
+            await overlay.write(cluster * CLUSTER, bytes([cluster + 1]) * 512, no_fill)
+
+        async with trio.open_nursery() as nursery:
+            for cluster in range(6):
+                nursery.start_soon(write, cluster)
+        for cluster in range(6):
+            assert await read(overlay, cluster * CLUSTER, 512) == bytes([cluster + 1]) * 512
+
+    with repeatable(seed):
+        trio.run(main)
+
+
+def entry_in_file(storage: MemoryStorage) -> int:
+    """The entry of cluster 0 in the first table that L1 names."""
+    table = int.from_bytes(storage.bytes[8192:8200], "little")
+    return int.from_bytes(storage.bytes[table : table + 8], "little") if table else 0
+
+
+async def test_a_write_in_place_waits_for_the_entry_that_is_under_way() -> None:
+    """Without a journal an answered write must be found by the next open, also one that needed no new entry."""
+    for seed in range(30):
+        storage = MemoryStorage(empty(backing=b"").data, seed=seed)
+        overlay = await Overlay.open(storage)
+        await overlay.write(CLUSTER, b"0" * 512, no_fill)
+
+        async def second(overlay: Overlay = overlay, storage: MemoryStorage = storage) -> None:
+            while not overlay.clusters.is_loaded(0, 512) or not overlay.clusters.data_offset(0, 512):
+                await trio.lowlevel.checkpoint()
+            await overlay.write(0, b"2" * 512, no_fill)
+            assert entry_in_file(storage)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(second)
+            nursery.start_soon(overlay.write, 0, b"1" * 512, no_fill)
+
+
+async def test_waiting_writers_share_barriers() -> None:
+    storage = RecordingStorage(empty(backing=b"").data, seed=1)
+    overlay = await Overlay.open(storage)
+    before = overlay.committer.barriers
+    async with trio.open_nursery() as nursery:
+        for cluster in range(20):
+            nursery.start_soon(overlay.write, cluster * CLUSTER, b"x" * CLUSTER, no_fill)
+    assert overlay.committer.barriers - before <= 3
+
+
+@pytest.mark.parametrize("how", ["commit", "flush", "store_record", "detach"])
+async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
+    storage = MemoryStorage(empty().data)
+    overlay = await Overlay.open(storage)
+    await overlay.adopt(0, bytearray(b"x" * CLUSTER), CLUSTER)
+    storage.fail("barrier", QedfsError("cannot sync: Input/output error"))
+    arguments = (overlay.record,) if how == "store_record" else ()
+    with pytest.raises(ReadOnlyOverlay, match="Input/output error; it is read-only until it is opened again"):
+        await getattr(overlay, how)(*arguments)
+    storage.mend()
+
+    assert not overlay.writable
+    assert await read(overlay, 0, CLUSTER) == b"x" * CLUSTER
+    for refused in (
+        lambda: overlay.write(0, b"y" * 512, no_fill),
+        lambda: overlay.adopt(CLUSTER, bytearray(b"y" * CLUSTER), CLUSTER),
+        lambda: overlay.adopt_zeros(1, 1),
+        lambda: overlay.store_record(overlay.record),
+        overlay.detach,
+        overlay.commit,
+        overlay.flush,
+    ):
+        with pytest.raises(ReadOnlyOverlay):
+            await refused()
+    await overlay.close()
+    assert await (await Overlay.open(MemoryStorage(storage.bytes))).map(0, 512)
+
+
+async def test_a_failed_barrier_behind_a_detach_is_no_detach() -> None:
+    storage = MemoryStorage(empty().data)
+    overlay = await Overlay.open(storage)
+    storage.fail("barrier", QedfsError("cannot sync"), nth=2)
+    with pytest.raises(ReadOnlyOverlay):
+        await overlay.detach()
+    assert overlay.backing is not None
+    assert not overlay.writable
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+async def test_a_full_disk_loses_no_entry(nth: int) -> None:
+    """Each write of a group (two new tables, one L1 sector) fails in turn; the next commit brings all of it."""
+    storage = MemoryStorage(empty(image_size=4 << 20).data)
+    overlay = await Overlay.open(storage)
+    for pos in (0, 2 << 20):
+        await overlay.adopt(pos, bytearray(b"x" * CLUSTER), CLUSTER)
+    storage.fail("write", NoSpace("full"), nth=nth)
+    with pytest.raises(NoSpace):
+        await overlay.commit()
+    await overlay.adopt(CLUSTER, bytearray(b"y" * CLUSTER), CLUSTER)
+    await overlay.flush()
+
+    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    assert await read(again, 0, 2 * CLUSTER) == b"x" * CLUSTER + b"y" * CLUSTER
+    assert await read(again, 2 << 20, CLUSTER) == b"x" * CLUSTER
+
+
+async def test_a_failed_write_leaves_no_trace_where_a_table_may_come() -> None:
+    """The place of a failed cluster is used again; what was written there must not become entries of a table."""
+    built = empty(image_size=4 << 20, backing=b"")
+    storage = MemoryStorage(built.data)
+    overlay = await Overlay.open(storage)
+    await overlay.write(0, b"a" * CLUSTER, no_fill)
+    end = len(storage.bytes)
+    storage.fail("write", NoSpace("full"))
+    with pytest.raises(NoSpace):
+        await overlay.write(CLUSTER, b"\x10\x20" * 2048, no_fill)
+    assert len(storage.bytes) == end
+    await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
+    assert await read(overlay, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
+    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    assert await again.map((2 << 20) + CLUSTER, CLUSTER) == await overlay.map((2 << 20) + CLUSTER, CLUSTER)
+
+
+async def test_a_place_that_cannot_be_cut_off_is_not_used_again() -> None:
+    storage = MemoryStorage(empty(image_size=4 << 20, backing=b"").data)
+    overlay = await Overlay.open(storage)
+    await overlay.write(0, b"a" * CLUSTER, no_fill)
+    storage.fail("write", NoSpace("full"))
+    storage.fail("resize", QedfsError("cannot resize"))
+    with pytest.raises(NoSpace):
+        await overlay.write(CLUSTER, b"\x10\x20" * 2048, no_fill)
+    await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
+    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    assert await read(again, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
