@@ -3,8 +3,10 @@
 Owns the L1 entries, the cached slices of L2 tables, and the marks of what the file does not have yet (`dirty` sectors,
 `unwritten` tables). Must not write to the file: `commit.py` does, and tells the map what has become durable.
 
-L2 tables are cached in *slices* of at most 64 KiB, not whole: a legal L2 table can be 1 GiB. A slice with dirty
-sectors stays; clean ones go, oldest first, when the cache is over its bound.
+L2 tables are cached in *slices* of at most 64 KiB, not whole: a legal L2 table can be 1 GiB. A slice stays while it has
+dirty sectors, while a group writes it, and while somebody holds it (`hold`: between a look at its entries and a change
+of them, or during a read of it, which would otherwise bring back what the slice was before). The others go, oldest
+first, when the cache is over its bound.
 
 Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load` and `count`
 await; whoever calls them must look again at whatever it had looked at before.
@@ -16,6 +18,8 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import trio
+
 from qedfs.errors import BadOverlay
 from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
 from qedfs.format.header import Header, valid_table_offset
@@ -24,6 +28,7 @@ from qedfs.overlay.storage import Storage
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
+COUNT_AT_ONCE = 256  # slices between two turns of the event loop, about 1 ms
 CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
 
 
@@ -56,6 +61,7 @@ class ClusterMap:
         self._counted_missing = 0
         self._slices: dict[int, array[int]] = {}
         self._pinned: frozenset[int] = frozenset()
+        self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
         self._slice_entries = min(geometry.entries, SLICE_ENTRIES)
         self._shift = self._slice_entries.bit_length() - 1
@@ -124,9 +130,11 @@ class ClusterMap:
         Raises:
             BadOverlay: an L1 entry on the way points where no table can be.
         """
-        for number in self._slices_of(pos, size):
+        wanted = self._slices_of(pos, size)
+        for number in wanted:
             if number not in self._slices and self._table_offset(number):
                 await self._load_slice(number)
+        self._evict(wanted)
 
     async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
         """The first run of missing clusters at or after `cluster`: (first, count), at most `most` clusters long.
@@ -141,6 +149,7 @@ class ClusterMap:
                 return cluster, min(most, limit - cluster)
             if number not in self._slices:
                 await self._load_slice(number)
+                self._evict(range(number, number + 1))
                 continue
             part = self._slices[number]
             at = _index(part, MISSING, cluster & self._mask, limit - (number << self._shift))
@@ -187,6 +196,7 @@ class ClusterMap:
         if number not in self._slices:
             view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
             if number // self._per_table not in self.unwritten:
+                self._check_table(number)
                 self._storage.read(self._slice_place(number), view)
             self._slices[number] = decode_table(view)
 
@@ -208,6 +218,18 @@ class ClusterMap:
         data = encode_table(self._slices[number][first : first + SECTOR_ENTRIES])
         return self._slice_place(number) + sector * SECTOR_SIZE, data
 
+    def hold(self, cluster: int) -> None:
+        """Keep the slice of a cluster in memory until as many `release` calls."""
+        number = cluster >> self._shift
+        self._held[number] = self._held.get(number, 0) + 1
+
+    def release(self, cluster: int) -> None:
+        """Undo one `hold`."""
+        number = cluster >> self._shift
+        self._held[number] -= 1
+        if not self._held[number]:
+            del self._held[number]
+
     def pin_slices(self, numbers: Iterable[int]) -> None:
         """Keep these slices in memory, beside the dirty ones, until the next call."""
         self._pinned = frozenset(numbers)
@@ -222,13 +244,11 @@ class ClusterMap:
         slices = -(-self.geometry.clusters // self._slice_entries)
         while self._counted_to < slices:
             number = self._counted_to
-            if not self._table_offset(number):
-                self._count_slice(number, None)
-                continue
+            if number % COUNT_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
             part = self._slices.get(number)
-            if part is None:
+            if part is None and self._table_offset(number):
                 part = await self._read_slice(number)
-                part = self._slices.get(number, part)
             self._count_slice(number, part)
         self.missing = self._counted_missing
 
@@ -253,30 +273,38 @@ class ClusterMap:
         return self._table_offset(number) + number % self._per_table * self._slice_entries * ENTRY_SIZE
 
     async def _load_slice(self, number: int) -> None:
-        part = await self._read_slice(number)
-        if number in self._slices:
-            return  # somebody else loaded it meanwhile, and may have changed it
-        self._slices[number] = part
-        if len(self._slices) > self._cache_slices:
-            self._evict()
+        self._slices[number] = await self._read_slice(number)
 
     async def _read_slice(self, number: int) -> array[int]:
+        """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""
         if number // self._per_table in self.unwritten:
             return empty_table(self._slice_entries)
-        table = self._table_offset(number)
-        if not valid_table_offset(table, self._header, self.file_end):
-            raise BadOverlay(f"the L2 table at {table:#x} is not inside the file; run qedfs check")
+        self._check_table(number)
         view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
         offset = self._slice_place(number)
         if not self._storage.read_now(offset, view):
-            await self._storage.in_thread(lambda: self._storage.read(offset, view))
-        return decode_table(view)
+            first = number << self._shift
+            self.hold(first)
+            try:
+                await self._storage.in_thread(lambda: self._storage.read(offset, view))
+            finally:
+                self.release(first)
+        found = self._slices.get(number)
+        return decode_table(view) if found is None else found
 
-    def _evict(self) -> None:
+    def _check_table(self, number: int) -> None:
+        table = self._table_offset(number)
+        if not valid_table_offset(table, self._header, self.file_end):
+            raise BadOverlay(f"the L2 table at {table:#x} is not inside the file; run qedfs check")
+
+    def _evict(self, wanted: range) -> None:
+        """Forget slices until the cache is within its bound; `wanted` are about to be used."""
+        if len(self._slices) <= self._cache_slices:
+            return
         for number in list(self._slices):
             if len(self._slices) <= self._cache_slices:
                 return
-            if number not in self.dirty and number not in self._pinned:
+            if not any(number in needed for needed in (self.dirty, self._pinned, self._held, wanted)):
                 del self._slices[number]
 
     def checked(self, offset: int, cluster: int) -> int:

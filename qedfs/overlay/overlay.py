@@ -455,7 +455,7 @@ class Overlay:
         return next((self._claims[cluster] for cluster in clusters if cluster in self._claims), None)
 
     def _claimed(self, clusters: Sequence[int]) -> _Claim:
-        return _Claim(self._claims, clusters)
+        return _Claim(self._claims, self.clusters, clusters)
 
     def _make_table(self, cluster: int) -> None:
         """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
@@ -483,18 +483,21 @@ async def open_overlay(
 class _Claim:
     """Clusters whose data a worker thread is writing; see the concurrency protocol."""
 
-    def __init__(self, claims: dict[int, trio.Event], clusters: Sequence[int]) -> None:
+    def __init__(self, claims: dict[int, trio.Event], clusters: ClusterMap, numbers: Sequence[int]) -> None:
         self._claims = claims
-        self._clusters = clusters
+        self._map = clusters
+        self._clusters = numbers
         self._done = trio.Event()
 
     def __enter__(self) -> None:
         for cluster in self._clusters:
             self._claims[cluster] = self._done
+            self._map.hold(cluster)
 
     def __exit__(self, *_: object) -> None:
         for cluster in self._clusters:
             del self._claims[cluster]
+            self._map.release(cluster)
         self._done.set()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
+from qedfs.errors import BadOverlay
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
@@ -81,3 +83,75 @@ async def test_a_stretch_without_table_is_missing() -> None:
     assert await overlay.clusters.next_missing(3, 10_000) == (3, 512 - 3)
     await overlay.clusters.count()
     assert overlay.clusters.missing == 2048
+
+
+SPAN = 2 << 20  # of one slice: 512 entries of 4 KiB
+
+
+def many_tables(count: int) -> Built:
+    """One data cluster at the start of each of `count` L2 tables."""
+    return filled({index * 512: bytes([index + 1]) * CLUSTER for index in range(count)}, image_size=count * SPAN)
+
+
+async def test_a_request_larger_than_the_cache_is_answered() -> None:
+    overlay = await opened(many_tables(4))
+    overlay.clusters._cache_slices = 1
+    with trio.fail_after(1):
+        assert len(await overlay.map(0, 4 * SPAN)) == 8
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_a_slice_stays_while_a_thread_writes_its_cluster(seed: int) -> None:
+    storage = MemoryStorage(many_tables(6).data, seed=seed)
+    overlay = await Overlay.open(storage)
+    overlay.clusters._cache_slices = 1
+
+    async def browse() -> None:
+        for index in [*range(6)] * 3:
+            await overlay.map(index * SPAN, 512)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(browse)
+        nursery.start_soon(overlay.adopt, CLUSTER, bytearray(b"x" * CLUSTER), CLUSTER)
+    assert (await overlay.map(CLUSTER, CLUSTER))[0].offset > ZERO
+
+
+async def test_a_slow_read_of_a_slice_does_not_bring_back_what_it_was() -> None:
+    """While it is read somebody else loads the slice, changes it and commits, and it is evicted again."""
+    for seed in range(60):
+        storage = MemoryStorage(many_tables(6).data, seed=seed)
+        overlay = await Overlay.open(storage)
+        overlay.clusters._cache_slices = 1
+
+        async def change(overlay: Overlay = overlay) -> None:
+            await overlay.adopt(CLUSTER, bytearray(b"x" * CLUSTER), CLUSTER)
+            await overlay.commit()
+            await overlay.map(SPAN, 512)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(overlay.map, 0, 512)
+            nursery.start_soon(overlay.clusters.count)
+            nursery.start_soon(change)
+            nursery.start_soon(overlay.map, 0, 512)
+        assert (await overlay.map(CLUSTER, CLUSTER))[0].offset > ZERO
+        assert overlay.clusters.missing == 6 * 511 - 1
+
+
+async def test_a_bad_table_is_refused_and_the_rest_is_served() -> None:
+    built = many_tables(2)
+    built.put_u64(built.header.l1_table_offset + 8, 0x1000)
+    overlay = await opened(built)
+    with pytest.raises(BadOverlay, match="L2 table at 0x1000 is not inside the file; run qedfs check"):
+        await overlay.map(SPAN, 512)
+    assert len(await overlay.map(0, SPAN)) == 2
+
+
+@pytest.mark.parametrize("entry", [2, 0x200, 0x1000, 0x1200, 1 << 40, (1 << 64) - 4096])
+async def test_a_bad_entry_is_refused_and_the_rest_is_served(entry: int) -> None:
+    overlay = await opened(filled({0: entry, 1: b"x"}))
+    with pytest.raises(BadOverlay, match="cluster 0 points to"):
+        await overlay.map(0, 512)
+    with pytest.raises(BadOverlay, match="cluster 0 points to"):
+        overlay.read_now(0, 512)
+    assert len(await overlay.map(CLUSTER, CLUSTER)) == 1
