@@ -8,19 +8,18 @@ their sockets are served by a task of their own.
 
 Concurrency. Any number of tasks may read. `_place` is replaced as a whole, under `_resolving`, by the one task that
 resolves anew; a reader takes it once per try. An Exchange belongs to one read between `pop` and `append` of its
-pool's `_idle`. `_Pool.slots` bounds the transfers that libcurl holds to its number of connections: a transfer that
+pool's `_idle`. `_Pool._slots` bounds the transfers that libcurl holds to its number of connections: a transfer that
 waits inside libcurl for a free one would run into the time limit for connecting.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import SourceChanged, SourceError, UsageError
+from qedfs.errors import SourceChanged, UsageError
 from qedfs.source.base import Extent, Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
@@ -47,7 +46,7 @@ class _Place:
     redirected: bool
 
 
-class _PlaceExpired(Exception):  # noqa: N818  -- an event inside this module
+class _PlaceExpired(Exception):
     """The effective URL no longer serves the file; the original one may lead to a new place."""
 
 
@@ -55,27 +54,137 @@ class _Pool:
     """Connections of one urgency, and the idle handles that go with them."""
 
     def __init__(self, policy: Policy, nursery: trio.Nursery) -> None:
-        self.multi = Multi(nursery, max_connections=MAX_CONNECTIONS)
-        self.slots = trio.Semaphore(MAX_CONNECTIONS)
+        self._multi = Multi(nursery, max_connections=MAX_CONNECTIONS)
+        self._slots = trio.Semaphore(MAX_CONNECTIONS)
         self._policy = policy
         self._idle: list[Exchange] = []
 
-    def take(self) -> Exchange:
-        return self._idle.pop() if self._idle else Exchange(self._policy)
-
-    def give_back(self, exchange: Exchange) -> None:
-        self._idle.append(exchange)
-
     async def run(self, place: _Place, pos: int, buffer: memoryview, judge: Judge) -> None:
-        async with self.slots:
-            exchange = self.take()
+        async with self._slots:
+            exchange = self._idle.pop() if self._idle else Exchange(self._policy)
             try:
                 exchange.aim(place.target, place.lines)
-                await exchange.run(self.multi, pos, buffer, judge, place.where)
+                await exchange.run(self._multi, pos, buffer, judge, place.where)
             finally:
-                self.give_back(exchange)
+                self._idle.append(exchange)
+
+    async def resolve(self, origin: Target) -> Resolved:
+        exchange = Exchange(self._policy)
+        try:
+            return await resolve(origin, exchange, self._multi, self._policy)
+        finally:
+            exchange.close()
 
     async def aclose(self) -> None:
-        await self.multi.aclose()
+        await self._multi.aclose()
         while self._idle:
             self._idle.pop().close()
+
+
+class HttpSource:
+    """A file behind an http or https URL (the `Source` port). Made by `open`, ended by `aclose`."""
+
+    def __init__(self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool) -> None:
+        self._origin = origin
+        self._identity = resolved.identity
+        self._urgent = urgent
+        self._background = background
+        self._resolving = trio.Lock()
+        self._place = self._place_of(resolved.target)
+
+    @classmethod
+    async def open(
+        cls, location: Location, policy: Policy, nursery: trio.Nursery, *, headers: Sequence[str] = ()
+    ) -> HttpSource:
+        """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines.
+
+        Two tasks run in `nursery` until `aclose`; if the nursery ends before, all reads raise SourceUnreachable.
+
+        Raises:
+            Refused: the policy forbids the place, an address, or a redirect.
+            UsageError: the location is not http, or a header line is garbled.
+            SourceUnreachable: no usable answer now.
+            SourceError: a permanent refusal; the server ignores ranges; it does not tell the size.
+        """
+        if location.kind != "http":
+            raise UsageError(f"backing {location} is not an http or https URL")
+        policy.check_location(location)
+        origin = first_target(location, headers)
+        pools = _Pool(policy, nursery), _Pool(policy, nursery)
+        try:
+            # The connection that this leaves open is there for the first urgent read.
+            resolved = await pools[0].resolve(origin)
+        except BaseException:
+            for pool in pools:
+                await pool.aclose()
+            raise
+        return cls(origin, resolved, *pools)
+
+    @property
+    def identity(self) -> Identity:
+        """The version found by `open`."""
+        return self._identity
+
+    @property
+    def parallel(self) -> int:
+        """As many background reads as the pool has connections."""
+        return MAX_CONNECTIONS
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill `buffer` from `pos`; see `Source.read`.
+
+        If a redirect led here and the place now says 403, 404 or 410, or redirects itself, the original URL is asked
+        once for the way: signed URLs expire.
+        """
+        if not 0 <= pos <= pos + buffer.nbytes <= self._identity.size:
+            raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self._identity.size} bytes")
+        if not buffer.nbytes:
+            await trio.lowlevel.checkpoint()
+            return
+        view = buffer.cast("B")
+        pool = self._urgent if urgent else self._background
+        place = self._place
+        try:
+            await self._fetch(pool, place, pos, view, resolve_anew=True)
+        except _PlaceExpired:
+            place = await self._resolve_anew(place)
+            await self._fetch(pool, place, pos, view, resolve_anew=False)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """None: HTTP does not tell holes."""
+        await trio.lowlevel.checkpoint()
+        return None
+
+    async def aclose(self) -> None:
+        """Drop all connections. Reads in flight raise SourceUnreachable."""
+        await self._urgent.aclose()
+        await self._background.aclose()
+
+    async def _fetch(self, pool: _Pool, place: _Place, pos: int, view: memoryview, *, resolve_anew: bool) -> None:
+        request = RangeRequest(pos, len(view), self._identity, place.where)
+
+        def judge(answer: Answer) -> bool:
+            if resolve_anew and (answer.status in REDIRECTS or (place.redirected and answer.status in _EXPIRED)):
+                raise _PlaceExpired
+            judge_range(answer, request)
+            return True
+
+        await pool.run(place, pos, view, judge)
+
+    async def _resolve_anew(self, stale: _Place) -> _Place:
+        async with self._resolving:
+            if self._place is stale:
+                resolved = await self._urgent.resolve(self._origin)
+                difference = self._identity.difference(resolved.identity)
+                if difference is not None:
+                    raise SourceChanged(f"{self._origin.location}: {difference}")
+                self._place = self._place_of(resolved.target)
+            return self._place
+
+    def _place_of(self, target: Target) -> _Place:
+        return _Place(
+            target=target,
+            lines=request_lines(target, self._identity),
+            where=place_name(self._origin, target),
+            redirected=target is not self._origin,
+        )

@@ -48,10 +48,11 @@ class Exchange:
         self.curl.setopt(pycurl.HEADERFUNCTION, self._on_header)
         self.curl.setopt(pycurl.WRITEFUNCTION, self._on_body)
         self.curl.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open_socket)
-        self.curl.setopt(pycurl.SOCKOPTFUNCTION, _on_socket_options)
+        self.curl.setopt(pycurl.SOCKOPTFUNCTION, self._on_socket_opened)
         self._policy = policy
         self._target: Target | None = None
         self._lines: Sequence[str] = ()
+        self._opened: socket.socket | None = None
         self._prepare(_EMPTY, None, "")
 
     def aim(self, target: Target, lines: Sequence[str]) -> None:
@@ -82,18 +83,11 @@ class Exchange:
         self._prepare(buffer, judge, where)
         self.curl.setopt(pycurl.RANGE, f"{pos}-{pos + len(buffer) - 1}")
         self.curl.setopt(pycurl.FRESH_CONNECT, fresh)
-        failure: Exception | None = None
         try:
-            await multi.perform(self.curl)
-            if self._judge is not None:
-                failure = SourceUnreachable(f"{where}: the answer has no complete header")
-            elif self._filled != len(buffer):
-                failure = SourceUnreachable(f"{where}: the answer ends after {self._filled} of {len(buffer)} bytes")
-        except (TransferFailed, OSError, MultiClosed) as exc:
-            failure = self._explain(exc)
-        unwanted = self._unwanted
-        self._prepare(_EMPTY, None, "")
-        if failure is not None and not unwanted:
+            failure = await self._transfer(multi)
+        finally:
+            self._prepare(_EMPTY, None, "")
+        if failure is not None:
             raise failure
 
     def peer_address(self) -> str | None:
@@ -115,6 +109,18 @@ class Exchange:
         self._unwanted = False
         self._error: Exception | None = None
         self._refusal: Refused | None = None
+
+    async def _transfer(self, multi: Multi) -> Exception | None:
+        try:
+            await multi.perform(self.curl)
+        except (TransferFailed, OSError, MultiClosed) as exc:
+            return None if self._unwanted else self._explain(exc)
+        if self._judge is not None:
+            return SourceUnreachable(f"{self._where}: the answer has no complete header")
+        if self._filled != len(self._buffer) and not self._unwanted:
+            got = f"{self._filled} of {len(self._buffer)} bytes"
+            return SourceUnreachable(f"{self._where}: the answer ends after {got}")
+        return None
 
     def _explain(self, exc: TransferFailed | OSError | MultiClosed) -> Exception:
         if self._error is not None:
@@ -156,12 +162,15 @@ class Exchange:
         return _ABORT if self._unwanted else None
 
     def _on_body(self, data: bytes) -> int | None:
-        end = self._filled + len(data)
-        if self._judge is not None or end > len(self._buffer):
-            self._error = SourceUnreachable(f"{self._where}: the answer's body is longer than the range")
+        try:
+            end = self._filled + len(data)
+            if self._judge is not None or end > len(self._buffer):
+                raise SourceUnreachable(f"{self._where}: the answer's body is longer than the range")
+            self._buffer[self._filled : end] = data
+            self._filled = end
+        except Exception as exc:
+            self._error = exc
             return _ABORT
-        self._buffer[self._filled : end] = data
-        self._filled = end
         return None
 
     def _on_open_socket(self, _purpose: int, address: _SocketAddress) -> socket.socket | int:
@@ -169,18 +178,22 @@ class Exchange:
         try:
             if self._target is not None:
                 self._target.check_address(address.addr[0], self._policy)
-            return socket.socket(address.family, address.socktype, address.protocol)
+            self._opened = socket.socket(address.family, address.socktype, address.protocol)
+            return self._opened
         except Refused as exc:
             self._refusal = exc
         except Exception as exc:
             self._error = exc
-        return pycurl.SOCKET_BAD
+        return int(pycurl.SOCKET_BAD)
 
-
-def _on_socket_options(fd: int, _purpose: int) -> int:
-    # pycurl duplicates the socket that it got from us, which loses close-on-exec.
-    try:
-        os.set_inheritable(fd, False)
-    except OSError:
-        return int(pycurl.SOCKOPT_ERROR)
-    return int(pycurl.SOCKOPT_OK)
+    def _on_socket_opened(self, fd: int, _purpose: int) -> int:
+        """libcurl has a duplicate, made by pycurl: close the original, and set close-on-exec, which got lost."""
+        try:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+            os.set_inheritable(fd, False)
+        except Exception as exc:
+            self._error = exc
+            return int(pycurl.SOCKOPT_ERROR)
+        return int(pycurl.SOCKOPT_OK)

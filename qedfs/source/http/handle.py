@@ -5,6 +5,7 @@ Owns protocol limits, TLS trust, time limits. Must not know a particular request
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 from collections.abc import Mapping
@@ -16,9 +17,13 @@ from qedfs import __version__
 CONNECT_SECONDS = 10  # name look-up, TCP and TLS together
 STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for so long is given up
 STALL_BYTES_PER_SECOND = 1024
-RECEIVE_BUFFER_SIZE = 512 * 1024  # bytes per call-back at the most; libcurl takes no more
+
+# Bytes per call-back at the most. pycurl makes a bytes object of each piece and we copy that: at this size it stays
+# in the core's cache, and below malloc's threshold for mmap (128 KiB), above which each piece faults in fresh pages.
+RECEIVE_BUFFER_SIZE = 64 * 1024
 
 _SUPPRESS_CONNECT_HEADERS = 265  # CURLOPT_SUPPRESS_CONNECT_HEADERS; pycurl has no name for it
+_QUICK_EXIT = 322  # CURLOPT_QUICK_EXIT; the same
 
 # The pycurl wheel brings an OpenSSL of its own, which does not know where this system keeps its CA certificates.
 _CA_FILES = (
@@ -44,6 +49,9 @@ def new_handle() -> pycurl.Curl:
     curl.setopt(pycurl.CONNECTTIMEOUT, CONNECT_SECONDS)
     curl.setopt(pycurl.LOW_SPEED_LIMIT, STALL_BYTES_PER_SECOND)
     curl.setopt(pycurl.LOW_SPEED_TIME, STALL_SECONDS)
+    with contextlib.suppress(pycurl.error):  # new in libcurl 7.87
+        # Or cancelling a transfer waits for the name look-up that it is in.
+        curl.setopt(_QUICK_EXIT, 1)
     ca_file = find_ca_file(os.environ)
     if ca_file is not None:
         curl.setopt(pycurl.CAINFO, ca_file)

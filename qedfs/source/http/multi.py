@@ -8,16 +8,18 @@ latest (M_TIMERFUNCTION). The sockets go into an epoll object of our own, and on
 object is readable or the deadline is over. One descriptor in trio's own epoll however many sockets there are: no task
 per socket, and no watcher to cancel when libcurl closes a socket and the system gives its number to another one.
 
-Concurrency. Everything happens in trio's thread. Tasks that call `perform` and the one pump task share `_flights`;
-no callback awaits, and none of libcurl's functions is called from inside a callback. A callback never raises into
-libcurl (pycurl would print the exception and lose it): what goes wrong is kept in `_fault` and ends the flights once
-libcurl has returned. Interrupts (Ctrl-C) are held back for the same reason while libcurl is on the stack.
+Concurrency. Everything but the closing happens in trio's thread. Tasks that call `perform` and the one pump task share
+`_flights`; no callback awaits, and none of libcurl's functions is called from inside a callback. A callback never
+raises into libcurl (pycurl would print the exception and lose it): what goes wrong is kept in `_fault` and ends the
+flights once libcurl has returned. Interrupts (Ctrl-C) are held back for the same reason while libcurl is on the stack.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
+import threading
 
 import pycurl
 import trio
@@ -27,6 +29,8 @@ from qedfs.source.http.failure import TransferFailed
 # At most so many ready sockets are served before other tasks get their turn; each may bring some MiB.
 _SOCKETS_PER_TURN = 8
 
+_CLOSE_SECONDS = 0.05  # how long closing may hold up the whole program
+
 _POLL_TO_EPOLL = {
     pycurl.POLL_IN: select.EPOLLIN,
     pycurl.POLL_OUT: select.EPOLLOUT,
@@ -35,8 +39,8 @@ _POLL_TO_EPOLL = {
 _BROKEN = select.EPOLLERR | select.EPOLLHUP
 
 
-class MultiClosed(Exception):  # noqa: N818  -- an event inside this package, not an error that a user meets
-    """The Multi was closed while, or before, the transfer ran."""
+class MultiClosed(Exception):
+    """The Multi was closed while, or before, the transfer ran. Never leaves this package."""
 
 
 class _Flight:
@@ -95,14 +99,13 @@ class Multi:
 
     @trio.lowlevel.enable_ki_protection
     def _depart(self, curl: pycurl.Curl, flight: _Flight) -> None:
-        self._flights[curl] = flight
         try:
             self._multi.add_handle(curl)
-            # A warm connection sends its request right here instead of a turn of the scheduler later.
-            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
         except pycurl.error as exc:
-            self._remove(curl)
-            raise TransferFailed(exc.args[0]) from exc
+            raise TransferFailed(pycurl.E_FAILED_INIT) from exc
+        self._flights[curl] = flight
+        # A warm connection sends its request right here instead of a turn of the scheduler later.
+        self._act(pycurl.SOCKET_TIMEOUT, 0)
         self._reap()
 
     @trio.lowlevel.enable_ki_protection
@@ -141,15 +144,23 @@ class Multi:
     def _shut_down(self) -> None:
         self._closed = True
         self._land_all(MultiClosed())
+        # libcurl waits here for a name look-up that nobody waits for any more: 5 seconds were seen with a silent name
+        # server. Other sources must not stand still for that. Without a look-up the thread ends at once.
+        thread = threading.Thread(target=self._dismantle, name="qedfs-http-close", daemon=True)
+        thread.start()
+        thread.join(_CLOSE_SECONDS)
+        self._stopped.set()
+
+    def _dismantle(self) -> None:
         self._multi.close()  # takes its sockets out of the epoll object, so that comes last
         self._epoll.close()
-        self._stopped.set()
 
     def _act(self, fd: int, bits: int) -> None:
         try:
             self._multi.socket_action(fd, bits)
         except pycurl.error as exc:
-            self._fault = TransferFailed(exc.args[0])
+            # The code is of another kind (CURLMcode) than that of a transfer.
+            self._fault = TransferFailed(pycurl.E_FAILED_INIT)
             self._fault.__cause__ = exc
 
     def _reap(self) -> None:
@@ -163,8 +174,8 @@ class Multi:
                 self._land(curl, TransferFailed(code))
         if self._fault is not None:
             # libcurl does not tell for which transfer it wanted the socket, so all of them have to go.
-            fault, self._fault = self._fault, None
-            self._land_all(fault)
+            self._land_all(self._fault)
+            self._fault = None
 
     def _land(self, curl: pycurl.Curl, error: Exception | None) -> None:
         flight = self._flights.get(curl)
@@ -178,10 +189,11 @@ class Multi:
             self._land(curl, error)
 
     def _on_socket(self, what: int, fd: int, _multi: object, _data: object) -> None:
-        try:
-            if what == pycurl.POLL_REMOVE:
+        if what == pycurl.POLL_REMOVE:
+            with contextlib.suppress(OSError):  # it was never watched, or is closed: then nothing watches it now
                 self._epoll.unregister(fd)
-                return
+            return
+        try:
             events = _POLL_TO_EPOLL.get(what, 0)
             try:
                 self._epoll.modify(fd, events)

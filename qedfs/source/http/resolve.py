@@ -66,7 +66,10 @@ async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> 
 
     def keep(answer: Answer) -> bool:
         answers.append(answer)
-        return answer.status == 206
+        if answer.status != 206:
+            return False
+        judge_opening(answer, where, "")  # before its body is taken
+        return True
 
     exchange.aim(target, request_lines(target, None))
     # Not on a warm connection: this hop's address is checked when it is connected, under this hop's rule.

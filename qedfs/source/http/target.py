@@ -22,8 +22,9 @@ from qedfs.errors import SourceError, UsageError
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
 
-_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")  # a name or IPv4 address, or an IPv6 address
 _URL_SAFE = "/%:@!$&'()*+,;=~?[]"  # RFC 3986; what is percent-encoded already stays so
+_NON_ASCII = re.compile("[\x80-\xff]")
 _HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, section 5.5
 
 
@@ -61,10 +62,10 @@ def first_target(location: Location, headers: Sequence[str], environ: Mapping[st
     Raises:
         UsageError: a header line that is none, or a host name that is none.
     """
-    for line in headers:
+    for number, line in enumerate(headers, 1):
         if _HEADER_LINE.fullmatch(line) is None:
-            # The value may be a token: name the field only.
-            raise UsageError(f"header {line.partition(':')[0][:40]!r} is not of the form 'Name: value'")
+            # Not quoted: it may hold a token.
+            raise UsageError(f"backing {location}: extra header {number} is not of the form 'Name: value'")
     return _target(location, tuple(headers), environ, redirected_from=None)
 
 
@@ -81,6 +82,8 @@ def next_target(
         SourceError: the reference is not a URL that can be followed.
     """
     try:
+        # Header bytes arrive as Latin-1; they go back as the bytes that they were.
+        reference = _NON_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", reference)
         text = urljoin(current.location.secret_url, reference).partition("#")[0]
         location = parse_location(text)
         same = _origin(location) == _origin(origin.location)

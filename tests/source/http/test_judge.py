@@ -1,0 +1,246 @@
+"""The table of answers, and which class of error each one is."""
+
+from __future__ import annotations
+
+import pytest
+
+from qedfs.errors import QedfsError, SourceChanged, SourceError, SourceUnreachable
+from qedfs.source.base import Identity
+from qedfs.source.http.answer import Answer
+from qedfs.source.http.judge import (
+    MAX_VALIDATOR_CHARS,
+    RangeRequest,
+    is_http_date,
+    judge_opening,
+    judge_range,
+)
+
+DATE = "Mon, 01 Jan 2024 00:00:00 GMT"
+LATER = "Tue, 02 Jan 2024 00:00:00 GMT"
+PINNED = Identity(1000, '"v1"', DATE)
+DATED = Identity(1000, None, DATE)
+BARE = Identity(1000)
+
+GOOD = {"Content-Range": "bytes 100-199/1000", "Content-Length": "100", "ETag": '"v1"', "Last-Modified": DATE}
+
+
+def answer(status: int = 206, /, **changes: str | list[str] | None) -> Answer:
+    """The right answer with some fields changed (`_` for `-`); None takes a field away, a list repeats it."""
+    fields = {name.lower(): [value] for name, value in GOOD.items()}
+    for name, value in changes.items():
+        key = name.replace("_", "-").lower()
+        fields.pop(key, None)
+        if value is not None:
+            fields[key] = value if isinstance(value, list) else [value]
+    return Answer(status, fields)
+
+
+def verdict(given: Answer, pinned: Identity = PINNED) -> type[QedfsError] | None:
+    try:
+        judge_range(given, RangeRequest(100, 100, pinned, "here"))
+    except QedfsError as exc:
+        return type(exc)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("given", "pinned"),
+    [
+        (answer(), PINNED),
+        (answer(Content_Length=None), PINNED),
+        (answer(Content_Length=["100", "100"]), PINNED),
+        (answer(Content_Range="Bytes 100-199/1000"), PINNED),
+        (answer(Content_Encoding="identity"), PINNED),
+        (answer(Transfer_Encoding="chunked", Content_Length=None), PINNED),
+        (answer(Content_Type="application/octet-stream"), PINNED),
+        # A validator that only one side has proves nothing; the ETag outranks the date.
+        (answer(ETag=None, Last_Modified=None), PINNED),
+        (answer(ETag='W/"v2"'), PINNED),
+        (answer(Last_Modified=LATER), PINNED),
+        (answer(ETag='"v2"'), DATED),
+        (answer(ETag='"v2"', Last_Modified=LATER), BARE),
+    ],
+)
+def test_the_right_range_of_the_right_version_is_accepted(given: Answer, pinned: Identity) -> None:
+    assert verdict(given, pinned) is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        answer(Content_Range="bytes 101-200/1000"),
+        answer(Content_Range="bytes 0-99/1000"),
+        answer(Content_Range="bytes 100-198/1000"),
+        answer(Content_Range="bytes 100-200/1000"),
+        answer(Content_Range="bytes 199-100/1000"),
+        answer(Content_Range="bytes 100-199/*"),
+        answer(Content_Range="bytes */1000"),
+        answer(Content_Range="bytes 100-199"),
+        answer(Content_Range="bytes=100-199/1000"),
+        answer(Content_Range="bytes 100 - 199/1000"),
+        answer(Content_Range="bytes 100-199/1000, bytes 0-9/1000"),
+        answer(Content_Range="items 100-199/1000"),
+        answer(Content_Range="bytes 1٠٠-199/1000"),
+        answer(Content_Range="bytes 100-199/" + "9" * 30),
+        answer(Content_Range="-1"),
+        answer(Content_Range=""),
+        answer(Content_Range=None),
+        answer(Content_Range=["bytes 100-199/1000", "bytes 100-199/1000"]),
+        answer(Content_Length="99"),
+        answer(Content_Length="101"),
+        answer(Content_Length="+100"),
+        answer(Content_Length="100, 100"),
+        answer(Content_Length=["100", "1000"]),
+        answer(Content_Type="multipart/byteranges; boundary=x"),
+        answer(Content_Type="Multipart/ByteRanges"),
+        answer(ETag=['"v1"', '"v2"']),
+        answer(408),
+        answer(425),
+        answer(429),
+        answer(500),
+        answer(502),
+        answer(503),
+        answer(504),
+        answer(520),
+    ],
+)
+def test_another_try_may_help(given: Answer) -> None:
+    assert verdict(given) is SourceUnreachable
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        answer(Content_Encoding="gzip"),
+        answer(Content_Encoding="BR"),
+        answer(Content_Encoding=["identity", "gzip"]),
+        answer(Transfer_Encoding="gzip, chunked"),
+        answer(200),
+        answer(200, Content_Range=None, Content_Length="1000"),
+        *(answer(status) for status in (201, 203, 204, 301, 302, 304, 400, 401, 403, 404, 407, 410, 416, 501, 505)),
+    ],
+)
+def test_asking_again_will_not_help(given: Answer) -> None:
+    assert verdict(given) is SourceError
+
+
+@pytest.mark.parametrize(
+    ("given", "pinned"),
+    [
+        (answer(Content_Range="bytes 100-199/1001"), PINNED),
+        (answer(Content_Range="bytes 0-99/999"), BARE),
+        (answer(ETag='"v2"'), PINNED),
+        (answer(ETag='"v2"', Content_Range="bytes 0-99/1000"), PINNED),
+        (answer(ETag=None, Last_Modified=LATER), PINNED),
+        (answer(Last_Modified=LATER), DATED),
+        (answer(200, ETag='"v2"'), PINNED),
+        (answer(412), PINNED),
+        (answer(412), DATED),
+        (answer(416, Content_Range="bytes */50"), PINNED),
+    ],
+)
+def test_another_version_is_told_apart(given: Answer, pinned: Identity) -> None:
+    assert verdict(given, pinned) is SourceChanged
+
+
+def test_412_without_a_condition_is_no_change() -> None:
+    assert verdict(answer(412), BARE) is SourceError
+
+
+def test_ignored_ranges_are_named_with_the_way_out() -> None:
+    with pytest.raises(SourceError, match=r"here ignores range requests .* download it"):
+        judge_range(answer(200), RangeRequest(100, 100, PINNED, "here"))
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("0", 0),
+        ("7", 7),
+        ("60", 60),
+        ("86400", 60),
+        ("9" * 19, 60),
+        ("9" * 20, None),
+        ("-1", None),
+        ("soon", None),
+        (["1", "2"], None),
+        ("Mon, 01 Jan 2024 00:00:30 GMT", 30),
+        ("Mon, 01 Jan 2024 01:00:00 GMT", 60),
+        ("Sun, 31 Dec 2023 23:59:00 GMT", 0),
+        ("Mon, 99 Jan 2024 00:00:00 GMT", None),
+    ],
+)
+def test_retry_after(value: str | list[str] | None, seconds: float | None) -> None:
+    with pytest.raises(SourceUnreachable) as caught:
+        judge_range(answer(503, Date=DATE, Retry_After=value), RangeRequest(100, 100, PINNED, "here"))
+    assert caught.value.retry_after_seconds == seconds
+
+
+def test_a_retry_date_without_the_servers_own_date_is_no_wish() -> None:
+    with pytest.raises(SourceUnreachable) as caught:
+        judge_range(answer(503, Retry_After=LATER), RangeRequest(100, 100, PINNED, "here"))
+    assert caught.value.retry_after_seconds is None
+
+
+OPENING = {"Content_Range": "bytes 0-0/1000", "Content_Length": "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "identity"),
+    [
+        (answer(**OPENING), Identity(1000, '"v1"', DATE, "name")),
+        (answer(Content_Range="bytes 0-0/1", Content_Length=None), Identity(1, '"v1"', DATE, "name")),
+        (answer(**OPENING, ETag='W/"v1"'), Identity(1000, None, DATE, "name")),
+        (answer(**OPENING, ETag="unquoted"), Identity(1000, None, DATE, "name")),
+        (answer(**OPENING, ETag='"a b"'), Identity(1000, None, DATE, "name")),
+        (answer(**OPENING, ETag='"' + "a" * MAX_VALIDATOR_CHARS + '"'), Identity(1000, None, DATE, "name")),
+        (answer(**OPENING, ETag=None, Last_Modified="yesterday"), Identity(1000, None, None, "name")),
+        (answer(416, Content_Range="bytes */0"), Identity(0, '"v1"', DATE, "name")),
+        (answer(200, Content_Range=None, Content_Length="0"), Identity(0, '"v1"', DATE, "name")),
+    ],
+)
+def test_opening_shows_the_identity(given: Answer, identity: Identity) -> None:
+    assert judge_opening(given, "here", "name") == identity
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (answer(200), SourceError, "ignores range requests"),
+        (answer(200, Content_Length=None), SourceError, "ignores range requests"),
+        (answer(Content_Range="bytes 0-0/*", Content_Length="1"), SourceError, "does not tell the size"),
+        (answer(**{**OPENING, "Content_Range": "bytes 0-0/0"}), SourceUnreachable, "got 0-0/0"),
+        (answer(**{**OPENING, "Content_Range": "bytes 1-1/1000"}), SourceUnreachable, "got 1-1/1000"),
+        (answer(**{**OPENING, "Content_Range": f"bytes 0-0/{2**63}"}), SourceUnreachable, "got 0-0"),
+        (answer(**{**OPENING, "Content_Length": "2"}), SourceUnreachable, "Content-Length 2"),
+        (answer(**OPENING, Content_Encoding="gzip"), SourceError, "Content-Encoding"),
+        (answer(**OPENING, ETag=['"a"', '"b"']), SourceUnreachable, "several different etag"),
+        (answer(416, Content_Range="bytes */10"), SourceError, "no such range"),
+        (answer(412), SourceError, "status 412"),
+        (answer(404), SourceError, "no such file"),
+        (answer(503), SourceUnreachable, "overloaded"),
+    ],
+)
+def test_opening_refuses(given: Answer, error: type[QedfsError], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        judge_opening(given, "here", "name")
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("text", "is_date"),
+    [
+        (DATE, True),
+        ("Monday, 01-Jan-24 00:00:00 GMT", True),
+        ("Mon, 01 Jan 2024 00:00:00 +0100", False),
+        ("Mon, 01 Jan 2024 00:00:00", False),
+        ("Mon, 32 Jan 2024 00:00:00 GMT", False),
+        ("GMT", False),
+        (" GMT", False),
+        ("Mön, 01 Jan 2024 00:00:00 GMT", False),
+        ("", False),
+    ],
+)
+def test_http_dates(text: str, is_date: bool) -> None:
+    assert is_http_date(text) is is_date

@@ -1,0 +1,134 @@
+"""Faults inside libcurl's callbacks end the transfers concerned, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import select
+import threading
+from typing import Any
+
+import pycurl
+import pytest
+import trio
+
+from qedfs.errors import SourceUnreachable
+from qedfs.source.http import client, multi
+from qedfs.source.policy import Policy
+from tests.fakes.http_server import FakeHttpServer
+from tests.source.http.conftest import CONTENT, OpenSource, read
+
+REAL_EPOLL = select.epoll
+
+
+class FailingEpoll:
+    """An epoll object that refuses to watch sockets while `broken` is set."""
+
+    broken = False
+
+    def __init__(self) -> None:
+        self._epoll = REAL_EPOLL()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+    def register(self, fd: int, events: int) -> None:
+        if FailingEpoll.broken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._epoll.register(fd, events)
+
+
+async def test_a_socket_that_cannot_be_watched(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi.select, "epoll", FailingEpoll)
+    source = await open_source(server.url())
+    monkeypatch.setattr(FailingEpoll, "broken", True)
+    with trio.fail_after(5), pytest.raises(SourceUnreachable, match="no space left on device"):
+        await read(source, 0, 10)
+    monkeypatch.setattr(FailingEpoll, "broken", False)
+    assert await read(source, 0, 10) == CONTENT[:10]
+
+
+async def test_a_bug_in_the_judge_is_raised_by_the_read_that_met_it(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = await open_source(server.url())
+
+    def broken(*_args: object) -> None:
+        raise ZeroDivisionError("bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "judge_range", broken)
+        with pytest.raises(ZeroDivisionError, match="bug"):
+            await read(source, 0, 10)
+    assert await read(source, 0, 10) == CONTENT[:10]
+    assert capfd.readouterr().err == ""
+
+
+async def test_a_bug_in_the_policy_is_raised_by_the_read_that_met_it(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await open_source(server.url())
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("bug")
+
+    monkeypatch.setattr(Policy, "check_address", broken)
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        await read(source, 0, 10)  # needs a new connection, of the other pool
+    assert await read(source, 0, 10, urgent=True) == CONTENT[:10]
+
+
+async def test_libcurl_refusing_a_call_fails_the_flights(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await open_source(server.url())
+    pool = source._background._multi
+    real = pool._multi
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def socket_action(self, fd: int, bits: int) -> Any:
+            raise pycurl.error(4, "canary")  # CURLM_INTERNAL_ERROR
+
+    monkeypatch.setattr(pool, "_multi", Refusing())
+    with pytest.raises(SourceUnreachable) as caught:
+        await read(source, 0, 10)
+    assert "canary" not in str(caught.value)
+    monkeypatch.setattr(pool, "_multi", real)
+    assert await read(source, 0, 10) == CONTENT[:10]
+
+
+async def test_a_deadline_that_runs_out_early_is_set_again(server: FakeHttpServer, open_source: OpenSource) -> None:
+    source = await open_source(server.url())
+    server.behaviour = "silence"
+    pump = source._background._multi
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, source, 0, 10)
+        await trio.sleep(0.05)
+        for _ in range(3):
+            pump._set_deadline(trio.current_time())
+            await trio.sleep(0.01)
+            assert trio.current_time() < pump._deadline < trio.current_time() + 60
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_name_look_up_that_holds_libcurl_does_not_hold_the_program(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await open_source(server.url())
+    pool = source._background._multi
+    real, release = pool._multi, threading.Event()
+
+    class Slow:
+        def close(self) -> None:
+            release.wait(10)
+            real.close()
+
+    monkeypatch.setattr(pool, "_multi", Slow())
+    started = trio.current_time()
+    await source.aclose()
+    assert trio.current_time() - started < 1
+    release.set()
