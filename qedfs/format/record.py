@@ -15,16 +15,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 import zlib
 
 from qedfs.format.header import HEADER_BYTES, Header
 
 SLOT_BYTES = 1536  # three sectors; two of them fit behind a maximal name in two 4 KiB clusters
+_SESSION = re.compile(r"([0-9a-f]{32})?")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequence number and text, sequence number
 _MAGIC = b"qedfs\0\1\n"
 _MAX_TEXT = SLOT_BYTES - _PREFIX.size
-_MAX_VALIDATOR = 256  # characters
+_MAX_SEQUENCE = 1 << 62  # leaves room for those that follow
+_MAX_VALIDATOR = 512  # bytes of its JSON; two of them and the rest of a record fit in a slot
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,12 +57,16 @@ class Record:
 
 def digest(text: str) -> str:
     """32 hex digits that stand for a text of any length."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def shortened(validator: str | None) -> str | None:
     """The validator, or its digest where it is too long for a slot: a server may send kilobytes of ETag."""
-    return validator if validator is None or len(validator) <= _MAX_VALIDATOR else "sha256:" + digest(validator)
+    return validator if validator is None or _fits(validator) else "sha256:" + digest(validator)
+
+
+def _fits(validator: str) -> bool:
+    return len(json.dumps(validator)) <= _MAX_VALIDATOR
 
 
 def slot_offsets(header: Header) -> tuple[int, int] | None:
@@ -92,15 +100,15 @@ def _decode_slot(slot: bytes) -> Record | None:
     if len(slot) < SLOT_BYTES:
         return None
     magic, length, checksum, sequence = _PREFIX.unpack_from(slot)
-    if magic != _MAGIC or length > _MAX_TEXT:
+    if magic != _MAGIC or length > _MAX_TEXT or sequence > _MAX_SEQUENCE:
         return None
     text = slot[_PREFIX.size : _PREFIX.size + length]
     if zlib.crc32(struct.pack("<Q", sequence) + text) != checksum:
         return None
     try:
         return _from_json(json.loads(text), sequence)
-    except (ValueError, TypeError, KeyError):
-        # The checksum holds, so this is a later version's record with other keys: not ours to read.
+    except (ValueError, RecursionError):
+        # The checksum holds, so this is a later version's record, or one that was made to deceive: not ours to read.
         return None
 
 
@@ -110,11 +118,26 @@ def _to_json(record: Record) -> dict[str, object]:
     return fields
 
 
-def _from_json(fields: dict[str, object], sequence: int) -> Record:
-    pin = fields.pop("pin", None)
-    if pin is not None and not isinstance(pin, dict):
-        raise TypeError("pin is no object")
-    record = Record(**fields, pin=Pin(**pin) if pin else None, sequence=sequence)  # type: ignore[arg-type]
-    if not isinstance(record.session, str) or (record.pin and not isinstance(record.pin.size, int)):
-        raise TypeError("field of another type")
-    return record
+def _from_json(fields: object, sequence: int) -> Record:
+    match fields:
+        case {"session": str(session), "pin": pin, "copy_on_read": bool(copy_on_read), "paused": bool(paused), **rest}:
+            if not rest and _SESSION.fullmatch(session):
+                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence)
+    raise ValueError("not a record of this version")
+
+
+def _pin_from_json(pin: object) -> Pin | None:
+    match pin:
+        case None:
+            return None
+        case {"backing": str(backing), "size": int(size), "etag": etag, "last_modified": last_modified, **rest}:
+            validators = _validator(etag), _validator(last_modified)
+            if not rest and _DIGEST.fullmatch(backing) and type(size) is int and 0 <= size < 1 << 64:
+                return Pin(backing, size, *validators)
+    raise ValueError("not a pin of this version")
+
+
+def _validator(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and _fits(value)):
+        return value
+    raise ValueError("not a validator")

@@ -10,6 +10,7 @@ boot, or of a session that the overlay no longer carries, is ignored: somebody e
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterable
@@ -56,7 +57,8 @@ class Journal:
             OSError: the tmpfs is full; the entries have to be committed before the write is answered.
         """
         data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
-        os.pwrite(self._fd, data, self._end)
+        if os.pwrite(self._fd, data, self._end) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._end += len(data)
 
     def reset(self) -> None:

@@ -1,0 +1,106 @@
+"""The session journal: what is read back, and what it does when its tmpfs is full."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qedfs.overlay.journal import Journal, read_journal
+from qedfs.overlay.overlay import Overlay
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import empty
+
+CLUSTER = 4096
+SESSION = "5" * 32
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} was asked for")
+
+
+def test_entries_are_read_back_in_order(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal.append([(1, 4096), (2, 8192)])
+    journal.append([(1, 12288)])
+    assert read_journal(tmp_path, "disk", SESSION) == [(1, 4096), (2, 8192), (1, 12288)]
+    journal.reset()
+    assert read_journal(tmp_path, "disk", SESSION) == []
+    journal.append([(3, 4096)])
+    assert read_journal(tmp_path, "disk", SESSION) == [(3, 4096)]
+    journal.close(remove=True)
+    assert read_journal(tmp_path, "disk", SESSION) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", range(1, 16))
+def test_a_torn_entry_is_left_out(tmp_path: Path, lost: int) -> None:
+    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal.append([(1, 4096), (2, 8192)])
+    journal.close(remove=False)
+    path = tmp_path / "disk"
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert read_journal(tmp_path, "disk", SESSION) == [(1, 4096)]
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 20, 50])
+def test_a_journal_of_another_boot_session_or_version_is_void(tmp_path: Path, at: int) -> None:
+    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal.append([(1, 4096)])
+    journal.close(remove=False)
+    path = tmp_path / "disk"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert read_journal(tmp_path, "disk", SESSION) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128])
+def test_a_journal_without_entries_is_empty(tmp_path: Path, size: int) -> None:
+    Journal.create(tmp_path, "disk", SESSION).close(remove=False)
+    os.truncate(tmp_path / "disk", size)
+    assert read_journal(tmp_path, "disk", SESSION) == []
+
+
+async def test_a_killed_session_is_replayed(tmp_path: Path) -> None:
+    storage = MemoryStorage(empty(image_size=4 << 20, backing=b"").data, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    await overlay.write(0, b"a" * CLUSTER, no_fill)
+    await overlay.write(2 << 20, b"b" * 512, no_fill)
+    assert overlay.committer.pending
+
+    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    assert [run.size for run in await again.map(0, CLUSTER) if run.offset > 1] == [CLUSTER]
+    assert [run.size for run in await again.map(2 << 20, CLUSTER) if run.offset > 1] == [CLUSTER]
+    assert not again.committer.pending
+
+
+class SmallTmpfs:
+    """`os.pwrite` on a file system that has room for `room` more bytes: a short write, then ENOSPC."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def __call__(self, fd: int, data: bytes, offset: int) -> int:
+        count = min(len(data), self._room)
+        self._room -= count
+        if not count:
+            raise OSError(28, "No space left on device")
+        written: int = os.pwritev(fd, [data[:count]], offset)
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 16, 32])
+async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """The write of three clusters finds room for some of its entries only; it must be committed before its answer."""
+    storage = MemoryStorage(empty(backing=b"").data, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    await overlay.write(8 * CLUSTER, b"b" * CLUSTER, no_fill)
+    monkeypatch.setattr("qedfs.overlay.journal.os.pwrite", SmallTmpfs(room))
+    await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
+    await overlay.write(4 * CLUSTER, b"c" * CLUSTER, no_fill)
+
+    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    for cluster in (0, 1, 2, 4, 8):
+        assert (await again.map(cluster * CLUSTER, CLUSTER))[0].offset > 1
