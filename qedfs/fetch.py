@@ -225,14 +225,15 @@ class Fetch:
         flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), urgent=urgent)
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
+        # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
+        self.window.started(trio.current_time(), self._background_bytes)
+        if not urgent:
+            self._background_bytes += size
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         return flight
 
     async def _fly(self, flight: Flight, count: int, wanted: int) -> None:
         """One request from start to the last adoption. `wanted` bytes are inside the source, the rest is zeros."""
-        background = 0 if flight.urgent else flight.size
-        self.window.started(trio.current_time(), self._background_bytes)
-        self._background_bytes += background
         try:
             await self._bring(flight, wanted)
             flight.arrived.set()
@@ -247,7 +248,8 @@ class Fetch:
             flight.error = flight.error or QedfsError("internal error, see the log")
         finally:
             flight.arrived.set()
-            self._background_bytes -= background
+            if not flight.urgent:
+                self._background_bytes -= flight.size
             for cluster in range(flight.first, flight.first + count):
                 del self._flights[cluster]
             self._release(flight)

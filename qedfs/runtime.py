@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qedfs.errors import UsageError
 
+SOCKET_NAME = "control.sock"
 TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 
 
@@ -38,14 +39,19 @@ def journal_folder() -> Path | None:
 
 
 def mount_folder(mountpoint: str) -> Path:
-    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands."""
-    name = hashlib.sha256(os.fsencode(os.path.realpath(mountpoint))).hexdigest()[:16]
+    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands.
+
+    Only the way to the mountpoint is resolved: a look at the mountpoint itself would ask the mount, which may hang.
+    """
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    place = os.path.join(os.path.realpath(parent), name)
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
     return runtime_folder() / name
 
 
 def socket_path(mountpoint: str) -> Path:
     """The control socket of the mount at `mountpoint`."""
-    return mount_folder(mountpoint) / "control.sock"
+    return mount_folder(mountpoint) / SOCKET_NAME
 
 
 def private_folder(path: Path) -> Path:

@@ -26,7 +26,7 @@ from qedfs.mount import loop
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
 from qedfs.mount.operations import Operations
-from qedfs.runtime import mount_folder, private_folder, socket_path
+from qedfs.runtime import SOCKET_NAME, mount_folder, private_folder
 from qedfs.stream.job import State
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class Mount:
 
     def __init__(self, settings: Settings, folder: Folder) -> None:
         self.settings = settings
-        self.mountpoint = os.path.abspath(settings.mountpoint)
+        # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
+        self.mountpoint = os.path.realpath(settings.mountpoint)
+        self.socket = private_folder(mount_folder(self.mountpoint)) / SOCKET_NAME
         self.folder = folder
         self._quit = trio.Event()
 
@@ -105,12 +107,11 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None]) -> None
     loop.install()
     _mount(mount)
     try:
-        private_folder(mount_folder(mount.mountpoint))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_heed_signals, mount)
             nursery.start_soon(_rescan, mount)
-            await nursery.start(serve_control, socket_path(mount.mountpoint), mount)
+            await nursery.start(serve_control, mount.socket, mount)
             await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
             ready(mount)
             if mount.settings.until_streamed:
@@ -210,4 +211,4 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProce
         command = ["umount", *(["-l"] if lazy else []), "--", mountpoint]
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
