@@ -1,0 +1,93 @@
+"""`qedfs create`: a new overlay, as large as its backing."""
+
+from __future__ import annotations
+
+import os
+
+import click
+import trio
+
+from qedfs.cli.output import print_json, remark
+from qedfs.cli.values import DURATION, SIZE
+from qedfs.errors import UsageError
+from qedfs.overlay.create import create_overlay
+from qedfs.source.url import Location, parse_location
+from qedfs.units import format_size
+
+FORMATS = ("raw", "qcow2", "qed")
+
+
+@click.command(short_help="Make an overlay of a remote image.")
+@click.argument("overlay", type=click.Path())
+@click.option("--backing", metavar="URL", help="Where the bytes come from: http(s), nbd(s), nbd+unix or a file.")
+@click.option("--backing-format", type=click.Choice(FORMATS), default="raw", show_default=True, help="Of the backing.")
+@click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
+@click.option(
+    "--cluster-size", type=SIZE, default=1 << 16, show_default="64K", metavar="SIZE", help="What is fetched at least."
+)
+@click.option(
+    "--table-size", type=int, default=4, show_default=True, metavar="CLUSTERS", help="Clusters per table; QEMU: 2 or 4."
+)
+@click.option("--no-copy-on-read", is_flag=True, help="Mounts do not keep what readers fetch, unless told to.")
+@click.option(
+    "--source-timeout", type=DURATION, default=10.0, show_default="10s", help="How long to try to reach the backing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+def create(
+    overlay: str,
+    backing: str | None,
+    backing_format: str,
+    size: int | None,
+    cluster_size: int,
+    table_size: int,
+    no_copy_on_read: bool,
+    source_timeout: float,
+    as_json: bool,
+) -> None:
+    """Make OVERLAY, an empty QED file over a backing image.
+
+    Without --size the backing is asked for its size, which also shows that it can be used. A local backing that is not
+    an absolute path is looked for in OVERLAY's folder, as QEMU does.
+    """
+    if backing is None and size is None:
+        raise UsageError("give --backing, --size or both")
+    if backing_format != "raw":
+        raise UsageError(f"--backing-format {backing_format}: only raw backings can be served")
+    location = None
+    if backing is not None:
+        location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
+    if size is None and location is not None:
+        size = trio.run(_size, location, source_timeout)
+    header = create_overlay(
+        overlay,
+        image_size=size or 0,
+        backing=backing,
+        cluster_size=cluster_size,
+        table_size=table_size,
+        copy_on_read=not no_copy_on_read,
+    )
+    made = header.geometry.image_size
+    if as_json:
+        shown = None if location is None else str(location)
+        print_json({"overlay": os.path.abspath(overlay), "size": made, "backing": shown, "cluster_size": cluster_size})
+    else:
+        click.echo(f"{overlay}: {format_size(made)}" + ("" if location is None else f" over {location}"))
+    if location is not None and location.path is not None:
+        remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
+
+
+async def _size(location: Location, timeout_seconds: float) -> int:
+    """Bytes of the backing. The user has typed the URL, which allows it."""
+    # Imported here: libcurl takes its time.
+    from qedfs.source.open import remote_source
+    from qedfs.source.policy import Policy
+
+    policy = Policy(() if location.path is None else (location.path,))
+    async with trio.open_nursery() as nursery:
+        remote = remote_source(location, policy, nursery, deadline_seconds=timeout_seconds)
+        try:
+            return (await remote.connect()).size
+        finally:
+            with trio.CancelScope(shield=True):
+                await remote.aclose()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,87 @@
+"""`mount --daemon`: starts the same command again in a session of its own, and learns over a pipe how it went.
+
+Owns the pipe, the log file and the child's start. The child is a fresh process, not a fork of this one: no thread, no
+lock and no descriptor of the terminal goes along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from qedfs.errors import QedfsError
+from qedfs.runtime import mount_folder, private_folder
+
+MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one
+
+
+class Readiness:
+    """The child's end of the pipe. Without one, nobody waits and nothing is sent."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        if fd is not None:
+            # fusermount3 and other children must not hold it open.
+            os.set_inheritable(fd, False)
+
+    def ready(self) -> None:
+        """The mount serves."""
+        self._send({"exit_code": 0})
+
+    def failed(self, line: str, exit_code: int) -> None:
+        """It never will."""
+        self._send({"exit_code": exit_code, "error": line})
+
+    def _send(self, message: dict[str, object]) -> None:
+        if self._fd is None:
+            return
+        # Whoever started us may be gone; the mount serves all the same.
+        with contextlib.suppress(OSError):
+            os.write(self._fd, json.dumps(message).encode())
+        os.close(self._fd)
+        self._fd = None
+
+
+def start(arguments: Sequence[str], mountpoint: str) -> None:
+    """Run `qedfs mount ARGUMENTS` in the background; return when it serves.
+
+    Ends the command with the child's line and exit code if it does not.
+    """
+    read_fd, write_fd = os.pipe()
+    log_path = private_folder(mount_folder(mountpoint)) / "log"
+    with _open_log(log_path) as log:
+        child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
+            [sys.executable, "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            pass_fds=[write_fd],
+            start_new_session=True,
+        )
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as pipe:
+        answer = pipe.read()
+    if not answer:
+        raise QedfsError(f"the daemon ended with {child.wait()} before it served, see {log_path}")
+    message = json.loads(answer)
+    if message["exit_code"]:
+        child.wait()
+        click.echo(f"qedfs: {message['error']}", err=True)
+        raise click.exceptions.Exit(message["exit_code"])
+    # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
+    child.returncode = 0
+
+
+def _open_log(path: Path) -> BinaryIO:
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > MAX_LOG_BYTES:
+            path.rename(path.with_suffix(".old"))
+    return path.open("ab")

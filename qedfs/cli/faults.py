@@ -1,0 +1,76 @@
+"""The one place where an exception becomes a line on stderr and an exit code.
+
+Owns what the user sees of a failure. Commands raise QedfsError and print nothing of it themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import click
+
+from qedfs.errors import QedfsError
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C ended
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run a command and return its exit code; a failure is reported on stderr."""
+    try:
+        result = run()
+        sys.stdout.flush()
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except BrokenPipeError:
+        # `qedfs status | head`: nobody reads on. What is still buffered must not raise again at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BaseException as exc:
+        return _report(exc)
+    # click hands on the code of `click.exceptions.Exit`; commands themselves return nothing.
+    return result if isinstance(result, int) else 0
+
+
+def explain(exc: BaseException) -> tuple[str, int]:
+    """(line, exit code) of an exception. trio's nurseries wrap what their tasks raise; the cause is inside."""
+    cause = _cause(exc)
+    if isinstance(cause, QedfsError):
+        return str(cause), cause.exit_code
+    if isinstance(cause, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(cause, OSError) and cause.strerror:
+        name = f"{cause.filename}: " if cause.filename else ""
+        return f"{name}{cause.strerror}", QedfsError.exit_code
+    return f"internal error: {type(cause).__name__}: {cause}", QedfsError.exit_code
+
+
+def _report(exc: BaseException) -> int:
+    if isinstance(exc, SystemExit):
+        raise exc
+    line, exit_code = explain(exc)
+    # With --verbose the log shows where a fault of ours arose.
+    log.debug("the command failed", exc_info=exc)
+    if exit_code != INTERRUPTED:
+        click.echo(f"qedfs: {line}", err=True)
+    return exit_code
+
+
+def _cause(exc: BaseException) -> BaseException:
+    """The most telling leaf of an exception group: a QedfsError before anything else."""
+    leaves = list(_leaves(exc))
+    return next((leaf for leaf in leaves if isinstance(leaf, QedfsError)), leaves[0])
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for part in exc.exceptions for leaf in _leaves(part)]
+    return [exc]

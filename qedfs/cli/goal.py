@@ -1,0 +1,53 @@
+"""What `qedfs wait` waits for, and how it is told from what the server says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from qedfs.cli.images import Image
+from qedfs.control.client import Client, error_of
+from qedfs.errors import UsageError
+from qedfs.units import parse_size
+
+_RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
+# These do not go on by themselves.
+_ENDED = frozenset({"failed", "source-changed", "broken"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Goal:
+    """A range of bytes of each image that has to be local; `end` None: the whole image has to be complete."""
+
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        return "complete" if self.end is None else "populated"
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so. Raises the error that keeps it from ever being so."""
+        if image["state"] == "complete" or self._is_local(client, image):
+            return True
+        if image["state"] in _ENDED:
+            raise error_of(image.get("exit_code"), f"{image['name']}: {image['error'] or image['state']}")
+        return False
+
+    def _is_local(self, client: Client, image: Image) -> bool:
+        if self.end is None or image["state"] == "broken":
+            return False
+        found = client.execute("x-qedfs-next-missing", device=image["name"], offset=self.start)["offset"]
+        return found is None or found >= min(self.end, image["size"])
+
+
+def parse_goal(text: str) -> Goal:
+    """The goal of `--for`. Raises UsageError."""
+    if text == "complete":
+        return Goal()
+    found = _RANGE.match(text)
+    if found is None:
+        raise UsageError(f"--for {text}: write complete, or populated:START-END like populated:0-64M")
+    start, end = parse_size(found[1]), parse_size(found[2])
+    if end <= start:
+        raise UsageError(f"--for {text}: the range is empty")
+    return Goal(start, end)

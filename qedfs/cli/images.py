@@ -1,0 +1,35 @@
+"""The images of a mount as its server describes them, and how a user names one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qedfs.control.client import Client
+from qedfs.errors import UsageError
+
+Image = dict[str, Any]
+
+
+def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:
+    """The image that the user means, all of them without a name.
+
+    disk, disk.raw and disk.qed all mean the image disk.raw. Raises UsageError if there is none of that name.
+    """
+    if name is None:
+        return images
+    plain = stem(name)
+    found = [image for image in images if stem(image["name"]) == plain]
+    if not found:
+        there = ", ".join(image["name"] for image in images) or "none"
+        raise UsageError(f"{mountpoint}: has no image {name}; there is {there}")
+    return found
+
+
+def stem(name: str) -> str:
+    """The name without what tells the image from its overlay."""
+    return name.removesuffix(".raw").removesuffix(".qed")
+
+
+def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
+    """Ask for the images that the user means."""
+    return named(client.execute("x-qedfs-status")["images"], name, mountpoint)

@@ -1,0 +1,51 @@
+"""Where the log of a mount goes: stderr, as lines for people or as JSON, or above the progress bars."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from rich.console import Console
+
+_TIMED = "%(asctime)s %(levelname)s %(message)s"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time (seconds since 1970), level, logger, message, and a traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        fields = {
+            "time": round(record.created, 6),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class AboveBars(logging.Handler):
+    """Prints through the console that draws the bars, which makes room for the line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        self._console.print(self.format(record))
+
+
+def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None = None) -> None:
+    """Send the log where it belongs, from INFO on, or from DEBUG on if `verbose`."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr) if bars is None else AboveBars(bars)
+    if as_json:
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("qedfs: %(message)s" if bars is not None else _TIMED))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)

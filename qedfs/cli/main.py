@@ -1,0 +1,44 @@
+"""The `qedfs` command: the group that holds all commands, and the exit code that the shell gets."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from qedfs import __version__
+from qedfs.cli.create import create
+from qedfs.cli.faults import guarded
+from qedfs.cli.mount import mount
+from qedfs.cli.status import status
+from qedfs.cli.umount import umount
+from qedfs.cli.wait import wait
+
+
+class Group(click.Group):
+    """A group whose failures all go through one place."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
+        """Run the command named on the command line and exit."""
+        kwargs["standalone_mode"] = False
+        sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qedfs")
+def main() -> None:
+    """Mount QED overlays of remote disk images as flat raw files, and stream them in.
+
+    Sizes take K M G T (1024), durations s m h.
+
+    Exit codes: 0 success, 1 other failure, 2 usage, 3 bad overlay, 4 source unreachable or unusable, 5 source changed,
+    6 no space, 7 timed out, 8 in use, 9 refused by policy, 130 interrupted.
+
+    Completion of commands and options in bash: eval "$(_QEDFS_COMPLETE=bash_source qedfs)"; zsh_source and fish_source
+    are there too.
+    """
+
+
+for command in (create, mount, umount, status, wait):
+    main.add_command(command)

@@ -1,0 +1,38 @@
+"""`-o key=value,...` as mount(8) and fstab write it -> the long options of `qedfs mount`.
+
+Pure. Every long option can be spelled so; `_` and `-` are the same. What fstab is full of and does not concern us is
+passed over, so that a mount helper can hand on its options as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+# mount(8), systemd.mount(5): for others to heed.
+_IGNORED = re.compile(
+    r"^(x-.*|_netdev|nofail|(no)?auto|defaults|rw|(no)?users?|(no)?dev|(no)?suid|(no)?exec|(no|rel|lazy|strict)?atime|comment=.*)$"
+)
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """The same arguments with each `-o` replaced by what it stands for."""
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*expanded, argument, *rest]
+        if argument == "-o":
+            expanded += _long_options(next(rest, ""))
+        elif argument.startswith("-o") and not argument.startswith("--"):
+            expanded += _long_options(argument[2:])
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _long_options(text: str) -> Iterator[str]:
+    for option in filter(None, text.split(",")):
+        name, equals, value = option.partition("=")
+        if not _IGNORED.match(option):
+            yield f"--{name.replace('_', '-')}{equals}{value}"

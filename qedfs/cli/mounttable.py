@@ -1,0 +1,67 @@
+"""What is mounted where, and who keeps it busy, as the kernel says. Reads /proc and /sys, never the mount itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+FILESYSTEM = "fuse.qedfs"
+MOST_HOLDERS = 3  # named in a message
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def mounted_type(mountpoint: str) -> str | None:
+    """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
+    wanted = os.path.realpath(mountpoint)
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            left, _, right = line.partition(" - ")
+            # Blanks and backslashes are octal there, proc(5).
+            if _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), left.split()[4]) == wanted:
+                found = right.split()[0]
+    return found
+
+
+def holders(mountpoint: str) -> list[str]:
+    """Who has something below the mountpoint open, as "pid 123 (qemu)" and "/dev/loop0"; what we may see of it."""
+    folder = os.path.realpath(mountpoint)
+    return [*_processes(folder), *_loops(folder)]
+
+
+def _processes(folder: str) -> Iterator[str]:
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and any(_is_below(place, folder) for place in _places(process)):
+            yield f"pid {process.name} ({_text(process / 'comm')})"
+
+
+def _places(process: Path) -> Iterator[str]:
+    """Where a process is and what it has open. Reading these links asks nothing of the file systems they lead to."""
+    try:
+        links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+    except OSError:
+        return
+    for link in links:
+        try:
+            yield os.readlink(link)
+        except OSError:
+            continue
+
+
+def _loops(folder: str) -> Iterator[str]:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if _is_below(_text(backing), folder):
+            yield f"/dev/{backing.parts[-3]}"
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,87 @@
+"""`qedfs umount`: unmounts, and returns when the overlays are free."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+import click
+
+from qedfs.cli.mounttable import FILESYSTEM, MOST_HOLDERS, holders, mounted_type
+from qedfs.control.client import Client, Gone, NotServed
+from qedfs.errors import InUse, QedfsError, UsageError
+
+
+@click.command(short_help="Unmount and wait until the overlays are free.")
+@click.argument("mountpoint", type=click.Path())
+def umount(mountpoint: str) -> None:
+    """Unmount MOUNTPOINT.
+
+    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them. A mount
+    whose server has died is cleared away.
+    """
+    try:
+        with Client.connect(mountpoint) as client:
+            process = _process(client)
+            try:
+                _unmount(mountpoint)
+                _wait_for_end(client, process)
+            finally:
+                if process is not None:
+                    os.close(process)
+    except NotServed:
+        _unmount(mountpoint)
+
+
+def _process(client: Client) -> int | None:
+    """A descriptor of the serving process, which becomes readable when the process ends."""
+    try:
+        return os.pidfd_open(client.server_pid)
+    except OSError:
+        return None
+
+
+def _unmount(mountpoint: str) -> None:
+    kind = mounted_type(mountpoint)
+    if kind is None:
+        raise UsageError(f"{mountpoint}: nothing is mounted there")
+    if kind != FILESYSTEM:
+        raise UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
+    # Imported here: pyfuse3 takes its time.
+    from qedfs.mount.daemon import unmount
+
+    done = unmount(mountpoint, lazy=_is_dead(mountpoint))
+    if done.returncode == 0:
+        return
+    if "busy" in done.stderr.lower():
+        raise InUse(f"{mountpoint}: is in use{_by_whom(mountpoint)}; close it there first")
+    raise QedfsError(f"{mountpoint}: cannot be unmounted: {done.stderr.strip()}")
+
+
+def _wait_for_end(client: Client, process: int | None) -> None:
+    """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
+    if process is not None:
+        select.select([process], [], [])
+        return
+    try:
+        while True:
+            client.event(60.0)
+    except Gone:
+        return
+
+
+def _is_dead(mountpoint: str) -> bool:
+    try:
+        os.stat(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def _by_whom(mountpoint: str) -> str:
+    found = holders(mountpoint)
+    if not found:
+        return ""
+    more = f" and {len(found) - MOST_HOLDERS} more" if len(found) > MOST_HOLDERS else ""
+    return f" by {', '.join(found[:MOST_HOLDERS])}{more}"

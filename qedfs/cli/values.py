@@ -1,0 +1,42 @@
+"""Option types of the command line: sizes, durations. Sizes take K M G T (1024), durations s m h."""
+
+from __future__ import annotations
+
+import click
+
+from qedfs.errors import UsageError
+from qedfs.units import parse_seconds, parse_size
+
+
+class Size(click.ParamType[int]):
+    """Bytes, written like 64K, 20M, 1.5G."""
+
+    name = "SIZE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of the text."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except UsageError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, written like 30, 30s, 10m, 2h."""
+
+    name = "TIME"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds of the text."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        try:
+            return parse_seconds(str(value))
+        except UsageError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+SIZE = Size()
+DURATION = Duration()

@@ -1,0 +1,122 @@
+"""`qedfs wait`: returns when what the user waits for is local."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn
+
+from qedfs.cli.goal import Goal, parse_goal
+from qedfs.cli.images import Image, fetch
+from qedfs.cli.output import console, remark
+from qedfs.cli.values import DURATION
+from qedfs.control.client import Client, Gone
+from qedfs.errors import QedfsError, TimedOut
+from qedfs.overlay.session import read_header
+from qedfs.overlay.storage import FileStorage
+
+COMPLETE = "complete"
+POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
+HELD_STATES = {
+    "off": "is not being streamed; qedfs stream start would begin it",
+    "paused": "is paused",
+}
+
+
+@click.command(short_help="Wait until images are complete.")
+@click.argument("mountpoint", type=click.Path())
+@click.argument("image", required=False)
+@click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")
+@click.option(
+    "--for",
+    "goal",
+    default="complete",
+    show_default=True,
+    metavar="complete|populated:RANGE",
+    help="What to wait for. RANGE is START-END, like 0-64M: these bytes are local.",
+)
+def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str) -> None:
+    """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
+
+    A source that is away and a full disk are waited for. A stream that has failed ends the wait with exit code 4, one
+    whose source is another version with 5.
+    """
+    waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
+    try:
+        with Client.connect(mountpoint) as client:
+            waiting.run(client)
+    except Gone as exc:
+        # --until-streamed: the mount is over as soon as there is nothing left to wait for.
+        if not waiting.images or not all(_stands_alone(found["overlay"]) for found in waiting.images):
+            raise QedfsError(f"{mountpoint}: the mount has ended before the images were complete") from exc
+
+
+class _Waiting:
+    """One wait: what for, how long, and the images as they were last seen."""
+
+    def __init__(self, mountpoint: str, image: str | None, goal: Goal, timeout_seconds: float | None) -> None:
+        self.images: list[Image] = []
+        self._mountpoint = mountpoint
+        self._image = image
+        self._goal = goal
+        self._timeout_seconds = timeout_seconds
+        self._deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._remarked: set[tuple[str, str]] = set()
+
+    def run(self, client: Client) -> None:
+        """Return when the goal is reached for all images."""
+        with _bar() as bar:
+            task = bar.add_task("", total=None)
+            while not self._reached(client):
+                bar.update(task, **self._progress())
+                self._remark_held()
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
+                client.event(min(left, POLL_SECONDS))
+
+    def _reached(self, client: Client) -> bool:
+        self.images = fetch(client, self._image, self._mountpoint)
+        # Each is asked, so that the failure of one is seen though another is not there yet.
+        reached = [self._goal.reached(client, image) for image in self.images]
+        return all(reached)
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "completed": sum(image["populated"] for image in self.images),
+            "total": sum(image["total"] for image in self.images) or None,
+            "description": self.images[0]["name"] if len(self.images) == 1 else f"{len(self.images)} images",
+        }
+
+    def _remark_held(self) -> None:
+        """Say it once when something does not move by itself."""
+        for image in self.images:
+            name, state = image["name"], image["state"]
+            if state in HELD_STATES and (name, state) not in self._remarked:
+                self._remarked.add((name, state))
+                remark(f"{name} {HELD_STATES[state]}" + (f": {image['reason']}" if image["reason"] else ""))
+
+    def _summary(self) -> str:
+        return ", ".join(f"{image['name']} is {image['state']}" for image in self.images if image["state"] != COMPLETE)
+
+
+def _bar() -> Progress:
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True, expand=True)
+
+
+def _stands_alone(overlay: str) -> bool:
+    """Whether the overlay file refers to no backing any more."""
+    try:
+        storage = FileStorage.open(overlay, writable=False, locked=False)
+    except QedfsError:
+        return False
+    try:
+        return not read_header(storage)[0].has_backing
+    except QedfsError:
+        return False
+    finally:
+        storage.close()

@@ -1,0 +1,156 @@
+"""The other end of a control socket, for the command line: synchronous, one request at a time.
+
+Owns connecting, the negotiation and the matching of answers. Errors come back as the QedfsError that they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+from qedfs.errors import (
+    BadOverlay,
+    InUse,
+    NoSpace,
+    QedfsError,
+    Refused,
+    SourceChanged,
+    SourceError,
+    TimedOut,
+    UsageError,
+)
+from qedfs.runtime import socket_path
+
+# A step on a dead source ends after the mount's own deadline, which the user may have raised.
+ANSWER_SECONDS = 600.0
+CONNECT_SECONDS = 10.0
+RECEIVE_BYTES = 65536
+_CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
+
+_BY_EXIT_CODE: dict[int, type[QedfsError]] = {
+    kind.exit_code: kind
+    for kind in (UsageError, BadOverlay, SourceError, SourceChanged, NoSpace, TimedOut, InUse, Refused)
+}
+
+
+class Gone(QedfsError):
+    """The server has closed the connection: the mount has come to its end."""
+
+
+class NotServed(UsageError):
+    """No server answers for this mountpoint."""
+
+
+class Client:
+    """A connection to the server of one mount. Use it as a context manager."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+        self._events: deque[dict[str, Any]] = deque()
+        self._next_id = 0
+
+    @classmethod
+    def connect(cls, mountpoint: str) -> Self:
+        """Connect to the server of the mount at `mountpoint` and negotiate.
+
+        Raises:
+            NotServed: nobody answers there.
+        """
+        path = socket_path(mountpoint)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(CONNECT_SECONDS)
+            connection.connect(os.fspath(path))
+            client = cls(connection)
+            client._receive_line(time.monotonic() + CONNECT_SECONDS)
+            client.execute("qmp_capabilities")
+        except (FileNotFoundError, ConnectionRefusedError, Gone, TimeoutError) as exc:
+            connection.close()
+            raise NotServed(f"{mountpoint}: no qedfs mount answers there") from exc
+        except BaseException:
+            connection.close()
+            raise
+        return client
+
+    @property
+    def server_pid(self) -> int:
+        """The process that serves the mount; 0 if it is in a place where we cannot see it."""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(credentials)[0])
+
+    def execute(self, name: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
+        """Run a command and return what it returns; `_` in argument names stands for `-`.
+
+        Raises:
+            QedfsError: the kind that the server names by its exit code; Gone if the mount ended meanwhile.
+        """
+        self._next_id += 1
+        named = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
+        request = {"execute": name, "arguments": named, "id": self._next_id}
+        try:
+            self._socket.settimeout(ANSWER_SECONDS)
+            self._socket.sendall(json.dumps(request).encode())
+        except OSError as exc:
+            raise Gone("the mount has ended") from exc
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            message = self._receive_line(deadline)
+            if "event" in message:
+                self._events.append(message)
+            elif message.get("id") == self._next_id:
+                break
+        if "error" in message:
+            raise error_of(message["error"].get("x-qedfs-exit-code"), message["error"]["desc"])
+        return message["return"]
+
+    def event(self, timeout_seconds: float) -> dict[str, Any] | None:
+        """The next event, or None if there was none in this time. Raises Gone."""
+        if self._events:
+            return self._events.popleft()
+        try:
+            return self._receive_line(time.monotonic() + timeout_seconds)
+        except TimeoutError:
+            return None
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _receive_line(self, deadline: float) -> dict[str, Any]:
+        while (end := self._buffer.find(b"\n")) < 0:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            try:
+                data = self._socket.recv(RECEIVE_BYTES)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise Gone("the mount has ended")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+
+def error_of(exit_code: int | None, text: str) -> QedfsError:
+    """The error that an exit code stands for."""
+    return _BY_EXIT_CODE.get(exit_code or 0, QedfsError)(text)

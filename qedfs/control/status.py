@@ -1,0 +1,93 @@
+"""What `status` says of a mount: plain values for JSON. Reads the images, changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qedfs.control.port import Mounted, ServedImage
+from qedfs.control.rate import Rate
+from qedfs.errors import QedfsError
+from qedfs.fetch import Fetch
+from qedfs.image import Image
+from qedfs.stream.job import State, StreamJob
+
+BROKEN = "broken"  # the state of an overlay that cannot be served
+
+
+def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict[str, Any]:
+    """The whole mount. `rates` by the path of the overlay. All sizes in bytes."""
+    return {
+        "mountpoint": mount.mountpoint,
+        "socket": socket,
+        "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
+        "sources": [_source_status(fetch) for fetch in mount.fetches()],
+    }
+
+
+def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
+    """One image, served or broken."""
+    image, job = served.image, served.job
+    if image is None or job is None:
+        return _broken_status(served)
+    left = job.total - job.populated
+    running = job.state is State.RUNNING and image.overlay.clusters.missing is not None
+    eta = rate.seconds_for(left) if rate and running else None
+    return {
+        "name": served.name,
+        "overlay": served.path,
+        "size": image.size,
+        "backing": None if image.complete or image.fetch is None else str(image.fetch.remote.location),
+        "state": str(job.state),
+        "reason": job.reason or None,
+        "populated": job.populated,
+        "total": job.total,
+        "rate": round(rate.value) if rate else 0,
+        "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
+        "error": _error(served, image, job),
+        "limit": job.pace.limit,
+        "copy_on_read": image.copy_on_read,
+        "read_only": not image.overlay.writable,
+        "opens": served.opens,
+        "disk_usage": image.overlay.storage.disk_usage(),
+        "counters": dataclasses.asdict(image.counters),
+    }
+
+
+def _broken_status(served: ServedImage) -> dict[str, Any]:
+    error = served.error
+    return {
+        "name": served.name,
+        "overlay": served.path,
+        "size": 0,
+        "backing": None,
+        "state": BROKEN,
+        "reason": None,
+        "populated": 0,
+        "total": 0,
+        "rate": 0,
+        "eta_seconds": None,
+        "error": None if error is None else str(error),
+        "exit_code": QedfsError.exit_code if error is None else error.exit_code,
+    }
+
+
+def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
+    """What is wrong now, the most lasting trouble first."""
+    found = image.overlay.committer.failure or image.changed or image.full or served.error or image.error
+    if found is not None:
+        return str(found)
+    return job.reason if job.state in (State.FAILED, State.SOURCE_CHANGED) else None
+
+
+def _source_status(fetch: Fetch) -> dict[str, Any]:
+    remote = fetch.remote
+    return {
+        "backing": str(remote.location),
+        "size": None if remote.identity is None else remote.identity.size,
+        "fetched": fetch.fetched_bytes,
+        "window": fetch.window.bytes,
+        "retries": remote.retries,
+        "error": None if remote.error is None else str(remote.error),
+    }
