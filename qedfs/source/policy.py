@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from qedfs.errors import Refused
-from qedfs.source.url import Location
+from qedfs.errors import Refused, UsageError
+from qedfs.source.url import Location, parse_location
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,10 +74,24 @@ def _covers(prefix: str, location: Location) -> bool:
         folder = os.path.realpath(prefix)
         path = os.path.realpath(location.path)
         return prefix.startswith("/") and (path == folder or path.startswith(folder.rstrip("/") + "/"))
-    wanted, actual = urlsplit(prefix), urlsplit(location.secret_url)
-    if (wanted.scheme, wanted.hostname, wanted.port) != (actual.scheme, actual.hostname, actual.port):
+    try:
+        allowed = parse_location(prefix)
+    except UsageError:
         return False
-    # "http://host/images" covers /images and /images/x, not /images-secret; ".." never leaves the prefix.
-    inside = os.path.normpath(actual.path or "/")
-    stem = wanted.path.rstrip("/")
-    return inside == stem or inside.startswith(stem + "/") or not stem
+    if (allowed.kind, allowed.tls, allowed.host, allowed.port) != (
+        location.kind,
+        location.tls,
+        location.host,
+        location.port,
+    ):
+        return False
+    # "http://host/images" covers /images and /images/x, not /images-secret; ".." never leaves the prefix, and a server
+    # may well take %2e%2e for it.
+    stem = _plain_path(allowed).rstrip("/")
+    inside = _plain_path(location)
+    return not stem or inside == stem or inside.startswith(stem + "/")
+
+
+def _plain_path(location: Location) -> str:
+    path = unquote(urlsplit(location.secret_url).path) or "/"
+    return os.path.normpath("/" + path.lstrip("/"))

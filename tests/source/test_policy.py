@@ -1,0 +1,127 @@
+"""What an overlay may name, by whom it is decided, and what a refusal says."""
+
+from __future__ import annotations
+
+import pytest
+
+from qedfs.errors import Refused, UsageError
+from qedfs.source.policy import Policy
+from qedfs.source.url import parse_location
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://example.org/a.img", "https://10.0.0.7:8443/a", "nbd://127.0.0.1/", "nbds://host:1/export"],
+)
+def test_remote_places_are_allowed_without_a_prefix(text: str) -> None:
+    Policy().check_location(parse_location(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["/etc/shadow", "base.raw", "../base.raw", "./a:b", "nbd+unix:///?socket=/run/nbd.sock"]
+)
+def test_local_places_are_refused_and_the_option_is_named(text: str) -> None:
+    with pytest.raises(Refused, match="--allow-backing"):
+        Policy().check_location(parse_location(text, relative_to="/srv/images"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "allowed"),
+    [
+        ("http://host/images", "http://host/images/a.img", True),
+        ("http://host/images/", "http://host/images/a.img", True),
+        ("http://host", "http://host:80/anything", True),
+        ("http://host/images", "http://host/images", True),
+        ("http://host/images", "http://host/images-secret/a", False),
+        ("http://host/images", "http://host/images/../secret", False),
+        ("http://host/images", "http://host/images/%2e%2e/secret", False),
+        ("http://host/images", "http://host/images/%2E%2E%2Fsecret", False),
+        ("http://host/images", "https://host/images/a", False),
+        ("http://host/images", "http://host:8080/images/a", False),
+        ("http://host/images", "http://host.evil/images/a", False),
+        ("http://host/images", "http://host@evil/images/a", False),
+        ("http://host/images", "nbd://host/images/a", False),
+        ("/srv/images", "/srv/images/base.raw", True),
+        ("/srv/images", "/srv/images/../secret", False),
+        ("/srv/images", "/srv/images2/base.raw", False),
+        ("/srv/images", "http://host/srv/images/a", False),
+        ("/run/nbd", "nbd+unix:///?socket=/run/nbd/a.sock", True),
+        ("/run/nbd", "nbd+unix:///?socket=/run/other.sock", False),
+        ("nbd://host", "nbd://host:10809/export", True),
+        ("nbd://host/a", "nbd://host/b", False),
+    ],
+)
+def test_with_a_prefix_nothing_outside_is_opened(prefix: str, text: str, *, allowed: bool) -> None:
+    policy, location = Policy((prefix,)), parse_location(text)
+    if allowed:
+        policy.check_location(location)
+    else:
+        with pytest.raises(Refused):
+            policy.check_location(location)
+
+
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "fe80::1", "fe80::1%eth0", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1"]
+)
+def test_link_local_and_special_addresses_are_refused(address: str) -> None:
+    with pytest.raises(Refused, match="link-local or special"):
+        Policy().check_address(address, parse_location("http://host/a"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "::1", "8.8.8.8"])
+def test_private_addresses_are_allowed_directly(address: str) -> None:
+    Policy().check_address(address, parse_location("http://host/a"))
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1", "10.1.2.3", "::ffff:10.0.0.1", "fd00::1"])
+def test_a_redirect_does_not_lead_from_public_to_private(target: str) -> None:
+    location = parse_location("http://host/a")
+    with pytest.raises(Refused, match="redirected"):
+        Policy().check_address(target, location, redirected_from="93.184.216.34")
+    Policy().check_address(target, location, redirected_from="10.9.9.9")
+
+
+def test_a_redirect_does_not_lead_from_https_to_http() -> None:
+    with pytest.raises(Refused, match="https"):
+        Policy().check_redirect(parse_location("https://host/a"), parse_location("http://host/a"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "json:{}",
+        "file:/etc/passwd",
+        "file:///etc/passwd",
+        "ftp://host/a",
+        "fat:/etc",
+        "http://",
+        "http:///a",
+        "nbd:host:1",
+        "nbd+unix:///?socket=rel",
+        "nbd+unix:///",
+        "ssh://host/a",
+        "http://host:99999/a",
+        "a\nb",
+        "http://[::1/a",
+        "data:,x",
+    ],
+)
+def test_what_is_no_place_is_an_error_and_never_a_file_name(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_location(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://user:hunter2@host/a", "https://host/a?X-Sig=hunter2&b=hunter2", "nbd://me:hunter2@host/e"],
+)
+def test_no_credential_is_shown(text: str) -> None:
+    location = parse_location(text)
+    assert "hunter2" not in f"{location} {location!r}"
+
+
+def test_no_credential_is_shown_by_a_refusal_to_parse() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_location("ftp://user:hunter2@host/")
+    assert "hunter2" not in str(caught.value)
