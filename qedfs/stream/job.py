@@ -15,7 +15,7 @@ import dataclasses
 import enum
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -42,6 +42,22 @@ class State(enum.StrEnum):
     SOURCE_CHANGED = "source-changed"
 
 
+class Action(enum.Enum):
+    """What the job does about a failure."""
+
+    RETRY = enum.auto()  # after a while, by itself
+    HOLD = enum.auto()  # when the user resumes
+    STOP = enum.auto()  # when the user starts it again
+    IGNORE = enum.auto()  # go on behind it, and stop at the end
+
+
+def usual_action(error: QedfsError) -> Action:
+    """What helps: a source that is away may come back, a full disk may become emptier, the rest stays as it is."""
+    if isinstance(error, SourceChanged):
+        return Action.STOP
+    return Action.RETRY if isinstance(error, (SourceUnreachable, NoSpace)) else Action.STOP
+
+
 class StreamJob:
     """The stream of one image. `run` is its task; the other methods are called from other tasks."""
 
@@ -51,9 +67,17 @@ class StreamJob:
         self.state = State.COMPLETE if image.complete else State.OFF
         self.reason = ""  # why it is not running, for people
         self.pace = Pace(limit)
+        self.error: QedfsError | None = None  # what it has stopped for
         self.listeners: list[Callable[[StreamJob], None]] = []
+        self.judge: Callable[[QedfsError], Action] = usual_action
+        # Asked when nothing is missing any more; False: do not detach, somebody has cancelled or paused.
+        self.may_detach: Callable[[], Awaitable[bool]] | None = None
         self._enabled = enabled and image.overlay.writable
         self._paused = image.overlay.record.paused
+        self._held: QedfsError | None = None
+        self._cursor = 0  # the cluster at which the walk goes on
+        self._ignored: QedfsError | None = None
+        self._ignored_at = 0  # the cursor then
         self._poked = trio.Event()
         self._extents: deque[Extent] = deque()
         self._holes: set[int] = set()  # L1 indices without a table that the source has nothing for
@@ -71,6 +95,30 @@ class StreamJob:
         """Bytes that need the source no longer."""
         return min(self.image.size, self.image.populated + self.skipped)
 
+    @property
+    def enabled(self) -> bool:
+        """Whether it streams, or would if it were not held or paused."""
+        return self._enabled
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for `resume`."""
+        return self._paused or self._held is not None
+
+    async def next_missing(self, pos: int) -> int | None:
+        """The first byte at or behind `pos` that needs the source; None: there is none."""
+        geometry = self.image.overlay.geometry
+        cluster = pos // geometry.cluster_size
+        while not self.image.complete:
+            found = await self.image.overlay.clusters.next_missing(cluster, 1)
+            if found is None:
+                break
+            index = found[0] // geometry.entries
+            if index not in self._holes:
+                return max(pos, found[0] * geometry.cluster_size)
+            cluster = (index + 1) * geometry.entries
+        return None
+
     # Commands.
 
     def start(self, limit: int | None = None) -> None:
@@ -79,6 +127,8 @@ class StreamJob:
             self.pace.limit = limit
         self._enabled = True
         self._paused = False
+        self._held = self._ignored = self.error = None
+        self._ignored_at = 0
         self._poke()
 
     def cancel(self) -> None:
@@ -91,7 +141,8 @@ class StreamJob:
         await self._set_paused(paused=True)
 
     async def resume(self) -> None:
-        """Go on."""
+        """Go on, also after a failure that holds it."""
+        self._held = None
         await self._set_paused(paused=False)
 
     def set_limit(self, limit: int) -> None:
@@ -135,18 +186,30 @@ class StreamJob:
                 self.image.error = None
                 await self._stream()
                 pause = RETRY_SECONDS[0]
-            except SourceChanged as exc:
-                self._stop(State.SOURCE_CHANGED, exc)
-            except SourceUnreachable as exc:
-                self._change(State.WAITING, str(exc))
-                await self._sleep(pause)
-                pause = min(2 * pause, RETRY_SECONDS[1])
-            except NoSpace as exc:
-                self._change(State.PAUSED, str(exc))
-                await self._sleep(NO_SPACE_RETRY_SECONDS)
             except QedfsError as exc:
-                self._stop(State.FAILED, exc)
+                await self._heed(exc, pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
         self._change(State.COMPLETE)
+
+    async def _heed(self, error: QedfsError, pause: float) -> None:
+        """Do about a failure what the judge says; `pause`: seconds until the next try."""
+        action = self.judge(error)
+        # Without progress since the last one there is nothing to go on behind.
+        if action is Action.IGNORE and self._cursor > self._ignored_at:
+            self._ignored, self._ignored_at = error, self._cursor
+            self.image.error = self.image.full = None
+            return
+        self._cursor = 0
+        if action is Action.HOLD:
+            self._held = error
+        elif action is not Action.RETRY:
+            self._stop(State.SOURCE_CHANGED if isinstance(error, SourceChanged) else State.FAILED, error)
+        elif isinstance(error, NoSpace):
+            self._change(State.PAUSED, str(error))
+            await self._sleep(NO_SPACE_RETRY_SECONDS)
+        else:
+            self._change(State.WAITING, str(error))
+            await self._sleep(pause)
 
     async def _stream(self) -> None:
         """Walk until there is nothing left, then detach. Returns early when it was told to stop."""
@@ -157,29 +220,33 @@ class StreamJob:
         image.streaming = True
         if image not in fetch.takers:
             fetch.takers.append(image)
-        while await self._walk(source_size):
+        while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
             if not self._allowed:
                 return
         await fetch.landed(image)
         self._raise_failure()
-        if await self._next_run(0, source_size) is None:
+        if await self._next_run(0, source_size) is not None:
+            if self._ignored is not None and self._allowed:
+                self._stop(State.FAILED, self._ignored)
+        elif self.may_detach is None or await self.may_detach():
             await image.detach()
             log.info("%s: complete, the backing is no longer needed", image.name)
 
     async def _walk(self, source_size: int) -> bool:
-        """One walk over the map; returns whether it asked for anything."""
+        """Walk over the map from the cursor to the end; returns whether it asked for anything."""
         image, fetch = self.image, self.image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; `_stream` has looked
         cluster_size = image.overlay.cluster_size
-        cursor, asked = 0, False
-        while self._allowed and (run := await self._next_run(cursor, source_size)) is not None:
+        asked = False
+        while self._allowed and (run := await self._next_run(self._cursor, source_size)) is not None:
             first, count = run
             size = count * cluster_size
             await self.pace.wait(size)
             self._raise_failure()
             await fetch.background(first, count, limit=image.size, taker=image)
-            cursor, asked = first + count, True
+            self._cursor, asked = first + count, True
+        self._cursor = 0
         return asked
 
     async def _next_run(self, cursor: int, source_size: int) -> tuple[int, int] | None:
@@ -240,14 +307,19 @@ class StreamJob:
 
     @property
     def _allowed(self) -> bool:
-        return self._enabled and not self._paused
+        return self._enabled and not self._paused and self._held is None
 
     async def _gate(self) -> None:
         """Return when the job may run."""
         while not self._allowed:
             self.image.streaming = False
-            self._change(State.PAUSED if self._enabled else State.OFF, "by the user" if self._paused else "")
+            self._change(State.PAUSED if self._enabled else State.OFF, self._why_not())
             await self._sleep(None)
+
+    def _why_not(self) -> str:
+        if self._paused:
+            return "by the user"
+        return "" if self._held is None else str(self._held)
 
     def _raise_failure(self) -> None:
         if self.image.changed is not None:
@@ -261,6 +333,7 @@ class StreamJob:
         """End for now; `start` tries again."""
         log.error("%s: the stream has stopped: %s", self.image.name, error)
         self._enabled = False
+        self.error = error
         self.image.streaming = False
         self._change(state, str(error))
 
