@@ -23,6 +23,7 @@ from qedfs.overlay.storage import Storage
 _Judge = Callable[[int, int], bool]
 
 CHUNK_ENTRIES = 8192  # entries read at once, 64 KiB
+_ZEROS = bytes(CHUNK_ENTRIES * ENTRY_SIZE)
 MAX_CLUSTERS = 1 << 29  # one bit each: 64 MiB of memory; a file beyond is sparse by design and not of our making
 
 
@@ -88,7 +89,7 @@ class _Walk:
             offset = table + first * ENTRY_SIZE
             data = bytearray(size)
             self._storage.read(offset, memoryview(data))
-            if data.count(0) == size:
+            if data == _ZEROS[:size]:
                 continue
             entries = decode_table(data)
             bad = [i for i, entry in enumerate(entries) if entry != MISSING and not judge(first + i, entry)]

@@ -113,7 +113,8 @@ class ClusterMap:
             length = min(cluster_size - start, end - pos)
             offset = self.checked(entry, cluster) + start if entry > ZERO else entry
             if runs and _continues(runs[-1], offset):
-                runs[-1] = runs[-1]._replace(size=runs[-1].size + length)
+                last = runs[-1]
+                runs[-1] = Run(last.offset, last.pos, last.size + length)
             else:
                 runs.append(Run(offset, pos, length))
             pos += length

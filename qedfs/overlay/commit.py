@@ -4,12 +4,11 @@ Owns the end of the file (allocation), the group commit and the flush. Must not 
 
 One group:
 
-1. The file is made a whole number of clusters long, and sectors of tables that no durable L1 entry points to yet are
-   written. They are invisible until step 4.
+1. The file is made as long as what is allocated, whole clusters. A new table is a hole there, which reads as zeros.
 2. **Barrier**. Without it an entry could reach the disk before its data, and a power cut would leave a cluster that
-   reads as garbage where the backing had good bytes.
-3. Changed sectors of the other L2 tables are written: their data is durable now.
-4. L1 sectors that point to the tables of step 1 are written.
+   reads as garbage where the backing had good bytes; or an L1 entry before the zeros of its table.
+3. Changed sectors of the tables are written, L2 and L1, in any order: each entry stands for itself. An L2 entry without
+   its L1 entry is not seen, and an L1 entry without its L2 entries leads to "missing".
 
 A flush is a group and a **barrier** behind it. A power cut at any point leaves at worst clusters that nothing refers
 to. Entries of one group are snapshots taken at its start: an entry published later has its data behind the barrier of
@@ -26,7 +25,7 @@ import dataclasses
 import trio
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
-from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
+from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.header import Header
 from qedfs.format.tables import encode_table
 from qedfs.overlay.clustermap import SECTOR_ENTRIES, ClusterMap
@@ -40,9 +39,7 @@ Write = tuple[int, bytes]
 class _Group:
     """What one commit brings into the file."""
 
-    hidden: list[Write]  # sectors of tables that L1 does not point to in the file
-    sectors: list[Write]  # changed sectors of tables that it does point to
-    l1: list[Write]
+    sectors: list[Write]  # of L2 tables and of L1
     dirty: dict[int, set[int]]
     tables: set[int]
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
@@ -64,7 +61,6 @@ class Committer:
         self._committed = 0  # number of the last group that ended well
         self._flushed = 0  # the same, of those with the second barrier
         self._running = False
-        self._l1_owed: set[int] = set()  # tables whose L1 entry a failed group may or may not have written
         self._cold: list[tuple[int, int]] = []
 
     @property
@@ -74,7 +70,7 @@ class Committer:
 
     @property
     def _waiting(self) -> bool:
-        return bool(self._map.dirty or self._map.unwritten or self._l1_owed)
+        return bool(self._map.dirty or self._map.unwritten)
 
     def allocate(self, size: int) -> int:
         """Take `size` bytes, whole clusters, behind everything that is in use. The file is not grown yet."""
@@ -147,7 +143,6 @@ class Committer:
     def _landed(self, group: _Group) -> None:
         self._map.pin_slices(())
         self._map.unwritten -= group.tables
-        self._l1_owed -= group.tables
         if self.journal is not None and not self._waiting:
             self.journal.reset()
 
@@ -157,16 +152,12 @@ class Committer:
             self._grow()
         dirty, clusters.dirty = clusters.dirty, {}
         clusters.pin_slices(dirty)
-        hidden: list[Write] = []
-        sectors: list[Write] = []
-        for number, changed in sorted(dirty.items()):
-            goal = hidden if clusters.table_index(number) in clusters.unwritten else sectors
-            goal.extend(clusters.sector(number, sector) for sector in sorted(changed))
-        tables = clusters.unwritten | self._l1_owed
+        tables = set(clusters.unwritten)
+        sectors = [clusters.sector(number, sector) for number, changed in dirty.items() for sector in changed]
+        sectors += [self._l1_sector(sector) for sector in {index // SECTOR_ENTRIES for index in tables}]
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
-        l1 = [self._l1_sector(sector) for sector in sorted({index // SECTOR_ENTRIES for index in tables})]
-        return _Group(_joined(hidden), _joined(sectors), l1, dirty, tables, cold)
+        return _Group(_joined(sectors), dirty, tables, cold)
 
     def _grow(self) -> None:
         """Make the file as long as what is allocated.
@@ -178,25 +169,17 @@ class Committer:
             self._storage.resize(self._map.file_end)
 
     def _put_back(self, group: _Group) -> None:
-        """The entries stay in memory and dirty, whatever part of the group has reached the file.
-
-        The file may point to the group's new tables by now, so they are no longer invisible: their sectors have to
-        wait for the barrier like those of any other table.
-        """
+        """The entries stay in memory and dirty, whatever part of the group has reached the file."""
         self._map.pin_slices(())
-        self._map.unwritten -= group.tables
-        self._l1_owed |= group.tables
         for number, changed in group.dirty.items():
             self._map.dirty.setdefault(number, set()).update(changed)
 
     def _write(self, group: _Group, *, durable: bool) -> None:
-        """Steps 1 to 4 of the module's text; runs in a worker thread."""
+        """Steps 2 and 3 of the module's text; runs in a worker thread."""
         storage = self._storage
         if group.dirty or group.tables:
-            for offset, data in group.hidden:
-                storage.write(offset, [data])
             self.barrier()
-            for offset, data in group.sectors + group.l1:
+            for offset, data in group.sectors:
                 storage.write(offset, [data])
         if durable:
             # What was flushed includes its entries: without this barrier an fsync could return and its clusters
@@ -226,17 +209,13 @@ class Committer:
 
 
 def _joined(writes: list[Write]) -> list[Write]:
-    """Neighbouring sectors as one write each, in order of offset."""
-    joined: list[Write] = []
-    parts: list[bytes] = []
+    """Neighbouring sectors as one write each, in order of offset. The last sector of L1 may be cut at the image's end."""
+    joined: list[tuple[int, list[bytes]]] = []
+    end = -1
     for offset, data in sorted(writes):
-        if joined and joined[-1][0] + len(parts) * SECTOR_SIZE == offset:
-            parts.append(data)
-            continue
-        if joined:
-            joined[-1] = (joined[-1][0], b"".join(parts))
-        joined.append((offset, data))
-        parts = [data]
-    if joined:
-        joined[-1] = (joined[-1][0], b"".join(parts))
-    return joined
+        if offset == end:
+            joined[-1][1].append(data)
+        else:
+            joined.append((offset, [data]))
+        end = offset + len(data)
+    return [(offset, b"".join(parts)) for offset, parts in joined]

@@ -100,10 +100,9 @@ class Session:
         self.record = record
 
     def clear_dirty(self, need_check: int) -> None:
-        """Clear NEED_CHECK after a repair; the repair has to be durable before, or the bit would be missing it."""
+        """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing."""
         self.barrier()
         self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
-        self.barrier()
 
     def detach(self) -> None:
         """Drop the backing from the header. The caller has flushed: see `Overlay.detach`."""
