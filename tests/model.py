@@ -81,13 +81,13 @@ class SectorModel:
         settled = max(version.begun for version, _ in known if version.committed_at <= at)
         return [data for version, data in known if version.begun_at <= at and version.returned >= settled]
 
-    def fault(self, content: bytes, at: float) -> str | None:
+    def fault(self, content: bytes | bytearray, at: float) -> str | None:
         """What is wrong with an image that was read after a crash at position `at`, or None."""
         if len(content) != len(self.base):
             return f"the image has {len(content)} bytes instead of {len(self.base)}"
         expected = bytearray(self.base)
         for sector in self._sectors:
-            found = content[sector * SECTOR : (sector + 1) * SECTOR]
+            found = bytes(content[sector * SECTOR : (sector + 1) * SECTOR])
             if found not in self.legal(sector, at):
                 return f"written sector {sector} {self._named(sector, found)}"
             expected[sector * SECTOR : (sector + 1) * SECTOR] = found

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import trio
 
 from qedfs.errors import QedfsError
-from qedfs.format.geometry import SECTOR_SIZE
+from qedfs.format.geometry import SECTOR_SIZE, round_down
 from qedfs.overlay.storage import Buffer
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class _Fault(NamedTuple):
     error: QedfsError
     nth: int
     forever: bool
+    wrote: float
 
 
 class _Steps:
@@ -120,12 +121,14 @@ class MemoryStorage:
         self._faults: dict[str, list[_Fault]] = {}
         self._random = None if seed is None else random.Random(seed)
 
-    def fail(self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False) -> None:
+    def fail(
+        self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False, wrote: float = 0.5
+    ) -> None:
         """Let the `nth` operation of a kind from now on fail, or all from there on.
 
-        Kinds: read, write, resize, barrier. A write that fails has written its first half, in whole sectors.
+        Kinds: read, write, resize, barrier. A write that fails has written this part of it, in whole sectors.
         """
-        self._faults.setdefault(kind, []).append(_Fault(error, self.operations[kind] + nth, forever))
+        self._faults.setdefault(kind, []).append(_Fault(error, self.operations[kind] + nth, forever, wrote))
 
     def mend(self) -> None:
         """No operation fails any more."""
@@ -158,12 +161,13 @@ class MemoryStorage:
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         joined = b"".join(bytes(buffer) for buffer in data)
-        try:
-            self._begin("write")
-        except QedfsError:
-            self._put(offset, joined[: len(joined) // 2 // SECTOR_SIZE * SECTOR_SIZE])
-            raise
-        self._put(offset, joined)
+        fault = self._counted("write")
+        if fault is None:
+            self._put(offset, joined)
+            return
+        part = int(len(joined) * fault.wrote)
+        self._put(offset, joined[: part if part == len(joined) else round_down(part, SECTOR_SIZE)])
+        raise fault.error
 
     def resize(self, size: int) -> None:
         self._begin("resize")
@@ -207,13 +211,18 @@ class MemoryStorage:
             self.bytes.extend(bytes(size - len(self.bytes)))
 
     def _begin(self, kind: str) -> None:
+        fault = self._counted(kind)
+        if fault is not None:
+            raise fault.error
+
+    def _counted(self, kind: str) -> _Fault | None:
+        """Count an operation, after it has waited for its turn, and tell which fault it meets."""
         assert not self.closed, f"{kind} after close"
         self._stop()
         self.operations[kind] += 1
         count = self.operations[kind]
-        for fault in self._faults.get(kind, []):
-            if count == fault.nth or (fault.forever and count > fault.nth):
-                raise fault.error
+        faults = self._faults.get(kind, [])
+        return next((f for f in faults if count == f.nth or (f.forever and count > f.nth)), None)
 
     def _stop(self) -> None:
         if self.before_step is not None:

@@ -1,0 +1,110 @@
+"""Judge one state of an overlay file after a crash: open it, read all of it, check it, and work on with it.
+
+Owns the list of what must hold. Must not know how the state came about.
+"""
+
+from __future__ import annotations
+
+import random
+
+from qedfs.errors import QedfsError
+from qedfs.format.tables import ZERO
+from qedfs.overlay.check import check
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.session import read_header
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.scenario import PIN, History, Scenario
+
+GUEST = b"after the crash." * 32
+
+
+class Broken(Exception):
+    """A promise was broken; the text says which."""
+
+
+async def examine(image: bytes | bytearray, history: History, at: float, rng: random.Random) -> None:
+    """Raise Broken unless `image` is a legal state of `history` after a crash at position `at`."""
+    scenario = history.scenario
+    try:
+        _judge_before_opening(image, history, at)
+        storage = MemoryStorage(image)
+        overlay = await Overlay.open(storage)
+        _judge_header(overlay, history, at)
+        content = await read_all(overlay, scenario.base)
+        fault = history.model.fault(content, at)
+        if fault:
+            raise Broken(fault)
+        _judge_tables(storage, "after opening")
+        await _work_on(overlay, content, scenario, rng)
+    except QedfsError as exc:
+        raise Broken(f"{type(exc).__name__}: {exc}") from exc
+
+
+def _judge_before_opening(image: bytes | bytearray, history: History, at: float) -> None:
+    """Without NEED_CHECK the file has to be sound as it is: a program that does not repair may open it."""
+    storage = MemoryStorage(image, writable=False)
+    header, _ = read_header(storage)
+    if not header.dirty:
+        _judge_tables(storage, "before opening")
+    elif not history.scenario.dirty:
+        raise Broken("NEED_CHECK is set")
+
+
+def _judge_tables(storage: MemoryStorage, when: str) -> None:
+    header, _ = read_header(storage)
+    report = check(storage, header)
+    if report.corruptions:
+        raise Broken(f"check {when}: {report.corruptions} corruptions, first: {report.first_problem}")
+
+
+def _judge_header(overlay: Overlay, history: History, at: float) -> None:
+    if history.detached_at <= at and overlay.backing is not None:
+        raise Broken("the detach was reported and the backing is still there")
+    if history.pinned_at <= at and overlay.backing is not None and overlay.record.pin != PIN:
+        raise Broken("the pin was stored and is gone, while the overlay still has its backing")
+
+
+async def read_all(overlay: Overlay, base: bytes) -> bytearray:
+    """The image as a reader sees it. `base` stands for the backing, and is asked only if there is one."""
+    content = bytearray(base) if overlay.backing is not None else bytearray(len(base))
+    view = memoryview(content)
+    for run in await overlay.map(0, overlay.image_size):
+        part = view[run.pos : run.pos + run.size]
+        if run.offset > ZERO:
+            await overlay.read_data(run.offset, part)
+        elif run.offset == ZERO:
+            part[:] = bytes(run.size)
+    return content
+
+
+async def _work_on(overlay: Overlay, content: bytearray, scenario: Scenario, rng: random.Random) -> None:
+    """Write, adopt, flush, close and open again: what was found is settled now and must not change."""
+    geometry = scenario.geometry
+    size = geometry.cluster_size
+    base = scenario.base
+
+    async def fill(cluster: int) -> bytes:
+        return base[cluster * size : (cluster + 1) * size].ljust(size, b"J")
+
+    for _ in range(2):
+        pos = rng.randrange(0, geometry.image_size, 512)
+        data = GUEST[: geometry.image_size - pos]
+        await overlay.write(pos, data, fill)
+        content[pos : pos + len(data)] = data
+    if overlay.backing is not None:
+        first = rng.randrange(geometry.clusters)
+        fetched = bytearray(base[first * size : (first + 2) * size])
+        await overlay.adopt(first * size, fetched, len(fetched))
+    await overlay.flush()
+    storage = overlay.storage
+    assert isinstance(storage, MemoryStorage)
+    await overlay.close()
+    again = MemoryStorage(storage.bytes, writable=False)
+    if await read_all(await Overlay.open(again), base) != content:
+        raise Broken("after the crash, more work and a clean close, the image differs")
+    _judge_tables(again, "after more work")
+
+
+async def read_content(image: bytes | bytearray, base: bytes) -> bytes:
+    """What the image in an overlay file reads as, after the repair that opening it may need."""
+    return bytes(await read_all(await Overlay.open(MemoryStorage(image)), base))

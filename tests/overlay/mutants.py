@@ -1,0 +1,138 @@
+"""The barriers and ordering rules of the overlay, one by one, and how to take each of them away.
+
+Owns the table. A mutant replaces a piece of a function's source while the context is open; a piece that is no longer
+there fails loudly, so the table cannot fall behind the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One rule and the code without it."""
+
+    rule: str
+    function: str  # module:Class.method, below qedfs.overlay
+    old: str
+    new: str
+    needs: str = ""  # the flag of a scenario without which the rule does not matter
+
+
+MUTANTS = (
+    Mutant(
+        "commit: a barrier between data and the entries that point to it",
+        "commit:Committer._write",
+        "self.barrier()\n        for offset, data in group.sectors",
+        "for offset, data in group.sectors",
+    ),
+    Mutant(
+        "commit: tables are written behind the barrier, not before it",
+        "commit:Committer._write",
+        "self.barrier()\n        for offset, data in group.sectors:\n            storage.write(offset, [data])",
+        "for offset, data in group.sectors:\n            storage.write(offset, [data])\n        self.barrier()",
+    ),
+    Mutant(
+        "commit: entries are those of the start of the group",
+        "commit:Committer._write",
+        "in group.sectors:",
+        "in group.sectors + [self._map.sector(n, s) for n, changed in group.dirty.items() for s in changed]:",
+    ),
+    Mutant(
+        "commit: the file is whole clusters long before an entry is written",
+        "commit:Committer._take",
+        "self._grow()",
+        "pass",
+    ),
+    Mutant(
+        "commit: the entries of a failed group stay dirty",
+        "commit:Committer._put_back",
+        "self._map.dirty.setdefault(number, set()).update(changed)",
+        "pass",
+        "full_disk",
+    ),
+    Mutant(
+        "flush: a second barrier behind the entries",
+        "commit:Committer._write",
+        "if durable:",
+        "if durable and not (group.dirty or group.tables):",
+    ),
+    Mutant(
+        "flush: a barrier also where no entry is new",
+        "commit:Committer._write",
+        "if durable:",
+        "if durable and (group.dirty or group.tables):",
+    ),
+    Mutant(
+        "detach: a barrier before the header drops the backing",
+        "overlay:Overlay.detach",
+        "await self.committer.flush()",
+        "await self.committer.commit()",
+        "detach",
+    ),
+    Mutant(
+        "detach: a barrier behind the header",
+        "session:Session.detach",
+        "self.barrier()",
+        "pass",
+        "detach",
+    ),
+    Mutant(
+        "record: a barrier behind each",
+        "session:Session.store",
+        "self.barrier()",
+        "pass",
+    ),
+    Mutant(
+        "record: the slots are written in turn",
+        "session:Session.store",
+        "slot_index(record)",
+        "0",
+    ),
+    Mutant(
+        "repair: a barrier before NEED_CHECK is cleared",
+        "session:Session.clear_dirty",
+        "self.barrier()\n    self._write_header",
+        "self._write_header",
+        "dirty",
+    ),
+    Mutant(
+        "allocation: a failed write's place is cut off before it is used again",
+        "commit:Committer.give_back",
+        "self._storage.resize(offset)",
+        "pass",
+        "full_disk",
+    ),
+    Mutant(
+        "allocation: it starts behind a last cluster that is not whole",
+        "overlay:Overlay._open",
+        "round_up(file_end, cluster_size)",
+        "round_down(file_end, cluster_size)",
+    ),
+)
+
+
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    """Take the rule away while the context is open."""
+    module_name, _, name = mutant.function.partition(":")
+    module = importlib.import_module(f"qedfs.overlay.{module_name}")
+    class_name, method = name.split(".")
+    owner = getattr(module, class_name)
+    original = vars(owner)[method]
+    plain = original.__func__ if isinstance(original, classmethod) else original
+    source = textwrap.dedent(inspect.getsource(plain))
+    if source.count(mutant.old) != 1:
+        raise LookupError(f"{mutant.function} no longer has exactly one {mutant.old!r}")
+    made: dict[str, object] = {}
+    exec(compile(source.replace(mutant.old, mutant.new), f"<{mutant.rule}>", "exec"), vars(module), made)
+    setattr(owner, method, made[method])
+    try:
+        yield
+    finally:
+        setattr(owner, method, original)

@@ -1,0 +1,326 @@
+"""Seeded workloads on a recording file: what happened, and what it must read as after a crash anywhere in it.
+
+Owns the drawing of geometries, backings and steps from a seed, and `History`, the result of a run. Must not know how a
+crash is modelled (`cuts.py`) or judged (`examine.py`).
+
+A run opens an overlay and lets several tasks at once write (whole clusters, parts, over each other), adopt, adopt
+zeros, flush, commit and store records; some close and open again, some end with a detach, some meet a full disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import trio
+
+from qedfs.errors import NoSpace
+from qedfs.format.geometry import Geometry
+from qedfs.format.header import NEED_CHECK, decode_header
+from qedfs.format.record import Pin, digest
+from qedfs.overlay.create import create_overlay
+from qedfs.overlay.overlay import Overlay
+from tests.fakes.storage import RecordingStorage
+from tests.model import SECTOR, SectorModel
+
+BACKING_NAME = "base.raw"
+# Long enough that the record needs all sectors of its slot: only then can it be torn.
+PIN = Pin(digest(BACKING_NAME), 1 << 20, etag="e" * 500, last_modified="m" * 500)
+# (cluster size, table size, most sectors of the image)
+SHAPES = (
+    *((4096, 1, 160), (4096, 1, 4200), (4096, 2, 100), (4096, 4, 60)),
+    *((8192, 2, 160), (16384, 1, 200), (65536, 4, 520)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """Everything that one seed decides before the overlay is opened."""
+
+    seed: int
+    geometry: Geometry
+    backing: bytes
+    dirty: bool
+    detach: bool
+    journal: bool  # whether writes are answered before they are committed
+    full_disk: int  # the n-th write that meets a full disk; 0: none
+    full_disk_wrote: float  # how much of it was written all the same
+
+    @classmethod
+    def draw(cls, seed: int) -> Scenario:
+        """The scenario of a seed."""
+        rng = random.Random(seed)
+        cluster_size, table_size, most = rng.choice(SHAPES)
+        size = rng.randint(most // 2, most) * SECTOR
+        backing_size = max(0, rng.choice((size, size - rng.randrange(size), size + 5 * cluster_size, size - 100)))
+        return cls(
+            seed,
+            Geometry(cluster_size, table_size, size),
+            _backing(rng, backing_size, cluster_size),
+            dirty=rng.random() < 0.2,
+            detach=rng.random() < 0.4,
+            journal=rng.random() < 0.5,
+            full_disk=rng.randint(1, rng.choice((8, 60))) if rng.random() < 0.3 else 0,
+            full_disk_wrote=rng.choice((0, 0.5, 1)),
+        )
+
+    @cached_property
+    def base(self) -> bytes:
+        """What the image reads as before anybody wrote to it."""
+        size = self.geometry.image_size
+        return self.backing[:size].ljust(size, b"\0")
+
+
+@dataclasses.dataclass
+class History:
+    """What happened in a run."""
+
+    scenario: Scenario
+    storage: RecordingStorage
+    model: SectorModel
+    pinned_at: float = float("inf")  # position from which on the pin must be there
+    detached_at: float = float("inf")
+
+
+def fresh_image(geometry: Geometry, backing: str | None = BACKING_NAME) -> bytes:
+    """The bytes of a new overlay."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "new.qed")
+        create_overlay(
+            str(path),
+            image_size=geometry.image_size,
+            backing=backing,
+            cluster_size=geometry.cluster_size,
+            table_size=geometry.table_size,
+        )
+        return path.read_bytes()
+
+
+def dirty_image(geometry: Geometry) -> bytes:
+    """An overlay that a crash of another program left: NEED_CHECK is set, two entries point past the end."""
+    image = bytearray(fresh_image(geometry))
+    header = decode_header(bytes(image[:64]), len(image))
+    image[:64] = dataclasses.replace(header, features=header.features | NEED_CHECK).encode()
+    table = bytearray(geometry.table_bytes)
+    table[:8] = (1 << 30).to_bytes(8, "little")
+    table[16:24] = (1 << 30).to_bytes(8, "little")
+    image[header.l1_table_offset : header.l1_table_offset + 8] = len(image).to_bytes(8, "little")
+    return bytes(image + table)
+
+
+async def run(scenario: Scenario) -> History:
+    """Run a scenario to its end."""
+    start = dirty_image(scenario.geometry) if scenario.dirty else fresh_image(scenario.geometry)
+    storage = RecordingStorage(start, name="disk" if scenario.journal else "", seed=scenario.seed)
+    history = History(scenario, storage, SectorModel(scenario.base))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        actors = Actors(history, random.Random(scenario.seed + 1), Path(folder))
+        await actors.open()
+        if scenario.full_disk:
+            storage.fail("write", NoSpace("full"), nth=scenario.full_disk, wrote=scenario.full_disk_wrote)
+        await actors.together()
+        await actors.reopen()
+        if scenario.detach:
+            await actors.stream_all()
+            await actors.guest(3)
+            await actors.detach()
+        await actors.together()
+        await actors.close()
+    return history
+
+
+async def run_again(image: bytes | bytearray, content: bytes, scenario: Scenario, seed: int) -> History:
+    """Go on with what a crash has left, and what was read from it: the history of the time until a second crash."""
+    storage = RecordingStorage(image, seed=seed)
+    history = History(scenario, storage, SectorModel(content))
+    actors = Actors(history, random.Random(seed))
+    await actors.open()
+    await actors.together()
+    await actors.close()
+    return history
+
+
+def run_seed(seed: int) -> History:
+    """Draw and run the scenario of a seed, the same way each time."""
+    with repeatable(seed):
+        return trio.run(run, Scenario.draw(seed))
+
+
+@contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """Let trio take its tasks in an order that depends on the seed only (as in trio's own determinism test)."""
+    import trio._core._run as loop
+
+    before = loop._ALLOW_DETERMINISTIC_SCHEDULING
+    loop._ALLOW_DETERMINISTIC_SCHEDULING = True
+    loop._r.seed(seed)
+    try:
+        yield
+    finally:
+        loop._ALLOW_DETERMINISTIC_SCHEDULING = before
+
+
+class Actors:
+    """The tasks of a run."""
+
+    def __init__(self, history: History, rng: random.Random, journals: Path | None = None) -> None:
+        self._history = history
+        self._journals = journals
+        self._model = history.model
+        self._rng = rng
+        self._storage = history.storage
+        self._geometry = history.scenario.geometry
+        self._focus = self._hot_clusters()
+        self._serial = 0
+        self.overlay: Overlay
+
+    def _hot_clusters(self) -> list[int]:
+        """Few clusters, so that tasks meet: some at the start, some around the border of two L2 tables, the last."""
+        clusters = self._geometry.clusters
+        border = self._geometry.entries if clusters > self._geometry.entries else clusters // 2
+        return sorted({c for c in (0, 1, 2, border - 1, border, border + 1, clusters - 1) if 0 <= c < clusters})
+
+    async def open(self) -> None:
+        self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
+
+    async def close(self) -> None:
+        with _full_disk_allowed():
+            await self.overlay.close()
+
+    async def reopen(self) -> None:
+        """Close and open. A close that met a full disk leaves what a crash leaves."""
+        await self.flush()
+        await self.close()
+        self._storage = self._history.storage = self._storage.reopened(seed=self._rng.randrange(1 << 30))
+        await self.open()
+
+    async def together(self) -> None:
+        """Writers, an adopter and somebody who flushes, all at once."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.guest, 5)
+            nursery.start_soon(self.guest, 4)
+            nursery.start_soon(self.adopter, 4)
+            nursery.start_soon(self.syncer, 5)
+            nursery.start_soon(self.recorder, 2)
+
+    async def pause(self) -> None:
+        for _ in range(self._rng.randrange(12)):
+            await trio.lowlevel.checkpoint()
+
+    async def guest(self, count: int) -> None:
+        for _ in range(count):
+            await self.pause()
+            await self.write(*self._extent())
+
+    def _extent(self) -> tuple[int, int]:
+        """Where to write: part of a cluster, a whole one, several, or the tail."""
+        cluster_size, size = self._geometry.cluster_size, self._geometry.image_size
+        pos = self._rng.choice(self._focus) * cluster_size
+        kind = self._rng.randrange(4)
+        if kind == 0:
+            length = cluster_size
+        elif kind == 1:
+            pos += self._rng.randrange(0, cluster_size, SECTOR)
+            length = SECTOR * self._rng.randint(1, 3)
+        elif kind == 2:
+            length = cluster_size * 3
+        else:
+            pos += self._rng.randrange(0, cluster_size, SECTOR)
+            length = cluster_size + SECTOR
+        pos = min(pos, size - SECTOR)
+        return pos, min(length, size - pos)
+
+    async def write(self, pos: int, length: int) -> None:
+        """One write of bytes that nobody else writes."""
+        self._serial += 1
+        stamp = self._serial.to_bytes(2, "little") + b"guest."
+        data = b"".join((stamp + sector.to_bytes(8, "little")) * 32 for sector in range(length // SECTOR))
+        version = self._model.begin(len(self._storage.log), pos, data)
+        with _full_disk_allowed():
+            await self.overlay.write(pos, data, self.fill)
+            self._model.returned(version, len(self._storage.log))
+
+    async def fill(self, cluster: int) -> bytes:
+        """The backing's bytes of a cluster, a while later, with junk behind the image's end."""
+        await self.pause()
+        cluster_size = self._geometry.cluster_size
+        return self._history.scenario.base[cluster * cluster_size :][:cluster_size].ljust(cluster_size, b"J")
+
+    async def adopter(self, count: int) -> None:
+        for _ in range(count):
+            if self.overlay.backing is not None:
+                await self.adopt(self._rng.choice(self._focus), self._rng.randint(1, 3))
+
+    async def adopt(self, first: int, count: int) -> None:
+        """What a fetch does: the bytes are those of some time before."""
+        cluster_size = self._geometry.cluster_size
+        count = min(count, self._geometry.clusters - first)
+        data = bytearray(self._history.scenario.base[first * cluster_size : (first + count) * cluster_size])
+        await self.pause()
+        with _full_disk_allowed():
+            if any(data):
+                await self.overlay.adopt(first * cluster_size, data, len(data), cold=self._rng.random() < 0.5)
+            else:
+                await self.overlay.adopt_zeros(first, count)
+
+    async def stream_all(self) -> None:
+        """Adopt whatever is missing, as the stream does."""
+        with _full_disk_allowed():
+            cluster = 0
+            while (found := await self.overlay.clusters.next_missing(cluster, 4)) is not None:
+                await self.adopt(*found)
+                cluster = found[0]
+
+    async def syncer(self, count: int) -> None:
+        for _ in range(count):
+            await self.pause()
+            if self._rng.random() < 0.3:
+                with _full_disk_allowed():
+                    await self.overlay.commit()
+            else:
+                await self.flush()
+
+    async def flush(self) -> None:
+        since = self._model.flushing()
+        with _full_disk_allowed():
+            await self.overlay.flush()
+            self._model.flushed(since, len(self._storage.log))
+
+    async def recorder(self, count: int) -> None:
+        """Store the pin again and again, each time with another wish of the user."""
+        for number in range(count):
+            await self.pause()
+            if self.overlay.backing is None:
+                return
+            record = dataclasses.replace(self.overlay.record, pin=PIN, paused=bool(number % 2))
+            with _full_disk_allowed():
+                await self.overlay.store_record(record)
+                self._history.pinned_at = min(self._history.pinned_at, len(self._storage.log))
+
+    async def detach(self) -> None:
+        since = self._model.flushing()
+        await self.overlay.detach()
+        self._history.detached_at = len(self._storage.log)
+        self._model.flushed(since, len(self._storage.log))
+
+
+@contextmanager
+def _full_disk_allowed() -> Iterator[None]:
+    try:
+        yield
+    except NoSpace:
+        return
+
+
+def _backing(rng: random.Random, size: int, cluster_size: int) -> bytes:
+    """Random bytes, one cluster in four of them zeros."""
+    clusters = [
+        bytes(cluster_size) if rng.random() < 0.25 else rng.randbytes(cluster_size)
+        for _ in range(-(-size // cluster_size))
+    ]
+    return b"".join(clusters)[:size]

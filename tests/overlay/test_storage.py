@@ -1,0 +1,227 @@
+"""The contract of the `Storage` port, held against the real file (on a disk and on a tmpfs) and against its twins."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.overlay.storage import FileStorage, Storage
+from tests.fakes.storage import BarrierBegun, BarrierEnded, Marked, MemoryStorage, RecordingStorage, Resized, Written
+
+Opener = Callable[[bytes], Storage]
+
+
+@pytest.fixture(params=["disk", "tmpfs", "memory", "memory-seeded", "recording"])
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    """Opens a file with the given bytes, one way or another."""
+    opened: list[Storage] = []
+    shm = Path("/dev/shm", f"qedfs-test-{random.randrange(1 << 60):x}")
+    path = {"disk": tmp_path / "file", "tmpfs": shm}.get(request.param)
+
+    def open_with(data: bytes) -> Storage:
+        if path is not None:
+            path.write_bytes(data)
+            opened.append(FileStorage.open(str(path), writable=True))
+        elif request.param == "recording":
+            opened.append(RecordingStorage(data, name="r", seed=2))
+        else:
+            opened.append(MemoryStorage(data, name="m", seed=1 if request.param == "memory-seeded" else None))
+        return opened[-1]
+
+    yield open_with
+    for storage in opened:
+        storage.close()
+    shm.unlink(missing_ok=True)
+
+
+def read(storage: Storage, offset: int, size: int) -> bytes:
+    data = bytearray(b"?" * size)
+    storage.read(offset, memoryview(data))
+    return bytes(data)
+
+
+def test_bytes_come_back(opener: Opener) -> None:
+    storage = opener(b"0123456789")
+    assert storage.writable
+    assert (storage.size(), read(storage, 2, 5)) == (10, b"23456")
+    storage.write(3, [b"ab", bytearray(b"c"), b"", memoryview(b"de")])
+    assert read(storage, 0, 10) == b"012abcde89"
+
+
+def test_past_the_end_there_are_zeros(opener: Opener) -> None:
+    storage = opener(b"0123")
+    assert read(storage, 2, 6) == b"23\0\0\0\0"
+    assert read(storage, 100, 3) == bytes(3)
+    storage.write(6, [b"x"])
+    assert (storage.size(), read(storage, 0, 8)) == (7, b"0123\0\0x\0")
+
+
+def test_growing_brings_zeros_also_where_something_was(opener: Opener) -> None:
+    storage = opener(b"01234567")
+    storage.resize(4)
+    storage.resize(8)
+    assert (storage.size(), read(storage, 0, 8)) == (8, b"0123\0\0\0\0")
+
+
+def test_many_buffers_are_one_write(opener: Opener) -> None:
+    storage = opener(b"")
+    storage.write(1, [bytes([n % 251]) for n in range(3000)])
+    assert read(storage, 1, 3000) == bytes(n % 251 for n in range(3000))
+
+
+def test_a_read_on_the_spot_fills_or_declines(opener: Opener) -> None:
+    storage = opener(b"a" * 4096)
+    filled = 0
+    for _ in range(50):
+        data = bytearray(b"?" * 512)
+        if storage.read_now(1024, memoryview(data)):
+            filled += 1
+            assert data == b"a" * 512
+    assert filled
+    assert not storage.read_now(4000, memoryview(bytearray(512)))
+
+
+def test_a_barrier_and_a_dropped_cache_change_nothing(opener: Opener) -> None:
+    storage = opener(b"a" * 8192)
+    storage.write(0, [b"b" * 4096])
+    storage.barrier()
+    storage.drop_cache(0, 8192)
+    assert read(storage, 0, 8192) == b"b" * 4096 + b"a" * 4096
+    assert storage.disk_usage() >= 0
+
+
+def test_a_name_stays_the_same(opener: Opener) -> None:
+    storage = opener(b"")
+    assert storage.name() == storage.name() != ""
+
+
+async def test_a_call_in_a_thread_returns_or_raises(opener: Opener) -> None:
+    storage = opener(b"0123")
+    assert await storage.in_thread(lambda: read(storage, 1, 2)) == b"12"
+    with pytest.raises(ZeroDivisionError):
+        await storage.in_thread(lambda: storage.size() // 0)
+
+
+async def test_a_call_in_a_thread_is_not_abandoned(opener: Opener) -> None:
+    """Cancelled before it begins it does nothing; cancelled later it runs to its end."""
+    storage = opener(b"0123")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await storage.in_thread(lambda: storage.write(0, [b"no"]))
+    assert scope.cancelled_caught
+    assert read(storage, 0, 4) == b"0123"
+
+    ended = False
+
+    async def write() -> None:
+        nonlocal ended
+        await storage.in_thread(lambda: storage.write(0, [b"a"]) or storage.write(1, [b"b"]))
+        ended = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert read(storage, 0, 2) == (b"ab" if ended else read(storage, 0, 2))
+    assert read(storage, 0, 2) in (b"ab", b"01")
+
+
+# The real file alone.
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, writable: bool) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("fifo", BadOverlay), ("link", BadOverlay), ("folder", BadOverlay), ("nothing", UsageError)):
+        with pytest.raises(kind):
+            FileStorage.open(str(tmp_path / name), writable=writable)
+
+
+def test_one_writer_or_many_readers(tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    Path(path).write_bytes(b"x")
+    first = FileStorage.open(path, writable=False)
+    second = FileStorage.open(path, writable=False)
+    with pytest.raises(InUse, match="is in use by another program"):
+        FileStorage.open(path, writable=True)
+    unlocked = FileStorage.open(path, writable=True, locked=False)
+    for storage in (first, second, unlocked):
+        storage.close()
+        storage.close()
+    writer = FileStorage.open(path, writable=True)
+    with pytest.raises(InUse):
+        FileStorage.open(path, writable=False)
+    writer.close()
+
+
+def test_a_file_opened_for_reading_takes_no_write(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123")
+    storage = FileStorage.open(str(path), writable=False)
+    with pytest.raises(ReadOnlyOverlay, match="cannot write"):
+        storage.write(0, [b"x"])
+    storage.close()
+    assert path.read_bytes() == b"0123"
+
+
+# The twins alone.
+
+
+def test_faults_come_when_they_were_ordered() -> None:
+    storage = MemoryStorage(bytes(2048))
+    storage.fail("write", NoSpace("full"), nth=2)
+    storage.write(0, [b"a" * 1024])
+    with pytest.raises(NoSpace):
+        storage.write(1024, [b"b" * 1024])
+    assert storage.bytes == b"a" * 1024 + b"b" * 512 + bytes(512)
+    storage.write(0, [b"c"])
+    storage.fail("barrier", QedfsError("gone"), forever=True)
+    for _ in range(3):
+        with pytest.raises(QedfsError, match="gone"):
+            storage.barrier()
+    storage.mend()
+    storage.barrier()
+
+
+def test_the_log_tells_what_happened_in_order() -> None:
+    storage = RecordingStorage(b"")
+    storage.write(4, [b"ab", b"c"])
+    storage.mark("here")
+    storage.barrier()
+    storage.resize(100)
+    assert storage.log == [Written(4, b"abc"), Marked("here"), BarrierBegun(1), BarrierEnded(1), Resized(100)]
+    again = storage.reopened()
+    again.barrier()
+    assert storage.log[-2:] == [BarrierBegun(2), BarrierEnded(2)]
+
+
+async def test_a_seed_interleaves_threads_the_same_way_each_time(autojump_clock: trio.testing.MockClock) -> None:
+    async def history(seed: int) -> list[object]:
+        storage = RecordingStorage(b"", seed=seed)
+
+        def three(byte: bytes) -> None:
+            for place in range(3):
+                storage.write(place, [byte])
+
+        async with trio.open_nursery() as nursery:
+            for byte in (b"a", b"b"):
+                nursery.start_soon(storage.in_thread, lambda byte=byte: three(byte))
+                await trio.lowlevel.checkpoint()
+        return list(storage.log)
+
+    histories = {seed: await history(seed) for seed in range(12)}
+    mixed = [log for log in histories.values() if log[0] != log[2]]  # not simply one thread after the other
+    assert len({str(log) for log in histories.values()}) > 3
+    assert mixed
+    assert not [thread for thread in threading.enumerate() if thread.name == "storage steps"]
+    assert trio.current_time() < 1
