@@ -4,8 +4,9 @@ Owns the estimate of the link. Pure: it is told what was started and what has ar
 
 The product of the link's rate and its round trip is what has to be in flight to keep it busy. Both are measured: the
 rate as the most that has arrived in a stretch of time, the round trip as the shortest time that a request has taken. At
-first the window doubles for as long as that brings more bytes; afterwards it is a fixed multiple of the product (as
-BBR does, Cardwell et al., ACM Queue 2016), and tries a larger one now and then, since links change.
+first the window grows by what arrives, which doubles it every round trip, for as long as that brings more bytes;
+afterwards it is a fixed multiple of the product (as BBR does, Cardwell et al., ACM Queue 2016), and tries a larger one
+now and then, since links change.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ REQUESTS = 16  # in flight in a full window
 MIN_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to end
 GAIN = 1.5  # of the window over rate x round trip: room for jitter
-GROWTH = 1.15  # less than this is no gain from a doubled window
+GROWTH = 1.15  # a smaller gain in rate is none
 PROBE_SECONDS = 3.0
 MEMORY_SECONDS = 10.0  # how long a measurement counts
 
@@ -63,9 +64,11 @@ class Window:
         if self._stretch_start is None:
             self._stretch_start = now
         self._stretch_bytes += size
+        if self._starting:
+            self.bytes = min(MAX_BYTES, self.bytes + size)
         length = now - self._stretch_start
         # Long enough that the requests of the last change are behind us.
-        if length < max(0.05, 2 * self.round_trip) or self._stretch_bytes < self.bytes:
+        if length < max(0.05, 2 * self.round_trip) or self._stretch_bytes < MIN_BYTES:
             return
         self._judge(now, self._stretch_bytes / length)
         self._stretch_start, self._stretch_bytes = now, 0
@@ -79,7 +82,6 @@ class Window:
                 self._starting = False
                 self._next_probe = now + PROBE_SECONDS
             else:
-                self.bytes = min(MAX_BYTES, self.bytes * 2)
                 return
         elif grown:
             self._starting, self._stalls = True, 0
