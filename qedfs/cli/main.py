@@ -8,10 +8,15 @@ from typing import Any
 import click
 
 from qedfs import __version__
+from qedfs.cli.check import check
 from qedfs.cli.create import create
+from qedfs.cli.export import export
 from qedfs.cli.faults import guarded
+from qedfs.cli.info import info
+from qedfs.cli.map import show_map
 from qedfs.cli.mount import mount
 from qedfs.cli.status import status
+from qedfs.cli.stream import stream
 from qedfs.cli.umount import umount
 from qedfs.cli.wait import wait
 
@@ -40,5 +45,5 @@ def main() -> None:
     """
 
 
-for command in (create, mount, umount, status, wait):
+for command in (create, mount, umount, status, wait, stream, info, show_map, check, export):
     main.add_command(command)

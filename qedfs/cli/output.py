@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -15,6 +16,11 @@ PIPE_WIDTH = 80
 def print_json(value: object) -> None:
     """One JSON document."""
     click.echo(json.dumps(value, indent=2))
+
+
+def print_json_list(values: Iterable[object]) -> None:
+    """A JSON array with one element per line, as qemu-img prints long ones."""
+    click.echo("[" + ",\n".join(map(json.dumps, values)) + "]")
 
 
 def print_json_line(value: object) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from qedfs.control.command import Arg, Arguments, Command, Commands, parse_request
+from qedfs.control.command import Arg, Arguments, Commands, parse_request
 from qedfs.control.faults import CommandNotFound, QmpError
 from qedfs.control.wire import Reader, WireError, encode
 from qedfs.errors import QedfsError
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 RECEIVE_BYTES = 65536
 MAX_EVENTS = 4096  # not yet taken by the client; one that lags so far behind has stopped to read
 FLUSH_SECONDS = 0.5  # for the last events of a mount that stops
-NO_COMMAND = "The command {} has not been found"
 
 Execute = Callable[[str, Arguments, "Session"], Awaitable[Any]]
 
@@ -147,16 +146,3 @@ async def _qmp_capabilities(session: Session, arguments: Arguments) -> dict[str,
 
     session.after_reply = begin
     return {}
-
-
-def check_command(commands: Commands[Any], name: str, arguments: Arguments) -> Command[Any]:
-    """The command of this name, its arguments judged.
-
-    Raises:
-        QmpError: there is none, or they do not fit.
-    """
-    command = commands.get(name)
-    if command is None:
-        raise CommandNotFound(NO_COMMAND.format(name))
-    command.check(arguments)
-    return command

@@ -5,12 +5,14 @@ Owns the clock that samples progress, and the delivery of events to every client
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 import trio
 
 from qedfs import __version__
+from qedfs.control.jobs import Jobs
 from qedfs.control.port import Mounted
 from qedfs.control.rate import SAMPLE_SECONDS, Rate
 from qedfs.control.session import Session
@@ -28,6 +30,7 @@ class Control:
         self.socket = socket
         self.sessions: set[Session] = set()
         self.rates: dict[str, Rate] = {}
+        self.jobs = Jobs(mount, self.emit)
 
     def version(self) -> dict[str, Any]:
         """What `query-version` and the greeting say."""
@@ -46,8 +49,9 @@ class Control:
             session.post(line)
 
     async def watch(self) -> None:
-        """Sample the progress of every image; runs until cancelled."""
+        """Look at every image now and then; runs until cancelled."""
         while True:
+            self.jobs.sync()
             self._sample()
             await trio.sleep(SAMPLE_SECONDS)
 
@@ -59,3 +63,11 @@ class Control:
         for path, job in served.items():
             if job is not None and (job.image.complete or job.image.overlay.clusters.missing is not None):
                 self.rates.setdefault(path, Rate()).note(now, job.populated)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """Who asks whom."""
+
+    control: Control
+    session: Session

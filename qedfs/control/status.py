@@ -46,6 +46,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "rate": round(rate.value) if rate else 0,
         "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
         "error": _error(served, image, job),
+        "exit_code": 0 if job.error is None else job.error.exit_code,
         "limit": job.pace.limit,
         "copy_on_read": image.copy_on_read,
         "read_only": not image.overlay.writable,
@@ -75,10 +76,11 @@ def _broken_status(served: ServedImage) -> dict[str, Any]:
 
 def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
     """What is wrong now, the most lasting trouble first."""
-    found = image.overlay.committer.failure or image.changed or image.full or served.error or image.error
-    if found is not None:
-        return str(found)
-    return job.reason if job.state in (State.FAILED, State.SOURCE_CHANGED) else None
+    failure = image.overlay.committer.failure or image.full or served.error
+    if failure is None and not image.complete:
+        # A source that is no longer needed has no errors.
+        failure = image.changed or job.error or image.error
+    return None if failure is None else str(failure)
 
 
 def _source_status(fetch: Fetch) -> dict[str, Any]:

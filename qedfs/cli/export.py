@@ -1,0 +1,192 @@
+"""`qedfs export`: an overlay -> a raw file. Owns the new file until it is whole; a part of one is not left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import click
+import trio
+
+from qedfs.cli.map import whole_map
+from qedfs.cli.output import print_json
+from qedfs.cli.values import DURATION
+from qedfs.errors import NoSpace, UsageError
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.clustermap import Run
+from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.units import format_size
+
+COPY_BYTES = 8 << 20
+FETCH_BYTES = 1 << 20
+FETCHES = 8  # at once from the backing
+
+
+@click.command(short_help="Write an image to a raw file.")
+@click.argument("overlay", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("--with-backing", is_flag=True, help="Fetch what is missing, instead of refusing.")
+@click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
+@click.option("--source-timeout", type=DURATION, default=30.0, show_default="30s", help="As for mount.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export(
+    overlay: str,
+    file: str,
+    with_backing: bool,
+    allow_backing: tuple[str, ...],
+    source_timeout: float,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the image of OVERLAY, which must not be mounted, to the raw file FILE.
+
+    Zeros become holes. Where the file system can share blocks (XFS, btrfs), the data takes no further space. FILE
+    appears when it is whole.
+    """
+    if os.path.lexists(file) and not force:
+        raise UsageError(f"{file}: exists already; --force replaces it")
+    with _new_file(file) as target:
+        written = trio.run(_export, overlay, target, with_backing, allow_backing, source_timeout)
+    if as_json:
+        print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
+    else:
+        click.echo(f"{file}: {format_size(written['size'])}, of them {format_size(written['data'])} data")
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[BinaryIO]:
+    """A file that takes its name, durably, when the block has ended well."""
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=os.path.dirname(os.path.abspath(path)))
+        try:
+            with os.fdopen(fd, "wb") as target:
+                yield target
+                target.flush()
+                os.fsync(fd)
+                umask = os.umask(0)
+                os.umask(umask)
+                os.fchmod(fd, 0o666 & ~umask)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{path}: the file system is full") from exc
+        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+
+
+async def _export(
+    path: str, target: BinaryIO, with_backing: bool, allow_backing: tuple[str, ...], timeout_seconds: float
+) -> dict[str, int]:
+    overlay = await open_overlay(path, writable=False)
+    try:
+        runs = [run async for run in whole_map(overlay)]
+        missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
+        if missing and not with_backing:
+            size = format_size(sum(run.size for run in missing))
+            raise UsageError(f"{path}: {size} are still missing; mount it until it is complete, or use --with-backing")
+        target.truncate(overlay.image_size)
+        data = [run for run in runs if run.offset > ZERO]
+        for run in data:
+            await trio.to_thread.run_sync(_copy, path, run, target)
+        fetched = 0
+        if missing:
+            fetched = await _fetch(overlay, path, missing, target, allow_backing, timeout_seconds)
+        return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
+    finally:
+        overlay.storage.close()
+
+
+def _copy(path: str, run: Run, target: BinaryIO) -> None:
+    """Copy one run of data. The kernel shares the blocks where it can, and copies inside itself elsewhere."""
+    # A descriptor of its own: the overlay's belongs to its storage. Reading needs no lock of its own.
+    with open(path, "rb") as source:
+        offset, pos, left = run.offset, run.pos, run.size
+        while left:
+            try:
+                done = os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES), offset, pos)
+            except OSError as exc:
+                if exc.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                done = 0
+            if not done:
+                # Two file systems that do not know each other, or the end of the file inside a cluster.
+                done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
+            offset, pos, left = offset + done, pos + done, left - done
+
+
+def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, size: int) -> int:
+    source.seek(offset)
+    data = source.read(size)
+    target.seek(pos)
+    target.write(data)
+    target.flush()
+    # What lies behind the file's end are zeros, which the hole has already.
+    return len(data) or size
+
+
+async def _fetch(
+    overlay: Overlay,
+    path: str,
+    missing: list[Run],
+    target: BinaryIO,
+    allow_backing: tuple[str, ...],
+    timeout_seconds: float,
+) -> int:
+    """Bring the missing runs from the backing, of the version that the overlay is pinned to; returns their bytes."""
+    # Imported here: libcurl takes its time.
+    from qedfs.fetch import Fetch
+    from qedfs.image import Image
+    from qedfs.source.open import remote_source
+    from qedfs.source.policy import Policy
+    from qedfs.source.url import parse_location
+
+    location = parse_location(overlay.backing or "", relative_to=_folder(path))
+    async with trio.open_nursery() as nursery:
+        remote = remote_source(
+            location, Policy(allow_backing), nursery, deadline_seconds=timeout_seconds, raw=not overlay.probes_backing
+        )
+        image = Image(path, overlay, Fetch(remote, overlay.cluster_size, nursery), copy_on_read=False)
+
+        async def fetch_pieces() -> None:
+            for pos, size in pieces:
+                data = await image.read(pos, size)
+                # No await in between: the file's position is shared.
+                target.seek(pos)
+                target.write(data)
+
+        try:
+            inside = list(_clipped(missing, await image.source_size()))
+            pieces = _cut(inside)
+            async with trio.open_nursery() as fetching:
+                for _ in range(FETCHES):
+                    fetching.start_soon(fetch_pieces)
+        finally:
+            with trio.CancelScope(shield=True):
+                await remote.aclose()
+        nursery.cancel_scope.cancel()
+    return sum(run.size for run in inside)
+
+
+def _clipped(runs: list[Run], end: int) -> Iterator[Run]:
+    """What of the runs lies in front of `end`."""
+    for run in runs:
+        if run.pos < end:
+            yield run._replace(size=min(run.size, end - run.pos))
+
+
+def _cut(runs: list[Run]) -> Iterator[tuple[int, int]]:
+    """(pos, size) of pieces that are one request each. One iterator, from which all fetchers take."""
+    for run in runs:
+        for pos in range(run.pos, run.pos + run.size, FETCH_BYTES):
+            yield pos, min(FETCH_BYTES, run.pos + run.size - pos)
+
+
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.realpath(path))

@@ -1,0 +1,80 @@
+"""`qedfs info`: what an overlay file says of itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+import trio
+
+from qedfs.cli.files import peeked
+from qedfs.cli.output import print_fields, print_json
+from qedfs.format.record import Record
+from qedfs.overlay.overlay import Overlay
+from qedfs.source.url import redact
+from qedfs.units import format_size
+
+
+@click.command(short_help="Show what an overlay is.")
+@click.argument("overlay", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(overlay: str, as_json: bool) -> None:
+    """Show the size, the backing and the state of OVERLAY. It may be mounted meanwhile."""
+    found = {"overlay": os.path.abspath(overlay), **trio.run(_info, overlay)}
+    if as_json:
+        print_json(found)
+    else:
+        print_fields(_for_people(found))
+
+
+async def _info(path: str) -> dict[str, Any]:
+    async with peeked(path) as overlay:
+        await overlay.clusters.count()
+        return {
+            "format": "qed",
+            "size": overlay.image_size,
+            "cluster_size": overlay.cluster_size,
+            "table_size": overlay.geometry.table_size,
+            "file_size": overlay.storage.size(),
+            "disk_usage": overlay.storage.disk_usage(),
+            "backing": None if overlay.backing is None else redact(overlay.backing),
+            "backing_format": None if overlay.backing is None or overlay.probes_backing else "raw",
+            "complete": overlay.backing is None,
+            "populated": _populated(overlay),
+            "copy_on_read": overlay.record.copy_on_read,
+            "paused": overlay.record.paused,
+            "pin": _pin(overlay.record),
+        }
+
+
+def _populated(overlay: Overlay) -> int:
+    """Bytes of the image that need no backing."""
+    if overlay.backing is None:
+        return overlay.image_size
+    return max(0, overlay.image_size - (overlay.clusters.missing or 0) * overlay.cluster_size)
+
+
+def _pin(record: Record) -> dict[str, Any] | None:
+    """The version of the source that the overlay's clusters are of."""
+    if record.pin is None:
+        return None
+    return {"size": record.pin.size, "etag": record.pin.etag, "last_modified": record.pin.last_modified}
+
+
+def _for_people(found: dict[str, Any]) -> dict[str, Any]:
+    size, populated, pin = found["size"], found["populated"], found["pin"]
+    percent = 100 * populated // size if size else 100
+    version = None if pin is None else ", ".join(str(value) for value in pin.values() if value is not None)
+    return {
+        "overlay": found["overlay"],
+        "size": f"{format_size(size)} ({size} bytes)",
+        "backing": found["backing"] or "none: the overlay is complete",
+        "backing is": None if found["complete"] else found["backing_format"] or "not said to be raw",
+        "local": f"{format_size(populated)} ({percent}%)",
+        "on disk": format_size(found["disk_usage"]),
+        "clusters": f"{format_size(found['cluster_size'])}, tables of {found['table_size']}",
+        "source": version and f"pinned to the version {version}",
+        "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
+        "stream": "paused by the user" if found["paused"] else None,
+    }

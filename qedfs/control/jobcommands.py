@@ -1,0 +1,195 @@
+"""The QMP commands about jobs: `block-stream`, `job-*`, `block-job-*` and the queries, with QEMU's texts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from qedfs.control.blockjob import BlockJob, Wishes
+from qedfs.control.command import Arg, Arguments, Commands
+from qedfs.control.faults import QmpError
+from qedfs.control.jobs import device_name
+from qedfs.control.port import ServedImage
+from qedfs.control.state import Request
+from qedfs.image import Image
+from qedfs.stream.job import StreamJob
+
+Nothing = dict[str, Any]
+
+ON_ERROR = ("report", "ignore", "enospc", "stop", "auto")
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed() of QEMU
+
+job_commands: Commands[Request] = Commands()
+
+
+def find_served(request: Request, device: str) -> tuple[ServedImage, Image, StreamJob]:
+    """The served image that a client calls `device`: disk or disk.raw. Raises QmpError."""
+    for served in request.control.mount.everything():
+        if device in (served.name, device_name(served)):
+            if served.image is None or served.job is None:
+                raise QmpError(f"Device '{device}' cannot be served: {served.error}")
+            return served, served.image, served.job
+    raise QmpError(f"Cannot find device='{device}' nor node-name='{device}'")
+
+
+@job_commands(
+    "block-stream",
+    Arg("job-id", optional=True),
+    Arg("device"),
+    Arg("base", optional=True),
+    Arg("base-node", optional=True),
+    Arg("backing-file", optional=True),
+    Arg("bottom", optional=True),
+    Arg("speed", "integer", optional=True),
+    Arg("on-error", ON_ERROR, optional=True),
+    Arg("filter-node-name", optional=True),
+    Arg("auto-finalize", "boolean", optional=True),
+    Arg("auto-dismiss", "boolean", optional=True),
+)
+async def _block_stream(request: Request, arguments: Arguments) -> Nothing:
+    """Bring in what is missing, then drop the backing."""
+    _refuse_two(arguments, "base", "base-node")
+    _refuse_two(arguments, "base", "bottom")
+    _refuse_two(arguments, "base-node", "bottom")
+    served, image, stream = find_served(request, arguments["device"])
+    nothing = image.complete or _ends_above_backing(image, served, arguments)
+    if "backing-file" in arguments and not nothing:
+        raise QmpError("backing file specified, but streaming the entire chain")
+    speed = _speed(arguments) if "speed" in arguments else None
+    job_id = arguments.get("job-id", device_name(served))
+    if "job-id" in arguments and not _JOB_ID.fullmatch(job_id):
+        raise QmpError(f"Invalid job ID '{job_id}'")
+    if not image.overlay.writable:
+        raise QmpError("Block node is read-only")
+    wishes = Wishes(
+        on_error=arguments.get("on-error", "report"),
+        auto_finalize=arguments.get("auto-finalize", True),
+        auto_dismiss=arguments.get("auto-dismiss", True),
+    )
+    jobs = request.control.jobs
+    block = jobs.begin(stream, device_name(served), job_id, wishes, nothing=nothing)
+    if nothing:
+        jobs.settle(block)
+    else:
+        await begin_stream(stream, speed or 0)
+    return {}
+
+
+async def begin_stream(stream: StreamJob, limit: int | None) -> None:
+    """Start a stream at this limit; a pause that the overlay remembers is over."""
+    stream.start(limit)
+    if stream.image.overlay.record.paused:
+        await stream.resume()
+
+
+def _ends_above_backing(image: Image, served: ServedImage, arguments: Arguments) -> bool:
+    """Whether the client wants to keep the backing: there is only one, so that leaves nothing to stream."""
+    name = device_name(served)
+    if "base" in arguments:
+        if arguments["base"] != image.overlay.backing:
+            raise QmpError(f"Can't find '{arguments['base']}' in the backing chain")
+        return True
+    if "base-node" in arguments:
+        raise QmpError(f"Cannot find device='' nor node-name='{arguments['base-node']}'")
+    if "bottom" in arguments:
+        if arguments["bottom"] != name:
+            raise QmpError(f"Cannot find device='' nor node-name='{arguments['bottom']}'")
+        return True
+    return False
+
+
+def _refuse_two(arguments: Arguments, one: str, other: str) -> None:
+    if one in arguments and other in arguments:
+        raise QmpError(f"'{one}' and '{other}' cannot be specified at the same time")
+
+
+def _speed(arguments: Arguments) -> int:
+    speed: int = arguments["speed"]
+    if speed < 0:
+        raise QmpError("Parameter 'speed' expects a non-negative value")
+    return speed
+
+
+# By the job, in the older and the newer spelling.
+
+
+@job_commands("query-block-jobs")
+async def _query_block_jobs(request: Request, _: Arguments) -> list[dict[str, Any]]:
+    return [block.describe() for block in request.control.jobs.all()]
+
+
+@job_commands("query-jobs")
+async def _query_jobs(request: Request, _: Arguments) -> list[dict[str, Any]]:
+    return [block.describe_briefly() for block in request.control.jobs.all()]
+
+
+@job_commands("block-job-set-speed", Arg("device"), Arg("speed", "integer"))
+async def _set_speed(request: Request, arguments: Arguments) -> Nothing:
+    block = request.control.jobs.block_job(arguments["device"])
+    block.require("set-speed")
+    block.stream.set_limit(_speed(arguments))
+    return {}
+
+
+@job_commands("block-job-cancel", Arg("device"), Arg("force", "boolean", optional=True))
+async def _block_job_cancel(request: Request, arguments: Arguments) -> Nothing:
+    block = request.control.jobs.block_job(arguments["device"])
+    if block.stream.paused and not arguments.get("force", False):
+        raise QmpError(f"The block job for device '{block.id}' is currently paused")
+    request.control.jobs.cancel(block)
+    return {}
+
+
+@job_commands("job-cancel", Arg("id"))
+async def _job_cancel(request: Request, arguments: Arguments) -> Nothing:
+    request.control.jobs.cancel(request.control.jobs.job(arguments["id"]))
+    return {}
+
+
+async def _pause(request: Request, block: BlockJob) -> None:
+    await block.pause()
+
+
+async def _resume(request: Request, block: BlockJob) -> None:
+    await block.resume()
+
+
+async def _complete(request: Request, block: BlockJob) -> None:
+    block.require("complete")
+
+
+async def _finalize(request: Request, block: BlockJob) -> None:
+    block.finalize()
+
+
+async def _dismiss(request: Request, block: BlockJob) -> None:
+    request.control.jobs.dismiss(block)
+
+
+# The older spelling names a job `device` in some commands and `id` in others.
+_VERBS = {
+    "pause": (_pause, "device"),
+    "resume": (_resume, "device"),
+    "complete": (_complete, "device"),
+    "finalize": (_finalize, "id"),
+    "dismiss": (_dismiss, "id"),
+}
+
+
+def _register(verb: str) -> None:
+    act, key = _VERBS[verb]
+
+    async def by_block_job(request: Request, arguments: Arguments) -> Nothing:
+        await act(request, request.control.jobs.block_job(arguments[key]))
+        return {}
+
+    async def by_job(request: Request, arguments: Arguments) -> Nothing:
+        await act(request, request.control.jobs.job(arguments["id"]))
+        return {}
+
+    job_commands(f"block-job-{verb}", Arg(key))(by_block_job)
+    job_commands(f"job-{verb}", Arg("id"))(by_job)
+
+
+for _verb in _VERBS:
+    _register(_verb)
