@@ -8,7 +8,8 @@ except those that a later, committed one has replaced: between the committed min
 the write log of Oxide Crucible's `crutest`. Writes that overlap in time have no order, so neither replaces the other.
 
 Time is the length of the storage's log ("position"): a crash at position P keeps the operations before P in some form.
-Events at one position are told apart by the order in which they were reported.
+Events at one position are told apart by the order in which they were reported. With `on_return` time is that order
+itself: a position is a number of events.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SectorModel:
 
     base: bytes  # what the image reads as before the first write, a whole number of sectors
     on_return: bool = False  # whether a write is committed when it returns (kill -9) or when a flush returns (power)
-    _events: int = 0
+    events: int = 0  # reported so far
     _open: list[Version] = dataclasses.field(default_factory=list)  # returned, not committed
     _sectors: dict[int, list[tuple[Version, bytes]]] = dataclasses.field(default_factory=dict)
 
@@ -49,11 +50,11 @@ class SectorModel:
             known.append((version, data[start : start + SECTOR]))
         return version
 
-    def returned(self, version: Version, at: int) -> None:
+    def returned(self, version: Version) -> None:
         """The write has returned without an error."""
         version.returned = self._event()
         if self.on_return:
-            version.committed_at = at
+            version.committed_at = version.returned
         else:
             self._open.append(version)
 
@@ -103,5 +104,5 @@ class SectorModel:
         return "has zeros" if not any(found) else "has bytes of nobody"
 
     def _event(self) -> int:
-        self._events += 1
-        return self._events
+        self.events += 1
+        return self.events

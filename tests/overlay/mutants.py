@@ -125,7 +125,7 @@ def mutated(mutant: Mutant) -> Iterator[None]:
     class_name, method = name.split(".")
     owner = getattr(module, class_name)
     original = vars(owner)[method]
-    plain = original.__func__ if isinstance(original, classmethod) else original
+    plain = original.__func__ if isinstance(original, classmethod) else getattr(original, "fget", original)
     source = textwrap.dedent(inspect.getsource(plain))
     if source.count(mutant.old) != 1:
         raise LookupError(f"{mutant.function} no longer has exactly one {mutant.old!r}")

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -115,23 +116,57 @@ def dirty_image(geometry: Geometry) -> bytes:
 
 async def run(scenario: Scenario) -> History:
     """Run a scenario to its end."""
+    history = _history(scenario)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        await _all_of_it(Actors(history, random.Random(scenario.seed + 1), Path(folder)))
+    return history
+
+
+class Kill(NamedTuple):
+    """What a process that was killed has left: the file, its journal, and when that was (an event of the model)."""
+
+    image: bytes
+    journal: bytes | None
+    at: int
+
+
+async def run_and_kill(scenario: Scenario, chance: float) -> tuple[History, list[Kill]]:
+    """Run a scenario and keep what a SIGKILL would leave, before one operation in so many."""
+    history = _history(scenario)
+    model = history.model
+    model.on_return = True
+    kills: list[Kill] = []
+    rng = random.Random(scenario.seed + 2)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        journal = Path(folder, "disk")
+
+        def perhaps() -> None:
+            if rng.random() < chance:
+                left = journal.read_bytes() if journal.exists() else None
+                kills.append(Kill(bytes(history.storage.bytes), left, model.events))
+
+        history.storage.before_step = perhaps
+        await _all_of_it(Actors(history, random.Random(scenario.seed + 1), Path(folder), lambda: model.events))
+    return history, kills
+
+
+def _history(scenario: Scenario) -> History:
     start = dirty_image(scenario.geometry) if scenario.dirty else fresh_image(scenario.geometry)
     storage = RecordingStorage(start, name="disk" if scenario.journal else "", seed=scenario.seed)
-    history = History(scenario, storage, SectorModel(scenario.base))
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        actors = Actors(history, random.Random(scenario.seed + 1), Path(folder))
-        await actors.open()
-        if scenario.full_disk:
-            storage.fail("write", NoSpace("full"), nth=scenario.full_disk, wrote=scenario.full_disk_wrote)
-        await actors.together()
-        await actors.reopen()
-        if scenario.detach:
-            await actors.stream_all()
-            await actors.guest(3)
-            await actors.detach()
-        await actors.together()
-        await actors.close()
-    return history
+    return History(scenario, storage, SectorModel(scenario.base))
+
+
+async def _all_of_it(actors: Actors) -> None:
+    await actors.open()
+    actors.meet_full_disk()
+    await actors.together()
+    await actors.reopen()
+    if actors.history.scenario.detach:
+        await actors.stream_all()
+        await actors.guest(3)
+        await actors.detach()
+    await actors.together()
+    await actors.close()
 
 
 async def run_again(image: bytes | bytearray, content: bytes, scenario: Scenario, seed: int) -> History:
@@ -168,8 +203,16 @@ def repeatable(seed: int) -> Iterator[None]:
 class Actors:
     """The tasks of a run."""
 
-    def __init__(self, history: History, rng: random.Random, journals: Path | None = None) -> None:
-        self._history = history
+    def __init__(
+        self,
+        history: History,
+        rng: random.Random,
+        journals: Path | None = None,
+        clock: Callable[[], int] | None = None,
+    ) -> None:
+        """`clock` tells the model's time; by default the length of the log."""
+        self.history = history
+        self._now = clock or (lambda: len(self._storage.log))
         self._journals = journals
         self._model = history.model
         self._rng = rng
@@ -188,6 +231,11 @@ class Actors:
     async def open(self) -> None:
         self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
 
+    def meet_full_disk(self) -> None:
+        scenario = self.history.scenario
+        if scenario.full_disk:
+            self._storage.fail("write", NoSpace("full"), nth=scenario.full_disk, wrote=scenario.full_disk_wrote)
+
     async def close(self) -> None:
         with _full_disk_allowed():
             await self.overlay.close()
@@ -196,7 +244,7 @@ class Actors:
         """Close and open. A close that met a full disk leaves what a crash leaves."""
         await self.flush()
         await self.close()
-        self._storage = self._history.storage = self._storage.reopened(seed=self._rng.randrange(1 << 30))
+        self._storage = self.history.storage = self._storage.reopened(seed=self._rng.randrange(1 << 30))
         await self.open()
 
     async def together(self) -> None:
@@ -240,16 +288,16 @@ class Actors:
         self._serial += 1
         stamp = self._serial.to_bytes(2, "little") + b"guest."
         data = b"".join((stamp + sector.to_bytes(8, "little")) * 32 for sector in range(length // SECTOR))
-        version = self._model.begin(len(self._storage.log), pos, data)
+        version = self._model.begin(self._now(), pos, data)
         with _full_disk_allowed():
             await self.overlay.write(pos, data, self.fill)
-            self._model.returned(version, len(self._storage.log))
+            self._model.returned(version)
 
     async def fill(self, cluster: int) -> bytes:
         """The backing's bytes of a cluster, a while later, with junk behind the image's end."""
         await self.pause()
         cluster_size = self._geometry.cluster_size
-        return self._history.scenario.base[cluster * cluster_size :][:cluster_size].ljust(cluster_size, b"J")
+        return self.history.scenario.base[cluster * cluster_size :][:cluster_size].ljust(cluster_size, b"J")
 
     async def adopter(self, count: int) -> None:
         for _ in range(count):
@@ -260,7 +308,7 @@ class Actors:
         """What a fetch does: the bytes are those of some time before."""
         cluster_size = self._geometry.cluster_size
         count = min(count, self._geometry.clusters - first)
-        data = bytearray(self._history.scenario.base[first * cluster_size : (first + count) * cluster_size])
+        data = bytearray(self.history.scenario.base[first * cluster_size : (first + count) * cluster_size])
         await self.pause()
         with _full_disk_allowed():
             if any(data):
@@ -289,7 +337,7 @@ class Actors:
         since = self._model.flushing()
         with _full_disk_allowed():
             await self.overlay.flush()
-            self._model.flushed(since, len(self._storage.log))
+            self._model.flushed(since, self._now())
 
     async def recorder(self, count: int) -> None:
         """Store the pin again and again, each time with another wish of the user."""
@@ -300,13 +348,13 @@ class Actors:
             record = dataclasses.replace(self.overlay.record, pin=PIN, paused=bool(number % 2))
             with _full_disk_allowed():
                 await self.overlay.store_record(record)
-                self._history.pinned_at = min(self._history.pinned_at, len(self._storage.log))
+                self.history.pinned_at = min(self.history.pinned_at, self._now())
 
     async def detach(self) -> None:
         since = self._model.flushing()
         await self.overlay.detach()
-        self._history.detached_at = len(self._storage.log)
-        self._model.flushed(since, len(self._storage.log))
+        self.history.detached_at = self._now()
+        self._model.flushed(since, self._now())
 
 
 @contextmanager

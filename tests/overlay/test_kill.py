@@ -1,0 +1,97 @@
+"""SIGKILL at any moment: every write that had returned is there, with a journal and without one.
+
+The page cache survives the process, so all that was written is in the file; what matters is which entries were in the
+file or in the journal when a write was answered.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.overlay.check import check
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.session import read_header
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.examine import read_all
+from tests.overlay.mutants import Mutant, mutated
+from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_kill
+
+
+async def judge(history: History, kill: Kill, folder: Path) -> str | None:
+    """Open what the killed process left and compare it with the model; twice, as the second open must find the same."""
+    path = folder / "disk"
+    path.unlink(missing_ok=True)
+    if kill.journal is not None:
+        path.write_bytes(kill.journal)
+    image: bytes | bytearray = kill.image
+    for _ in range(2):
+        storage = MemoryStorage(image, name="disk")
+        overlay = await Overlay.open(storage, journal_folder=folder)
+        fault = history.model.fault(await read_all(overlay, history.scenario.base), kill.at)
+        corruptions = check(storage, read_header(storage)[0]).corruptions
+        if fault or corruptions:
+            return fault or f"{corruptions} corruptions"
+        await overlay.close()
+        image = storage.bytes
+    return None
+
+
+def killed(seed: int, folder: Path, chance: float = 0.2) -> list[str]:
+    """The faults of all kills of a seed."""
+
+    async def main() -> list[str]:
+        history, kills = await run_and_kill(Scenario.draw(seed), chance)
+        assert kills
+        faults = [await judge(history, kill, folder) for kill in kills]
+        return [f"seed {seed}, event {kill.at}: {text}" for kill, text in zip(kills, faults, strict=True) if text]
+
+    with repeatable(seed):
+        return trio.run(main)
+
+
+@pytest.mark.parametrize("first", range(0, 48, 8))
+def test_no_returned_write_is_lost(first: int, tmp_path: Path) -> None:
+    assert [fault for seed in range(first, first + 8) for fault in killed(seed, tmp_path)] == []
+
+
+RULES = (
+    Mutant(
+        "a write is answered after its entries are in the journal",
+        "overlay:Overlay._publish",
+        "self._journal.append(entries)",
+        "pass",
+    ),
+    Mutant(
+        "without a journal a write is answered after its commit",
+        "overlay:Overlay.write",
+        "await self.committer.commit()",
+        "pass",
+    ),
+    Mutant(
+        "a commit under way counts as pending",
+        "commit:Committer.pending",
+        "return self._running or self._waiting",
+        "return self._waiting",
+    ),
+    Mutant(
+        "the journal is emptied when the file has its entries, not before",
+        "commit:Committer._landed",
+        "and not self._waiting",
+        "",
+    ),
+    Mutant(
+        "the journal is replayed before the new session voids it",
+        "overlay:Overlay._begin",
+        "self._replay(replayable(left, self._session.header, self.storage.size()))",
+        "pass",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutant", RULES, ids=lambda mutant: mutant.rule)
+def test_each_rule_is_necessary(mutant: Mutant, tmp_path: Path) -> None:
+    with mutated(mutant):
+        assert any(killed(seed, tmp_path, 1) for seed in range(60)), f"nothing breaks without it: {mutant.rule}"
