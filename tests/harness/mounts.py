@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from .process import Child, Died, wait_for
 from .require import require, require_fuse
 
 _QEDFS = (sys.executable, "-m", "qedfs")
+
+# Mounts that serve now, for `kill_all`.
+_running: list[Mount] = []
 
 # Longer than any command should take, shorter than pytest's own watchdog (120 s).
 COMMAND_SECONDS = 60.0
@@ -132,12 +136,20 @@ def mounted(
         child = Child([*_QEDFS, "mount", source, mountpoint, *options], folder / "output", env=env)
         mount = Mount(mountpoint, child)
         try:
+            _running.append(mount)
             child.wait_until(lambda: is_mounted(mountpoint, outside), f"a mount at {mountpoint}")
             yield mount
         finally:
+            _running.remove(mount)
             mount.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_all() -> None:
+    """SIGKILL to every mount that `mounted` serves: whoever waits for one of them gets an error. From any thread."""
+    for mount in tuple(_running):
+        os.kill(mount.pid, signal.SIGKILL)
 
 
 def is_mounted(mountpoint: Path, outside: int | None = None) -> bool:
@@ -168,4 +180,4 @@ def _in_mount_table(mountpoint: Path) -> bool:
     return any(line.split()[4] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
 
-__all__ = ["COMMAND_SECONDS", "Died", "Mount", "is_mounted", "mounted", "qedfs"]
+__all__ = ["COMMAND_SECONDS", "Died", "Mount", "is_mounted", "kill_all", "mounted", "qedfs"]
