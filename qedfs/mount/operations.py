@@ -114,6 +114,9 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EIO)
         if flags & (os.O_WRONLY | os.O_RDWR) and not served.image.overlay.writable:
             raise FUSEError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            # It comes here and not to setattr; after a success the kernel takes the image for empty.
+            raise FUSEError(errno.EPERM)
         self._images[inode] = served.image
         self._opens[inode] = self._opens.get(inode, 0) + 1
         served.opens = self._opens[inode]

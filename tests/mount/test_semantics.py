@@ -170,6 +170,8 @@ def test_the_size_is_fixed(disk: Disk) -> None:
         with pytest.raises(PermissionError) as caught:
             os.truncate(disk.path, size)
         assert caught.value.errno == errno.EPERM
+    with pytest.raises(PermissionError):
+        os.open(disk.path, os.O_RDWR | os.O_TRUNC)
     os.truncate(disk.path, SIZE)
     assert disk.path.read_bytes()[-MIB:] == disk.expected[-MIB:]
 
