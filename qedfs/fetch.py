@@ -226,7 +226,7 @@ class Fetch:
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
-        self.window.started(trio.current_time(), self._background_bytes)
+        self.window.started(trio.current_time(), self._background_bytes, self.remote.received)
         if not urgent:
             self._background_bytes += size
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
@@ -267,7 +267,7 @@ class Fetch:
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
         now = trio.current_time()
-        self.window.arrived(now, wanted, now - started)
+        self.window.arrived(now, wanted, now - started, self.remote.received)
 
     async def _hand_out(self, flight: Flight) -> None:
         for taker in self.takers:

@@ -110,13 +110,15 @@ class Image:
         buffer = bytearray(size)
         view = memoryview(buffer)
         missing = [run for run in runs if run.offset == MISSING]
-        for run in runs:
-            if run.offset > ZERO:
-                await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         if missing and self.fetch is not None:
             if not self._readahead.active:
                 self._fetch_ahead(pos, size)
+            # Before anything that waits for the disk: while we waited, the stream would bring these clusters in, and
+            # they would cross the wire again.
             await self._read_missing(missing, pos, view)
+        for run in runs:
+            if run.offset > ZERO:
+                await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         return buffer
 
     async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
@@ -150,15 +152,33 @@ class Image:
         self.error = None
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
-        """Go ahead of a sequential reader, as far as clusters are missing in one piece."""
+        """Go ahead of a sequential reader: by some windows, since a part of that has arrived and waits to be read."""
         if not self.copy_on_read or self.fetch is None or self._identity is None or self.changed is not None:
             return
-        advice = self._readahead.advise(pos, size, self.fetch.window.bytes)
+        window = self.fetch.window
+        advice = self._readahead.advise(pos, size, most=3 * window.bytes, step=window.request_bytes)
         if advice is None:
             return
-        start, length = advice
-        runs = self.overlay.clusters.runs(start, min(length, self.size - start)) if start < self.size else None
-        for run in runs or ():
+        start, length = advice[0], min(advice[1], self.size - advice[0])
+        if length <= 0:
+            return
+        if self.overlay.clusters.is_loaded(start, length):
+            self._start_ahead(start, length)
+        else:
+            self.fetch.nursery.start_soon(self._load_and_start_ahead, start, length)
+
+    async def _load_and_start_ahead(self, pos: int, size: int) -> None:
+        try:
+            await self.overlay.map(pos, size)
+            self._start_ahead(pos, size)
+        except QedfsError as exc:
+            # Nobody waits for these bytes; a reader who comes here meets the same error and tells it.
+            log.debug("%s: no read-ahead at %d: %s", self.name, pos, exc)
+
+    def _start_ahead(self, pos: int, size: int) -> None:
+        if self.fetch is None or self._closed:
+            return
+        for run in self.overlay.clusters.runs(pos, size) or ():
             if run.offset == MISSING:
                 first = run.pos // self.overlay.cluster_size
                 last = (run.pos + run.size - 1) // self.overlay.cluster_size

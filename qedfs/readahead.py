@@ -10,8 +10,8 @@ import dataclasses
 
 FIRST_BYTES = 512 << 10
 READERS = 8  # interleaved sequential readers of one image that are told apart
-# The kernel sends its read-ahead before the read that crossed its mark, so neighbours may change places.
-SLACK_BYTES = 1 << 20
+# The kernel has a few reads of up to 1 MiB under way for one reader, and they may change places.
+SLACK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,10 +28,10 @@ class Readahead:
         self.active = False  # somebody has gone straight ahead: tell of every read, not only of those that miss
         self._readers: list[_Reader] = []
 
-    def advise(self, pos: int, size: int, most: int) -> tuple[int, int] | None:
+    def advise(self, pos: int, size: int, *, most: int, step: int) -> tuple[int, int] | None:
         """Tell of a read; returns the range (pos, size) to fetch ahead of it, or None.
 
-        `most`: bytes to be ahead of the reader at the most.
+        `most`: bytes to be ahead of the reader at the most. `step`: bytes that are worth a request.
         """
         reader = self._find(pos, size)
         if reader is None:
@@ -43,8 +43,7 @@ class Readahead:
         reader.window = min(most, max(FIRST_BYTES, reader.window * 2))
         start = max(reader.end, reader.fetched_to)
         stop = reader.end + reader.window
-        # In steps of half a window: many small requests would be slower than few large ones.
-        if stop - start < reader.window // 2:
+        if stop - start < min(step, reader.window):
             return None
         reader.fetched_to = stop
         return start, stop - start

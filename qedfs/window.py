@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20  # what the fetched clusters of one source may take in memo
 REQUESTS = 16  # in flight in a full window
 MIN_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to end
-GAIN = 1.5  # of the window over rate x round trip: room for jitter
+GAIN = 2.0  # of the window over rate x round trip: room for jitter, and for answers that end together in lumps
 GROWTH = 1.15  # a smaller gain in rate is none
 PROBE_SECONDS = 3.0
 MEMORY_SECONDS = 10.0  # how long a measurement counts
@@ -34,7 +34,7 @@ class Window:
         self._best = 0.0  # bytes per second
         self._round_trips: deque[tuple[float, float]] = deque()  # (when, seconds), increasing in both
         self._stretch_start: float | None = None
-        self._stretch_bytes = 0
+        self._stretch_from = 0
         self._next_probe = 0.0
 
     @property
@@ -52,26 +52,27 @@ class Window:
         """Bytes per second that the link has shown."""
         return self._best
 
-    def started(self, now: float, in_flight: int) -> None:
-        """A request leaves; `in_flight` bytes were in flight before it."""
+    def started(self, now: float, in_flight: int, received: int) -> None:
+        """A request leaves; `in_flight` bytes were in flight before it, `received` have come so far in all."""
         if in_flight == 0:
             # An idle stretch says nothing about the link.
-            self._stretch_start, self._stretch_bytes = now, 0
+            self._stretch_start, self._stretch_from = now, received
 
-    def arrived(self, now: float, size: int, seconds: float) -> None:
+    def arrived(self, now: float, size: int, seconds: float, received: int) -> None:
         """A request of `size` bytes has taken `seconds`."""
         self._remember(now, seconds)
-        if self._stretch_start is None:
-            self._stretch_start = now
-        self._stretch_bytes += size
         if self._starting:
             self.bytes = min(MAX_BYTES, self.bytes + size)
+        come = received - self._stretch_from
+        if self._stretch_start is None or come < 0:
+            self._stretch_start, self._stretch_from = now, received
+            return
         length = now - self._stretch_start
         # Long enough that the requests of the last change are behind us.
-        if length < max(0.05, 2 * self.round_trip) or self._stretch_bytes < MIN_BYTES:
+        if length < max(0.05, 2 * self.round_trip) or come < MIN_BYTES:
             return
-        self._judge(now, self._stretch_bytes / length)
-        self._stretch_start, self._stretch_bytes = now, 0
+        self._judge(now, come / length)
+        self._stretch_start, self._stretch_from = now, received
 
     def _judge(self, now: float, rate: float) -> None:
         grown = rate > self._best * GROWTH

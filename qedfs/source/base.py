@@ -67,6 +67,14 @@ class Source(Protocol):
         """How many background reads may usefully be in flight at once at the most."""
         ...
 
+    @property
+    def received(self) -> int:
+        """Bytes of payload that have come so far, those of reads under way included where that is known.
+
+        For measuring the rate: on a shared link, reads that left together also end together, in lumps.
+        """
+        ...
+
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` with the bytes at `pos`; the range must lie inside `identity.size`.
 

@@ -22,6 +22,7 @@ class LocalSource:
         self._fd = fd
         self._location = location
         self._identity = identity
+        self.received = 0
 
     @classmethod
     async def open(cls, location: Location) -> Self:
@@ -69,6 +70,7 @@ class LocalSource:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
         if done < len(buffer):
             raise SourceChanged(f"backing {self._location} has become shorter")
+        self.received += done
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The holes of the file, as the file system tells them."""

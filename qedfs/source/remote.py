@@ -43,6 +43,11 @@ class Remote:
         """How many background reads may usefully be in flight at once at the most."""
         return self._source.parallel if self._source else 16
 
+    @property
+    def received(self) -> int:
+        """Bytes that have come over the present connection; starts again with the next one."""
+        return self._source.received if self._source else 0
+
     async def connect(self) -> Identity:
         """Have a connection and return the version that is served.
 

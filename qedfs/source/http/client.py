@@ -58,14 +58,23 @@ class _Pool:
         self._slots = trio.Semaphore(MAX_CONNECTIONS)
         self._policy = policy
         self._idle: list[Exchange] = []
+        self._busy: set[Exchange] = set()
+        self._done = 0
+
+    @property
+    def received(self) -> int:
+        return self._done + sum(exchange.filled for exchange in self._busy)
 
     async def run(self, place: _Place, pos: int, buffer: memoryview, judge: Judge) -> None:
         async with self._slots:
             exchange = self._idle.pop() if self._idle else Exchange(self._policy)
+            self._busy.add(exchange)
             try:
                 exchange.aim(place.target, place.lines)
                 await exchange.run(self._multi, pos, buffer, judge, place.where)
+                self._done += len(buffer)
             finally:
+                self._busy.discard(exchange)
                 self._idle.append(exchange)
 
     async def resolve(self, origin: Target) -> Resolved:
@@ -129,6 +138,11 @@ class HttpSource:
     def parallel(self) -> int:
         """As many background reads as the pool has connections."""
         return MAX_CONNECTIONS
+
+    @property
+    def received(self) -> int:
+        """Bytes of bodies, those of transfers under way included."""
+        return self._urgent.received + self._background.received
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` from `pos`; see `Source.read`.

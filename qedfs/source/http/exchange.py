@@ -90,6 +90,11 @@ class Exchange:
         if failure is not None:
             raise failure
 
+    @property
+    def filled(self) -> int:
+        """Bytes of the body that the transfer under way has brought."""
+        return self._filled
+
     def peer_address(self) -> str | None:
         """Numeric address of the server (or proxy) that answered last."""
         address: str = self.curl.getinfo(pycurl.PRIMARY_IP)
