@@ -139,6 +139,10 @@ def mounted(
             _running.append(mount)
             child.wait_until(lambda: is_mounted(mountpoint, outside), f"a mount at {mountpoint}")
             yield mount
+        except BaseException:
+            # pytest shows it with the failure.
+            print(f"log of the mount at {mountpoint}:\n{mount.output()}")
+            raise
         finally:
             _running.remove(mount)
             mount.close()
