@@ -36,7 +36,7 @@ from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.journal import Journal, read_journal
-from qedfs.overlay.session import Session, read_bytes, read_header, read_record, replayable
+from qedfs.overlay.session import Session, read_header, read_record, replayable
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
 
 # Asked for the whole content of a missing cluster; bytes behind the image's end are ignored.
@@ -82,7 +82,8 @@ class Overlay:
         if storage.writable and header.dirty:
             repair(storage, header)
             session.clear_dirty(NEED_CHECK)
-        l1_bytes = read_bytes(storage, header.l1_table_offset, header.geometry.l1_used * ENTRY_SIZE)
+        l1_bytes = bytearray(header.geometry.l1_used * ENTRY_SIZE)
+        storage.read(header.l1_table_offset, memoryview(l1_bytes))
         file_end = storage.size()
         cluster_size = header.geometry.cluster_size
         # What lies behind the last whole cluster does not exist; what is allocated starts behind all that exists.
