@@ -57,7 +57,7 @@ class Taker(Protocol):
 class Flight:
     """One request under way. `error` or the bytes are there when `arrived` is set."""
 
-    __slots__ = ("arrived", "asked", "buffer", "error", "first", "holders", "pos", "size", "takers", "urgent")
+    __slots__ = ("arrived", "asked", "behind", "buffer", "error", "first", "holders", "pos", "size", "takers", "urgent")
 
     def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, urgent: bool) -> None:
         self.first = first
@@ -69,6 +69,7 @@ class Flight:
         self.takers: list[Taker] = []
         self.urgent = urgent  # somebody waited for it when it was started
         self.asked = False  # somebody wanted it before the stream came there
+        self.behind = 0  # bytes that were in flight when it left
         self.holders = 1
 
     async def copy_to(self, pos: int, view: memoryview) -> int:
@@ -136,24 +137,26 @@ class Fetch:
 
     def ahead(self, first: int, count: int, *, limit: int, taker: Taker) -> None:
         """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
+        step = max(1, self.window.request_bytes // self.cluster_size)
+        for at in range(first, first + count, step):
+            self.start(at, min(step, first + count - at), limit=limit, taker=taker, asked=True)
+
+    async def turn(self, first: int, count: int) -> None:
+        """Wait until a background request for these clusters may leave.
+
+        Joining what is in flight already needs no turn. Others may have brought the clusters in meanwhile: the caller
+        looks again, and calls `start` with no await in between.
+        """
+        await self.identity()
+        if any(cluster not in self._flights for cluster in range(first, first + count)):
+            await self._turn()
+
+    def start(self, first: int, count: int, *, limit: int, taker: Taker, asked: bool = False) -> None:
+        """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
         identity = self.remote.identity
         if identity is None:
             return
-        step = max(1, self.window.request_bytes // self.cluster_size)
-        for at in range(first, first + count, step):
-            part = min(step, first + count - at)
-            for flight in self._join(at, part, identity.size, limit, taker, asked=True, urgent=False):
-                self._release(flight)
-
-    async def background(self, first: int, count: int, *, limit: int, taker: Taker) -> None:
-        """Fetch clusters that nobody waits for, when it is their turn; returns when they are under way.
-
-        Joining what is in flight already needs no turn.
-        """
-        source_size = (await self.identity()).size
-        if any(cluster not in self._flights for cluster in range(first, first + count)):
-            await self._turn()
-        for flight in self._join(first, count, source_size, limit, taker, asked=False, urgent=False):
+        for flight in self._join(first, count, identity.size, limit, taker, asked=asked, urgent=False):
             self._release(flight)
 
     def in_flight(self, cluster: int) -> bool:
@@ -226,7 +229,8 @@ class Fetch:
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
-        self.window.started(trio.current_time(), self._background_bytes, self.remote.received)
+        flight.behind = self._background_bytes
+        self.window.started(trio.current_time(), flight.behind, self.remote.received)
         if not urgent:
             self._background_bytes += size
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
@@ -267,7 +271,7 @@ class Fetch:
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
         now = trio.current_time()
-        self.window.arrived(now, wanted, now - started, self.remote.received)
+        self.window.arrived(now, wanted, now - started, self.remote.received, flight.behind)
 
     async def _hand_out(self, flight: Flight) -> None:
         for taker in self.takers:

@@ -21,6 +21,9 @@ MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for on
 GAIN = 2.0  # of the window over rate x round trip: room for jitter, and for answers that end together in lumps
 GROWTH = 1.15  # a smaller gain in rate is none
 PROBE_SECONDS = 3.0
+PROBE = 1.5  # times the window, to see whether the link has become faster
+QUEUE_MARGIN = 1.25  # a request that takes less than this times its queue's length says nothing of the round trip
+DECAY = 0.95  # of the best rate in every stretch that does not reach it, so that a slower link is noticed
 MEMORY_SECONDS = 10.0  # how long a measurement counts
 
 
@@ -32,6 +35,7 @@ class Window:
         self._starting = True
         self._stalls = 0
         self._best = 0.0  # bytes per second
+        self._rate = 0.0  # of the last stretch
         self._round_trips: deque[tuple[float, float]] = deque()  # (when, seconds), increasing in both
         self._stretch_start: float | None = None
         self._stretch_from = 0
@@ -58,9 +62,10 @@ class Window:
             # An idle stretch says nothing about the link.
             self._stretch_start, self._stretch_from = now, received
 
-    def arrived(self, now: float, size: int, seconds: float, received: int) -> None:
-        """A request of `size` bytes has taken `seconds`."""
-        self._remember(now, seconds)
+    def arrived(self, now: float, size: int, seconds: float, received: int, behind: int) -> None:
+        """A request of `size` bytes has taken `seconds`; `behind` bytes were in flight when it left."""
+        if self._tells_round_trip(seconds, behind + size):
+            self._remember(now, seconds)
         if self._starting:
             self.bytes = min(MAX_BYTES, self.bytes + size)
         come = received - self._stretch_from
@@ -76,7 +81,8 @@ class Window:
 
     def _judge(self, now: float, rate: float) -> None:
         grown = rate > self._best * GROWTH
-        self._best = max(rate, self._best)
+        self._rate = rate
+        self._best = max(rate, self._best * DECAY)
         if self._starting:
             self._stalls = 0 if grown else self._stalls + 1
             if self._stalls >= 2:
@@ -87,9 +93,7 @@ class Window:
         elif grown:
             self._starting, self._stalls = True, 0
         if now >= self._next_probe:
-            # Forget a part of the best rate, so that a link that has become slower is noticed, and look higher.
-            self._best = max(rate, self._best * 0.8)
-            self.bytes = min(MAX_BYTES, self._target() * 2)
+            self.bytes = min(MAX_BYTES, int(self._target() * PROBE))
             self._next_probe = now + PROBE_SECONDS
         else:
             self.bytes = self._target()
@@ -97,10 +101,17 @@ class Window:
     def _target(self) -> int:
         return int(max(MIN_BYTES, min(MAX_BYTES, GAIN * self._best * self.round_trip)))
 
+    def _tells_round_trip(self, seconds: float, queued: int) -> bool:
+        """Whether the time of a request is the link's, and not that of the bytes which we had put before it.
+
+        Without this a window that queues makes every request slow, the round trip look long, and the window grow.
+        """
+        return not self._rate or seconds < self.round_trip or seconds > QUEUE_MARGIN * queued / self._rate
+
     def _remember(self, now: float, seconds: float) -> None:
         trips = self._round_trips
         while trips and trips[-1][1] >= seconds:
             trips.pop()
         trips.append((now, seconds))
-        while trips[0][0] < now - MEMORY_SECONDS:
+        while len(trips) > 1 and trips[0][0] < now - MEMORY_SECONDS:
             trips.popleft()

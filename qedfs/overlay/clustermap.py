@@ -166,6 +166,13 @@ class ClusterMap:
             return cluster, count
         return None
 
+    def all_missing(self, cluster: int, count: int) -> bool:
+        """Whether none of these clusters has an entry, as far as the cache can tell now."""
+        try:
+            return all(self.entry(number) == MISSING for number in range(cluster, cluster + count))
+        except LookupError:
+            return False
+
     # Changes: synchronous, on the event loop.
 
     def set(self, cluster: int, entry: int) -> None:

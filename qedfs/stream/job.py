@@ -78,6 +78,7 @@ class StreamJob:
         self._cursor = 0  # the cluster at which the walk goes on
         self._ignored: QedfsError | None = None
         self._ignored_at = 0  # the cursor then
+        self._trying = False  # the disk was full: go carefully
         self._poked = trio.Event()
         self._extents: deque[Extent] = deque()
         self._holes: set[int] = set()  # L1 indices without a table that the source has nothing for
@@ -220,6 +221,7 @@ class StreamJob:
         image.streaming = True
         if image not in fetch.takers:
             fetch.takers.append(image)
+        self._trying, image.full = image.full is not None, None
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
             if not self._allowed:
@@ -241,11 +243,18 @@ class StreamJob:
         asked = False
         while self._allowed and (run := await self._next_run(self._cursor, source_size)) is not None:
             first, count = run
-            size = count * cluster_size
-            await self.pace.wait(size)
+            await self.pace.wait(count * cluster_size)
+            await fetch.turn(first, count)
             self._raise_failure()
-            await fetch.background(first, count, limit=image.size, taker=image)
+            if not image.overlay.clusters.all_missing(first, count):
+                continue  # a reader or another image's stream has brought a part of it in
+            fetch.start(first, count, limit=image.size, taker=image)
             self._cursor, asked = first + count, True
+            if self._trying:
+                # One request shows whether there is room again; a window of them would be fetched in vain.
+                await fetch.landed(image)
+                self._raise_failure()
+                self._trying = False
         self._cursor = 0
         return asked
 

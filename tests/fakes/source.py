@@ -1,0 +1,80 @@
+"""A source in memory, with a round trip, faults on request, and a count of what was asked for.
+
+Implements the port `qedfs/source/base.py`. Time is trio's clock, so a mock clock makes any round trip instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from qedfs.errors import QedfsError
+from qedfs.source.base import Extent, Identity
+from qedfs.source.remote import Remote
+from qedfs.source.url import parse_location
+
+
+class FakeSource:
+    """`content` as a source. Faults: `fail` is raised by the next reads; `gate` holds them until it is set."""
+
+    def __init__(self, content: bytes, *, round_trip: float = 0.02, etag: str | None = '"v1"') -> None:
+        self.content = content
+        self.identity = Identity(len(content), etag=etag, name="http://fake/")
+        self.parallel = 64
+        self.received = 0
+        self.round_trip = round_trip
+        self.reads: list[tuple[int, int, bool]] = []  # (pos, size, urgent), in the order in which they came
+        self.fail: QedfsError | None = None
+        self.gate: trio.Event | None = None
+        self.holes: list[tuple[int, int]] | None = None  # (pos, size) that `extents` tells; None: it cannot tell
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill `buffer` after a round trip."""
+        assert pos + len(buffer) <= len(self.content), "asked for bytes behind the end"
+        self.reads.append((pos, len(buffer), urgent))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            await trio.sleep(self.round_trip)
+            if self.fail is not None:
+                # What a failed read leaves behind must never be used.
+                buffer[:] = b"\xee" * len(buffer)
+                raise self.fail
+            buffer[:] = self.content[pos : pos + len(buffer)]
+            self.received += len(buffer)
+        finally:
+            self.in_flight -= 1
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """The holes of `holes`, one extent at a time, as some servers answer."""
+        if self.holes is None:
+            return None
+        for start, length in self.holes:
+            if start <= pos < start + length:
+                return [Extent(pos, min(size, start + length - pos), zero=True)]
+            if start > pos:
+                return [Extent(pos, min(size, start - pos), zero=False)]
+        return [Extent(pos, size, zero=False)]
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that crossed the wire."""
+        return sum(size for _, size, _ in self.reads)
+
+
+def remote(source: FakeSource, *, deadline_seconds: float = 30.0) -> Remote:
+    """A `Remote` whose every connection leads to `source`."""
+
+    async def connect() -> FakeSource:
+        await trio.sleep(source.round_trip)
+        return source
+
+    return Remote(parse_location("http://fake/disk.raw"), connect, deadline_seconds=deadline_seconds)

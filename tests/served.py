@@ -1,0 +1,42 @@
+"""A served image over an overlay in memory and a fake source, for tests under a mock clock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import trio
+
+from qedfs.fetch import Fetch
+from qedfs.image import Image
+from qedfs.overlay.overlay import Overlay
+from tests.fakes.source import FakeSource, remote
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import empty
+
+CLUSTER = 1 << 16
+
+
+@contextlib.asynccontextmanager
+async def served(
+    source: FakeSource,
+    *,
+    image_size: int | None = None,
+    storage: MemoryStorage | None = None,
+    copy_on_read: bool = True,
+    deadline_seconds: float = 30.0,
+    cluster_size: int = CLUSTER,
+) -> AsyncIterator[Image]:
+    """An image on `source`, counted and committing, closed at the end."""
+    size = len(source.content) if image_size is None else image_size
+    storage = storage or MemoryStorage(
+        empty(cluster_size=cluster_size, image_size=size, backing=b"http://fake/disk.raw").data
+    )
+    async with trio.open_nursery() as nursery:
+        fetch = Fetch(remote(source, deadline_seconds=deadline_seconds), cluster_size, nursery)
+        image = Image("disk.raw", await Overlay.open(storage), fetch, copy_on_read=copy_on_read)
+        nursery.start_soon(image.run)
+        await image.overlay.clusters.count()
+        yield image
+        await image.close()
+        nursery.cancel_scope.cancel()
