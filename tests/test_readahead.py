@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from qedfs.readahead import Readahead
@@ -33,7 +34,7 @@ def test_reads_that_overtake_each_other_are_one_reader() -> None:
     order = [0, 1, 2, 3, 5, 4, 6, 7, 9, 8, 11, 10, 12]
     ranges = [ahead.advise(n << 20, 1 << 20, most=MOST, step=STEP) for n in order]
     covered = sorted(r for r in ranges if r is not None)
-    assert all(a[0] + a[1] <= b[0] for a, b in zip(covered, covered[1:], strict=False))
+    assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(covered))
     assert covered[-1][0] + covered[-1][1] >= (13 << 20) + MOST - 2 * STEP
 
 
