@@ -140,11 +140,11 @@ async def _heed_signals(mount: Mount) -> None:
 
 
 async def _rescan(mount: Mount) -> None:
-    """Notice overlays that come and go. A look costs one fstat while the folder does not change."""
+    """Notice overlays that come and go. A look costs one fstat while the folder does not change and all are served."""
     while True:
         await trio.sleep(RESCAN_SECONDS)
         try:
-            await mount.folder.rescan()
+            await mount.folder.rescan(broken=True)
         except (OSError, QedfsError) as exc:
             log.warning("cannot look into %s: %s", mount.folder.source, exc)
 
@@ -175,9 +175,7 @@ def _mount(mount: Mount) -> None:
 
 
 def _forget_name(served: Served) -> None:
-    pyfuse3.invalidate_entry_async(
-        pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(served.name)), ignore_enoent=True
-    )
+    pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(served.name)), ignore_enoent=True)
 
 
 def _check_mountpoint(settings: Settings) -> None:

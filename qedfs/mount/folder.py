@@ -55,7 +55,7 @@ class Served:
     name: str
     path: str
     inode: int
-    seen: tuple[int, int, int]  # inode, size and mtime of the file when it was opened
+    seen: tuple[int, int, int]  # inode, size and ctime of the file when it was opened
     image: Image | None = None
     job: StreamJob | None = None
     error: QedfsError | None = None
@@ -128,12 +128,19 @@ class Folder:
 
     # Looking.
 
-    async def rescan(self) -> bool:
-        """Look again if the folder has changed; returns whether it had."""
-        if self._single or self.stat().st_mtime_ns == self._scanned_mtime:
+    async def rescan(self, *, broken: bool = False) -> bool:
+        """Look again if the folder has changed; returns whether it did look.
+
+        `broken`: also if there are overlays that could not be served. A file that is repaired in place, and one that
+        its other user has closed, leave no trace in the folder.
+        """
+        if self._single or not (self.stat().st_mtime_ns != self._scanned_mtime or (broken and self._any_broken())):
             return False
         await self.scan()
         return True
+
+    def _any_broken(self) -> bool:
+        return any(served.image is None for served in self._by_path.values())
 
     async def scan(self) -> None:
         """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
@@ -142,23 +149,26 @@ class Folder:
             found = dict(self._files())
             for path in [path for path in self._by_path if path not in found]:
                 await self._remove(self._by_path[path])
-            for path, status in found.items():
-                await self._look_at(path, status)
+            added = [served for path, status in found.items() if (served := await self._look_at(path, status))]
+            # Together: what the first stream fetches is of use to the others only once they stream as well.
+            for served in added:
+                self._nursery.start_soon(self._run, served)
             self._scanned_before = True
 
-    async def _look_at(self, path: str, status: os.stat_result) -> None:
-        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+    async def _look_at(self, path: str, status: os.stat_result) -> Served | None:
+        """Take notice of one file; returns the image if one can be served now that could not before."""
+        seen = (status.st_ino, status.st_size, status.st_ctime_ns)
         known = self._by_path.get(path)
         if known is not None:
             replaced = known.image is not None and known.seen[0] != status.st_ino
             retry = known.image is None and (known.seen != seen or isinstance(known.error, InUse))
             if not replaced and not retry:
-                return
+                return None
             await self._remove(known)
         elif self._scanned_before and _age(status) < SETTLE_SECONDS:
             self._scanned_mtime = -1  # and look again
-            return
-        await self._add(path, seen)
+            return None
+        return await self._add(path, seen, known.error if known else None)
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         if self._single:
@@ -174,7 +184,8 @@ class Folder:
 
     # Coming and going.
 
-    async def _add(self, path: str, seen: tuple[int, int, int]) -> None:
+    async def _add(self, path: str, seen: tuple[int, int, int], before: QedfsError | None) -> Served | None:
+        """Open an overlay. `before`: why it could not be opened the last time, which the log has."""
         name = os.path.basename(path).removesuffix(SUFFIX) + ".raw"
         served = Served(name, path, next(self._inodes), seen)
         try:
@@ -183,12 +194,14 @@ class Folder:
             if self._single:
                 raise
             served.error = exc
-            log.error("not served: %s", exc)
+            if str(exc) != str(before):
+                log.error("not served: %s", exc)
         self._by_path[path] = served
-        if served.image is not None:
-            self._by_name[name] = self._by_inode[served.inode] = served
-            self._nursery.start_soon(self._run, served)
-            self.on_come(served)
+        if served.image is None:
+            return None
+        self._by_name[name] = self._by_inode[served.inode] = served
+        self.on_come(served)
+        return served
 
     async def _serve(self, served: Served) -> None:
         overlay = await self._open(served.path)

@@ -54,7 +54,7 @@ def do_the_job(folder: Path, kind: str, size: int) -> None:
             mount.wait()
             status = mount.image()
             assert (status["state"], status["populated"], status["backing"]) == ("complete", size, None)
-            server.stop()
+            server.kill()
             assert first_difference(mount.path("disk.raw"), raw) is None
             assert mount.unmount() == 0
         if isinstance(server, Nginx):
