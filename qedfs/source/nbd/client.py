@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.source.base import Extent, Identity
 from qedfs.source.nbd import faults
 from qedfs.source.nbd.connection import Connection
@@ -38,21 +38,29 @@ class _Attempt:
     def __init__(self) -> None:
         self.over = trio.Event()
         self.connection: Connection | None = None
-        self.failure: Exception | None = None
+        self.failure: QedfsError | None = None
 
 
 class NbdSource:
     """See the module; made by `open`."""
 
-    def __init__(self, location: Location, policy: Policy, tls: ssl.SSLContext | None, nursery: trio.Nursery) -> None:
-        """Make a source without a connection; callers use `open`."""
+    def __init__(
+        self,
+        location: Location,
+        policy: Policy,
+        tls: ssl.SSLContext | None,
+        nursery: trio.Nursery,
+        connection: Connection,
+    ) -> None:
+        """Take over the first connection; callers use `open`."""
         self._location = location
         self._policy = policy
         self._tls = tls
         self._nursery = nursery
-        self._identity: Identity | None = None
-        self._multi_conn = False
-        self._connections: list[Connection] = []
+        self.received = 0
+        self._identity = Identity(connection.negotiated.size, name=str(location))
+        self._multi_conn = connection.negotiated.multi_conn
+        self._connections = [connection]
         self._opening: set[trio.CancelScope] = set()
         self._attempt: _Attempt | None = None
         self._growing = False
@@ -69,15 +77,12 @@ class NbdSource:
             SourceError: the server will not serve this export to us (unknown, TLS, no NBD at all).
         """
         tls = ssl.create_default_context() if location.tls else None
-        source = cls(location, policy, tls, nursery)
-        connection = await source._connect()
-        source._multi_conn = connection.negotiated.multi_conn
-        return source
+        connection = await Connection.open(location, policy, tls, nursery)
+        return cls(location, policy, tls, nursery, connection)
 
     @property
     def identity(self) -> Identity:
         """The size of the export; NBD knows no version."""
-        assert self._identity is not None, "open() sets it"
         return self._identity
 
     @property
@@ -93,6 +98,7 @@ class NbdSource:
         if view:
             connection = await self._pick(urgent=urgent)
             await connection.read(pos, view)
+            self.received += len(view)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Tell the zero parts of a range, where the server has base:allocation; see `Source.extents`."""
@@ -150,7 +156,7 @@ class NbdSource:
     async def _open_further(self) -> None:
         try:
             await self._connect()
-        except SourceError:
+        except QedfsError:
             # The reads do not need it. If it tells of a change, they will meet that on their own.
             self._grow_after = trio.current_time() + GROW_PAUSE_SECONDS
         finally:
@@ -172,7 +178,7 @@ class NbdSource:
     async def _try(self, attempt: _Attempt) -> None:
         try:
             attempt.connection = await self._connect()
-        except Exception as exc:
+        except QedfsError as exc:
             attempt.failure = exc
         finally:
             self._attempt = None
@@ -180,23 +186,25 @@ class NbdSource:
 
     async def _connect(self) -> Connection:
         """Open one more connection, and see that it leads to the export that we know."""
+        connection: Connection | None = None
         with trio.CancelScope() as scope:
             self._opening.add(scope)
             try:
-                connection = await Connection.open(self._location, self._policy, self._tls, self._nursery)
+                if not self._closed:
+                    connection = await Connection.open(self._location, self._policy, self._tls, self._nursery)
             finally:
                 self._opening.discard(scope)
-        if scope.cancelled_caught:
+        # `aclose` may have come before this task began, or just after the last answer of the handshake.
+        if connection is not None and self._closed:
+            connection.drop("closed")
+        if connection is None or self._closed:
             raise SourceUnreachable(f"{self._location}: closed while connecting")
-        now = Identity(connection.negotiated.size, name=str(self._location))
-        change = self._identity.difference(now) if self._identity is not None else None
-        if self._closed or change is not None:
-            connection.drop("not wanted")
+        change = self._identity.difference(Identity(connection.negotiated.size))
         if change is not None:
+            connection.drop("not wanted")
             # What the other connections bring may be of either version.
             for each in self._connections:
                 each.drop(f"the export changed: {change}")
             raise SourceChanged(f"{self._location}: the export changed: {change}")
-        self._identity = now
         self._connections.append(connection)
         return connection

@@ -10,14 +10,15 @@ after it `broken` says why, the socket is closed, and every request that was in 
 Between a look at `broken` and the request's entry into `in_flight` there must be no await, or a request could wait for
 a reply on a dead connection for ever.
 
-Cancellation. A reader that is cancelled while it waits leaves at once: its buffer is taken out of the parser, which puts
-the rest of the reply into a bin, and the others go on. If the connection has brought nothing since that request
+Cancellation. A reader that is cancelled while it waits leaves at once: its buffer is taken out of the parser, which
+puts the rest of the reply into a bin, and the others go on. If the connection has brought nothing since that request
 was sent, and that is not just now, it is dropped too: the deadline of the reader is how one learns that a server is
 gone. A reader that is cancelled while a part of its request is sent drops the connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import ssl
@@ -26,7 +27,7 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.source.nbd import faults
-from qedfs.source.nbd.handshake import START_TLS, negotiate
+from qedfs.source.nbd.handshake import negotiate
 from qedfs.source.nbd.protocol import (
     MAX_MINIMUM_BLOCK_SIZE,
     Command,
@@ -147,11 +148,9 @@ class Connection:
     async def aclose(self) -> None:
         """Say goodbye if that takes no time, and drop."""
         if self.broken is None and not self._sending.locked():
-            with trio.move_on_after(FAREWELL_SECONDS):
-                try:
-                    await self._transport.send(encode_request(Command.DISC, 0))
-                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass  # it is gone already
+            gone = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+            with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*gone):
+                await self._transport.send(encode_request(Command.DISC, 0))
         self.drop("closed")
 
     async def _read_aligned(self, pos: int, view: memoryview) -> None:
@@ -273,8 +272,7 @@ async def _shake_hands(
             answer = await current.receive_exactly(step)
         elif isinstance(step, bytes):
             await current.send(step)
-        elif step is START_TLS:
-            assert tls is not None, "negotiate() asks for TLS only when told to"
+        elif tls is not None:  # START_TLS, which the dialogue asks for only then
             # A Unix socket has no name of its own to verify; libnbd expects "localhost" there, too.
             current = secure = TlsTransport(transport, tls, location.host or "localhost")
             await secure.handshake()

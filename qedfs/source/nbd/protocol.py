@@ -71,11 +71,11 @@ class ErrorCode(enum.IntEnum):
 TRANSIENT_ERRORS = frozenset({ErrorCode.EIO, ErrorCode.ENOMEM, ErrorCode.ENOSPC, ErrorCode.ESHUTDOWN})
 
 
-class Violation(Exception):  # noqa: N818 - names what the server did, as the errors of qedfs do
+class Violation(Exception):
     """The server broke the protocol. Nothing that comes after it on this connection can be understood."""
 
 
-class Refusal(Exception):  # noqa: N818
+class Refusal(Exception):
     """The server understood and said no. `transient`: it may say yes later. `code`: of an error reply, else 0."""
 
     def __init__(self, message: str, *, transient: bool = False, code: int = 0) -> None:

@@ -14,6 +14,7 @@ in flight has failed. An error reply in good form fails its own request only.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 
@@ -50,25 +51,21 @@ MAX_EXTENTS = 8 * 1024  # as many as we look at; the asker goes on from there, a
 _ZEROS = memoryview(bytes(256 * 1024))
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Request:
     """One request in flight. `view` is where the bytes of a read go; None once the asker has gone."""
 
-    __slots__ = ("command", "cookie", "coverage", "errors", "extents", "failure", "finished", "pos", "size", "view", "wake")
-
-    def __init__(
-        self, command: Command, cookie: int, pos: int, size: int, view: memoryview | None, wake: Callable[[], None]
-    ) -> None:
-        self.command = command
-        self.cookie = cookie
-        self.pos = pos
-        self.size = size
-        self.view = view
-        self.wake = wake
-        self.failure: Refusal | None = None
-        self.coverage = Coverage()
-        self.finished = False
-        self.errors = 0
-        self.extents: list[tuple[int, bool]] | None = None  # (size, reads as zeros)
+    command: Command
+    cookie: int
+    pos: int
+    size: int
+    view: memoryview | None
+    wake: Callable[[], None]
+    failure: Refusal | None = None  # the server's error reply
+    finished: bool = False  # the reply has ended, well or with `failure`
+    coverage: Coverage = dataclasses.field(default_factory=Coverage)
+    errors: int = 0  # error chunks so far
+    extents: list[tuple[int, bool]] | None = None  # (size, reads as zeros)
 
 
 class Replies:
@@ -104,7 +101,9 @@ class Replies:
         """Where the next bytes belong, in this order. Valid until any other method is called; never empty."""
         if self._body is None:
             return [self._scratch_view[self._end :]]
-        return [self._body_target(self._body), self._scratch_view]
+        target = self._body_target(self._body)
+        # The bin may be smaller than what is left of the body: then the next header is not next.
+        return [target, self._scratch_view] if len(target) == self._body_left else [target]
 
     def received(self, count: int) -> None:
         """Take note that `count` bytes were put into `buffers()`; raises Violation."""
@@ -122,7 +121,7 @@ class Replies:
             pass
         self._compact()
 
-    def feed(self, data: bytes | memoryview) -> None:
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes that were received elsewhere (TLS hands out its own); raises Violation."""
         rest = memoryview(data)
         while rest:

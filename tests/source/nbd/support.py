@@ -1,0 +1,55 @@
+"""What the NBD tests share: a fake server in the test's own event loop, and an open source beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from qedfs.source.nbd.client import NbdSource
+from qedfs.source.policy import Policy
+from qedfs.source.url import parse_location
+from tests.fakes.nbd_server import FakeNbd
+
+MiB = 1024 * 1024
+
+
+def sparse_content(size: int, *, seed: int = 1) -> bytes:
+    """Random bytes with zeros from 1 MiB up to 3 MiB: a hole that every server can describe."""
+    content = bytearray(random.Random(seed).randbytes(size))
+    content[MiB : 3 * MiB] = bytes(len(content[MiB : 3 * MiB]))
+    return bytes(content)
+
+
+@asynccontextmanager
+async def serving(fake: FakeNbd) -> AsyncIterator[str]:
+    """Run `fake` at a free port of 127.0.0.1; yields its URL. All its connections are cut at the end."""
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, fake.handle, listeners)
+        yield f"nbd://127.0.0.1:{listeners[0].socket.getsockname()[1]}/{fake.export}"
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[NbdSource]:
+    """Open the source at `url`. That its nursery ends after `aclose` is part of what every test asserts."""
+    async with trio.open_nursery() as nursery:
+        try:
+            source = await NbdSource.open(parse_location(url), Policy(), nursery)
+        except BaseException:
+            nursery.cancel_scope.cancel()
+            raise
+        try:
+            yield source
+        finally:
+            await source.aclose()
+
+
+async def read(source: NbdSource, pos: int, size: int, *, urgent: bool = False) -> bytes:
+    """The bytes of a range."""
+    buffer = bytearray(size)
+    await source.read(pos, memoryview(buffer), urgent=urgent)
+    return bytes(buffer)
