@@ -1,0 +1,287 @@
+"""What the options of `mount` do to a real mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.images import qemu_check
+from tests.harness.mounts import is_mounted, mounted, qedfs
+from tests.harness.process import wait_for
+from tests.harness.require import require, require_fuse, require_root, unavailable
+
+from .support import CLUSTER_SIZE, MIB, assert_same, assert_whole, create, mounted_over, opened, origin
+
+SIZE = 16 * MIB
+NOBODY = 65534
+OTHER = 65533  # a uid without a name
+
+
+def test_no_stream_fetches_only_what_is_read(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url, "--no-stream") as mount:
+        with opened(mount.path("disk.raw"), os.O_RDONLY) as fd:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            assert os.pread(fd, 4096, 8 * MIB) == source.data()[8 * MIB : 8 * MIB + 4096]
+        time.sleep(0.3)
+        image = mount.image()
+        assert image["state"] == "off"
+        assert CLUSTER_SIZE <= image["populated"] <= 4 * MIB
+        assert mount.unmount() == 0
+        assert qemu_check(tmp_path / "disk.qed") == (0, 0)
+
+
+def test_no_copy_on_read_keeps_nothing(tmp_path: Path) -> None:
+    with (
+        origin(tmp_path, SIZE) as source,
+        mounted_over(tmp_path, source.url, "--no-stream", "--no-copy-on-read") as mount,
+    ):
+        assert_same(mount.path("disk.raw"), source.raw)
+        with mount.path("disk.raw").open("r+b") as image:
+            image.write(b"kept")
+        status = mount.image()
+        assert (status["populated"], status["copy_on_read"]) == (CLUSTER_SIZE, False)
+        assert mount.unmount() == 0
+    assert (tmp_path / "disk.qed").stat().st_blocks * 512 < MIB
+
+
+def test_the_overlay_may_say_no_copy_on_read_and_the_option_wins(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source:
+        create(tmp_path / "disk.qed", source.url, "--no-copy-on-read")
+        with mounted_over(tmp_path, source.url, "--no-stream") as mount:
+            assert_same(mount.path("disk.raw"), source.raw)
+            assert mount.image()["populated"] == 0
+            assert mount.unmount() == 0
+        with mounted_over(tmp_path, source.url, "--no-stream", "--copy-on-read") as mount:
+            assert_same(mount.path("disk.raw"), source.raw)
+            assert mount.image()["populated"] == SIZE
+            assert mount.unmount() == 0
+
+
+def test_a_stream_without_copy_on_read_still_streams(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url, "--no-copy-on-read") as mount:
+        mount.wait()
+        assert mount.unmount() == 0
+    assert_whole(tmp_path / "disk.qed", source.raw)
+
+
+def test_the_limit_holds(tmp_path: Path) -> None:
+    limit = 8 * MIB
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url, "--limit", "8M") as mount:
+        begun, start = time.monotonic(), mount.image()["populated"]
+        time.sleep(1.0)
+        now = mount.image()
+        seconds = time.monotonic() - begun
+        assert now["limit"] == limit
+        # What had been asked for before the measurement may arrive in it: one request, and a quarter of a second.
+        assert 0.5 * limit <= (now["populated"] - start) / seconds <= 1.5 * limit
+        # A reader is not held back.
+        begun = time.monotonic()
+        assert_same(mount.path("disk.raw"), source.raw)
+        assert time.monotonic() - begun < 0.9 * SIZE / limit
+
+
+def test_until_streamed_ends_by_itself(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source:
+        create(tmp_path / "disk.qed", source.url)
+        done = qedfs("mount", tmp_path / "disk.qed", _made(tmp_path / "mnt"), "--until-streamed")
+        assert done.returncode == 0
+        assert not is_mounted(tmp_path / "mnt")
+    assert_whole(tmp_path / "disk.qed", source.raw)
+
+
+def test_until_streamed_waits_for_the_last_close(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url, "--until-streamed") as mount:
+        with mount.path("disk.raw").open("r+b") as image:
+            mount.wait()
+            time.sleep(0.5)
+            assert mount.returncode is None
+            image.write(b"last word")
+        assert mount.wait_exit() == 0
+        assert not is_mounted(tmp_path / "mnt")
+    expected = b"last word" + source.data()[9:]
+    source.raw.write_bytes(expected)
+    assert_whole(tmp_path / "disk.qed", source.raw)
+
+
+def test_wait_returns_when_until_streamed_has_ended_the_mount(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source:
+        create(tmp_path / "disk.qed", source.url)
+        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--until-streamed", "--limit", "16M") as mount:
+            mount.wait()
+            assert mount.wait_exit() == 0
+
+
+def test_daemon_returns_when_it_serves(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source:
+        create(tmp_path / "disk.qed", source.url)
+        qedfs("mount", tmp_path / "disk.qed", _made(tmp_path / "mnt"), "--daemon")
+        try:
+            assert_same(tmp_path / "mnt" / "disk.raw", source.raw)
+            qedfs("wait", tmp_path / "mnt", "--timeout", "50s")
+        finally:
+            qedfs("umount", tmp_path / "mnt")
+    assert_whole(tmp_path / "disk.qed", source.raw)
+
+
+def test_a_read_only_overlay_is_served_and_nothing_is_kept(tmp_path: Path) -> None:
+    """The file system that holds it is mounted read-only: for root a mode alone is no obstacle."""
+    require_root()
+    holder = _made(tmp_path / "holder")
+    with origin(tmp_path, SIZE) as source:
+        overlay = create(holder / "disk.qed", source.url)
+        before = overlay.read_bytes()
+        _run(require("mount"), "--bind", holder, holder)
+        try:
+            _run(require("mount"), "-o", "remount,bind,ro", holder)
+            with mounted(overlay, tmp_path / "mnt") as mount:
+                image = mount.path("disk.raw")
+                assert_same(image, source.raw)
+                assert image.stat().st_mode & 0o222 == 0
+                with pytest.raises(OSError, match="Read-only"):
+                    os.open(image, os.O_RDWR)
+                assert mount.image()["read_only"] is True
+                assert "read-only" in mount.output()
+                assert mount.unmount() == 0
+        finally:
+            _run(require("umount"), holder)
+    assert overlay.read_bytes() == before
+
+
+class User:
+    """Another user, who has a folder, and runs qedfs from this checkout as the tests do."""
+
+    def __init__(self, folder: Path, uid: int) -> None:
+        self.folder = folder
+        self._uid = str(uid)
+        self._python = self._reachable_python()
+
+    def _reachable_python(self) -> str:
+        """An interpreter that this user can run with what we import; ours may lie in root's home."""
+        version = "python{}.{}".format(*sys.version_info)
+        candidates = (f"/usr/bin/{version}", f"/usr/local/bin/{version}", os.path.realpath(sys.executable))
+        found = [python for python in candidates if os.path.exists(python) and self._can_run(python)]
+        return found[0] if found else unavailable("needs an interpreter and a checkout that other users can reach")
+
+    def _can_run(self, python: str) -> bool:
+        return self.run(python, "-c", "import qedfs, click, pycurl, pyfuse3", check=False).returncode == 0
+
+    def run(self, *argv: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a program as this user, without a runtime folder."""
+        environment = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "HOME")}
+        become = (require("setpriv"), "--reuid", self._uid, "--regid", self._uid, "--clear-groups", "--")
+        return subprocess.run(
+            [*become, *argv],
+            check=check,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            env={**environment, "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    def qedfs(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs `qedfs`."""
+        return self.run(self._python, "-m", "qedfs", *args, check=check)
+
+
+@contextlib.contextmanager
+def user(uid: int) -> Iterator[User]:
+    """A user with a folder that others may look into, or the end of the test."""
+    require_root()
+    require_fuse()
+    folder = Path(tempfile.mkdtemp(prefix="qedfs-user-"))
+    try:
+        os.chown(folder, uid, uid)
+        folder.chmod(0o755)
+        yield User(folder, uid)
+    finally:
+        subprocess.run([require("umount"), "--lazy", folder / "mnt"], check=False, capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_any_user_mounts_through_fusermount(tmp_path: Path) -> None:
+    with user(NOBODY) as nobody, origin(tmp_path, SIZE) as source:
+        overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
+        nobody.run("mkdir", mountpoint)
+        nobody.qedfs("create", overlay, "--backing", source.url)
+        nobody.qedfs("mount", overlay, mountpoint, "--daemon")
+        nobody.run("cmp", mountpoint / "disk.raw", _public(source.raw, nobody.folder))
+        nobody.qedfs("wait", mountpoint, "--timeout", "50s")
+        # Not even root sees it, unless the user has said --allow-other.
+        with pytest.raises(PermissionError):
+            (mountpoint / "disk.raw").stat()
+        nobody.qedfs("umount", mountpoint)
+        assert overlay.stat().st_uid == NOBODY
+        assert_whole(overlay, source.raw)
+
+
+def test_an_overlay_without_the_right_to_write_is_served_read_only(tmp_path: Path) -> None:
+    with user(NOBODY) as nobody, origin(tmp_path, SIZE) as source:
+        overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
+        create(overlay, source.url)
+        overlay.chmod(0o444)
+        nobody.run("mkdir", mountpoint)
+        nobody.qedfs("mount", overlay, mountpoint, "--daemon")
+        nobody.run("cmp", mountpoint / "disk.raw", _public(source.raw, nobody.folder))
+        refused = nobody.run("dd", "if=/dev/zero", f"of={mountpoint}/disk.raw", "conv=notrunc", "count=1", check=False)
+        assert refused.returncode != 0
+        nobody.qedfs("umount", mountpoint)
+
+
+def test_others_are_let_in_as_far_as_the_mode_says(tmp_path: Path) -> None:
+    overlays = Path(tempfile.mkdtemp(prefix="qedfs-other-"))
+    overlays.chmod(0o755)
+    try:
+        with user(OTHER) as other, origin(tmp_path, SIZE) as source:
+            for name, mode in (("open", 0o644), ("closed", 0o600)):
+                create(overlays / f"{name}.qed", source.url).chmod(mode)
+            os.chown(other.folder, 0, 0)
+            with mounted(overlays, other.folder / "mnt", "--allow-other") as mount:
+                other.run("head", "-c", "100", mount.path("open.raw"))
+                refused = other.run("head", "-c", "1", mount.path("closed.raw"), check=False)
+                assert "Permission denied" in refused.stderr
+                written = other.run("dd", "if=/dev/zero", f"of={mount.path('open.raw')}", "conv=notrunc", check=False)
+                assert "Permission denied" in written.stderr
+            with mounted(overlays, other.folder / "mnt") as mount:
+                refused = other.run("head", "-c", "1", mount.path("open.raw"), check=False)
+                assert "Permission denied" in refused.stderr
+    finally:
+        shutil.rmtree(overlays)
+
+
+def test_a_signal_ends_the_mount_in_order(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url, "--no-stream") as mount:
+        with mount.path("disk.raw").open("r+b") as image:
+            image.write(b"before the signal")
+        os.kill(mount.pid, 15)
+        assert mount.wait_exit() == 0
+        wait_for(lambda: not is_mounted(mount.mountpoint), "end of the mount")
+        assert qemu_check(tmp_path / "disk.qed") == (0, 0)
+        with mounted_over(tmp_path, source.url) as again:
+            assert again.path("disk.raw").read_bytes()[:17] == b"before the signal"
+
+
+def _public(raw: Path, folder: Path) -> Path:
+    """A copy of a file that any user may read."""
+    copy = folder / "origin.raw"
+    shutil.copy(raw, copy)
+    copy.chmod(0o644)
+    return copy
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run(*argv: str | Path) -> None:
+    subprocess.run(argv, check=True, capture_output=True, timeout=30)
