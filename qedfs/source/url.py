@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from qedfs.errors import UsageError
 
@@ -62,14 +62,18 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
 
 
 def redact(text: str) -> str:
-    """The text without user name, password and query values (signed URLs carry their secret in the query)."""
+    """The text without user name, password and query values (signed URLs carry their secret in the query).
+
+    The path of a Unix socket stays: it is where the thing is, not how one gets in.
+    """
     try:
         parts = urlsplit(text)
     except ValueError:
         return text.split("://", 1)[0] + "://..."
     host = parts.netloc.rpartition("@")[2]
-    query = re.sub(r"=[^&]*", "=...", parts.query) if "socket=" not in parts.query else parts.query
-    return urlunsplit((parts.scheme, host, parts.path, query, ""))
+    pairs = [pair if pair.startswith("socket=") else re.sub(r"=.*", "=...", pair) for pair in parts.query.split("&")]
+    query = "?" + "&".join(pairs) if parts.query else ""
+    return f"{parts.scheme}://{host}{parts.path}{query}" if parts.scheme else text
 
 
 def _parse_http(text: str, scheme: str) -> Location:

@@ -125,3 +125,8 @@ def test_no_credential_is_shown_by_a_refusal_to_parse() -> None:
     with pytest.raises(UsageError) as caught:
         parse_location("ftp://user:hunter2@host/")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_socket_is_shown_and_what_stands_beside_it_is_not() -> None:
+    location = parse_location("nbd+unix:///export?socket=/run/a.sock&token=hunter2")
+    assert str(location) == "nbd+unix:///export?socket=/run/a.sock&token=..."
