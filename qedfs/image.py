@@ -198,7 +198,8 @@ class Image:
             if inside <= 0:
                 raise NoSpace(f"{self.name}: write behind the end of the image")
             data = memoryview(data)[:inside]
-        await self.overlay.write(pos, data, self._fill)
+        if not self.overlay.write_now(pos, data):
+            await self.overlay.write(pos, data, self._fill)
         self.counters.written += len(data)
         self._commit_soon()
         return len(data)

@@ -143,6 +143,7 @@ async def test_a_full_disk_costs_the_reader_nothing(autojump_clock: trio.testing
         storage.fail("write", NoSpace("full"), forever=True)
         storage.fail("resize", NoSpace("full"), forever=True)
         assert await read(image, CLUSTER, CLUSTER) == CONTENT[CLUSTER : 2 * CLUSTER]
+        await trio.sleep(1)
         with pytest.raises(NoSpace):
             await image.write(5 * CLUSTER, b"z" * CLUSTER)
         assert image.full is not None

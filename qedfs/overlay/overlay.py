@@ -10,6 +10,7 @@ Everything runs on one event loop; the state changes only between two awaits.
 - A cluster is *claimed* from the moment its place is allocated until its entry is set, where the data is written by a
   worker thread in between. Who wants to write to a claimed cluster waits for the claim to end and looks again; who
   wants to adopt it leaves it alone. So a guest's bytes always land on top of fetched ones, never below.
+- While a write in part waits for the rest of its clusters, nobody adopts them: the write brings them in whole.
 - Between the look at the entries and the allocation or claim there must be no await (`_settle` is the last one before).
 - A read takes its runs once. A write that has returned before the read began is in them; one that runs beside it may
   or may not be seen, as on any disk.
@@ -21,6 +22,8 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -35,6 +38,7 @@ from qedfs.format.tables import MISSING, ZERO, decode_table
 from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
+from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.journal import Journal, read_journal
 from qedfs.overlay.session import Session, read_header, read_record, replayable
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
@@ -61,6 +65,7 @@ class Overlay:
         session.barrier = self.committer.barrier
         self._journal = journal
         self._claims: dict[int, trio.Event] = {}
+        self._merges: Counter[int] = Counter()  # clusters that a write in part is about to bring in
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
         self._tail_size = self.geometry.image_size % self.geometry.cluster_size
 
@@ -197,6 +202,21 @@ class Overlay:
 
     # Write.
 
+    def write_now(self, pos: int, data: Buffer) -> bool:
+        """Write in place, if the request lies in one data cluster and will not have to wait; False: use `write`.
+
+        Errors as for `write`.
+        """
+        if len(data) > WRITE_NOW_BYTES or not self.writable or dirty_pages.crowded():
+            return False
+        if self._journal is None and self.committer.pending:
+            return False  # the cluster's entry may be among the pending ones, and has to be committed first
+        offset = self.clusters.data_offset(pos, len(data))
+        if not offset:
+            return False
+        self.storage.write(offset, (data,))
+        return True
+
     async def write(self, pos: int, data: Buffer, fill: Fill) -> None:
         """Write inside the image.
 
@@ -211,17 +231,30 @@ class Overlay:
         self._check_writable()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
-        while True:
-            await self._settle(pos, len(view))
-            lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
-            if not lacking:
-                break
-            for cluster in lacking:
-                rest[cluster] = await fill(cluster)
-        writes, entries = self._place(pos, view, rest)
-        await self._write_placed(writes, entries, now=len(view) <= WRITE_NOW_BYTES)
+        with self._merging(self._partial_clusters(pos, len(view))):
+            while True:
+                await self._settle(pos, len(view))
+                lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
+                if not lacking:
+                    break
+                for cluster in lacking:
+                    rest[cluster] = await fill(cluster)
+            writes, entries = self._place(pos, view, rest)
+            now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
+            await self._write_placed(writes, entries, now=now)
         if self._journal is None and self.committer.pending:
             await self.committer.commit()
+
+    @contextlib.contextmanager
+    def _merging(self, clusters: Sequence[int]) -> Iterator[None]:
+        """Let nobody adopt these clusters: the write is about to bring them in whole, with less work."""
+        self._merges.update(clusters)
+        try:
+            yield
+        finally:
+            self._merges.subtract(clusters)
+            if not self._merges.total():
+                self._merges.clear()
 
     def _is_missing(self, cluster: int) -> bool:
         # Without a backing a missing cluster reads as zeros, like a zero cluster.
@@ -355,7 +388,7 @@ class Overlay:
         first = pos // cluster_size
         for at in range(0, size, cluster_size):
             cluster = first + at // cluster_size
-            if self.clusters.entry(cluster) != MISSING or cluster in self._claims:
+            if self.clusters.entry(cluster) != MISSING or cluster in self._claims or self._merges[cluster]:
                 continue
             self._make_table(cluster)
             length = min(cluster_size, size - at)
