@@ -82,6 +82,14 @@ class SectorModel:
         settled = max(version.begun for version, _ in known if version.committed_at <= at)
         return [data for version, data in known if version.begun_at <= at and version.returned >= settled]
 
+    def legal_read(self, sector: int, since: int, until: int) -> list[bytes]:
+        """What a read that ran between two events may have returned: no write that ended before it began is undone."""
+        known = self._sectors.get(sector)
+        if known is None:
+            return [self.base_of(sector)]
+        settled = max(version.begun for version, _ in known if version.returned <= since)
+        return [data for version, data in known if version.begun <= until and version.returned >= settled]
+
     def fault(self, content: bytes | bytearray, at: float) -> str | None:
         """What is wrong with an image that was read after a crash at position `at`, or None."""
         if len(content) != len(self.base):

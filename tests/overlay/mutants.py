@@ -102,13 +102,6 @@ MUTANTS = (
         "dirty",
     ),
     Mutant(
-        "allocation: a failed write's place is cut off before it is used again",
-        "commit:Committer.give_back",
-        "self._storage.resize(offset)",
-        "pass",
-        "full_disk",
-    ),
-    Mutant(
         "allocation: it starts behind a last cluster that is not whole",
         "overlay:Overlay._open",
         "round_up(file_end, cluster_size)",

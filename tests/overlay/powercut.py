@@ -63,6 +63,8 @@ def replay(seed: int, *, most: int, per_position: int = 4, stop: bool = False, t
 def reproduce(failure: Failure) -> str | None:
     """Replay one saved state; what is wrong with it now, or None."""
     history = run_seed(failure.seed)
+    if history.misreads:
+        return history.misreads[0]
     disk = Disk(history.storage.start, history.storage.log)
     disk.advance(failure.cut.position)
     try:
@@ -84,7 +86,7 @@ def states(history: History, per_position: int, rng: random.Random) -> Iterator[
 async def _replay(history: History, most: int, per_position: int, stop: bool, twice: int) -> Tally:
     seed = history.scenario.seed
     rng = random.Random(seed)
-    failures: list[Failure] = []
+    failures = [Failure(seed, Cut(0, (), 0, garbage=False), text) for text in history.misreads]
     count = 0
     for cut, image in states(history, per_position, rng):
         if count >= most or (stop and failures):

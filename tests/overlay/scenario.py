@@ -20,15 +20,18 @@ from typing import NamedTuple
 
 import trio
 
+import qedfs.overlay.overlay as overlay_module
 from qedfs.errors import NoSpace
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
+from qedfs.format.tables import ZERO
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
 
+FULL_DISKS = 5  # times that a scenario with a full disk meets it
 BACKING_NAME = "base.raw"
 # Long enough that the record needs all sectors of its slot: only then can it be torn.
 PIN = Pin(digest(BACKING_NAME), 1 << 20, etag="e" * 500, last_modified="m" * 500)
@@ -49,8 +52,9 @@ class Scenario:
     dirty: bool
     detach: bool
     journal: bool  # whether writes are answered before they are committed
-    full_disk: int  # the n-th write that meets a full disk; 0: none
+    full_disk: int  # the first write that meets a full disk, for some others follow; 0: none
     full_disk_wrote: float  # how much of it was written all the same
+    write_now: int = WRITE_NOW_BYTES  # largest write on the event loop; larger ones go to a thread
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
@@ -66,8 +70,9 @@ class Scenario:
             dirty=rng.random() < 0.2,
             detach=rng.random() < 0.4,
             journal=rng.random() < 0.5,
-            full_disk=rng.randint(1, rng.choice((8, 60))) if rng.random() < 0.3 else 0,
+            full_disk=rng.randint(1, 40) if rng.random() < 0.3 else 0,
             full_disk_wrote=rng.choice((0, 0.5, 1)),
+            write_now=rng.choice((WRITE_NOW_BYTES, 2048)),
         )
 
     @cached_property
@@ -86,6 +91,7 @@ class History:
     model: SectorModel
     pinned_at: float = float("inf")  # position from which on the pin must be there
     detached_at: float = float("inf")
+    misreads: list[str] = dataclasses.field(default_factory=list)  # what a reader beside the writers saw
 
 
 def fresh_image(geometry: Geometry, backing: str | None = BACKING_NAME) -> bytes:
@@ -188,7 +194,10 @@ def run_seed(seed: int) -> History:
 
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
-    """Let trio take its tasks in an order that depends on the seed only (as in trio's own determinism test)."""
+    """Let trio take its tasks in an order that depends on the seed only (as in trio's own determinism test).
+
+    What a scenario has set in the overlay layer is undone at the end.
+    """
     import trio._core._run as loop
 
     before = loop._ALLOW_DETERMINISTIC_SCHEDULING
@@ -198,6 +207,7 @@ def repeatable(seed: int) -> Iterator[None]:
         yield
     finally:
         loop._ALLOW_DETERMINISTIC_SCHEDULING = before
+        overlay_module.WRITE_NOW_BYTES = WRITE_NOW_BYTES
 
 
 class Actors:
@@ -211,6 +221,7 @@ class Actors:
         clock: Callable[[], int] | None = None,
     ) -> None:
         """`clock` tells the model's time; by default the length of the log."""
+        overlay_module.WRITE_NOW_BYTES = history.scenario.write_now
         self.history = history
         self._now = clock or (lambda: len(self._storage.log))
         self._journals = journals
@@ -233,8 +244,9 @@ class Actors:
 
     def meet_full_disk(self) -> None:
         scenario = self.history.scenario
-        if scenario.full_disk:
-            self._storage.fail("write", NoSpace("full"), nth=scenario.full_disk, wrote=scenario.full_disk_wrote)
+        for number in range(FULL_DISKS if scenario.full_disk else 0):
+            nth = scenario.full_disk + 4 * number
+            self._storage.fail("write", NoSpace("full"), nth=nth, wrote=scenario.full_disk_wrote)
 
     async def close(self) -> None:
         with _full_disk_allowed():
@@ -255,6 +267,7 @@ class Actors:
             nursery.start_soon(self.adopter, 4)
             nursery.start_soon(self.syncer, 5)
             nursery.start_soon(self.recorder, 2)
+            nursery.start_soon(self.reader, 4)
 
     async def pause(self) -> None:
         for _ in range(self._rng.randrange(12)):
@@ -264,6 +277,26 @@ class Actors:
         for _ in range(count):
             await self.pause()
             await self.write(*self._extent())
+
+    async def reader(self, count: int) -> None:
+        """Read beside everything else, and hold what comes back against what had been written by then."""
+        base = self.history.scenario.base
+        for _ in range(count):
+            await self.pause()
+            pos, length = self._extent()
+            since = self._model.events
+            found = bytearray(base[pos : pos + length])
+            for run in await self.overlay.map(pos, length):
+                await self.pause()
+                part = memoryview(found)[run.pos - pos : run.pos - pos + run.size]
+                if run.offset > ZERO:
+                    await self.overlay.read_data(run.offset, part)
+                elif run.offset == ZERO or self.overlay.backing is None:
+                    part[:] = bytes(run.size)
+            for start in range(0, length, SECTOR):
+                legal = self._model.legal_read((pos + start) // SECTOR, since, self._model.events)
+                if found[start : start + SECTOR] not in legal:
+                    self.history.misreads.append(f"sector {(pos + start) // SECTOR} was read wrong while it ran")
 
     def _extent(self) -> tuple[int, int]:
         """Where to write: part of a cluster, a whole one, several, or the tail."""
@@ -366,9 +399,9 @@ def _full_disk_allowed() -> Iterator[None]:
 
 
 def _backing(rng: random.Random, size: int, cluster_size: int) -> bytes:
-    """Random bytes, one cluster in four of them zeros."""
+    """Random bytes, two clusters in five of them zeros."""
     clusters = [
-        bytes(cluster_size) if rng.random() < 0.25 else rng.randbytes(cluster_size)
+        bytes(cluster_size) if rng.random() < 0.4 else rng.randbytes(cluster_size)
         for _ in range(-(-size // cluster_size))
     ]
     return b"".join(clusters)[:size]
