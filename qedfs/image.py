@@ -45,6 +45,14 @@ class Counters:
     kept_stream: int = 0  # adopted in the background
 
 
+class _Look:
+    """One look at the version of the source. `error` is there, or the image has its identity, when `done` is set."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: QedfsError | None = None
+
+
 class Image:
     """One served image. Positions and sizes in bytes of the image. It is its own `Taker`."""
 
@@ -62,7 +70,7 @@ class Image:
         self.full: NoSpace | None = None  # the overlay could not grow; None after a success
         self._full_since = float("-inf")
         self._identity: Identity | None = None  # checked against the pin
-        self._pinning = trio.Lock()
+        self._look: _Look | None = None  # at the source's version, while one is under way
         self._readahead = Readahead()
         self._committing = False
         self._closed = False
@@ -269,12 +277,30 @@ class Image:
         """
         if self.changed is not None:
             raise self.changed
-        if self._identity is not None:
-            return self._identity
-        async with self._pinning:
-            if self._identity is None:
-                self._identity = await self._pinned_identity()
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        while self._identity is None:
+            look = self._look
+            if look is None:
+                look = self._look = _Look()
+                # A task of its own: a reader that is killed must not end the look that others wait for.
+                self.fetch.nursery.start_soon(self._look_at_source, look)
+            await look.done.wait()
+            if look.error is not None:
+                raise type(look.error)(str(look.error)) from look.error
         return self._identity
+
+    async def _look_at_source(self, look: _Look) -> None:
+        """Find out the identity for all who wait. One by one, each would wait for the deadlines of those before it."""
+        try:
+            self._identity = await self._pinned_identity()
+        except QedfsError as exc:
+            look.error = exc
+        except Exception:
+            log.exception("%s: cannot look at the source", self.name)
+            look.error = QedfsError("internal error, see the log")
+        finally:
+            self._look = None
+            look.done.set()
 
     async def _pinned_identity(self) -> Identity:
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
