@@ -51,17 +51,18 @@ def create(
     """
     if backing is None and size is None:
         raise UsageError("give --backing, --size or both")
-    if backing_format != "raw":
-        raise UsageError(f"--backing-format {backing_format}: only raw backings can be served")
+    if backing_format == "qed":
+        raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
     location = None
     if backing is not None:
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
-        size = trio.run(_size, location, source_timeout)
+        size = trio.run(_size, location, backing_format, source_timeout)
     header = create_overlay(
         overlay,
         image_size=size or 0,
         backing=backing,
+        raw_backing=backing_format == "raw",
         cluster_size=cluster_size,
         table_size=table_size,
         copy_on_read=not no_copy_on_read,
@@ -76,15 +77,18 @@ def create(
         remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
 
 
-async def _size(location: Location, timeout_seconds: float) -> int:
-    """Bytes of the backing. The user has typed the URL, which allows it."""
+async def _size(location: Location, backing_format: str, timeout_seconds: float) -> int:
+    """Bytes of the disk in the backing. The user has typed the URL, which allows it."""
     # Imported here: libcurl takes its time.
     from qedfs.source.open import remote_source
     from qedfs.source.policy import Policy
 
     policy = Policy(() if location.path is None else (location.path,))
     async with trio.open_nursery() as nursery:
-        remote = remote_source(location, policy, nursery, deadline_seconds=timeout_seconds)
+        raw = backing_format == "raw"
+        remote = remote_source(
+            location, policy, nursery, deadline_seconds=timeout_seconds, raw=raw, expected=backing_format
+        )
         try:
             return (await remote.connect()).size
         finally:

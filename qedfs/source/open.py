@@ -10,11 +10,13 @@ from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.policy import Policy
+from qedfs.source.qcow2 import Qcow2Source
+from qedfs.source.qcow2.format import MAGIC
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import Location
 
 # First bytes of image formats that must not be taken for a raw disk (QEMU's probe would take them for what they are).
-_MAGICS = {b"QFI\xfb": "qcow2", b"QED\0": "QED", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
+_MAGICS = {MAGIC: "qcow2", b"QED\0": "QED", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
 
 
 def remote_source(
@@ -24,11 +26,14 @@ def remote_source(
     *,
     deadline_seconds: float = DEADLINE_SECONDS,
     raw: bool = True,
+    expected: str | None = None,
 ) -> Remote:
     """A source for `location` that connects when it is first needed.
 
     `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
-    whatever its first bytes look like; else one that looks like another format is refused.
+    whatever its first bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats are
+    refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with `raw` unset,
+    a backing in another one is a SourceError when it connects.
 
     Raises:
         Refused: the policy does not allow this place at all. (Addresses are judged when they are connected to.)
@@ -37,13 +42,13 @@ def remote_source(
 
     async def connect() -> Source:
         source = await open_source()
-        if not raw:
-            try:
-                await _refuse_other_formats(source, location)
-            except BaseException:
-                await source.aclose()
-                raise
-        return source
+        if raw:
+            return source
+        try:
+            return await _in_its_format(source, location, expected)
+        except BaseException:
+            await source.aclose()
+            raise
 
     async def open_source() -> Source:
         if location.kind == "http":
@@ -55,13 +60,26 @@ def remote_source(
     return Remote(location, connect, deadline_seconds=deadline_seconds)
 
 
-async def _refuse_other_formats(source: Source, location: Location) -> None:
+async def _in_its_format(source: Source, location: Location, expected: str | None) -> Source:
+    """The disk that the backing's first bytes say it holds.
+
+    QED knows one bit (NO_PROBE, "the backing is raw") and no names, so without it there is nothing to go by but the
+    bytes. That is the classic hole of probing: a guest that can write to its raw disk puts a qcow2 header there, and
+    the next reader opens the file that the header names. It is closed here twice. `create_overlay` and QEMU set the
+    bit for every backing that is called raw, and then nobody looks. And a qcow2 image's own backing and data files are
+    never followed, so a forged header leads to nothing but other bytes of the very file that the forger wrote.
+    """
     head = bytearray(min(8, source.identity.size))
     if head:
         await source.read(0, memoryview(head))
-    for magic, name in _MAGICS.items():
-        if head.startswith(magic):
-            raise SourceError(
-                f"backing {location} looks like a {name} image and the overlay does not say that it is raw; "
-                "if it is raw, say so: qemu-img rebase -u -F raw -b BACKING OVERLAY"
-            )
+    found = next((name for magic, name in _MAGICS.items() if head.startswith(magic)), "raw")
+    if expected is not None and found != expected:
+        raise SourceError(f"backing {location} is not a {expected} image; its first bytes say {found}")
+    if found == "qcow2":
+        return await Qcow2Source.open(source, str(location))
+    if found != "raw":
+        raise SourceError(
+            f"backing {location} looks like a {found} image and the overlay does not say that it is raw; "
+            "if it is raw, say so: qemu-img rebase -u -F raw -b BACKING OVERLAY"
+        )
+    return source

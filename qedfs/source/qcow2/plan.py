@@ -1,0 +1,141 @@
+"""What a read of the virtual disk means in the file: pieces, and few reads that bring them.
+
+Owns how neighbouring clusters become one piece and neighbouring pieces one read. Pure; must not know who reads.
+
+`at` is a byte of the caller's buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from qedfs.source.qcow2.format import Header, Packed, find_cluster
+
+# Bytes between two pieces that are fetched along rather than ask twice: 0.3 ms of a link with 1 Gbit/s, far below a
+# round trip. With the smallest clusters it is just what lies between one L2 table and the next.
+MAX_GAP_BYTES = 32 << 10
+MAX_JOINED_BYTES = 4 << 20  # one read of several pieces goes through a buffer of this size
+
+
+@dataclasses.dataclass(slots=True)
+class Zeros:
+    """A part of the buffer that reads as zeros."""
+
+    at: int
+    size: int
+
+
+@dataclasses.dataclass(slots=True)
+class Data:
+    """A part of the buffer whose bytes stand in the file."""
+
+    at: int
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(slots=True)
+class Compressed:
+    """A part of the buffer that is `want` bytes from byte `skip` on of a compressed cluster."""
+
+    at: int
+    offset: int
+    size: int  # of the compressed bytes
+    skip: int
+    want: int
+    whole: bool  # all that the disk has of the cluster
+
+
+@dataclasses.dataclass(slots=True)
+class Plan:
+    """The whole buffer, by what has to be done for it."""
+
+    zeros: list[Zeros] = dataclasses.field(default_factory=list)
+    data: list[Data] = dataclasses.field(default_factory=list)
+    compressed: list[Compressed] = dataclasses.field(default_factory=list)
+
+
+class Piece(Protocol):
+    """A stretch of the file."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+P = TypeVar("P", bound=Piece)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch(Generic[P]):
+    """One read of the file that covers its pieces."""
+
+    offset: int
+    size: int
+    pieces: Sequence[P]
+
+
+def plan_read(header: Header, pos: int, size: int, entries: Iterable[int]) -> Plan:
+    """What to do for `size` bytes at `pos`; `entries` are the L2 entries of the clusters from that of `pos` on.
+
+    Raises:
+        Fault: an entry cannot be.
+    """
+    plan = Plan()
+    mask = header.cluster_size - 1
+    at = 0
+    for entry in entries:
+        skip = (pos + at) & mask
+        want = min(header.cluster_size - skip, size - at)
+        place = find_cluster(header, entry)
+        if place is None:
+            _add_zeros(plan, at, want)
+        elif isinstance(place, Packed):
+            whole = skip == 0 and (want == header.cluster_size or pos + at + want == header.size)
+            plan.compressed.append(Compressed(at, place.offset, place.size, skip, want, whole))
+        else:
+            inside = max(0, min(want, header.file_size - place - skip))
+            if inside:
+                _add_data(plan, at, place + skip, inside)
+            if inside < want:
+                _add_zeros(plan, at + inside, want - inside)
+        at += want
+    return plan
+
+
+def _add_zeros(plan: Plan, at: int, size: int) -> None:
+    last = plan.zeros[-1] if plan.zeros else None
+    if last is not None and last.at + last.size == at:
+        last.size += size
+    else:
+        plan.zeros.append(Zeros(at, size))
+
+
+def _add_data(plan: Plan, at: int, offset: int, size: int) -> None:
+    last = plan.data[-1] if plan.data else None
+    if last is not None and last.at + last.size == at and last.offset + last.size == offset:
+        last.size += size
+    else:
+        plan.data.append(Data(at, offset, size))
+
+
+def join(pieces: Iterable[P]) -> list[Batch[P]]:
+    """Few reads that bring all pieces. A piece that is larger than a joined read may be has one of its own."""
+    batches: list[Batch[P]] = []
+    joined: list[P] = []
+    start = end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        stop = max(end, piece.offset + piece.size)
+        if joined and (piece.offset - end > MAX_GAP_BYTES or stop - start > MAX_JOINED_BYTES):
+            batches.append(Batch(start, end - start, joined))
+            joined, stop = [], piece.offset + piece.size
+        if not joined:
+            start = piece.offset
+        joined.append(piece)
+        end = stop
+    if joined:
+        batches.append(Batch(start, end - start, joined))
+    return batches

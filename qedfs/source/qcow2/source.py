@@ -1,0 +1,322 @@
+"""Qcow2Source: the virtual disk of a qcow2 image as a source, read-only, over the source that has the file.
+
+Owns the order of reads: L2 tables, then data. Must not know where the file is. What entries mean is `format.py`, which
+reads of the file a request needs is `plan.py`.
+
+L2 tables are kept in slices, so that a look-up in an image with large clusters does not cost a table of 2 MiB. A
+request for a part of a compressed cluster inflates the whole and keeps it for its neighbours; whole clusters are
+inflated into the reader's buffer and not kept.
+
+Concurrency. Any number of tasks may read; they share the two caches, whose rules are in `cache.py`, and nothing else
+that changes. Inflating runs in threads, of which urgent reads have their own, so that they do not queue behind the
+background's. A thread that has begun is waited for, also by a cancelled read: it may be writing to the reader's buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from qedfs.errors import QedfsError, SourceError, SourceUnreachable
+from qedfs.source.base import Extent, Identity, Source
+from qedfs.source.qcow2.cache import Cache
+from qedfs.source.qcow2.format import (
+    HEADER_BYTES,
+    Fault,
+    Header,
+    decode_header,
+    decode_table,
+    reads_zero,
+    table_offset,
+)
+from qedfs.source.qcow2.inflate import Inflate, inflater
+from qedfs.source.qcow2.plan import Batch, Compressed, Data, P, join, plan_read
+
+SLICE_BYTES = 64 << 10  # of an L2 table: 8192 entries, 512 MiB of an image with clusters of 64 KiB
+TABLE_CACHE_BYTES = 8 << 20  # 64 GiB of such an image
+CLUSTER_CACHE_BYTES = 16 << 20  # of inflated clusters that requests took in part
+L1_READ_BYTES = 1 << 20
+CONCURRENT_READS = 8  # of the file, for one request whose clusters lie scattered
+# What one call of `extents` looks at, so that it holds up nobody: about a millisecond each.
+EXTENTS_ENTRIES = 1 << 14
+EXTENTS_L1_ENTRIES = 1 << 14
+
+Job = Callable[[], Awaitable[None]]
+T = TypeVar("T")
+
+
+class _Slice:
+    """A piece of the file that holds a part of an L2 table."""
+
+    __slots__ = ("number", "offset", "size")
+
+    def __init__(self, number: int, offset: int, size: int) -> None:
+        self.number = number
+        self.offset = offset
+        self.size = size
+
+
+class Qcow2Source:
+    """The port `Source` over another one. Made by `open`; it owns the inner source and closes it."""
+
+    def __init__(self, inner: Source, name: str, header: Header, l1: array[int], inflate: Inflate, stamp: str) -> None:
+        self._inner = inner
+        self._name = name
+        self._header = header
+        self._l1 = l1
+        self._inflate = inflate
+        self._identity = _identity(inner.identity, header.size, stamp)
+        self._closed = False
+        self._slice_bits = min(header.table_bits, (SLICE_BYTES // 8).bit_length() - 1)  # entries per slice
+        self._tables: Cache[int, array[int]] = Cache(TABLE_CACHE_BYTES, lambda table: 8 * len(table))
+        self._clusters: Cache[tuple[int, int], bytes] = Cache(CLUSTER_CACHE_BYTES, len)
+        threads = os.cpu_count() or 1
+        self._threads = {urgent: trio.CapacityLimiter(threads) for urgent in (False, True)}
+
+    @classmethod
+    async def open(cls, inner: Source, name: str) -> Qcow2Source:
+        """Read the header and the L1 table. `name` stands for the image in messages. `inner` stays open on failure.
+
+        Raises:
+            SourceError: it is no qcow2 image, or none that can be served: see `format.py`.
+            SourceUnreachable, SourceChanged: as `Source.read`.
+        """
+        file_size = inner.identity.size
+        head = bytearray(min(HEADER_BYTES, file_size))
+        await inner.read(0, memoryview(head))
+        with _faults(name):
+            header = decode_header(bytes(head), file_size)
+            inflate = inflater(header.compression)
+        raw = bytearray(8 * header.l1_entries)
+        view = memoryview(raw)
+        for at in range(0, len(raw), L1_READ_BYTES):
+            await inner.read(header.l1_offset + at, view[at : at + L1_READ_BYTES])
+        l1, stamp = await trio.to_thread.run_sync(_digested, bytes(head), raw)
+        return cls(inner, name, header, l1, inflate, stamp)
+
+    @property
+    def identity(self) -> Identity:
+        """The version; see `_identity`."""
+        return self._identity
+
+    @property
+    def parallel(self) -> int:
+        """As many as the file's source."""
+        return self._inner.parallel
+
+    @property
+    def received(self) -> int:
+        """Bytes of the file, compressed and tables included."""
+        return self._inner.received
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill `buffer`; see `Source.read`. A damaged table or compressed cluster is a SourceError."""
+        view = buffer.cast("B")
+        self._check(pos, len(view))
+        if not len(view):
+            return
+        entries = await self._entries(pos, len(view), urgent=urgent)
+        with _faults(self._name):
+            plan = plan_read(self._header, pos, len(view), entries)
+        for zeros in plan.zeros:
+            view[zeros.at : zeros.at + zeros.size] = bytes(zeros.size)
+        parts = [piece for piece in plan.compressed if not piece.whole]
+        pieces: list[Data | Compressed] = [*plan.data, *(piece for piece in plan.compressed if piece.whole)]
+        jobs: list[Job] = [partial(self._copy_part, piece, view, urgent=urgent) for piece in parts]
+        jobs += [partial(self._read_batch, batch, view, urgent=urgent) for batch in join(pieces)]
+        await _run(jobs)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """What of the range is unallocated or zero, as far as one step goes; see `Source.extents`."""
+        self._check(pos, size)
+        if not size:
+            return []
+        hole = self._l1_hole(pos)
+        if hole > pos:
+            return [Extent(pos, min(hole, pos + size) - pos, zero=True)]
+        bits = self._header.cluster_bits
+        size = min(size, (((pos >> bits) + EXTENTS_ENTRIES) << bits) - pos)
+        found: list[Extent] = []
+        at, end = pos, pos + size
+        for entry in await self._entries(pos, size, urgent=False):
+            stop = min(end, ((at >> bits) + 1) << bits)
+            zero = reads_zero(self._header, entry)
+            if found and found[-1].zero == zero:
+                first = found.pop().pos
+            else:
+                first = at
+            found.append(Extent(first, stop - first, zero))
+            at = stop
+        return found
+
+    async def aclose(self) -> None:
+        """Close the file's source; reads raise SourceUnreachable."""
+        self._closed = True
+        await self._inner.aclose()
+
+    def _check(self, pos: int, size: int) -> None:
+        if pos < 0 or size < 0 or pos + size > self._header.size:
+            raise ValueError(f"{pos}+{size} is not inside of {self._header.size} bytes")
+        if self._closed:
+            raise SourceUnreachable(f"backing {self._name}: closed")
+
+    # Tables.
+
+    async def _entries(self, pos: int, size: int, *, urgent: bool) -> list[int]:
+        """The L2 entries of the clusters of a range; 0, unallocated, where there is no table."""
+        first = pos >> self._header.cluster_bits
+        last = (pos + size - 1) >> self._header.cluster_bits
+        numbers = range(first >> self._slice_bits, (last >> self._slice_bits) + 1)
+        with _faults(self._name):
+            pieces = {number: piece for number in numbers if (piece := self._slice(number)) is not None}
+
+        async def load(missing: list[int]) -> dict[int, array[int]]:
+            return await self._load_slices([pieces[number] for number in missing], urgent=urgent)
+
+        tables = await self._tables.get(pieces, load)
+        count = 1 << self._slice_bits
+        entries: list[int] = []
+        for number in numbers:
+            start = max(first - number * count, 0)
+            stop = min(last + 1 - number * count, count)
+            table = tables.get(number)
+            entries += [0] * (stop - start) if table is None else table[start:stop]
+        return entries
+
+    def _slice(self, number: int) -> _Slice | None:
+        """Where a slice is; None: its table is unallocated. Slices are numbered through the whole disk."""
+        slices_bits = self._header.table_bits - self._slice_bits  # per table
+        offset = table_offset(self._header, self._l1[number >> slices_bits])
+        if offset is None:
+            return None
+        size = 8 << self._slice_bits
+        return _Slice(number, offset + (number & ((1 << slices_bits) - 1)) * size, size)
+
+    async def _load_slices(self, pieces: list[_Slice], *, urgent: bool) -> dict[int, array[int]]:
+        tables: dict[int, array[int]] = {}
+
+        async def load(batch: Batch[_Slice]) -> None:
+            data = await self._read_file(batch, urgent=urgent)
+            for piece in batch.pieces:
+                tables[piece.number] = decode_table(_part(data, batch, piece))
+
+        await _run([partial(load, batch) for batch in join(pieces)])
+        return tables
+
+    def _l1_hole(self, pos: int) -> int:
+        """Where the L1 entries without a table end that start at `pos`, as far as one step goes."""
+        bits = self._header.cluster_bits + self._header.table_bits
+        first = index = pos >> bits
+        end = min(len(self._l1), first + EXTENTS_L1_ENTRIES)
+        while index < end and self._l1[index] == 0:
+            index += 1
+        return pos if index == first else min(index << bits, self._header.size)
+
+    # Clusters.
+
+    async def _read_batch(self, batch: Batch[Data | Compressed], view: memoryview, *, urgent: bool) -> None:
+        """One read of the file, and what it holds goes into the reader's buffer."""
+        piece = batch.pieces[0]
+        if len(batch.pieces) == 1 and isinstance(piece, Data):
+            await self._inner.read(piece.offset, view[piece.at : piece.at + piece.size], urgent=urgent)
+            return
+        data = await self._read_file(batch, urgent=urgent)
+        compressed = False
+        for piece in batch.pieces:
+            if isinstance(piece, Data):
+                view[piece.at : piece.at + piece.size] = _part(data, batch, piece)
+            else:
+                compressed = True
+        if compressed:
+            with _faults(self._name):
+                await self._in_thread(partial(self._inflate_batch, batch, data, view), urgent=urgent)
+
+    def _inflate_batch(self, batch: Batch[Data | Compressed], data: memoryview, view: memoryview) -> None:
+        for piece in batch.pieces:
+            if isinstance(piece, Compressed):
+                plain = self._inflate(_part(data, batch, piece), self._header.cluster_size)
+                view[piece.at : piece.at + piece.want] = memoryview(plain)[: piece.want]
+
+    async def _copy_part(self, piece: Compressed, view: memoryview, *, urgent: bool) -> None:
+        """A part of a compressed cluster, whose other parts somebody will want soon."""
+        key = piece.offset, piece.size
+
+        async def load(_: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+            data = await self._read_file(Batch(piece.offset, piece.size, [piece]), urgent=urgent)
+            with _faults(self._name):
+                inflate = partial(self._inflate, data, self._header.cluster_size)
+                return {key: await self._in_thread(inflate, urgent=urgent)}
+
+        plain = (await self._clusters.get([key], load))[key]
+        view[piece.at : piece.at + piece.want] = memoryview(plain)[piece.skip : piece.skip + piece.want]
+
+    async def _read_file(self, batch: Batch[P], *, urgent: bool) -> memoryview:
+        data = memoryview(bytearray(batch.size))
+        await self._inner.read(batch.offset, data, urgent=urgent)
+        return data
+
+    async def _in_thread(self, function: Callable[[], T], *, urgent: bool) -> T:
+        return await trio.to_thread.run_sync(function, limiter=self._threads[urgent])
+
+
+def _part(data: memoryview, batch: Batch[P], piece: P) -> memoryview:
+    start = piece.offset - batch.offset
+    return data[start : start + piece.size]
+
+
+def _digested(head: bytes, raw: bytearray) -> tuple[array[int], str]:
+    """The L1 table and a digest of what was read to open the image."""
+    return decode_table(raw), hashlib.sha256(head + raw).hexdigest()[:16]
+
+
+def _identity(inner: Identity, size: int, stamp: str) -> Identity:
+    """The version of the disk: its size, and the file's validators, each with the file's length and a digest.
+
+    Two versions of a file can have one virtual size, and an NBD server has no validators: the length of the file and
+    the digest of its header and L1 table stand in the place of the date, so that they are compared where nothing else
+    is. A server that tells a date only now and then, and no ETag, looks like a change: the safe side.
+    """
+    mark = f"qcow2 file of {inner.size} bytes, tables {stamp}"
+    etag = None if inner.etag is None else f"{inner.etag} of {mark}"
+    dated = mark if inner.last_modified is None else f"{inner.last_modified} of {mark}"
+    return Identity(size, etag, dated, inner.name)
+
+
+@contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Where a fault of the image becomes an error that names it."""
+    try:
+        yield
+    except Fault as exc:
+        raise SourceError(f"backing {name} {exc}") from exc
+
+
+async def _run(jobs: Sequence[Job]) -> None:
+    """Run all jobs, a few at a time; the first QedfsError ends the others and is raised as it is."""
+    if len(jobs) == 1:
+        await jobs[0]()
+        return
+    failures: list[QedfsError] = []
+    rest = iter(jobs)
+    async with trio.open_nursery() as nursery:
+
+        async def work() -> None:
+            for job in rest:
+                try:
+                    await job()
+                except QedfsError as exc:
+                    failures.append(exc)
+                    nursery.cancel_scope.cancel()
+                    return
+
+        for _ in range(min(CONCURRENT_READS, len(jobs))):
+            nursery.start_soon(work)
+    if failures:
+        raise failures[0]
