@@ -197,7 +197,8 @@ def _check_mountpoint(settings: Settings) -> None:
 
 def _is_left_over(mountpoint: str) -> bool:
     try:
-        os.stat(mountpoint)
+        # Not stat: the kernel would answer it from what the dead server said a moment ago.
+        os.statvfs(mountpoint)
     except OSError as exc:
         return exc.errno == errno.ENOTCONN
     return False

@@ -27,6 +27,7 @@ from qedfs.source.open import remote_source
 from qedfs.source.policy import Policy
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import parse_location
+from qedfs.stream.idle import Idle, Pressure, Rules
 from qedfs.stream.job import State, StreamJob
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Options:
     """What the user said at the mount, for every image of it."""
 
     stream: bool = True
+    rules: Rules = dataclasses.field(default_factory=Rules)
     copy_on_read: bool | None = None  # None: as the overlay says
     limit: int = 0  # bytes per second and image, 0 for none
     policy: Policy = dataclasses.field(default_factory=Policy)
@@ -82,14 +84,16 @@ class Folder:
         try:
             # Held open, so that mounting over the folder itself does not hide the overlays from us.
             self._fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.stat(self.source)
         except OSError as exc:
-            raise UsageError(f"{source}: {exc.strerror}") from exc
+            raise UsageError(f"{source}: {exc.strerror}; qedfs create makes an overlay") from exc
         self._by_path: dict[str, Served] = {}
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
         self._remotes: dict[str, Remote] = {}
         self._fetches: dict[tuple[str, int], Fetch] = {}
+        self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
         self._scanned_before = False
@@ -125,6 +129,15 @@ class Folder:
     def statvfs(self) -> os.statvfs_result:
         """The folder's file system."""
         return os.fstatvfs(self._fd)
+
+    def _activity(self) -> int:
+        """Changes whenever a guest reads or writes."""
+        counters = [served.image.counters for served in self._by_inode.values() if served.image is not None]
+        return sum(counter.read + counter.written for counter in counters)
+
+    def _barrier_seconds(self) -> float:
+        images = [served.image for served in self._by_inode.values() if served.image is not None]
+        return sum(image.overlay.committer.barrier_seconds for image in images)
 
     # Looking.
 
@@ -216,6 +229,7 @@ class Folder:
         if isinstance(overlay.storage, FileStorage):
             served.status = overlay.storage.stat
         served.job = StreamJob(served.image, enabled=options.stream, limit=options.limit)
+        served.job.hold_off = self._idle.reason
 
     async def _open(self, path: str) -> Overlay:
         name = os.path.basename(path)
@@ -268,6 +282,10 @@ class Folder:
             except* QedfsError as group:
                 served.error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
                 log.error("%s: %s", served.name, served.error)
+            except* Exception as group:
+                # A fault of ours must cost this image's stream only, not every image of the mount.
+                served.error = QedfsError("internal error, see the log")
+                log.error("%s: internal error", served.name, exc_info=group)
 
     async def _remove(self, served: Served) -> None:
         """Take an overlay off the list. Who has it open keeps reading and writing until the last close."""
