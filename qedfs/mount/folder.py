@@ -91,8 +91,8 @@ class Folder:
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
-        self._remotes: dict[str, Remote] = {}
-        self._fetches: dict[tuple[str, int], Fetch] = {}
+        self._remotes: dict[tuple[str, bool], Remote] = {}
+        self._fetches: dict[tuple[str, bool, int], Fetch] = {}
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
@@ -250,8 +250,9 @@ class Folder:
         if overlay.backing is None:
             return None
         location = parse_location(overlay.backing, relative_to=self._root)
-        url = location.secret_url
-        remote = self._remotes.get(url)
+        # One URL may be raw for one overlay and read in its own format for another: two sources.
+        place = (location.secret_url, not overlay.probes_backing)
+        remote = self._remotes.get(place)
         if remote is None:
             options = self._options
             remote = remote_source(
@@ -259,10 +260,10 @@ class Folder:
                 options.policy,
                 self._nursery,
                 deadline_seconds=options.deadline_seconds,
-                raw=not overlay.probes_backing,
+                raw=place[1],
             )
-            self._remotes[url] = remote
-        key = (url, overlay.cluster_size)
+            self._remotes[place] = remote
+        key = (*place, overlay.cluster_size)
         if key not in self._fetches:
             self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery)
         return self._fetches[key]

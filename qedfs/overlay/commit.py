@@ -21,6 +21,7 @@ nothing left to do, so any number of waiting writers share one barrier.
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import trio
 
@@ -53,6 +54,7 @@ class Committer:
         self.failure: ReadOnlyOverlay | None = None  # set by a failed barrier, never cleared
         self.uncommitted_bytes = 0  # of data written since the last group was taken
         self.barriers = 0
+        self.barrier_seconds = 0.0  # spent waiting in them
         self._storage = storage
         self._header = header
         self._map = clusters
@@ -191,12 +193,15 @@ class Committer:
     def barrier(self) -> None:
         """Every barrier of the overlay goes through here, in a worker thread. ReadOnlyOverlay: it failed."""
         self.barriers += 1
+        began = time.monotonic()
         try:
             self._storage.barrier()
         except QedfsError as exc:
             # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
             self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")
             raise self.failure from exc
+        finally:
+            self.barrier_seconds += time.monotonic() - began
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -209,7 +214,7 @@ class Committer:
 
 
 def _joined(writes: list[Write]) -> list[Write]:
-    """Neighbouring sectors as one write each, in order of offset. The last sector of L1 may be cut at the image's end."""
+    """Neighbouring sectors as one write each, in order of offset; the last one of L1 may be cut at the image's end."""
     joined: list[tuple[int, list[bytes]]] = []
     end = -1
     for offset, data in sorted(writes):

@@ -22,6 +22,7 @@ import trio
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.image import NO_SPACE_RETRY_SECONDS, Image
 from qedfs.source.base import Extent
+from qedfs.stream.idle import LOOK_SECONDS
 from qedfs.stream.pace import Pace
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class StreamJob:
         self.error: QedfsError | None = None  # what it has stopped for
         self.listeners: list[Callable[[StreamJob], None]] = []
         self.judge: Callable[[QedfsError], Action] = usual_action
+        # Asked before every request: why the stream should wait, "" if it may go on.
+        self.hold_off: Callable[[], str] = lambda: ""
         # Asked when nothing is missing any more; False: do not detach, somebody has cancelled or paused.
         self.may_detach: Callable[[], Awaitable[bool]] | None = None
         self._enabled = enabled and image.overlay.writable
@@ -224,7 +227,7 @@ class StreamJob:
         self._trying, image.full = image.full is not None, None
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
-            if not self._allowed:
+            if not self._allowed or self.hold_off():
                 return
         await fetch.landed(image)
         self._raise_failure()
@@ -242,6 +245,8 @@ class StreamJob:
         cluster_size = image.overlay.cluster_size
         asked = False
         while self._allowed and (run := await self._next_run(self._cursor, source_size)) is not None:
+            if self.hold_off():
+                return asked
             first, count = run
             await self.pace.wait(count * cluster_size)
             await fetch.turn(first, count)
@@ -320,10 +325,17 @@ class StreamJob:
 
     async def _gate(self) -> None:
         """Return when the job may run."""
-        while not self._allowed:
-            self.image.streaming = False
-            self._change(State.PAUSED if self._enabled else State.OFF, self._why_not())
-            await self._sleep(None)
+        while True:
+            if not self._allowed:
+                self.image.streaming = False
+                self._change(State.PAUSED if self._enabled else State.OFF, self._why_not())
+                await self._sleep(None)
+            elif reason := self.hold_off():
+                self.image.streaming = False
+                self._change(State.WAITING, reason)
+                await self._sleep(LOOK_SECONDS)
+            else:
+                return
 
     def _why_not(self) -> str:
         if self._paused:
