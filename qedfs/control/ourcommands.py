@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qedfs.control.blockjob import Wishes
+from qedfs.control.blockjob import Status, Wishes
 from qedfs.control.command import Arg, Arguments, Commands
 from qedfs.control.faults import QmpError
 from qedfs.control.jobcommands import Nothing, begin_stream, find_served
@@ -71,7 +71,7 @@ async def _resume(request: Request, arguments: Arguments) -> Nothing:
 async def _cancel(request: Request, arguments: Arguments) -> Nothing:
     _, _, stream = find_served(request, arguments["device"])
     block = request.control.jobs.active(stream)
-    if block is not None:
+    if block is not None and block.status is not Status.ABORTING:
         request.control.jobs.cancel(block)
     return {}
 

@@ -38,7 +38,7 @@ async def serve_control(
         UsageError: the socket cannot be made.
     """
     listener = _listen(path)
-    inode = _inode(path)
+    mark = _mark(path)
     control = Control(mount, str(path))
     try:
         async with trio.open_nursery() as nursery:
@@ -47,7 +47,7 @@ async def serve_control(
             await _accept(listener, control, nursery)
     finally:
         listener.close()
-        _remove(path, inode)
+        _remove(path, mark)
 
 
 async def _accept(listener: trio.socket.SocketType, control: Control, nursery: trio.Nursery) -> None:
@@ -88,16 +88,18 @@ def _is_welcome(client: trio.socket.SocketType) -> bool:
     return False
 
 
-def _inode(path: Path) -> int | None:
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What tells this socket from a later one of the same name: inodes are used again, the time of making is not."""
     try:
-        return path.stat().st_ino
+        status = path.lstat()
     except FileNotFoundError:
         return None
+    return status.st_ino, status.st_mtime_ns
 
 
-def _remove(path: Path, inode: int | None) -> None:
+def _remove(path: Path, mark: tuple[int, int] | None) -> None:
     """Remove our socket; another mount may have taken its place meanwhile."""
-    if _inode(path) == inode:
+    if _mark(path) == mark:
         path.unlink(missing_ok=True)
 
 
@@ -119,6 +121,9 @@ def _listen(path: Path) -> trio.socket.SocketType:
 
 def _clear(path: Path) -> None:
     """Remove what a dead server has left; whoever is alive keeps its place."""
+    if path.exists() and not path.is_socket():
+        # Connecting to it would be refused as by a dead server.
+        raise UsageError(f"{path}: is in the way and no socket; remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

@@ -122,13 +122,14 @@ class Session:
             self._events.popleft()
 
     async def _flush(self) -> None:
-        """Send what is left, to a client that takes it."""
-        with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
-            try:
+        """Send what is left, to a client that takes it, and hang up."""
+        try:
+            with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                 await self._send_waiting()
-            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
-                return
-        await trio.aclose_forcefully(self._stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it has hung up first
+        finally:
+            await trio.aclose_forcefully(self._stream)
 
     async def _send(self, line: bytes) -> None:
         async with self._sending:

@@ -1,0 +1,216 @@
+"""A mount without FUSE: real overlays, images and streams over sources in memory, and clients of its control socket."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qedfs.control.server import serve_control
+from qedfs.errors import QedfsError
+from qedfs.fetch import Fetch
+from qedfs.image import Image
+from qedfs.overlay.create import create_overlay
+from qedfs.overlay.overlay import open_overlay
+from qedfs.source.base import Extent, Identity
+from qedfs.source.remote import Remote
+from qedfs.source.url import parse_location
+from qedfs.stream.job import StreamJob
+
+CLUSTER = 4096
+URL = "http://user:secret@example.org/disk.img?token=secret"
+
+
+class MemorySource:
+    """A source whose reads can be held back (`gate`) and made to fail (`failures`, by position)."""
+
+    parallel = 4
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.identity = Identity(len(content))
+        self.gate = trio.Event()
+        self.gate.set()
+        self.failures: dict[int, QedfsError] = {}
+        self.asked = trio.Event()  # for the first time
+        self.received = 0
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        self.asked.set()
+        await self.gate.wait()
+        await trio.lowlevel.checkpoint()
+        for at, error in self.failures.items():
+            if pos <= at < pos + len(buffer):
+                raise error
+        buffer[:] = self.content[pos : pos + len(buffer)]
+        self.received += len(buffer)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        return None
+
+    async def aclose(self) -> None:
+        return
+
+
+@dataclasses.dataclass(eq=False)
+class Served:
+    name: str
+    path: str
+    image: Image | None = None
+    job: StreamJob | None = None
+    error: QedfsError | None = None
+    opens: int = 0
+
+
+class FakeMount:
+    """What the control side wants of a mount."""
+
+    mountpoint = "/mnt/images"
+
+    def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
+        self.folder = folder
+        self.nursery = nursery
+        self.served: list[Served] = []
+        self.rescans = 0
+        self.has_quit = trio.Event()
+
+    def everything(self) -> list[Served]:
+        return sorted(self.served, key=lambda served: served.name)
+
+    def fetches(self) -> list[Fetch]:
+        return [served.image.fetch for served in self.served if served.image and served.image.fetch]
+
+    async def rescan(self) -> None:
+        self.rescans += 1
+
+    def quit(self) -> None:
+        self.has_quit.set()
+
+    async def add(
+        self,
+        name: str,
+        source: MemorySource | None,
+        *,
+        stream: bool = False,
+        limit: int = 0,
+        deadline_seconds: float = 0.05,
+    ) -> Served:
+        """An image `name`.raw over `source`, complete if there is none; its stream runs if `stream`."""
+        path = self.folder / f"{name}.qed"
+        size = len(source.content) if source else 4 * CLUSTER
+        create_overlay(str(path), image_size=size, backing=URL if source else None, cluster_size=CLUSTER)
+        overlay = await open_overlay(str(path), writable=True)
+        fetch = None
+        if source is not None:
+
+            async def connect() -> MemorySource:
+                return source
+
+            remote = Remote(parse_location(URL), connect, deadline_seconds=deadline_seconds)
+            fetch = Fetch(remote, CLUSTER, self.nursery)
+        image = Image(f"{name}.raw", overlay, fetch)
+        await overlay.clusters.count()
+        job = StreamJob(image, enabled=stream, limit=limit)
+        served = Served(f"{name}.raw", str(path), image, job)
+        self.served.append(served)
+        self.nursery.start_soon(job.run)
+        return served
+
+    def add_broken(self, name: str, error: QedfsError) -> None:
+        self.served.append(Served(f"{name}.raw", str(self.folder / f"{name}.qed"), error=error))
+
+
+@contextlib.asynccontextmanager
+async def controlled(folder: Path) -> AsyncIterator[tuple[FakeMount, Path]]:
+    """A mount whose control socket answers, and the socket's path."""
+    with tempfile.TemporaryDirectory(prefix="qedfs-") as short:
+        path = Path(short, "control", "control.sock")
+        async with trio.open_nursery() as nursery:
+            mount = FakeMount(folder, nursery)
+            await nursery.start(serve_control, path, mount)
+            try:
+                yield mount, path
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    for served in mount.served:
+                        if served.image is not None:
+                            await served.image.close()
+
+
+class Talk:
+    """A client that sees every line."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = b""
+        self.events: list[dict[str, Any]] = []
+
+    async def line(self) -> dict[str, Any]:
+        """The next message, event or not."""
+        with trio.fail_after(10):
+            while b"\r\n" not in self._buffer:
+                data = await self.stream.receive_some(65536)
+                if not data:
+                    raise EOFError
+                self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    async def reply(self) -> dict[str, Any]:
+        """The next answer; events on the way are kept."""
+        while "event" in (message := await self.line()):
+            self.events.append(message)
+        return message
+
+    async def send(self, text: str | bytes) -> None:
+        await self.stream.send_all(text if isinstance(text, bytes) else text.encode())
+
+    async def ask(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a command; `_` in argument names stands for `-`."""
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        await self.send(json.dumps({"execute": name, "arguments": named}))
+        return await self.reply()
+
+    async def get(self, name: str, **arguments: Any) -> Any:
+        """What a command returns."""
+        answer = await self.ask(name, **arguments)
+        assert "return" in answer, answer
+        return answer["return"]
+
+    async def error(self, name: str, **arguments: Any) -> tuple[str, str]:
+        """(class, text) of what a command fails with."""
+        answer = await self.ask(name, **arguments)
+        assert "error" in answer, answer
+        return answer["error"]["class"], answer["error"]["desc"]
+
+    async def events_until(self, status: str, job_id: str) -> list[str]:
+        """The events so far as short words, until the job has come to `status`."""
+        while not any(e["data"].get("status") == status and e["data"].get("id") == job_id for e in self.events):
+            message = await self.line()
+            assert "event" in message, message
+            self.events.append(message)
+        return [short(event) for event in self.events]
+
+
+def short(event: dict[str, Any]) -> str:
+    """`running` for a change of state, the event's name for the others."""
+    return event["data"]["status"] if event["event"] == "JOB_STATUS_CHANGE" else event["event"]
+
+
+@contextlib.asynccontextmanager
+async def talking(path: Path, *, negotiate: bool = True) -> AsyncIterator[Talk]:
+    """A client that is connected, and past the negotiation unless told otherwise."""
+    async with await trio.open_unix_socket(str(path)) as stream:
+        talk = Talk(stream)
+        if negotiate:
+            await talk.line()
+            await talk.get("qmp_capabilities")
+        yield talk

@@ -1,0 +1,241 @@
+"""Who may connect, what is left behind, and what bad clients can do: nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.control.server import MAX_CLIENTS, serve_control
+from qedfs.control.session import MAX_EVENTS
+from qedfs.errors import InUse, UsageError
+
+from .support import FakeMount, MemorySource, Talk, controlled, talking
+
+NOBODY = 65534
+
+# Tries to read the greeting as another user; prints what came.
+_STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+s = socket.socket(socket.AF_UNIX)
+try:
+    s.connect(sys.argv[1])
+    s.settimeout(10)
+    print(len(s.recv(100)))
+except PermissionError:
+    print("denied")
+"""
+
+
+def as_nobody(path: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", _STRANGER, path], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+async def test_folder_and_socket_are_private(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+async def test_other_users_are_refused(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path):
+        path.parent.parent.chmod(0o755)
+        assert await trio.to_thread.run_sync(as_nobody, path) == "denied"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+@pytest.mark.expect_log("a control client of user 65534 was refused")
+async def test_other_users_are_refused_though_the_modes_let_them_in(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path):
+        path.parent.parent.chmod(0o755)
+        path.parent.chmod(0o755)
+        path.chmod(0o666)
+        assert await trio.to_thread.run_sync(as_nobody, path) == "0"
+        async with talking(path) as talk:
+            assert "return" in await talk.ask("query-version")
+
+
+async def test_the_socket_goes_with_the_server(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path):
+        assert path.exists()
+    assert not path.exists()
+
+
+async def test_what_a_dead_server_left_is_replaced(tmp_path: Path, nursery: trio.Nursery) -> None:
+    path = tmp_path / "c" / "control.sock"
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    await nursery.start(serve_control, path, FakeMount(tmp_path, nursery))
+    async with talking(path) as talk:
+        assert "return" in await talk.ask("query-version")
+
+
+async def test_a_live_server_keeps_its_place(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async with controlled(tmp_path) as (mount, path):
+        with pytest.RaisesGroup(InUse, allow_unwrapped=True, flatten_subgroups=True):
+            await serve_control(path, mount)
+        async with talking(path) as talk:
+            assert "return" in await talk.ask("query-version")
+
+
+async def test_a_file_in_the_place_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "c" / "control.sock"
+    path.parent.mkdir(mode=0o700)
+    path.write_text("precious")
+    async with trio.open_nursery() as nursery:
+        with pytest.RaisesGroup(UsageError, allow_unwrapped=True, flatten_subgroups=True):
+            await serve_control(path, FakeMount(tmp_path, nursery))
+    assert path.read_text() == "precious"
+
+
+async def test_a_path_too_long_is_the_users_error(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(UsageError):
+            await serve_control(tmp_path / ("x" * 100) / "control.sock", FakeMount(tmp_path, nursery))
+
+
+async def test_a_socket_that_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "c" / "control.sock"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, path, FakeMount(tmp_path, nursery))
+        path.unlink()
+        await trio.sleep(0.02)  # the time of making counts in ticks of the kernel's clock
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+        nursery.cancel_scope.cancel()
+    assert path.is_socket()
+
+
+# Bad clients.
+
+
+def _hostile_message(chance: random.Random) -> bytes:
+    kind = chance.randrange(8)
+    if kind == 0:
+        return chance.randbytes(chance.randrange(1, 200))
+    if kind == 1:
+        return b'{"execute": "query-version", "id": "' + b"x" * chance.randrange(200_000) + b'"}'
+    if kind == 2:
+        return b'{"execute": "query-jobs"'
+    if kind == 3:
+        return b'{"execute": "block-stream", "arguments": {"device": ' + b"[" * chance.randrange(300)
+    if kind == 4:
+        return b'{"execute": "x-qedfs-status"}' * chance.randrange(5)
+    if kind == 5:
+        return b'{"execute": "job-cancel", "arguments": {"id": "\xff\xfe"}}'
+    if kind == 6:
+        return b'{"execute": "block-stream", "arguments": {"device": "disk", "speed": 1e999}}'
+    return b'"' * chance.randrange(10) + b"\n"
+
+
+async def _be_hostile(path: Path, seed: int, messages: int) -> None:
+    chance = random.Random(seed)
+    sent = 0
+    while sent < messages:
+        async with await trio.open_unix_socket(str(path)) as stream:
+
+            async def drink(stream: trio.SocketStream = stream) -> None:
+                try:
+                    while await stream.receive_some(65536):
+                        pass
+                except trio.BrokenResourceError:
+                    return
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drink)
+                if chance.random() < 0.8:
+                    await stream.send_all(b'{"execute":"qmp_capabilities"}')
+                for _ in range(chance.randrange(1, 100)):
+                    await stream.send_all(_hostile_message(chance))
+                    sent += 1
+                nursery.cancel_scope.cancel()
+
+
+async def test_a_thousand_hostile_messages_at_once(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path):
+        await mount.add("disk", MemorySource(bytes(65536)))
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for seed in range(8):
+                    nursery.start_soon(_be_hostile, path, seed, 125)
+        async with talking(path) as talk:
+            assert len((await talk.get("x-qedfs-status"))["images"]) == 1
+            assert not mount.has_quit.is_set()
+
+
+async def test_half_a_message_holds_up_nobody_else(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path), talking(path) as half, talking(path) as talk:
+        await half.send('{"execute": "query-')
+        assert "return" in await talk.ask("query-version")
+        await half.send('version"}')
+        assert "return" in await half.reply()
+
+
+async def test_a_client_that_does_not_read_holds_up_nobody_else(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as deaf, talking(path) as talk:
+        for index in range(20):
+            await mount.add(f"disk{index}", None)
+        with trio.move_on_after(0.2):
+            while True:
+                await deaf.send('{"execute": "query-qmp-schema"}')
+        assert len(await talk.get("query-block")) == 20
+
+
+async def test_a_client_that_never_reads_its_events_is_dropped(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as deaf, talking(path) as talk:
+        await mount.add("disk", None)
+        # The kernel's buffers take some, the server MAX_EVENTS more; each job has seven.
+        for _ in range(MAX_EVENTS // 7 + 2000):
+            await talk.get("block-stream", device="disk")
+            await talk.events_until("null", "disk")
+            talk.events.clear()
+        with trio.fail_after(10), pytest.raises((EOFError, trio.BrokenResourceError)):
+            await deaf.reply()  # it never comes; the connection ends instead
+
+
+async def test_clients_are_counted(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (_, path):
+        talks = [Talk(await trio.open_unix_socket(str(path))) for _ in range(MAX_CLIENTS)]
+        for talk in talks:
+            await talk.line()
+        one_more = Talk(await trio.open_unix_socket(str(path)))
+        with pytest.raises(EOFError):
+            await one_more.line()
+        await one_more.stream.aclose()
+        for talk in talks:
+            await talk.stream.aclose()
+        with trio.fail_after(10):
+            while True:
+                talk = Talk(await trio.open_unix_socket(str(path)))
+                try:
+                    await talk.line()
+                except EOFError:
+                    await talk.stream.aclose()
+                    continue
+                await talk.stream.aclose()
+                break
+
+
+async def test_the_last_events_are_sent_when_the_mount_ends(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path):
+        await mount.add("disk", None)
+        talk = Talk(await trio.open_unix_socket(str(path)))
+        await talk.line()
+        await talk.get("qmp_capabilities")
+        await talk.send('{"execute":"block-stream","arguments":{"device":"disk"}}')
+        await talk.reply()
+    await talk.events_until("null", "disk")
+    with pytest.raises(EOFError):
+        await talk.line()
+    await talk.stream.aclose()
