@@ -74,6 +74,8 @@ class Image:
         self._readahead = Readahead()
         self._committing = False
         self._closed = False
+        self._takes = 0  # adoptions under way
+        self._untouched = trio.Event()  # set when the last of them has ended
 
     @property
     def complete(self) -> bool:
@@ -234,7 +236,15 @@ class Image:
         """Adopt fetched bytes; see `Overlay.adopt`. A full disk is remembered, not raised: the reader has its bytes."""
         if self.changed is not None or self._closed or self._too_full():
             return
-        size = min(size, self.size - pos)
+        self._takes += 1
+        try:
+            await self._keep(pos, buffer, min(size, self.size - pos), asked=asked)
+        finally:
+            self._takes -= 1
+            if not self._takes:
+                self._untouched.set()
+
+    async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         try:
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
@@ -366,6 +376,10 @@ class Image:
             self._closed = True
             if self.fetch is not None and self in self.fetch.takers:
                 self.fetch.takers.remove(self)
+            if self._takes:
+                # A thread may be writing into the overlay: closed now, its clusters would be lost and their place leak.
+                self._untouched = trio.Event()
+                await self._untouched.wait()
             await self.overlay.close()
 
 
