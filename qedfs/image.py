@@ -322,18 +322,32 @@ class Image:
         backing = digest(self.overlay.backing or "")
         found = Pin(backing, identity.size, shortened(identity.etag), shortened(identity.last_modified))
         pin = self.overlay.record.pin
-        if pin is None or pin.backing != backing:
-            if self.overlay.writable and self.copy_on_read:
-                await self.overlay.store_record(dataclasses.replace(self.overlay.record, pin=found))
-            return identity
-        difference = _identity(pin).difference(_identity(found))
-        if difference:
-            self.changed = SourceChanged(
-                f"{self.name}: backing {self.fetch.remote.location} is not the version that this overlay was started "
-                f"from ({difference}); what is local is served. Bring the old version back, or start a new overlay"
-            )
-            raise self.changed
+        difference = None
+        if pin is not None and pin.backing == backing:
+            difference = _identity(pin).difference(_identity(found))
+            if difference is None:
+                return identity
+        if difference is not None:
+            await self._start_over_or_refuse(difference)
+        # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
+        if self.overlay.writable:
+            await self.overlay.store_record(dataclasses.replace(self.overlay.record, pin=found))
         return identity
+
+    async def _start_over_or_refuse(self, difference: str) -> None:
+        """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        clusters = self.overlay.clusters
+        await clusters.count()
+        backing = self.fetch.remote.location
+        what = f"{self.name}: backing {backing} is not the version that this overlay was started from"
+        if clusters.missing == self.overlay.geometry.clusters:
+            log.warning("%s (%s); nothing had been kept of that one, the new version is used", what, difference)
+            return
+        self.changed = SourceChanged(
+            f"{what} ({difference}); what is local is served. Bring the old version back, or start a new overlay"
+        )
+        raise self.changed
 
     # Commit and close.
 

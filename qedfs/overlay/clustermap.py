@@ -249,7 +249,7 @@ class ClusterMap:
     async def count(self) -> None:
         """Count the missing clusters once; from then on `missing` is kept exact.
 
-        Runs beside readers and writers: slices below `_counted_to` are kept up to date by `set`.
+        Runs beside readers, writers and others who count: slices below `_counted_to` are kept up to date by `set`.
         """
         slices = -(-self.geometry.clusters // self._slice_entries)
         for turn in itertools.count():
@@ -261,6 +261,8 @@ class ClusterMap:
             part = self._slices.get(number)
             if part is None and self._table_offset(number):
                 part = await self._read_slice(number)
+                if number != self._counted_to:
+                    continue  # somebody else counts as well, and has counted it
             if part is None:
                 self._count_hole(number)
             else:
