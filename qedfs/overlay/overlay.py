@@ -1,6 +1,6 @@
 """One QED overlay that is open: map, read, write, adopt, flush, detach. No network here.
 
-Owns the cluster claims and the rule who wins. What a missing cluster holds is asked of the caller (`Fill`).
+Owns the rule who wins; `claims.py` keeps the books for it. What a missing cluster holds is asked of the caller.
 
 Concurrency protocol
 --------------------
@@ -11,7 +11,7 @@ Everything runs on one event loop; the state changes only between two awaits.
   worker thread in between. Who wants to write to a claimed cluster waits for the claim to end and looks again; who
   wants to adopt it leaves it alone. So a guest's bytes always land on top of fetched ones, never below.
 - While a write in part waits for the rest of its clusters, nobody adopts them: the write brings them in whole.
-- Between the look at the entries and the allocation or claim there must be no await (`_settle` is the last one before).
+- Between the look at the entries and the allocation or claim there must be no await; `Claims.settle` is the last one.
 - A read takes its runs once. A write that has returned before the read began is in them; one that runs beside it may
   or may not be seen, as on any disk.
 - The tables are written by `commit.py` alone, under its lock.
@@ -22,8 +22,6 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -36,6 +34,7 @@ from qedfs.format.header import NEED_CHECK, NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO, decode_table
 from qedfs.overlay.check import repair
+from qedfs.overlay.claims import Claims
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty import dirty_pages
@@ -64,10 +63,8 @@ class Overlay:
         self._record = session.record
         session.barrier = self.committer.barrier
         self._journal = journal
-        self._claims: dict[int, trio.Event] = {}
-        self._merges: Counter[int] = Counter()  # clusters that a write in part is about to bring in
+        self._claims = Claims(clusters)
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
-        self._tail_size = self.geometry.image_size % self.geometry.cluster_size
 
     @classmethod
     async def open(cls, storage: Storage, *, journal_folder: Path | None = None) -> Self:
@@ -231,9 +228,9 @@ class Overlay:
         self._check_writable()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
-        with self._merging(self._partial_clusters(pos, len(view))):
+        with self._claims.merging(self._partial_clusters(pos, len(view))):
             while True:
-                await self._settle(pos, len(view))
+                await self._claims.settle(pos, len(view))
                 lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
                 if not lacking:
                     break
@@ -244,17 +241,6 @@ class Overlay:
             await self._write_placed(writes, entries, now=now)
         if self._journal is None and self.committer.pending:
             await self.committer.commit()
-
-    @contextlib.contextmanager
-    def _merging(self, clusters: Sequence[int]) -> Iterator[None]:
-        """Let nobody adopt these clusters: the write is about to bring them in whole, with less work."""
-        self._merges.update(clusters)
-        try:
-            yield
-        finally:
-            self._merges.subtract(clusters)
-            if not self._merges.total():
-                self._merges.clear()
 
     def _is_missing(self, cluster: int) -> bool:
         # Without a backing a missing cluster reads as zeros, like a zero cluster.
@@ -318,7 +304,7 @@ class Overlay:
             if now:
                 write_all()
             else:
-                with self._claimed([cluster for cluster, _ in entries]):
+                with self._claims.claimed([cluster for cluster, _ in entries]):
                     await self.storage.in_thread(write_all)
         except BaseException:
             for _, offset in reversed(entries):
@@ -369,7 +355,7 @@ class Overlay:
         entries = [(cluster, base + index * cluster_size) for index, (cluster, _) in enumerate(data)]
         buffers = list(self._adopted(buffer, size, data))
         try:
-            with self._claimed([cluster for cluster, _ in data]):
+            with self._claims.claimed([cluster for cluster, _ in data]):
                 await self.storage.in_thread(lambda: self.storage.write(base, buffers))
         except BaseException:
             self.committer.give_back(base, len(data) * cluster_size)
@@ -388,7 +374,7 @@ class Overlay:
         first = pos // cluster_size
         for at in range(0, size, cluster_size):
             cluster = first + at // cluster_size
-            if self.clusters.entry(cluster) != MISSING or cluster in self._claims or self._merges[cluster]:
+            if self.clusters.entry(cluster) != MISSING or self._claims.spoken_for(cluster):
                 continue
             self._make_table(cluster)
             length = min(cluster_size, size - at)
@@ -424,7 +410,7 @@ class Overlay:
             await self.clusters.load(pos, size)
         for number in range(cluster, cluster + count):
             self._make_table(number)
-            if self.clusters.entry(number) == MISSING and number not in self._claims:
+            if self.clusters.entry(number) == MISSING and not self._claims.spoken_for(number):
                 self.clusters.set(number, ZERO)
 
     # Commit, flush, detach, close.
@@ -471,26 +457,6 @@ class Overlay:
         if not self.storage.writable:
             raise ReadOnlyOverlay("the overlay is open read-only")
 
-    async def _settle(self, pos: int, size: int) -> None:
-        """Return, without a further await, when no cluster of the request is claimed and its slices are loaded."""
-        while True:
-            claim = self._claim_in(pos, size)
-            if claim is not None:
-                await claim.wait()
-            elif self.clusters.is_loaded(pos, size):
-                return
-            else:
-                await self.clusters.load(pos, size)
-
-    def _claim_in(self, pos: int, size: int) -> trio.Event | None:
-        if not self._claims:
-            return None
-        clusters = range(pos // self.cluster_size, -(-(pos + size) // self.cluster_size))
-        return next((self._claims[cluster] for cluster in clusters if cluster in self._claims), None)
-
-    def _claimed(self, clusters: Sequence[int]) -> _Claim:
-        return _Claim(self._claims, self.clusters, clusters)
-
     def _make_table(self, cluster: int) -> None:
         """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
         index = self.clusters.needs_table(cluster)
@@ -512,27 +478,6 @@ async def open_overlay(
     except BaseException:
         storage.close()
         raise
-
-
-class _Claim:
-    """Clusters whose data a worker thread is writing; see the concurrency protocol."""
-
-    def __init__(self, claims: dict[int, trio.Event], clusters: ClusterMap, numbers: Sequence[int]) -> None:
-        self._claims = claims
-        self._map = clusters
-        self._clusters = numbers
-        self._done = trio.Event()
-
-    def __enter__(self) -> None:
-        for cluster in self._clusters:
-            self._claims[cluster] = self._done
-            self._map.hold(cluster)
-
-    def __exit__(self, *_: object) -> None:
-        for cluster in self._clusters:
-            del self._claims[cluster]
-            self._map.release(cluster)
-        self._done.set()
 
 
 def _pieces(pos: int, view: memoryview, cluster_size: int) -> Iterator[tuple[int, int, memoryview]]:

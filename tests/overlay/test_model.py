@@ -144,7 +144,7 @@ RULES = (
     Mutant(
         "an adoption leaves claimed clusters alone",
         "overlay:Overlay._sort_out",
-        "or cluster in self._claims",
+        "or self._claims.spoken_for(cluster)",
         "",
     ),
     Mutant(
@@ -155,7 +155,7 @@ RULES = (
     ),
     Mutant(
         "a write waits for a claim to end",
-        "overlay:Overlay._claim_in",
+        "claims:Claims._claim_in",
         "if not self._claims:",
         "if True:",
     ),

@@ -1,0 +1,71 @@
+"""Which clusters somebody is about to give an entry, and who has to wait for it or leave it alone.
+
+Owns the claims and the merges of one overlay. The rules they serve are in the protocol at the top of `overlay.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import trio
+
+from qedfs.overlay.clustermap import ClusterMap
+
+
+class Claims:
+    """Clusters in transition. All methods but `settle` are synchronous."""
+
+    def __init__(self, clusters: ClusterMap) -> None:
+        self._map = clusters
+        self._cluster_size = clusters.geometry.cluster_size
+        self._claims: dict[int, trio.Event] = {}
+        self._merges: Counter[int] = Counter()
+
+    def spoken_for(self, cluster: int) -> bool:
+        """Whether an adoption must leave this cluster alone."""
+        return cluster in self._claims or self._merges[cluster] > 0
+
+    @contextlib.contextmanager
+    def claimed(self, clusters: Sequence[int]) -> Iterator[None]:
+        """A worker thread writes these clusters' data; their slices stay in memory until the entries are set."""
+        done = trio.Event()
+        for cluster in clusters:
+            self._claims[cluster] = done
+            self._map.hold(cluster)
+        try:
+            yield
+        finally:
+            for cluster in clusters:
+                del self._claims[cluster]
+                self._map.release(cluster)
+            done.set()
+
+    @contextlib.contextmanager
+    def merging(self, clusters: Sequence[int]) -> Iterator[None]:
+        """A write in part is about to bring these clusters in whole, with less work than an adoption before it."""
+        self._merges.update(clusters)
+        try:
+            yield
+        finally:
+            self._merges.subtract(clusters)
+            if not self._merges.total():
+                self._merges.clear()
+
+    async def settle(self, pos: int, size: int) -> None:
+        """Return, without a further await, when no cluster of the request is claimed and its slices are loaded."""
+        while True:
+            claim = self._claim_in(pos, size)
+            if claim is not None:
+                await claim.wait()
+            elif self._map.is_loaded(pos, size):
+                return
+            else:
+                await self._map.load(pos, size)
+
+    def _claim_in(self, pos: int, size: int) -> trio.Event | None:
+        if not self._claims:
+            return None
+        clusters = range(pos // self._cluster_size, -(-(pos + size) // self._cluster_size))
+        return next((self._claims[cluster] for cluster in clusters if cluster in self._claims), None)
