@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import machine, record
+from . import machine, picture, record
 from .lab import laboratory
 from .rows import ROWS
 from .run import measure, to_stderr
@@ -38,6 +38,8 @@ def main() -> None:
     measured = _measure_all(rows, runs, options)
     if options.json:
         options.json.write_text(record.to_json(facts, runs, options.quick, measured))
+    if options.plot:
+        options.plot.write_text(picture.to_svg(measured))
 
 
 def _measure_all(rows: Sequence[Row], runs: int, options: argparse.Namespace) -> list[RowResult]:
@@ -47,7 +49,7 @@ def _measure_all(rows: Sequence[Row], runs: int, options: argparse.Namespace) ->
         for row in rows:
             measured.append(measure(lab, row, runs, to_stderr if options.verbose else _silent))
             print(f"\n{row_text(measured[-1])}", flush=True)
-    told = [met for found in measured if (met := found.met()) is not None]
+    told = [verdict.met for found in measured for verdict in found.verdicts() if verdict.met is not None]
     seconds, load = time.monotonic() - began, os.getloadavg()[0]
     print(f"\n{sum(told)} of {len(told)} targets met; {runs} runs, {seconds:.0f} s, load average {load:.1f}")
     return measured

@@ -72,10 +72,10 @@ class Lab:
         return path
 
     @contextlib.contextmanager
-    def origin(self, kind: str, size: int, rtt_ms: float = 0) -> Iterator[Origin]:
-        """Serves a base image over "http" (nginx) or "nbd" (nbdkit), behind a long link if `rtt_ms` is not 0."""
+    def origin(self, kind: str, size: int, rtt_ms: float = 0, *, image: Path | None = None) -> Iterator[Origin]:
+        """Serves `image`, else a base image, over "http" (nginx) or "nbd" (nbdkit), behind a link with that delay."""
         with contextlib.ExitStack() as stack:
-            image = self.base(size)
+            image = image or self.base(size)
             server: Server
             if kind == "http":
                 web = stack.enter_context(nginx(image.parent))

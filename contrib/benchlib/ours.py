@@ -23,9 +23,9 @@ def create(overlay: Path, backing: str) -> Path:
 
 
 @contextlib.contextmanager
-def served(lab: Lab, source: Path, *options: str) -> Iterator[Mount]:
-    """A mount of an overlay, or of a folder of them, with the stream off unless the options say else."""
-    with mounted(source, lab.fresh("mnt"), *(options or ("--no-stream",))) as mount:
+def served(lab: Lab, source: Path, *, stream: bool = False) -> Iterator[Mount]:
+    """A mount of an overlay, or of a folder of them; `stream`: the stream begins with it, as it does for a user."""
+    with mounted(source, lab.fresh("mnt"), *([] if stream else ["--no-stream"])) as mount:
         yield mount
 
 
@@ -35,20 +35,20 @@ def image_path(mount: Mount, overlay: Path) -> Path:
 
 
 @contextlib.contextmanager
-def cold(lab: Lab, origin: Origin, *options: str) -> Iterator[tuple[Mount, Path]]:
+def cold(lab: Lab, origin: Origin, *, stream: bool = False) -> Iterator[tuple[Mount, Path]]:
     """A mount of a new, empty overlay over `origin`, and the path of its image; both are gone afterwards."""
     overlay = create(lab.fresh("ours.qed"), origin.url)
     lab.settle()
     origin.traffic.forget()
     try:
-        with served(lab, overlay, *options) as mount:
+        with served(lab, overlay, stream=stream) as mount:
             yield mount, image_path(mount, overlay)
     finally:
         overlay.unlink()
 
 
-def stream(lab: Lab, origin: Origin) -> Outcome:
-    """The whole of `origin` into a new overlay, from the command to the completed job."""
+def fill(lab: Lab, origin: Origin) -> Outcome:
+    """block-stream of the whole of `origin` into a new overlay, from the command to the completed job."""
     with cold(lab, origin) as (mount, image):
         with Qmp(Path(mount.status()["socket"])) as qmp:
             meter = Meter(mount.pid)

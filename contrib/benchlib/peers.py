@@ -2,38 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import subprocess
 import time
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.harness.process import Child
 from tests.harness.require import require
+from tests.harness.servers import nbdkit
 
+from . import bounded, fio
 from .lab import Lab, Origin
 from .values import Outcome
 
 COPY_SECONDS = 300.0
+_COMMAND_SECONDS = 10.0
+_SMALL_SIZE = 4096
+
+
+def copy(origin: Origin, target: Path | None) -> None:
+    """The image in one go with curl or nbdcopy, into a file, or to nowhere, which leaves only the link."""
+    if origin.http:
+        argv = [require("curl"), "--silent", "--fail", "--output", str(target or "/dev/null"), origin.url]
+    else:
+        argv = [require("nbdcopy"), origin.url, str(target or "null:")]
+    bounded.run(argv, COPY_SECONDS)
 
 
 def download(lab: Lab, origin: Origin, *, keep: bool) -> Outcome:
-    """The image in one go with curl or nbdcopy: into a synced file, or to nowhere, which leaves only the link."""
+    """The rate of such a copy; one that is kept is on the disk in the end."""
     lab.settle()
-    target = lab.fresh("copy.raw") if keep else Path("/dev/null")
+    target = lab.fresh("copy.raw") if keep else None
     try:
         began = time.monotonic()
-        subprocess.run(_copy(origin, target, keep), check=True, timeout=COPY_SECONDS, capture_output=True)
-        if keep:
+        copy(origin, target)
+        if target is not None:
             _sync(target)
         return Outcome(origin.size / (time.monotonic() - began) / 1e6)
     finally:
-        if keep:
+        if target is not None:
             target.unlink(missing_ok=True)
 
 
-def _copy(origin: Origin, target: Path, keep: bool) -> list[str]:
-    if origin.http:
-        return [require("curl"), "--silent", "--fail", "--output", str(target), origin.url]
-    return [require("nbdcopy"), origin.url, str(target) if keep else "null:"]
+def round_trips(origin: Origin, seconds: float) -> Outcome:
+    """Milliseconds of a request for 4 KiB on a connection that is there, one after the other."""
+    if not origin.http:
+        # fio speaks NBD itself.
+        job = fio.Job("randread", _SMALL_SIZE, 1, seconds)
+        return Outcome(fio.run(origin.url, job).mean_ms)
+    url = urllib.parse.urlsplit(origin.url)
+    connection = http.client.HTTPConnection(url.netloc, timeout=_COMMAND_SECONDS)
+    times: list[float] = []
+    deadline = time.monotonic() + seconds
+    with contextlib.closing(connection):
+        while time.monotonic() < deadline:
+            pos = len(times) * 65536 % (origin.size - _SMALL_SIZE)
+            began = time.monotonic()
+            connection.request("GET", url.path, headers={"Range": f"bytes={pos}-{pos + _SMALL_SIZE - 1}"})
+            connection.getresponse().read()
+            times.append(time.monotonic() - began)
+    # The first one connects.
+    return Outcome(sum(times[1:]) / len(times[1:]) * 1000)
+
+
+@contextlib.contextmanager
+def copying(lab: Lab, origin: Origin) -> Iterator[Path]:
+    """nbdkit with a copy-on-write layer that keeps what is read (in a temporary file), as a raw file by nbdfuse."""
+    origin.traffic.forget()
+    source = ("curl", origin.url) if origin.http else ("nbd", f"uri={origin.url}")
+    image = lab.fresh("nbdfuse.raw")
+    image.touch()
+    outside = image.stat().st_dev
+    with nbdkit(*source, "cow-on-read=true", filters=["cow"]) as server:
+        child = Child([require("nbdfuse"), image, server.url], lab.fresh("nbdfuse.log"))
+        try:
+            child.wait_until(lambda: image.stat().st_dev != outside, "a mount of nbdfuse")
+            yield image
+        finally:
+            subprocess.run(["umount", "--lazy", image], check=False, capture_output=True, timeout=_COMMAND_SECONDS)
+            child.stop()
 
 
 def _sync(path: Path) -> None:

@@ -26,14 +26,15 @@ class Daemon:
     def __init__(self, child: Child, socket: Path) -> None:
         self.pid = child.pid
         self.socket = socket
+        self.wait = child.wait
 
 
 @contextlib.contextmanager
-def daemon(lab: Lab, *arguments: str | Path) -> Iterator[Daemon]:
-    """Starts one; it has ended when the block is left."""
+def daemon(lab: Lab, *arguments: str | Path, under: Sequence[str] = ()) -> Iterator[Daemon]:
+    """Starts one, as the program of the command `under` if given; it has ended when the block is left."""
     socket = lab.fresh("qsd.sock")
     argv: Sequence[str | Path] = [
-        *(require("qemu-storage-daemon"), "--chardev", f"socket,id=qmp,path={socket},server=on,wait=off"),
+        *(*under, require("qemu-storage-daemon"), "--chardev", f"socket,id=qmp,path={socket},server=on,wait=off"),
         *("--monitor", "chardev=qmp", *arguments),
     ]
     child = Child(argv, lab.fresh("qsd.log"))
@@ -76,7 +77,7 @@ def cold_overlay(lab: Lab, origin: Origin) -> Iterator[Path]:
         overlay.unlink()
 
 
-def stream(lab: Lab, origin: Origin, *, of_size: int = 0) -> Outcome:
+def fill(lab: Lab, origin: Origin, *, of_size: int = 0) -> Outcome:
     """block-stream of the whole of `origin`. `of_size`: the row's work, where `origin` is a smaller piece of it."""
     with cold_overlay(lab, origin) as overlay, daemon(lab, *blockdev(overlay)) as running, Qmp(running.socket) as qmp:
         meter = Meter(running.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,7 @@ def _row(measured: RowResult) -> dict[str, Any]:
         "name": row.name,
         "title": row.title,
         "unit": row.unit.label,
-        "target": None if row.target is None else {"bound": row.target.bound, "against": row.target.against},
-        "ratio": measured.ratio(),
-        "met": measured.met(),
+        "targets": [dataclasses.asdict(verdict) for verdict in measured.verdicts()],
         "load_average": measured.load_average,
         "seconds": round(measured.seconds, 1),
         "contenders": {name: _result(result) for name, result in measured.results.items()},

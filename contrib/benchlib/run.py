@@ -12,10 +12,10 @@ from tests.harness.process import Died
 
 from .lab import Lab
 from .qmp import QmpFailed
-from .values import Contenders, Outcome, Result, Row, RowResult, Skip
+from .values import Contenders, Outcome, Result, Row, RowResult
 
 # What a contender can do wrong without the others having to suffer for it.
-_FAILURES = (RuntimeError, OSError, subprocess.SubprocessError, Died, QmpFailed, Skip, LookupError, ValueError)
+_FAILURES = (RuntimeError, OSError, subprocess.SubprocessError, Died, QmpFailed, LookupError, ValueError)
 
 Progress = Callable[[str], None]
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tests.harness.servers import Nginx
 
+from .values import TWICE, WIRE
+
 CLUSTER_SIZE = 65536
 
 Ask = tuple[int, int]  # first byte, size
@@ -32,8 +34,8 @@ class Traffic:
         asks = self.asks()
         sent = sum(size for _, size in asks)
         return {
-            "wire/needed": sent / needed_size,
-            "clusters twice": repeated_size(asks) // CLUSTER_SIZE,
+            WIRE: sent / needed_size,
+            TWICE: repeated_size(asks) // CLUSTER_SIZE,
             "requests": len(asks),
         }
 

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from .values import GIB
+from .values import CPU, GIB, PEAK
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -38,4 +38,4 @@ class Meter:
         """Seconds since the beginning, and the figures for `size` bytes of work."""
         seconds = time.monotonic() - self._began
         cpu = cpu_seconds(self._pid) - self._cpu
-        return seconds, {"CPU s/GiB": cpu * GIB / size, "peak MiB": peak_mib(self._pid)}
+        return seconds, {CPU: cpu * GIB / size, PEAK: peak_mib(self._pid)}

@@ -15,21 +15,25 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 GIB = 1 << 30
 
+# Names of contenders; a row may have others.
 QEDFS = "qedfs"
 QEMU = "qemu"
+NBDKIT = "nbdkit"
 LIMIT = "limit"
 
-
-class Skip(Exception):
-    """A contender cannot run here; the message says why."""
+# Names of by-products.
+WIRE = "wire/needed"
+TWICE = "clusters twice"
+PEAK = "peak MiB"
+CPU = "CPU s/GiB"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """One run of one contender.
 
-    `value` is in the row's unit. `figures` are by-products in units of their own, which their names tell
-    ("CPU s/GiB"). `scaled` says that less than the row's whole work was done and the value was scaled up to it.
+    `value` is in the row's unit. `figures` are by-products in units of their own, which their names tell. `scaled` says
+    that only a part of the row's work was done; `value` is what the whole would give.
     """
 
     value: float
@@ -38,13 +42,13 @@ class Outcome:
 
 
 class Unit(enum.Enum):
-    """What a row counts; `higher_is_better` decides which way a ratio is taken."""
+    """What a row counts, and whether more of it is better."""
 
     MB_PER_SECOND = ("MB/s", True)  # 10^6 bytes
     IOPS = ("IOPS", True)
     MILLISECONDS = ("ms", False)
     SECONDS = ("s", False)
-    COUNT = ("", False)
+    PER_GIB = ("per GiB", False)
 
     def __init__(self, label: str, higher_is_better: bool) -> None:
         self.label = label
@@ -60,22 +64,23 @@ class Unit(enum.Enum):
 class Target:
     """What qedfs ought to reach.
 
-    With `against`, `bound` is a ratio to that contender: at least that many times as fast where higher is better, at
-    most that many times as long where lower is better. Without it, `bound` is a value in the row's unit.
+    With `against`, `bound` is a ratio of values, qedfs to that contender: at least where more is better, else at most.
+    With `figure`, it is the most that qedfs's by-product of that name may be. With neither, it is a value in the row's
+    unit.
     """
 
     bound: float
-    against: str | None = None
+    against: str = ""
+    figure: str = ""
 
-    def ratio(self, ours: float, theirs: float | None) -> float | None:
-        """What the bound is compared with; None if the other contender did not run."""
-        if self.against is None:
-            return ours
-        return ours / theirs if theirs else None
 
-    def met(self, unit: Unit, ratio: float) -> bool:
-        """Whether `ratio` is on the right side of the bound."""
-        return ratio >= self.bound if unit.higher_is_better else ratio <= self.bound
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A target and what was reached; `met` is None if nothing was measured to compare."""
+
+    target: Target
+    reached: float | None
+    met: bool | None
 
 
 Contender = Callable[[], Outcome]
@@ -84,21 +89,21 @@ Contenders = Mapping[str, Contender]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table. `prepare` sets up what all contenders of the row share and gives them by name."""
+    """One row of the table. `prepare` sets up what its contenders share and gives them by name."""
 
     name: str
     title: str
     unit: Unit
     prepare: Callable[[Lab], AbstractContextManager[Contenders]]
-    target: Target | None = None
+    targets: Sequence[Target] = ()
     note: str = ""
-    # Fewer where one run is long or does not wobble; None: as many as the command line says.
+    # The most runs that make sense where one is long, or does not wobble.
     runs: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """All runs of one contender in one row."""
+    """All runs of one contender in one row; `error` is what ended them early."""
 
     outcomes: Sequence[Outcome]
     error: str = ""
@@ -135,17 +140,24 @@ class RowResult:
     load_average: float
     seconds: float
 
-    def ratio(self) -> float | None:
-        """qedfs compared as the row's target says; None if it cannot be told."""
-        ours = self.results.get(QEDFS)
-        if self.row.target is None or ours is None or not ours.outcomes:
-            return None
-        other = self.results.get(self.row.target.against or "")
-        return self.row.target.ratio(ours.median, other.median if other and other.outcomes else None)
+    def verdicts(self) -> list[Verdict]:
+        """What became of each target of the row."""
+        return [self._verdict(target) for target in self.row.targets]
 
-    def met(self) -> bool | None:
-        """Whether the target is reached; None if the row has none or it cannot be told."""
-        ratio = self.ratio()
-        if ratio is None or self.row.target is None:
+    def _verdict(self, target: Target) -> Verdict:
+        reached = self._reached(target)
+        if reached is None:
+            return Verdict(target, None, None)
+        at_least = self.row.unit.higher_is_better and not target.figure
+        return Verdict(target, reached, reached >= target.bound if at_least else reached <= target.bound)
+
+    def _reached(self, target: Target) -> float | None:
+        ours = self.results.get(QEDFS)
+        if ours is None or not ours.outcomes:
             return None
-        return self.row.target.met(self.row.unit, ratio)
+        if target.figure:
+            return ours.figures().get(target.figure)
+        if not target.against:
+            return ours.median
+        other = self.results.get(target.against)
+        return ours.median / other.median if other is not None and other.outcomes and other.median else None

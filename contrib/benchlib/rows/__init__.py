@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import complete, stream
+from . import barriers, cold, complete, fresh, guest, many, sparse, stream
 
-ROWS: tuple[Row, ...] = (*stream.ROWS, *complete.ROWS)
+ROWS: tuple[Row, ...] = (
+    *stream.ROWS,
+    *cold.ROWS,
+    *complete.ROWS,
+    *fresh.ROWS,
+    *guest.ROWS,
+    *many.ROWS,
+    *barriers.ROWS,
+    *sparse.ROWS,
+)

@@ -8,7 +8,10 @@ from functools import partial
 
 from .. import ours, peers, qemu
 from ..lab import Lab
-from ..values import GIB, LIMIT, MIB, QEDFS, QEMU, Contenders, Row, Target, Unit
+from ..values import GIB, LIMIT, MIB, QEDFS, QEMU, TWICE, WIRE, Contenders, Row, Target, Unit
+
+# What a stream may cost, whatever the link.
+FRUGAL = (Target(1.01, figure=WIRE), Target(0, figure=TWICE))
 
 
 def _loopback(kind: str, target: float) -> Row:
@@ -16,8 +19,8 @@ def _loopback(kind: str, target: float) -> Row:
     def prepare(lab: Lab) -> Iterator[Contenders]:
         with lab.origin(kind, GIB) as origin:
             yield {
-                QEDFS: partial(ours.stream, lab, origin),
-                QEMU: partial(qemu.stream, lab, origin),
+                QEDFS: partial(ours.fill, lab, origin),
+                QEMU: partial(qemu.fill, lab, origin),
                 LIMIT: partial(peers.download, lab, origin, keep=True),
             }
 
@@ -26,7 +29,7 @@ def _loopback(kind: str, target: float) -> Row:
         f"stream 1 GiB, loopback, {kind.upper()}",
         Unit.MB_PER_SECOND,
         prepare,
-        Target(target, QEMU),
+        (Target(target, QEMU), *FRUGAL),
         note=f"limit: {'curl' if kind == 'http' else 'nbdcopy'} into a file, synced",
     )
 
@@ -39,8 +42,8 @@ def _long_link(kind: str, rtt_ms: int, target: float) -> Row:
         piece = lab.pick(128 * MIB, 64 * MIB) if rtt_ms < 100 else lab.pick(32 * MIB, 16 * MIB)
         with lab.origin(kind, size, rtt_ms) as origin, lab.origin(kind, piece, rtt_ms) as small:
             yield {
-                QEDFS: partial(ours.stream, lab, origin),
-                QEMU: partial(qemu.stream, lab, small, of_size=size),
+                QEDFS: partial(ours.fill, lab, origin),
+                QEMU: partial(qemu.fill, lab, small, of_size=size),
                 LIMIT: partial(peers.download, lab, origin, keep=False),
             }
 
@@ -49,7 +52,7 @@ def _long_link(kind: str, rtt_ms: int, target: float) -> Row:
         f"stream 1 GiB, {rtt_ms} ms at 1 Gbit/s, {kind.upper()}",
         Unit.MB_PER_SECOND,
         prepare,
-        Target(target, LIMIT),
+        (Target(target, LIMIT), *FRUGAL),
         note=f"limit: {'curl' if kind == 'http' else 'nbdcopy'} to nowhere",
     )
 

@@ -1,0 +1,102 @@
+"""A guest from power on to the last marker on its console, its disk 20 ms away.
+
+The guest (tests/harness/guest.py) loads its modules, mounts its ext4, verifies the files in it, writes, unmounts. Its
+processor is emulated, so it spends more time on its own than a real one would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.harness.guest import guest_disk
+
+from .. import bounded, ours, peers, qemu
+from ..lab import Lab, Origin
+from ..values import GIB, MIB, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+
+_RTT_MS = 20
+_BOOT_SECONDS = 200.0
+_GRACE_SECONDS = 20.0
+# In a process that may be left behind: an emulator that waits for a dead mount cannot be killed.
+_BOOT = """
+import sys, time
+from tests.harness.guest import boot
+began = time.monotonic()
+boot(sys.argv[1], timeout_seconds=float(sys.argv[2]))
+print(time.monotonic() - began)
+"""
+_LOCAL = "local raw file"
+_DOWNLOAD = "download first"
+
+
+def _boot(drive: str) -> float:
+    argv = [sys.executable, "-c", _BOOT, f"{drive},cache=none", str(_BOOT_SECONDS)]
+    return float(bounded.run(argv, _BOOT_SECONDS + _GRACE_SECONDS))
+
+
+def _ours(lab: Lab, origin: Origin) -> Outcome:
+    with ours.cold(lab, origin, stream=True) as (mount, image):
+        seconds = _boot(f"file={image},format=raw")
+        return Outcome(seconds, {"local at the end": mount.image()["populated"] / origin.size})
+
+
+def _qemu(lab: Lab, origin: Origin) -> Outcome:
+    with qemu.cold_overlay(lab, origin) as overlay:
+        return Outcome(_boot(f"file={overlay},format=qed,copy-on-read=on"))
+
+
+def _local(lab: Lab, disk: Path) -> Outcome:
+    copy = lab.fresh("local.raw")
+    try:
+        shutil.copyfile(disk, copy)
+        lab.settle()
+        return Outcome(_boot(f"file={copy},format=raw"))
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _download(lab: Lab, origin: Origin) -> Outcome:
+    copy = lab.fresh("download.raw")
+    try:
+        began = time.monotonic()
+        peers.copy(origin, copy)
+        seconds = time.monotonic() - began
+        return Outcome(seconds + _boot(f"file={copy},format=raw"), {"download s": seconds})
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _prepare(lab: Lab) -> Iterator[Contenders]:
+    files = lab.fresh("guest")
+    files.mkdir()
+    for number, size in enumerate((16 * MIB, 8 * MIB, MIB, MIB, 64 << 10, 4 << 10)):
+        with lab.base(64 * MIB).open("rb") as source:
+            (files / f"file{number}").write_bytes(source.read(size))
+    folder = lab.fresh("disk")
+    folder.mkdir()
+    disk = guest_disk(folder / "guest.raw", GIB, files)
+    with lab.origin("http", GIB, _RTT_MS, image=disk) as origin:
+        yield {
+            QEDFS: partial(_ours, lab, origin),
+            QEMU: partial(_qemu, lab, origin),
+            _LOCAL: partial(_local, lab, disk),
+            _DOWNLOAD: partial(_download, lab, origin),
+        }
+
+
+ROWS = (
+    Row(
+        "boot",
+        f"a guest to its last marker, disk of 1 GiB {_RTT_MS} ms away, HTTP",
+        Unit.SECONDS,
+        _prepare,
+        (Target(1.25, _LOCAL), Target(1.0, _DOWNLOAD)),
+    ),
+)
