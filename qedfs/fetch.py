@@ -27,6 +27,7 @@ from typing import Protocol
 import trio
 
 from qedfs.errors import QedfsError
+from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
 from qedfs.window import MIN_REQUEST_BYTES, Window
@@ -57,13 +58,17 @@ class Taker(Protocol):
 class Flight:
     """One request under way. `error` or the bytes are there when `arrived` is set."""
 
-    __slots__ = ("arrived", "asked", "behind", "buffer", "error", "first", "holders", "pos", "size", "takers", "urgent")
+    __slots__ = (
+        *("arrived", "asked", "behind", "buffer", "error", "first", "holders", "pos", "since", "size", "takers"),
+        "urgent",
+    )
 
-    def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, urgent: bool) -> None:
+    def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, since: float, urgent: bool) -> None:
         self.first = first
         self.pos = pos
         self.size = size  # bytes of the image that it carries, zeros behind the source's end included
         self.buffer = buffer
+        self.since = since  # when it left, by trio's clock
         self.arrived = trio.Event()
         self.error: QedfsError | None = None
         self.takers: list[Taker] = []
@@ -95,12 +100,13 @@ class Fetch:
         self.window = Window()
         self.takers: list[Taker] = []  # who may want what others fetch
         self.fetched_bytes = 0
+        self.readers = 0  # that wait for a flight
+        self.background_bytes = 0  # in flight and nobody waited for them when they left
+        self.waits = Histogram()  # of readers, from the question to the last byte or the error
         self.nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._pool: dict[int, list[bytearray]] = {}
-        self._readers = 0  # that wait for a flight
         self._quiet_since = float("-inf")
-        self._background_bytes = 0
         self._room = trio.Event()
 
     async def identity(self) -> Identity:
@@ -120,8 +126,9 @@ class Fetch:
         """
         last = (pos + len(view) - 1) // self.cluster_size
         source_size = (await self.identity()).size
+        started = trio.current_time()
         flights = self._join(first, last - first + 1, source_size, limit, taker, asked=True, urgent=True)
-        self._readers += 1
+        self.readers += 1
         try:
             done = 0
             for flight in flights:
@@ -129,8 +136,9 @@ class Fetch:
         finally:
             for flight in flights:
                 self._release(flight)
-            self._readers -= 1
+            self.readers -= 1
             self._quiet_since = trio.current_time()
+            self.waits.note(self._quiet_since - started)
             self._wake()
 
     # For the background: read-ahead and stream.
@@ -159,6 +167,10 @@ class Fetch:
         for flight in self._join(first, count, identity.size, limit, taker, asked=asked, urgent=False):
             self._release(flight)
 
+    def flights(self) -> list[Flight]:
+        """The requests under way, the oldest first."""
+        return sorted(set(self._flights.values()), key=lambda flight: flight.since)
+
     def in_flight(self, cluster: int) -> bool:
         """Whether a flight carries this cluster."""
         return cluster in self._flights
@@ -170,14 +182,14 @@ class Fetch:
 
     async def _turn(self) -> None:
         """Wait until a background request may leave."""
-        while self._background_bytes >= self._allowed():
+        while self.background_bytes >= self._allowed():
             room = self._room
             with trio.move_on_after(self._pause()):
                 await room.wait()
 
     def _allowed(self) -> int:
         """Bytes that may be in flight in the background before another request leaves."""
-        if self._readers:
+        if self.readers:
             return 1
         quiet = trio.current_time() - self._quiet_since
         trip = self.window.round_trip
@@ -193,7 +205,7 @@ class Fetch:
     @property
     def background_request_bytes(self) -> int:
         """A good size for the next background request: small while readers are about."""
-        near = self._readers or trio.current_time() - self._quiet_since < 0.5
+        near = self.readers or trio.current_time() - self._quiet_since < 0.5
         return MIN_REQUEST_BYTES if near else self.window.request_bytes
 
     # Flights.
@@ -225,14 +237,15 @@ class Fetch:
     def _start(self, first: int, count: int, source_size: int, limit: int, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
         size = min(count * self.cluster_size, limit - pos)
-        flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), urgent=urgent)
+        now = trio.current_time()
+        flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), since=now, urgent=urgent)
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
-        flight.behind = self._background_bytes
-        self.window.started(trio.current_time(), flight.behind, self.remote.received)
+        flight.behind = self.background_bytes
+        self.window.started(now, flight.behind, self.remote.received)
         if not urgent:
-            self._background_bytes += size
+            self.background_bytes += size
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         return flight
 
@@ -253,7 +266,7 @@ class Fetch:
         finally:
             flight.arrived.set()
             if not flight.urgent:
-                self._background_bytes -= flight.size
+                self.background_bytes -= flight.size
             for cluster in range(flight.first, flight.first + count):
                 del self._flights[cluster]
             self._release(flight)

@@ -1,4 +1,4 @@
-"""Serves one mount from start to stop: the nursery, the signals, the readiness, the order of stopping.
+"""Serves one mount from start to stop: the nursery, the readiness, the order of stopping.
 
 Owns the life of everything else. Order of starting: overlays are opened, then the file system is mounted, then the
 control socket listens, then `ready` is called. Order of stopping: the file system goes first, so that no request comes
@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import logging
 import os
-import signal
 import subprocess
 from collections.abc import Callable
 
@@ -25,7 +24,9 @@ from qedfs.fetch import Fetch
 from qedfs.mount import loop
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
+from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
+from qedfs.mount.signals import dump_on_signal, stop_on_signal
 from qedfs.runtime import SOCKET_NAME, mount_folder, private_folder
 from qedfs.stream.job import State
 
@@ -90,33 +91,40 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
         QedfsError: the single overlay cannot be served.
     """
     _check_mountpoint(settings)
+    notifier = Notifier()
     async with trio.open_nursery() as nursery:
+        # What runs here also runs while the overlays are being closed.
+        nursery.start_soon(notifier.watchdog)
         folder = Folder(settings.source, settings.options, nursery)
         try:
             await folder.scan()
             mount = Mount(settings, folder)
             folder.on_gone = _forget_name
-            await _serve_mounted(mount, ready)
+            nursery.start_soon(stop_on_signal, mount.quit)
+            nursery.start_soon(dump_on_signal, mount.fetches)
+            await _serve_mounted(mount, ready, notifier)
         finally:
             with trio.CancelScope(shield=True):
                 await folder.close()
         nursery.cancel_scope.cancel()
 
 
-async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None]) -> None:
+async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifier: Notifier) -> None:
     loop.install()
     _mount(mount)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
-            nursery.start_soon(_heed_signals, mount)
             nursery.start_soon(_rescan, mount)
             await nursery.start(serve_control, mount.socket, mount)
             await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
             ready(mount)
+            notifier.ready()
+            nursery.start_soon(notifier.tell_status, mount.everything)
             if mount.settings.until_streamed:
                 nursery.start_soon(_quit_when_streamed, mount)
             await mount.stopping()
+            notifier.stopping()
             nursery.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=True)
@@ -126,17 +134,6 @@ async def _answer_kernel(mount: Mount) -> None:
     """Ends when the file system has been unmounted from outside."""
     await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
     mount.quit()
-
-
-async def _heed_signals(mount: Mount) -> None:
-    """SIGTERM, SIGINT and SIGHUP stop in order; a second one at once."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async for number in signals:
-            log.info("stopping on %s", signal.Signals(number).name)
-            mount.quit()
-            break
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 async def _rescan(mount: Mount) -> None:
