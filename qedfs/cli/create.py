@@ -20,23 +20,27 @@ FORMATS = ("raw", "qcow2", "qed")
 @click.command(short_help="Make an overlay of a remote image.")
 @click.argument("overlay", type=click.Path())
 @click.option("--backing", metavar="URL", help="Where the bytes come from: http(s), nbd(s), nbd+unix or a file.")
-@click.option("--backing-format", type=click.Choice(FORMATS), default="raw", show_default=True, help="Of the backing.")
+@click.option(
+    "--backing-format",
+    type=click.Choice(FORMATS),
+    help="Of the backing. Without it: raw, and one that looks like something else is refused.",
+)
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
 @click.option(
-    "--cluster-size", type=SIZE, default=1 << 16, show_default="64K", metavar="SIZE", help="What is fetched at least."
+    "--cluster-size", type=SIZE, default="64K", show_default=True, metavar="SIZE", help="What is fetched at least."
 )
 @click.option(
     "--table-size", type=int, default=4, show_default=True, metavar="CLUSTERS", help="Clusters per table; QEMU: 2 or 4."
 )
 @click.option("--no-copy-on-read", is_flag=True, help="Mounts do not keep what readers fetch, unless told to.")
 @click.option(
-    "--source-timeout", type=DURATION, default=10.0, show_default="10s", help="How long to try to reach the backing."
+    "--source-timeout", type=DURATION, default="10s", show_default=True, help="How long to try to reach the backing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def create(
     overlay: str,
     backing: str | None,
-    backing_format: str,
+    backing_format: str | None,
     size: int | None,
     cluster_size: int,
     table_size: int,
@@ -62,7 +66,7 @@ def create(
         overlay,
         image_size=size or 0,
         backing=backing,
-        raw_backing=backing_format == "raw",
+        raw_backing=backing_format in (None, "raw"),
         cluster_size=cluster_size,
         table_size=table_size,
         copy_on_read=not no_copy_on_read,
@@ -77,7 +81,7 @@ def create(
         remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
 
 
-async def _size(location: Location, backing_format: str, timeout_seconds: float) -> int:
+async def _size(location: Location, backing_format: str | None, timeout_seconds: float) -> int:
     """Bytes of the disk in the backing. The user has typed the URL, which allows it."""
     # Imported here: libcurl takes its time.
     from qedfs.source.open import remote_source
@@ -85,9 +89,13 @@ async def _size(location: Location, backing_format: str, timeout_seconds: float)
 
     policy = Policy(() if location.path is None else (location.path,))
     async with trio.open_nursery() as nursery:
-        raw = backing_format == "raw"
         remote = remote_source(
-            location, policy, nursery, deadline_seconds=timeout_seconds, raw=raw, expected=backing_format
+            location,
+            policy,
+            nursery,
+            deadline_seconds=timeout_seconds,
+            raw=backing_format == "raw",  # said so: then whatever its first bytes are
+            expected=backing_format or "raw",
         )
         try:
             return (await remote.connect()).size
