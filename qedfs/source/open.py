@@ -74,7 +74,9 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
         await source.read(0, memoryview(head))
     found = next((name for magic, name in _MAGICS.items() if head.startswith(magic)), "raw")
     if expected is not None and found != expected:
-        raise SourceError(f"backing {location} is not a {expected} image; its first bytes say {found} (--backing-format)")
+        raise SourceError(
+            f"backing {location} is not a {expected} image; its first bytes say {found} (see --backing-format)"
+        )
     if found == "qcow2":
         return await Qcow2Source.open(source, str(location))
     if found != "raw":
