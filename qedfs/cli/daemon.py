@@ -74,7 +74,9 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
     message = json.loads(answer)
     if message["exit_code"]:
         child.wait()
-        click.echo(f"qedfs: {message['error']}", err=True)
+        # A fault that is none of the user's may have said more there.
+        hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
+        click.echo(f"qedfs: {message['error']}{hint}", err=True)
         raise click.exceptions.Exit(message["exit_code"])
     # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
     child.returncode = 0

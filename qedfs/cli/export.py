@@ -31,7 +31,7 @@ FETCHES = 8  # at once from the backing
 @click.argument("file", type=click.Path())
 @click.option("--with-backing", is_flag=True, help="Fetch what is missing, instead of refusing.")
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
-@click.option("--source-timeout", type=DURATION, default=30.0, show_default="30s", help="As for mount.")
+@click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(

@@ -17,7 +17,6 @@ from qedfs.errors import QedfsError
 log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C ended
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -31,7 +30,7 @@ def guarded(run: Callable[[], object]) -> int:
     except BrokenPipeError:
         # `qedfs status | head`: nobody reads on. What is still buffered must not raise again at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return QedfsError.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BaseException as exc:
@@ -50,7 +49,8 @@ def explain(exc: BaseException) -> tuple[str, int]:
     if isinstance(cause, OSError) and cause.strerror:
         name = f"{cause.filename}: " if cause.filename else ""
         return f"{name}{cause.strerror}", QedfsError.exit_code
-    return f"internal error: {type(cause).__name__}: {cause}", QedfsError.exit_code
+    text = " ".join(str(cause).split())
+    return f"internal error: {type(cause).__name__}: {text}", QedfsError.exit_code
 
 
 def _report(exc: BaseException) -> int:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from qedfs.control.client import Client
+from qedfs.cli.mounttable import FILESYSTEM, is_dead, mounted_type
+from qedfs.control.client import Client, NotServed
 from qedfs.errors import UsageError
 
 Image = dict[str, Any]
+
+
+def connect(mountpoint: str) -> Client:
+    """Connect to the server of the mount. Raises NotServed, with the reason where it can be told."""
+    try:
+        return Client.connect(mountpoint)
+    except NotServed as exc:
+        if mounted_type(mountpoint) != FILESYSTEM:
+            raise
+        if is_dead(mountpoint):
+            raise NotServed(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}") from exc
+        raise NotServed(
+            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or with "
+            "another XDG_RUNTIME_DIR?"
+        ) from exc
 
 
 def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:

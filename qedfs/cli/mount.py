@@ -18,6 +18,7 @@ from qedfs.cli.progress import Bars
 from qedfs.cli.values import DURATION, SIZE
 from qedfs.control.port import Mounted
 from qedfs.errors import UsageError
+from qedfs.stream.idle import Rules, parse_between, parse_delay
 
 
 class MountCommand(click.Command):
@@ -34,8 +35,10 @@ class MountArguments:
 
     source: str
     mountpoint: str
-    stream: bool
+    stream: str  # eager, idle or off
     copy_on_read: bool | None
+    stream_between: str | None
+    stream_delay: str | None
     limit: int
     until_streamed: bool
     allow_backing: tuple[str, ...]
@@ -46,22 +49,41 @@ class MountArguments:
 
     def command_line(self) -> list[str]:
         """The arguments that say the same again."""
-        words = [f"--limit={self.limit}", f"--source-timeout={self.source_timeout}"]
+        words = [f"--stream={self.stream}", f"--limit={self.limit}", f"--source-timeout={self.source_timeout}"]
         words += [f"--allow-backing={prefix}" for prefix in self.allow_backing]
         if self.copy_on_read is not None:
             words.append("--copy-on-read" if self.copy_on_read else "--no-copy-on-read")
-        if not self.stream:
-            words.append("--no-stream")
+        if self.stream_between is not None:
+            words.append(f"--stream-between={self.stream_between}")
+        if self.stream_delay is not None:
+            words.append(f"--stream-delay={self.stream_delay}")
         flags = ("until_streamed", "allow_other", "log_json", "verbose")
         words += [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         return [*words, "--", self.source, self.mountpoint]
+
+    def rules(self) -> Rules:
+        """When the streams hold off. Raises UsageError for a text that is no window or no delay."""
+        return Rules(
+            quiet=self.stream == "idle",
+            between=None if self.stream_between is None else parse_between(self.stream_between),
+            delay=(0.0, 0.0) if self.stream_delay is None else parse_delay(self.stream_delay),
+        )
 
 
 @click.command(cls=MountCommand, short_help="Serve overlays as raw files.")
 @click.argument("source", type=click.Path())
 @click.argument("mountpoint", type=click.Path())
 @click.option("--daemon", "in_background", is_flag=True, help="Return as soon as the mount serves; it goes on behind.")
-@click.option("--no-stream", "stream", flag_value=False, default=True, help="Fetch only what is read, until told else.")
+@click.option(
+    "--stream",
+    type=click.Choice(["eager", "idle", "off"]),
+    default="eager",
+    show_default=True,
+    help="When to bring in what nobody has read: at once; while guests and the machine are quiet; never.",
+)
+@click.option("--no-stream", "stream", flag_value="off", help="The same as --stream off.")
+@click.option("--stream-between", metavar="HH:MM-HH:MM", help="Stream only between these times of the day.")
+@click.option("--stream-delay", metavar="TIME[-TIME]", help="Begin to stream TIME after the start.")
 @click.option(
     "--copy-on-read/--no-copy-on-read",
     default=None,
@@ -80,8 +102,8 @@ class MountArguments:
 @click.option(
     "--source-timeout",
     type=DURATION,
-    default=30.0,
-    show_default="30s",
+    default="30s",
+    show_default=True,
     help="A read fails when the source gives nothing in this time, retries included.",
 )
 @click.option("--log-json", is_flag=True, help="Log one JSON object per line.")
@@ -93,12 +115,15 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
     disk.qed appears as MOUNTPOINT/disk.raw, and can be read and written at once. What is missing is fetched from the
     overlay's backing when it is read; meanwhile the rest streams in.
 
+    --stream-delay takes a range like 30s-2m too, of which each mount draws a moment: so a fleet does not start in step.
+
     Runs until it is unmounted (qedfs umount) or interrupted. `-o limit=20M,allow_other,...` is another way to write
     the options.
     """
     arguments = MountArguments(**_absolute(options))
-    if arguments.until_streamed and not arguments.stream:
-        raise UsageError("--until-streamed would wait for ever under --no-stream; give one of them")
+    if arguments.until_streamed and arguments.stream == "off":
+        raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
+    arguments.rules()
     if in_background:
         daemon.start(arguments.command_line(), arguments.mountpoint)
         return
@@ -137,7 +162,8 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
         source=arguments.source,
         mountpoint=arguments.mountpoint,
         options=Options(
-            stream=arguments.stream,
+            stream=arguments.stream != "off",
+            rules=arguments.rules(),
             copy_on_read=arguments.copy_on_read,
             limit=arguments.limit,
             policy=Policy(arguments.allow_backing),

@@ -1,7 +1,8 @@
-"""What is mounted where, and who keeps it busy, as the kernel says. Reads /proc and /sys, never the mount itself."""
+"""What is mounted where, whether it lives, and who keeps it busy, as the kernel says."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,16 @@ def mounted_type(mountpoint: str) -> str | None:
             if _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), left.split()[4]) == wanted:
                 found = right.split()[0]
     return found
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether the server of the mount has died."""
+    try:
+        # Not stat: the kernel would answer it from what the dead server said a moment ago.
+        os.statvfs(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
 
 
 def holders(mountpoint: str) -> list[str]:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qedfs.cli.images import connect
 from qedfs.cli.output import console, print_json, print_json_line
 from qedfs.control.client import Client, Gone
 from qedfs.units import format_seconds, format_size
@@ -24,7 +25,7 @@ WATCH_SECONDS = 1.0
 @click.option("--watch", is_flag=True, help="Go on until the mount ends or Ctrl-C.")
 def status(mountpoint: str, as_json: bool, watch: bool) -> None:
     """Show the images of the mount at MOUNTPOINT: state, how much is local, pace and remaining time."""
-    with Client.connect(mountpoint) as client:
+    with connect(mountpoint) as client:
         if watch:
             _watch(client, as_json=as_json)
             return

@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from qedfs.cli.images import fetch, named
+from qedfs.cli.images import connect, fetch, named
 from qedfs.cli.output import print_json
 from qedfs.cli.values import SIZE
-from qedfs.control.client import Client
 from qedfs.errors import UsageError
 from qedfs.units import format_size
 
@@ -24,7 +23,7 @@ def stream() -> None:
 
 def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
     """Run a command for the images that the user means; with JSON, show what became of them."""
-    with Client.connect(mountpoint) as client:
+    with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         # What cannot be served is an error where the user has named it, and none among all.
         for found in chosen if image is not None else [found for found in chosen if found["state"] != "broken"]:
@@ -98,7 +97,7 @@ def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None
 
     For managers that own the pace: mount with --no-stream, then step at the `next` of the step before until it is null.
     """
-    with Client.connect(mountpoint) as client:
+    with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         if len(chosen) != 1:
             raise UsageError(f"{mountpoint}: has {len(chosen)} images; name the one to step")

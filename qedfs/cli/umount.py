@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 
 import click
 
-from qedfs.cli.mounttable import FILESYSTEM, MOST_HOLDERS, holders, mounted_type
+from qedfs.cli.mounttable import FILESYSTEM, MOST_HOLDERS, holders, is_dead, mounted_type
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, UsageError
 
@@ -51,7 +50,7 @@ def _unmount(mountpoint: str) -> None:
     # Imported here: pyfuse3 takes its time.
     from qedfs.mount.daemon import unmount
 
-    done = unmount(mountpoint, lazy=_is_dead(mountpoint))
+    done = unmount(mountpoint, lazy=is_dead(mountpoint))
     if done.returncode == 0:
         return
     if "busy" in done.stderr.lower():
@@ -69,14 +68,6 @@ def _wait_for_end(client: Client, process: int | None) -> None:
             client.event(60.0)
     except Gone:
         return
-
-
-def _is_dead(mountpoint: str) -> bool:
-    try:
-        os.stat(mountpoint)
-    except OSError as exc:
-        return exc.errno == errno.ENOTCONN
-    return False
 
 
 def _by_whom(mountpoint: str) -> str:

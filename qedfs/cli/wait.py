@@ -9,7 +9,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn
 
 from qedfs.cli.goal import Goal, parse_goal
-from qedfs.cli.images import Image, fetch
+from qedfs.cli.images import Image, connect, fetch
 from qedfs.cli.output import console, remark
 from qedfs.cli.values import DURATION
 from qedfs.control.client import Client, Gone
@@ -45,7 +45,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str) -
     """
     waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
     try:
-        with Client.connect(mountpoint) as client:
+        with connect(mountpoint) as client:
             waiting.run(client)
     except Gone as exc:
         # --until-streamed: the mount is over as soon as there is nothing left to wait for.

@@ -5,6 +5,7 @@ Owns the socket file and the list of clients. Must not know what commands there 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -98,9 +99,11 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 
 def _remove(path: Path, mark: tuple[int, int] | None) -> None:
-    """Remove our socket; another mount may have taken its place meanwhile."""
+    """Remove our socket, and its folder if nothing else is in it; another mount may have taken its place meanwhile."""
     if _mark(path) == mark:
         path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 def _listen(path: Path) -> trio.socket.SocketType:
