@@ -4,6 +4,10 @@ Owns the rules and their measurements. The 2010 proposal left open who detects t
 sees its own requests only. The kernel now tells how long tasks of the whole system have waited for I/O or a processor
 (pressure stall information, Documentation/accounting/psi.rst), so load from another machine's disk on the same host
 counts too. What our own barriers add to that figure is taken off.
+
+The I/O class of our threads (ioprio_set(2)) is left as it is. Streamed data is written into the page cache, and the
+kernel's own threads bring it to the disk, in their class. What our threads wait for are barriers; a guest's flush
+waits for the same ones, so a barrier in the idle class would hold back the very guests that the class should protect.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from qedfs.units import format_seconds, parse_seconds
 
 GRACE_SECONDS = 2.0  # without a read or write before a guest counts as quiet (stargz-snapshotter waits 5 s)
 LOOK_SECONDS = 0.5
+STALE_SECONDS = 5.0  # a figure of a longer time says little about now
 IO_SHARE = 0.10  # of the time in which some task waited for I/O, beyond which the disk is busy
 CPU_SHARE = 0.60  # likewise for a processor; one of two tasks waiting half of the time is common on small machines
 
@@ -71,12 +76,17 @@ class Pressure:
         self._busy = ""
 
     def busy(self) -> str:
-        """What the machine is busy with, "" if it is quiet; measured anew at most every LOOK_SECONDS."""
+        """What the machine is busy with, "" if it is quiet; measured anew at most every LOOK_SECONDS.
+
+        The figures are sums since boot, so the first look tells nothing yet: a stream that went ahead on it could have
+        brought in gigabytes before the second one.
+        """
         now = trio.current_time()
-        if self._looked_at is None or now - self._looked_at >= LOOK_SECONDS:
+        seconds = now - self._looked_at if self._looked_at is not None else float("inf")
+        if seconds >= LOOK_SECONDS:
             totals, own = {kind: self._total(kind) for kind in ("io", "cpu")}, self._own_waits()
-            if self._looked_at is not None:
-                self._busy = self._judge(totals, own, now - self._looked_at)
+            known = seconds < STALE_SECONDS
+            self._busy = self._judge(totals, own, seconds) if known else "looks how busy the machine is"
             self._looked_at, self._totals, self._own = now, totals, own
         return self._busy
 
@@ -129,7 +139,9 @@ class Idle:
             return f"outside its hours, until {start // 60:02}:{start % 60:02}"
         if not self.rules.quiet:
             return ""
-        return self._reader() or self._pressure.busy()
+        # Also measured while a reader is about, so that the figure is fresh when it has gone.
+        busy = self._pressure.busy()
+        return self._reader() or busy
 
     def _inside(self, window: tuple[int, int]) -> bool:
         now = self._clock()

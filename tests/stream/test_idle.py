@@ -14,6 +14,8 @@ from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 
+FIRST_LOOK = "looks how busy the machine is"
+
 
 class Machine:
     """Pressure files that a test writes."""
@@ -52,7 +54,7 @@ async def test_load_of_the_machine_holds_it_off_until_it_ends(
     machine: Machine, kind: str, word: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     idle = Idle(Rules(quiet=True), machine.pressure(), lambda: 0)
-    assert idle.reason() == ""
+    assert idle.reason() == FIRST_LOOK
     await trio.sleep(1)
     machine.wait(0.8, kind)
     assert word in idle.reason()
@@ -63,7 +65,7 @@ async def test_load_of_the_machine_holds_it_off_until_it_ends(
 
 async def test_our_own_barriers_are_no_load(machine: Machine, autojump_clock: trio.testing.MockClock) -> None:
     idle = Idle(Rules(quiet=True), machine.pressure(), lambda: 0)
-    assert idle.reason() == ""
+    assert idle.reason() == FIRST_LOOK
     await trio.sleep(1)
     machine.wait(0.6, "io")
     machine.own += 0.6
@@ -74,6 +76,17 @@ async def test_a_kernel_without_pressure_figures_is_quiet(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     idle = Idle(Rules(quiet=True), Pressure(lambda: 0.0, folder=tmp_path / "none"), lambda: 0)
+    idle.reason()
+    await trio.sleep(1)
+    assert idle.reason() == ""
+
+
+async def test_a_look_of_long_ago_is_no_measurement(machine: Machine, autojump_clock: trio.testing.MockClock) -> None:
+    idle = Idle(Rules(quiet=True), machine.pressure(), lambda: 0)
+    idle.reason()
+    await trio.sleep(3600)
+    machine.wait(3, "io")
+    assert idle.reason() == FIRST_LOOK
     await trio.sleep(1)
     assert idle.reason() == ""
 
@@ -83,6 +96,8 @@ async def test_a_reader_holds_it_off_for_the_grace_time(
 ) -> None:
     activity = 0
     idle = Idle(Rules(quiet=True), machine.pressure(), lambda: activity)
+    idle.reason()
+    await trio.sleep(1)
     assert idle.reason() == ""
     activity += 4096
     assert "reading" in idle.reason()
