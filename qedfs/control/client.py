@@ -99,16 +99,23 @@ class Client:
             self._socket.sendall(json.dumps(request).encode())
         except OSError as exc:
             raise Gone("the mount has ended") from exc
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while True:
-            message = self._receive_line(deadline)
-            if "event" in message:
-                self._events.append(message)
-            elif message.get("id") == self._next_id:
-                break
+        message = self._answer(self._next_id)
         if "error" in message:
             raise error_of(message["error"].get("x-qedfs-exit-code"), message["error"]["desc"])
         return message["return"]
+
+    def _answer(self, request_id: int) -> dict[str, Any]:
+        """The answer to a request; events on the way are kept."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                message = self._receive_line(deadline)
+            except TimeoutError as exc:
+                raise TimedOut(f"the server of the mount has given no answer for {ANSWER_SECONDS:g} s") from exc
+            if "event" in message:
+                self._events.append(message)
+            elif message.get("id") == request_id:
+                return message
 
     def event(self, timeout_seconds: float) -> dict[str, Any] | None:
         """The next event, or None if there was none in this time. Raises Gone."""
@@ -148,7 +155,6 @@ class Client:
         del self._buffer[: end + 1]
         message: dict[str, Any] = json.loads(line)
         return message
-
 
 
 def error_of(exit_code: int | None, text: str) -> QedfsError:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ..harness.images import random_image
+from ..harness.mounts import qedfs
 from ..harness.servers import Nginx, nginx
 
 SIZE = 4 << 20
@@ -42,4 +43,12 @@ def mountpoint(tmp_path: Path) -> Path:
     """A folder to mount on."""
     path = tmp_path / "mnt"
     path.mkdir()
+    return path
+
+
+@pytest.fixture
+def overlay(web: Nginx, folder: Path) -> Path:
+    """An empty overlay of /disk.img."""
+    path = folder / "disk.qed"
+    qedfs("create", path, "--backing", f"{web.url}/disk.img")
     return path

@@ -1,0 +1,58 @@
+"""Mounts in the background, and what the kernel and the control socket say of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qedfs.control.client import Client
+from qedfs.runtime import mount_folder
+
+from ..harness.mounts import qedfs
+
+QEDFS = [sys.executable, "-m", "qedfs"]
+SLOW = ("--limit", "512K")
+
+
+@contextlib.contextmanager
+def daemon(source: Path, mountpoint: Path, *options: str) -> Iterator[None]:
+    """A mount in the background that ends with the block, whatever happened."""
+    qedfs("mount", source, mountpoint, "--daemon", *options)
+    try:
+        yield
+    finally:
+        if in_mount_table(mountpoint):
+            subprocess.run(["umount", "--lazy", mountpoint], check=False)
+
+
+def in_mount_table(mountpoint: Path) -> bool:
+    return f" {mountpoint} " in Path("/proc/self/mountinfo").read_text()
+
+
+def image(mountpoint: Path) -> dict[str, Any]:
+    (found,) = json.loads(qedfs("status", mountpoint, "--json").stdout)["images"]
+    return dict(found)
+
+
+def server_pid(mountpoint: Path) -> int:
+    with Client.connect(str(mountpoint)) as client:
+        return client.server_pid
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process has not ended; a zombie that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def connections(mountpoint: Path) -> int:
+    """Clients that are connected to the control socket: rows of the kernel's table beside the listening one."""
+    name = str(mount_folder(str(mountpoint)) / "control.sock")
+    return sum(row.endswith(name) for row in Path("/proc/net/unix").read_text().splitlines()) - 1

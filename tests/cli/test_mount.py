@@ -1,0 +1,171 @@
+"""`qedfs mount`: in the foreground, as a daemon, with every way to write its options."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+from qedfs.overlay.create import create_overlay
+from qedfs.runtime import mount_folder
+
+from ..harness.images import first_difference, random_image
+from ..harness.mounts import is_mounted, mounted, qedfs
+from ..harness.process import free_port, wait_for
+from ..harness.servers import Nginx
+from .conftest import SIZE
+from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
+
+def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
+    with daemon(folder, mountpoint):
+        assert first_difference(mountpoint / "disk.raw", disk) is None
+        pid = server_pid(mountpoint)
+        assert os.getsid(pid) == pid
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+        assert os.readlink(f"/proc/{pid}/fd/2") == str(mount_folder(str(mountpoint)) / "log")
+        qedfs("umount", mountpoint)
+        assert not is_running(pid)
+        assert not in_mount_table(mountpoint)
+
+
+def test_daemon_reports_why_it_does_not_serve(overlay: Path, folder: Path, mountpoint: Path, tmp_path: Path) -> None:
+    (folder / "text.qed").write_text("no overlay")
+    local = folder / "local.qed"
+    random_image(tmp_path / "base.raw", 4096)
+    qedfs("create", local, "--backing", tmp_path / "base.raw")
+    for source, target, exit_code in [
+        (folder / "nope.qed", mountpoint, 2),
+        (folder / "text.qed", mountpoint, 3),
+        (local, mountpoint, 9),
+        (overlay, tmp_path / "nowhere", 2),
+        (folder, folder, 2),
+    ]:
+        done = qedfs("mount", source, target, "--daemon", check=False)
+        assert (done.returncode, done.stdout) == (exit_code, "")
+        assert re.fullmatch(r"qedfs: [^\n]+\n", done.stderr), done.stderr
+        assert not in_mount_table(target)
+
+
+def test_two_mounts_do_not_share_a_place_or_an_overlay(overlay: Path, mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with daemon(overlay, mountpoint):
+        assert qedfs("mount", overlay, mountpoint, "--daemon", check=False).returncode == 8
+        assert qedfs("mount", overlay, tmp_path / "other", "--daemon", check=False).returncode == 8
+        assert image(mountpoint)["name"] == "disk.raw"
+        qedfs("umount", mountpoint)
+
+
+def test_wrong_options(overlay: Path, mountpoint: Path) -> None:
+    for options in (
+        ["--until-streamed", "--no-stream"],
+        ["--limit", "fast"],
+        ["--stream-between", "noon"],
+        ["--stream-delay", "5m-1m"],
+        ["-o", "limit=20M,nonsense=1"],
+    ):
+        done = qedfs("mount", overlay, mountpoint, "--daemon", *options, check=False)
+        assert done.returncode == 2, options
+        assert "Traceback" not in done.stderr
+
+
+def test_options_of_fstab(overlay: Path, mountpoint: Path) -> None:
+    with daemon(overlay, mountpoint, "-o", "rw,nofail,x-systemd.automount,limit=1M,no_stream,no-copy-on-read"):
+        found = image(mountpoint)
+        assert (found["state"], found["limit"], found["copy_on_read"]) == ("off", 1 << 20, False)
+        qedfs("umount", mountpoint)
+
+
+def test_stream_rules(overlay: Path, mountpoint: Path) -> None:
+    with daemon(overlay, mountpoint, "--stream-delay", "1h"):
+        found = image(mountpoint)
+        assert found["state"] in ("off", "waiting")
+        wait_for(lambda: "starts in" in (image(mountpoint)["reason"] or ""), "the reason")
+        assert "starts in" in qedfs("status", mountpoint).stdout
+        qedfs("umount", mountpoint)
+
+
+def test_interrupted_mount_ends_in_order(overlay: Path, mountpoint: Path) -> None:
+    with mounted(overlay, mountpoint) as mount:
+        mount.wait()
+        os.kill(mount.pid, signal.SIGINT)
+        assert mount.wait_exit() == 0
+        assert not is_mounted(mountpoint)
+        assert "Traceback" not in mount.output()
+
+
+def test_log_as_json(overlay: Path, mountpoint: Path) -> None:
+    with mounted(overlay, mountpoint, "--log-json") as mount:
+        mount.wait()
+        mount.unmount()
+        lines = [json.loads(line) for line in mount.output().splitlines()]
+    assert any("complete" in line["message"] for line in lines)
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+
+
+def on_a_terminal(*words: str | Path, seconds: float) -> str:
+    """What a command draws on a terminal of 80 columns; it is interrupted after `seconds` if it has not ended."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    child = subprocess.Popen([*QEDFS, *words], stdin=follower, stdout=follower, stderr=follower, env=env)
+    os.close(follower)
+    drawn = b""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while data := os.read(leader, 65536):
+            drawn += data
+            if time.monotonic() > end:
+                child.send_signal(signal.SIGINT)
+                end = float("inf")
+    child.wait(20)
+    os.close(leader)
+    return drawn.decode()
+
+
+def test_bars_on_a_terminal(overlay: Path, mountpoint: Path) -> None:
+    drawn = on_a_terminal("mount", overlay, mountpoint, "--limit", "1M", seconds=2.0)
+    assert "disk.raw" in drawn
+    assert re.search(r"\d+%", drawn)
+    assert "iB/s" in drawn
+    assert "Traceback" not in drawn
+
+
+def test_many_images_share_one_bar(folder: Path, mountpoint: Path) -> None:
+    for number in range(11):
+        create_overlay(str(folder / f"{number}.qed"), image_size=1 << 20, backing=None)
+    drawn = on_a_terminal("mount", folder, mountpoint, seconds=1.0)
+    assert "11 of 11 complete" in drawn
+    assert "10.raw" not in drawn
+
+
+# secrets
+
+
+def test_no_secret_is_shown(web: Nginx, folder: Path, mountpoint: Path) -> None:
+    url = f"{web.url}/disk.img?sig=geheim".replace("http://", "http://user:geheim@")
+    qedfs("create", folder / "disk.qed", "--backing", url, "--size", str(SIZE))
+    gone = f"http://user:geheim@127.0.0.1:{free_port()}/x?sig=geheim"
+    qedfs("create", folder / "gone.qed", "--backing", gone, "--size", "1M")
+    with daemon(folder, mountpoint, "--verbose", "--source-timeout", "300ms"):
+        qedfs("wait", mountpoint, "disk", "--timeout", "50s")
+        wait_for(lambda: "geheim" not in _shown(mountpoint) and "127.0.0.1" in _shown(mountpoint), "a trouble")
+        shown = _shown(mountpoint)
+        pid = server_pid(mountpoint)
+        shown += Path(f"/proc/{pid}/cmdline").read_text() + Path("/proc/self/mounts").read_text()
+        qedfs("umount", mountpoint)
+    assert "geheim" not in shown
+
+
+def _shown(mountpoint: Path) -> str:
+    status = qedfs("status", mountpoint).stdout + qedfs("status", mountpoint, "--json").stdout
+    return status + (mount_folder(str(mountpoint)) / "log").read_text()
