@@ -25,6 +25,7 @@ from ..harness.servers import Nginx
 from .conftest import SIZE
 from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
 
+
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
     with daemon(folder, mountpoint):
         assert first_difference(mountpoint / "disk.raw", disk) is None
