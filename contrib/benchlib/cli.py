@@ -32,6 +32,7 @@ def main() -> None:
     runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     # An orderly end on SIGTERM as well: mounts and servers are taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.nice(options.nice)
     machine.mount_fusectl()
     facts = machine.describe(options.folder)
     print("\n".join(f"{name:<20} {fact}" for name, fact in facts.items()), flush=True)
@@ -85,5 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="work folder, on the disk to measure")
+    parser.add_argument(
+        "--nice", type=int, default=0, metavar="N", help="for all contenders, on a machine that is shared"
+    )
     parser.add_argument("--verbose", action="store_true", help="tell each run as it ends")
     return parser

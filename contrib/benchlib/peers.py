@@ -22,30 +22,45 @@ from .values import Outcome
 COPY_SECONDS = 300.0
 _COMMAND_SECONDS = 10.0
 _SMALL_SIZE = 4096
+_RANGES = 8
 
 
-def copy(origin: Origin, target: Path | None) -> None:
-    """The image in one go with curl or nbdcopy, into a file, or to nowhere, which leaves only the link."""
+def copy(origin: Origin, target: Path) -> None:
+    """The image into a file in one go, with curl or nbdcopy."""
     if origin.http:
-        argv = [require("curl"), "--silent", "--fail", "--output", str(target or "/dev/null"), origin.url]
+        argv = [require("curl"), "--silent", "--fail", "--output", str(target), origin.url]
     else:
-        argv = [require("nbdcopy"), origin.url, str(target or "null:")]
+        argv = [require("nbdcopy"), origin.url, str(target)]
     bounded.run(argv, COPY_SECONDS)
 
 
-def download(lab: Lab, origin: Origin, *, keep: bool) -> Outcome:
-    """The rate of such a copy; one that is kept is on the disk in the end."""
+def download(lab: Lab, origin: Origin) -> Outcome:
+    """The rate of such a copy until it is on the disk."""
     lab.settle()
-    target = lab.fresh("copy.raw") if keep else None
+    target = lab.fresh("copy.raw")
     try:
         began = time.monotonic()
         copy(origin, target)
-        if target is not None:
-            _sync(target)
+        _sync(target)
         return Outcome(origin.size / (time.monotonic() - began) / 1e6)
     finally:
-        if target is not None:
-            target.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+
+
+def link_rate(lab: Lab, origin: Origin) -> Outcome:
+    """What the link carries when the bytes go nowhere: curl with several ranges at once, or nbdcopy."""
+    lab.settle()
+    argv = [require("nbdcopy"), origin.url, "null:"]
+    if origin.http:
+        # One connection holds 8 MiB under way, which at 200 ms is a third of the link.
+        argv = [require("curl"), "--silent", "--fail", "--parallel"]
+        part = origin.size // _RANGES
+        for pos in range(0, origin.size, part):
+            argv += ["--next"] if pos else []
+            argv += ["--range", f"{pos}-{pos + part - 1}", "--output", "/dev/null", origin.url]
+    began = time.monotonic()
+    bounded.run(argv, COPY_SECONDS)
+    return Outcome(origin.size / (time.monotonic() - began) / 1e6)
 
 
 def round_trips(origin: Origin, seconds: float) -> Outcome:

@@ -54,7 +54,7 @@ def _in_order(kind: str) -> Row:
                 QEDFS: partial(_dd, lab, _ours, origin, size),
                 QEMU: partial(_dd, lab, _qemu, small, size),
                 NBDKIT: partial(_dd, lab, peers.copying, small, size),
-                LIMIT: partial(peers.download, lab, origin, keep=False),
+                LIMIT: partial(peers.link_rate, lab, origin),
             }
 
     return Row(

@@ -47,17 +47,20 @@ def _row(name: str, title: str, target: float, job: fio.Job) -> Row:
 @contextlib.contextmanager
 def _filled(lab: Lab) -> Iterator[tuple[Path, Path, Path]]:
     """Two equal complete overlays and a raw file with the same bytes, in the page cache and on the disk."""
-    one, other, plain = lab.fresh("full.qed"), lab.fresh("full.qed"), lab.fresh("full.raw")
-    argv = [require("qemu-img"), "convert", "-f", "raw", "-O", "qed", str(lab.base(GIB)), str(one)]
+    filled = lab.fresh("full.qed")
+    copies = lab.fresh("full.qed"), lab.fresh("full.qed"), lab.fresh("full.raw")
+    argv = [require("qemu-img"), "convert", "-f", "raw", "-O", "qed", str(lab.base(GIB)), str(filled)]
     try:
         subprocess.run(argv, check=True, timeout=_COPY_SECONDS)
-        shutil.copyfile(one, other)
-        shutil.copyfile(lab.base(GIB), plain)
+        # All three are written in the same way: the size of the page cache's folios depends on it, and with that, on
+        # newer kernels, what a small write costs.
+        for source, copy in zip((filled, filled, lab.base(GIB)), copies, strict=True):
+            shutil.copyfile(source, copy)
         lab.settle()
-        subprocess.run(["cat", one, other, plain], check=True, stdout=subprocess.DEVNULL, timeout=_COPY_SECONDS)
-        yield one, other, plain
+        subprocess.run(["cat", *copies], check=True, stdout=subprocess.DEVNULL, timeout=_COPY_SECONDS)
+        yield copies
     finally:
-        for path in (one, other, plain):
+        for path in (filled, *copies):
             path.unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .. import ours, peers, qemu
-from ..lab import Lab
+from ..lab import RATE_BYTES, Lab
 from ..values import GIB, LIMIT, MIB, QEDFS, QEMU, TWICE, WIRE, Contenders, Row, Target, Unit
 
 # What a stream may cost, whatever the link.
@@ -21,7 +21,7 @@ def _loopback(kind: str, target: float) -> Row:
             yield {
                 QEDFS: partial(ours.fill, lab, origin),
                 QEMU: partial(qemu.fill, lab, origin),
-                LIMIT: partial(peers.download, lab, origin, keep=True),
+                LIMIT: partial(peers.download, lab, origin),
             }
 
     return Row(
@@ -44,7 +44,7 @@ def _long_link(kind: str, rtt_ms: int, target: float) -> Row:
             yield {
                 QEDFS: partial(ours.fill, lab, origin),
                 QEMU: partial(qemu.fill, lab, small, of_size=size),
-                LIMIT: partial(peers.download, lab, origin, keep=False),
+                LIMIT: partial(peers.link_rate, lab, origin),
             }
 
     return Row(
@@ -53,7 +53,8 @@ def _long_link(kind: str, rtt_ms: int, target: float) -> Row:
         Unit.MB_PER_SECOND,
         prepare,
         (Target(target, LIMIT), *FRUGAL),
-        note=f"limit: {'curl' if kind == 'http' else 'nbdcopy'} to nowhere",
+        note=f"limit: {'curl, eight ranges at once,' if kind == 'http' else 'nbdcopy'} to nowhere; "
+        f"the link carries {RATE_BYTES / 1e6:g} MB/s",
     )
 
 
