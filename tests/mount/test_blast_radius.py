@@ -21,7 +21,7 @@ from .support import MIB, create, opened, origin, read_direct
 
 READERS = 200
 SIZE = 32 * MIB
-DEADLINE_SECONDS = 5.0
+DEADLINE_SECONDS = 3.0
 # Opens the image and reads at a place of its own from READERS threads; says when all of them are under way.
 READ_MANY = f"""
 import mmap, os, sys, threading

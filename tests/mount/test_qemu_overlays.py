@@ -16,7 +16,10 @@ from tests.harness.require import require
 from .support import MIB, Writer, assert_same, assert_whole, create, mounted_over, opened, origin
 
 # QEMU itself damages overlays with tables of 8 and 16 clusters, opens none with 1, and makes none of larger clusters.
-GEOMETRIES = [("4k", 2), ("4k", 4), ("64k", 2), ("64k", 4), ("1M", 4), ("2M", 4), ("4M", 2)]
+GEOMETRIES = [
+    *[("4k", 2), ("64k", 4), ("2M", 4)],
+    *[pytest.param(*more, marks=pytest.mark.slow) for more in (("4k", 4), ("64k", 2), ("1M", 4), ("4M", 2))],
+]
 SIZE = 6 * MIB + 512  # ends inside a cluster of every size
 
 
@@ -71,7 +74,7 @@ def test_back_and_forth(tmp_path: Path, cluster_size: str, table_size: int) -> N
     assert_whole(overlay, model)
 
 
-@pytest.mark.parametrize("cluster_size", ["4K", "64K", "2M"])
+@pytest.mark.parametrize("cluster_size", ["4K", "2M"])
 def test_qemu_reads_what_qedfs_has_half_filled(tmp_path: Path, cluster_size: str) -> None:
     """Over HTTP, so that QEMU's own client reads the rest."""
     with origin(tmp_path, SIZE) as source:
