@@ -16,6 +16,7 @@ from qedfs.cli.mountoptions import expand
 from qedfs.cli.output import console
 from qedfs.cli.progress import Bars
 from qedfs.cli.values import DURATION, SIZE
+from qedfs.control.metricsserver import parse_address
 from qedfs.control.port import Mounted
 from qedfs.errors import UsageError
 from qedfs.stream.idle import Rules, parse_between, parse_delay
@@ -43,6 +44,7 @@ class MountArguments:
     until_streamed: bool
     allow_backing: tuple[str, ...]
     allow_other: bool
+    metrics: str | None
     source_timeout: float
     log_json: bool
     verbose: bool
@@ -57,6 +59,8 @@ class MountArguments:
             words.append(f"--stream-between={self.stream_between}")
         if self.stream_delay is not None:
             words.append(f"--stream-delay={self.stream_delay}")
+        if self.metrics is not None:
+            words.append(f"--metrics={self.metrics}")
         flags = ("until_streamed", "allow_other", "log_json", "verbose")
         words += [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         return [*words, "--", self.source, self.mountpoint]
@@ -106,6 +110,11 @@ class MountArguments:
     show_default=True,
     help="A read fails when the source gives nothing in this time, retries included.",
 )
+@click.option(
+    "--metrics",
+    metavar="[ADDRESS:]PORT|unix:PATH",
+    help="Serve Prometheus metrics there, under /metrics; without an address, to this machine only.",
+)
 @click.option("--log-json", is_flag=True, help="Log one JSON object per line.")
 @click.option("--verbose", is_flag=True, help="Log more.")
 @click.option("--ready-fd", type=int, hidden=True)
@@ -141,7 +150,8 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
     places = {name: os.path.abspath(options[name]) for name in ("source", "mountpoint")}
-    return {**options, **places, "allow_backing": prefixes}
+    metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
+    return {**options, **places, "allow_backing": prefixes, "metrics": metrics}
 
 
 def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
@@ -172,6 +182,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
         ),
         allow_other=arguments.allow_other,
         until_streamed=arguments.until_streamed,
+        metrics=None if arguments.metrics is None else parse_address(arguments.metrics),
     )
     async with trio.open_nursery() as nursery:
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
+from qedfs.control.metricsserver import Address, serve_metrics
 from qedfs.control.port import Mounted
 from qedfs.control.server import serve_control
 from qedfs.errors import InUse, QedfsError, UsageError
@@ -48,6 +49,7 @@ class Settings:
     options: Options
     allow_other: bool = False
     until_streamed: bool = False
+    metrics: Address | None = None
 
 
 class Mount:
@@ -59,6 +61,7 @@ class Mount:
         self.mountpoint = os.path.realpath(settings.mountpoint)
         self.socket = private_folder(mount_folder(self.mountpoint)) / SOCKET_NAME
         self.folder = folder
+        self.failure: QedfsError | None = None  # why --until-streamed gave up on an overlay
         self._quit = trio.Event()
 
     def everything(self) -> list[Served]:
@@ -88,7 +91,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
     Raises:
         UsageError: the source or the mountpoint is not there or not usable.
         InUse: the mountpoint or the single overlay is busy.
-        QedfsError: the single overlay cannot be served.
+        QedfsError: the single overlay cannot be served, or with `until_streamed` an overlay that cannot complete.
     """
     _check_mountpoint(settings)
     notifier = Notifier()
@@ -107,6 +110,8 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
             with trio.CancelScope(shield=True):
                 await folder.close()
         nursery.cancel_scope.cancel()
+    if mount.failure is not None:
+        raise mount.failure
 
 
 async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifier: Notifier) -> None:
@@ -117,6 +122,8 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
             await nursery.start(serve_control, mount.socket, mount)
+            if mount.settings.metrics is not None:
+                await nursery.start(serve_metrics, mount.settings.metrics, mount)
             await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
             ready(mount)
             notifier.ready()
@@ -147,12 +154,14 @@ async def _rescan(mount: Mount) -> None:
 
 
 async def _quit_when_streamed(mount: Mount) -> None:
-    """Stop once every overlay is complete and nobody has an image open."""
+    """Stop once no stream has anything left to do and nobody has an image open; remembers what has failed for good."""
+    done = (State.COMPLETE, State.FAILED, State.SOURCE_CHANGED)
     while True:
-        jobs = [served.job for served in mount.folder.images()]
-        if all(job is not None and job.state is State.COMPLETE for job in jobs) and not any(
-            served.opens for served in mount.folder.images()
-        ):
+        served = mount.folder.everything()
+        jobs = [one.job for one in served if one.job is not None]
+        if all(job.state in done for job in jobs) and not any(one.opens for one in served):
+            failures = [one.error for one in served if one.image is None] + [job.error for job in jobs]
+            mount.failure = next((error for error in failures if error is not None), None)
             mount.quit()
             return
         await trio.sleep(0.1)
@@ -168,7 +177,7 @@ def _mount(mount: Mount) -> None:
         pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
     except RuntimeError as exc:
         hint = "; is user_allow_other set in /etc/fuse.conf?" if mount.settings.allow_other and os.getuid() else ""
-        raise QedfsError(f"cannot mount on {mount.mountpoint}{hint}: see the line above") from exc
+        raise QedfsError(f"cannot mount on {mount.mountpoint}: libfuse says why on standard error{hint}") from exc
 
 
 def _forget_name(served: Served) -> None:

@@ -1,0 +1,250 @@
+"""Metrics of a real mount: what a scrape gets, that it agrees with `status`, and what bad clients get."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from qedfs.control.metrics import STATES
+from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address
+from qedfs.errors import UsageError
+from qedfs.histogram import BOUNDS
+from tests.harness.mounts import Mount, mounted, qedfs
+from tests.harness.process import free_port, wait_for
+from tests.harness.require import require
+from tests.mount.support import MIB, create, origin
+
+SIZE = 8 * MIB
+DASHBOARD = Path(__file__).parents[2] / "contrib" / "grafana-qedfs.json"
+
+Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class Scraped:
+    """A mount of two overlays and a broken one that serves its metrics at a TCP port."""
+
+    def __init__(self, mount: Mount, address: tuple[str, int], url: str) -> None:
+        self.mount = mount
+        self.address = address
+        self.url = url  # of the source
+
+    def scrape(self) -> str:
+        answer = _exchange(self.address, b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4")
+        assert f"Content-Length: {len(body)}".encode() in head
+        return body.decode()
+
+    def samples(self) -> Samples:
+        return _samples(self.scrape())
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+    folder = tmp_path_factory.mktemp("metrics")
+    (folder / "overlays").mkdir()
+    with origin(folder, SIZE) as source:
+        create(folder / "overlays" / "one.qed", source.url)
+        create(folder / "overlays" / "two.qed", source.url, "--cluster-size", "4K")
+        (folder / "overlays" / "broken.qed").write_bytes(b"no overlay" * 100)
+        port = free_port()
+        with mounted(folder / "overlays", folder / "mnt", "--no-stream", "--metrics", str(port)) as mount:
+            wait_for(lambda: f"metrics at 127.0.0.1:{port}" in mount.output(), "the metrics")
+            yield Scraped(mount, ("127.0.0.1", port), source.url)
+
+
+def test_the_figures_agree_with_status(scraped: Scraped) -> None:
+    with scraped.mount.path("one.raw").open("r+b") as image:
+        image.write(b"written")
+        os.fsync(image.fileno())
+        image.seek(MIB)
+        image.read(200_000)
+    qedfs("stream", "step", scraped.mount.mountpoint, "one.raw")
+    status, samples = scraped.mount.status(), scraped.samples()
+    for image in status["images"]:
+        name = (("image", image["name"]),)
+        for state in STATES:
+            expected = 1.0 if state == image["state"] else 0.0
+            assert samples["qedfs_image_state", (*name, ("state", state))] == expected
+        if image["state"] == "broken":
+            assert ("qedfs_image_size_bytes", name) not in samples
+            continue
+        assert samples["qedfs_image_size_bytes", name] == image["total"] == SIZE
+        for metric, key in (("populated_bytes", "populated"), ("disk_usage_bytes", "disk_usage")):
+            assert samples[f"qedfs_image_{metric}", name] == image[key]
+        for counter in ("read", "written", "missed"):
+            assert samples[f"qedfs_image_{counter}_bytes_total", name] == image["counters"][counter]
+        for cause, counter in (("reader", "kept_asked"), ("stream", "kept_stream")):
+            sample = samples["qedfs_image_kept_bytes_total", (("cause", cause), *name)]
+            assert sample == image["counters"][counter]
+    one = (("image", "one.raw"),)
+    assert samples["qedfs_image_written_bytes_total", one] == len(b"written")
+    assert samples["qedfs_image_barriers_total", one] >= 1
+    assert samples["qedfs_image_kept_bytes_total", (("cause", "reader"), *one)] >= 200_000
+
+
+def test_two_queues_for_one_source_are_one_series(scraped: Scraped) -> None:
+    for name in ("one.raw", "two.raw"):
+        with scraped.mount.path(name).open("rb") as image:
+            image.seek(4 * MIB)
+            image.read(4096)
+    status, samples = scraped.mount.status(), scraped.samples()
+    source = (("source", scraped.url),)
+    assert [entry["backing"] for entry in status["sources"]] == [scraped.url, scraped.url]
+    assert samples["qedfs_source_fetched_bytes_total", source] == sum(entry["fetched"] for entry in status["sources"])
+    assert samples["qedfs_source_window_bytes", source] == sum(entry["window"] for entry in status["sources"])
+    assert samples["qedfs_source_retries_total", source] == 0
+    assert samples["qedfs_source_up", source] == 1
+    assert 0 < samples["qedfs_source_round_trip_seconds", source] < 5
+    assert samples["qedfs_source_requests_in_flight", source] == samples["qedfs_source_waiting_readers", source] == 0
+
+
+def test_the_waits_are_a_histogram(scraped: Scraped) -> None:
+    with scraped.mount.path("one.raw").open("rb") as image:
+        image.seek(6 * MIB)
+        image.read(1)
+    samples = scraped.samples()
+    bounds = [*map(str, BOUNDS), "+Inf"]
+    counts = [samples["qedfs_source_wait_seconds_bucket", (("le", bound), ("source", scraped.url))] for bound in bounds]
+    assert counts == sorted(counts)
+    assert counts[-1] == samples["qedfs_source_wait_seconds_count", (("source", scraped.url),)] >= 1
+    assert 0 < samples["qedfs_source_wait_seconds_sum", (("source", scraped.url),)] < 30 * counts[-1]
+
+
+def test_curl_gets_them(scraped: Scraped) -> None:
+    url = f"http://127.0.0.1:{scraped.address[1]}/metrics"
+    done = subprocess.run([require("curl"), "-sSf", url], capture_output=True, text=True, timeout=20, check=True)
+    assert f'qedfs_info{{mountpoint="{scraped.mount.mountpoint}"' in done.stdout
+
+
+def test_every_metric_of_the_dashboard_exists(scraped: Scraped) -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) >= 8
+    named = {name for expression in expressions for name in re.findall(r"qedfs_\w+", expression)}
+    variables = {name for entry in dashboard["templating"]["list"] for name in re.findall(r"qedfs_\w+", entry["query"])}
+    assert named | variables <= {name for name, _ in scraped.samples()}
+
+
+@pytest.mark.parametrize(
+    ("request_text", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", b"404"),
+        (b"GET /metrics?name=x HTTP/1.0\r\n\r\n", b"200"),
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"405"),
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", b"405"),
+        (b"GET /metrics\r\n\r\n", b"400"),
+        (b"\xff\xfe\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 8166, b"431"),
+    ],
+)
+def test_what_other_requests_get(scraped: Scraped, request_text: bytes, status: bytes) -> None:
+    assert _exchange(scraped.address, request_text).split(b" ", 2)[1] == status
+
+
+def test_clients_that_say_nothing_do_not_use_it_up(scraped: Scraped) -> None:
+    silent = [socket.create_connection(scraped.address, timeout=20) for _ in range(MAX_CLIENTS)]
+    try:
+        silent[0].sendall(b"GET /metr")
+        # One too many is hung up on; its request may have been on the way.
+        with pytest.raises((AssertionError, OSError)):
+            scraped.scrape()
+    finally:
+        for client in silent:
+            client.close()
+    wait_for(lambda: _works(scraped), "an answer after the silent ones have left")
+
+
+def test_a_unix_socket_is_private_and_replaced_after_a_crash(tmp_path: Path) -> None:
+    with origin(tmp_path, MIB) as source:
+        overlay, path = create(tmp_path / "disk.qed", source.url), Path(f"/tmp/qedfs-test-{os.getpid()}.sock")
+        try:
+            for end in ("kill", "unmount"):
+                with mounted(overlay, tmp_path / "mnt", "--metrics", f"unix:{path}") as mount:
+                    wait_for(lambda mount=mount: "metrics at" in mount.output(), "the metrics")
+                    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+                    assert b"qedfs_image_populated_bytes" in _exchange(path, b"GET /metrics HTTP/1.1\r\n\r\n")
+                    getattr(mount, end)()
+                assert path.exists() == (end == "kill")
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def test_an_address_in_use_is_told_and_nothing_stays_mounted(tmp_path: Path) -> None:
+    with origin(tmp_path, MIB) as source, socket.create_server(("127.0.0.1", 0)) as other:
+        create(tmp_path / "disk.qed", source.url)
+        (tmp_path / "mnt").mkdir()
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        words = (tmp_path / "disk.qed", tmp_path / "mnt", "--daemon", "--metrics", where)
+        done = qedfs("mount", *words, check=False)
+        assert done.returncode == 8
+        assert f"{where}: cannot listen there" in done.stderr
+        assert not os.path.ismount(tmp_path / "mnt")
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['prometheus_client'] = None; from qedfs.cli.main import main; main()"
+    words = [sys.executable, "-c", hide, "mount", "--metrics", "9188", str(tmp_path / "disk.qed"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert "install it: pip install 'qedfs[metrics]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("9188", Address("127.0.0.1", 9188)),
+        (":9188", Address("127.0.0.1", 9188)),
+        ("0.0.0.0:9188", Address("0.0.0.0", 9188)),
+        ("localhost:0", Address("localhost", 0)),
+        ("[::1]:9188", Address("::1", 9188)),
+        ("unix:/run/metrics", Address(path=Path("/run/metrics"))),
+    ],
+)
+def test_addresses(text: str, address: Address) -> None:
+    assert parse_address(text) == address == parse_address(str(address))
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", "host:65536", "::1:80", "unix:", "http://host:80", "/run/x"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(UsageError, match="no address for metrics"):
+        parse_address(text)
+
+
+def _samples(text: str) -> Samples:
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def _exchange(address: tuple[str, int] | Path, request: bytes) -> bytes:
+    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as client:
+        client.settimeout(20)
+        client.connect(str(address) if isinstance(address, Path) else address)
+        client.sendall(request)
+        answer = b""
+        while more := client.recv(1 << 16):
+            answer += more
+        return answer
+
+
+def _works(scraped: Scraped) -> bool:
+    try:
+        return bool(scraped.samples())
+    except (AssertionError, OSError):
+        return False
