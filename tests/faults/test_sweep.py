@@ -1,0 +1,59 @@
+"""Faults at system calls of a real mount: what returned is there, what did not may be, the rest is the backing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.inject import ACTIONS
+from tests.faults.session import Expectation, Wrong
+from tests.faults.sweep import Bench, Fault
+from tests.harness.require import require_fuse, require_root
+
+EVERY = 9  # contrib/sweep puts every fault at every call
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    require_fuse()
+    require_root()
+    return Bench(tmp_path)
+
+
+def test_every_ninth_call(bench: Bench) -> None:
+    """The actions take turns, so that each of them meets all parts of the session in time."""
+    number, hits, killed, failed = 2, 0, 0, 0
+    while (result := bench.run(Fault(number, ACTIONS[number % len(ACTIONS)]))).hit:
+        hits += 1
+        killed += result.killed
+        failed += bool(result.failed)
+        number += EVERY
+    assert hits >= 8
+    assert killed >= 3
+    assert failed >= killed
+
+
+@pytest.mark.parametrize(("syscall", "action"), [("pwritev2", "kill"), ("fdatasync", "EIO")])
+def test_from_outside(bench: Bench, syscall: str, action: str) -> None:
+    """By strace: the mount knows nothing of it."""
+    result = bench.run(Fault(4, action, syscall))
+    assert result.hit
+    assert result.failed
+    assert result.killed == (action == "kill")
+
+
+def test_the_expectation_notices() -> None:
+    """A byte is wrong if no version of its write explains it; versions may mix, as in a torn write."""
+    expectation = Expectation(b"old" * 1000)
+    expectation.wrote(0, b"new")
+    expectation.may_have_written(600, b"xyz")
+    good = bytearray(b"new" + b"old" * 999)
+    expectation.judge(0, bytes(good))
+    good[601:602] = b"y"
+    expectation.judge(0, bytes(good))
+    for pos, byte in ((0, b"o"), (601, b"x"), (2999, b"?")):
+        bad = bytearray(good)
+        bad[pos : pos + 1] = byte
+        with pytest.raises(Wrong, match=f"byte {pos} "):
+            expectation.judge(0, bytes(bad))
