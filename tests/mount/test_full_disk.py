@@ -1,0 +1,111 @@
+"""The disk that holds the overlay is full: writers learn it, readers do not, and the stream goes on when there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.images import qemu_check, qemu_same
+from tests.harness.mounts import Mount, mounted
+from tests.harness.process import wait_for
+from tests.harness.require import require, require_root
+
+from .support import CLUSTER_SIZE, MIB, assert_same, create, opened, origin
+
+SIZE = 16 * MIB
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of `size` bytes, in memory."""
+    require_root()
+    folder.mkdir()
+    subprocess.run(
+        [require("mount"), "-t", "tmpfs", "-o", f"size={size}", "qedfs-test", folder], check=True, timeout=30
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=30)
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path, *options: str) -> Iterator[tuple[Path, Mount, Path]]:
+    """The raw origin, a mount of an overlay twice as large as its disk, and a file there that can make room."""
+    with (
+        origin(folder, SIZE) as source,
+        small_disk(folder / "small", SIZE + 4 * MIB) as disk,
+    ):
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(12 * MIB))
+        overlay = create(disk / "disk.qed", source.url)
+        with mounted(overlay, folder / "mnt", *options) as mount:
+            yield source.raw, mount, ballast
+
+
+def test_a_full_disk_pauses_the_stream_and_readers_go_on(tmp_path: Path) -> None:
+    with full_disk(tmp_path) as (raw, mount, ballast):
+        wait_for(lambda: mount.image()["state"] == "paused", "the pause")
+        image = mount.image()
+        assert re.search("space|full", image["reason"], re.IGNORECASE)
+        assert re.search("space|full", image["error"], re.IGNORECASE)
+        assert_same(mount.path("disk.raw"), raw)
+        with opened(mount.path("disk.raw")) as fd:
+            with pytest.raises(OSError, match="No space") as caught:
+                _write_all_over(fd)
+            assert caught.value.errno == errno.ENOSPC
+        ballast.unlink()
+        mount.wait()
+        assert mount.image()["error"] is None
+        assert mount.unmount() == 0
+        # The places of writes that failed beside others are holes that nothing refers to.
+        assert qemu_check(tmp_path / "small" / "disk.qed").corruptions == 0
+
+
+def _write_all_over(fd: int) -> None:
+    """Backwards: the stream has come forward."""
+    for pos in range(SIZE - CLUSTER_SIZE, -1, -CLUSTER_SIZE):
+        os.pwrite(fd, b"w" * CLUSTER_SIZE, pos)
+
+
+def test_what_was_written_before_the_disk_was_full_is_there(tmp_path: Path) -> None:
+    with full_disk(tmp_path, "--no-stream") as (raw, mount, ballast):
+        expected = bytearray(raw.read_bytes())
+        with opened(mount.path("disk.raw")) as fd:
+            for pos in range(0, SIZE, CLUSTER_SIZE):
+                piece = os.urandom(CLUSTER_SIZE)
+                if (error := _error_of_write(fd, piece, pos)) is not None:
+                    break
+                expected[pos : pos + CLUSTER_SIZE] = piece
+        assert error == errno.ENOSPC
+        raw.with_name("expected").write_bytes(expected)
+        with contextlib.suppress(OSError), opened(mount.path("disk.raw")) as fd:
+            os.fsync(fd)
+        assert mount.path("disk.raw").read_bytes() == expected
+        ballast.unlink()
+        with opened(mount.path("disk.raw")) as fd:
+            assert os.pwrite(fd, b"again", SIZE - 5) == 5
+            os.fsync(fd)
+        expected[-5:] = b"again"
+        assert mount.unmount() == 0
+        overlay = tmp_path / "small" / "disk.qed"
+        raw.with_name("expected").write_bytes(expected)
+        assert qemu_check(overlay).corruptions == 0
+        assert qemu_same(overlay, raw.with_name("expected"))
+
+
+def _error_of_write(fd: int, data: bytes, pos: int) -> int | None:
+    """Writes all of it; or the errno."""
+    try:
+        count = os.pwrite(fd, data, pos)
+    except OSError as exc:
+        return exc.errno
+    assert count == len(data)
+    return None
