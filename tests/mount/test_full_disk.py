@@ -1,4 +1,4 @@
-"""The disk that holds the overlay is full: writers learn it, readers do not, and the stream goes on when there is room."""
+"""The disk that holds the overlay is full: writers learn it, readers do not, and the stream goes on with new room."""
 
 from __future__ import annotations
 
