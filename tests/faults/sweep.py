@@ -27,6 +27,7 @@ from tests.harness.process import Child, Died
 from tests.harness.require import require
 
 PATIENCE_SECONDS = 60.0
+UMOUNT_SECONDS = 120.0  # one that hangs elsewhere on the machine holds up the others
 SYSCALLS = ("pwrite64", "pwritev2", "fdatasync", "ftruncate")
 STRACE_ACTIONS = {"kill": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 
@@ -76,7 +77,7 @@ class Bench:
         """One session. Raises Wrong if a promise does not hold; the message begins with the fault."""
         try:
             return self._run(fault)
-        except (AssertionError, Died, OSError) as exc:
+        except (AssertionError, Died, OSError, subprocess.TimeoutExpired) as exc:
             raise Wrong(f"{fault}: {exc}") from exc
 
     def _run(self, fault: Fault) -> Result:
@@ -166,7 +167,7 @@ class Bench:
 def _umount(*arguments: str | Path) -> int:
     """Run umount; returns its exit code."""
     argv: list[str | Path] = [require("umount"), *arguments]
-    return subprocess.run(argv, capture_output=True, check=False, timeout=30).returncode
+    return subprocess.run(argv, capture_output=True, check=False, timeout=UMOUNT_SECONDS).returncode
 
 
 def _command(fault: Fault, record: Path) -> list[str | Path]:
