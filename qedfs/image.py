@@ -66,6 +66,7 @@ class Image:
         self.counters = Counters()
         self.streaming = False  # set by the stream: this image wants whatever others fetch
         self.error: QedfsError | None = None  # the last failure of the source; None after a success
+        self.failures = 0  # counts them: whoever retries tells a new one from the one that it knows
         self.changed: SourceChanged | None = None  # the source is another version than the overlay's clusters
         self.full: NoSpace | None = None  # the overlay could not grow; None after a success
         self._full_since = float("-inf")
@@ -157,9 +158,13 @@ class Image:
             self.changed = exc
             raise
         except QedfsError as exc:
-            self.error = exc
+            self._failed(exc)
             raise
         self.error = None
+
+    def _failed(self, error: QedfsError) -> None:
+        self.error = error
+        self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
         """Go ahead of a sequential reader: by some windows, since a part of that has arrived and waits to be read."""
@@ -251,7 +256,7 @@ class Image:
             self.full, self._full_since = exc, trio.current_time()
             return
         except QedfsError as exc:
-            self.error = exc
+            self._failed(exc)
             return
         self.full = None
         self.error = None
@@ -268,7 +273,7 @@ class Image:
         """A flight that should have brought clusters here has failed."""
         if isinstance(error, SourceChanged):
             self.changed = error
-        self.error = error
+        self._failed(error)
 
     def _too_full(self) -> bool:
         return self.full is not None and trio.current_time() - self._full_since < NO_SPACE_RETRY_SECONDS
@@ -317,7 +322,7 @@ class Image:
         try:
             identity = await self.fetch.identity()
         except QedfsError as exc:
-            self.error = exc
+            self._failed(exc)
             raise
         backing = digest(self.overlay.backing or "")
         found = Pin(backing, identity.size, shortened(identity.etag), shortened(identity.last_modified))
@@ -365,7 +370,7 @@ class Image:
         except QedfsError as exc:
             if self.error is None or str(self.error) != str(exc):
                 log.error("%s: %s", self.name, exc)
-            self.error = exc
+            self._failed(exc)
         finally:
             self._committing = False
 

@@ -325,3 +325,35 @@ async def test_two_overlays_on_one_source_share_every_fetch(autojump_clock: trio
         for image in (first, *others):
             assert await read(image, 0, len(source.content)) == source.content
             assert image.complete
+
+
+async def test_an_error_stays_to_be_seen_while_the_stream_tries_again(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(CONTENT)
+    async with served(source, deadline_seconds=2) as image, trio.open_nursery() as nursery:
+        source.fail = SourceUnreachable("away")
+        job = StreamJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(3)
+        for _ in range(40):
+            assert image.error is not None
+            await trio.sleep(0.3)
+        source.fail = None
+        await trio.sleep(60)
+        assert (job.state, image.error) == (State.COMPLETE, None)
+
+
+async def test_a_fault_of_ours_ends_the_stream_and_says_so(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(FakeSource(CONTENT)) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image)
+
+        def broken() -> str:
+            raise KeyError("a fault")
+
+        job.hold_off = broken
+        nursery.start_soon(job.run)
+        await trio.sleep(1)
+        assert job.state is State.FAILED
+        assert "internal error" in job.reason
+        nursery.cancel_scope.cancel()

@@ -279,7 +279,8 @@ class Folder:
                     nursery.start_soon(image.run)
                     await image.overlay.clusters.count()
                     if job.state is not State.COMPLETE:
-                        nursery.start_soon(job.run)
+                        await job.run()
+                        await self._let_go(image)
             except* QedfsError as group:
                 served.error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
                 log.error("%s: %s", served.name, served.error)
@@ -287,6 +288,21 @@ class Folder:
                 # A fault of ours must cost this image's stream only, not every image of the mount.
                 served.error = QedfsError("internal error, see the log")
                 log.error("%s: internal error", served.name, exc_info=group)
+
+    async def _let_go(self, complete: Image) -> None:
+        """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
+        fetch = complete.fetch
+        if fetch is None:
+            return
+        remote = fetch.remote
+        images = [served.image for served in self._by_inode.values() if served.image is not None]
+        if any(image.fetch is not None and image.fetch.remote is remote and not image.complete for image in images):
+            return
+        for place in [place for place, known in self._remotes.items() if known is remote]:
+            del self._remotes[place]
+        for key in [key for key, known in self._fetches.items() if known.remote is remote]:
+            del self._fetches[key]
+        await remote.aclose()
 
     async def _remove(self, served: Served) -> None:
         """Take an overlay off the list. Who has it open keeps reading and writing until the last close."""

@@ -81,6 +81,7 @@ class StreamJob:
         self._cursor = 0  # the cluster at which the walk goes on
         self._ignored: QedfsError | None = None
         self._ignored_at = 0  # the cursor then
+        self._known_failures = 0  # of the image, that have been dealt with
         self._trying = False  # the disk was full: go carefully
         self._poked = trio.Event()
         self._extents: deque[Extent] = deque()
@@ -187,12 +188,16 @@ class StreamJob:
             try:
                 await self._gate()
                 self._change(State.RUNNING)
-                self.image.error = None
+                self._known_failures = self.image.failures
                 await self._stream()
                 pause = RETRY_SECONDS[0]
             except QedfsError as exc:
                 await self._heed(exc, pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
+            except Exception:
+                # A fault of ours costs this stream only, and whoever waits for it must hear of it.
+                log.exception("%s: internal error", self.image.name)
+                self._stop(State.FAILED, QedfsError("internal error, see the log"))
         self._change(State.COMPLETE)
 
     async def _heed(self, error: QedfsError, pause: float) -> None:
@@ -201,7 +206,8 @@ class StreamJob:
         # Without progress since the last one there is nothing to go on behind.
         if action is Action.IGNORE and self._cursor > self._ignored_at:
             self._ignored, self._ignored_at = error, self._cursor
-            self.image.error = self.image.full = None
+            self._known_failures = self.image.failures
+            self.image.full = None
             return
         self._cursor = 0
         if action is Action.HOLD:
@@ -347,7 +353,7 @@ class StreamJob:
             raise self.image.changed
         if self.image.full is not None:
             raise self.image.full
-        if self.image.error is not None:
+        if self.image.error is not None and self.image.failures != self._known_failures:
             raise self.image.error
 
     def _stop(self, state: State, error: QedfsError) -> None:
