@@ -18,12 +18,16 @@ TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 
 
 def runtime_folder() -> Path:
-    """The folder for sockets and logs: $XDG_RUNTIME_DIR/qedfs, /run/qedfs for root, else /tmp/qedfs-UID."""
+    """The folder for sockets and logs: /run/qedfs for root, else $XDG_RUNTIME_DIR/qedfs, else /tmp/qedfs-UID."""
     uid = os.getuid()
+    if uid == 0:
+        # Root's $XDG_RUNTIME_DIR is there in a login session only: a service would not be found from one, and what was
+        # started in one would lose its socket and its journals at the logout.
+        return private_folder(Path("/run/qedfs"))
     xdg = os.environ.get("XDG_RUNTIME_DIR")
     if xdg and os.path.isdir(xdg):
         return private_folder(Path(xdg, "qedfs"))
-    return private_folder(Path("/run/qedfs") if uid == 0 else Path(f"/tmp/qedfs-{uid}"))  # noqa: S108 - owner is checked
+    return private_folder(Path(f"/tmp/qedfs-{uid}"))  # noqa: S108 - the owner is checked
 
 
 def journal_folder() -> Path | None:
