@@ -10,7 +10,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 SECONDS = 20.0
+
+
+def tool(name: str) -> str:
+    """A program that contrib/setup does not install: it is part of the system, or the system is not of that kind."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"needs {name}")
+    return path
 
 
 class Listener:
@@ -30,13 +40,13 @@ class Listener:
                 self._take()
         return self.lines
 
-    def wait_for(self, start: str, *, count: int = 1) -> str:
+    def wait_for(self, start: str, *, count: int = 1, seconds: float = SECONDS) -> str:
         """The last of `count` lines that begin with `start`, which may have come before.
 
         Raises:
             TimeoutError: it did not come.
         """
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             found = [line for line in self.collect() if line.startswith(start)]
             if len(found) >= count:
