@@ -14,10 +14,17 @@ import tempfile
 from collections.abc import Sequence
 
 _KILLED_SECONDS = 1.0
+_UNMOUNT_SECONDS = 10.0
 
 
 class Failed(RuntimeError):
     """A command ended with an exit code other than 0, or not in time."""
+
+
+def detach(mountpoint: os.PathLike[str]) -> None:
+    """Unmounts lazily, if something is mounted there; whatever state it is in, nobody waits long for it."""
+    with contextlib.suppress(Failed):
+        run(["umount", "--lazy", mountpoint], _UNMOUNT_SECONDS)
 
 
 def run(argv: Sequence[str | os.PathLike[str]], timeout_seconds: float) -> str:

@@ -32,7 +32,6 @@ def main() -> None:
     runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     # An orderly end on SIGTERM as well: mounts and servers are taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.nice(options.nice)
     machine.mount_fusectl()
     facts = machine.describe(options.folder)
     print("\n".join(f"{name:<20} {fact}" for name, fact in facts.items()), flush=True)
@@ -46,7 +45,7 @@ def main() -> None:
 def _measure_all(rows: Sequence[Row], runs: int, options: argparse.Namespace) -> list[RowResult]:
     began = time.monotonic()
     measured = []
-    with laboratory(options.folder, quick=options.quick) as lab:
+    with laboratory(options.folder, quick=options.quick, nice=options.nice) as lab:
         for row in rows:
             measured.append(measure(lab, row, runs, to_stderr if options.verbose else _silent))
             print(f"\n{row_text(measured[-1])}", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import random
 import subprocess
 import tempfile
@@ -40,10 +41,11 @@ class Origin:
 
 @dataclasses.dataclass
 class Lab:
-    """`quick` shortens the work of the rows to fit all of them into about five minutes."""
+    """`quick` shortens the work of the rows to fit all of them into about five minutes; `nice` is of all contenders."""
 
     folder: Path
     quick: bool
+    nice: int = 0
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     @property
@@ -84,9 +86,19 @@ class Lab:
                 log = self.fresh("nbd.log")
                 server = stack.enter_context(nbdkit("file", image, f"logfile={log}", filters=["log"], tcp=True))
                 path, traffic = "", nbd_traffic(log)
+            self.prefer(server.pid)
             if rtt_ms:
                 server = stack.enter_context(wan(server, rtt_ms=rtt_ms, rate_mbit=RATE_MBIT))
+                self.prefer(server.pid)
             yield Origin(server.url + path, size, traffic)
+
+    def prefer(self, pid: int) -> None:
+        """Gives a process that has begun a session the priority of all contenders.
+
+        The kernel's automatic groups (sched(7)) weigh sessions against each other, whatever the nice values in them.
+        """
+        if self.nice:
+            Path(f"/proc/{pid}/autogroup").write_text(str(self.nice))
 
     def settle(self) -> None:
         """Lets earlier writes reach the disk, so that the next contender does not pay for them."""
@@ -94,11 +106,13 @@ class Lab:
 
 
 @contextlib.contextmanager
-def laboratory(parent: Path, *, quick: bool) -> Iterator[Lab]:
+def laboratory(parent: Path, *, quick: bool, nice: int = 0) -> Iterator[Lab]:
     """A lab in a new folder below `parent`."""
     folder = Path(tempfile.mkdtemp(prefix="qedfs-bench-", dir=parent))
     try:
-        yield Lab(folder, quick)
+        lab = Lab(folder, quick, nice)
+        lab.prefer(os.getpid())
+        yield lab
     finally:
         # A mount that would not go is a file system of its own: nothing is deleted through it.
         subprocess.run(["rm", "-rf", "--one-file-system", folder], check=False, timeout=_SYNC_SECONDS)

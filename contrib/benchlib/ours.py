@@ -26,6 +26,7 @@ def create(overlay: Path, backing: str) -> Path:
 def served(lab: Lab, source: Path, *, stream: bool = False) -> Iterator[Mount]:
     """A mount of an overlay, or of a folder of them; `stream`: the stream begins with it, as it does for a user."""
     with mounted(source, lab.fresh("mnt"), *([] if stream else ["--no-stream"])) as mount:
+        lab.prefer(mount.pid)
         yield mount
 
 

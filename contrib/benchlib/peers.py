@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import subprocess
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -95,10 +94,12 @@ def copying(lab: Lab, origin: Origin) -> Iterator[Path]:
     with nbdkit(*source, "cow-on-read=true", filters=["cow"]) as server:
         child = Child([require("nbdfuse"), image, server.url], lab.fresh("nbdfuse.log"))
         try:
+            lab.prefer(server.pid)
+            lab.prefer(child.pid)
             child.wait_until(lambda: image.stat().st_dev != outside, "a mount of nbdfuse")
             yield image
         finally:
-            subprocess.run(["umount", "--lazy", image], check=False, capture_output=True, timeout=_COMMAND_SECONDS)
+            bounded.detach(image)
             child.stop()
 
 

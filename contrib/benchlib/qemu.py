@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from tests.harness.images import qemu_create
 from tests.harness.process import Child, wait_for
 from tests.harness.require import require
 
+from . import bounded
 from .lab import Lab, Origin
 from .qmp import Qmp
 from .usage import Meter
 from .values import Outcome
 
 STREAM_SECONDS = 600.0
-_UNMOUNT_SECONDS = 10.0
 
 
 class Daemon:
@@ -39,6 +38,7 @@ def daemon(lab: Lab, *arguments: str | Path, under: Sequence[str] = ()) -> Itera
     ]
     child = Child(argv, lab.fresh("qsd.log"))
     try:
+        lab.prefer(child.pid)
         child.wait_until(socket.exists, "a QMP socket")
         yield Daemon(child, socket)
     finally:
@@ -62,7 +62,7 @@ def exported(lab: Lab, overlay: Path) -> Iterator[tuple[Daemon, Path]]:
             wait_for(lambda: image.stat().st_dev != outside, "QEMU's FUSE export")
             yield running, image
     finally:
-        subprocess.run(["umount", "--lazy", image], check=False, capture_output=True, timeout=_UNMOUNT_SECONDS)
+        bounded.detach(image)
 
 
 @contextlib.contextmanager

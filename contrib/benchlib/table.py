@@ -10,7 +10,7 @@ _NAME_WIDTH = 16
 def row_text(measured: RowResult) -> str:
     """A row: its title and verdicts, then a line for each contender with its by-products."""
     row = measured.row
-    lines = [f"{row.name}: {row.title}"]
+    lines = [f"{row.name}: {row.title}  ({measured.seconds:.0f} s, load average {measured.load_average:.1f})"]
     lines += [f"  target  {verdict_text(verdict, row.unit)}" for verdict in measured.verdicts()]
     ours = measured.results.get(QEDFS)
     lines += [f"  {_contender(name, result, ours, row.unit)}" for name, result in measured.results.items()]

@@ -37,6 +37,7 @@ def _row(depth: int, target: float) -> Row:
         job = fio.Job("randwrite", 4096, depth, lab.fio_seconds, stride=_CLUSTER_SIZE)
         # No log here: at this rate writing it would be a good part of the work.
         with nbdkit("file", lab.base(size), tcp=True) as server:
+            lab.prefer(server.pid)
             origin = Origin(server.url, size, Traffic(lambda: (), lambda: None))
             yield {QEDFS: partial(_ours, lab, origin, job), QEMU: partial(_qemu, lab, origin, job)}
 
