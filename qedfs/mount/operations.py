@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
 
-from qedfs.errors import QedfsError, SourceError
+from qedfs.errors import QedfsError, SourceError, UsageError
 from qedfs.image import Image
 from qedfs.mount.folder import Folder, Served
 
@@ -242,7 +242,8 @@ class Operations(pyfuse3.Operations):
         name = served.name if served else f"inode {inode}"
         if isinstance(exc, QedfsError):
             self._log_once(name, str(exc), logging.WARNING if isinstance(exc, SourceError) else logging.ERROR)
-            return FUSEError(exc.errno)
+            # The overlay names something impossible: its maker's mistake. EINVAL would blame the reader.
+            return FUSEError(errno.EIO if isinstance(exc, UsageError) else exc.errno)
         if isinstance(exc, OSError) and exc.errno:
             self._log_once(name, str(exc), logging.ERROR)
             return FUSEError(exc.errno)
