@@ -1,0 +1,115 @@
+"""A barrier that fails makes the overlay read-only until it is opened again: the kernel may have dropped the pages.
+
+Linux marks pages clean whose write-back failed, so that a second fdatasync that succeeds would prove nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qedfs.overlay.create import create_overlay
+from tests.harness.images import first_difference, qemu_check, random_image
+from tests.harness.mounts import Mount, mounted
+from tests.harness.process import Child, wait_for
+from tests.harness.require import require, require_root
+from tests.mount.support import CLUSTER_SIZE, MIB
+
+SIZE = 4 * MIB
+
+
+@contextlib.contextmanager
+def broken_barriers(mount: Mount, log: Path) -> Iterator[None]:
+    """Every fdatasync of the process that serves the mount fails with EIO, by strace, while the block lasts."""
+    argv = [require("strace"), "-f", "-p", str(mount.pid), "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO"]
+    tracer = Child(argv, log)
+    try:
+        tracer.wait_until(lambda: "attached" in tracer.output(), "strace attached")
+        yield
+    finally:
+        tracer.stop()
+
+
+def _write_error(fd: int, pos: int) -> int | None:
+    """The errno of a write of a cluster, None if it returned."""
+    try:
+        os.pwrite(fd, b"later" * (CLUSTER_SIZE // 5), pos)
+    except OSError as exc:
+        return exc.errno
+    return None
+
+
+def _fsync_error(fd: int) -> int | None:
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        return exc.errno
+    return None
+
+
+def test_a_failed_barrier(tmp_path: Path) -> None:
+    require_root()
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    expected = bytearray(backing.read_bytes())
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=SIZE, backing=str(backing))
+    options = ("--allow-backing", backing)
+    with mounted(overlay, tmp_path / "mnt", "--no-stream", *options) as mount:
+        path = mount.path("disk.raw")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, b"synced", 10)
+            os.fsync(fd)
+            with broken_barriers(mount, tmp_path / "strace"):
+                os.pwrite(fd, b"returned", MIB)
+                assert _fsync_error(fd) in (errno.EIO, errno.EROFS)
+            expected[10:16], expected[MIB : MIB + 8] = b"synced", b"returned"
+            # The disk is well again; that proves nothing about what was lost.
+            assert _fsync_error(fd) in (errno.EIO, errno.EROFS)
+            assert _write_error(fd, 2 * MIB) == errno.EROFS
+            assert _write_error(fd, 0) == errno.EROFS  # in place
+        finally:
+            os.close(fd)
+        assert path.read_bytes() == expected
+        with pytest.raises(OSError, match="Read-only"):
+            path.open("r+b")
+        image = mount.image()
+        assert image["read_only"] is True
+        assert "sync" in image["error"]
+        assert "read-only until it is opened again" in image["error"]
+        assert "read-only until it is opened again" in mount.output()
+        mount.unmount()
+    with mounted(overlay, tmp_path / "mnt", *options) as mount:
+        with mount.path("disk.raw").open("r+b", buffering=0) as image_file:
+            image_file.write(b"again")
+            os.fsync(image_file.fileno())
+        expected[:5] = b"again"
+        wait_for(lambda: mount.image()["state"] == "complete", "the end of the stream")
+        assert mount.unmount() == 0
+    assert qemu_check(overlay).corruptions == 0
+    (tmp_path / "expected").write_bytes(expected)
+    final = tmp_path / "final"
+    subprocess.run([require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, final], check=True, timeout=60)
+    assert first_difference(final, tmp_path / "expected") is None
+
+
+def test_the_stream_stops_and_readers_go_on(tmp_path: Path) -> None:
+    require_root()
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=SIZE, backing=str(backing))
+    with mounted(overlay, tmp_path / "mnt", "--allow-backing", backing, "--limit", "256K") as mount:
+        wait_for(lambda: mount.image()["populated"] > 0, "the stream")
+        with broken_barriers(mount, tmp_path / "strace"):
+            # The entries of what has been streamed are committed in some seconds, without anybody's asking.
+            wait_for(lambda: bool(mount.image()["read_only"]), "the failed barrier")
+        wait_for(lambda: mount.image()["state"] == "failed", "the end of the stream")
+        assert first_difference(mount.path("disk.raw"), backing) is None
+        mount.unmount()
+    assert qemu_check(overlay).corruptions == 0
