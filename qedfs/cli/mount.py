@@ -126,8 +126,8 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
     --stream-delay takes a range like 30s-2m too, of which each mount draws a moment: so a fleet does not start in step.
 
-    Runs until it is unmounted (qedfs umount) or interrupted. `-o limit=20M,allow_other,...` is another way to write
-    the options.
+    Runs until it is unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1
+    logs what it is doing. `-o limit=20M,allow_other,...` is another way to write the options.
     """
     arguments = MountArguments(**_absolute(options))
     if arguments.until_streamed and arguments.stream == "off":

@@ -1,0 +1,113 @@
+"""Manual pages made from the commands' help, and completion in the shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from qedfs.cli.main import main
+
+from .machine import CONTRIB, ROOT
+from .support import tool
+
+COMMANDS = sorted(main.commands)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("man")
+    subprocess.run([sys.executable, CONTRIB / "man", folder], check=True, timeout=60)
+    return folder
+
+
+def test_a_page_for_every_command(pages: Path) -> None:
+    stream = main.commands["stream"]
+    assert isinstance(stream, click.Group)
+    names = {"qedfs", *(f"qedfs-{name}" for name in COMMANDS), *(f"qedfs-stream-{name}" for name in stream.commands)}
+    assert {page.name for page in pages.iterdir()} == {f"{name}.1" for name in names}
+
+
+def test_groff_has_nothing_to_complain_about(pages: Path) -> None:
+    for page in sorted(pages.iterdir()):
+        words = [tool("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_page_as_it_is_typed(pages: Path, command: str) -> None:
+    shown = _shown(pages / f"qedfs-{command}.1")
+    assert f"qedfs-{command} - " in shown
+    for option in main.commands[command].params:
+        if isinstance(option, click.Option) and not option.hidden:
+            assert all(name in shown for name in (*option.opts, *option.secondary_opts))
+        elif isinstance(option, click.Option):
+            assert not any(name in shown for name in option.opts)
+        else:
+            assert (option.name or "").upper() in shown
+
+
+def test_quotes_and_hyphens_can_be_pasted(pages: Path) -> None:
+    shown = _shown(pages / "qedfs.1")
+    assert 'eval "$(_QEDFS_COMPLETE=bash_source qedfs)"' in " ".join(shown.split())
+    assert "--help" in shown
+    assert "-h" in shown
+
+
+def _shown(page: Path) -> str:
+    # -P-c: without the terminal's codes for bold and italics.
+    words = [tool("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
+    return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with an installed `qedfs`: the name of the variable that asks for completion depends on it."""
+    folder = tmp_path_factory.mktemp("bin")
+    script = folder / "qedfs"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from qedfs.cli.main import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    return f"{folder}:{os.environ.get('PATH', os.defpath)}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("qedfs mo", ["mount"]),
+        ("qedfs stream re", ["resume"]),
+        ("qedfs mount --stream-", ["--stream-between", "--stream-delay"]),
+        ("qedfs mount --stream ", ["eager", "idle", "off"]),
+    ],
+)
+def test_bash_completes(program: str, typed: str, offered: list[str]) -> None:
+    """The function that bash is given, called as bash calls it when TAB is pressed."""
+    words = typed.split(" ")
+    script = (
+        'eval "$(_QEDFS_COMPLETE=bash_source qedfs)"\n'
+        f"COMP_WORDS=({' '.join(word or chr(39) * 2 for word in words)}) COMP_CWORD={len(words) - 1}\n"
+        '_qedfs_completion qedfs\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(
+        [tool("bash"), "-c", script],
+        env={**os.environ, "PATH": program},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_gets_its_script(program: str, shell: str) -> None:
+    environment = {**os.environ, "PATH": program, "_QEDFS_COMPLETE": f"{shell}_source"}
+    done = subprocess.run(["qedfs"], env=environment, capture_output=True, text=True, timeout=20, check=True)
+    assert "_QEDFS_COMPLETE" in done.stdout
