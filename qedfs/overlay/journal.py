@@ -10,6 +10,7 @@ boot, or of a session that the overlay no longer carries, is ignored: somebody e
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -65,7 +66,9 @@ class Journal:
         """Forget all entries: the overlay has them."""
         if self._end > _HEADER.size:
             self._end = _HEADER.size
-            os.ftruncate(self._fd, self._end)
+            # Entries that stay behind because this fails are in the overlay: a replay passes them over.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._end)
 
     def close(self, *, remove: bool) -> None:
         """Close; `remove` when the overlay has all entries."""
