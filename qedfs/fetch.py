@@ -26,7 +26,7 @@ from typing import Protocol
 
 import trio
 
-from qedfs.errors import QedfsError
+from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
@@ -35,6 +35,9 @@ from qedfs.window import MIN_REQUEST_BYTES, Window
 log = logging.getLogger(__name__)
 
 QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
+# A source faster than the disk of the overlay: beyond this, readers get their bytes and nothing is kept.
+MOST_HELD_BYTES = 192 << 20
+GRACE_SECONDS = 1.0
 POOL_BUFFERS = 32  # of one size; a fresh 1 MiB buffer costs 200 us of page faults
 MAX_POOL_BYTES = 32 << 20  # of one size
 
@@ -59,7 +62,18 @@ class Flight:
     """One request under way. `error` or the bytes are there when `arrived` is set."""
 
     __slots__ = (
-        *("arrived", "asked", "behind", "buffer", "error", "first", "holders", "pos", "since", "size", "takers"),
+        "arrived",
+        "asked",
+        "behind",
+        "buffer",
+        "error",
+        "first",
+        "holders",
+        "kept",
+        "pos",
+        "since",
+        "size",
+        "takers",
         "urgent",
     )
 
@@ -74,6 +88,7 @@ class Flight:
         self.takers: list[Taker] = []
         self.urgent = urgent  # somebody waited for it when it was started
         self.asked = False  # somebody wanted it before the stream came there
+        self.kept = True  # whether there is room to hold it until takers have adopted it
         self.behind = 0  # bytes that were in flight when it left
         self.holders = 1
 
@@ -101,6 +116,7 @@ class Fetch:
         self.takers: list[Taker] = []  # who may want what others fetch
         self.fetched_bytes = 0
         self.readers = 0  # that wait for a flight
+        self.held_bytes = 0  # of all flights: on the way, or here and not adopted yet
         self.background_bytes = 0  # in flight and nobody waited for them when they left
         self.waits = Histogram()  # of readers, from the question to the last byte or the error
         self.nursery = nursery
@@ -119,20 +135,18 @@ class Fetch:
 
     # For readers.
 
-    async def read(self, first: int, pos: int, view: memoryview, *, limit: int, taker: Taker | None) -> None:
+    async def read(self, first: int, pos: int, view: memoryview, *, taker: Taker | None) -> None:
         """Fill `view` with the image's bytes at `pos`, which lie in the clusters from `first` on.
 
-        `limit`: the image's size; no flight carries bytes behind it. Errors of the source.
+        Errors of the source, within its deadline.
         """
         last = (pos + len(view) - 1) // self.cluster_size
         source_size = (await self.identity()).size
         started = trio.current_time()
-        flights = self._join(first, last - first + 1, source_size, limit, taker, asked=True, urgent=True)
+        flights = self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
         self.readers += 1
         try:
-            done = 0
-            for flight in flights:
-                done += await flight.copy_to(pos + done, view[done:])
+            await self._copy(flights, pos, view)
         finally:
             for flight in flights:
                 self._release(flight)
@@ -141,13 +155,26 @@ class Fetch:
             self.waits.note(self._quiet_since - started)
             self._wake()
 
+    async def _copy(self, flights: Sequence[Flight], pos: int, view: memoryview) -> None:
+        """Wait for the bytes, not longer than the deadline: a flight of the background may have more time."""
+        seconds = self.remote.deadline_seconds
+        # A little more: the flight's own error, if there is one, says better what has happened.
+        with trio.move_on_after(seconds + GRACE_SECONDS):
+            done = 0
+            for flight in flights:
+                done += await flight.copy_to(pos + done, view[done:])
+            return
+        raise SourceUnreachable(f"backing {self.remote.location} gave no answer within {seconds:g} s")
+
     # For the background: read-ahead and stream.
 
-    def ahead(self, first: int, count: int, *, limit: int, taker: Taker) -> None:
+    def ahead(self, first: int, count: int, *, taker: Taker) -> None:
         """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
+        if self.held_bytes >= MOST_HELD_BYTES:
+            return
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
-            self.start(at, min(step, first + count - at), limit=limit, taker=taker, asked=True)
+            self.start(at, min(step, first + count - at), taker=taker, asked=True)
 
     async def turn(self, first: int, count: int) -> None:
         """Wait until a background request for these clusters may leave.
@@ -159,12 +186,12 @@ class Fetch:
         if any(cluster not in self._flights for cluster in range(first, first + count)):
             await self._turn()
 
-    def start(self, first: int, count: int, *, limit: int, taker: Taker, asked: bool = False) -> None:
+    def start(self, first: int, count: int, *, taker: Taker, asked: bool = False) -> None:
         """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
         identity = self.remote.identity
         if identity is None:
             return
-        for flight in self._join(first, count, identity.size, limit, taker, asked=asked, urgent=False):
+        for flight in self._join(first, count, identity.size, taker, asked=asked, urgent=False):
             self._release(flight)
 
     def flights(self) -> list[Flight]:
@@ -189,6 +216,8 @@ class Fetch:
 
     def _allowed(self) -> int:
         """Bytes that may be in flight in the background before another request leaves."""
+        if self.held_bytes >= MOST_HELD_BYTES // 2:
+            return 0  # the disk is slower than the source
         if self.readers:
             return 1
         quiet = trio.current_time() - self._quiet_since
@@ -211,7 +240,7 @@ class Fetch:
     # Flights.
 
     def _join(
-        self, first: int, count: int, source_size: int, limit: int, taker: Taker | None, *, asked: bool, urgent: bool
+        self, first: int, count: int, source_size: int, taker: Taker | None, *, asked: bool, urgent: bool
     ) -> list[Flight]:
         """The flights that carry these clusters, in order; those that are not under way are started.
 
@@ -225,8 +254,8 @@ class Fetch:
                 stop = cluster + 1
                 while stop < end and stop not in self._flights:
                     stop += 1
-                flight = self._start(cluster, stop - cluster, source_size, limit, urgent=urgent)
-            if taker is not None and taker not in flight.takers:
+                flight = self._start(cluster, stop - cluster, source_size, urgent=urgent)
+            if taker is not None and flight.kept and taker not in flight.takers:
                 flight.takers.append(taker)
             flight.asked |= asked
             flight.holders += 1
@@ -234,9 +263,9 @@ class Fetch:
             cluster = flight.first + -(-flight.size // self.cluster_size)
         return flights
 
-    def _start(self, first: int, count: int, source_size: int, limit: int, *, urgent: bool) -> Flight:
+    def _start(self, first: int, count: int, source_size: int, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
-        size = min(count * self.cluster_size, limit - pos)
+        size = count * self.cluster_size  # whole: images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), since=now, urgent=urgent)
         for cluster in range(first, first + count):
@@ -246,6 +275,8 @@ class Fetch:
         self.window.started(now, flight.behind, self.remote.received)
         if not urgent:
             self.background_bytes += size
+        flight.kept = self.held_bytes < MOST_HELD_BYTES
+        self.held_bytes += size
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         return flight
 
@@ -265,6 +296,7 @@ class Fetch:
             flight.error = flight.error or QedfsError("internal error, see the log")
         finally:
             flight.arrived.set()
+            self.held_bytes -= flight.size
             if not flight.urgent:
                 self.background_bytes -= flight.size
             for cluster in range(flight.first, flight.first + count):
@@ -277,16 +309,20 @@ class Fetch:
         view = memoryview(flight.buffer)
         try:
             if wanted:
-                await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent)
+                await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
         except QedfsError as exc:
             flight.error = exc
             return
         view[wanted:] = bytes(len(view) - wanted)
+        if not wanted:
+            return  # behind the source's end: that says nothing of the link
         self.fetched_bytes += wanted
         now = trio.current_time()
         self.window.arrived(now, wanted, now - started, self.remote.received, flight.behind)
 
     async def _hand_out(self, flight: Flight) -> None:
+        if not flight.kept:
+            return
         for taker in self.takers:
             if taker not in flight.takers and taker.wants(flight.pos, flight.size):
                 flight.takers.append(taker)

@@ -121,7 +121,8 @@ class Image:
         buffer = bytearray(size)
         view = memoryview(buffer)
         missing = [run for run in runs if run.offset == MISSING]
-        if missing and self.fetch is not None:
+        # A complete overlay has no entry for what was a hole of the source: that reads as zeros, as without a backing.
+        if missing and self.fetch is not None and not self.complete:
             if not self._readahead.active:
                 self._fetch_ahead(pos, size)
             # Before anything that waits for the disk: while we waited, the stream would bring these clusters in, and
@@ -153,7 +154,7 @@ class Image:
         first = run.pos // self.overlay.cluster_size
         taker = self if self.copy_on_read else None
         try:
-            await self.fetch.read(first, run.pos, part, limit=self.size, taker=taker)
+            await self.fetch.read(first, run.pos, part, taker=taker)
         except SourceChanged as exc:
             self.changed = exc
             raise
@@ -174,7 +175,7 @@ class Image:
         advice = self._readahead.advise(pos, size, most=3 * window.bytes, step=window.request_bytes)
         if advice is None:
             return
-        start, length = advice[0], min(advice[1], self.size - advice[0])
+        start, length = advice[0], min(advice[1], min(self.size, self._identity.size) - advice[0])
         if length <= 0:
             return
         if self.overlay.clusters.is_loaded(start, length):
@@ -197,7 +198,7 @@ class Image:
             if run.offset == MISSING:
                 first = run.pos // self.overlay.cluster_size
                 last = (run.pos + run.size - 1) // self.overlay.cluster_size
-                self.fetch.ahead(first, last - first + 1, limit=self.size, taker=self)
+                self.fetch.ahead(first, last - first + 1, taker=self)
 
     # Write.
 
@@ -239,7 +240,7 @@ class Image:
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         """Adopt fetched bytes; see `Overlay.adopt`. A full disk is remembered, not raised: the reader has its bytes."""
-        if self.changed is not None or self._closed or self._too_full():
+        if self.changed is not None or self._closed or pos >= self.size or self._too_full():
             return
         self._takes += 1
         try:
@@ -331,7 +332,9 @@ class Image:
         if pin is not None and pin.backing == backing:
             difference = _identity(pin).difference(_identity(found))
             if difference is None:
-                return identity
+                found = Pin(backing, found.size, found.etag or pin.etag, found.last_modified or pin.last_modified)
+                if found == pin:
+                    return identity
         if difference is not None:
             await self._start_over_or_refuse(difference)
         # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
@@ -367,7 +370,11 @@ class Image:
             await self.overlay.commit()
         except NoSpace as exc:
             self.full, self._full_since = exc, trio.current_time()
-        except QedfsError as exc:
+        except Exception as exc:
+            if not isinstance(exc, QedfsError):
+                # A fault of ours must cost this image only, not every image of the mount.
+                log.exception("%s: cannot commit", self.name)
+                exc = QedfsError("internal error, see the log")
             if self.error is None or str(self.error) != str(exc):
                 log.error("%s: %s", self.name, exc)
             self._failed(exc)

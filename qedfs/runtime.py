@@ -73,10 +73,10 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def filesystem_type(path: Path | str) -> str:
-    """The type of the file system that holds `path`, as in /proc/self/mountinfo; "" if it cannot be told."""
+def filesystem_type(path: Path | str | int) -> str:
+    """The type of the file system that holds a path or an open file, as in /proc/self/mountinfo; "" if unknown."""
     try:
-        device = os.stat(path).st_dev
+        device = (os.fstat(path) if isinstance(path, int) else os.stat(path)).st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:

@@ -23,7 +23,7 @@ from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.storage import FileStorage
-from qedfs.source.open import remote_source
+from qedfs.source.open import allowed, remote_source
 from qedfs.source.policy import Policy
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import parse_location
@@ -162,10 +162,16 @@ class Folder:
             found = dict(self._files())
             for path in [path for path in self._by_path if path not in found]:
                 await self._remove(self._by_path[path])
-            added = [served for path, status in found.items() if (served := await self._look_at(path, status))]
-            # Together: what the first stream fetches is of use to the others only once they stream as well.
-            for served in added:
-                self._nursery.start_soon(self._run, served)
+            added: list[Served] = []
+            try:
+                for path, status in found.items():
+                    if served := await self._look_at(path, status):
+                        added.append(served)
+            finally:
+                # Together: what the first stream fetches is of use to the others only once they stream as well. And
+                # in any case: an image that is served without its tasks would never be committed.
+                for served in added:
+                    self._nursery.start_soon(self._run, served)
             self._scanned_before = True
 
     async def _look_at(self, path: str, status: os.stat_result) -> Served | None:
@@ -203,12 +209,13 @@ class Folder:
         served = Served(name, path, next(self._inodes), seen)
         try:
             await self._serve(served)
-        except QedfsError as exc:
+        except (QedfsError, OSError) as exc:
             if self._single:
                 raise
-            served.error = exc
-            if str(exc) != str(before):
-                log.error("not served: %s", exc)
+            # OSError: the file went away, or its file system did, while we looked at it.
+            served.error = exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}")
+            if str(served.error) != str(before):
+                log.error("not served: %s", served.error)
         self._by_path[path] = served
         if served.image is None:
             return None
@@ -219,7 +226,7 @@ class Folder:
     async def _serve(self, served: Served) -> None:
         overlay = await self._open(served.path)
         try:
-            fetch = self._fetch(overlay)
+            fetch = await self._fetch(overlay)
         except BaseException:
             await overlay.close()
             raise
@@ -236,20 +243,23 @@ class Folder:
         if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
         try:
-            return await open_overlay(path, writable=True, journal_folder=self._options.journal_folder)
+            return await open_overlay(
+                path, writable=True, journal_folder=self._options.journal_folder, dir_fd=self._fd
+            )
         except UsageError as exc:
             cause = exc.__cause__
             if not (isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)):
                 raise
-        overlay = await open_overlay(path, writable=False)
+        overlay = await open_overlay(path, writable=False, dir_fd=self._fd)
         log.warning("%s: is not writable; it is served read-only, nothing that is fetched is kept", path)
         return overlay
 
-    def _fetch(self, overlay: Overlay) -> Fetch | None:
+    async def _fetch(self, overlay: Overlay) -> Fetch | None:
         """The queue for the overlay's backing, shared by all overlays on the same source."""
         if overlay.backing is None:
             return None
         location = parse_location(overlay.backing, relative_to=self._root)
+        await allowed(location, self._options.policy)
         # One URL may be raw for one overlay and read in its own format for another: two sources.
         place = (location.secret_url, not overlay.probes_backing)
         remote = self._remotes.get(place)
@@ -277,7 +287,11 @@ class Folder:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(image.run)
-                    await image.overlay.clusters.count()
+                    try:
+                        await image.overlay.clusters.count()
+                    except QedfsError as exc:
+                        # The image goes on being read, written and committed as far as it can be.
+                        job.fail(exc)
                     if job.state is not State.COMPLETE:
                         await job.run()
                         await self._let_go(image)
@@ -289,14 +303,14 @@ class Folder:
                 served.error = QedfsError("internal error, see the log")
                 log.error("%s: internal error", served.name, exc_info=group)
 
-    async def _let_go(self, complete: Image) -> None:
+    async def _let_go(self, image: Image) -> None:
         """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
-        fetch = complete.fetch
+        fetch = image.fetch
         if fetch is None:
             return
         remote = fetch.remote
         images = [served.image for served in self._by_inode.values() if served.image is not None]
-        if any(image.fetch is not None and image.fetch.remote is remote and not image.complete for image in images):
+        if any(one.fetch is not None and one.fetch.remote is remote and not one.complete for one in images):
             return
         for place in [place for place, known in self._remotes.items() if known is remote]:
             del self._remotes[place]
@@ -320,6 +334,8 @@ class Folder:
         self._by_inode.pop(served.inode, None)
         served.scope.cancel()
         await _closed(served)
+        if served.image is not None:
+            await self._let_go(served.image)
 
     async def close(self) -> None:
         """Flush and close every overlay, and drop the connections."""
@@ -339,6 +355,9 @@ async def _closed(served: Served) -> None:
             await served.image.close()
     except QedfsError as exc:
         log.error("%s: %s", served.name, exc)
+    except Exception:
+        # The others have to be flushed and closed all the same.
+        log.exception("%s: cannot be closed", served.name)
 
 
 def _age(status: os.stat_result) -> float:

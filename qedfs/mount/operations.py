@@ -7,11 +7,12 @@ and ends every image of the mount. So each handler translates all it can meet, i
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -28,6 +29,20 @@ ATTRIBUTE_SECONDS = 2.0
 LOG_SECONDS = 30.0  # between two lines on the same trouble of one image
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+def total(handler: F) -> F:
+    """A handler that raises nothing but FUSEError. (read and write do the same by themselves: a call less.)"""
+
+    @functools.wraps(handler)
+    async def translated(self: Operations, *args: Any) -> object:  # noqa: ANN401 - whatever the handler takes
+        try:
+            return await handler(self, *args)
+        except Exception as exc:
+            inode = args[0] if args and isinstance(args[0], int) else 0
+            raise self._translated(exc, inode) from exc
+
+    return cast("F", translated)
 
 
 class Operations(pyfuse3.Operations):
@@ -74,28 +89,22 @@ class Operations(pyfuse3.Operations):
 
     # Names and attributes.
 
+    @total
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """An image by its name."""
         served = self._folder.by_name(os.fsdecode(name))
-        if served is None and await self._rescanned():
+        if served is None and await self._folder.rescan():
             served = self._folder.by_name(os.fsdecode(name))
         if parent_inode != pyfuse3.ROOT_INODE or served is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(served)
 
-    async def _rescanned(self) -> bool:
-        try:
-            return await self._folder.rescan()
-        except Exception as exc:
-            raise self._translated(exc, 0) from exc
-
+    @total
     async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
         """Size, owner and mode: those of the overlay file; st_blocks is what it takes on disk."""
-        try:
-            return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._served(inode))
-        except OSError as exc:
-            raise self._translated(exc, inode) from exc
+        return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._served(inode))
 
+    @total
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
@@ -107,6 +116,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EPERM)
         return await self.getattr(inode)
 
+    @total
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         """Open an image. The page cache stays: an image changes through the mount only."""
         served = self._served(inode)
@@ -122,6 +132,7 @@ class Operations(pyfuse3.Operations):
         served.opens = self._opens[inode]
         return FileInfo(fh=inode, keep_cache=True)
 
+    @total
     async def release(self, fh: int) -> None:
         """The last descriptor of one open() is gone."""
         left = self._opens[fh] = self._opens[fh] - 1
@@ -135,13 +146,15 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
         """Inodes live as long as their overlay is in the folder."""
 
+    @total
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
         """Look into the folder again, so that a listing shows what is there now."""
         if inode != pyfuse3.ROOT_INODE:
             raise FUSEError(errno.ENOTDIR)
-        await self._rescanned()
+        await self._folder.rescan()
         return int(inode)
 
+    @total
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """The images, in the order of their inodes, which never come back."""
         for served in self._folder.images():
@@ -157,12 +170,10 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         """Nothing was kept."""
 
+    @total
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The file system that holds the overlays."""
-        try:
-            found = self._folder.statvfs()
-        except OSError as exc:
-            raise self._translated(exc, 0) from exc
+        found = self._folder.statvfs()
         data = StatvfsData()
         for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
             setattr(data, name, getattr(found, name))

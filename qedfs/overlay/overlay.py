@@ -47,6 +47,7 @@ Fill = Callable[[int], Awaitable[Buffer]]
 
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
+ZEROS_AT_ONCE = 2048  # clusters: 2 ms on the event loop
 MAX_READ_BYTES = 1 << 20  # what one FUSE request asks for at most
 
 
@@ -101,14 +102,15 @@ class Overlay:
     def _begin(self, folder: Path | None, allocate_from: int) -> None:
         previous = self._session.previous()
         name = self.storage.name()
-        left = read_journal(folder, name, previous) if folder and name and previous else []
+        left = read_journal(folder, f"{name}-{previous}", previous) if folder and name and previous else []
         self.clusters.file_end = allocate_from
         self._replay(replayable(left, self._session.header, self.storage.size()))
         session = self._session.begin()
         self._record = self._session.record
         if folder and name and session:
             try:
-                self._journal = Journal.create(folder, name, session)
+                self._journal = Journal.create(folder, f"{name}-{session}", session)
+                (folder / f"{name}-{previous}").unlink(missing_ok=True)
             except OSError:
                 self._journal = None
         self.committer.journal = self._journal
@@ -175,7 +177,7 @@ class Overlay:
         The view is of a buffer that the next call overwrites: hand it on before the next await. (FUSE replies are
         written by the code that awaited us, with no await between.)
         """
-        offset = self.clusters.data_offset(pos, size)
+        offset = self.clusters.data_offset(pos, size) if size <= MAX_READ_BYTES else 0
         if not offset:
             return None
         view = self._scratch[:size]
@@ -404,6 +406,11 @@ class Overlay:
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
         self._check_writable()
+        for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
+            await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
+            await trio.lowlevel.checkpoint()
+
+    async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
         pos = cluster * self.cluster_size
         size = min(count * self.cluster_size, self.image_size - pos)
         while not self.clusters.is_loaded(pos, size):
@@ -444,10 +451,14 @@ class Overlay:
             if self.writable:
                 await self.committer.flush()
         finally:
-            if self._journal is not None:
-                self._journal.close(remove=not self.committer.pending)
-                self._journal = self.committer.journal = None
-            self.storage.close()
+            # A record or a detach may be under way in a thread: the descriptor must not be closed under it.
+            async with self._session_lock:
+                if self._journal is not None:
+                    # After a failed barrier nobody knows which data the disk has: entries that were never committed
+                    # are not brought back by the next session, or clusters could read as garbage.
+                    self._journal.close(remove=self.committer.failure is not None or not self.committer.pending)
+                    self._journal = self.committer.journal = None
+                self.storage.close()
 
     # Inside.
 

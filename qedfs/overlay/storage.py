@@ -8,6 +8,7 @@ event loop. A recording twin in the tests implements the same `Storage` port.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -92,12 +93,12 @@ class FileStorage:
         self.writable = writable
         self._limiter: trio.CapacityLimiter | None = None
         # tmpfs refuses RWF_NOWAIT, and has no disk to wait for.
-        self._read_flags = 0 if filesystem_type(path) in TMPFS_TYPES else os.RWF_NOWAIT
+        self._read_flags = 0 if filesystem_type(fd) in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
 
     @classmethod
     def open(cls, path: str, *, writable: bool, locked: bool = True, dir_fd: int | None = None) -> Self:
-        """Open an overlay file, with QEMU's byte locks unless told otherwise.
+        """Open an overlay file, with QEMU's byte locks unless told otherwise. With `dir_fd`, `path` is for messages.
 
         O_NOFOLLOW and O_NONBLOCK, then a look at the type: a folder of overlays may hold links, FIFOs and devices.
 
@@ -108,7 +109,7 @@ class FileStorage:
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fd = os.open(path, flags, dir_fd=dir_fd)
+            fd = os.open(path if dir_fd is None else os.path.basename(path), flags, dir_fd=dir_fd)
         except OSError as exc:
             raise _open_error(path, exc, writable=writable) from exc
         try:
@@ -122,21 +123,26 @@ class FileStorage:
         return cls(fd, path, writable=writable)
 
     def name(self) -> str:
-        """Device and inode: it follows the file through renames and is not shared with a copy."""
-        status = self.stat()
-        return f"{status.st_dev:x}-{status.st_ino:x}"
+        """The inode: it follows the file through renames and is not shared with a copy in the same file system.
+
+        Not the device: its number may be another one when the file system is mounted again.
+        """
+        return f"{self.stat().st_ino:x}"
 
     def stat(self) -> os.stat_result:
         """The file's attributes."""
-        return os.fstat(self._fd)
+        try:
+            return os.fstat(self._fd)
+        except OSError as exc:
+            raise self._translated("look at", exc) from exc
 
     def size(self) -> int:
         """Length of the file."""
-        return os.fstat(self._fd).st_size
+        return self.stat().st_size
 
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk (st_blocks counts units of 512 whatever the file system's block)."""
-        return os.fstat(self._fd).st_blocks * 512
+        return self.stat().st_blocks * 512
 
     def read_now(self, offset: int, view: memoryview) -> bool:
         """One `preadv2` with RWF_NOWAIT: 1.1 us for 4 KiB in the page cache, a thread hop costs 70 us."""
@@ -194,7 +200,8 @@ class FileStorage:
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise; only advice, so it cannot fail in a way that matters."""
-        os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """A worker thread of trio; cancellation waits for the call to end, so no write is in doubt."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
 
 import trio
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.base import Extent, Identity
 from qedfs.source.url import Location
+
+T = TypeVar("T")
+THREADS = 16
+
+_limiter: trio.CapacityLimiter | None = None
 
 
 class LocalSource:
@@ -31,10 +36,13 @@ class LocalSource:
         Raises:
             SourceError: it is not there, or neither a file nor a block device.
         """
-        path = location.path or ""
+        return await in_thread(lambda: cls._open(location))
+
+    @classmethod
+    def _open(cls, location: Location) -> Self:
         try:
             # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(location.path or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
             raise SourceError(f"backing {location}: {exc.strerror}") from exc
         status = os.fstat(fd)
@@ -42,8 +50,7 @@ class LocalSource:
             os.close(fd)
             raise SourceError(f"backing {location} is neither a file nor a block device")
         size = os.lseek(fd, 0, os.SEEK_END)
-        modified = f"{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None
-        return cls(fd, location, Identity(size, last_modified=modified, name=str(location)))
+        return cls(fd, location, Identity(size, last_modified=_modified(status), name=str(location)))
 
     @property
     def identity(self) -> Identity:
@@ -56,24 +63,36 @@ class LocalSource:
         return 8
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer`. Raises SourceChanged if the file has become shorter."""
-
-        def fill() -> int:
-            done = 0
-            while done < len(buffer) and (count := os.preadv(self._fd, [buffer[done:]], pos + done)):
-                done += count
-            return done
-
+        """Fill `buffer`. Raises SourceChanged if the file has become shorter or was written to."""
         try:
-            done = await trio.to_thread.run_sync(fill)
+            data = await in_thread(lambda: self._read(pos, len(buffer)))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
-        if done < len(buffer):
+        if len(data) < len(buffer):
             raise SourceChanged(f"backing {self._location} has become shorter")
-        self.received += done
+        # A private buffer: a read that was given up may still be under way in its thread.
+        buffer[:] = data
+        self.received += len(data)
+
+    def _read(self, pos: int, size: int) -> bytes:
+        parts = []
+        while size and (part := os.pread(self._fd, size, pos)):
+            parts.append(part)
+            pos, size = pos + len(part), size - len(part)
+        # Looked at behind the read: what was written before it shows.
+        modified = _modified(os.fstat(self._fd))
+        if modified != self._identity.last_modified:
+            raise SourceChanged(f"backing {self._location} has been written to since it was opened")
+        return b"".join(parts)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The holes of the file, as the file system tells them."""
+        try:
+            return await in_thread(lambda: self._extents(pos, size))
+        except OSError as exc:
+            raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
+
+    def _extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         end = pos + size
         try:
             start = os.lseek(self._fd, pos, os.SEEK_DATA)
@@ -89,3 +108,19 @@ class LocalSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run a call that may wait for a disk, or for ever for a dead file server.
+
+    Such a thread is abandoned at the deadline, and it takes its place from nobody but other local sources. Never on the
+    event loop: the path may lead into a mount of our own, which would wait for us.
+    """
+    global _limiter
+    if _limiter is None:
+        _limiter = trio.CapacityLimiter(THREADS)
+    return await trio.to_thread.run_sync(function, limiter=_limiter, abandon_on_cancel=True)
+
+
+def _modified(status: os.stat_result) -> str | None:
+    return f"{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import trio
 
-from qedfs.errors import SourceError
+from qedfs.errors import SourceError, SourceUnreachable
 from qedfs.source.base import Source
 from qedfs.source.http import HttpSource
-from qedfs.source.local import LocalSource
+from qedfs.source.local import LocalSource, in_thread
 from qedfs.source.nbd import NbdSource
 from qedfs.source.policy import Policy
 from qedfs.source.qcow2 import Qcow2Source
 from qedfs.source.qcow2.format import MAGIC
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import Location
+
+LOCAL_PATH_SECONDS = 5.0
 
 # First bytes of image formats that must not be taken for a raw disk (QEMU's probe would take them for what they are).
 _MAGICS = {MAGIC: "qcow2", b"QED\0": "QED", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
@@ -35,10 +37,8 @@ def remote_source(
     refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with `raw` unset,
     a backing in another one is a SourceError when it connects.
 
-    Raises:
-        Refused: the policy does not allow this place at all. (Addresses are judged when they are connected to.)
+    The place is judged by the policy when it is opened (`allowed`), addresses when they are connected to.
     """
-    policy.check_location(location)
 
     async def connect() -> Source:
         source = await open_source()
@@ -51,6 +51,7 @@ def remote_source(
             raise
 
     async def open_source() -> Source:
+        await allowed(location, policy)
         if location.kind == "http":
             return await HttpSource.open(location, policy, nursery)
         if location.kind == "nbd":
@@ -58,6 +59,20 @@ def remote_source(
         return await LocalSource.open(location)
 
     return Remote(location, connect, deadline_seconds=deadline_seconds)
+
+
+async def allowed(location: Location, policy: Policy) -> None:
+    """Raise Refused if the policy does not allow this place. Links on the way to a local path are followed.
+
+    That may wait for a dead file server, or for ourselves: hence not on the event loop.
+    """
+    if location.path is None:
+        policy.check_location(location)
+        return
+    with trio.move_on_after(LOCAL_PATH_SECONDS):
+        await in_thread(lambda: policy.check_location(location))
+        return
+    raise SourceUnreachable(f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s")
 
 
 async def _in_its_format(source: Source, location: Location, expected: str | None) -> Source:

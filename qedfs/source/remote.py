@@ -19,6 +19,7 @@ from qedfs.source.url import Location
 T = TypeVar("T")
 
 DEADLINE_SECONDS = 30.0  # of one read with all its retries; a guest's own disk timeout is 30 s on Linux
+PATIENCE = 10.0  # deadlines that one background read may take: 4 MiB at 14 KiB/s
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -34,7 +35,7 @@ class Remote:
         self.error: QedfsError | None = None  # why the last try failed; None after a success
         self.retries = 0
         self._opener = opener
-        self._deadline_seconds = deadline_seconds
+        self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
         self._opening = trio.Lock()
 
@@ -59,14 +60,18 @@ class Remote:
         source = await self._retried(self._connected)
         return source.identity
 
-    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer`; the range must lie inside the source. Errors as for `connect`."""
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False, patient: bool = False) -> None:
+        """Fill `buffer`; the range must lie inside the source. Errors as for `connect`.
+
+        `patient`: nobody waits, and on a slow link many such reads share it, so one that goes on gets more time. (A
+        connection on which nothing comes is noticed by the sources themselves.)
+        """
 
         async def read() -> None:
             source = await self._connected()
             await source.read(pos, buffer, urgent=urgent)
 
-        await self._retried(read)
+        await self._retried(read, patience=PATIENCE if patient else 1.0)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts read as zeros, or None if the source cannot tell. Errors as for `connect`."""
@@ -98,10 +103,14 @@ class Remote:
                 self._source = source
             return self._source
 
-    async def _retried(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Try until it works, the deadline is over, or an error says that trying again is of no use."""
-        last = SourceUnreachable(f"backing {self.location} gave no answer within {self._deadline_seconds:g} s")
-        with trio.move_on_after(self._deadline_seconds):
+    async def _retried(self, action: Callable[[], Awaitable[T]], *, patience: float = 1.0) -> T:
+        """Try until it works, the deadline is over, or an error says that trying again is of no use.
+
+        `patience`: how many times the deadline a single try may take.
+        """
+        last = SourceUnreachable(f"backing {self.location} gave no answer within {self.deadline_seconds:g} s")
+        give_up = trio.current_time() + self.deadline_seconds
+        with trio.move_on_after(patience * self.deadline_seconds):
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
@@ -110,7 +119,10 @@ class Remote:
                     self.error = last = exc
                     self.retries += 1
                     # Half of the pause is random, so that many clients of one server do not return in step.
-                    await trio.sleep(max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0))  # noqa: S311
+                    wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
+                    await trio.sleep(min(wait, max(0.0, give_up - trio.current_time())))
+                    if trio.current_time() >= give_up:
+                        break
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 except QedfsError as exc:
                     self.error = exc

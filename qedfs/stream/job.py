@@ -27,6 +27,7 @@ from qedfs.stream.pace import Pace
 
 log = logging.getLogger(__name__)
 
+PACE_SECONDS = 0.25
 EXTENTS_BYTES = 1 << 30  # of the source asked about at once
 RETRY_SECONDS = (1.0, 30.0)  # first and longest pause after the source has failed
 
@@ -172,10 +173,11 @@ class StreamJob:
         first, count = run
         start = first * cluster_size
         size = min(count * cluster_size, image.size - start)
-        await fetch.read(first, start, memoryview(bytearray(size)), limit=image.size, taker=image)
+        await fetch.read(first, start, memoryview(bytearray(size)), taker=image)
         await fetch.landed(image)
-        if image.full is not None:
-            raise image.full
+        self._raise_loss()
+        if image.overlay.clusters.all_missing(first, count):
+            raise image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
         following = await self._next_run(first + count, source_size)
         return start, size, None if following is None else following[0] * cluster_size
 
@@ -254,12 +256,18 @@ class StreamJob:
             if self.hold_off():
                 return asked
             first, count = run
-            await self.pace.wait(count * cluster_size)
+            if due := self.pace.due():
+                # In short sleeps, which a command ends: it may be a pause or another limit.
+                await self._sleep(min(due, PACE_SECONDS))
+                continue
             await fetch.turn(first, count)
             self._raise_failure()
+            if not self._allowed or self.hold_off():
+                return asked
             if not image.overlay.clusters.all_missing(first, count):
                 continue  # a reader or another image's stream has brought a part of it in
-            fetch.start(first, count, limit=image.size, taker=image)
+            fetch.start(first, count, taker=image)
+            self.pace.sent(count * cluster_size)
             self._cursor, asked = first + count, True
             if self._trying:
                 # One request shows whether there is room again; a window of them would be fetched in vain.
@@ -315,10 +323,16 @@ class StreamJob:
             self._extents.popleft()
         if not self._extents or self._extents[0].pos > pos:
             assert self.image.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-            size = min(EXTENTS_BYTES, source_size - pos)
+            # To the end of the next L2 table at least: only then is a table that lies in a hole seen to do so.
+            span = self.image.overlay.geometry.l2_span
+            size = min(max(EXTENTS_BYTES, 2 * span - pos % span), source_size - pos)
             told = await self.image.fetch.extents(pos, size)
             self._extents = deque(told or [Extent(pos, size, zero=False)])
         extent = self._extents[0]
+        while extent.zero and len(self._extents) > 1 and self._extents[1].zero:
+            following = self._extents[1]
+            self._extents.popleft()
+            extent = self._extents[0] = Extent(extent.pos, extent.size + following.size, zero=True)
         if extent.zero and extent.pos + extent.size >= source_size:
             return Extent(extent.pos, self.image.size - extent.pos + self.image.overlay.cluster_size, zero=True)
         return extent
@@ -348,13 +362,21 @@ class StreamJob:
             return "by the user"
         return "" if self._held is None else str(self._held)
 
+    def _raise_loss(self) -> None:
+        """Raise what keeps fetched bytes from being kept."""
+        image = self.image
+        loss = image.changed or image.overlay.committer.failure or image.full
+        if loss is not None:
+            raise loss
+
     def _raise_failure(self) -> None:
-        if self.image.changed is not None:
-            raise self.image.changed
-        if self.image.full is not None:
-            raise self.image.full
+        self._raise_loss()
         if self.image.error is not None and self.image.failures != self._known_failures:
             raise self.image.error
+
+    def fail(self, error: QedfsError) -> None:
+        """Do not run, for this reason; `start` tries all the same."""
+        self._stop(State.FAILED, error)
 
     def _stop(self, state: State, error: QedfsError) -> None:
         """End for now; `start` tries again."""

@@ -1,4 +1,4 @@
-"""Bytes per second, evenly: a token bucket on trio's clock. Owns nothing but the arithmetic and the sleep."""
+"""Bytes per second, evenly: a token bucket on trio's clock. Owns nothing but the arithmetic."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ BURST_SECONDS = 0.25  # of unused rate that may be caught up
 
 
 class Pace:
-    """Call `wait(size)` before each piece. `limit` may be changed at any time; 0 is no limit."""
+    """Wait until `due()` is 0, then tell what was sent. `limit` may be changed at any time; 0 is no limit."""
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
-        self._free_at = float("-inf")  # when the pieces let through so far are paid for
+        self._debt = 0.0  # bytes that were sent before they were due, as of _at
+        self._at = trio.current_time()
 
-    async def wait(self, size: int) -> None:
-        """Sleep until a piece of `size` bytes is due."""
-        while self.limit and (ahead := self._free_at - trio.current_time()) > 0:  # noqa: ASYNC110 - time passes, there is no event to wait for
-            # Short sleeps, so that a new limit takes effect soon.
-            await trio.sleep(min(ahead, BURST_SECONDS))
+    def due(self) -> float:
+        """Seconds until the next piece is due."""
+        self._pay()
+        return max(0.0, self._debt / self.limit) if self.limit else 0.0
+
+    def sent(self, size: int) -> None:
+        """A piece of `size` bytes has left."""
+        self._pay()
+        self._debt += size
+
+    def _pay(self) -> None:
+        now = trio.current_time()
         if self.limit:
-            self._free_at = max(self._free_at, trio.current_time() - BURST_SECONDS) + size / self.limit
+            self._debt = max(-BURST_SECONDS * self.limit, self._debt - (now - self._at) * self.limit)
+        else:
+            self._debt = 0.0
+        self._at = now

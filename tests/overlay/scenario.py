@@ -132,7 +132,7 @@ class Kill(NamedTuple):
     """What a process that was killed has left: the file, its journal, and when that was (an event of the model)."""
 
     image: bytes
-    journal: bytes | None
+    journals: dict[str, bytes]  # by file name
     at: int
 
 
@@ -144,11 +144,10 @@ async def run_and_kill(scenario: Scenario, chance: float) -> tuple[History, list
     kills: list[Kill] = []
     rng = random.Random(scenario.seed + 2)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        journal = Path(folder, "disk")
 
         def perhaps() -> None:
             if rng.random() < chance:
-                left = journal.read_bytes() if journal.exists() else None
+                left = {path.name: path.read_bytes() for path in Path(folder).glob("disk-*")}
                 kills.append(Kill(bytes(history.storage.bytes), left, model.events))
 
         history.storage.before_step = perhaps

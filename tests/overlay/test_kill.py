@@ -22,10 +22,10 @@ from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_
 
 async def judge(history: History, kill: Kill, folder: Path) -> str | None:
     """Open what the killed process left and compare it with the model; twice, as the second open must find the same."""
-    path = folder / "disk"
-    path.unlink(missing_ok=True)
-    if kill.journal is not None:
-        path.write_bytes(kill.journal)
+    for path in folder.glob("disk-*"):
+        path.unlink()
+    for name, content in kill.journals.items():
+        (folder / name).write_bytes(content)
     image: bytes | bytearray = kill.image
     for _ in range(2):
         storage = MemoryStorage(image, name="disk")
