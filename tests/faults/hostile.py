@@ -28,6 +28,7 @@ IMAGE_SIZE = 1 << 20  # the scripted NBD exports have it
 CLUSTER_SIZE = 1 << 16
 SECTOR = 512
 SETTLE_SECONDS = 60.0
+CURE_ATTEMPTS = 5
 
 RIGHT, FAILED, CHANGED, FORBIDDEN = "right bytes", "EIO", "EIO, source changed", "EACCES"
 
@@ -121,11 +122,22 @@ class _Trial:
     def behave(self) -> None:
         for fake in self.farm.fakes.values():
             fake.behave()
+        # Some seconds more than one deadline: on a loaded machine a right answer may take as long.
+        for _ in range(CURE_ATTEMPTS):
+            self._read_cured()
+            if not any(self._is_ill(outcome) for outcome in self.outcomes):
+                return
+        for outcome in self.outcomes:
+            if self._is_ill(outcome):
+                outcome.wrong.append("does not read though the server behaves")
+
+    def _read_cured(self) -> None:
         for outcome, result in zip(self.outcomes, self._read_all(), strict=True):
             # Whoever has been told that the source is another version does not believe it again before a remount.
             outcome.cured = CHANGED if (outcome.hostile, result) == (CHANGED, FAILED) else result
-            if outcome.row.can_be_cured and outcome.cured not in (RIGHT, CHANGED):
-                outcome.wrong.append("does not read though the server behaves")
+
+    def _is_ill(self, outcome: Outcome) -> bool:
+        return outcome.row.can_be_cured and outcome.cured not in (RIGHT, CHANGED)
 
     def stream(self, mount: Mount) -> None:
         """Let the streams come to their end, good or bad."""

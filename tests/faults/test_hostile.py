@@ -15,22 +15,36 @@ def _assert_unharmed(outcomes: list[hostile.Outcome]) -> None:
     assert not harmed
 
 
+# What is always tried, and what has to become of it.
+EXPECTED = {
+    Row("http", "ok", "later"): hostile.RIGHT,
+    Row("nbd", "correct", "first"): hostile.RIGHT,
+    # Each way of sending bytes from elsewhere, or too few.
+    Row("http", "wrong-start", "later"): hostile.FAILED,
+    Row("http", "ignore-range", "later"): hostile.FAILED,
+    Row("http", "short-body", "later"): hostile.FAILED,
+    Row("http", "silence", "first"): hostile.FAILED,
+    Row("nbd", "chunk-before", "first"): hostile.FAILED,
+    Row("nbd", "chunks-overlapping", "first"): hostile.FAILED,
+    Row("nbd", "bytes-missing", "first"): hostile.FAILED,
+    Row("nbd", "hole-outside", "first"): hostile.FAILED,
+    Row("nbd", "deaf", "later"): hostile.FAILED,
+    # Another version.
+    Row("http", "other-etag", "later"): hostile.CHANGED,
+    Row("http", "other-date", "later"): hostile.CHANGED,
+    Row("http", "wrong-total", "later"): hostile.CHANGED,
+    # On the way to where clouds serve credentials.
+    Row("http", "redirect-302", "later"): hostile.FORBIDDEN,
+}
+
+
 def test_hostile_answers(tmp_path: Path) -> None:
-    """HTTP servers that turn bad after a good start, NBD servers that are bad from the start."""
-    rows = [row for row in all_rows() if row.when == {"http": "later", "nbd": "first"}[row.protocol]]
+    """A quarter of both tables; `--slow` and contrib/hostile go through all of them."""
+    rows = list(dict.fromkeys([*EXPECTED, *all_rows()[::4]]))
     outcomes = hostile.run(tmp_path, rows, timeout="1s")
     _assert_unharmed(outcomes)
-    by_row = {outcome.row: outcome for outcome in outcomes}
-    for name in ("wrong-start", "ignore-range", "short-body", "reset", "status-503"):
-        assert by_row[Row("http", name, "later")].hostile == hostile.FAILED
-    for name in ("chunk-before", "chunks-overlapping", "bytes-missing", "hole-outside"):
-        assert by_row[Row("nbd", name, "first")].hostile == hostile.FAILED
-    for name in ("other-etag", "other-date", "wrong-total"):
-        assert by_row[Row("http", name, "later")].hostile == hostile.CHANGED
-    # What is on its way to where clouds serve credentials never gets there.
-    assert by_row[Row("http", "redirect-302", "later")].hostile == hostile.FORBIDDEN
-    assert by_row[Row("http", "ok", "later")].hostile == hostile.RIGHT
-    assert by_row[Row("nbd", "correct", "first")].hostile == hostile.RIGHT
+    found = {outcome.row: outcome.hostile for outcome in outcomes if outcome.row in EXPECTED}
+    assert found == EXPECTED
 
 
 @pytest.mark.slow
@@ -40,7 +54,6 @@ def test_all_hostile_answers(tmp_path: Path) -> None:
     _assert_unharmed(outcomes)
 
 
-@pytest.mark.parametrize("lie", ["whole", "elsewhere"])
-def test_lies_that_others_believe(tmp_path: Path, lie: str) -> None:
-    assert contrast.told_to_qemu_io(lie) == "wrong bytes"
-    assert contrast.told_to_qedfs(lie, tmp_path / "qedfs") == "error"
+def test_a_lie_that_others_believe(tmp_path: Path) -> None:
+    assert contrast.told_to_qemu_io("elsewhere") == "wrong bytes"
+    assert contrast.told_to_qedfs("elsewhere", tmp_path / "qedfs") == "error"
