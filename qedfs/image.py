@@ -32,6 +32,8 @@ COMMIT_BYTES = 64 << 20  # of new data before a commit; 16 barriers per GiB
 COMMIT_SECONDS = 2.0
 MOST_UNCOMMITTED_BYTES = 256 << 20  # beyond, adoption waits for the disk
 NO_SPACE_RETRY_SECONDS = 5.0
+AHEAD_SECONDS = 5.0  # of the link's rate, that a sequential reader is served ahead at the most
+AHEAD_UNKNOWN_BYTES = 2 << 20  # while the rate has not been measured
 
 
 @dataclasses.dataclass(slots=True)
@@ -172,7 +174,9 @@ class Image:
         if not self.copy_on_read or self.fetch is None or self._identity is None or self.changed is not None:
             return
         window = self.fetch.window
-        advice = self._readahead.advise(pos, size, most=3 * window.bytes, step=window.request_bytes)
+        # On a slow link, what is ahead of the reader is also in its way: at most some seconds of it.
+        most = min(3 * window.bytes, AHEAD_SECONDS * window.rate) if window.rate else AHEAD_UNKNOWN_BYTES
+        advice = self._readahead.advise(pos, size, most=int(most), step=window.request_bytes)
         if advice is None:
             return
         start, length = advice[0], min(advice[1], min(self.size, self._identity.size) - advice[0])

@@ -357,3 +357,112 @@ async def test_a_fault_of_ours_ends_the_stream_and_says_so(
         assert job.state is State.FAILED
         assert "internal error" in job.reason
         nursery.cancel_scope.cancel()
+
+
+async def second_image(first: Image, size: int) -> Image:
+    """Another overlay on the source of `first`, with a size of its own."""
+    data = empty(cluster_size=CLUSTER, image_size=size, backing=b"http://fake/disk.raw").data
+    image = Image("second.raw", await Overlay.open(MemoryStorage(data)), first.fetch)
+    await image.overlay.clusters.count()
+    return image
+
+
+async def test_images_of_different_sizes_share_a_source(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(CONTENT)
+    small = 3 * CLUSTER + 512
+    async with served(source, image_size=small) as first:
+        second = await second_image(first, len(CONTENT))
+        source.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, first, 3 * CLUSTER, 512)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(_check_image, second, 3 * CLUSTER, CLUSTER)
+            await trio.testing.wait_all_tasks_blocked()
+            source.gate.set()
+        await trio.sleep(1)
+        assert await read(second, 0, len(CONTENT)) == CONTENT
+        assert await read(first, 0, small) == CONTENT[:small]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(streamed, first)
+            nursery.start_soon(streamed, second)
+        assert await read(second, 0, len(CONTENT)) == CONTENT
+
+
+async def _check_image(image: Image, pos: int, size: int) -> None:
+    assert await read(image, pos, size) == CONTENT[pos : pos + size]
+
+
+async def test_a_complete_image_asks_nothing_of_the_source_any_more(autojump_clock: trio.testing.MockClock) -> None:
+    # 4 KiB clusters with one-cluster tables: a table spans 2 MiB, so whole tables lie in the hole.
+    content = b"a" * CLUSTER + bytes(8 << 20)
+    source = FakeSource(content)
+    source.holes = [(CLUSTER, 8 << 20)]
+    async with served(source, cluster_size=4096) as image:
+        job = await streamed(image)
+        assert job.skipped > 0
+        source.fail = SourceError("gone")
+        asked = len(source.reads)
+        assert await read(image, 0, len(content)) == content
+        assert len(source.reads) == asked
+
+
+async def test_bytes_that_wait_for_a_slow_disk_are_bounded(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qedfs.fetch.MOST_HELD_BYTES", 4 * CLUSTER)
+    source = FakeSource(CONTENT)
+    async with served(source) as image:
+        real = image.overlay.adopt
+
+        async def slow(pos: int, buffer: bytearray, size: int, *, cold: bool = False) -> int:
+            await trio.sleep(60)
+            return await real(pos, buffer, size, cold=cold)
+
+        monkeypatch.setattr(image.overlay, "adopt", slow)
+        assert image.fetch is not None
+        for cluster in range(0, 40, 2):
+            assert await read(image, cluster * CLUSTER, 512) == CONTENT[cluster * CLUSTER : cluster * CLUSTER + 512]
+            assert image.fetch.held_bytes <= 5 * CLUSTER
+        await trio.sleep(200)
+        assert await read(image, 0, len(CONTENT)) == CONTENT
+
+
+async def test_a_link_slower_than_the_deadline_still_completes(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(CONTENT, round_trip=40)
+    async with served(source, deadline_seconds=30) as image:
+        image.fetch.remote.deadline_seconds = 30  # type: ignore[union-attr]
+        source.round_trip = 0.02
+        await image.source_size()
+        source.round_trip = 40
+        job = await streamed(image)
+        assert job.state is State.COMPLETE
+
+
+async def test_a_new_limit_and_a_pause_take_effect_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(random.Random(5).randbytes(320 * CLUSTER), round_trip=0.001)
+    async with served(source) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image, limit=100)
+        nursery.start_soon(job.run)
+        await trio.sleep(10)
+        await job.pause()
+        await trio.sleep(1)
+        assert job.state is State.PAUSED
+        asked = source.bytes_read
+        await trio.sleep(10000)
+        assert source.bytes_read == asked
+        job.set_limit(100 << 20)
+        await job.resume()
+        await trio.sleep(5)
+        assert job.state is State.COMPLETE
+
+
+async def test_a_validator_that_appears_later_joins_the_pin(autojump_clock: trio.testing.MockClock) -> None:
+    storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=len(CONTENT), backing=b"http://fake/disk.raw").data)
+    async with served(FakeSource(CONTENT, etag=None), storage=storage) as image:
+        await read(image, 0, 512)
+    second = MemoryStorage(storage.bytes)
+    async with served(FakeSource(CONTENT, etag='"v1"'), storage=second) as image:
+        await read(image, CLUSTER, 512)
+    async with served(FakeSource(CONTENT, etag='"v2"'), storage=MemoryStorage(second.bytes)) as image:
+        with pytest.raises(SourceChanged):
+            await read(image, 2 * CLUSTER, 512)

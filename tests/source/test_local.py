@@ -1,0 +1,62 @@
+"""A local file as a source: its bytes, its holes, and that a change of it is noticed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qedfs.errors import SourceChanged, SourceError
+from qedfs.source.local import LocalSource
+from qedfs.source.url import parse_location
+
+
+async def opened(path: Path) -> LocalSource:
+    return await LocalSource.open(parse_location(str(path)))
+
+
+async def read(source: LocalSource, pos: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    await source.read(pos, memoryview(buffer))
+    return bytes(buffer)
+
+
+async def test_bytes_and_holes(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.write(b"a" * 65536)
+        file.seek(1 << 20)
+        file.write(b"b" * 65536)
+        file.truncate(2 << 20)
+    source = await opened(path)
+    assert source.identity.size == 2 << 20
+    assert await read(source, 65530, 12) == b"a" * 6 + bytes(6)
+    assert await read(source, 1 << 20, 65536) == b"b" * 65536
+    pos, told = 0, []
+    while pos < 2 << 20:
+        for extent in await source.extents(pos, (2 << 20) - pos) or ():
+            told.append((extent.pos, extent.size, extent.zero))
+            pos += extent.size
+    assert [zero for _, _, zero in told] == [False, True, False, True]
+    await source.aclose()
+
+
+async def test_a_file_that_is_written_to_is_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * 65536)
+    os.utime(path, (1, 1))
+    source = await opened(path)
+    assert await read(source, 0, 100) == b"a" * 100
+    with path.open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(SourceChanged):
+        await read(source, 100, 100)
+    await source.aclose()
+
+
+async def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, tmp_path / "none"):
+        with pytest.raises(SourceError):
+            await opened(path)
