@@ -305,7 +305,9 @@ async def test_steps_complete_an_image_without_the_job(autojump_clock: trio.test
                 break
             pos = following
         assert populated == len(CONTENT)
-        assert image.populated == len(CONTENT)
+        assert image.complete
+        await job.run()
+        assert job.state is State.COMPLETE
 
 
 async def test_two_overlays_on_one_source_share_every_fetch(autojump_clock: trio.testing.MockClock) -> None:

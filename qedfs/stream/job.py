@@ -179,6 +179,10 @@ class StreamJob:
         if image.overlay.clusters.all_missing(first, count):
             raise image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
         following = await self._next_run(first + count, source_size)
+        if following is None and await self._next_run(0, source_size) is None:
+            # Whoever owns the pace has come to the end: nothing needs the backing any more.
+            await image.detach()
+            self._poke()
         return start, size, None if following is None else following[0] * cluster_size
 
     # The task.
@@ -189,6 +193,8 @@ class StreamJob:
         while not self.image.complete:
             try:
                 await self._gate()
+                if self.image.complete:
+                    break
                 self._change(State.RUNNING)
                 self._known_failures = self.image.failures
                 await self._stream()
@@ -345,7 +351,7 @@ class StreamJob:
 
     async def _gate(self) -> None:
         """Return when the job may run."""
-        while True:
+        while not self.image.complete:
             if not self._allowed:
                 self.image.streaming = False
                 self._change(State.PAUSED if self._enabled else State.OFF, self._why_not())
