@@ -11,7 +11,7 @@ Concurrency protocol
 - Bytes are there from `arrived` on; readers copy what they need without waiting for the adoption.
 - A flight is a task of the nursery, not of the reader who asked first: a reader that is killed ends nobody's flight.
 - Look-up and registration of flights happen without an await in between.
-- A flight's buffer goes back to the pool when it has no readers and no takers left (`Flight.holders`).
+- A flight's buffer goes back to the free ones when it has no readers and no takers left (`Flight.holders`).
 
 Order: a reader's request leaves at once. Background requests leave while fewer than `Window.bytes` are in flight; while
 readers wait, and for a moment after, only one small one at a time. The moment grows back to the full window step by
@@ -26,6 +26,7 @@ from typing import Protocol
 
 import trio
 
+from qedfs.buffers import Buffers
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
@@ -38,8 +39,6 @@ QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background
 # A source faster than the disk of the overlay: beyond this, readers get their bytes and nothing is kept.
 MOST_HELD_BYTES = 192 << 20
 GRACE_SECONDS = 1.0
-POOL_BUFFERS = 32  # of one size; a fresh 1 MiB buffer costs 200 us of page faults
-MAX_POOL_BYTES = 32 << 20  # of one size
 
 
 class Taker(Protocol):
@@ -109,7 +108,10 @@ class Flight:
 class Fetch:
     """All fetching from one source in units of one cluster size."""
 
-    def __init__(self, remote: Remote, cluster_size: int, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, remote: Remote, cluster_size: int, nursery: trio.Nursery, *, buffers: Buffers | None = None
+    ) -> None:
+        """`buffers`: shared with the queues of other sources, so that their number does not count."""
         self.remote = remote
         self.cluster_size = cluster_size
         self.window = Window()
@@ -121,7 +123,7 @@ class Fetch:
         self.waits = Histogram()  # of readers, from the question to the last byte or the error
         self.nursery = nursery
         self._flights: dict[int, Flight] = {}
-        self._pool: dict[int, list[bytearray]] = {}
+        self._buffers = buffers or Buffers()
         self._quiet_since = float("-inf")
         self._room = trio.Event()
 
@@ -267,7 +269,7 @@ class Fetch:
         pos = first * self.cluster_size
         size = count * self.cluster_size  # whole: images of other sizes share the flight
         now = trio.current_time()
-        flight = Flight(first, pos, size, self._buffer(count * self.cluster_size), since=now, urgent=urgent)
+        flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
@@ -334,18 +336,7 @@ class Fetch:
         room, self._room = self._room, trio.Event()
         room.set()
 
-    # Buffers.
-
-    def _buffer(self, size: int) -> bytearray:
-        pool = self._pool.get(size)
-        return pool.pop() if pool else bytearray(size)
-
     def _release(self, flight: Flight) -> None:
         flight.holders -= 1
         if flight.holders == 0:
-            size = len(flight.buffer)
-            if len(self._pool) > 8:
-                self._pool.clear()
-            pool = self._pool.setdefault(size, [])
-            if len(pool) * size < MAX_POOL_BYTES and len(pool) < POOL_BUFFERS:
-                pool.append(flight.buffer)
+            self._buffers.give(flight.buffer)

@@ -19,7 +19,7 @@ ORDER = ("cli", "mount", "control", "stream", "image", "fetch", "overlay", "sour
 # `overlay` is one file on disk and knows no network; `fetch` brings bytes and does not know where they are kept.
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. The last three are the arithmetic of fetch and image.
-LEAVES = frozenset({"log", "units", "runtime", "window", "readahead", "histogram"})
+LEAVES = frozenset({"buffers", "log", "units", "runtime", "window", "readahead", "histogram"})
 # The package's own files, outside the order: the version, and `python -m qedfs`.
 ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 

@@ -13,11 +13,13 @@ import logging
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
 
+from qedfs.buffers import Buffers
 from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 SUFFIX = ".qed"
 # A file that has changed this recently may still be being copied into the folder.
 SETTLE_SECONDS = 1.0
+PAST_FETCHES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +95,9 @@ class Folder:
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
         self._remotes: dict[tuple[str, bool], Remote] = {}
+        self._buffers = Buffers()
         self._fetches: dict[tuple[str, bool, int], Fetch] = {}
+        self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
@@ -119,8 +124,8 @@ class Folder:
         return sorted(self._by_path.values(), key=lambda served: served.name)
 
     def fetches(self) -> list[Fetch]:
-        """The fetch queues in use."""
-        return list(self._fetches.values())
+        """The fetch queues in use, and the last ones that were: their counts are still of interest."""
+        return [*self._fetches.values(), *self._past_fetches]
 
     def stat(self) -> os.stat_result:
         """The folder's attributes."""
@@ -275,7 +280,7 @@ class Folder:
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)
         if key not in self._fetches:
-            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery)
+            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery, buffers=self._buffers)
         return self._fetches[key]
 
     async def _run(self, served: Served) -> None:
@@ -315,7 +320,7 @@ class Folder:
         for place in [place for place, known in self._remotes.items() if known is remote]:
             del self._remotes[place]
         for key in [key for key, known in self._fetches.items() if known.remote is remote]:
-            del self._fetches[key]
+            self._past_fetches.append(self._fetches.pop(key))
         await remote.aclose()
 
     async def _remove(self, served: Served) -> None:
