@@ -192,8 +192,7 @@ class StreamJob:
         pause = RETRY_SECONDS[0]
         while not self.image.complete:
             try:
-                await self._gate()
-                if self.image.complete:
+                if not await self._gate():
                     break
                 self._change(State.RUNNING)
                 self._known_failures = self.image.failures
@@ -349,8 +348,8 @@ class StreamJob:
     def _allowed(self) -> bool:
         return self._enabled and not self._paused and self._held is None
 
-    async def _gate(self) -> None:
-        """Return when the job may run."""
+    async def _gate(self) -> bool:
+        """Return True when the job may run; False if the image has become complete without it (`step`)."""
         while not self.image.complete:
             if not self._allowed:
                 self.image.streaming = False
@@ -361,7 +360,8 @@ class StreamJob:
                 self._change(State.WAITING, reason)
                 await self._sleep(LOOK_SECONDS)
             else:
-                return
+                return True
+        return False
 
     def _why_not(self) -> str:
         if self._paused:

@@ -115,7 +115,7 @@ def test_until_streamed_waits_for_the_last_close(tmp_path: Path) -> None:
 def test_wait_returns_when_until_streamed_has_ended_the_mount(tmp_path: Path) -> None:
     with origin(tmp_path, SIZE) as source:
         create(tmp_path / "disk.qed", source.url)
-        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--until-streamed", "--limit", "16M") as mount:
+        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--until-streamed", "--limit", "3M") as mount:
             mount.wait()
             assert mount.wait_exit() == 0
 
