@@ -121,9 +121,7 @@ class MemoryStorage:
         self._faults: dict[str, list[_Fault]] = {}
         self._random = None if seed is None else random.Random(seed)
 
-    def fail(
-        self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False, wrote: float = 0.5
-    ) -> None:
+    def fail(self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False, wrote: float = 0.5) -> None:
         """Let the `nth` operation of a kind from now on fail, or all from there on.
 
         Kinds: read, write, resize, barrier. A write that fails has written this part of it, in whole sectors.
