@@ -22,7 +22,7 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,6 +39,7 @@ from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.journal import Journal, read_journal
+from qedfs.overlay.pieces import adopted_views, pieces, zero_bytes
 from qedfs.overlay.session import Session, read_header, read_record, replayable
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
 
@@ -267,7 +268,7 @@ class Overlay:
         writes: list[tuple[int, list[Buffer]]] = []
         entries: list[tuple[int, int]] = []
         expected = 0  # offset at which the next piece would continue the last write
-        for cluster, start, piece in _pieces(pos, view, cluster_size):
+        for cluster, start, piece in pieces(pos, view, cluster_size):
             entry = self.clusters.entry(cluster)
             buffers: list[Buffer] = [piece]
             if entry > ZERO:
@@ -355,7 +356,7 @@ class Overlay:
         cluster_size = self.cluster_size
         base = self.committer.allocate(len(data) * cluster_size)
         entries = [(cluster, base + index * cluster_size) for index, (cluster, _) in enumerate(data)]
-        buffers = list(self._adopted(buffer, size, data))
+        buffers = list(adopted_views(buffer, size, [at for _, at in data], cluster_size))
         try:
             with self._claims.claimed([cluster for cluster, _ in data]):
                 await self.storage.in_thread(lambda: self.storage.write(base, buffers))
@@ -370,7 +371,7 @@ class Overlay:
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
         cluster_size = self.cluster_size
-        zeros = _zeros(cluster_size)
+        zeros = zero_bytes(cluster_size)
         data: list[tuple[int, int]] = []
         kept = 0
         first = pos // cluster_size
@@ -387,21 +388,6 @@ class Overlay:
             else:
                 data.append((cluster, at))
         return data, kept
-
-    def _adopted(self, buffer: bytearray, size: int, data: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
-        """The clusters' bytes as few views, in order; a cut last cluster is filled up with zeros."""
-        cluster_size = self.cluster_size
-        view = memoryview(buffer)
-        start = end = -1
-        for _, at in data:
-            if at != end:
-                if end >= 0:
-                    yield view[start : min(end, size)]
-                start = at
-            end = at + cluster_size
-        yield view[start : min(end, size)]
-        if end > size:
-            yield bytes(end - size)
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
@@ -489,22 +475,3 @@ async def open_overlay(
     except BaseException:
         storage.close()
         raise
-
-
-def _pieces(pos: int, view: memoryview, cluster_size: int) -> Iterator[tuple[int, int, memoryview]]:
-    """Cut a request at cluster borders: (cluster, start in it, bytes)."""
-    done = 0
-    while done < len(view):
-        start = (pos + done) % cluster_size
-        length = min(cluster_size - start, len(view) - done)
-        yield (pos + done) // cluster_size, start, view[done : done + length]
-        done += length
-
-
-_zero_buffers: dict[int, bytes] = {}
-
-
-def _zeros(size: int) -> bytes:
-    if size not in _zero_buffers:
-        _zero_buffers[size] = bytes(size)
-    return _zero_buffers[size]

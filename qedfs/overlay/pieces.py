@@ -1,0 +1,42 @@
+"""Requests and fetched buffers cut at cluster borders. Pure: views of bytes in, views of bytes out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from qedfs.overlay.storage import Buffer
+
+
+def pieces(pos: int, view: memoryview, cluster_size: int) -> Iterator[tuple[int, int, memoryview]]:
+    """Cut a request at `pos` of the image at cluster borders: (cluster, start in it, bytes)."""
+    done = 0
+    while done < len(view):
+        start = (pos + done) % cluster_size
+        length = min(cluster_size - start, len(view) - done)
+        yield (pos + done) // cluster_size, start, view[done : done + length]
+        done += length
+
+
+def adopted_views(buffer: bytearray, size: int, starts: Sequence[int], cluster_size: int) -> Iterator[Buffer]:
+    """The clusters at these starts of `buffer` as few views, in order.
+
+    Only `size` bytes of the buffer count: a last cluster that is cut there is filled up with zeros.
+    """
+    view = memoryview(buffer)
+    first = end = -1
+    for start in starts:
+        if start != end:
+            if end >= 0:
+                yield view[first : min(end, size)]
+            first = start
+        end = start + cluster_size
+    yield view[first : min(end, size)]
+    if end > size:
+        yield bytes(end - size)
+
+
+@functools.cache
+def zero_bytes(size: int) -> bytes:
+    """`size` zeros, made once for each cluster size in use."""
+    return bytes(size)
