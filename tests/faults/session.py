@@ -32,6 +32,7 @@ class Expectation:
 
     def __init__(self, content: bytes) -> None:
         self.versions = [bytearray(content)]
+        self._synced = list(self.versions)  # as of the last fsync that returned
 
     def wrote(self, pos: int, data: bytes) -> None:
         """A write has returned."""
@@ -43,6 +44,14 @@ class Expectation:
         version = bytearray(self.versions[-1])
         version[pos : pos + len(data)] = data
         self.versions.append(version)
+
+    def synced(self) -> None:
+        """An fsync has returned."""
+        self._synced = [bytearray(version) for version in self.versions]
+
+    def barrier_failed(self) -> None:
+        """What came after the last fsync may be there or not: nobody knows what the disk has of it."""
+        self.versions += self._synced
 
     def judge(self, pos: int, found: bytes) -> None:
         """Raise Wrong if these bytes of the image cannot be."""
@@ -61,6 +70,7 @@ class Expectation:
             raise Wrong(f"the image has {len(found)} bytes")
         self.judge(0, found)
         self.versions = [bytearray(found)]
+        self._synced = list(self.versions)
 
 
 class Session:
@@ -142,5 +152,6 @@ class Session:
     def _fsync(self, fd: int) -> None:
         with contextlib.suppress(OSError):
             os.fsync(fd)
+            self._expected.synced()
             return
         self.failed.append("fsync")

@@ -111,6 +111,8 @@ class Bench:
             code = self._end(child)
         if "internal error" in child.output() or "Traceback" in child.output():
             raise Wrong(f"the mount has met a fault of its own:\n{child.output()}")
+        if "read-only until it is opened again" in child.output():
+            expectation.barrier_failed()
         if fault.syscall:
             log = record.read_text(errors="replace")
             return "INJECTED" in log or code == -9, log.count("\n"), code, session.failed

@@ -69,14 +69,15 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
             with broken_barriers(mount, tmp_path / "strace"):
                 os.pwrite(fd, b"returned", MIB)
                 assert _fsync_error(fd) in (errno.EIO, errno.EROFS)
-            expected[10:16], expected[MIB : MIB + 8] = b"synced", b"returned"
+            expected[10:16] = b"synced"
             # The disk is well again; that proves nothing about what was lost.
             assert _fsync_error(fd) in (errno.EIO, errno.EROFS)
             assert _write_error(fd, 2 * MIB) == errno.EROFS
             assert _write_error(fd, 0) == errno.EROFS  # in place
         finally:
             os.close(fd)
-        assert path.read_bytes() == expected
+        # The page cache still has it.
+        assert path.read_bytes() == expected[:MIB] + b"returned" + expected[MIB + 8 :]
         with pytest.raises(OSError, match="Read-only"):
             path.open("r+b")
         image = mount.image()
@@ -93,10 +94,13 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
         wait_for(lambda: mount.image()["state"] == "complete", "the end of the stream")
         assert mount.unmount() == 0
     assert qemu_check(overlay).corruptions == 0
-    (tmp_path / "expected").write_bytes(expected)
     final = tmp_path / "final"
     subprocess.run([require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, final], check=True, timeout=60)
-    assert first_difference(final, tmp_path / "expected") is None
+    # The write whose fsync has failed is there or not; around it is what was there before.
+    found = bytearray(final.read_bytes())
+    assert bytes(found[MIB : MIB + 8]) in (b"returned", bytes(expected[MIB : MIB + 8]))
+    found[MIB : MIB + 8] = expected[MIB : MIB + 8]
+    assert found == expected
 
 
 def test_the_stream_stops_and_readers_go_on(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
             assert "169.254.169.254" in images["redirected.raw"]["error"]
             assert mount.unmount() == 0
     trace = (tmp_path / "trace").read_text(errors="replace")
-    assert 'overlays/good.qed"' in trace  # it does see what is opened
+    assert 'good.qed"' in trace  # it does see what is opened
     opened = set(re.findall(r'open(?:at2?)?\([^"]*"([^"]*)"', trace))
     assert not {path for path in opened if re.search(r"secret|shadow|passwd|/dev/(zero|mem)|environ", path)}
     # The C library asks its name cache about what looks like a name.
