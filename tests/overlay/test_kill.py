@@ -20,12 +20,17 @@ from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_kill
 
 
-async def judge(history: History, kill: Kill, folder: Path) -> str | None:
-    """Open what the killed process left and compare it with the model; twice, as the second open must find the same."""
+def put_journals(kill: Kill, folder: Path) -> None:
+    """Leave in the folder what the killed process left there."""
     for path in folder.glob("disk-*"):
         path.unlink()
     for name, content in kill.journals.items():
         (folder / name).write_bytes(content)
+
+
+async def judge(history: History, kill: Kill, folder: Path) -> str | None:
+    """Open what the killed process left and compare it with the model; twice, as the second open must find the same."""
+    put_journals(kill, folder)
     image: bytes | bytearray = kill.image
     for _ in range(2):
         storage = MemoryStorage(image, name="disk")
