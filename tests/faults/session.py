@@ -32,7 +32,7 @@ class Expectation:
 
     def __init__(self, content: bytes) -> None:
         self.versions = [bytearray(content)]
-        self._synced = list(self.versions)  # as of the last fsync that returned
+        self._synced = [bytearray(content)]  # as of the last fsync that returned
 
     def wrote(self, pos: int, data: bytes) -> None:
         """A write has returned."""
@@ -70,7 +70,7 @@ class Expectation:
             raise Wrong(f"the image has {len(found)} bytes")
         self.judge(0, found)
         self.versions = [bytearray(found)]
-        self._synced = list(self.versions)
+        self._synced = [bytearray(found)]
 
 
 class Session:

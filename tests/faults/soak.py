@@ -247,9 +247,8 @@ def trends(samples: Sequence[Sample], warm_up_seconds: float) -> list[Trend]:
     found = []
     for name in ("fds", "threads", "rss"):
         values = [getattr(sample, name) for sample in warm]
-        # Of memory the floor: what is on the way from the servers comes and goes, by tens of MiB, and a leak does not.
-        middle = min if name == "rss" else statistics.median
-        first, last = float(middle(values[:third])), float(middle(values[-third:]))
+        # The floor: what a burst needs, and what is on the way from the servers, comes and goes; a leak does not.
+        first, last = float(min(values[:third])), float(min(values[-third:]))
         # Worker threads come and go with the load, and an image that is just opened or closed has its descriptors.
         allowed = first * RSS_GROWTH if name == "rss" else first + WOBBLE
         slope = statistics.linear_regression([sample.seconds for sample in warm], values).slope

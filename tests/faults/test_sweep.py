@@ -55,3 +55,16 @@ def test_the_expectation_notices() -> None:
         bad[pos : pos + 1] = byte
         with pytest.raises(Wrong, match=f"byte {pos} "):
             expectation.judge(0, bytes(bad))
+
+
+def test_the_expectation_after_a_failed_barrier() -> None:
+    """What the last fsync had made durable, or what came later; a third thing is wrong."""
+    expectation = Expectation(b"old" * 1000)
+    expectation.wrote(0, b"1st")
+    expectation.synced()
+    expectation.wrote(0, b"2nd")
+    expectation.barrier_failed()
+    expectation.judge(0, b"1st")
+    expectation.judge(0, b"2nd")
+    with pytest.raises(Wrong, match="byte 0 "):
+        expectation.judge(0, b"old")
