@@ -74,6 +74,10 @@ class Target:
     figure: str = ""
 
 
+# What fetching may cost, whatever the link.
+FRUGAL = (Target(1.01, figure=WIRE), Target(0, figure=TWICE))
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """A target and what was reached; `met` is None if nothing was measured to compare."""

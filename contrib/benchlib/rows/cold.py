@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import bounded, fio, ours, peers, qemu
 from ..lab import Lab, Origin
-from ..values import GIB, LIMIT, MIB, NBDKIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import FRUGAL, GIB, LIMIT, MIB, NBDKIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _RTT_MS = 20
 _DD_SECONDS = 300.0
@@ -62,7 +62,7 @@ def _in_order(kind: str) -> Row:
         f"dd of a cold image through the mount, {_RTT_MS} ms, {kind.upper()}",
         Unit.MB_PER_SECOND,
         prepare,
-        (Target(0.9, LIMIT),),
+        (Target(0.9, LIMIT), *FRUGAL),
         note="qedfs without its stream; QEMU's FUSE export without copy-on-read; nbdkit with cow-on-read and nbdfuse",
     )
 

@@ -8,10 +8,7 @@ from functools import partial
 
 from .. import ours, peers, qemu
 from ..lab import RATE_BYTES, Lab
-from ..values import GIB, LIMIT, MIB, QEDFS, QEMU, TWICE, WIRE, Contenders, Row, Target, Unit
-
-# What a stream may cost, whatever the link.
-FRUGAL = (Target(1.01, figure=WIRE), Target(0, figure=TWICE))
+from ..values import FRUGAL, GIB, LIMIT, MIB, QEDFS, QEMU, Contenders, Row, Target, Unit
 
 
 def _loopback(kind: str, target: float) -> Row:
