@@ -25,6 +25,7 @@ from qedfs.fetch import Fetch
 from qedfs.mount import loop
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
+from qedfs.mount.memory import give_back_memory
 from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
@@ -121,6 +122,7 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
+            nursery.start_soon(give_back_memory)
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)

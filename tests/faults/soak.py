@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
+import signal
 import statistics
 import threading
 import time
@@ -29,7 +31,8 @@ RESTART_SECONDS = 20.0
 PAUSE_SECONDS = 0.02  # between two operations of one image: load, but not all of the machine
 WRITE_PATIENCE_SECONDS = 120.0
 RSS_GROWTH = 1.05
-WOBBLE = 4  # descriptors or threads
+WOBBLE = 4  # descriptors, threads or tasks
+_DUMP = "asked by SIGUSR1:"
 
 
 class Sample(NamedTuple):
@@ -38,6 +41,7 @@ class Sample(NamedTuple):
     seconds: float
     fds: int
     threads: int
+    tasks: int
     rss: int
 
 
@@ -199,13 +203,13 @@ class Soak:
         for image in self._images:
             if image.overlay.exists() and qemu_check(image.overlay).corruptions:
                 raise AssertionError(f"qemu-img check finds corruptions in {image.overlay.name}")
-        return Life(samples, log.count("\n"))
+        return Life(samples, _lines(log))
 
     def _watch(self, mount: Mount, seconds: float, samples: list[Sample], say: Callable[[str], None]) -> None:
         started = time.monotonic()
         restarted = started
         while (now := time.monotonic()) < started + seconds:
-            samples.append(_sample(mount.pid, now - started))
+            samples.append(_sample(mount, now - started))
             if now - restarted > RESTART_SECONDS:
                 restarted = now
                 server = self._servers[self.totals.restarts % len(self._servers)]
@@ -233,19 +237,33 @@ def soak(folder: Path, images: int, seed: int) -> Iterator[Soak]:
         yield Soak(folder, (first, third, second, fourth), images, seed)
 
 
-def _sample(pid: int, seconds: float) -> Sample:
-    status = Path(f"/proc/{pid}/status").read_text()
+def _sample(mount: Mount, seconds: float) -> Sample:
+    status = Path(f"/proc/{mount.pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     kib = int(fields["VmRSS"].split()[0])
-    return Sample(seconds, len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]), kib * 1024)
+    return Sample(seconds, len(os.listdir(f"/proc/{mount.pid}/fd")), int(fields["Threads"]), _tasks(mount), kib * 1024)
+
+
+def _lines(log: str) -> int:
+    """Lines of the log, but for the answers to SIGUSR1."""
+    return sum(_DUMP not in line and not line.startswith("  ") for line in log.splitlines())
+
+
+def _tasks(mount: Mount) -> int:
+    """How many tasks the mount has: at SIGUSR1 it names them in its log."""
+    before = mount.output().count(_DUMP)
+    os.kill(mount.pid, signal.SIGUSR1)
+    wait_for(lambda: mount.output().count(_DUMP) > before, "the tasks")
+    dump = mount.output().rpartition(_DUMP)[2]
+    return sum(int(count or 1) for count in re.findall(r"^  task .*?(?: \(x (\d+)\))? (?:at|in) ", dump, re.MULTILINE))
 
 
 def trends(samples: Sequence[Sample], warm_up_seconds: float) -> list[Trend]:
-    """Whether anything grows after the warm-up: descriptors and threads by more than a wobble, memory by 5 %."""
+    """Whether anything grows after the warm-up: descriptors, threads and tasks by more than a wobble, memory by 5 %."""
     warm = [sample for sample in samples if sample.seconds >= warm_up_seconds]
     third = max(1, len(warm) // 3)
     found = []
-    for name in ("fds", "threads", "rss"):
+    for name in ("fds", "threads", "tasks", "rss"):
         values = [getattr(sample, name) for sample in warm]
         # The floor: what a burst needs, and what is on the way from the servers, comes and goes; a leak does not.
         first, last = float(min(values[:third])), float(min(values[-third:]))

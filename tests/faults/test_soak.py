@@ -23,10 +23,17 @@ def test_a_minute(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "step", "grows"),
-    [("fds", 0.1, True), ("fds", 0.0, False), ("threads", 0.1, True), ("rss", 1e5, True), ("rss", 1e4, False)],
+    [
+        ("fds", 0.1, True),
+        ("fds", 0.0, False),
+        ("threads", 0.1, True),
+        ("tasks", 0.1, True),
+        ("rss", 1e5, True),
+        ("rss", 1e4, False),
+    ],
 )
 def test_growth_is_noticed(name: str, step: float, *, grows: bool) -> None:
     """A descriptor in ten samples; 10 % and 1 % of memory in a hundred."""
-    start = Sample(0.0, 30, 6, 100_000_000)
+    start = Sample(0.0, 30, 6, 40, 100_000_000)
     samples = [start._replace(seconds=float(n), **{name: int(getattr(start, name) + step * n)}) for n in range(120)]
     assert {trend.name for trend in trends(samples, 20) if trend.grows} == ({name} if grows else set())
