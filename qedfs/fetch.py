@@ -137,34 +137,41 @@ class Fetch:
 
     # For readers.
 
-    async def read(self, first: int, pos: int, view: memoryview, *, taker: Taker | None) -> None:
-        """Fill `view` with the image's bytes at `pos`, which lie in the clusters from `first` on.
+    async def read(self, pieces: Sequence[tuple[int, memoryview]], *, taker: Taker | None) -> None:
+        """Fill each view with the image's bytes at its position.
 
         Errors of the source, within its deadline.
         """
-        last = (pos + len(view) - 1) // self.cluster_size
         source_size = (await self.identity()).size
         started = trio.current_time()
-        flights = self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
+        # All of them before the first wait: what lands meanwhile would be taken for missing and fetched again.
+        joined = [(pos, view, self._join_bytes(pos, len(view), source_size, taker)) for pos, view in pieces]
         self.readers += 1
         try:
-            await self._copy(flights, pos, view)
+            await self._copy(joined)
         finally:
-            for flight in flights:
-                self._release(flight)
+            for _, _, flights in joined:
+                for flight in flights:
+                    self._release(flight)
             self.readers -= 1
             self._quiet_since = trio.current_time()
             self.waits.note(self._quiet_since - started)
             self._wake()
 
-    async def _copy(self, flights: Sequence[Flight], pos: int, view: memoryview) -> None:
+    def _join_bytes(self, pos: int, size: int, source_size: int, taker: Taker | None) -> list[Flight]:
+        first = pos // self.cluster_size
+        last = (pos + size - 1) // self.cluster_size
+        return self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
+
+    async def _copy(self, joined: Sequence[tuple[int, memoryview, list[Flight]]]) -> None:
         """Wait for the bytes, not longer than the deadline: a flight of the background may have more time."""
         seconds = self.remote.deadline_seconds
         # A little more: the flight's own error, if there is one, says better what has happened.
         with trio.move_on_after(seconds + GRACE_SECONDS):
-            done = 0
-            for flight in flights:
-                done += await flight.copy_to(pos + done, view[done:])
+            for pos, view, flights in joined:
+                done = 0
+                for flight in flights:
+                    done += await flight.copy_to(pos + done, view[done:])
             return
         raise SourceUnreachable(f"backing {self.remote.location} gave no answer within {seconds:g} s")
 
@@ -270,8 +277,6 @@ class Fetch:
         size = count * self.cluster_size  # whole: images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
-        for cluster in range(first, first + count):
-            self._flights[cluster] = flight
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
         flight.behind = self.background_bytes
         self.window.started(now, flight.behind, self.remote.received)
@@ -279,6 +284,9 @@ class Fetch:
             self.background_bytes += size
         flight.kept = self.held_bytes < MOST_HELD_BYTES
         self.held_bytes += size
+        # Registered last, with the task that takes it off again: a flight without a task would be waited for in vain.
+        for cluster in range(first, first + count):
+            self._flights[cluster] = flight
         self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         return flight
 

@@ -140,23 +140,12 @@ class Image:
         identity = await self._checked_identity()
         inside = [run for run in runs if run.pos < identity.size]
         self.counters.missed += sum(run.size for run in inside)
-        if len(inside) == 1:
-            await self._fetch_run(inside[0], pos, view)
+        if not inside:
             return
-        try:
-            async with trio.open_nursery() as nursery:
-                for run in inside:
-                    nursery.start_soon(self._fetch_run, run, pos, view)
-        except* QedfsError as group:
-            raise _first(group) from group
-
-    async def _fetch_run(self, run: Run, pos: int, view: memoryview) -> None:
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        part = view[run.pos - pos : run.pos - pos + run.size]
-        first = run.pos // self.overlay.cluster_size
-        taker = self if self.copy_on_read else None
+        pieces = [(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in inside]
         try:
-            await self.fetch.read(first, run.pos, part, taker=taker)
+            await self.fetch.read(pieces, taker=self if self.copy_on_read else None)
         except SourceChanged as exc:
             self.changed = exc
             raise
@@ -415,11 +404,3 @@ class Image:
 
 def _identity(pin: Pin) -> Identity:
     return Identity(pin.size, pin.etag, pin.last_modified)
-
-
-def _first(group: BaseExceptionGroup[QedfsError]) -> QedfsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, QedfsError)  # noqa: S101 - except* has selected it
-    return type(error)(str(error))

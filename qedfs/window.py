@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
-MIN_BYTES = 4 << 20
+MIN_BYTES = 8 << 20
 MAX_BYTES = 64 << 20  # what the fetched clusters of one source may take in memory
 REQUESTS = 16  # in flight in a full window
 MIN_REQUEST_BYTES = 256 << 10

