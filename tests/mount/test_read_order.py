@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from qedfs.fetch import Fetch
@@ -42,9 +43,10 @@ class Elsewhere:
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
 
-    async def read(self, first: int, pos: int, view: memoryview, **_: Any) -> None:
+    async def read(self, pieces: Sequence[tuple[int, memoryview]], **_: Any) -> None:
         self._asked.append("source")
-        view[:] = b"s" * len(view)
+        for _pos, view in pieces:
+            view[:] = b"s" * len(view)
 
 
 async def test_the_source_is_asked_before_anything_waits_for_the_disk() -> None:
