@@ -188,7 +188,9 @@ class Folder:
             retry = known.image is None and (known.seen != seen or isinstance(known.error, InUse))
             if not replaced and not retry:
                 return None
-            await self._remove(known)
+            if replaced:
+                await self._remove(known)
+            # A broken one stays in the list until `_add` knows better, so that `status` never lacks it.
         elif self._scanned_before and _age(status) < SETTLE_SECONDS:
             self._scanned_mtime = -1  # and look again
             return None
