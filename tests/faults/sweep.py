@@ -72,6 +72,13 @@ class Bench:
         self._overlay = folder / "disk.qed"
         self._mountpoint = folder / "mnt"
         self._mountpoint.mkdir()
+        self._child: Child | None = None
+
+    def close(self) -> None:
+        """Leave no process and no mount, wherever a run was interrupted."""
+        if self._child is not None and self._child.returncode is None:
+            self._child.kill()
+        _umount("-l", self._mountpoint)
 
     def run(self, fault: Fault) -> Result:
         """One session. Raises Wrong if a promise does not hold; the message begins with the fault."""
@@ -101,14 +108,17 @@ class Bench:
         record.touch()
         options = ("--no-stream", "--allow-backing", self._folder, "--source-timeout", "2s")
         arguments = ("mount", self._overlay, self._mountpoint, *options)
-        child = Child([*_command(fault, record), *arguments], self._folder / "disk.log")
+        child = self._child = Child([*_command(fault, record), *arguments], self._folder / "disk.log")
         session = Session(self._mountpoint, expectation, seed=self._seed)
         try:
             with _patience(child), contextlib.suppress(Died):
                 child.wait_until(lambda: is_mounted(self._mountpoint), "a mount")
                 session.run()
-        finally:
             code = self._end(child)
+        except BaseException:
+            # An interruption, too, must come out of here as what it is.
+            self.close()
+            raise
         if "internal error" in child.output() or "Traceback" in child.output():
             raise Wrong(f"the mount has met a fault of its own:\n{child.output()}")
         if "read-only until it is opened again" in child.output():
@@ -121,15 +131,10 @@ class Bench:
 
     def _end(self, child: Child) -> int:
         """Unmount and return the exit code; a process that has died leaves a mount that is detached."""
-        done = _umount(self._mountpoint)
-        try:
-            code = child.wait(20)
-        except Died:
-            child.kill()
-            raise
-        finally:
-            if done:
-                _umount("-l", self._mountpoint)
+        failed = _umount(self._mountpoint)
+        code = child.wait(20)
+        if failed:
+            _umount("-l", self._mountpoint)
         return code
 
     def _check(self) -> int:

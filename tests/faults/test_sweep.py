@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ EVERY = 21  # contrib/sweep puts every fault at every call
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> Iterator[Bench]:
     require_fuse()
     require_root()
-    return Bench(tmp_path)
+    with contextlib.closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def test_some_calls(bench: Bench) -> None:
