@@ -1,11 +1,9 @@
-"""`qedfs export`: an overlay -> a raw file. Owns the new file until it is whole; a part of one is not left behind."""
+"""`qedfs export`: an overlay -> a raw file."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -13,9 +11,10 @@ import click
 import trio
 
 from qedfs.cli.map import whole_map
+from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
 from qedfs.cli.values import DURATION
-from qedfs.errors import NoSpace, UsageError
+from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay, open_overlay
@@ -50,35 +49,12 @@ def export(
     """
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
-    with _new_file(file) as target:
+    with new_file(file) as target:
         written = trio.run(_export, overlay, target, with_backing, allow_backing, source_timeout)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     else:
         click.echo(f"{file}: {format_size(written['size'])}, of them {format_size(written['data'])} data")
-
-
-@contextlib.contextmanager
-def _new_file(path: str) -> Iterator[BinaryIO]:
-    """A file that takes its name, durably, when the block has ended well."""
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=os.path.dirname(os.path.abspath(path)))
-        try:
-            with os.fdopen(fd, "wb") as target:
-                yield target
-                target.flush()
-                os.fsync(fd)
-                umask = os.umask(0)
-                os.umask(umask)
-                os.fchmod(fd, 0o666 & ~umask)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"{path}: the file system is full") from exc
-        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
 
 
 async def _export(

@@ -2,48 +2,91 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import click
 import trio
 
+from qedfs.cli import mappicture
+from qedfs.cli.cells import Cells, Kind
 from qedfs.cli.files import peeked
-from qedfs.cli.output import console, print_json_list
+from qedfs.cli.newfile import new_file
+from qedfs.cli.output import JsonList, console
+from qedfs.cli.png import SIGNATURE
+from qedfs.errors import UsageError
 from qedfs.format.geometry import round_down
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
 from qedfs.units import format_size
 
-ROWS = 16  # of the picture
-DATA, ZEROS, GONE = 0, 1, 2  # kinds of clusters, as an index into the pictures' signs
-# data, zero, missing, some missing
+ROWS = 16  # of the picture on a terminal, at the most
+# In the order of Kind.
 _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
 
 
 @click.command("map", short_help="Show which parts are local.")
 @click.argument("overlay", type=click.Path())
+@click.option("--png", metavar="FILE", type=click.Path(), help="Draw into this file instead of on the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in the shape of qemu-img map --output=json.")
-def show_map(overlay: str, as_json: bool) -> None:
+def show_map(overlay: str, png: str | None, as_json: bool) -> None:
     """Draw which parts of OVERLAY are data, zeros or missing. It may be mounted meanwhile.
+
+    Data was written or fetched: the overlay keeps no difference between them. FILE is replaced if it is a PNG, and
+    nothing else is.
 
     In JSON, parts of depth 0 are in the overlay and those of depth 1 in its backing, which is not asked; `offset` is
     where data lies in the overlay file.
     """
-    runs, cluster_size, standing_alone = trio.run(_collect, overlay)
+    if png is not None:
+        _check_replaceable(png)
+    screen = console()
+    most = screen.width * ROWS if png is None else mappicture.MOST_CELLS
+    cells = trio.run(_walk, overlay, most, as_json)
+    if png is not None:
+        with new_file(png) as file:
+            file.write(mappicture.draw(cells, os.path.basename(overlay)))
     if as_json:
-        print_json_list(_extent(run, standing_alone=standing_alone) for run in runs)
+        return
+    if png is None:
+        _draw(cells, screen.width)
     else:
-        _draw(runs, cluster_size, standing_alone=standing_alone)
+        _explain(cells, png)
 
 
-async def _collect(path: str) -> tuple[list[Run], int, bool]:
+def _check_replaceable(path: str) -> None:
+    """Raise UsageError if there is a file of this name that is no PNG: an overlay, when the arguments are swapped."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as file:
+                if file.read(len(SIGNATURE)) == SIGNATURE:
+                    return
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+    raise UsageError(f"{path}: exists already and is no PNG; remove it or choose another name")
+
+
+async def _walk(path: str, most: int, as_json: bool) -> Cells:
+    """Reduce the map to at most `most` cells, and print it on the way if it is wanted as JSON: it may be long."""
     async with peeked(path) as overlay:
-        runs = [run async for run in whole_map(overlay)]
-        return runs, overlay.cluster_size, overlay.backing is None
+        standing_alone = overlay.backing is None
+        cells = Cells(overlay.image_size, overlay.cluster_size, most, standing_alone=standing_alone)
+        printed = JsonList()
+        async for run in whole_map(overlay):
+            cells.add(run)
+            if as_json:
+                printed.add(_extent(run, standing_alone=standing_alone))
+        if as_json:
+            printed.close()
+        return cells
 
 
 async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
@@ -96,44 +139,18 @@ def _extent(run: Run, *, standing_alone: bool) -> dict[str, Any]:
     return {**extent, "depth": 0 if standing_alone else 1, "present": False, "zero": standing_alone, "data": False}
 
 
-def _draw(runs: list[Run], cluster_size: int, *, standing_alone: bool) -> None:
-    screen = console()
-    size = runs[-1].pos + runs[-1].size if runs else 0
-    clusters = -(-size // cluster_size)
-    cells = max(1, min(clusters, screen.width * ROWS))
-    sums = _fill(runs, cells, size, standing_alone=standing_alone)
+def _draw(cells: Cells, width: int) -> None:
     signs = _SIGNS if "utf" in (sys.stdout.encoding or "").lower() else _ASCII_SIGNS
-    line = "".join(_sign(cell, signs) for cell in sums)
-    for at in range(0, len(line), screen.width):
-        click.echo(line[at : at + screen.width])
-    totals = [sum(cell[kind] for cell in sums) for kind in (DATA, ZEROS, GONE)]
-    names = ("data", "zeros", "missing")
-    legend = [f"{signs[kind]} {names[kind]} {format_size(totals[kind])}" for kind in (DATA, ZEROS, GONE)]
-    click.echo(f"{', '.join(legend)}, {signs[3]} in part; one sign is {format_size(size / cells)}")
+    line = "".join(signs[kind] for kind in cells.kinds())
+    for at in range(0, len(line), width):
+        click.echo(line[at : at + width])
+    legend = ", ".join(f"{signs[kind]} {text}" for kind, text in mappicture.legend(cells).items())
+    click.echo(f"{legend}; one sign is {format_size(cells.size)}")
 
 
-def _fill(runs: list[Run], cells: int, size: int, *, standing_alone: bool) -> list[list[int]]:
-    """Bytes of each kind in each cell of the picture."""
-    sums = [[0, 0, 0] for _ in range(cells)]
-    for run in runs:
-        kind = DATA if run.offset > ZERO else ZEROS if run.offset == ZERO or standing_alone else GONE
-        for cell, count in _spread(run, cells, size):
-            sums[cell][kind] += count
-    return sums
-
-
-def _spread(run: Run, cells: int, size: int) -> Iterator[tuple[int, int]]:
-    """(cell, bytes in it) of a run; cell n begins at byte n * size / cells."""
-    pos, end = run.pos, run.pos + run.size
-    while pos < end:
-        cell = min(cells - 1, pos * cells // size)
-        border = -(-(cell + 1) * size // cells) if cell + 1 < cells else end
-        stop = min(end, max(border, pos + 1))
-        yield cell, stop - pos
-        pos = stop
-
-
-def _sign(cell: list[int], signs: str) -> str:
-    if cell[GONE]:
-        return signs[2] if not cell[DATA] and not cell[ZEROS] else signs[3]
-    return signs[DATA] if cell[DATA] else signs[ZEROS]
+def _explain(cells: Cells, path: str) -> None:
+    """Say what the picture in the file shows."""
+    click.echo(f"{path}: {mappicture.scale_of(cells)}, read like a text")
+    for kind in Kind:
+        name, _ = mappicture.COLOURS[kind]
+        click.echo(f"{name:<11} {mappicture.legend(cells)[kind]}")

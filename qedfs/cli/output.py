@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 import click
@@ -18,9 +18,20 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_json_list(values: Iterable[object]) -> None:
-    """A JSON array with one element per line, as qemu-img prints long ones."""
-    click.echo("[" + ",\n".join(map(json.dumps, values)) + "]")
+class JsonList:
+    """A JSON array that is printed while it comes into being, one element per line, as qemu-img prints long ones."""
+
+    def __init__(self) -> None:
+        self._before = "["
+
+    def add(self, value: object) -> None:
+        """Print one element. What is printed may wait in a buffer until `close`."""
+        sys.stdout.write(self._before + json.dumps(value))
+        self._before = ",\n"
+
+    def close(self) -> None:
+        """Print the end."""
+        click.echo("[]" if self._before == "[" else "]")
 
 
 def print_json_line(value: object) -> None:

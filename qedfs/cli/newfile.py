@@ -1,0 +1,40 @@
+"""Files that appear when they are whole. Owns the temporary name, its removal, and the words of a refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from qedfs.errors import NoSpace, UsageError
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[BinaryIO]:
+    """A file that takes its name, durably, when the block has ended well; it replaces what has the name then.
+
+    Raises:
+        UsageError: the folder is missing or takes no file.
+        NoSpace: the file system is full.
+    """
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=os.path.dirname(os.path.abspath(path)))
+        try:
+            with os.fdopen(fd, "wb") as target:
+                yield target
+                target.flush()
+                os.fsync(fd)
+                umask = os.umask(0)
+                os.umask(umask)
+                os.fchmod(fd, 0o666 & ~umask)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{path}: the file system is full") from exc
+        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
