@@ -20,8 +20,9 @@ step, so a reader never finds more than a few small requests ahead of it on the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import trio
@@ -117,7 +118,7 @@ class Fetch:
         self.window = Window()
         self.takers: list[Taker] = []  # who may want what others fetch
         self.fetched_bytes = 0
-        self.readers = 0  # that wait for a flight
+        self.readers = 0  # that wait for bytes, or for the first connection
         self.held_bytes = 0  # of all flights: on the way, or here and not adopted yet
         self.background_bytes = 0  # in flight and nobody waited for them when they left
         self.waits = Histogram()  # of readers, from the question to the last byte or the error
@@ -137,26 +138,36 @@ class Fetch:
 
     # For readers.
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around all that a reader waits for: the first connection and the look at the version too.
+
+        As long as it lasts, and for a moment after, the background holds back.
+        """
+        started = trio.current_time()
+        self.readers += 1
+        try:
+            yield
+        finally:
+            self.readers -= 1
+            self._quiet_since = trio.current_time()
+            self.waits.note(self._quiet_since - started)
+            self._wake()
+
     async def read(self, pieces: Sequence[tuple[int, memoryview]], *, taker: Taker | None) -> None:
-        """Fill each view with the image's bytes at its position.
+        """Fill each view with the image's bytes at its position; called inside `waiting`.
 
         Errors of the source, within its deadline.
         """
         source_size = (await self.identity()).size
-        started = trio.current_time()
         # All of them before the first wait: what lands meanwhile would be taken for missing and fetched again.
         joined = [(pos, view, self._join_bytes(pos, len(view), source_size, taker)) for pos, view in pieces]
-        self.readers += 1
         try:
             await self._copy(joined)
         finally:
             for _, _, flights in joined:
                 for flight in flights:
                     self._release(flight)
-            self.readers -= 1
-            self._quiet_since = trio.current_time()
-            self.waits.note(self._quiet_since - started)
-            self._wake()
 
     def _join_bytes(self, pos: int, size: int, source_size: int, taker: Taker | None) -> list[Flight]:
         first = pos // self.cluster_size

@@ -137,13 +137,20 @@ class Image:
 
     async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
         """Fill the parts of `view` that only the source has; what lies behind its end stays zero."""
-        identity = await self._checked_identity()
-        inside = [run for run in runs if run.pos < identity.size]
-        self.counters.missed += sum(run.size for run in inside)
-        if not inside:
-            return
+        if self.changed is not None:
+            raise self.changed
+        if self._identity is not None and runs[0].pos >= self._identity.size:
+            return  # there is nothing to wait for
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        pieces = [(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in inside]
+        with self.fetch.waiting():
+            identity = await self._checked_identity()
+            inside = [run for run in runs if run.pos < identity.size]
+            self.counters.missed += sum(run.size for run in inside)
+            if inside:
+                await self._fetch([(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in inside])
+
+    async def _fetch(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         try:
             await self.fetch.read(pieces, taker=self if self.copy_on_read else None)
         except SourceChanged as exc:

@@ -173,7 +173,8 @@ class StreamJob:
         first, count = run
         start = first * cluster_size
         size = min(count * cluster_size, image.size - start)
-        await fetch.read([(start, memoryview(bytearray(size)))], taker=image)
+        with fetch.waiting():
+            await fetch.read([(start, memoryview(bytearray(size)))], taker=image)
         await fetch.landed(image)
         self._raise_loss()
         if image.overlay.clusters.all_missing(first, count):
