@@ -108,7 +108,7 @@ async def test_the_end_of_the_stream_loses_nothing() -> None:
     """The header without backing may be durable alone: no entry may be pending then.
 
     QEMU 7.2 writes the last L2 sectors and this header behind the same flush; the state in which only the header has
-    reached the disk reads as zeros where the backing had bytes (1 of 52 states of a 4 MiB image).
+    reached the disk reads as zeros where the backing had bytes (`test_losses.py` shows it).
     """
     history, header_at = await streamed_to_the_end()
     storage = history.storage
