@@ -25,6 +25,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.units import format_size
 
 ROWS = 16  # of the picture on a terminal, at the most
+CLUSTERS_AT_ONCE = 4096  # looked at one by one, some ms
 # In the order of Kind.
 _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
@@ -90,15 +91,12 @@ async def _walk(path: str, most: int, as_json: bool) -> Cells:
 
 
 async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
-    """The runs of the whole image, each as long as can be. A stretch without an L2 table costs one step."""
+    """The runs of the whole image, each as long as can be. What no table describes costs next to nothing."""
     last: Run | None = None
-    span = overlay.geometry.l2_span
-    for index in range(overlay.geometry.l1_used):
-        pos = index * span
-        size = min(span, overlay.image_size - pos)
-        # An L2 table can span terabytes; its slices are looked at one by one.
-        runs = _pieces(overlay, pos, size) if overlay.clusters.l1[index] else _one(Run(MISSING, pos, size))
-        async for run in runs:
+    pos = 0
+    while pos < overlay.image_size:
+        for run in await _some_runs(overlay, pos):
+            pos += run.size
             if last is not None and _continues(last, run):
                 last = last._replace(size=last.size + run.size)
                 continue
@@ -109,19 +107,17 @@ async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
         yield last
 
 
-async def _pieces(overlay: Overlay, pos: int, size: int) -> AsyncIterator[Run]:
-    step = 4096 * overlay.cluster_size
-    for at in range(pos, pos + size, step):
-        length = min(step, pos + size - at)
-        await overlay.clusters.load(at, length)
-        # A mount may have let the file grow since it was opened, and the entries just loaded may point there.
-        overlay.clusters.file_end = round_down(overlay.storage.size(), overlay.cluster_size)
-        for run in await overlay.map(at, length):
-            yield run
-
-
-async def _one(run: Run) -> AsyncIterator[Run]:
-    yield run
+async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
+    """The runs of the next gap of any size, or of the next few clusters."""
+    left = overlay.image_size - pos
+    gap = await overlay.clusters.gap(pos // overlay.cluster_size)
+    if gap:
+        return [Run(MISSING, pos, min(gap * overlay.cluster_size, left))]
+    size = min(CLUSTERS_AT_ONCE * overlay.cluster_size, left)
+    await overlay.clusters.load(pos, size)
+    # A mount may have let the file grow since it was opened, and the entries just loaded may point there.
+    overlay.clusters.file_end = round_down(overlay.storage.size(), overlay.cluster_size)
+    return await overlay.map(pos, size)
 
 
 def _continues(last: Run, run: Run) -> bool:

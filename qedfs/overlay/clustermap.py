@@ -8,8 +8,11 @@ dirty sectors, while a group writes it, and while somebody holds it (`hold`: bet
 of them, or during a read of it, which would otherwise bring back what the slice was before). The others go, oldest
 first, when the cache is over its bound.
 
-Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load` and `count`
-await; whoever calls them must look again at whatever it had looked at before.
+What is a hole of the file in a table is passed over where whole tables are walked (`gap`). A slice that this session
+has written is looked at itself: the hole may have been seen before.
+
+Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
+and `next_missing` await; whoever calls them must look again at whatever it had looked at before.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from qedfs.errors import BadOverlay
 from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
+from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
 COUNT_AT_ONCE = 64  # slices or holes counted between two turns of the event loop
-COUNT_ENTRIES = 4096  # L1 entries looked at for the end of a hole, 0.1 ms
+GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
 CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
 
 
@@ -62,6 +66,8 @@ class ClusterMap:
         self._counted_to = 0  # slices below this one are part of _counted_missing
         self._counted_missing = 0
         self._slices: dict[int, array[int]] = {}
+        self._holes = Holes(storage)
+        self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
         self._pinned: frozenset[int] = frozenset()
         self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
@@ -166,6 +172,18 @@ class ClusterMap:
             return cluster, count
         return None
 
+    async def gap(self, cluster: int) -> int:
+        """How many clusters from here on are missing for want of a table, or of anything but a hole in it.
+
+        0: look at the entries. More may follow behind the end of a gap.
+
+        Raises:
+            BadOverlay: the L1 entry points where no table can be.
+        """
+        number = cluster >> self._shift
+        stop = await self._hole_end(number) if self._table_offset(number) else self._next_table(number)
+        return max(0, min(stop << self._shift, self.geometry.clusters) - cluster)
+
     def all_missing(self, cluster: int, count: int) -> bool:
         """Whether none of these clusters has an entry, as far as the cache can tell now."""
         try:
@@ -241,8 +259,9 @@ class ClusterMap:
             del self._held[number]
 
     def pin_slices(self, numbers: Iterable[int]) -> None:
-        """Keep these slices in memory, beside the dirty ones, until the next call."""
+        """Keep these slices in memory, beside the dirty ones, until the next call: a group writes them."""
         self._pinned = frozenset(numbers)
+        self._written |= self._pinned
 
     # Counting.
 
@@ -258,27 +277,16 @@ class ClusterMap:
             number = self._counted_to
             if number >= slices:
                 break
-            part = self._slices.get(number)
-            if part is None and self._table_offset(number):
-                part = await self._read_slice(number)
-                if number != self._counted_to:
-                    continue  # somebody else counts as well, and has counted it
-            if part is None:
-                self._count_hole(number)
-            else:
+            missing = await self.gap(number << self._shift)
+            stop = number - (-missing >> self._shift)
+            if not missing:
+                part = await self._slice(number)
                 inside = min(self._slice_entries, self.geometry.clusters - (number << self._shift))
-                self._counted_missing += (part if inside == len(part) else part[:inside]).count(MISSING)
-                self._counted_to = number + 1
+                missing, stop = (part if inside == len(part) else part[:inside]).count(MISSING), number + 1
+            if number == self._counted_to:  # else somebody else counts as well, and has counted it
+                self._counted_missing += missing
+                self._counted_to = stop
         self.missing = self._counted_missing
-
-    def _count_hole(self, number: int) -> None:
-        """All clusters are missing from this slice to the next table, or as far as one look at L1 goes."""
-        first = number // self._per_table
-        looked = min(first + COUNT_ENTRIES, len(self.l1))
-        next_table = next((index for index in range(first, looked) if self.l1[index]), looked)
-        self._counted_to = next_table * self._per_table
-        stop = min(self._counted_to << self._shift, self.geometry.clusters)
-        self._counted_missing += stop - (number << self._shift)
 
     # Inside.
 
@@ -292,8 +300,38 @@ class ClusterMap:
     def _slice_place(self, number: int) -> int:
         return self._table_offset(number) + number % self._per_table * self._slice_entries * ENTRY_SIZE
 
+    def _next_table(self, number: int) -> int:
+        """The first slice behind `number` that has a table, or where one look at L1 ends."""
+        first = number // self._per_table
+        looked = min(first + GAP_STEPS, len(self.l1))
+        return next((index for index in range(first, looked) if self.l1[index]), looked) * self._per_table
+
+    async def _hole_end(self, number: int) -> int:
+        """The first slice from `number` on that may have entries: `number` itself, or one behind it in its table."""
+        if self._may_differ(number):
+            return number
+        self._check_table(number)
+        place = self._slice_place(number)
+        if self._holes.known(place):
+            hole = self._holes.at(place)
+        else:
+            # In a thread: lseek waits for whoever writes to the file.
+            hole = await self._storage.in_thread(lambda: self._holes.at(place))
+        rest = self._per_table - number % self._per_table
+        stop = number + min(hole // (self._slice_entries * ENTRY_SIZE), rest, GAP_STEPS)
+        return next((n for n in range(number, stop) if self._may_differ(n)), stop)
+
+    def _may_differ(self, number: int) -> bool:
+        """Whether a slice may have entries where a hole was seen in the file."""
+        return number in self._slices or number in self._written
+
     async def _load_slice(self, number: int) -> None:
         self._slices[number] = await self._read_slice(number)
+
+    async def _slice(self, number: int) -> array[int]:
+        """A slice that has a table, without bringing it into memory."""
+        part = self._slices.get(number)
+        return await self._read_slice(number) if part is None else part
 
     async def _read_slice(self, number: int) -> array[int]:
         """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""

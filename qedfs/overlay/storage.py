@@ -15,11 +15,12 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.runtime import TMPFS_TYPES, filesystem_type
 
 T = TypeVar("T")
@@ -32,6 +33,13 @@ THREADS = 8
 _LOCK_USES, _LOCK_UNSHARED = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
 _FLOCK = struct.Struct("hhqqi4x")
+
+
+class Extent(NamedTuple):
+    """A part of the file, up to the byte before `end`, that is a hole (and reads as zeros) or may be data."""
+
+    end: int
+    hole: bool
 
 
 class Storage(Protocol):
@@ -57,6 +65,13 @@ class Storage(Protocol):
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill `view`; past the end of the file there are zeros."""
+        ...
+
+    def extent(self, offset: int) -> Extent:
+        """What lies from `offset` on, as far as it is of one kind; behind the end of the file is a hole.
+
+        A file system that cannot tell says that all is data. May wait for the disk, as `read` may.
+        """
         ...
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
@@ -169,6 +184,20 @@ class FileStorage:
                 done += count
         except OSError as exc:
             raise self._translated("read", exc) from exc
+
+    def extent(self, offset: int) -> Extent:
+        """SEEK_DATA and SEEK_HOLE (lseek(2)); a file system without them answers as if there were no holes."""
+        try:
+            data = os.lseek(self._fd, offset, os.SEEK_DATA)
+            if data > offset:
+                return Extent(data, hole=True)
+            return Extent(os.lseek(self._fd, offset, os.SEEK_HOLE), hole=False)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return Extent(MAX_FILE_SIZE, hole=True)
+            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return Extent(MAX_FILE_SIZE, hole=False)
+            raise self._translated("look for holes", exc) from exc
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         """Write all of the buffers; a short write is continued, so that a full disk shows as its ENOSPC."""

@@ -13,6 +13,7 @@ no clock in it, so it works under `trio.testing.MockClock` too.
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ from typing import NamedTuple, TypeVar
 import trio
 
 from qedfs.errors import QedfsError
-from qedfs.format.geometry import SECTOR_SIZE, round_down
-from qedfs.overlay.storage import Buffer
+from qedfs.format.geometry import MAX_FILE_SIZE, SECTOR_SIZE, round_down, round_up
+from qedfs.overlay.storage import Buffer, Extent
 
 T = TypeVar("T")
 
+_NOT_ZERO = re.compile(rb"[^\0]")
+_PAGE = 4096
 MOST_TURNS = 4  # of the event loop between two operations of a thread
 
 
@@ -156,6 +159,17 @@ class MemoryStorage:
         found = memoryview(self.bytes)[offset : offset + len(view)]
         view[: len(found)] = found
         view[len(found) :] = bytes(len(view) - len(found))
+
+    def extent(self, offset: int) -> Extent:
+        """Pages of zeros are holes."""
+        self._stop()
+        if (data := _NOT_ZERO.search(self.bytes, offset)) is None:
+            return Extent(MAX_FILE_SIZE, hole=True)
+        page = round_down(data.start(), _PAGE)
+        if page > offset:
+            return Extent(page, hole=True)
+        hole = self.bytes.find(bytes(_PAGE), offset)
+        return Extent(len(self.bytes) if hole < 0 else round_up(hole, _PAGE), hole=False)
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         joined = b"".join(bytes(buffer) for buffer in data)

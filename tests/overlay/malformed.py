@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import trio
 
+from qedfs.cli.map import whole_map
 from qedfs.errors import QedfsError
 from qedfs.format.header import BACKING_FILE, NEED_CHECK, UNTOUCHED
 from qedfs.format.record import Record, encode_record, slot_offsets
@@ -148,6 +149,21 @@ def _huge(data: bytearray, length: int, rng: random.Random) -> int:
     return max(length, (table + 2) << shift)
 
 
+def _everywhere(data: bytearray, length: int, rng: random.Random) -> int:
+    """Every entry of L1 that is in the file leads to a table of its own, and all of those are one hole."""
+    cluster, table = (int.from_bytes(data[at : at + 4], "little") for at in (4, 8))
+    table_bytes, l1 = cluster * table, int.from_bytes(data[40:48], "little")
+    if not 0 < table_bytes <= 1 << 30:
+        return length
+    end = -(-len(data) // cluster) * cluster if cluster else 0
+    places = range(l1, min(len(data), l1 + table_bytes) - 7, 8)
+    for number, at in enumerate(places):
+        data[at : at + 8] = (end + number * table_bytes).to_bytes(8, "little")
+    span = table_bytes // 8 * cluster
+    data[48:56] = min(max(1, len(places)) * span, (1 << 63) - 512).to_bytes(8, "little")
+    return max(length, end + len(places) * table_bytes)
+
+
 def _dirty(data: bytearray, length: int, rng: random.Random) -> int:
     data[16] |= NEED_CHECK
     return length
@@ -163,7 +179,7 @@ def _name(data: bytearray, length: int, rng: random.Random) -> int:
 
 MUTATIONS: tuple[Callable[[bytearray, int, random.Random], int], ...] = (
     *(_field, _field, _entry, _entry, _entry),
-    *(_flip, _cut, _stretch, _huge, _dirty, _name),
+    *(_flip, _cut, _stretch, _huge, _everywhere, _dirty, _name),
 )
 
 
@@ -235,8 +251,9 @@ async def _use(overlay: Overlay, *, writable: bool) -> None:
         await _allowed_to_fail(_read(overlay, pos, min(65536, size - pos)))
     await _allowed_to_fail(overlay.clusters.next_missing(0, 16))
     await _allowed_to_fail(_checked(overlay))
-    with trio.move_on_after(0.05):
-        await _allowed_to_fail(overlay.clusters.count())
+    await _allowed_to_fail(overlay.clusters.count())
+    if not writable:
+        await _allowed_to_fail(_mapped(overlay))
     if writable and cluster <= MOST_WRITTEN_CLUSTER:
         for pos in sorted(places):
             await _allowed_to_fail(overlay.write(pos, b"w" * 512, lambda _: _fill(cluster)))
@@ -256,6 +273,11 @@ async def _read(overlay: Overlay, pos: int, size: int) -> None:
 
 async def _checked(overlay: Overlay) -> None:
     check(overlay.storage, read_header(overlay.storage)[0])
+
+
+async def _mapped(overlay: Overlay) -> None:
+    async for run in whole_map(overlay):
+        assert run.size > 0
 
 
 async def _allowed_to_fail(call: object) -> None:

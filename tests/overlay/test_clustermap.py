@@ -155,3 +155,28 @@ async def test_a_bad_entry_is_refused_and_the_rest_is_served(entry: int) -> None
     with pytest.raises(BadOverlay, match="cluster 0 points to"):
         overlay.read_now(0, 512)
     assert len(await overlay.map(CLUSTER, CLUSTER)) == 1
+
+
+async def test_a_gap_ends_where_something_was_written_since_it_was_seen() -> None:
+    """Four tables without entries, so holes of the file; one gets an entry, is committed, and leaves the cache."""
+    built = filled({index * 512: MISSING for index in range(4)}, image_size=4 * SPAN)
+    overlay = await opened(built, writable=True)
+    clusters = overlay.clusters
+    clusters._cache_slices = 1
+    assert [await clusters.gap(index * 512 + 5) for index in range(4)] == [512 - 5] * 4
+    await overlay.adopt(SPAN + 3 * CLUSTER, bytearray(b"x" * CLUSTER), CLUSTER)
+    assert await clusters.gap(512) == 0
+    await overlay.commit()
+    for index in (0, 2):
+        await overlay.map(index * SPAN, 512)
+    assert not clusters.is_loaded(SPAN, 512)
+    assert await clusters.gap(512) == 0
+    await clusters.count()
+    assert clusters.missing == 4 * 512 - 1
+
+
+async def test_a_gap_over_a_bad_table_is_refused() -> None:
+    built = many_tables(2)
+    built.put_u64(built.header.l1_table_offset + 8, 0x1000)
+    with pytest.raises(BadOverlay, match="L2 table at 0x1000"):
+        await (await opened(built)).clusters.gap(512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -12,7 +13,8 @@ import pytest
 import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
-from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.overlay.storage import Extent, FileStorage, Storage
 from tests.fakes.storage import BarrierBegun, BarrierEnded, Marked, MemoryStorage, RecordingStorage, Resized, Written
 
 Opener = Callable[[bytes], Storage]
@@ -86,6 +88,26 @@ def test_a_read_on_the_spot_fills_or_declines(opener: Opener) -> None:
             assert data == b"a" * 512
     assert filled
     assert not storage.read_now(4000, memoryview(bytearray(512)))
+
+
+def test_what_is_said_to_be_a_hole_reads_as_zeros(opener: Opener) -> None:
+    """Data is never a hole; a hole may be data, where the file system keeps it as such."""
+    storage = opener(b"a" * 5000)
+    storage.resize(1 << 20)
+    storage.write(300_000, [b"b"])
+    offset, holes = 0, 0
+    while offset < 1 << 20:
+        extent = storage.extent(offset)
+        assert extent.end > offset
+        if extent.hole:
+            size = min(extent.end, 1 << 20) - offset
+            assert read(storage, offset, size) == bytes(size)
+            holes += size
+        offset = extent.end
+    assert holes > 900_000
+    assert storage.extent(300_000) == storage.extent(300_000)
+    assert not storage.extent(300_000).hole
+    assert storage.extent(1 << 20) == storage.extent(1 << 30) == Extent(MAX_FILE_SIZE, hole=True)
 
 
 def test_a_barrier_and_a_dropped_cache_change_nothing(opener: Opener) -> None:
@@ -172,6 +194,25 @@ def test_a_file_opened_for_reading_takes_no_write(tmp_path: Path) -> None:
         storage.write(0, [b"x"])
     storage.close()
     assert path.read_bytes() == b"0123"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_knows_no_holes_has_data_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    storage = FileStorage.open(str(path), writable=False)
+    monkeypatch.setattr(os, "lseek", lambda *_: _raise(OSError(number, os.strerror(number))))
+    assert storage.extent(0) == Extent(MAX_FILE_SIZE, hole=False)
+    monkeypatch.setattr(os, "lseek", lambda *_: _raise(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(QedfsError, match="cannot look for holes: Input/output error"):
+        storage.extent(0)
+    storage.close()
+
+
+def _raise(error: OSError) -> int:
+    raise error
 
 
 # The twins alone.
