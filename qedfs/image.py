@@ -348,9 +348,10 @@ class Image:
         clusters = self.overlay.clusters
         await clusters.count()
         backing = self.fetch.remote.location
-        what = f"{self.name}: backing {backing} is not the version that this overlay was started from"
+        what = f"backing {backing} is not the version that this overlay was started from"
         if clusters.missing == self.overlay.geometry.clusters:
-            log.warning("%s (%s); nothing had been kept of that one, the new version is used", what, difference)
+            kept = "nothing had been kept of that one, the new version is used"
+            log.warning("%s: %s (%s); %s", self.name, what, difference, kept)
             return
         self.changed = SourceChanged(
             f"{what} ({difference}); what is local is served. Bring the old version back, or start a new overlay"

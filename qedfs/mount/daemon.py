@@ -127,6 +127,7 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)
             await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
+            log.info("serving %s at %s", mount.folder.source, mount.mountpoint)
             ready(mount)
             notifier.ready()
             nursery.start_soon(notifier.tell_status, mount.everything)

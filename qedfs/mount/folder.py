@@ -222,7 +222,8 @@ class Folder:
             # OSError: the file went away, or its file system did, while we looked at it.
             served.error = exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}")
             if str(served.error) != str(before):
-                log.error("not served: %s", served.error)
+                text = str(served.error)
+                log.error("not served: %s", text if text.startswith(path) else f"{path}: {text}")
         self._by_path[path] = served
         if served.image is None:
             return None

@@ -218,6 +218,8 @@ class StreamJob:
             self.image.full = None
             return
         self._cursor = 0
+        if action is Action.RETRY and pause == RETRY_SECONDS[0]:  # the next tries would say nothing new
+            log.info("%s: the stream waits: %s", self.image.name, error)
         if action is Action.HOLD:
             self._held = error
         elif action is not Action.RETRY:

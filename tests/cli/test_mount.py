@@ -104,6 +104,20 @@ def test_interrupted_mount_ends_in_order(overlay: Path, mountpoint: Path) -> Non
         assert "Traceback" not in mount.output()
 
 
+def test_the_log_says_what_is_served_and_what_is_not(folder: Path, mountpoint: Path) -> None:
+    create_overlay(str(folder / "local.qed"), image_size=1 << 20, backing="/srv/base.raw")
+    create_overlay(str(folder / "away.qed"), image_size=1 << 20, backing=f"http://127.0.0.1:{free_port()}/x")
+    (folder / "text.qed").write_text("no overlay")
+    with mounted(folder, mountpoint, "--source-timeout", "300ms") as mount:
+        wait_for(lambda: "away.raw: the stream waits: http://127.0.0.1" in mount.output(), "a line on the source")
+        mount.unmount()
+        log = mount.output()
+    assert f"serving {folder} at {mountpoint}" in log
+    assert f"not served: {folder}/local.qed: backing /srv/base.raw names" in log
+    assert f"not served: {folder}/text.qed: not a QED image" in log
+    assert log.count("the stream waits") == 1
+
+
 def test_log_as_json(overlay: Path, mountpoint: Path) -> None:
     with mounted(overlay, mountpoint, "--log-json") as mount:
         mount.wait()
