@@ -10,6 +10,7 @@ Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unr
 
 from __future__ import annotations
 
+import enum
 import errno as _errno
 from typing import ClassVar
 
@@ -47,14 +48,28 @@ class SourceError(QedfsError):
     exit_code: ClassVar[int] = 4
 
 
+class Reason(enum.StrEnum):
+    """What stood in the way of a source's answer: a closed set, small enough for the label of a metric."""
+
+    CONNECT = "connect"  # there was no connection: the name, the network, a refusal, TLS, a proxy
+    TIMEOUT = "timeout"  # no answer, or too slow a one
+    CUT = "cut"  # the connection ended before the answer did
+    SERVER = "server"  # the server said that it cannot do it now: HTTP 5xx and 429, an NBD error
+    ANSWER = "answer"  # it was not what had been asked for: another range or length, or garbled
+    OTHER = "other"  # on this machine
+
+
 class SourceUnreachable(SourceError):
     """The source gave no usable answer now, another try may succeed: refused, reset, timed out, 503, cut short.
 
     `retry_after_seconds` is the server's own wish (HTTP Retry-After), when it gave one.
     """
 
-    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, reason: Reason = Reason.OTHER, retry_after_seconds: float | None = None
+    ) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_seconds = retry_after_seconds
 
 

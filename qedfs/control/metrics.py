@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from qedfs import __version__
 from qedfs.control.port import Mounted, ServedImage
 from qedfs.control.status import BROKEN
+from qedfs.errors import Reason
 from qedfs.fetch import Fetch
 from qedfs.histogram import BOUNDS
 from qedfs.image import Image
@@ -129,12 +130,17 @@ def _source_metrics(fetches: Sequence[Fetch]) -> Iterator[Metric]:
     for fetch in fetches:
         sources[str(fetch.remote.location)].append(fetch)
     fetched = CounterMetricFamily("qedfs_source_fetched_bytes", "Bytes fetched.", labels=["source"])
-    retries = CounterMetricFamily("qedfs_source_retries", "Requests that had to be made again.", labels=["source"])
+    retries = CounterMetricFamily(
+        "qedfs_source_retries",
+        "Tries that failed in a way that may pass, by what stood in the way.",
+        labels=["source", "reason"],
+    )
     for source, group in sources.items():
         fetched.add_metric([source], sum(fetch.fetched_bytes for fetch in group))
         # Overlays of other cluster sizes have queues of their own over the same connections.
         remotes = {id(fetch.remote): fetch.remote for fetch in group}
-        retries.add_metric([source], sum(remote.retries for remote in remotes.values()))
+        for reason in Reason:
+            retries.add_metric([source, str(reason)], sum(remote.retries[reason] for remote in remotes.values()))
     yield from (fetched, retries)
     for name, text, measure, combine in _SOURCE_GAUGES:
         gauge = GaugeMetricFamily(f"qedfs_source_{name}", text, labels=["source"])

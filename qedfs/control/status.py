@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qedfs.control.port import Mounted, ServedImage
@@ -22,7 +23,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "mountpoint": mount.mountpoint,
         "socket": socket,
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
-        "sources": [_source_status(fetch) for fetch in mount.fetches()],
+        "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }
 
 
@@ -83,13 +84,22 @@ def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
     return None if failure is None else str(failure)
 
 
-def _source_status(fetch: Fetch) -> dict[str, Any]:
-    remote = fetch.remote
+def _by_connection(fetches: Sequence[Fetch]) -> list[list[Fetch]]:
+    """The queues that share a source: overlays of other cluster sizes have one of their own."""
+    groups: dict[int, list[Fetch]] = defaultdict(list)
+    for fetch in fetches:
+        groups[id(fetch.remote)].append(fetch)
+    return list(groups.values())
+
+
+def _source_status(fetches: Sequence[Fetch]) -> dict[str, Any]:
+    remote = fetches[0].remote
     return {
         "backing": str(remote.location),
         "size": None if remote.identity is None else remote.identity.size,
-        "fetched": fetch.fetched_bytes,
-        "window": fetch.window.bytes,
-        "retries": remote.retries,
+        "fetched": sum(fetch.fetched_bytes for fetch in fetches),
+        "window": sum(fetch.window.bytes for fetch in fetches),
+        "retries": sum(remote.retries.values()),
+        "retries_by_reason": {str(reason): count for reason, count in remote.retries.items()},
         "error": None if remote.error is None else str(remote.error),
     }

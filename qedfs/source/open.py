@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from qedfs.errors import SourceError, SourceUnreachable
+from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Source
 from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource, in_thread
@@ -72,7 +72,9 @@ async def allowed(location: Location, policy: Policy) -> None:
     with trio.move_on_after(LOCAL_PATH_SECONDS):
         await in_thread(lambda: policy.check_location(location))
         return
-    raise SourceUnreachable(f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s")
+    raise SourceUnreachable(
+        f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s", reason=Reason.TIMEOUT
+    )
 
 
 async def _in_its_format(source: Source, location: Location, expected: str | None) -> Source:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import trio
 
-from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
+from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
 from qedfs.source.base import Extent, Identity, Source
 from qedfs.source.url import Location
 
@@ -33,7 +33,8 @@ class Remote:
         self.location = location
         self.identity: Identity | None = None  # of the first connection; a later one must show the same version
         self.error: QedfsError | None = None  # why the last try failed; None after a success
-        self.retries = 0
+        # Tries that failed in a way that may pass, by what stood in the way; the last one of a deadline too.
+        self.retries = dict.fromkeys(Reason, 0)
         self._opener = opener
         self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
@@ -108,27 +109,34 @@ class Remote:
 
         `patience`: how many times the deadline a single try may take.
         """
-        last = SourceUnreachable(f"backing {self.location} gave no answer within {self.deadline_seconds:g} s")
+        last = SourceUnreachable(
+            f"backing {self.location} gave no answer within {self.deadline_seconds:g} s", reason=Reason.TIMEOUT
+        )
         give_up = trio.current_time() + self.deadline_seconds
+        trying = True  # and not between two tries
         with trio.move_on_after(patience * self.deadline_seconds):
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
                     result = await action()
                 except SourceUnreachable as exc:
+                    trying = False
                     self.error = last = exc
-                    self.retries += 1
+                    self.retries[exc.reason] += 1
                     # Half of the pause is random, so that many clients of one server do not return in step.
                     wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
                     await trio.sleep(min(wait, max(0.0, give_up - trio.current_time())))
                     if trio.current_time() >= give_up:
                         break
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                    trying = True
                 except QedfsError as exc:
                     self.error = exc
                     raise
                 else:
                     self.error = None
                     return result
+        if trying:
+            self.retries[Reason.TIMEOUT] += 1
         self.error = last
         raise last

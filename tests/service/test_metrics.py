@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import socket
 import stat
@@ -19,6 +21,7 @@ from qedfs.control.metrics import STATES
 from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address
 from qedfs.errors import UsageError
 from qedfs.histogram import BOUNDS
+from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import free_port, wait_for
 from tests.harness.require import require
@@ -31,7 +34,7 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class Scraped:
-    """A mount of two overlays and a broken one that serves its metrics at a TCP port."""
+    """A mount that serves its metrics at a TCP port."""
 
     def __init__(self, mount: Mount, address: tuple[str, int], url: str) -> None:
         self.mount = mount
@@ -51,16 +54,23 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+    """Two overlays over one source and a broken one."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "overlays").mkdir()
     with origin(folder, SIZE) as source:
         create(folder / "overlays" / "one.qed", source.url)
         create(folder / "overlays" / "two.qed", source.url, "--cluster-size", "4K")
         (folder / "overlays" / "broken.qed").write_bytes(b"no overlay" * 100)
-        port = free_port()
-        with mounted(folder / "overlays", folder / "mnt", "--no-stream", "--metrics", str(port)) as mount:
-            wait_for(lambda: f"metrics at 127.0.0.1:{port}" in mount.output(), "the metrics")
-            yield Scraped(mount, ("127.0.0.1", port), source.url)
+        with _mounted(folder / "overlays", folder / "mnt", source.url, "--no-stream") as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _mounted(source: Path, mountpoint: Path, url: str, *options: str) -> Iterator[Scraped]:
+    port = free_port()
+    with mounted(source, mountpoint, *options, "--metrics", str(port)) as mount:
+        wait_for(lambda: f"metrics at 127.0.0.1:{port}" in mount.output(), "the metrics")
+        yield Scraped(mount, ("127.0.0.1", port), url)
 
 
 def test_the_figures_agree_with_status(scraped: Scraped) -> None:
@@ -100,13 +110,40 @@ def test_two_queues_for_one_source_are_one_series(scraped: Scraped) -> None:
             image.read(4096)
     status, samples = scraped.mount.status(), scraped.samples()
     source = (("source", scraped.url),)
-    assert [entry["backing"] for entry in status["sources"]] == [scraped.url, scraped.url]
-    assert samples["qedfs_source_fetched_bytes_total", source] == sum(entry["fetched"] for entry in status["sources"])
-    assert samples["qedfs_source_window_bytes", source] == sum(entry["window"] for entry in status["sources"])
-    assert samples["qedfs_source_retries_total", source] == 0
+    (entry,) = status["sources"]
+    assert entry["backing"] == scraped.url
+    assert samples["qedfs_source_fetched_bytes_total", source] == entry["fetched"] > 0
+    assert samples["qedfs_source_window_bytes", source] == entry["window"]
     assert samples["qedfs_source_up", source] == 1
     assert 0 < samples["qedfs_source_round_trip_seconds", source] < 5
     assert samples["qedfs_source_requests_in_flight", source] == samples["qedfs_source_waiting_readers", source] == 0
+
+
+def test_the_figures_agree_behind_a_stream_with_retries(tmp_path: Path) -> None:
+    with FakeHttpServer(random.Random(5).randbytes(SIZE)) as server:
+        overlay = create(tmp_path / "disk.qed", server.url())
+        server.queue += ["status-503", "wrong-start", "ok"]
+        server.queue += ["reset", "status-429", "garbage", "short-body", "status-500"]
+        with _mounted(overlay, tmp_path / "mnt", server.url()) as found:
+            found.mount.wait()
+            status, samples = found.mount.status(), found.samples()
+    assert not server.queue
+    source = ("source", server.url())
+    (entry,) = status["sources"]
+    expected = {"connect": 0, "timeout": 0, "cut": 2, "server": 3, "answer": 2, "other": 0}
+    assert entry["retries_by_reason"] == expected
+    assert entry["retries"] == sum(expected.values())
+    for reason, count in expected.items():
+        assert samples["qedfs_source_retries_total", (("reason", reason), source)] == count
+    assert samples["qedfs_source_fetched_bytes_total", (source,)] == entry["fetched"] == SIZE
+    assert samples["qedfs_source_window_bytes", (source,)] == entry["window"]
+    assert samples["qedfs_source_up", (source,)] == (entry["error"] is None) == 1
+    (image,) = status["images"]
+    name = ("image", "disk.raw")
+    assert samples["qedfs_image_state", (name, ("state", "complete"))] == 1
+    assert samples["qedfs_image_populated_bytes", (name,)] == image["populated"] == SIZE
+    kept = samples["qedfs_image_kept_bytes_total", (("cause", "stream"), name)]
+    assert kept == image["counters"]["kept_stream"] == SIZE
 
 
 def test_the_waits_are_a_histogram(scraped: Scraped) -> None:
@@ -133,7 +170,15 @@ def test_every_metric_of_the_dashboard_exists(scraped: Scraped) -> None:
     assert len(expressions) >= 8
     named = {name for expression in expressions for name in re.findall(r"qedfs_\w+", expression)}
     variables = {name for entry in dashboard["templating"]["list"] for name in re.findall(r"qedfs_\w+", entry["query"])}
-    assert named | variables <= {name for name, _ in scraped.samples()}
+    samples = scraped.samples()
+    assert named | variables <= {name for name, _ in samples}
+    labels = {label for _, pairs in samples for label, _ in pairs} | {"instance", "job"}  # Prometheus adds these
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            used = {name for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for name in group.split(", ")}
+            used |= set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
+            used |= set(re.findall(r"[{,](\w+)=", target["expr"]))
+            assert used <= labels, target["expr"]
 
 
 @pytest.mark.parametrize(

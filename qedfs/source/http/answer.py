@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from qedfs.errors import SourceUnreachable
+from qedfs.errors import Reason, SourceUnreachable
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: [^\r\n\0]*)?\r?\n?")
 _FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r?\n?")
@@ -48,11 +48,11 @@ def parse_answer(lines: Sequence[bytes], where: str) -> Answer:
     """
     status = _STATUS_LINE.fullmatch(lines[0]) if lines else None
     if status is None:
-        raise SourceUnreachable(f"{where}: the answer does not begin with an HTTP status line")
+        raise SourceUnreachable(f"{where}: the answer does not begin with an HTTP status line", reason=Reason.ANSWER)
     fields: dict[str, list[str]] = {}
     for line in lines[1:]:
         field = _FIELD_LINE.fullmatch(line)
         if field is None:
-            raise SourceUnreachable(f"{where}: the answer has a garbled header line")
+            raise SourceUnreachable(f"{where}: the answer has a garbled header line", reason=Reason.ANSWER)
         fields.setdefault(field[1].decode("ascii").lower(), []).append(field[2].decode("latin-1"))
     return Answer(int(status[1]), fields)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pycurl
 
-from qedfs.errors import Refused, SourceUnreachable
+from qedfs.errors import Reason, Refused, SourceUnreachable
 from qedfs.source.http.answer import Answer, parse_answer
 from qedfs.source.http.failure import TransferFailed, source_error
 from qedfs.source.http.handle import new_handle
@@ -121,10 +121,9 @@ class Exchange:
         except (TransferFailed, OSError, MultiClosed) as exc:
             return None if self._unwanted else self._explain(exc)
         if self._judge is not None:
-            return SourceUnreachable(f"{self._where}: the answer has no complete header")
+            return self._bad("the answer has no complete header")
         if self._filled != len(self._buffer) and not self._unwanted:
-            got = f"{self._filled} of {len(self._buffer)} bytes"
-            return SourceUnreachable(f"{self._where}: the answer ends after {got}")
+            return self._bad(f"the answer ends after {self._filled} of {len(self._buffer)} bytes")
         return None
 
     def _explain(self, exc: TransferFailed | OSError | MultiClosed) -> Exception:
@@ -142,11 +141,14 @@ class Exchange:
         error.__cause__ = exc
         return error
 
+    def _bad(self, what: str) -> SourceUnreachable:
+        return SourceUnreachable(f"{self._where}: {what}", reason=Reason.ANSWER)
+
     def _on_header(self, line: bytes) -> int | None:
         try:
             self._header_size += len(line)
             if self._header_size > MAX_HEADER_SIZE:
-                raise SourceUnreachable(f"{self._where}: the answer's header is larger than {MAX_HEADER_SIZE} bytes")
+                raise self._bad(f"the answer's header is larger than {MAX_HEADER_SIZE} bytes")
             if self._judge is None:
                 return None  # a trailer, after a body in chunks: nothing in it is used
             if line.strip(b"\r\n"):
@@ -170,7 +172,7 @@ class Exchange:
         try:
             end = self._filled + len(data)
             if self._judge is not None or end > len(self._buffer):
-                raise SourceUnreachable(f"{self._where}: the answer's body is longer than the range")
+                raise self._bad("the answer's body is longer than the range")
             self._buffer[self._filled : end] = data
             self._filled = end
         except Exception as exc:

@@ -10,7 +10,7 @@ import os
 
 import pycurl
 
-from qedfs.errors import SourceError, SourceUnreachable
+from qedfs.errors import Reason, SourceError, SourceUnreachable
 
 _E_PROXY = 97  # CURLE_PROXY; pycurl has no name for it
 
@@ -20,20 +20,20 @@ _PERMANENT = {
     pycurl.E_SSL_CACERT_BADFILE: "the file of trusted CA certificates cannot be read (see SSL_CERT_FILE)",
 }
 _TRANSIENT = {
-    pycurl.E_FAILED_INIT: "libcurl could not run the transfer",
-    pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's name does not resolve",
-    pycurl.E_COULDNT_RESOLVE_HOST: "the host name does not resolve",
-    pycurl.E_COULDNT_CONNECT: "cannot connect",
-    _E_PROXY: "the proxy refuses the connection",
-    pycurl.E_SSL_CONNECT_ERROR: "the TLS handshake failed",
-    pycurl.E_OPERATION_TIMEDOUT: "no answer, or too slow a one, within the time allowed",
-    pycurl.E_PARTIAL_FILE: "the answer was cut short",
-    pycurl.E_GOT_NOTHING: "the connection was closed without an answer",
-    pycurl.E_SEND_ERROR: "the connection broke while the request was sent",
-    pycurl.E_RECV_ERROR: "the connection broke",
-    pycurl.E_UNSUPPORTED_PROTOCOL: "the answer is not HTTP",
-    pycurl.E_WRITE_ERROR: "the answer is garbled",
-    pycurl.E_FTP_WEIRD_SERVER_REPLY: "the answer is garbled",
+    pycurl.E_FAILED_INIT: (Reason.OTHER, "libcurl could not run the transfer"),
+    pycurl.E_COULDNT_RESOLVE_PROXY: (Reason.CONNECT, "the proxy's name does not resolve"),
+    pycurl.E_COULDNT_RESOLVE_HOST: (Reason.CONNECT, "the host name does not resolve"),
+    pycurl.E_COULDNT_CONNECT: (Reason.CONNECT, "cannot connect"),
+    _E_PROXY: (Reason.CONNECT, "the proxy refuses the connection"),
+    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed"),
+    pycurl.E_OPERATION_TIMEDOUT: (Reason.TIMEOUT, "no answer, or too slow a one, within the time allowed"),
+    pycurl.E_PARTIAL_FILE: (Reason.CUT, "the answer was cut short"),
+    pycurl.E_GOT_NOTHING: (Reason.CUT, "the connection was closed without an answer"),
+    pycurl.E_SEND_ERROR: (Reason.CUT, "the connection broke while the request was sent"),
+    pycurl.E_RECV_ERROR: (Reason.CUT, "the connection broke"),
+    pycurl.E_UNSUPPORTED_PROTOCOL: (Reason.ANSWER, "the answer is not HTTP"),
+    pycurl.E_WRITE_ERROR: (Reason.ANSWER, "the answer is garbled"),
+    pycurl.E_FTP_WEIRD_SERVER_REPLY: (Reason.ANSWER, "the answer is garbled"),
 }
 _SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
 
@@ -50,7 +50,7 @@ def source_error(code: int, os_errno: int, where: str) -> SourceError:
     """The error for a transfer that ended with `code`; `os_errno` is of libcurl's last failed system call, or 0."""
     if code in _PERMANENT:
         return SourceError(f"{where}: {_PERMANENT[code]}")
-    what = _TRANSIENT.get(code, f"the transfer failed (libcurl result {code})")
+    reason, what = _TRANSIENT.get(code, (Reason.OTHER, f"the transfer failed (libcurl result {code})"))
     if os_errno and code in _SYSTEM_CALLS:
         what = f"{what} ({os.strerror(os_errno).lower()})"
-    return SourceUnreachable(f"{where}: {what}")
+    return SourceUnreachable(f"{where}: {what}", reason=reason)

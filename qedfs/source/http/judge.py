@@ -16,7 +16,7 @@ import email.utils
 import re
 from datetime import datetime
 
-from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.errors import Reason, SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 
@@ -65,7 +65,9 @@ def judge_range(answer: Answer, request: RangeRequest) -> None:
         try:
             _judge_partial(answer, request)
         except ValueError as exc:
-            raise SourceUnreachable(f"{request.where}: answer to a range request refused: {exc}") from exc
+            raise SourceUnreachable(
+                f"{request.where}: answer to a range request refused: {exc}", reason=Reason.ANSWER
+            ) from exc
         return
     if answer.status == 200:
         # The whole file instead of a range. If its validator differs the version is the better thing to tell.
@@ -100,7 +102,7 @@ def judge_opening(answer: Answer, where: str, name: str) -> Identity:
             raise refused_status(answer, where)
         etag, last_modified = _validators(answer)
     except ValueError as exc:
-        raise SourceUnreachable(f"{where}: answer to the first request refused: {exc}") from exc
+        raise SourceUnreachable(f"{where}: answer to the first request refused: {exc}", reason=Reason.ANSWER) from exc
     return Identity(size, etag, last_modified, name)
 
 
@@ -110,7 +112,7 @@ def refused_status(answer: Answer, where: str) -> SourceError:
     meaning = _MEANING.get(status, f"answered with status {status}")
     # Section 15: an unknown 5xx is to be taken for 500; 501 and 505 say that the server will never do it.
     if status in _TRANSIENT or (status > 500 and status not in (501, 505)):
-        return SourceUnreachable(f"{where} {meaning}", retry_after_seconds=_retry_after(answer))
+        return SourceUnreachable(f"{where} {meaning}", reason=Reason.SERVER, retry_after_seconds=_retry_after(answer))
     return SourceError(f"{where} {meaning}")
 
 

@@ -13,6 +13,7 @@ to connect together, in a task of its own, so that none of them loses it when an
 
 from __future__ import annotations
 
+import copy
 import ssl
 from collections.abc import Sequence
 
@@ -173,7 +174,7 @@ class NbdSource:
         if attempt.failure is None:
             raise faults.dropped(self._location, "closed")
         # One exception object in several tasks would mix up their tracebacks.
-        raise type(attempt.failure)(str(attempt.failure)) from attempt.failure
+        raise copy.copy(attempt.failure) from attempt.failure
 
     async def _try(self, attempt: _Attempt) -> None:
         try:

@@ -25,7 +25,7 @@ import ssl
 
 import trio
 
-from qedfs.errors import QedfsError
+from qedfs.errors import QedfsError, Reason, SourceUnreachable
 from qedfs.source.nbd import faults
 from qedfs.source.nbd.handshake import negotiate
 from qedfs.source.nbd.protocol import (
@@ -66,6 +66,7 @@ class Connection:
     def __init__(self, location: Location, transport: Transport, negotiated: Negotiated) -> None:
         self.negotiated = negotiated
         self.broken: str | None = None
+        self._broken_by = Reason.CUT
         self._location = location
         self._transport = transport
         self._replies = Replies(structured=negotiated.structured, context=negotiated.context)
@@ -128,15 +129,15 @@ class Connection:
             return None  # the server agreed to tell about holes, but not about these
         clipped = _clip(waiting.request.extents or [], before, size)
         if not clipped:
-            self.drop("the server described an extent smaller than its block size")
-            raise faults.dropped(self._location, self.broken or "")
+            self.drop("the server described an extent smaller than its block size", Reason.ANSWER)
+            raise self._dropped()
         return clipped
 
-    def drop(self, why: str) -> None:
+    def drop(self, why: str, kind: Reason = Reason.CUT) -> None:
         """Close at once; the requests in flight fail with SourceUnreachable. A second call does nothing."""
         if self.broken is not None:
             return
-        self.broken = why
+        self.broken, self._broken_by = why, kind
         self._transport.close()
         self._patience.cancel()
         requests = list(self._replies.in_flight.values())
@@ -144,6 +145,9 @@ class Connection:
         for request in requests:
             request.view = None
             request.wake()
+
+    def _dropped(self) -> SourceUnreachable:
+        return faults.dropped(self._location, self.broken or "", self._broken_by)
 
     async def aclose(self) -> None:
         """Say goodbye if that takes no time, and drop."""
@@ -178,7 +182,7 @@ class Connection:
             await self._sending.acquire()
         try:
             if self.broken is not None:
-                raise faults.dropped(self._location, self.broken)
+                raise self._dropped()
             answered = trio.Event()
             request = Request(command, self._next_cookie, pos, size, view, answered.set)
             self._next_cookie += 1
@@ -198,7 +202,7 @@ class Connection:
             await self._transport.send(data)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self.drop(faults.reason(exc))
-            raise faults.dropped(self._location, self.broken or "") from exc
+            raise self._dropped() from exc
         except BaseException:
             self.drop("a request was given up half sent")
             raise
@@ -212,7 +216,7 @@ class Connection:
             self._suspect(waiting.sent_at)
             raise
         if not waiting.request.finished:
-            raise faults.dropped(self._location, self.broken or "")
+            raise self._dropped()
         failure = waiting.request.failure
         if failure is not None:
             if failure.code == ErrorCode.ESHUTDOWN:
@@ -222,7 +226,7 @@ class Connection:
     def _suspect(self, sent_at: float) -> None:
         """A reader gave up on a request sent at `sent_at`: drop the connection if it has been silent since."""
         if self._progress_at <= sent_at <= trio.current_time() - HASTE_SECONDS:
-            self.drop("the server does not answer")
+            self.drop("the server does not answer", Reason.TIMEOUT)
 
     async def _listen(self) -> None:
         """Receive until the connection ends. Nothing but a cancellation from outside leaves this task."""
@@ -232,7 +236,7 @@ class Connection:
                     await self._receive_all()
                 self._judge_silence()
         except Violation as exc:
-            self.drop(str(exc))
+            self.drop(str(exc), Reason.ANSWER)
         except Exception as exc:
             self.drop(faults.reason(exc))
         finally:
@@ -254,7 +258,7 @@ class Connection:
         now = trio.current_time()
         busy = bool(self._replies.in_flight)
         if busy and now - self._progress_at >= STALL_SECONDS:
-            self.drop(f"no progress for {STALL_SECONDS:.0f} s")
+            self.drop(f"no progress for {STALL_SECONDS:.0f} s", Reason.TIMEOUT)
         deadline = self._progress_at + STALL_SECONDS if busy else math.inf
         self._patience = trio.CancelScope(deadline=deadline)
 

@@ -12,7 +12,7 @@ import ssl
 
 import trio
 
-from qedfs.errors import SourceError, SourceUnreachable
+from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.nbd.protocol import Refusal, Violation, printable
 from qedfs.source.url import Location
 
@@ -25,20 +25,21 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
     if isinstance(exc, Violation):
         return SourceError(f"{location}: {exc}")
     if isinstance(exc, Refusal):
-        kind = SourceUnreachable if exc.transient else SourceError
-        return kind(f"{location}: {exc}")
-    return SourceUnreachable(f"{location}: cannot connect: {reason(exc)}")
+        return reply_fault(location, exc)
+    kind = Reason.TIMEOUT if isinstance(exc, trio.TooSlowError) else Reason.CONNECT
+    return SourceUnreachable(f"{location}: cannot connect: {reason(exc)}", reason=kind)
 
 
 def reply_fault(location: Location, exc: Refusal) -> SourceError:
     """Translate a server's well-formed error reply to one request."""
-    kind = SourceUnreachable if exc.transient else SourceError
-    return kind(f"{location}: {exc}")
+    if exc.transient:
+        return SourceUnreachable(f"{location}: {exc}", reason=Reason.SERVER)
+    return SourceError(f"{location}: {exc}")
 
 
-def dropped(location: Location, why: str) -> SourceUnreachable:
+def dropped(location: Location, why: str, kind: Reason = Reason.CUT) -> SourceUnreachable:
     """Say that the connection which carried a request is gone."""
-    return SourceUnreachable(f"{location}: connection dropped: {why}")
+    return SourceUnreachable(f"{location}: connection dropped: {why}", reason=kind)
 
 
 def reason(exc: Exception) -> str:

@@ -1,0 +1,81 @@
+"""What a source that fails costs: how often it was asked again, counted by what stood in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from itertools import chain, repeat
+
+import pytest
+import trio
+
+from qedfs.errors import Reason, SourceError, SourceUnreachable
+from qedfs.source.remote import Remote
+from qedfs.source.url import parse_location
+from tests.fakes.source import FakeSource, remote
+
+NONE = dict.fromkeys(Reason, 0)
+LOCATION = parse_location("http://fake/disk.raw")
+
+
+def failing(*reasons: Reason) -> Callable[[], Awaitable[FakeSource]]:
+    """Opens a source after it has failed for these reasons."""
+    found = chain(reasons, repeat(None))
+
+    async def connect() -> FakeSource:
+        await trio.lowlevel.checkpoint()
+        reason = next(found)
+        if reason is not None:
+            raise SourceUnreachable("away", reason=reason)
+        return FakeSource(b"content")
+
+    return connect
+
+
+async def test_a_source_that_answers_is_asked_once(autojump_clock: trio.testing.MockClock) -> None:
+    found = remote(FakeSource(b"content"))
+    await found.read(0, memoryview(bytearray(4)))
+    assert found.retries == NONE
+
+
+async def test_each_failed_try_counts_under_its_reason(autojump_clock: trio.testing.MockClock) -> None:
+    found = Remote(LOCATION, failing(Reason.CONNECT, Reason.SERVER, Reason.CONNECT))
+    await found.connect()
+    assert found.retries == NONE | {Reason.CONNECT: 2, Reason.SERVER: 1}
+    assert found.error is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_the_last_try_counts_once(autojump_clock: trio.testing.MockClock, seed: int) -> None:
+    calls = 0
+
+    async def refuse() -> FakeSource:
+        nonlocal calls
+        await trio.sleep(0.1 * seed)
+        calls += 1
+        raise SourceUnreachable("away", reason=Reason.CONNECT)
+
+    found = Remote(LOCATION, refuse, deadline_seconds=3)
+    with pytest.raises(SourceUnreachable):
+        await found.connect()
+    assert found.retries[Reason.CONNECT] == calls
+    # A try that the deadline has ended was a try, too.
+    assert sum(found.retries.values()) - calls == found.retries[Reason.TIMEOUT] <= 1
+
+
+async def test_an_answer_that_never_comes_is_a_timeout(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"content")
+    source.gate = trio.Event()
+    found = remote(source, deadline_seconds=3)
+    with pytest.raises(SourceUnreachable, match="gave no answer within 3 s") as caught:
+        await found.read(0, memoryview(bytearray(4)))
+    assert caught.value.reason is Reason.TIMEOUT
+    assert found.retries == NONE | {Reason.TIMEOUT: 1}
+
+
+async def test_what_asking_again_does_not_help_is_no_retry(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"content")
+    source.fail = SourceError("404")
+    found = remote(source)
+    with pytest.raises(SourceError):
+        await found.read(0, memoryview(bytearray(4)))
+    assert found.retries == NONE
