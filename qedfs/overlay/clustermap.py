@@ -95,9 +95,10 @@ class ClusterMap:
 
     def entry(self, cluster: int) -> int:
         """The entry of a cluster whose slice is loaded."""
-        part = self._slices.get(cluster >> self._shift)
+        number = cluster >> self._shift
+        part = self._slices.get(number)
         if part is None:
-            if self._table_offset(cluster >> self._shift):
+            if not self._is_blank(number):
                 raise LookupError(cluster)
             return MISSING
         return part[cluster & self._mask]
@@ -131,7 +132,7 @@ class ClusterMap:
     def is_loaded(self, pos: int, size: int) -> bool:
         """Whether `runs` of this request would answer."""
         first, last = pos >> self._cluster_shift >> self._shift, (pos + size - 1) >> self._cluster_shift >> self._shift
-        return all(n in self._slices or not self._table_offset(n) for n in range(first, last + 1))
+        return all(n in self._slices or self._is_blank(n) for n in range(first, last + 1))
 
     async def load(self, pos: int, size: int) -> None:
         """Bring the slices of a request into the cache.
@@ -141,7 +142,7 @@ class ClusterMap:
         """
         wanted = self._slices_of(pos, size)
         for number in wanted:
-            if number not in self._slices and self._table_offset(number):
+            if number not in self._slices and not self._is_blank(number):
                 await self._load_slice(number)
         self._evict(wanted)
 
@@ -296,6 +297,11 @@ class ClusterMap:
 
     def _table_offset(self, number: int) -> int:
         return self.l1[number // self._per_table]
+
+    def _is_blank(self, number: int) -> bool:
+        """Whether a slice that is not in memory has no entries: its table is not there, or not yet in the file."""
+        index = number // self._per_table
+        return not self.l1[index] or index in self.unwritten
 
     def _slice_place(self, number: int) -> int:
         return self._table_offset(number) + number % self._per_table * self._slice_entries * ENTRY_SIZE

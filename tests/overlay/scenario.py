@@ -20,12 +20,14 @@ from typing import NamedTuple
 
 import trio
 
+import qedfs.overlay.clustermap as clustermap_module
 import qedfs.overlay.overlay as overlay_module
 from qedfs.errors import NoSpace
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
+from qedfs.overlay.clustermap import SECTOR_ENTRIES, SLICE_ENTRIES
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
 from tests.fakes.storage import RecordingStorage
@@ -55,6 +57,7 @@ class Scenario:
     full_disk: int  # the first write that meets a full disk, for some others follow; 0: none
     full_disk_wrote: float  # how much of it was written all the same
     write_now: int = WRITE_NOW_BYTES  # largest write on the event loop; larger ones go to a thread
+    slice_entries: int = SLICE_ENTRIES  # of a table
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
@@ -73,6 +76,7 @@ class Scenario:
             full_disk=rng.randint(1, 40) if rng.random() < 0.3 else 0,
             full_disk_wrote=rng.choice((0, 0.5, 1)),
             write_now=rng.choice((WRITE_NOW_BYTES, 2048)),
+            slice_entries=rng.choice((SLICE_ENTRIES, SECTOR_ENTRIES)),
         )
 
     @cached_property
@@ -207,6 +211,7 @@ def repeatable(seed: int) -> Iterator[None]:
     finally:
         loop._ALLOW_DETERMINISTIC_SCHEDULING = before
         overlay_module.WRITE_NOW_BYTES = WRITE_NOW_BYTES
+        clustermap_module.SLICE_ENTRIES = SLICE_ENTRIES
 
 
 class Actors:
@@ -221,6 +226,7 @@ class Actors:
     ) -> None:
         """`clock` tells the model's time; by default the length of the log."""
         overlay_module.WRITE_NOW_BYTES = history.scenario.write_now
+        clustermap_module.SLICE_ENTRIES = history.scenario.slice_entries
         self.history = history
         self._now = clock or (lambda: len(self._storage.log))
         self._journals = journals
@@ -233,13 +239,15 @@ class Actors:
         self.overlay: Overlay
 
     def _hot_clusters(self) -> list[int]:
-        """Few clusters, so that tasks meet: some at the start, some around the border of two L2 tables, the last."""
+        """Few clusters, so that tasks meet: at the start, around the border of two L2 tables or slices, the last."""
         clusters = self._geometry.clusters
-        border = self._geometry.entries if clusters > self._geometry.entries else clusters // 2
+        entries = min(self._geometry.entries, self.history.scenario.slice_entries)
+        border = entries if clusters > entries else clusters // 2
         return sorted({c for c in (0, 1, 2, border - 1, border, border + 1, clusters - 1) if 0 <= c < clusters})
 
     async def open(self) -> None:
         self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
+        self.overlay.clusters._cache_slices = 2
 
     def meet_full_disk(self) -> None:
         scenario = self.history.scenario

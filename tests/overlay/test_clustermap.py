@@ -93,6 +93,42 @@ def many_tables(count: int) -> Built:
     return filled({index * 512: bytes([index + 1]) * CLUSTER for index in range(count)}, image_size=count * SPAN)
 
 
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight slices to a table of 512 entries."""
+    monkeypatch.setattr("qedfs.overlay.clustermap.SLICE_ENTRIES", 64)
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} was asked for")
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("how", ["write", "write in a thread", "adopt", "adopt_zeros"])
+async def test_what_crosses_slices_of_a_table_that_is_not_there_yet_is_taken(how: str) -> None:
+    first, count = 60, 150 if how == "write in a thread" else 8
+    size = count * CLUSTER
+    storage = MemoryStorage(empty().data, seed=1)
+    overlay = await Overlay.open(storage)
+    content = b"\0" if how == "adopt_zeros" else b"x"
+    match how:
+        case "adopt":
+            await overlay.adopt(first * CLUSTER, bytearray(content * size), size)
+        case "adopt_zeros":
+            await overlay.adopt_zeros(first, count)
+        case _:
+            await overlay.write(first * CLUSTER, content * size, no_fill)
+    for look in (overlay, await reopened(overlay, storage)):
+        (run,) = await look.map(first * CLUSTER, size)
+        assert (run.offset > ZERO) == (how != "adopt_zeros")
+        assert await look.clusters.next_missing(first, 1) == (first + count, 1)
+
+
+async def reopened(overlay: Overlay, storage: MemoryStorage) -> Overlay:
+    await overlay.flush()
+    return await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+
+
 async def test_a_request_larger_than_the_cache_is_answered() -> None:
     overlay = await opened(many_tables(4))
     overlay.clusters._cache_slices = 1

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from qedfs.format.geometry import Geometry
 from qedfs.overlay.check import check
+from qedfs.overlay.clustermap import SLICE_ENTRIES
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
@@ -30,8 +31,8 @@ places = st.integers(0, (1 << 24) - 1)
 operations = st.one_of(
     st.tuples(st.just("write"), places, st.integers(1, 20000)),
     st.tuples(st.just("write"), places, st.sampled_from((1, 511, 4096, 8192))),
-    st.tuples(st.just("adopt"), places, st.integers(1, 4)),
-    st.tuples(st.just("adopt_zeros"), places, st.integers(1, 4)),
+    st.tuples(st.just("adopt"), places, st.integers(1, 4) | st.integers(40, 200)),
+    st.tuples(st.just("adopt_zeros"), places, st.integers(1, 4) | st.integers(40, 200)),
     st.tuples(st.sampled_from(("flush", "commit", "reopen", "kill", "detach", "read_only")), places, st.just(0)),
 )
 
@@ -51,6 +52,7 @@ class Machine:
 
     async def open(self) -> None:
         self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
+        self.overlay.clusters._cache_slices = 2
 
     async def step(self, name: str, place: int, count: int) -> None:
         await getattr(self, name)(place, count)
@@ -116,18 +118,22 @@ class Machine:
     st.sampled_from(SIZES),
     st.sampled_from((0, 4096, 30_000, 3 << 20)),
     st.booleans(),
+    st.sampled_from((SLICE_ENTRIES, 64)),
     st.lists(operations, min_size=1, max_size=25),
 )
 def test_it_reads_as_an_array_would(
-    image_size: int, backing_size: int, journal: bool, steps: list[tuple[Any, int, int]]
+    image_size: int, backing_size: int, journal: bool, slice_entries: int, steps: list[tuple[Any, int, int]]
 ) -> None:
+    """With whole tables in memory, and with eight slices to a table and two of them in memory."""
+
     async def main(folder: Path | None) -> None:
         machine = Machine(image_size, backing_size, folder, len(steps))
         await machine.open()
         for step in steps:
             await machine.step(*step)
 
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qedfs.overlay.clustermap.SLICE_ENTRIES", slice_entries)
         trio.run(main, Path(folder) if journal else None)
 
 
