@@ -79,25 +79,35 @@ class LocalSource:
         while size and (part := os.pread(self._fd, size, pos)):
             parts.append(part)
             pos, size = pos + len(part), size - len(part)
-        # Looked at behind the read: what was written before it shows.
-        modified = _modified(os.fstat(self._fd))
-        if modified != self._identity.last_modified:
-            raise SourceChanged(f"backing {self._location} has been written to since it was opened")
+        self._check_version()
         return b"".join(parts)
 
+    def _check_version(self) -> None:
+        """To be called behind every look at the file: what was done to it before that look shows."""
+        size = os.lseek(self._fd, 0, os.SEEK_END)
+        if size != self._identity.size:
+            raise SourceChanged(f"backing {self._location} had {self._identity.size} bytes, has {size} now")
+        if _modified(os.fstat(self._fd)) != self._identity.last_modified:
+            raise SourceChanged(f"backing {self._location} has been written to since it was opened")
+
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """The holes of the file, as the file system tells them."""
+        """The holes of the file, as the file system tells them. Raises SourceChanged as `read` does."""
         try:
             return await in_thread(lambda: self._extents(pos, size))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
 
     def _extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        end = pos + size
+        found = self._first_extent(pos, pos + size)
+        # A file that was cut, or punched, would be nothing but holes, and the overlay nothing but zeros.
+        self._check_version()
+        return found
+
+    def _first_extent(self, pos: int, end: int) -> Sequence[Extent] | None:
         try:
             start = os.lseek(self._fd, pos, os.SEEK_DATA)
         except OSError as exc:
-            return [Extent(pos, size, zero=True)] if exc.errno == errno.ENXIO else None
+            return [Extent(pos, end - pos, zero=True)] if exc.errno == errno.ENXIO else None
         if start > pos:
             return [Extent(pos, min(start, end) - pos, zero=True)]
         stop = os.lseek(self._fd, pos, os.SEEK_HOLE)

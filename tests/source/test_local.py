@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,38 @@ async def test_a_file_that_is_written_to_is_another_version(tmp_path: Path) -> N
         file.write(b"x")
     with pytest.raises(SourceChanged):
         await read(source, 100, 100)
+    await source.aclose()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut_and_grow(path: Path) -> None:
+    os.truncate(path, 0)
+    os.truncate(path, 1 << 20)
+
+
+def cut_in_secret(path: Path) -> None:
+    before = path.stat()
+    os.truncate(path, 65536)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [cut, cut_and_grow, cut_in_secret])
+async def test_a_file_that_was_cut_is_no_hole(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """Else the stream of an overlay would fill it with zeros and call it complete."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * (1 << 20))
+    os.utime(path, (1, 1))
+    source = await opened(path)
+    assert [extent.zero for extent in await source.extents(0, 1 << 20) or ()] == [False]
+    change(path)
+    for pos in (0, 512 << 10):
+        with pytest.raises(SourceChanged):
+            await source.extents(pos, 4096)
+    with pytest.raises(SourceChanged):
+        await read(source, 0, 4096)
     await source.aclose()
 
 
