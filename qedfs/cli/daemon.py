@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import click
 
+from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
 from qedfs.runtime import mount_folder, private_folder
 
@@ -76,7 +77,7 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         child.wait()
         # A fault that is none of the user's may have said more there.
         hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
-        click.echo(f"qedfs: {message['error']}{hint}", err=True)
+        remark(message["error"] + hint)
         raise click.exceptions.Exit(message["exit_code"])
     # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
     child.returncode = 0

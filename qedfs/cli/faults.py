@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import click
 
+from qedfs.cli.layout import printable
 from qedfs.errors import QedfsError
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,7 @@ def guarded(run: Callable[[], object]) -> int:
         result = run()
         sys.stdout.flush()
     except click.ClickException as exc:
-        exc.show()
-        return exc.exit_code
+        return _report_usage(exc)
     except BrokenPipeError:
         # `qedfs status | head`: nobody reads on. What is still buffered must not raise again at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +53,19 @@ def explain(exc: BaseException) -> tuple[str, int]:
     return f"internal error: {type(cause).__name__}: {text}", QedfsError.exit_code
 
 
+def _report_usage(exc: click.ClickException) -> int:
+    """One line like those of other failures, with the command whose help tells more."""
+    text = exc.format_message()
+    if "\n" in text:
+        # No command was named at all: the text is the help.
+        exc.show()
+        return exc.exit_code
+    context = exc.ctx if isinstance(exc, click.UsageError) else None
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    click.echo(f"qedfs: {printable(text.rstrip('.'))}{hint}", err=True)
+    return exc.exit_code
+
+
 def _report(exc: BaseException) -> int:
     if isinstance(exc, SystemExit):
         raise exc
@@ -60,7 +73,7 @@ def _report(exc: BaseException) -> int:
     # With --verbose the log shows where a fault of ours arose.
     log.debug("the command failed", exc_info=exc)
     if exit_code != INTERRUPTED:
-        click.echo(f"qedfs: {line}", err=True)
+        click.echo(f"qedfs: {printable(line)}", err=True)
     return exit_code
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from qedfs.cli.images import Image
-from qedfs.control.client import Client, error_of
+from qedfs.cli.images import BROKEN, Image, failure_of
+from qedfs.control.client import Client
 from qedfs.errors import UsageError
 from qedfs.units import parse_size
 
 _RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
 # These do not go on by themselves.
-_ENDED = frozenset({"failed", "source-changed", "broken"})
+_ENDED = frozenset({"failed", "source-changed", BROKEN})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,11 +30,11 @@ class Goal:
         if image["state"] == "complete" or self._is_local(client, image):
             return True
         if image["state"] in _ENDED:
-            raise error_of(image.get("exit_code"), f"{image['name']}: {image['error'] or image['state']}")
+            raise failure_of(image)
         return False
 
     def _is_local(self, client: Client, image: Image) -> bool:
-        if self.end is None or image["state"] == "broken":
+        if self.end is None or image["state"] == BROKEN:
             return False
         found = client.execute("x-qedfs-next-missing", device=image["name"], offset=self.start)["offset"]
         return found is None or found >= min(self.end, image["size"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, is_dead, mounted_type
-from qedfs.control.client import Client, NotServed
-from qedfs.errors import UsageError
+from qedfs.control.client import Client, NotServed, error_of
+from qedfs.errors import QedfsError, UsageError
 
 Image = dict[str, Any]
+BROKEN = "broken"  # the state of an overlay that is not served
+MOST_NAMED = 10  # in a message
 
 
 def connect(mountpoint: str) -> Client:
@@ -36,7 +39,7 @@ def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]
     plain = stem(name)
     found = [image for image in images if stem(image["name"]) == plain]
     if not found:
-        there = ", ".join(image["name"] for image in images) or "none"
+        there = listed([image["name"] for image in images], MOST_NAMED) or "none"
         raise UsageError(f"{mountpoint}: has no image {name}; there is {there}")
     return found
 
@@ -49,3 +52,22 @@ def stem(name: str) -> str:
 def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
     """Ask for the images that the user means."""
     return named(client.execute("x-qedfs-status")["images"], name, mountpoint)
+
+
+def trouble(image: Image) -> str | None:
+    """What is wrong with an image or why it waits, for a line that names the image already; None if all is well."""
+    if image["error"]:
+        text: str = image["error"]
+        return text.removeprefix(f"{image['overlay']}: ")
+    return f"{image['state']} ({image['reason']})" if image["reason"] else None
+
+
+def check_served(image: Image) -> None:
+    """Raise the error that keeps an overlay from being served."""
+    if image["state"] == BROKEN:
+        raise failure_of(image)
+
+
+def failure_of(image: Image) -> QedfsError:
+    """The error of an image that does not go on by itself."""
+    return error_of(image.get("exit_code"), f"{image['name']}: {trouble(image) or image['state']}")

@@ -65,7 +65,7 @@ def _pin(record: Record) -> dict[str, Any] | None:
 def _for_people(found: dict[str, Any]) -> dict[str, Any]:
     size, populated, pin = found["size"], found["populated"], found["pin"]
     percent = 100 * populated // size if size else 100
-    version = None if pin is None else ", ".join(str(value) for value in pin.values() if value is not None)
+    version = [] if pin is None else [f"{pin['size']} bytes", pin["etag"], pin["last_modified"]]
     return {
         "overlay": found["overlay"],
         "size": f"{format_size(size)} ({size} bytes)",
@@ -73,8 +73,8 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "backing is": None if found["complete"] else found["backing_format"] or "not said to be raw",
         "local": f"{format_size(populated)} ({percent}%)",
         "on disk": format_size(found["disk_usage"]),
-        "clusters": f"{format_size(found['cluster_size'])}, tables of {found['table_size']}",
-        "source": version and f"pinned to the version {version}",
+        "clusters": f"{format_size(found['cluster_size'])}, tables of {found['table_size']} clusters",
+        "source": f"pinned to {', '.join(filter(None, version))}" if version else None,
         "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
         "stream": "paused by the user" if found["paused"] else None,
     }

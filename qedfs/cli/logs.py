@@ -8,6 +8,9 @@ import sys
 
 from rich.console import Console
 
+from qedfs.cli.layout import printable
+
+CONTINUED = "\n  "  # between the lines of one record
 _TIMED = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -27,6 +30,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
+class LineFormatter(logging.Formatter):
+    """A record as a line, and perhaps indented ones below it. No name in it can look like a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The lines, without a traceback."""
+        return CONTINUED.join(map(printable, super().formatMessage(record).split(CONTINUED)))
+
+
 class AboveBars(logging.Handler):
     """Prints through the console that draws the bars, which makes room for the line."""
 
@@ -36,7 +47,8 @@ class AboveBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print it."""
-        self._console.print(self.format(record))
+        # The terminal wraps it, so that a path or URL can be copied as a whole.
+        self._console.print(self.format(record), soft_wrap=True)
 
 
 def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None = None) -> None:
@@ -45,7 +57,7 @@ def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None
     if as_json:
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("qedfs: %(message)s" if bars is not None else _TIMED))
+        handler.setFormatter(LineFormatter("qedfs: %(message)s" if bars is not None else _TIMED))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -27,6 +28,10 @@ class Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
         """Run the command named on the command line and exit."""
         kwargs["standalone_mode"] = False
+        kwargs.setdefault("prog_name", "qedfs")  # also as `python -m qedfs`
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks, or that is no UTF-8, must not end a command.
+            sys.stdout.reconfigure(errors="backslashreplace")
         sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))
 
 

@@ -141,7 +141,8 @@ def _draw(cells: Cells, width: int) -> None:
     for at in range(0, len(line), width):
         click.echo(line[at : at + width])
     legend = ", ".join(f"{signs[kind]} {text}" for kind, text in mappicture.legend(cells).items())
-    click.echo(f"{legend}; one sign is {format_size(cells.size)}")
+    click.echo(legend)
+    click.echo(f"one sign is {format_size(cells.size)}, the image {format_size(cells.image_size)}")
 
 
 def _explain(cells: Cells, path: str) -> None:

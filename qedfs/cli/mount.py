@@ -15,7 +15,7 @@ from qedfs.cli.faults import explain
 from qedfs.cli.mountoptions import expand
 from qedfs.cli.output import console
 from qedfs.cli.progress import Bars
-from qedfs.cli.values import DURATION, SIZE
+from qedfs.cli.values import DURATION, SIZE, Checked
 from qedfs.control.metricsserver import parse_address
 from qedfs.control.port import Mounted
 from qedfs.errors import UsageError
@@ -66,7 +66,7 @@ class MountArguments:
         return [*words, "--", self.source, self.mountpoint]
 
     def rules(self) -> Rules:
-        """When the streams hold off. Raises UsageError for a text that is no window or no delay."""
+        """When the streams hold off."""
         return Rules(
             quiet=self.stream == "idle",
             between=None if self.stream_between is None else parse_between(self.stream_between),
@@ -86,8 +86,15 @@ class MountArguments:
     help="When to bring in what nobody has read: at once; while guests and the machine are quiet; never.",
 )
 @click.option("--no-stream", "stream", flag_value="off", help="The same as --stream off.")
-@click.option("--stream-between", metavar="HH:MM-HH:MM", help="Stream only between these times of the day.")
-@click.option("--stream-delay", metavar="TIME[-TIME]", help="Begin to stream TIME after the start.")
+@click.option(
+    "--stream-between",
+    type=Checked(parse_between),
+    metavar="HH:MM-HH:MM",
+    help="Stream only between these times of the day.",
+)
+@click.option(
+    "--stream-delay", type=Checked(parse_delay), metavar="TIME[-TIME]", help="Begin to stream TIME after the start."
+)
 @click.option(
     "--copy-on-read/--no-copy-on-read",
     default=None,
@@ -112,6 +119,7 @@ class MountArguments:
 )
 @click.option(
     "--metrics",
+    type=Checked(parse_address),
     metavar="[ADDRESS:]PORT|unix:PATH",
     help="Serve Prometheus metrics there, under /metrics; without an address, to this machine only.",
 )
@@ -132,7 +140,6 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
     arguments = MountArguments(**_absolute(options))
     if arguments.until_streamed and arguments.stream == "off":
         raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
-    arguments.rules()
     if in_background:
         daemon.start(arguments.command_line(), arguments.mountpoint)
         return

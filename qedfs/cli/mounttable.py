@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILESYSTEM = "fuse.qedfs"
-MOST_HOLDERS = 3  # named in a message
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 

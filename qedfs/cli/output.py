@@ -9,6 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from qedfs.cli.layout import printable
+
 # People read tables in files and pipes too; rich would take 80 columns there anyway.
 PIPE_WIDTH = 80
 
@@ -49,7 +51,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def remark(text: str) -> None:
     """A line for people that is not the result."""
-    click.echo(f"qedfs: {text}", err=True)
+    click.echo(f"qedfs: {printable(text)}", err=True)
 
 
 def print_fields(fields: dict[str, Any]) -> None:
@@ -57,4 +59,4 @@ def print_fields(fields: dict[str, Any]) -> None:
     shown = {name: value for name, value in fields.items() if value is not None}
     width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():
-        click.echo(f"{name + ':':<{width}}{value}")
+        click.echo(f"{name + ':':<{width}}{printable(str(value))}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import click
-from rich.console import Group, RenderableType
-from rich.live import Live
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from qedfs.cli.images import connect
 from qedfs.cli.output import console, print_json, print_json_line
+from qedfs.cli.screen import Screen
+from qedfs.cli.statuslines import fitted_lines, status_lines
 from qedfs.control.client import Client, Gone
-from qedfs.units import format_seconds, format_size
 
 WATCH_SECONDS = 1.0
 
@@ -24,7 +22,10 @@ WATCH_SECONDS = 1.0
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line of it each second.")
 @click.option("--watch", is_flag=True, help="Go on until the mount ends or Ctrl-C.")
 def status(mountpoint: str, as_json: bool, watch: bool) -> None:
-    """Show the images of the mount at MOUNTPOINT: state, how much is local, pace and remaining time."""
+    """Show the images of the mount at MOUNTPOINT: state, how much is local, pace and remaining time.
+
+    --watch shows as many of them as the terminal has lines for; those that are complete give way first.
+    """
     with connect(mountpoint) as client:
         if watch:
             _watch(client, as_json=as_json)
@@ -32,57 +33,37 @@ def status(mountpoint: str, as_json: bool, watch: bool) -> None:
         found = client.execute("x-qedfs-status")
     if as_json:
         print_json(found)
-    else:
-        console().print(picture(found))
+        return
+    screen = console()
+    click.echo("\n".join(status_lines(found, screen.width if screen.is_terminal else None)))
 
 
 def _watch(client: Client, *, as_json: bool) -> None:
     screen = console()
     try:
-        if as_json or not screen.is_terminal:
-            while True:
-                found = client.execute("x-qedfs-status")
-                if as_json:
-                    print_json_line(found)
-                else:
-                    screen.print(picture(found))
-                time.sleep(WATCH_SECONDS)
-        with Live(console=screen, auto_refresh=False) as live:
-            while True:
-                live.update(picture(client.execute("x-qedfs-status")), refresh=True)
-                time.sleep(WATCH_SECONDS)
+        if screen.is_terminal and not as_json:
+            _watch_on(screen, client)
+        else:
+            _watch_in_lines(client, as_json=as_json)
     except Gone:
         return
 
 
-def picture(found: dict[str, Any]) -> RenderableType:
-    """The status as a table, with a line below it for each trouble."""
-    table = Table(box=None, pad_edge=False, expand=False)
-    table.add_column("image", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("local", justify="right", no_wrap=True)
-    table.add_column("of", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("pace", justify="right", no_wrap=True)
-    table.add_column("left", justify="right", no_wrap=True)
-    for image in found["images"]:
-        table.add_row(*_cells(image))
-    troubles = [Text(f"{image['name']}: {text}") for image in found["images"] if (text := _trouble(image))]
-    return Group(table, *troubles) if found["images"] else Text(f"{found['mountpoint']}: no overlays there")
+def _watch_on(terminal: Console, client: Client) -> None:
+    """Draw until the mount ends."""
+    with Screen(terminal, transient=False) as screen:
+        while True:
+            found = client.execute("x-qedfs-status")
+            screen.show([Text(line) for line in fitted_lines(found, screen.width, screen.height)])
+            time.sleep(WATCH_SECONDS)
 
 
-def _cells(image: dict[str, Any]) -> tuple[str, ...]:
-    total, populated = image["total"], image["populated"]
-    if not total:
-        return (image["name"], image["state"], "", "", "", "", "")
-    # Rounded down: 100% is said only when it is true.
-    percent = f"{100 * populated // total}%"
-    pace = f"{format_size(image['rate'])}/s" if image["rate"] and image["state"] == "running" else ""
-    eta = image["eta_seconds"]
-    left = format_seconds(eta) if eta else ""
-    return (image["name"], image["state"], format_size(populated), format_size(total), percent, pace, left)
-
-
-def _trouble(image: dict[str, Any]) -> str | None:
-    found: str | None = image["error"] or image["reason"]
-    return found
+def _watch_in_lines(client: Client, *, as_json: bool) -> None:
+    """Print until the mount ends."""
+    while True:
+        found = client.execute("x-qedfs-status")
+        if as_json:
+            print_json_line(found)
+        else:
+            click.echo("\n".join([*status_lines(found), ""]))
+        time.sleep(WATCH_SECONDS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.images import connect, fetch, named
+from qedfs.cli.images import BROKEN, check_served, connect, fetch
 from qedfs.cli.output import print_json
 from qedfs.cli.values import SIZE
 from qedfs.errors import UsageError
@@ -26,7 +26,8 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
     with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         # What cannot be served is an error where the user has named it, and none among all.
-        for found in chosen if image is not None else [found for found in chosen if found["state"] != "broken"]:
+        for found in chosen if image is not None else [found for found in chosen if found["state"] != BROKEN]:
+            check_served(found)
             client.execute(command, device=found["name"], **arguments)
         if as_json:
             print_json(fetch(client, image, mountpoint))
@@ -101,7 +102,8 @@ def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None
         chosen = fetch(client, image, mountpoint)
         if len(chosen) != 1:
             raise UsageError(f"{mountpoint}: has {len(chosen)} images; name the one to step")
-        name = named(chosen, image, mountpoint)[0]["name"]
+        check_served(chosen[0])
+        name = chosen[0]["name"]
         done = client.execute("x-qedfs-step", device=name, offset=offset)
     if as_json:
         print_json({"image": name, **done})

@@ -7,7 +7,8 @@ import select
 
 import click
 
-from qedfs.cli.mounttable import FILESYSTEM, MOST_HOLDERS, holders, is_dead, mounted_type
+from qedfs.cli.layout import listed
+from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, mounted_type
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, UsageError
 
@@ -74,5 +75,4 @@ def _by_whom(mountpoint: str) -> str:
     found = holders(mountpoint)
     if not found:
         return ""
-    more = f" and {len(found) - MOST_HOLDERS} more" if len(found) > MOST_HOLDERS else ""
-    return f" by {', '.join(found[:MOST_HOLDERS])}{more}"
+    return f" by {listed(found)}"

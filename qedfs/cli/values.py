@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from qedfs.errors import UsageError
@@ -36,6 +38,23 @@ class Duration(click.ParamType[float]):
             return parse_seconds(str(value))
         except UsageError as exc:
             self.fail(str(exc), param, ctx)
+
+
+class Checked(click.ParamType[str]):
+    """A text that has to be readable for `parse`, which raises UsageError; it is handed on as it was written."""
+
+    name = "TEXT"
+
+    def __init__(self, parse: Callable[[str], object]) -> None:
+        self._parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The same text."""
+        try:
+            self._parse(str(value))
+        except UsageError as exc:
+            self.fail(str(exc), param, ctx)
+        return str(value)
 
 
 SIZE = Size()

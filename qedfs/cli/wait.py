@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn
 
+from qedfs.cli.bars import bar_lines
 from qedfs.cli.goal import Goal, parse_goal
-from qedfs.cli.images import Image, connect, fetch
+from qedfs.cli.images import MOST_NAMED, Image, connect, fetch
+from qedfs.cli.layout import listed
 from qedfs.cli.output import console, remark
+from qedfs.cli.screen import Screen
 from qedfs.cli.values import DURATION
 from qedfs.control.client import Client, Gone
 from qedfs.errors import QedfsError, TimedOut
@@ -22,6 +24,7 @@ POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
 HELD_STATES = {
     "off": "is not being streamed; qedfs stream start would begin it",
     "paused": "is paused",
+    "waiting": "is waiting",
 }
 
 
@@ -61,34 +64,31 @@ class _Waiting:
         self._mountpoint = mountpoint
         self._image = image
         self._goal = goal
-        self._timeout_seconds = timeout_seconds
         self._deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._remarked: set[tuple[str, str]] = set()
 
     def run(self, client: Client) -> None:
         """Return when the goal is reached for all images."""
-        with _bar() as bar:
-            task = bar.add_task("", total=None)
-            while not self._reached(client):
-                bar.update(task, **self._progress())
-                self._remark_held()
-                left = self._deadline - time.monotonic()
-                if left <= 0:
-                    raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
-                client.event(min(left, POLL_SECONDS))
+        terminal = console(stderr=True)
+        if not terminal.is_terminal:
+            self._wait(client, self._remark_held)
+            return
+        with Screen(terminal, transient=True) as screen:
+            self._wait(client, lambda: screen.show(bar_lines(self.images, screen.width, screen.height, screen.signs)))
+
+    def _wait(self, client: Client, show: Callable[[], None]) -> None:
+        while not self._reached(client):
+            show()
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
+            client.event(min(left, POLL_SECONDS))
 
     def _reached(self, client: Client) -> bool:
         self.images = fetch(client, self._image, self._mountpoint)
         # Each is asked, so that the failure of one is seen though another is not there yet.
         reached = [self._goal.reached(client, image) for image in self.images]
         return all(reached)
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "completed": sum(image["populated"] for image in self.images),
-            "total": sum(image["total"] for image in self.images) or None,
-            "description": self.images[0]["name"] if len(self.images) == 1 else f"{len(self.images)} images",
-        }
 
     def _remark_held(self) -> None:
         """Say it once when something does not move by itself."""
@@ -99,13 +99,8 @@ class _Waiting:
                 remark(f"{name} {HELD_STATES[state]}" + (f": {image['reason']}" if image["reason"] else ""))
 
     def _summary(self) -> str:
-        return ", ".join(f"{image['name']} is {image['state']}" for image in self.images if image["state"] != COMPLETE)
-
-
-def _bar() -> Progress:
-    screen = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"))
-    return Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True, expand=True)
+        states = [f"{image['name']} is {image['state']}" for image in self.images if image["state"] != COMPLETE]
+        return listed(states, MOST_NAMED)
 
 
 def _stands_alone(overlay: str) -> bool:

@@ -137,21 +137,24 @@ def test_map_without_backing_reads_as_zeros(folder: Path) -> None:
 
 
 def test_map_as_a_picture(overlay: Path) -> None:
-    picture, legend = qedfs("map", overlay, env={"PYTHONIOENCODING": "utf-8"}).stdout.splitlines()
+    picture, *legend = qedfs("map", overlay, env={"PYTHONIOENCODING": "utf-8"}).stdout.splitlines()
     assert picture == "·██░░···········"
-    assert "missing 768 KiB" in legend
-    picture, _ = qedfs("map", overlay, env={"PYTHONIOENCODING": "ascii"}).stdout.splitlines()
+    assert legend == [
+        "█ data 128 KiB, ░ zeros 128 KiB, · missing 768 KiB, ▒ in part",
+        "one sign is 64.0 KiB, the image 1.00 MiB",
+    ]
+    picture, *_ = qedfs("map", overlay, env={"PYTHONIOENCODING": "ascii"}).stdout.splitlines()
     assert picture == ".##00..........."
 
 
 def test_picture_of_a_large_image_has_few_lines(folder: Path) -> None:
     path = qemu_create(folder / "disk.qed", size=1 << 40)
     qemu_io(path, "write 512G 64k")
-    *rows, legend = qedfs("map", path, env={"PYTHONIOENCODING": "ascii"}).stdout.splitlines()
+    *rows, _, scale = qedfs("map", path, env={"PYTHONIOENCODING": "ascii"}).stdout.splitlines()
     assert [len(row) for row in rows] == [80] * 12 + [64]
     assert "".join(rows).index("#") == 512
     assert "".join(rows).count("#") == 1
-    assert legend.endswith("one sign is 1.00 GiB")
+    assert scale == "one sign is 1.00 GiB, the image 1.00 TiB"
 
 
 def test_check_of_a_sound_overlay(overlay: Path) -> None:

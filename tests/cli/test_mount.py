@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
-import subprocess
-import termios
-import time
 from pathlib import Path
 
 from qedfs.overlay.create import create_overlay
@@ -23,7 +16,7 @@ from ..harness.mounts import is_mounted, mounted, qedfs
 from ..harness.process import free_port, wait_for
 from ..harness.servers import Nginx
 from .conftest import SIZE
-from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
+from .support import daemon, image, in_mount_table, is_running, server_pid
 
 
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
@@ -125,42 +118,6 @@ def test_log_as_json(overlay: Path, mountpoint: Path) -> None:
         lines = [json.loads(line) for line in mount.output().splitlines()]
     assert any("complete" in line["message"] for line in lines)
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
-
-
-def on_a_terminal(*words: str | Path, seconds: float) -> str:
-    """What a command draws on a terminal of 80 columns; it is interrupted after `seconds` if it has not ended."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    child = subprocess.Popen([*QEDFS, *words], stdin=follower, stdout=follower, stderr=follower, env=env)
-    os.close(follower)
-    drawn = b""
-    end = time.monotonic() + seconds
-    with contextlib.suppress(OSError):
-        while data := os.read(leader, 65536):
-            drawn += data
-            if time.monotonic() > end:
-                child.send_signal(signal.SIGINT)
-                end = float("inf")
-    child.wait(20)
-    os.close(leader)
-    return drawn.decode()
-
-
-def test_bars_on_a_terminal(overlay: Path, mountpoint: Path) -> None:
-    drawn = on_a_terminal("mount", overlay, mountpoint, "--limit", "1M", seconds=2.0)
-    assert "disk.raw" in drawn
-    assert re.search(r"\d+%", drawn)
-    assert "iB/s" in drawn
-    assert "Traceback" not in drawn
-
-
-def test_many_images_share_one_bar(folder: Path, mountpoint: Path) -> None:
-    for number in range(11):
-        create_overlay(str(folder / f"{number}.qed"), image_size=1 << 20, backing=None)
-    drawn = on_a_terminal("mount", folder, mountpoint, seconds=1.0)
-    assert "11 of 11 complete" in drawn
-    assert "10.raw" not in drawn
 
 
 # secrets

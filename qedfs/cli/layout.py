@@ -1,0 +1,85 @@
+"""Text laid out in the cells of a terminal: what may be shown, how it is cut, wrapped and put into columns.
+
+Pure. Widths count cells, of which a Chinese character takes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len, chop_cells, set_cell_size
+
+CUT = "..."  # ASCII: every terminal has it
+COLUMN_GAP = "  "
+HANGING = "  "
+LEAST_FOLD = 8  # cells that a column which folds keeps at least
+MOST_LISTED = 3
+
+
+def printable(text: str) -> str:
+    """The text with all that would move the cursor, change colours or reorder what is shown written as an escape.
+
+    Names of files, backings and servers' answers are not ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def padded(text: str, width: int, *, right: bool = False) -> str:
+    """The text filled with blanks up to `width`; a longer one stays as it is."""
+    blanks = " " * (width - cell_len(text))
+    return blanks + text if right else text + blanks
+
+
+def shortened(text: str, width: int) -> str:
+    """The text in at most `width` cells: the middle goes, since names and messages often differ at their ends."""
+    if cell_len(text) <= width:
+        return text
+    if width <= len(CUT):
+        return CUT[:width]
+    tail = (width - len(CUT)) // 2
+    head = width - len(CUT) - tail
+    return set_cell_size(text, head) + CUT + set_cell_size(text[::-1], tail)[::-1]
+
+
+def wrapped(text: str, width: int) -> Iterator[str]:
+    """Lines of at most `width` cells, broken between words; all but the first are indented."""
+    line = ""
+    for word in text.split(" "):
+        if not line:
+            line = word
+        elif cell_len(line) + 1 + cell_len(word) <= width:
+            line += " " + word
+        else:
+            yield line
+            line = HANGING + word
+        while cell_len(line) > width:
+            first, *rest = chop_cells(line, max(width, len(HANGING) + 2))
+            yield first
+            line = HANGING + "".join(rest)
+    yield line
+
+
+def table(
+    rows: Sequence[Sequence[str]], alignment: str, width: int | None = None, *, cut: bool = False
+) -> Iterator[str]:
+    """Rows as lines. `alignment`: "<" or ">" per column.
+
+    Where `width` is too little, the first column folds over several lines, or is shortened if `cut`.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    if width is not None:
+        others = sum(widths[1:]) + len(COLUMN_GAP) * (len(widths) - 1)
+        widths[0] = min(widths[0], max(LEAST_FOLD, width - others))
+    for first, *rest in rows:
+        name, *folded = [shortened(first, widths[0])] if cut or not first else chop_cells(first, widths[0])
+        cells = zip([name, *rest], widths, alignment, strict=True)
+        yield COLUMN_GAP.join(padded(cell, size, right=side == ">") for cell, size, side in cells).rstrip()
+        yield from folded
+
+
+def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
+    """The first few names, and how many there are beside."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,54 @@
+"""Lines at the bottom of a terminal, drawn anew when they have changed; what is logged scrolls by above them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from qedfs.cli.bars import ASCII_SIGNS, SIGNS, Signs
+
+
+class Screen:
+    """Use it as a context manager. Nothing is sent to the terminal while nothing changes."""
+
+    def __init__(self, console: Console, *, transient: bool) -> None:
+        """`transient`: the lines are taken away at the end."""
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=transient)
+        self._shown: tuple[list[Text], int] | None = None
+
+    @property
+    def width(self) -> int:
+        """Cells of a line."""
+        return self._console.width
+
+    @property
+    def height(self) -> int:
+        """Lines that there is room for: the terminal's but one, so that what was there before can be guessed at."""
+        return max(1, self._console.height - 1)
+
+    @property
+    def signs(self) -> Signs:
+        """What bars can be drawn with."""
+        return SIGNS if "utf" in self._console.encoding else ASCII_SIGNS
+
+    def show(self, lines: Sequence[Text]) -> None:
+        """Draw these lines instead of the ones before."""
+        shown = (list(lines), self.width)
+        if shown != self._shown:
+            self._shown = shown
+            self._live.update(Text("\n", no_wrap=True, overflow="crop").join(lines), refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.stop()
