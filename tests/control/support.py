@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -23,6 +23,7 @@ from qedfs.source.remote import Remote
 from qedfs.source.url import parse_location
 from qedfs.stream.job import StreamJob
 
+T = TypeVar("T")
 CLUSTER = 4096
 URL = "http://user:secret@example.org/disk.img?token=secret"
 
@@ -56,6 +57,17 @@ class MemorySource:
 
     async def aclose(self) -> None:
         return
+
+
+class AskedOnce(Remote):
+    """A failure is told at once. Any deadline short enough to wait for would be missed on a machine that is busy."""
+
+    async def _retried(self, action: Callable[[], Awaitable[T]], *, patience: float = 1.0) -> T:
+        try:
+            return await action()
+        except QedfsError as exc:
+            self.error = exc
+            raise
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,15 +104,7 @@ class FakeMount:
     def quit(self) -> None:
         self.has_quit.set()
 
-    async def add(
-        self,
-        name: str,
-        source: MemorySource | None,
-        *,
-        stream: bool = False,
-        limit: int = 0,
-        deadline_seconds: float = 0.05,
-    ) -> Served:
+    async def add(self, name: str, source: MemorySource | None, *, stream: bool = False, limit: int = 0) -> Served:
         """An image `name`.raw over `source`, complete if there is none; its stream runs if `stream`."""
         path = self.folder / f"{name}.qed"
         size = len(source.content) if source else 4 * CLUSTER
@@ -112,8 +116,7 @@ class FakeMount:
             async def connect() -> MemorySource:
                 return source
 
-            remote = Remote(parse_location(URL), connect, deadline_seconds=deadline_seconds)
-            fetch = Fetch(remote, CLUSTER, self.nursery)
+            fetch = Fetch(AskedOnce(parse_location(URL), connect), CLUSTER, self.nursery)
         image = Image(f"{name}.raw", overlay, fetch)
         await overlay.clusters.count()
         job = StreamJob(image, enabled=stream, limit=limit)
