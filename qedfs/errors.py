@@ -10,9 +10,10 @@ Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unr
 
 from __future__ import annotations
 
+import copy
 import enum
 import errno as _errno
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class QedfsError(Exception):
@@ -20,6 +21,14 @@ class QedfsError(Exception):
 
     errno: ClassVar[int] = _errno.EIO
     exit_code: ClassVar[int] = 1
+
+    def fresh(self) -> Self:
+        """The same error as a new object, without traceback and cause.
+
+        Whoever keeps an error keeps one object and raises others. A traceback grows each time that its exception is
+        raised, and holds the frames, and so the buffers, of every request that the exception has ended.
+        """
+        return copy.copy(self)
 
 
 class UsageError(QedfsError):

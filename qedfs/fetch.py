@@ -99,7 +99,7 @@ class Flight:
         """
         await self.arrived.wait()
         if self.error is not None:
-            raise type(self.error)(str(self.error)) from self.error
+            raise self.error.fresh()
         start = pos - self.pos
         count = min(len(view), self.size - start)
         view[:count] = memoryview(self.buffer)[start : start + count]

@@ -138,7 +138,7 @@ class Image:
     async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
         """Fill the parts of `view` that only the source has; what lies behind its end stays zero."""
         if self.changed is not None:
-            raise self.changed
+            raise self.changed.fresh()
         if self._identity is not None and runs[0].pos >= self._identity.size:
             return  # there is nothing to wait for
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
@@ -154,7 +154,7 @@ class Image:
         try:
             await self.fetch.read(pieces, taker=self if self.copy_on_read else None)
         except SourceChanged as exc:
-            self.changed = exc
+            self.changed = exc.fresh()
             raise
         except QedfsError as exc:
             self._failed(exc)
@@ -162,7 +162,7 @@ class Image:
         self.error = None
 
     def _failed(self, error: QedfsError) -> None:
-        self.error = error
+        self.error = error.fresh()
         self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
@@ -254,7 +254,7 @@ class Image:
         try:
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
-            self.full, self._full_since = exc, trio.current_time()
+            self.full, self._full_since = exc.fresh(), trio.current_time()
             return
         except QedfsError as exc:
             self._failed(exc)
@@ -273,7 +273,7 @@ class Image:
     def lost(self, error: QedfsError) -> None:
         """A flight that should have brought clusters here has failed."""
         if isinstance(error, SourceChanged):
-            self.changed = error
+            self.changed = error.fresh()
         self._failed(error)
 
     def _too_full(self) -> bool:
@@ -292,7 +292,7 @@ class Image:
         a version that the overlay does not know about.
         """
         if self.changed is not None:
-            raise self.changed
+            raise self.changed.fresh()
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         while self._identity is None:
             look = self._look
@@ -302,7 +302,7 @@ class Image:
                 self.fetch.nursery.start_soon(self._look_at_source, look)
             await look.done.wait()
             if look.error is not None:
-                raise type(look.error)(str(look.error)) from look.error
+                raise look.error.fresh()
         return self._identity
 
     async def _look_at_source(self, look: _Look) -> None:
@@ -356,7 +356,7 @@ class Image:
         self.changed = SourceChanged(
             f"{what} ({difference}); what is local is served. Bring the old version back, or start a new overlay"
         )
-        raise self.changed
+        raise self.changed.fresh()
 
     # Commit and close.
 
@@ -370,7 +370,7 @@ class Image:
         try:
             await self.overlay.commit()
         except NoSpace as exc:
-            self.full, self._full_since = exc, trio.current_time()
+            self.full, self._full_since = exc.fresh(), trio.current_time()
         except Exception as exc:
             if not isinstance(exc, QedfsError):
                 # A fault of ours must cost this image only, not every image of the mount.

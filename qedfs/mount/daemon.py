@@ -112,7 +112,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
                 await folder.close()
         nursery.cancel_scope.cancel()
     if mount.failure is not None:
-        raise mount.failure
+        raise mount.failure.fresh()
 
 
 async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifier: Notifier) -> None:

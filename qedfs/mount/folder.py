@@ -220,7 +220,7 @@ class Folder:
             if self._single:
                 raise
             # OSError: the file went away, or its file system did, while we looked at it.
-            served.error = exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}")
+            served.error = exc.fresh() if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}")
             if str(served.error) != str(before):
                 text = str(served.error)
                 log.error("not served: %s", text if text.startswith(path) else f"{path}: {text}")

@@ -199,13 +199,13 @@ class Committer:
         except QedfsError as exc:
             # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
             self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")
-            raise self.failure from exc
+            raise self.failure.fresh() from exc
         finally:
             self.barrier_seconds += time.monotonic() - began
 
     def _check(self) -> None:
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.fresh()
 
     def _l1_sector(self, sector: int) -> Write:
         first = sector * SECTOR_ENTRIES

@@ -450,7 +450,7 @@ class Overlay:
 
     def _check_writable(self) -> None:
         if self.committer.failure is not None:
-            raise self.committer.failure
+            raise self.committer.failure.fresh()
         if not self.storage.writable:
             raise ReadOnlyOverlay("the overlay is open read-only")
 

@@ -121,7 +121,7 @@ class Remote:
                     result = await action()
                 except SourceUnreachable as exc:
                     trying = False
-                    self.error = last = exc
+                    last, self.error = exc, exc.fresh()
                     self.retries[exc.reason] += 1
                     # Half of the pause is random, so that many clients of one server do not return in step.
                     wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
@@ -131,12 +131,12 @@ class Remote:
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                     trying = True
                 except QedfsError as exc:
-                    self.error = exc
+                    self.error = exc.fresh()
                     raise
                 else:
                     self.error = None
                     return result
         if trying:
             self.retries[Reason.TIMEOUT] += 1
-        self.error = last
+        self.error = last.fresh()
         raise last

@@ -178,7 +178,8 @@ class StreamJob:
         await fetch.landed(image)
         self._raise_loss()
         if image.overlay.clusters.all_missing(first, count):
-            raise image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
+            error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
+            raise error.fresh()
         following = await self._next_run(first + count, source_size)
         if following is None and await self._next_run(0, source_size) is None:
             # Whoever owns the pace has come to the end: nothing needs the backing any more.
@@ -213,7 +214,7 @@ class StreamJob:
         action = self.judge(error)
         # Without progress since the last one there is nothing to go on behind.
         if action is Action.IGNORE and self._cursor > self._ignored_at:
-            self._ignored, self._ignored_at = error, self._cursor
+            self._ignored, self._ignored_at = error.fresh(), self._cursor
             self._known_failures = self.image.failures
             self.image.full = None
             return
@@ -221,7 +222,7 @@ class StreamJob:
         if action is Action.RETRY and pause == RETRY_SECONDS[0]:  # the next tries would say nothing new
             log.info("%s: the stream waits: %s", self.image.name, error)
         if action is Action.HOLD:
-            self._held = error
+            self._held = error.fresh()
         elif action is not Action.RETRY:
             self._stop(State.SOURCE_CHANGED if isinstance(error, SourceChanged) else State.FAILED, error)
         elif isinstance(error, NoSpace):
@@ -376,12 +377,12 @@ class StreamJob:
         image = self.image
         loss = image.changed or image.overlay.committer.failure or image.full
         if loss is not None:
-            raise loss
+            raise loss.fresh()
 
     def _raise_failure(self) -> None:
         self._raise_loss()
         if self.image.error is not None and self.image.failures != self._known_failures:
-            raise self.image.error
+            raise self.image.error.fresh()
 
     def fail(self, error: QedfsError) -> None:
         """Do not run, for this reason; `start` tries all the same."""
@@ -391,7 +392,7 @@ class StreamJob:
         """End for now; `start` tries again."""
         log.error("%s: the stream has stopped: %s", self.image.name, error)
         self._enabled = False
-        self.error = error
+        self.error = error.fresh()
         self.image.streaming = False
         self._change(state, str(error))
 

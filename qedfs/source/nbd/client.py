@@ -13,7 +13,6 @@ to connect together, in a task of its own, so that none of them loses it when an
 
 from __future__ import annotations
 
-import copy
 import ssl
 from collections.abc import Sequence
 
@@ -173,8 +172,7 @@ class NbdSource:
             return attempt.connection
         if attempt.failure is None:
             raise faults.dropped(self._location, "closed")
-        # One exception object in several tasks would mix up their tracebacks.
-        raise copy.copy(attempt.failure) from attempt.failure
+        raise attempt.failure.fresh()
 
     async def _try(self, attempt: _Attempt) -> None:
         try:

@@ -10,7 +10,6 @@ each other in a circle.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Generic, TypeVar
@@ -66,8 +65,7 @@ class Cache(Generic[K, V]):
             flight = self._flights[wanted[0]]
             await flight.over.wait()
             if flight.error is not None:
-                # One exception object in several tasks would mix up their tracebacks.
-                raise copy.copy(flight.error) from flight.error
+                raise flight.error.fresh()
             # Taken from the flight and not from what is kept: a value larger than the bound is not kept.
             found.update((key, flight.values[key]) for key in wanted if key in flight.values)
 
