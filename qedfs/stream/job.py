@@ -4,8 +4,7 @@ Owns the order, the pace, the states and what the user has said (pause, limit). 
 call the methods, and whoever wants to see changes registers a listener.
 
 The job walks the map from the start. A run of missing clusters becomes background requests as the fetch queue gives it
-turns; where the source has a hole, zero entries are set and nothing crosses the wire; a stretch without L2 table over a
-hole is passed over, since after the detach it reads as zeros anyway. When a walk has found nothing more to do and all
+turns; holes of the source are dealt with on the way (`missing.py`). When a walk has found nothing more to do and all
 flights have landed, the image is complete.
 """
 
@@ -14,21 +13,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.image import NO_SPACE_RETRY_SECONDS, Image
-from qedfs.source.base import Extent
 from qedfs.stream.idle import LOOK_SECONDS
+from qedfs.stream.missing import Missing
 from qedfs.stream.pace import Pace
 
 log = logging.getLogger(__name__)
 
 PACE_SECONDS = 0.25
-EXTENTS_BYTES = 1 << 30  # of the source asked about at once
 RETRY_SECONDS = (1.0, 30.0)  # first and longest pause after the source has failed
 
 
@@ -85,9 +82,7 @@ class StreamJob:
         self._known_failures = 0  # of the image, that have been dealt with
         self._trying = False  # the disk was full: go carefully
         self._poked = trio.Event()
-        self._extents: deque[Extent] = deque()
-        self._holes: set[int] = set()  # L1 indices without a table that the source has nothing for
-        self.skipped = 0  # bytes of those
+        self._missing = Missing(image)
 
     # What it has done.
 
@@ -99,7 +94,7 @@ class StreamJob:
     @property
     def populated(self) -> int:
         """Bytes that need the source no longer."""
-        return min(self.image.size, self.image.populated + self.skipped)
+        return min(self.image.size, self.image.populated + self._missing.skipped)
 
     @property
     def enabled(self) -> bool:
@@ -113,17 +108,7 @@ class StreamJob:
 
     async def next_missing(self, pos: int) -> int | None:
         """The first byte at or behind `pos` that needs the source; None: there is none."""
-        geometry = self.image.overlay.geometry
-        cluster = pos // geometry.cluster_size
-        while not self.image.complete:
-            found = await self.image.overlay.clusters.next_missing(cluster, 1)
-            if found is None:
-                break
-            index = found[0] // geometry.entries
-            if index not in self._holes:
-                return max(pos, found[0] * geometry.cluster_size)
-            cluster = (index + 1) * geometry.entries
-        return None
+        return await self._missing.first_from(pos)
 
     # Commands.
 
@@ -167,7 +152,7 @@ class StreamJob:
         if image.complete or fetch is None:
             return pos, 0, None
         source_size = await image.source_size()
-        run = await self._next_run(pos // cluster_size, source_size)
+        run = await self._missing.next_run(pos // cluster_size, source_size)
         if run is None:
             return pos, 0, None
         first, count = run
@@ -180,8 +165,8 @@ class StreamJob:
         if image.overlay.clusters.all_missing(first, count):
             error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
             raise error.fresh()
-        following = await self._next_run(first + count, source_size)
-        if following is None and await self._next_run(0, source_size) is None:
+        following = await self._missing.next_run(first + count, source_size)
+        if following is None and await self._missing.next_run(0, source_size) is None:
             # Whoever owns the pace has come to the end: nothing needs the backing any more.
             await image.detach()
             self._poke()
@@ -248,7 +233,7 @@ class StreamJob:
                 return
         await fetch.landed(image)
         self._raise_failure()
-        if await self._next_run(0, source_size) is not None:
+        if await self._missing.next_run(0, source_size) is not None:
             if self._ignored is not None and self._allowed:
                 self._stop(State.FAILED, self._ignored)
         elif self.may_detach is None or await self.may_detach():
@@ -261,7 +246,7 @@ class StreamJob:
         assert fetch is not None  # noqa: S101 - for the type checker; `_stream` has looked
         cluster_size = image.overlay.cluster_size
         asked = False
-        while self._allowed and (run := await self._next_run(self._cursor, source_size)) is not None:
+        while self._allowed and (run := await self._missing.next_run(self._cursor, source_size)) is not None:
             if self.hold_off():
                 return asked
             first, count = run
@@ -285,66 +270,6 @@ class StreamJob:
                 self._trying = False
         self._cursor = 0
         return asked
-
-    async def _next_run(self, cursor: int, source_size: int) -> tuple[int, int] | None:
-        """The next run that has to cross the wire, at most one request long; holes on the way are dealt with."""
-        image, fetch = self.image, self.image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        overlay, clusters = image.overlay, image.overlay.clusters
-        cluster_size, entries = overlay.cluster_size, overlay.geometry.entries
-        while True:
-            most = max(1, fetch.background_request_bytes // cluster_size)
-            run = await clusters.next_missing(cursor, most)
-            if run is None:
-                return None
-            first, count = run
-            if first // entries in self._holes:
-                cursor = (first // entries + 1) * entries
-                continue
-            extent = await self._extent(first * cluster_size, source_size)
-            end = extent.pos + extent.size
-            if not extent.zero:
-                return first, max(1, min(count, -(-end // cluster_size) - first))
-            whole = (end // cluster_size if end < image.size else overlay.geometry.clusters) - first
-            if whole < 1:
-                return first, 1  # the hole ends inside this cluster
-            cursor = await self._pass_hole(first, whole)
-
-    async def _pass_hole(self, first: int, count: int) -> int:
-        """Deal with clusters that read as zeros in the source; returns the cluster to go on at."""
-        overlay = self.image.overlay
-        entries = overlay.geometry.entries
-        index = first // entries
-        stop = min((index + 1) * entries, overlay.geometry.clusters)
-        if overlay.clusters.needs_table(first) is not None and first % entries == 0 and first + count >= stop:
-            self._holes.add(index)
-            self.skipped += (stop - first) * overlay.cluster_size
-            return stop
-        count = min(count, stop - first)
-        await overlay.adopt_zeros(first, count)
-        return first + count
-
-    async def _extent(self, pos: int, source_size: int) -> Extent:
-        """What the source says of `pos`: a stretch that starts at or before it."""
-        if pos >= source_size:
-            return Extent(pos, self.image.size - pos + self.image.overlay.cluster_size, zero=True)
-        while self._extents and self._extents[0].pos + self._extents[0].size <= pos:
-            self._extents.popleft()
-        if not self._extents or self._extents[0].pos > pos:
-            assert self.image.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-            # To the end of the next L2 table at least: only then is a table that lies in a hole seen to do so.
-            span = self.image.overlay.geometry.l2_span
-            size = min(max(EXTENTS_BYTES, 2 * span - pos % span), source_size - pos)
-            told = await self.image.fetch.extents(pos, size)
-            self._extents = deque(told or [Extent(pos, size, zero=False)])
-        extent = self._extents[0]
-        while extent.zero and len(self._extents) > 1 and self._extents[1].zero:
-            following = self._extents[1]
-            self._extents.popleft()
-            extent = self._extents[0] = Extent(extent.pos, extent.size + following.size, zero=True)
-        if extent.zero and extent.pos + extent.size >= source_size:
-            return Extent(extent.pos, self.image.size - extent.pos + self.image.overlay.cluster_size, zero=True)
-        return extent
 
     # States.
 
