@@ -27,6 +27,12 @@ class Claims:
         """Whether an adoption must leave this cluster alone."""
         return cluster in self._claims or self._merges[cluster] > 0
 
+    def spoken_for_in(self, clusters: range) -> list[int]:
+        """Those of the clusters that an adoption must leave alone."""
+        if not self._claims and not self._merges:
+            return []
+        return [cluster for cluster in clusters if self.spoken_for(cluster)]
+
     @contextlib.contextmanager
     def claimed(self, clusters: Sequence[int]) -> Iterator[None]:
         """A worker thread writes these clusters' data; their slices stay in memory until the entries are set."""

@@ -389,6 +389,10 @@ class Overlay:
                 data.append((cluster, at))
         return data, kept
 
+    def spoken_for(self, cluster: int, count: int) -> list[int]:
+        """Those of the clusters that somebody is about to give an entry: an adoption would leave them alone."""
+        return self._claims.spoken_for_in(range(cluster, cluster + count))
+
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
         self._check_writable()

@@ -81,6 +81,7 @@ class StreamJob:
         self._ignored_at = 0  # the cursor then
         self._known_failures = 0  # of the image, that have been dealt with
         self._trying = False  # the disk was full: go carefully
+        self._passed_over = False  # the last walk has left clusters to writes that are under way
         self._poked = trio.Event()
         self._missing = Missing(image)
 
@@ -162,7 +163,7 @@ class StreamJob:
             await fetch.read([(start, memoryview(bytearray(size)))], taker=image)
         await fetch.landed(image)
         self._raise_loss()
-        if image.overlay.clusters.all_missing(first, count):
+        if image.overlay.clusters.all_missing(first, count) and not image.overlay.spoken_for(first, count):
             error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
             raise error.fresh()
         following = await self._missing.next_run(first + count, source_size)
@@ -229,6 +230,8 @@ class StreamJob:
         self._trying, image.full = image.full is not None, None
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
+            if self._passed_over:
+                await self._sleep(PACE_SECONDS)
             if not self._allowed or self.hold_off():
                 return
         await fetch.landed(image)
@@ -241,15 +244,18 @@ class StreamJob:
             log.info("%s: complete, the backing is no longer needed", image.name)
 
     async def _walk(self, source_size: int) -> bool:
-        """Walk over the map from the cursor to the end; returns whether it asked for anything."""
+        """Walk over the map from the cursor to the end; returns whether there may be more to do behind it."""
         image, fetch = self.image, self.image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; `_stream` has looked
         cluster_size = image.overlay.cluster_size
-        asked = False
+        asked = self._passed_over = False
         while self._allowed and (run := await self._missing.next_run(self._cursor, source_size)) is not None:
             if self.hold_off():
                 return asked
-            first, count = run
+            first, count = run[0], self._ours(*run)
+            if not count:
+                self._passed_over, self._cursor = True, first + 1
+                continue
             if due := self.pace.due():
                 # In short sleeps, which a command ends: it may be a pause or another limit.
                 await self._sleep(min(due, PACE_SECONDS))
@@ -258,8 +264,8 @@ class StreamJob:
             self._raise_failure()
             if not self._allowed or self.hold_off():
                 return asked
-            if not image.overlay.clusters.all_missing(first, count):
-                continue  # a reader or another image's stream has brought a part of it in
+            if not image.overlay.clusters.all_missing(first, count) or self._ours(first, count) < count:
+                continue  # a reader, a guest or another image's stream has brought a part of it in, or is about to
             fetch.start(first, count, taker=image)
             self.pace.sent(count * cluster_size)
             self._cursor, asked = first + count, True
@@ -269,7 +275,18 @@ class StreamJob:
                 self._raise_failure()
                 self._trying = False
         self._cursor = 0
-        return asked
+        return asked or self._passed_over
+
+    def _ours(self, first: int, count: int) -> int:
+        """How many missing clusters from `first` on are for us to bring in.
+
+        One that a guest's write has claimed is not: what we fetched would not be kept, and be fetched again until the
+        write has ended. What is in flight may be claimed, and costs nothing.
+        """
+        overlay, fetch = self.image.overlay, self.image.fetch
+        assert fetch is not None  # noqa: S101 - for the type checker; `_stream` has looked
+        claimed = (cluster for cluster in overlay.spoken_for(first, count) if not fetch.in_flight(cluster))
+        return next(claimed, first + count) - first
 
     # States.
 
