@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import socket
 import stat
 import subprocess
@@ -17,7 +16,7 @@ from qedfs.control.server import MAX_CLIENTS, serve_control
 from qedfs.control.session import MAX_EVENTS
 from qedfs.errors import InUse, UsageError
 
-from .support import FakeMount, MemorySource, Talk, controlled, talking
+from .support import FakeMount, Talk, controlled, talking
 
 NOBODY = 65534
 
@@ -118,60 +117,6 @@ async def test_a_socket_that_somebody_else_put_there_stays(tmp_path: Path) -> No
 
 
 # Bad clients.
-
-
-def _hostile_message(chance: random.Random) -> bytes:
-    kind = chance.randrange(8)
-    if kind == 0:
-        return chance.randbytes(chance.randrange(1, 200))
-    if kind == 1:
-        return b'{"execute": "query-version", "id": "' + b"x" * chance.randrange(200_000) + b'"}'
-    if kind == 2:
-        return b'{"execute": "query-jobs"'
-    if kind == 3:
-        return b'{"execute": "block-stream", "arguments": {"device": ' + b"[" * chance.randrange(300)
-    if kind == 4:
-        return b'{"execute": "x-qedfs-status"}' * chance.randrange(5)
-    if kind == 5:
-        return b'{"execute": "job-cancel", "arguments": {"id": "\xff\xfe"}}'
-    if kind == 6:
-        return b'{"execute": "block-stream", "arguments": {"device": "disk", "speed": 1e999}}'
-    return b'"' * chance.randrange(10) + b"\n"
-
-
-async def _be_hostile(path: Path, seed: int, messages: int) -> None:
-    chance = random.Random(seed)
-    sent = 0
-    while sent < messages:
-        async with await trio.open_unix_socket(str(path)) as stream:
-
-            async def drink(stream: trio.SocketStream = stream) -> None:
-                try:
-                    while await stream.receive_some(65536):
-                        pass
-                except trio.BrokenResourceError:
-                    return
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(drink)
-                if chance.random() < 0.8:
-                    await stream.send_all(b'{"execute":"qmp_capabilities"}')
-                for _ in range(chance.randrange(1, 100)):
-                    await stream.send_all(_hostile_message(chance))
-                    sent += 1
-                nursery.cancel_scope.cancel()
-
-
-async def test_a_thousand_hostile_messages_at_once(tmp_path: Path) -> None:
-    async with controlled(tmp_path) as (mount, path):
-        await mount.add("disk", MemorySource(bytes(65536)))
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                for seed in range(8):
-                    nursery.start_soon(_be_hostile, path, seed, 125)
-        async with talking(path) as talk:
-            assert len((await talk.get("x-qedfs-status"))["images"]) == 1
-            assert not mount.has_quit.is_set()
 
 
 async def test_half_a_message_holds_up_nobody_else(tmp_path: Path) -> None:
