@@ -33,7 +33,7 @@ from qedfs.overlay.storage import Storage
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
-COUNT_AT_ONCE = 64  # slices or holes counted between two turns of the event loop
+COUNT_AT_ONCE = 64  # slices or holes looked at between two turns of the event loop
 GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
 CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
 
@@ -152,6 +152,7 @@ class ClusterMap:
         A stretch without an L2 table costs one step, however large it is. None: there is no further one.
         """
         clusters = self.geometry.clusters
+        full = 0
         while cluster < clusters:
             number = cluster >> self._shift
             limit = min((number + 1) << self._shift, clusters)
@@ -164,7 +165,9 @@ class ClusterMap:
             part = self._slices[number]
             at = _index(part, MISSING, cluster & self._mask, limit - (number << self._shift))
             if at < 0:
-                cluster = limit
+                cluster, full = limit, full + 1
+                if full % COUNT_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 continue
             cluster = (number << self._shift) + at
             count = 1

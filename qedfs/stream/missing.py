@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 
+import trio
+
 from qedfs.image import Image
 from qedfs.source.base import Extent
 
 EXTENTS_BYTES = 1 << 30  # of the source asked about at once
+STEPS_PER_TURN = 32  # of a walk over holes, up to 0.5 ms each, until other tasks get their turn
 
 
 class Missing:
@@ -23,20 +26,22 @@ class Missing:
         self.skipped = 0  # bytes of the holes without a table
         self._image = image
         self._extents: deque[Extent] = deque()
-        self._holes: set[int] = set()  # L1 indices without a table that the source has nothing for
+        # For each L1 entry: 1 if it has no table and the source has nothing for it. L1 has 2^21 entries at the most.
+        self._holes = bytearray(len(image.overlay.clusters.l1))
+        self._steps = 0
 
     async def first_from(self, pos: int) -> int | None:
         """The first byte at or behind `pos` that needs the source; None: there is none."""
-        geometry = self._image.overlay.geometry
-        cluster = pos // geometry.cluster_size
+        cluster_size = self._image.overlay.cluster_size
+        cluster = pos // cluster_size
         while not self._image.complete:
             found = await self._image.overlay.clusters.next_missing(cluster, 1)
             if found is None:
                 break
-            index = found[0] // geometry.entries
-            if index not in self._holes:
-                return max(pos, found[0] * geometry.cluster_size)
-            cluster = (index + 1) * geometry.entries
+            cluster = self._behind_holes(found[0])
+            if cluster == found[0]:
+                return max(pos, cluster * cluster_size)
+            await self._give_way()
         return None
 
     async def next_run(self, cursor: int, source_size: int) -> tuple[int, int] | None:
@@ -44,15 +49,16 @@ class Missing:
         image, fetch = self._image, self._image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; callers have looked
         overlay, clusters = image.overlay, image.overlay.clusters
-        cluster_size, entries = overlay.cluster_size, overlay.geometry.entries
+        cluster_size = overlay.cluster_size
         while True:
+            await self._give_way()
             most = max(1, fetch.background_request_bytes // cluster_size)
             run = await clusters.next_missing(cursor, most)
             if run is None:
                 return None
             first, count = run
-            if first // entries in self._holes:
-                cursor = (first // entries + 1) * entries
+            cursor = self._behind_holes(first)
+            if cursor > first:
                 continue
             extent = await self._extent(first * cluster_size, source_size)
             end = extent.pos + extent.size
@@ -63,6 +69,15 @@ class Missing:
                 return first, 1  # the hole ends inside this cluster
             cursor = await self._pass_hole(first, whole)
 
+    def _behind_holes(self, cluster: int) -> int:
+        """This cluster, or the first one behind the holes that it lies in."""
+        entries = self._image.overlay.geometry.entries
+        index = cluster // entries
+        if not self._holes[index]:
+            return cluster
+        end = self._holes.find(0, index)
+        return (end if end >= 0 else len(self._holes)) * entries
+
     async def _pass_hole(self, first: int, count: int) -> int:
         """Deal with clusters that read as zeros in the source; returns the cluster to go on at."""
         overlay = self._image.overlay
@@ -70,12 +85,28 @@ class Missing:
         index = first // entries
         stop = min((index + 1) * entries, overlay.geometry.clusters)
         if overlay.clusters.needs_table(first) is not None and first % entries == 0 and first + count >= stop:
-            self._holes.add(index)
-            self.skipped += (stop - first) * overlay.cluster_size
-            return stop
+            reach = first + min(count, await overlay.clusters.gap(first))
+            return self._skip(index, max(index + 1, reach // entries))
         count = min(count, stop - first)
         await overlay.adopt_zeros(first, count)
         return first + count
+
+    def _skip(self, index: int, end: int) -> int:
+        """Pass over tables that are not there, from one L1 index up to another; returns the cluster to go on at."""
+        geometry = self._image.overlay.geometry
+        known = self._holes.find(1, index, end)
+        if known >= 0:  # by another walk, from there on
+            end = known
+        self._holes[index:end] = b"\1" * (end - index)
+        reach = min(end * geometry.entries, geometry.clusters)
+        self.skipped += (reach - index * geometry.entries) * geometry.cluster_size
+        return reach
+
+    async def _give_way(self) -> None:
+        """A step of a walk: however many there are, other tasks run in between."""
+        self._steps += 1
+        if self._steps % STEPS_PER_TURN == 0:
+            await trio.lowlevel.checkpoint()
 
     async def _extent(self, pos: int, source_size: int) -> Extent:
         """What the source says of `pos`: a stretch that starts at or before it."""
