@@ -11,6 +11,8 @@ first, when the cache is over its bound.
 What is a hole of the file in a table is passed over where whole tables are walked (`gap`). A slice that this session
 has written is looked at itself: the hole may have been seen before.
 
+Where the file may grow, entries that were behind its end at the open are marked (`cut.py`) when they are read.
+
 Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
 and `next_missing` await; whoever calls them must look again at whatever it had looked at before.
 """
@@ -28,6 +30,7 @@ from qedfs.errors import BadOverlay
 from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
+from qedfs.overlay.cut import Cut
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
 
@@ -53,12 +56,12 @@ class ClusterMap:
     """The map of one overlay."""
 
     def __init__(self, storage: Storage, header: Header, l1: array[int], file_end: int) -> None:
-        """`l1` holds the entries inside the image only; `file_end` is the first byte no cluster may lie at."""
+        """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends."""
         geometry = header.geometry
         self._storage = storage
         self._header = header
         self.geometry = geometry
-        self.file_end = file_end
+        self.file_end = file_end  # the first byte no cluster may lie at
         self.l1 = l1
         self.dirty: dict[int, set[int]] = {}  # slice -> sectors of it that the file does not have yet
         self.unwritten: set[int] = set()  # L1 indices of tables that the file does not have yet
@@ -68,6 +71,7 @@ class ClusterMap:
         self._slices: dict[int, array[int]] = {}
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
+        self._cut = Cut(file_end, geometry.cluster_size) if storage.writable else None
         self._pinned: frozenset[int] = frozenset()
         self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
@@ -131,8 +135,7 @@ class ClusterMap:
 
     def is_loaded(self, pos: int, size: int) -> bool:
         """Whether `runs` of this request would answer."""
-        first, last = pos >> self._cluster_shift >> self._shift, (pos + size - 1) >> self._cluster_shift >> self._shift
-        return all(n in self._slices or self._is_blank(n) for n in range(first, last + 1))
+        return all(number in self._slices or self._is_blank(number) for number in self._slices_of(pos, size))
 
     async def load(self, pos: int, size: int) -> None:
         """Bring the slices of a request into the cache.
@@ -230,7 +233,7 @@ class ClusterMap:
             if number // self._per_table not in self.unwritten:
                 self._check_table(number)
                 self._storage.read(self._slice_place(number), view)
-            self._slices[number] = decode_table(view)
+            self._keep(number, decode_table(view))
 
     def make_slice(self, cluster: int) -> None:
         """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
@@ -239,10 +242,6 @@ class ClusterMap:
             self._slices[number] = empty_table(self._slice_entries)
 
     # For the commit.
-
-    def table_index(self, number: int) -> int:
-        """The L1 index of the table that a slice is part of."""
-        return number // self._per_table
 
     def sector(self, number: int, sector: int) -> tuple[int, bytes]:
         """Where one sector of a loaded slice lies in the file, and its bytes now."""
@@ -335,7 +334,16 @@ class ClusterMap:
         return number in self._slices or number in self._written
 
     async def _load_slice(self, number: int) -> None:
-        self._slices[number] = await self._read_slice(number)
+        self._keep(number, await self._read_slice(number))
+
+    def _keep(self, number: int, part: array[int]) -> None:
+        """Have a slice in memory that was read; what is bad in it stays bad."""
+        if number in self._slices:
+            return
+        self._slices[number] = part
+        if self._cut is not None and number not in self._written:
+            for index in self._cut.marked(number, part):
+                self.dirty.setdefault(number, set()).add(index // SECTOR_ENTRIES)
 
     async def _slice(self, number: int) -> array[int]:
         """A slice that has a table, without bringing it into memory."""

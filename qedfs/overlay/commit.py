@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable, Iterator
 
 import trio
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
-from qedfs.format.geometry import ENTRY_SIZE
+from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import encode_table
 from qedfs.overlay.clustermap import SECTOR_ENTRIES, ClusterMap
@@ -126,6 +127,11 @@ class Committer:
         self._write(group, durable=True)
         self._landed(group)
 
+    def write_l1(self, indices: Iterable[int]) -> None:
+        """Write these L1 entries, while nobody else uses the overlay. The next barrier makes them durable."""
+        for offset, data in self._l1_sectors(indices):
+            self._storage.write(offset, [data])
+
     async def _run(self, *, durable: bool) -> None:
         self._started += 1
         group = self._take()
@@ -156,7 +162,7 @@ class Committer:
         clusters.pin_slices(dirty)
         tables = set(clusters.unwritten)
         sectors = [clusters.sector(number, sector) for number, changed in dirty.items() for sector in changed]
-        sectors += [self._l1_sector(sector) for sector in {index // SECTOR_ENTRIES for index in tables}]
+        sectors += self._l1_sectors(tables)
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
         return _Group(_joined(sectors), dirty, tables, cold)
@@ -207,10 +213,10 @@ class Committer:
         if self.failure is not None:
             raise self.failure.fresh()
 
-    def _l1_sector(self, sector: int) -> Write:
-        first = sector * SECTOR_ENTRIES
-        entries = self._map.l1[first : first + SECTOR_ENTRIES]
-        return self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)
+    def _l1_sectors(self, indices: Iterable[int]) -> Iterator[Write]:
+        for first in {round_down(index, SECTOR_ENTRIES) for index in indices}:
+            entries = self._map.l1[first : first + SECTOR_ENTRIES]
+            yield self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)
 
 
 def _joined(writes: list[Write]) -> list[Write]:

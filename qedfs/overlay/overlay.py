@@ -37,6 +37,7 @@ from qedfs.overlay.check import repair
 from qedfs.overlay.claims import Claims
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
+from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.journal import Journal, read_journal
 from qedfs.overlay.pieces import adopted_views, pieces, zero_bytes
@@ -104,6 +105,7 @@ class Overlay:
         previous = self._session.previous()
         name = self.storage.name()
         left = read_journal(folder, f"{name}-{previous}", previous) if folder and name and previous else []
+        self._mark_cut_tables()
         self.clusters.file_end = allocate_from
         self._replay(replayable(left, self._session.header, self.storage.size()))
         session = self._session.begin()
@@ -115,6 +117,12 @@ class Overlay:
             except OSError:
                 self._journal = None
         self.committer.journal = self._journal
+
+    def _mark_cut_tables(self) -> None:
+        """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
+        first_bad = self.clusters.file_end - self.geometry.table_bytes + 1
+        if cut := mark_beyond(self.clusters.l1, first_bad, self.cluster_size):
+            self.committer.write_l1(cut)
 
     def _replay(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Bring the entries of a killed session into the file, before the new session voids its journal."""

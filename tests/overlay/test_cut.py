@@ -1,0 +1,114 @@
+"""An overlay that was cut, as by a copy that met a full disk: what it lost is an error, never somebody else's bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from qedfs.errors import BadOverlay
+from qedfs.overlay.check import check, repair
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.session import read_header
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import filled
+
+CLUSTER = 4096
+SPAN = 512 * CLUSTER  # of one table
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} was asked for")
+
+
+async def states(overlay: Overlay, *clusters: int) -> list[bytes | int | None]:
+    """The first byte of each cluster, its entry if it has no data, None if it is refused."""
+    found: list[bytes | int | None] = []
+    for cluster in clusters:
+        try:
+            (run,) = await overlay.map(cluster * CLUSTER, CLUSTER)
+        except BadOverlay:
+            found.append(None)
+            continue
+        byte = bytearray(1)
+        if run.offset > 1:
+            await overlay.read_data(run.offset, memoryview(byte))
+        found.append(bytes(byte) if run.offset > 1 else run.offset)
+    return found
+
+
+def cut_at(lost: int) -> MemoryStorage:
+    """Clusters 0 to 3, and one in another table, whose data lie in this order; `lost` bytes are gone."""
+    whole = filled({0: b"0", 1: b"1", 2: b"2", 3: b"3", 513: b"5"}, backing=b"", image_size=4 * SPAN)  # type: ignore[arg-type]
+    return MemoryStorage(whole.data[:-lost])
+
+
+@pytest.mark.parametrize("lost", [3 * CLUSTER, 3 * CLUSTER - 100, 2 * CLUSTER + 1])
+async def test_a_cluster_behind_the_end_stays_bad(lost: int) -> None:
+    """Also when the file has grown over it, when its slice has left the memory, and in the next session."""
+    storage = cut_at(lost)
+    expected = [b"0", b"1", None, None, None]
+    assert await states(await Overlay.open(MemoryStorage(storage.bytes, writable=False)), 0, 1, 2, 3, 513) == expected
+
+    overlay = await Overlay.open(storage)
+    overlay.clusters._cache_slices = 1
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
+    assert await states(overlay, 0, 1, 2, 3, 513) == expected
+    await overlay.flush()
+    await overlay.map(1024 * CLUSTER, 1)
+    assert not overlay.clusters.is_loaded(0, 1)
+    assert await states(overlay, 0, 1, 2, 3, 513) == expected
+    with pytest.raises(BadOverlay, match="cluster 2 points to"):
+        await overlay.write(2 * CLUSTER, b"g" * CLUSTER, no_fill)
+    await overlay.close()
+
+    assert await states(await Overlay.open(MemoryStorage(storage.bytes)), 0, 1, 2, 3, 513) == expected
+
+
+async def test_what_this_session_wrote_behind_the_end_of_then_is_good() -> None:
+    """Its slice is read again, for the first time from the file."""
+    storage = cut_at(3 * CLUSTER)
+    overlay = await Overlay.open(storage)
+    overlay.clusters._cache_slices = 1
+    await overlay.write(1024 * CLUSTER, b"new", no_fill)
+    await overlay.flush()
+    await overlay.map(0, 1)
+    assert not overlay.clusters.is_loaded(1024 * CLUSTER, 1)
+    assert await states(overlay, 1024, 1025) == [b"n", 0]
+
+
+@pytest.mark.parametrize("left", [0, 100, CLUSTER - 1])
+async def test_a_table_behind_the_end_stays_bad(left: int) -> None:
+    """Otherwise what a guest writes would be taken for entries."""
+    whole = filled({0: 0, 512: 0, 1024: 0}, backing=b"", image_size=4 * SPAN)
+    storage = MemoryStorage(whole.data[: -2 * CLUSTER + left])
+    overlay = await Overlay.open(storage)
+    entry = (0x3000).to_bytes(8, "little")
+    await overlay.write(0, entry * 1536 * 2, no_fill)
+    await overlay.flush()
+    assert await states(overlay, 512, 1024) == [None, None]
+    with pytest.raises(BadOverlay, match=r"L2 table at .* is not inside the file"):
+        await overlay.write(SPAN, b"g", no_fill)
+    await overlay.close()
+
+    again = await Overlay.open(MemoryStorage(storage.bytes))
+    assert await states(again, 0, 512, 1024) == [b"\0", None, None]
+
+
+async def test_a_cut_overlay_can_be_repaired_after_a_session() -> None:
+    storage = cut_at(3 * CLUSTER)
+    overlay = await Overlay.open(storage)
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER, no_fill)
+    assert await states(overlay, 2, 513) == [None, None]
+    await overlay.close()
+
+    closed = MemoryStorage(storage.bytes)
+    header = read_header(closed)[0]
+    assert check(closed, header).corruptions == 3
+    assert repair(closed, header).repaired == 3
+    assert await states(await Overlay.open(closed), 0, 2, 3, 513, 1024) == [b"0", 0, 0, 0, b"o"]
+
+
+async def test_a_whole_overlay_is_left_as_it_is() -> None:
+    storage = MemoryStorage(filled({0: b"0", 513: b"5"}, image_size=4 * SPAN).data)
+    overlay = await Overlay.open(storage)
+    assert await states(overlay, 0, 513) == [b"0", b"5"]
+    assert not overlay.committer.pending
