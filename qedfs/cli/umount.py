@@ -9,8 +9,10 @@ import click
 
 from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, mounted_type
+from qedfs.cli.output import remark
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, UsageError
+from qedfs.mount import lastwords
 
 
 @click.command(short_help="Unmount and wait until the overlays are free.")
@@ -18,8 +20,8 @@ from qedfs.errors import InUse, QedfsError, UsageError
 def umount(mountpoint: str) -> None:
     """Unmount MOUNTPOINT.
 
-    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them. A mount
-    whose server has died is cleared away.
+    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
+    with the reason, if the last flush of one did. A mount whose server has died is cleared away.
     """
     try:
         with Client.connect(mountpoint) as client:
@@ -32,6 +34,11 @@ def umount(mountpoint: str) -> None:
                     os.close(process)
     except NotServed:
         _unmount(mountpoint)
+        return
+    if failure := lastwords.take(mountpoint):
+        line, code = failure
+        remark(line)
+        raise click.exceptions.Exit(code)
 
 
 def _process(client: Client) -> int | None:

@@ -22,7 +22,7 @@ from qedfs.control.port import Mounted
 from qedfs.control.server import serve_control
 from qedfs.errors import InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
-from qedfs.mount import loop
+from qedfs.mount import lastwords, loop
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
 from qedfs.mount.memory import give_back_memory
@@ -92,9 +92,11 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
     Raises:
         UsageError: the source or the mountpoint is not there or not usable.
         InUse: the mountpoint or the single overlay is busy.
-        QedfsError: the single overlay cannot be served, or with `until_streamed` an overlay that cannot complete.
+        QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; or the last
+            flush of an overlay failed (NoSpace: for want of room).
     """
     _check_mountpoint(settings)
+    lastwords.take(settings.mountpoint)  # those of an earlier mount, which nobody has asked for
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
         # What runs here also runs while the overlays are being closed.
@@ -109,8 +111,11 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
             await _serve_mounted(mount, ready, notifier)
         finally:
             with trio.CancelScope(shield=True):
-                await folder.close()
+                lost = await folder.close()
         nursery.cancel_scope.cancel()
+    if lost:
+        lastwords.leave(settings.mountpoint, lost[0])
+        raise lost[0]
     if mount.failure is not None:
         raise mount.failure.fresh()
 

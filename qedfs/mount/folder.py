@@ -191,7 +191,7 @@ class Folder:
             if replaced:
                 await self._remove(known)
             # A broken one stays in the list until `_add` knows better, so that `status` never lacks it.
-        elif self._scanned_before and _age(status) < SETTLE_SECONDS:
+        elif self._scanned_before and 0 <= _age(status) < SETTLE_SECONDS:
             self._scanned_mtime = -1  # and look again
             return None
         return await self._add(path, seen, known.error if known else None)
@@ -345,27 +345,34 @@ class Folder:
         if served.image is not None:
             await self._let_go(served.image)
 
-    async def close(self) -> None:
-        """Flush and close every overlay, and drop the connections."""
+    async def close(self) -> list[QedfsError]:
+        """Flush and close every overlay, and drop the connections; returns what went wrong with any of them."""
+        failures: list[QedfsError] = []
         for served in {*self._by_path.values(), *self._by_inode.values()}:
             served.scope.cancel()
-            await _closed(served)
+            if error := await _closed(served):
+                failures.append(error)
         for remote in self._remotes.values():
             await remote.aclose()
         os.close(self._fd)
+        return failures
 
 
-async def _closed(served: Served) -> None:
+async def _closed(served: Served) -> QedfsError | None:
+    """Close an image; returns why what was written last may not be in the overlay."""
     if served.image is None:
-        return
+        return None
     try:
         with trio.CancelScope(shield=True):
             await served.image.close()
     except QedfsError as exc:
         log.error("%s: %s", served.name, exc)
+        return exc
     except Exception:
         # The others have to be flushed and closed all the same.
         log.exception("%s: cannot be closed", served.name)
+        return QedfsError(f"{served.name}: cannot be closed: internal error, see the log")
+    return None
 
 
 def _age(status: os.stat_result) -> float:

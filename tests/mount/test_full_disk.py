@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.images import qemu_check, qemu_same
-from tests.harness.mounts import Mount, mounted
+from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 
@@ -109,3 +109,22 @@ def _error_of_write(fd: int, data: bytes, pos: int) -> int | None:
         return exc.errno
     assert count == len(data)
     return None
+
+
+def test_an_unmount_whose_last_flush_fails_says_so(tmp_path: Path) -> None:
+    with (
+        origin(tmp_path, SIZE) as source,
+        small_disk(tmp_path / "small", SIZE) as disk,
+        mounted(create(disk / "disk.qed", source.url), tmp_path / "mnt", "--no-stream") as mount,
+    ):
+        with opened(mount.path("disk.raw")) as fd:
+            os.pwrite(fd, b"w" * CLUSTER_SIZE, 0)
+            with contextlib.suppress(OSError):
+                (disk / "ballast").write_bytes(bytes(2 * SIZE))
+        done = qedfs("umount", mount.mountpoint, check=False)
+        assert done.returncode == 6
+        assert re.fullmatch(r"qedfs: .*disk.*(space|full).*\n", done.stderr)
+        assert mount.wait_exit() == 6
+        again = qedfs("umount", mount.mountpoint, check=False)
+        assert again.returncode == 2
+        assert "nothing is mounted" in again.stderr
