@@ -51,6 +51,8 @@ Fill = Callable[[int], Awaitable[Buffer]]
 WRITE_NOW_BYTES = 128 << 10
 ZEROS_AT_ONCE = 2048  # clusters: 2 ms on the event loop
 MAX_READ_BYTES = 1 << 20  # what one FUSE request asks for at most
+# At once: fewer than the storage has threads, so that readers and guests never wait for one behind these.
+ADOPTIONS = 4
 
 
 class Overlay:
@@ -67,6 +69,7 @@ class Overlay:
         session.barrier = self.committer.barrier
         self._journal = journal
         self._claims = Claims(clusters)
+        self._adopting = trio.Semaphore(ADOPTIONS)
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
 
     @classmethod
@@ -354,6 +357,10 @@ class Overlay:
             NoSpace: nothing was kept of the clusters that hold data.
             ReadOnlyOverlay: the overlay takes no writes.
         """
+        async with self._adopting:
+            return await self._adopt(pos, buffer, size, cold=cold)
+
+    async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
         self._check_writable()
         await self.clusters.load(pos, size)
         while not self.clusters.is_loaded(pos, size):

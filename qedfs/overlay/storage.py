@@ -26,8 +26,9 @@ from qedfs.runtime import TMPFS_TYPES, filesystem_type
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
-# Threads per overlay: enough to read from a deep disk queue, few enough that one stuck disk costs one overlay.
-THREADS = 8
+# Threads per overlay: enough to read from a deep disk queue beside all adoptions (`overlay.py`), few enough that one
+# stuck disk costs one overlay.
+THREADS = 12
 
 # QEMU's image locks (block/file-posix.c): byte 100+i says "I use permission i", 200+i "I do not share it".
 _LOCK_USES, _LOCK_UNSHARED = 100, 200
