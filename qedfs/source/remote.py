@@ -94,7 +94,7 @@ class Remote:
             return self._source
         async with self._opening:
             if self._source is None:
-                source = await self._opener()
+                source = await self._opened()
                 if self.identity is None:
                     self.identity = source.identity
                 difference = self.identity.difference(source.identity)
@@ -104,14 +104,26 @@ class Remote:
                 self._source = source
             return self._source
 
+    async def _opened(self) -> Source:
+        """A new connection. Everybody queues for it, so it must not take as long as the most patient read may."""
+        source = None
+        with trio.move_on_after(self.deadline_seconds):
+            source = await self._opener()
+        if source is None:
+            raise self._no_answer()
+        return source
+
+    def _no_answer(self) -> SourceUnreachable:
+        return SourceUnreachable(
+            f"backing {self.location} gave no answer within {self.deadline_seconds:g} s", reason=Reason.TIMEOUT
+        )
+
     async def _retried(self, action: Callable[[], Awaitable[T]], *, patience: float = 1.0) -> T:
         """Try until it works, the deadline is over, or an error says that trying again is of no use.
 
         `patience`: how many times the deadline a single try may take.
         """
-        last = SourceUnreachable(
-            f"backing {self.location} gave no answer within {self.deadline_seconds:g} s", reason=Reason.TIMEOUT
-        )
+        last = self._no_answer()
         give_up = trio.current_time() + self.deadline_seconds
         trying = True  # and not between two tries
         with trio.move_on_after(patience * self.deadline_seconds):

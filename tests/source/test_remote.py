@@ -1,4 +1,4 @@
-"""What a source that fails costs: how often it was asked again, counted by what stood in the way."""
+"""A source that fails: how often it is asked again, counted by what stood in the way, and who waits how long."""
 
 from __future__ import annotations
 
@@ -79,3 +79,29 @@ async def test_what_asking_again_does_not_help_is_no_retry(autojump_clock: trio.
     with pytest.raises(SourceError):
         await found.read(0, memoryview(bytearray(4)))
     assert found.retries == NONE
+
+
+async def test_a_connect_that_hangs_keeps_readers_for_one_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    """Also if it was a read of the background, which has ten, that began it."""
+    opened = 0
+
+    async def connect() -> FakeSource:
+        nonlocal opened
+        opened += 1
+        if opened == 1:
+            await trio.sleep_forever()
+        return FakeSource(b"content")
+
+    found = Remote(LOCATION, connect, deadline_seconds=30)
+
+    async def read_in_background() -> None:
+        with pytest.raises(SourceUnreachable, match="gave no answer within 30 s"):
+            await found.read(0, memoryview(bytearray(4)), patient=True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_in_background)
+        await trio.sleep(1)
+        began = trio.current_time()
+        await found.read(0, memoryview(bytearray(4)), urgent=True)
+        assert trio.current_time() - began < 30
+    assert opened == 2
