@@ -7,7 +7,7 @@ import re
 
 from qedfs.cli.images import BROKEN, Image, failure_of
 from qedfs.control.client import Client
-from qedfs.errors import UsageError
+from qedfs.errors import ReadOnlyOverlay, UsageError
 from qedfs.units import parse_size
 
 _RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
@@ -31,6 +31,8 @@ class Goal:
             return True
         if image["state"] in _ENDED:
             raise failure_of(image)
+        if image.get("read_only"):
+            raise ReadOnlyOverlay(f"{image['name']}: is read-only and keeps nothing, so it cannot become {self}")
         return False
 
     def _is_local(self, client: Client, image: Image) -> bool:

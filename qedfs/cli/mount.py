@@ -36,6 +36,7 @@ class MountArguments:
 
     source: str
     mountpoint: str
+    read_only: bool
     stream: str  # eager, idle or off
     copy_on_read: bool | None
     stream_between: str | None
@@ -61,7 +62,7 @@ class MountArguments:
             words.append(f"--stream-delay={self.stream_delay}")
         if self.metrics is not None:
             words.append(f"--metrics={self.metrics}")
-        flags = ("until_streamed", "allow_other", "log_json", "verbose")
+        flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
         words += [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
         return [*words, "--", self.source, self.mountpoint]
 
@@ -78,6 +79,11 @@ class MountArguments:
 @click.argument("source", type=click.Path())
 @click.argument("mountpoint", type=click.Path())
 @click.option("--daemon", "in_background", is_flag=True, help="Return as soon as the mount serves; it goes on behind.")
+@click.option(
+    "--read-only",
+    is_flag=True,
+    help="Nobody can write the images, and the overlays stay as they are: nothing that is fetched is kept.",
+)
 @click.option(
     "--stream",
     type=click.Choice(["eager", "idle", "off"]),
@@ -134,12 +140,17 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
     --stream-delay takes a range like 30s-2m too, of which each mount draws a moment: so a fleet does not start in step.
 
+    --read-only, or -o ro, opens the overlays read-only: there is no copy-on-read and no stream, and several such
+    mounts, and QEMU, can read one overlay at the same time.
+
     Runs until it is unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1
     logs what it is doing. `-o limit=20M,allow_other,...` is another way to write the options.
     """
     arguments = MountArguments(**_absolute(options))
     if arguments.until_streamed and arguments.stream == "off":
         raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
+    if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
+        raise UsageError("--read-only keeps nothing; leave --until-streamed and --copy-on-read out")
     if in_background:
         daemon.start(arguments.command_line(), arguments.mountpoint)
         return
@@ -181,6 +192,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
         options=Options(
             stream=arguments.stream != "off",
             rules=arguments.rules(),
+            read_only=arguments.read_only,
             copy_on_read=arguments.copy_on_read,
             limit=arguments.limit,
             policy=Policy(arguments.allow_backing),

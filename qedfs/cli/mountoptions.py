@@ -1,7 +1,7 @@
 """`-o key=value,...` as mount(8) and fstab write it -> the long options of `qedfs mount`.
 
-Pure. Every long option can be spelled so; `_` and `-` are the same. What fstab is full of and does not concern us is
-passed over, so that a mount helper can hand on its options as they are.
+Pure. Every long option can be spelled so; `_` and `-` are the same, and `ro` is `read_only`. What fstab is full of and
+does not concern us is passed over, so that a mount helper can hand on its options as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+_SPELLINGS = {"ro": "read-only"}
 # mount(8), systemd.mount(5): for others to heed.
 _IGNORED = re.compile(
     r"^(x-.*|_netdev|nofail|(no)?auto|defaults|rw|(no)?users?|(no)?dev|(no)?suid|(no)?exec|(no|rel|lazy|strict)?atime|comment=.*)$"
@@ -35,4 +36,4 @@ def _long_options(text: str) -> Iterator[str]:
     for option in filter(None, text.split(",")):
         name, equals, value = option.partition("=")
         if not _IGNORED.match(option):
-            yield f"--{name.replace('_', '-')}{equals}{value}"
+            yield f"--{_SPELLINGS.get(name, name).replace('_', '-')}{equals}{value}"

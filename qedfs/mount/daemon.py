@@ -181,6 +181,8 @@ def _mount(mount: Mount) -> None:
     options = {f"fsname={name}", "subtype=qedfs", "default_permissions", "nosuid", "nodev"}
     if mount.settings.allow_other:
         options.add("allow_other")
+    if mount.settings.options.read_only:
+        options.add("ro")
     try:
         pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
     except RuntimeError as exc:

@@ -46,6 +46,7 @@ class Options:
 
     stream: bool = True
     rules: Rules = dataclasses.field(default_factory=Rules)
+    read_only: bool = False  # leave the overlays as they are
     copy_on_read: bool | None = None  # None: as the overlay says
     limit: int = 0  # bytes per second and image, 0 for none
     policy: Policy = dataclasses.field(default_factory=Policy)
@@ -250,15 +251,17 @@ class Folder:
         name = os.path.basename(path)
         if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
+        journals = self._options.journal_folder
         try:
             return await open_overlay(
-                path, writable=True, journal_folder=self._options.journal_folder, dir_fd=self._fd
+                path, writable=not self._options.read_only, journal_folder=journals, dir_fd=self._fd
             )
         except UsageError as exc:
             cause = exc.__cause__
-            if not (isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)):
+            refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+            if self._options.read_only or not refused:
                 raise
-        overlay = await open_overlay(path, writable=False, dir_fd=self._fd)
+        overlay = await open_overlay(path, writable=False, journal_folder=journals, dir_fd=self._fd)
         log.warning("%s: is not writable; it is served read-only, nothing that is fetched is kept", path)
         return overlay
 

@@ -100,6 +100,8 @@ class Overlay:
         overlay.backing = backing
         if storage.writable:
             overlay._begin(journal_folder, round_up(file_end, cluster_size))
+        else:
+            overlay._check_nothing_left(journal_folder)
         return overlay
 
     backing: str | None = None
@@ -107,10 +109,9 @@ class Overlay:
     def _begin(self, folder: Path | None, allocate_from: int) -> None:
         previous = self._session.previous()
         name = self.storage.name()
-        left = read_journal(folder, f"{name}-{previous}", previous) if folder and name and previous else []
         self._mark_cut_tables()
         self.clusters.file_end = allocate_from
-        self._replay(replayable(left, self._session.header, self.storage.size()))
+        self._replay(self._left_behind(folder))
         session = self._session.begin()
         self._record = self._session.record
         if folder and name and session:
@@ -120,6 +121,21 @@ class Overlay:
             except OSError:
                 self._journal = None
         self.committer.journal = self._journal
+
+    def _left_behind(self, folder: Path | None) -> list[tuple[int, int]]:
+        """The (cluster, entry) pairs of a session that was killed; the file may have some of them."""
+        previous = self._session.previous()
+        name = self.storage.name()
+        left = read_journal(folder, f"{name}-{previous}", previous) if folder and name and previous else []
+        return replayable(left, self._session.header, self.storage.size())
+
+    def _check_nothing_left(self, folder: Path | None) -> None:
+        """Raise BadOverlay if the file lacks writes that were answered; only a writable opening brings them back."""
+        for cluster, _ in self._left_behind(folder):
+            if self.clusters.needs_table(cluster) is None:
+                self.clusters.load_now(cluster)
+            if self.clusters.entry(cluster) in (MISSING, ZERO):
+                raise BadOverlay("a killed qedfs has left writes; mount it writable once, which brings them in")
 
     def _mark_cut_tables(self) -> None:
         """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""

@@ -87,6 +87,15 @@ def test_a_line_of_fstab(host: Host) -> None:
     assert host.run(require("umount"), host.mountpoint).returncode == 0
 
 
+@pytest.mark.parametrize("words", [("-o", "ro,limit=1M"), ("-r",)])
+def test_read_only(host: Host, words: tuple[str, ...]) -> None:
+    done = host.run(require("mount"), "-t", "qedfs", *words, host.overlay, host.mountpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (host.image()["read_only"], host.image()["state"]) == (True, "off")
+    assert_same(host.mountpoint / "disk.raw", host.source.raw)
+    assert host.run(require("umount"), host.mountpoint).returncode == 0
+
+
 def test_a_failure_has_mounts_exit_code_and_our_words(host: Host) -> None:
     done = host.run(require("mount"), "-t", "qedfs", host.folder / "none.qed", host.mountpoint)
     assert done.returncode == 32

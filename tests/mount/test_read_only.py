@@ -1,0 +1,114 @@
+"""`mount --read-only`: images that nobody can write, over overlays that stay as they are."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.mounts import mounted, qedfs
+
+from .support import CLUSTER_SIZE, MIB, Origin, assert_same, create, opened, origin
+
+MINE = b"mine" * (CLUSTER_SIZE // 4)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Origin]:
+    with origin(tmp_path, 4 * MIB) as found:
+        yield found
+
+
+@pytest.fixture
+def overlay(tmp_path: Path, source: Origin) -> Path:
+    return create(tmp_path / "disk.qed", source.url)
+
+
+def write_mine(image: Path) -> None:
+    with opened(image) as fd:
+        os.pwrite(fd, MINE, 2 * CLUSTER_SIZE)
+
+
+def expect_mine(source: Origin, path: Path) -> Path:
+    """What the image has to read as after `write_mine`."""
+    data = bytearray(source.data())
+    data[2 * CLUSTER_SIZE : 3 * CLUSTER_SIZE] = MINE
+    path.write_bytes(data)
+    return path
+
+
+def test_everything_is_read_and_nothing_is_changed(source: Origin, overlay: Path, tmp_path: Path) -> None:
+    with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+        write_mine(mount.path("disk.raw"))
+        assert mount.unmount() == 0
+    before = (overlay.read_bytes(), overlay.stat().st_mtime_ns)
+    with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
+        image = mount.path("disk.raw")
+        assert_same(image, expect_mine(source, tmp_path / "expected"))
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)), opened(image):
+            pass
+        assert not image.stat().st_mode & 0o222
+        found = mount.image()
+        assert (found["read_only"], found["copy_on_read"], found["state"]) == (True, False, "off")
+        (line,) = [line for line in Path("/proc/mounts").read_text().splitlines() if f" {mount.mountpoint} " in line]
+        assert line.split()[3].startswith("ro,")
+        assert mount.unmount() == 0
+    assert (overlay.read_bytes(), overlay.stat().st_mtime_ns) == before
+
+
+def test_one_overlay_is_read_by_many_and_then_written_by_nobody(source: Origin, overlay: Path, tmp_path: Path) -> None:
+    with (
+        mounted(overlay, tmp_path / "one", "--read-only") as one,
+        mounted(overlay, tmp_path / "two", "-o", "ro") as two,
+    ):
+        for mount in (one, two):
+            assert_same(mount.path("disk.raw"), source.raw)
+        (tmp_path / "three").mkdir()
+        refused = qedfs("mount", overlay, tmp_path / "three", "--daemon", check=False)
+        assert (refused.returncode, "is in use" in refused.stderr) == (8, True)
+
+
+def test_writes_of_a_killed_mount_are_not_passed_over(source: Origin, overlay: Path, tmp_path: Path) -> None:
+    """They are in the journal only; a view without them would not be the image that the writer was told of."""
+    with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+        write_mine(mount.path("disk.raw"))
+        mount.kill()
+    refused = qedfs("mount", overlay, tmp_path / "mnt", "--read-only", "--daemon", check=False)
+    reason = "a killed qedfs has left writes; mount it writable once, which brings them in"
+    assert (refused.returncode, refused.stderr) == (3, f"qedfs: {overlay}: {reason}\n")
+    with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+        assert mount.unmount() == 0
+    with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
+        assert_same(mount.path("disk.raw"), expect_mine(source, tmp_path / "expected"))
+
+
+def test_a_journal_whose_entries_are_all_in_the_overlay_does_no_harm(
+    source: Origin, overlay: Path, tmp_path: Path
+) -> None:
+    with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+        write_mine(mount.path("disk.raw"))
+        with opened(mount.path("disk.raw")) as fd:
+            os.fsync(fd)
+        mount.kill()
+    with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
+        assert_same(mount.path("disk.raw"), expect_mine(source, tmp_path / "expected"))
+
+
+def test_nothing_can_be_waited_for(overlay: Path, tmp_path: Path) -> None:
+    with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
+        waiting = qedfs("wait", mount.mountpoint, check=False)
+        reason = "disk.raw: is read-only and keeps nothing, so it cannot become complete"
+        assert (waiting.returncode, waiting.stderr) == (1, f"qedfs: {reason}\n")
+        starting = qedfs("stream", "start", mount.mountpoint, check=False)
+        assert (starting.returncode, "is read-only" in starting.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("option", ["--until-streamed", "--copy-on-read"])
+def test_what_contradicts_it(overlay: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "mnt").mkdir()
+    refused = qedfs("mount", overlay, tmp_path / "mnt", "-o", "ro", option, check=False)
+    reason = "--read-only keeps nothing; leave --until-streamed and --copy-on-read out"
+    assert (refused.returncode, refused.stderr) == (2, f"qedfs: {reason}\n")
