@@ -291,6 +291,7 @@ class Overlay:
         self, pos: int, view: memoryview, rest: dict[int, Buffer]
     ) -> tuple[list[tuple[int, list[Buffer]]], list[tuple[int, int]]]:
         """Decide where every byte goes: (writes, new entries). Allocates; must be followed by the write at once."""
+        self.clusters.runs(pos, len(view))  # BadOverlay for what cannot be, before anything is allocated
         cluster_size = self.cluster_size
         writes: list[tuple[int, list[Buffer]]] = []
         entries: list[tuple[int, int]] = []

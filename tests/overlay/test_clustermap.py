@@ -193,6 +193,16 @@ async def test_a_bad_entry_is_refused_and_the_rest_is_served(entry: int) -> None
     assert len(await overlay.map(CLUSTER, CLUSTER)) == 1
 
 
+async def test_a_write_over_a_bad_entry_takes_no_place() -> None:
+    overlay = await opened(filled({2: 0x1200}, image_size=4 << 20), writable=True)
+    end = overlay.clusters.file_end
+    for _ in range(3):
+        with pytest.raises(BadOverlay, match="cluster 2 points to 0x1200"):
+            await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
+    assert overlay.clusters.file_end == end
+    assert not overlay.committer.pending
+
+
 async def test_a_gap_ends_where_something_was_written_since_it_was_seen() -> None:
     """Four tables without entries, so holes of the file; one gets an entry, is committed, and leaves the cache."""
     built = filled({index * 512: MISSING for index in range(4)}, image_size=4 * SPAN)

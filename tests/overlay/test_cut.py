@@ -37,7 +37,7 @@ async def states(overlay: Overlay, *clusters: int) -> list[bytes | int | None]:
 
 def cut_at(lost: int) -> MemoryStorage:
     """Clusters 0 to 3, and one in another table, whose data lie in this order; `lost` bytes are gone."""
-    whole = filled({0: b"0", 1: b"1", 2: b"2", 3: b"3", 513: b"5"}, backing=b"", image_size=4 * SPAN)  # type: ignore[arg-type]
+    whole = filled({0: b"0", 1: b"1", 2: b"2", 3: b"3", 513: b"5"}, backing=b"", image_size=4 * SPAN)
     return MemoryStorage(whole.data[:-lost])
 
 
