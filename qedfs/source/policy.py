@@ -41,12 +41,13 @@ class Policy:
     def check_address(self, address: str, location: Location, *, redirected_from: str | None = None) -> None:
         """Raise Refused unless a connection to this numeric address may be made for `location`.
 
-        `redirected_from` is the numeric address of the server that redirected here.
+        `redirected_from` is the numeric address of the server that redirected here. A name there stands for a server
+        whose address is not known, and counts as public.
         """
         ip = _effective(address)
         if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
             raise Refused(f"backing {location} leads to {address}, a link-local or special address")
-        if redirected_from is not None and not _is_inner(_effective(redirected_from)) and _is_inner(ip):
+        if redirected_from is not None and not _is_inner_server(redirected_from) and _is_inner(ip):
             raise Refused(f"backing {location} was redirected from {redirected_from} to the private address {address}")
 
     def check_redirect(self, source: Location, target: Location) -> None:
@@ -67,6 +68,13 @@ def _effective(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 def _is_inner(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return ip.is_private or ip.is_loopback
+
+
+def _is_inner_server(server: str) -> bool:
+    try:
+        return _is_inner(_effective(server))
+    except ValueError:
+        return False
 
 
 def _covers(prefix: str, location: Location) -> bool:

@@ -38,7 +38,7 @@ class Target:
     password: str | None = dataclasses.field(repr=False)
     headers: tuple[str, ...] = dataclasses.field(repr=False)
     proxy: str = dataclasses.field(repr=False)
-    redirected_from: str | None = None  # numeric address of the server that sent us here
+    redirected_from: str | None = None  # numeric address of the server that sent us here; its name behind a proxy
 
     def check_address(self, address: str, policy: Policy) -> None:
         """Raise Refused unless a connection may go to this numeric address.
@@ -76,7 +76,7 @@ def next_target(
 
     Credentials and header lines of `origin`, the place that the user named, come along only if the new place is of
     the same origin: scheme, host and port (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091 are what happens
-    otherwise). `address` is the numeric address of the server that answered.
+    otherwise). `address` is the numeric address of the server that answered, or of the proxy that spoke for it.
 
     Raises:
         SourceError: the reference is not a URL that can be followed.
@@ -87,9 +87,7 @@ def next_target(
         text = urljoin(current.location.secret_url, reference).partition("#")[0]
         location = parse_location(text)
         same = _origin(location) == _origin(origin.location)
-        target = _target(
-            location, origin.headers if same else (), environ, redirected_from=None if current.proxy else address
-        )
+        target = _target(location, origin.headers if same else (), environ, redirected_from=_server(current, address))
     except (ValueError, UsageError) as exc:
         raise SourceError(f"{current.location} redirects to something that is not a usable URL") from exc
     if same and target.user is None:
@@ -140,6 +138,15 @@ def _ascii_host(location: Location) -> str:
     if _HOST.fullmatch(ascii_host) is None:
         raise UsageError(f"backing {location}: not a host name")
     return ascii_host
+
+
+def _server(target: Target, peer: str | None) -> str:
+    """Who answered a request to `target`: its address if that is known, else its name, which counts as public.
+
+    A proxy's own address says nothing: it is most often a private one, and what it relays comes from anywhere.
+    """
+    host = target.location.host or ""
+    return _numeric(host) or host if target.proxy or peer is None else peer
 
 
 def _origin(location: Location) -> tuple[bool, str | None, int | None]:

@@ -117,6 +117,20 @@ async def test_a_redirect_from_a_public_server_is_checked_at_connect(
     assert ("inner", "127.0.0.1", "127.0.0.1") in asked
 
 
+async def test_a_redirect_relayed_by_a_proxy_does_not_lead_past_it(
+    server: FakeHttpServer, other_server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`server` is the proxy, and answers for a public one; `no_proxy` has the next hop go straight to loopback."""
+    monkeypatch.setenv("http_proxy", server.url(""))
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    server.behaviour = "redirect-302"
+    for target in (other_server.url("/admin"), other_server.url("/admin", host="localhost")):
+        server.redirect_to = target
+        with pytest.raises(Refused, match=r"from public\.example to the private address"):
+            await open_source("http://public.example/disk.raw")
+    assert other_server.connections == 0
+
+
 async def test_an_expired_redirect_is_resolved_anew_once_for_all_readers(
     server: FakeHttpServer, other_server: FakeHttpServer, open_source: OpenSource
 ) -> None:

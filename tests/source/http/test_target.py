@@ -133,6 +133,24 @@ def test_the_address_of_the_users_proxy_is_the_users_choice() -> None:
         target("http://host/").check_address("169.254.1.1", Policy())
 
 
-def test_what_a_proxy_stands_for_is_not_taken_for_the_redirecting_server() -> None:
-    origin = target("http://host/", http_proxy="http://proxy:3128")
-    assert next_target(origin, origin, "http://other/", "192.0.2.1", {}).redirected_from is None
+@pytest.mark.parametrize(
+    ("url", "server"),
+    [("http://host/", "host"), ("http://10.0.0.7/", "10.0.0.7"), ("http://0x0a000007/", "10.0.0.7")],
+)
+def test_behind_a_proxy_the_redirecting_server_is_the_one_that_the_url_names(url: str, server: str) -> None:
+    origin = target(url, http_proxy="http://proxy:3128")
+    assert next_target(origin, origin, "http://other/", "192.0.2.1", {}).redirected_from == server
+
+
+@pytest.mark.parametrize("environ", [{}, {"http_proxy": "http://proxy:3128"}])
+def test_a_redirect_that_came_through_a_proxy_does_not_lead_inside(environ: dict[str, str]) -> None:
+    """The proxy relays a public server, and `no_proxy` is what makes the next hop a direct one."""
+    public = target("http://host/", http_proxy="http://proxy:3128")
+    following = next_target(public, public, "http://10.0.0.7/", "192.168.0.1", environ)
+    with pytest.raises(Refused, match="redirected from host to the private address"):
+        following.check_literal(Policy())
+    inner = target("http://192.168.9.9/", http_proxy="http://proxy:3128")
+    next_target(inner, inner, "http://10.0.0.7/", "192.168.0.1", environ).check_literal(Policy())
+    named = next_target(public, public, "http://other/", "192.168.0.1", {})
+    with pytest.raises(Refused, match="redirected from host to the private address"):
+        named.check_address("127.0.0.1", Policy())
