@@ -17,13 +17,13 @@ import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged
 from qedfs.fetch import Fetch
-from qedfs.format.record import Pin, digest, shortened
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
 from qedfs.readahead import Readahead
 from qedfs.source.base import Identity
+from qedfs.version import SourceVersion
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,6 @@ class Counters:
     kept_stream: int = 0  # adopted in the background
 
 
-class _Look:
-    """One look at the version of the source. `error` is there, or the image has its identity, when `done` is set."""
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.error: QedfsError | None = None
-
-
 class Image:
     """One served image. Positions and sizes in bytes of the image. It is its own `Taker`."""
 
@@ -63,17 +55,15 @@ class Image:
         self.name = name
         self.overlay = overlay
         self.fetch = fetch
+        self.version = SourceVersion(name, overlay, fetch) if fetch is not None else None
         self.copy_on_read = copy_on_read and overlay.writable
         self.size = overlay.image_size
         self.counters = Counters()
         self.streaming = False  # set by the stream: this image wants whatever others fetch
         self.error: QedfsError | None = None  # the last failure of the source; None after a success
         self.failures = 0  # counts them: whoever retries tells a new one from the one that it knows
-        self.changed: SourceChanged | None = None  # the source is another version than the overlay's clusters
         self.full: NoSpace | None = None  # the overlay could not grow; None after a success
         self._full_since = float("-inf")
-        self._identity: Identity | None = None  # checked against the pin
-        self._look: _Look | None = None  # at the source's version, while one is under way
         self._readahead = Readahead()
         self._committing = False
         self._closed = False
@@ -137,11 +127,12 @@ class Image:
 
     async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
         """Fill the parts of `view` that only the source has; what lies behind its end stays zero."""
-        if self.changed is not None:
-            raise self.changed.fresh()
-        if self._identity is not None and runs[0].pos >= self._identity.size:
-            return  # there is nothing to wait for
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
+        assert self.version is not None  # noqa: S101 - as above
+        if self.version.changed is not None:
+            raise self.version.changed.fresh()
+        if self.version.identity is not None and runs[0].pos >= self.version.identity.size:
+            return  # there is nothing to wait for
         with self.fetch.waiting():
             identity = await self._checked_identity()
             inside = [run for run in runs if run.pos < identity.size]
@@ -153,21 +144,21 @@ class Image:
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         try:
             await self.fetch.read(pieces, taker=self if self.copy_on_read else None)
-        except SourceChanged as exc:
-            self.changed = exc.fresh()
-            raise
         except QedfsError as exc:
             self._failed(exc)
             raise
         self.error = None
 
     def _failed(self, error: QedfsError) -> None:
+        if isinstance(error, SourceChanged) and self.version is not None:
+            self.version.refuse(error)
         self.error = error.fresh()
         self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
         """Go ahead of a sequential reader: by some windows, since a part of that has arrived and waits to be read."""
-        if not self.copy_on_read or self.fetch is None or self._identity is None or self.changed is not None:
+        identity = self.version.identity if self.version is not None else None
+        if not self.copy_on_read or self.fetch is None or identity is None:
             return
         window = self.fetch.window
         # On a slow link, what is ahead of the reader is also in its way: at most some seconds of it.
@@ -175,7 +166,7 @@ class Image:
         advice = self._readahead.advise(pos, size, most=int(most), step=window.request_bytes)
         if advice is None:
             return
-        start, length = advice[0], min(advice[1], min(self.size, self._identity.size) - advice[0])
+        start, length = advice[0], min(advice[1], min(self.size, identity.size) - advice[0])
         if length <= 0:
             return
         if self.overlay.clusters.is_loaded(start, length):
@@ -236,7 +227,8 @@ class Image:
 
     def wants(self, pos: int, size: int) -> bool:
         """Whether bytes that another image made us fetch are of use here: it streams, from this same version."""
-        return self.streaming and self._identity is not None and self.changed is None and pos < self.size
+        known = self.version is not None and self.version.identity is not None
+        return self.streaming and known and pos < self.size
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         """Adopt fetched bytes; see `Overlay.adopt`. A full disk is remembered, not raised: the reader has its bytes."""
@@ -272,91 +264,29 @@ class Image:
 
     def lost(self, error: QedfsError) -> None:
         """A flight that should have brought clusters here has failed."""
-        if isinstance(error, SourceChanged):
-            self.changed = error.fresh()
         self._failed(error)
 
     def _too_full(self) -> bool:
         return self.full is not None and trio.current_time() - self._full_since < NO_SPACE_RETRY_SECONDS
 
-    # The pin.
+    # The version of the source.
+
+    @property
+    def changed(self) -> SourceChanged | None:
+        """Says so if the source is another version than the overlay's clusters."""
+        return None if self.version is None else self.version.changed
 
     async def source_size(self) -> int:
         """Bytes of the source, once it is known to be the right version. Errors of the source."""
         return (await self._checked_identity()).size
 
     async def _checked_identity(self) -> Identity:
-        """The source's identity, compared with the pin; the first time ever, it becomes the pin.
-
-        The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
-        a version that the overlay does not know about.
-        """
-        if self.changed is not None:
-            raise self.changed.fresh()
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        while self._identity is None:
-            look = self._look
-            if look is None:
-                look = self._look = _Look()
-                # A task of its own: a reader that is killed must not end the look that others wait for.
-                self.fetch.nursery.start_soon(self._look_at_source, look)
-            await look.done.wait()
-            if look.error is not None:
-                raise look.error.fresh()
-        return self._identity
-
-    async def _look_at_source(self, look: _Look) -> None:
-        """Find out the identity for all who wait. One by one, each would wait for the deadlines of those before it."""
+        assert self.version is not None  # noqa: S101 - for the type checker; callers have looked
         try:
-            self._identity = await self._pinned_identity()
-        except QedfsError as exc:
-            look.error = exc
-        except Exception:
-            log.exception("%s: cannot look at the source", self.name)
-            look.error = QedfsError("internal error, see the log")
-        finally:
-            self._look = None
-            look.done.set()
-
-    async def _pinned_identity(self) -> Identity:
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        try:
-            identity = await self.fetch.identity()
+            return await self.version.check()
         except QedfsError as exc:
             self._failed(exc)
             raise
-        backing = digest(self.overlay.backing or "")
-        found = Pin(backing, identity.size, shortened(identity.etag), shortened(identity.last_modified))
-        pin = self.overlay.record.pin
-        difference = None
-        if pin is not None and pin.backing == backing:
-            difference = _identity(pin).difference(_identity(found))
-            if difference is None:
-                found = Pin(backing, found.size, found.etag or pin.etag, found.last_modified or pin.last_modified)
-                if found == pin:
-                    return identity
-        if difference is not None:
-            await self._start_over_or_refuse(difference)
-        # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
-        if self.overlay.writable:
-            await self.overlay.store_record(dataclasses.replace(self.overlay.record, pin=found))
-        return identity
-
-    async def _start_over_or_refuse(self, difference: str) -> None:
-        """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        clusters = self.overlay.clusters
-        await clusters.count()
-        backing = self.fetch.remote.location
-        what = f"backing {backing} is not the version that this overlay was started from"
-        if clusters.missing == self.overlay.geometry.clusters:
-            kept = "nothing had been kept of that one, the new version is used"
-            log.warning("%s: %s (%s); %s", self.name, what, difference, kept)
-            return
-        self.changed = SourceChanged(
-            f"{what} ({difference}); what is local is served. Bring the old version back, or start a new overlay"
-        )
-        raise self.changed.fresh()
 
     # Commit and close.
 
@@ -408,7 +338,3 @@ class Image:
                 self._untouched = trio.Event()
                 await self._untouched.wait()
             await self.overlay.close()
-
-
-def _identity(pin: Pin) -> Identity:
-    return Identity(pin.size, pin.etag, pin.last_modified)

@@ -75,7 +75,8 @@ async def test_what_is_answered_at_once_is_no_wait(autojump_clock: trio.testing.
         known = waits(image)
         await image.read(0, CLUSTER)  # local
         await image.read(10 * CLUSTER, CLUSTER)  # behind the source's end
-        image.changed = SourceChanged("another version")
+        assert image.version is not None
+        image.version.refuse(SourceChanged("another version"))
         with pytest.raises(SourceChanged):
             await image.read(4 * CLUSTER, 512)
         assert waits(image) == known

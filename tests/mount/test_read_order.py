@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from qedfs.fetch import Fetch
@@ -43,6 +44,9 @@ class Elsewhere:
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
 
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     async def read(self, pieces: Sequence[tuple[int, memoryview]], **_: Any) -> None:
         self._asked.append("source")
         for _pos, view in pieces:
@@ -53,6 +57,7 @@ async def test_the_source_is_asked_before_anything_waits_for_the_disk() -> None:
     """Else the stream may bring a cluster in meanwhile, and the reader, whose look at the map is old, a second time."""
     asked: list[str] = []
     image = Image("disk.raw", cast("Overlay", HalfFilled(asked)), cast("Fetch", Elsewhere(asked)))
-    image._identity = Identity(2 * CLUSTER_SIZE)
+    assert image.version is not None
+    image.version.identity = Identity(2 * CLUSTER_SIZE)
     assert bytes(await image.read(0, 2 * CLUSTER_SIZE)) == b"d" * CLUSTER_SIZE + b"s" * CLUSTER_SIZE
     assert asked == ["source", "disk"]
