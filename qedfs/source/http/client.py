@@ -24,6 +24,7 @@ from qedfs.source.base import Extent, Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
 from qedfs.source.http.judge import RangeRequest, judge_range
+from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.resolve import REDIRECTS, Resolved, place_name, request_lines, resolve
 from qedfs.source.http.target import Target, first_target
@@ -118,7 +119,7 @@ class HttpSource:
         if location.kind != "http":
             raise UsageError(f"backing {location} is not an http or https URL")
         policy.check_location(location)
-        origin = first_target(location, headers)
+        origin = await with_login(first_target(location, headers))
         pools = _Pool(policy, nursery), _Pool(policy, nursery)
         try:
             # The connection that this leaves open is there for the first urgent read.

@@ -41,7 +41,7 @@ def new_handle() -> pycurl.Curl:
     bytes of an urgent answer would wait in the socket behind those of the background.
 
     Redirects are not followed by libcurl, whose own check knows nothing of the mounting user's policy. User name and
-    password are sent as Basic: other schemes cost a refused request first. ~/.netrc is used as curl -n does.
+    password are sent as Basic: other schemes cost a refused request first.
     """
     curl = pycurl.Curl()
     for option, value in _FIXED_OPTIONS.items():
@@ -77,7 +77,7 @@ _FIXED_OPTIONS = {
     pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
     pycurl.HTTPGET: 1,
     pycurl.HTTPAUTH: pycurl.HTTPAUTH_BASIC,
-    pycurl.NETRC: pycurl.NETRC_OPTIONAL,
+    pycurl.NETRC: pycurl.NETRC_IGNORED,  # `login.py` reads it
     pycurl.HTTP_CONTENT_DECODING: 0,
     _SUPPRESS_CONNECT_HEADERS: 1,
     pycurl.PATH_AS_IS: 1,  # the path that the policy saw is the path that is sent

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import trio
 
@@ -36,14 +34,6 @@ async def test_credentials_are_not_sent_to_another_origin(
     assert "canary" in str(server.requests)
     assert "canary" not in str(other_server.requests)
     assert "authorization" not in other_server.requests[0].headers
-
-
-async def test_netrc_is_used(
-    server: FakeHttpServer, other_server: FakeHttpServer, open_source: OpenSource, tmp_path: Path
-) -> None:
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password pass\n")
-    await open_source(server.url())
-    assert server.requests[0].headers["authorization"] == "Basic dXNlcjpwYXNz"
 
 
 @pytest.mark.parametrize("path", ["/disk.raw", "/disk.raw#again"])
