@@ -77,7 +77,8 @@ def test_a_failing_state_is_kept_and_reproduced(tmp_path: Path) -> None:
         loaded = Failure.load(failure.save(tmp_path))
         assert loaded == failure
         assert reproduce(loaded) is not None
-    assert reproduce(loaded) is None
+    # The cut is one of the history without the barrier; with it, the log has other positions.
+    assert replay(loaded.seed, most=400).failures == []
 
 
 async def streamed_to_the_end() -> tuple[History, int]:
