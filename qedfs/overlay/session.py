@@ -80,12 +80,15 @@ class Session:
         The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
         durable alone would vouch for the session before.
         """
-        if not self.has_room:
-            return ""
-        session = secrets.token_hex(16)
-        self.store(dataclasses.replace(self.record, session=session))
-        # QEMU clears all bits that it does not know, and so do we.
-        self._write_header(dataclasses.replace(self.header, autoclear_features=UNTOUCHED))
+        session = secrets.token_hex(16) if self.has_room else ""
+        if session:
+            self.store(dataclasses.replace(self.record, session=session))
+        # The bits of others say what our writes make untrue: QEMU clears all that it does not know, and so do we.
+        found, ours = self.header.autoclear_features, UNTOUCHED if session else 0
+        if found != ours:
+            self._write_header(dataclasses.replace(self.header, autoclear_features=ours))
+        if found & ~UNTOUCHED:
+            self.barrier()
         return session
 
     def store(self, record: Record) -> None:
