@@ -28,7 +28,7 @@ from typing import Protocol
 import trio
 
 from qedfs.buffers import Buffers
-from qedfs.errors import QedfsError, SourceUnreachable
+from qedfs.errors import QedfsError, Reason, SourceUnreachable
 from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
@@ -142,28 +142,38 @@ class Fetch:
     def waiting(self) -> Iterator[None]:
         """Around all that a reader waits for: the first connection and the look at the version too.
 
-        As long as it lasts, and for a moment after, the background holds back.
+        As long as it lasts, and for a moment after, the background holds back. It ends with the deadline, whatever it
+        is that still waits: each of the steps may have one of its own, and a flight of the background has more time.
+
+        Raises:
+            SourceUnreachable: the deadline is over.
         """
         started = trio.current_time()
+        seconds = self.remote.deadline_seconds
         self.readers += 1
         try:
-            yield
+            # A little more: the error of the step, if there is one, says better what has happened.
+            with trio.move_on_after(seconds + GRACE_SECONDS) as scope:
+                yield
         finally:
             self.readers -= 1
             self._quiet_since = trio.current_time()
             self.waits.note(self._quiet_since - started)
             self._wake()
+        if scope.cancelled_caught:
+            text = f"backing {self.remote.location} gave no answer within {seconds:g} s"
+            raise SourceUnreachable(text, reason=Reason.TIMEOUT)
 
     async def read(self, pieces: Sequence[tuple[int, memoryview]], *, taker: Taker | None) -> None:
-        """Fill each view with the image's bytes at its position; called inside `waiting`.
-
-        Errors of the source, within its deadline.
-        """
+        """Fill each view with the image's bytes at its position; called inside `waiting`. Errors of the source."""
         source_size = (await self.identity()).size
         # All of them before the first wait: what lands meanwhile would be taken for missing and fetched again.
         joined = [(pos, view, self._join_bytes(pos, len(view), source_size, taker)) for pos, view in pieces]
         try:
-            await self._copy(joined)
+            for pos, view, flights in joined:
+                done = 0
+                for flight in flights:
+                    done += await flight.copy_to(pos + done, view[done:])
         finally:
             for _, _, flights in joined:
                 for flight in flights:
@@ -173,18 +183,6 @@ class Fetch:
         first = pos // self.cluster_size
         last = (pos + size - 1) // self.cluster_size
         return self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
-
-    async def _copy(self, joined: Sequence[tuple[int, memoryview, list[Flight]]]) -> None:
-        """Wait for the bytes, not longer than the deadline: a flight of the background may have more time."""
-        seconds = self.remote.deadline_seconds
-        # A little more: the flight's own error, if there is one, says better what has happened.
-        with trio.move_on_after(seconds + GRACE_SECONDS):
-            for pos, view, flights in joined:
-                done = 0
-                for flight in flights:
-                    done += await flight.copy_to(pos + done, view[done:])
-            return
-        raise SourceUnreachable(f"backing {self.remote.location} gave no answer within {seconds:g} s")
 
     # For the background: read-ahead and stream.
 

@@ -18,11 +18,9 @@ import trio
 from qedfs.errors import NoSpace, QedfsError, SourceChanged
 from qedfs.fetch import Fetch
 from qedfs.format.tables import MISSING, ZERO
-from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
 from qedfs.readahead import Readahead
-from qedfs.source.base import Identity
 from qedfs.version import SourceVersion
 
 log = logging.getLogger(__name__)
@@ -112,38 +110,34 @@ class Image:
                 return fast
         buffer = bytearray(size)
         view = memoryview(buffer)
-        missing = [run for run in runs if run.offset == MISSING]
+        missing = [(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in runs if run.offset == MISSING]
         # A complete overlay has no entry for what was a hole of the source: that reads as zeros, as without a backing.
         if missing and self.fetch is not None and not self.complete:
             if not self._readahead.active:
                 self._fetch_ahead(pos, size)
             # Before anything that waits for the disk: while we waited, the stream would bring these clusters in, and
             # they would cross the wire again.
-            await self._read_missing(missing, pos, view)
+            await self._read_missing(missing)
         for run in runs:
             if run.offset > ZERO:
                 await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         return buffer
 
-    async def _read_missing(self, runs: Sequence[Run], pos: int, view: memoryview) -> None:
-        """Fill the parts of `view` that only the source has; what lies behind its end stays zero."""
+    async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each view with the image's bytes at its position, which only the source has; zeros behind its end."""
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         assert self.version is not None  # noqa: S101 - as above
         if self.version.changed is not None:
             raise self.version.changed.fresh()
-        if self.version.identity is not None and runs[0].pos >= self.version.identity.size:
+        if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
             return  # there is nothing to wait for
-        with self.fetch.waiting():
-            identity = await self._checked_identity()
-            inside = [run for run in runs if run.pos < identity.size]
-            self.counters.missed += sum(run.size for run in inside)
-            if inside:
-                await self._fetch([(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in inside])
-
-    async def _fetch(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         try:
-            await self.fetch.read(pieces, taker=self if self.copy_on_read else None)
+            with self.fetch.waiting():
+                source_size = (await self.version.check()).size
+                inside = [(pos, view) for pos, view in pieces if pos < source_size]
+                self.counters.missed += sum(len(view) for _, view in inside)
+                if inside:
+                    await self.fetch.read(inside, taker=self if self.copy_on_read else None)
         except QedfsError as exc:
             self._failed(exc)
             raise
@@ -216,7 +210,7 @@ class Image:
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)
-        await self._read_missing([Run(MISSING, pos, size)], pos, memoryview(buffer)[:size])
+        await self._read_missing([(pos, memoryview(buffer)[:size])])
         return buffer
 
     async def flush(self) -> None:
@@ -278,12 +272,9 @@ class Image:
 
     async def source_size(self) -> int:
         """Bytes of the source, once it is known to be the right version. Errors of the source."""
-        return (await self._checked_identity()).size
-
-    async def _checked_identity(self) -> Identity:
         assert self.version is not None  # noqa: S101 - for the type checker; callers have looked
         try:
-            return await self.version.check()
+            return (await self.version.check()).size
         except QedfsError as exc:
             self._failed(exc)
             raise

@@ -22,7 +22,7 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,13 +39,11 @@ from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
+from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.journal import Journal, read_journal
 from qedfs.overlay.pieces import adopted_views, pieces, zero_bytes
 from qedfs.overlay.session import Session, read_header, read_record, replayable
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
-
-# Asked for the whole content of a missing cluster; bytes behind the image's end are ignored.
-Fill = Callable[[int], Awaitable[Buffer]]
 
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
@@ -264,8 +262,7 @@ class Overlay:
                 lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
                 if not lacking:
                     break
-                for cluster in lacking:
-                    rest[cluster] = await fill(cluster)
+                rest |= await filled(lacking, fill)
             writes, entries = self._place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
             await self._write_placed(writes, entries, now=now)
