@@ -117,20 +117,25 @@ class Image:
                 self._fetch_ahead(pos, size)
             # Before anything that waits for the disk: while we waited, the stream would bring these clusters in, and
             # they would cross the wire again.
-            await self._read_missing(missing)
+            if not await self._read_missing(missing):
+                return await self._read_runs(pos, size)
         for run in runs:
             if run.offset > ZERO:
                 await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         return buffer
 
-    async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each view with the image's bytes at its position, which only the source has; zeros behind its end."""
+    async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        """Fill each view with the image's bytes at its position, which only the source has; zeros behind its end.
+
+        False: the source has failed, and is needed no longer. The stream has come to its end meanwhile, and whoever
+        waited for that may have deleted it: the overlay has the bytes now, or they are zeros.
+        """
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         assert self.version is not None  # noqa: S101 - as above
         if self.version.changed is not None:
             raise self.version.changed.fresh()
         if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
-            return  # there is nothing to wait for
+            return True  # there is nothing to wait for
         try:
             with self.fetch.waiting():
                 source_size = (await self.version.check()).size
@@ -139,9 +144,12 @@ class Image:
                 if inside:
                     await self.fetch.read(inside, taker=self if self.copy_on_read else None)
         except QedfsError as exc:
+            if self.complete:
+                return False
             self._failed(exc)
             raise
         self.error = None
+        return True
 
     def _failed(self, error: QedfsError) -> None:
         if isinstance(error, SourceChanged) and self.version is not None:
@@ -210,7 +218,8 @@ class Image:
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)
-        await self._read_missing([(pos, memoryview(buffer)[:size])])
+        if not await self._read_missing([(pos, memoryview(buffer)[:size])]):
+            return bytes(len(buffer))  # what is missing of a complete image is zeros
         return buffer
 
     async def flush(self) -> None:
