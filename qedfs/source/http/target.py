@@ -51,7 +51,7 @@ class Target:
 
     def check_literal(self, policy: Policy) -> None:
         """Raise Refused if the host is written as a numeric address (in any spelling) that is not allowed."""
-        address = _numeric(self.location.host or "")
+        address = _literal(self.location)
         if address is not None:
             policy.check_address(address, self.location, redirected_from=self.redirected_from)
 
@@ -145,22 +145,28 @@ def _server(target: Target, peer: str | None) -> str:
 
     A proxy's own address says nothing: it is most often a private one, and what it relays comes from anywhere.
     """
-    host = target.location.host or ""
-    return _numeric(host) or host if target.proxy or peer is None else peer
+    if peer is None or target.proxy:
+        return _literal(target.location) or _ascii_host(target.location)
+    return peer
 
 
 def _origin(location: Location) -> tuple[bool, str | None, int | None]:
     return location.tls, location.host, location.port
 
 
-def _numeric(host: str) -> str | None:
+def _literal(location: Location) -> str | None:
+    """The address that the host is written as, in any spelling that libcurl, a proxy or a resolver may take for one.
+
+    Looked at is what is sent: IDNA turns full-width digits and other full stops into plain ones.
+    """
+    host = _ascii_host(location).rstrip(".")
     try:
-        return str(ipaddress.ip_address(host.partition("%")[0]))
+        return str(ipaddress.ip_address(host))
     except ValueError:
         pass
     try:
         return socket.inet_ntoa(socket.inet_aton(host))  # 0xa9fea9fe, 2852039166, 0251.0376.0251.0376
-    except (OSError, UnicodeError):
+    except OSError:
         return None
 
 

@@ -118,7 +118,21 @@ def test_proxies_as_curl_chooses_them(url: str, environ: dict[str, str], proxy: 
 
 @pytest.mark.parametrize(
     "host",
-    ["169.254.169.254", "0xa9fea9fe", "2852039166", "0251.0376.0251.0376", "[fe80::1]", "[::ffff:169.254.169.254]"],
+    [
+        "169.254.169.254",
+        "0xa9fea9fe",
+        "2852039166",
+        "0251.0376.0251.0376",
+        "[fe80::1]",
+        "[::ffff:169.254.169.254]",
+        "169.254.169.254.",
+        "2852039166.",
+        "\uff11\uff16\uff19.254.169.254",
+        "169\u3002254\uff0e169\uff61254",
+        "169.254.169.254\u3002",
+        "\uff10\uff58a9fea9fe",
+        "\u2460\u2465\u2468.254.169.254",
+    ],
 )
 @pytest.mark.parametrize("proxy", ["", "http://proxy:3128"])
 def test_a_link_local_literal_is_refused_in_every_spelling(host: str, proxy: str) -> None:
@@ -135,7 +149,12 @@ def test_the_address_of_the_users_proxy_is_the_users_choice() -> None:
 
 @pytest.mark.parametrize(
     ("url", "server"),
-    [("http://host/", "host"), ("http://10.0.0.7/", "10.0.0.7"), ("http://0x0a000007/", "10.0.0.7")],
+    [
+        ("http://host/", "host"),
+        ("http://10.0.0.7/", "10.0.0.7"),
+        ("http://0x0a000007/", "10.0.0.7"),
+        ("http://1\uff10.0.0.7./", "10.0.0.7"),
+    ],
 )
 def test_behind_a_proxy_the_redirecting_server_is_the_one_that_the_url_names(url: str, server: str) -> None:
     origin = target(url, http_proxy="http://proxy:3128")
