@@ -1,8 +1,8 @@
 """What an overlay may make this machine open or connect to: decided by the user who mounts, not by the overlay.
 
 The default is safe without being in the way on a private network: http, https and nbd to any address but
-link-local ones (cloud metadata services live there); no local path and no Unix socket. A redirect may not lead from
-a public address to a private or loopback one, nor from https to http. As soon as one prefix is allowed, nothing
+link-local ones and others where clouds serve credentials; no local path and no Unix socket. A redirect may not lead
+from a public address to a private or loopback one, nor from https to http. As soon as one prefix is allowed, nothing
 outside the prefixes is opened (what a service that mounts other people's overlays wants).
 
 Pure: the callers resolve names and connect, and ask here with the address that they are about to use, so that a
@@ -18,6 +18,29 @@ from urllib.parse import unquote, urlsplit
 
 from qedfs.errors import Refused, UsageError
 from qedfs.source.url import Location, parse_location
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# Networks of IPv6 that stand for an IPv4 address in their last 32 bits: through NAT64 (RFC 6052; RFC 8215, as a /96 of
+# it is used) or as "IPv4-compatible" (RFC 4291, section 2.5.5.1; ::1 becomes 0.0.0.1, which is as private).
+_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
+
+# Where a cloud tells a machine who it is, other than 169.254.0.0/16.
+_METADATA = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "fd00:ec2::/32",  # Amazon
+            "fd20:ce::254",  # Google
+            "168.63.129.16",  # Azure, and public by its number
+            "100.100.100.200",  # Alibaba
+            "192.0.0.192",  # Oracle
+            "fd00:42::42",  # Scaleway
+        ),
+    )
+)
+
+_SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")  # global by Python's tables, since RFC 3879 gave the prefix up
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +68,7 @@ class Policy:
         whose address is not known, and counts as public.
         """
         ip = _effective(address)
-        if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or any(ip in network for network in _METADATA):
             raise Refused(f"backing {location} leads to {address}, a link-local or special address")
         if redirected_from is not None and not _is_inner_server(redirected_from) and _is_inner(ip):
             raise Refused(f"backing {location} was redirected from {redirected_from} to the private address {address}")
@@ -59,15 +82,17 @@ class Policy:
         self.check_location(target)
 
 
-def _effective(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _effective(address: str) -> _Address:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        return ip.ipv4_mapped or ip.sixtofour or ip
-    return ip
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip
+    if any(ip in network for network in _EMBEDDING):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or ip
 
 
-def _is_inner(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return ip.is_private or ip.is_loopback
+def _is_inner(ip: _Address) -> bool:
+    return not ip.is_global or ip in _SITE_LOCAL
 
 
 def _is_inner_server(server: str) -> bool:

@@ -61,24 +61,72 @@ def test_with_a_prefix_nothing_outside_is_opened(prefix: str, text: str, *, allo
 
 
 @pytest.mark.parametrize(
-    "address", ["169.254.169.254", "fe80::1", "fe80::1%eth0", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1"]
+    "address",
+    [
+        "169.254.169.254",
+        "fe80::1",
+        "fe80::1%eth0",
+        "::ffff:169.254.169.254",
+        "::169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+        "0.0.0.0",
+        "::",
+        "::ffff:0.0.0.0",
+        "224.0.0.1",
+        "ff02::1",
+        "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "fd00:42::42",
+        "168.63.129.16",
+        "64:ff9b::168.63.129.16",
+        "100.100.100.200",
+        "192.0.0.192",
+    ],
 )
 def test_link_local_and_special_addresses_are_refused(address: str) -> None:
     with pytest.raises(Refused, match="link-local or special"):
         Policy().check_address(address, parse_location("http://host/a"))
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "::1", "8.8.8.8"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "::1", "8.8.8.8", "100.64.0.1", "fd00::1"])
 def test_private_addresses_are_allowed_directly(address: str) -> None:
     Policy().check_address(address, parse_location("http://host/a"))
 
 
-@pytest.mark.parametrize("target", ["127.0.0.1", "10.1.2.3", "::ffff:10.0.0.1", "fd00::1"])
-def test_a_redirect_does_not_lead_from_public_to_private(target: str) -> None:
-    location = parse_location("http://host/a")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "100.64.0.1",
+        "::1",
+        "::ffff:10.0.0.1",
+        "::10.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b:1::127.0.0.1",
+        "2002:a00:1::1",
+        "fd00::1",
+        "fec0::1",
+    ],
+)
+@pytest.mark.parametrize("source", ["93.184.216.34", "2606:2800::1", "64:ff9b::93.184.216.34", "name.example"])
+def test_a_redirect_does_not_lead_from_public_to_private(source: str, target: str) -> None:
     with pytest.raises(Refused, match="redirected"):
-        Policy().check_address(target, location, redirected_from="93.184.216.34")
-    Policy().check_address(target, location, redirected_from="10.9.9.9")
+        Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
+
+
+@pytest.mark.parametrize("source", ["10.9.9.9", "100.64.9.9", "fd00::9", "fec0::9"])
+@pytest.mark.parametrize("target", ["127.0.0.1", "10.1.2.3", "fd00::1", "8.8.8.8"])
+def test_a_redirect_leads_from_private_to_anywhere(source: str, target: str) -> None:
+    Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
+
+
+@pytest.mark.parametrize("target", ["8.8.8.8", "2606:2800::1", "64:ff9b::8.8.8.8", "64:ff9b:1::8.8.8.8"])
+def test_a_redirect_leads_from_public_to_public(target: str) -> None:
+    Policy().check_address(target, parse_location("http://host/a"), redirected_from="93.184.216.34")
 
 
 def test_a_redirect_does_not_lead_from_https_to_http() -> None:
