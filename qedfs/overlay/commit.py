@@ -1,6 +1,6 @@
 """The one writer of tables: brings entries from memory into the file, in groups, in an order that survives a power cut.
 
-Owns the end of the file (allocation), the group commit and the flush. Must not know where the bytes come from.
+Owns the group commit and the flush. Must not know where the bytes come from, nor how places are found (`space.py`).
 
 One group:
 
@@ -48,7 +48,7 @@ class _Group:
 
 
 class Committer:
-    """Allocation and commit of one overlay. All offsets and sizes in bytes."""
+    """The commits of one overlay. All offsets and sizes in bytes."""
 
     def __init__(self, storage: Storage, header: Header, clusters: ClusterMap, journal: Journal | None) -> None:
         self.journal = journal
@@ -74,27 +74,6 @@ class Committer:
     @property
     def _waiting(self) -> bool:
         return bool(self._map.dirty or self._map.unwritten)
-
-    def allocate(self, size: int) -> int:
-        """Take `size` bytes, whole clusters, behind everything that is in use. The file is not grown yet."""
-        offset = self._map.file_end
-        self._map.file_end += size
-        return offset
-
-    def give_back(self, offset: int, size: int) -> None:
-        """Undo an allocation whose write failed.
-
-        The file is cut, so that what was written there cannot shine through a later sparse use of the place. If
-        somebody has allocated behind it, it stays as a hole that nothing refers to.
-        """
-        if offset + size != self._map.file_end:
-            return
-        if self._storage.size() > offset:
-            try:
-                self._storage.resize(offset)
-            except QedfsError:
-                return  # it stays as a hole; the caller is about to report the write's own error
-        self._map.file_end = offset
 
     def note_cold(self, offset: int, size: int) -> None:
         """Data written by the stream: to be dropped from the page cache behind its barrier."""

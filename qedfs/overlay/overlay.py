@@ -14,6 +14,7 @@ Everything runs on one event loop; the state changes only between two awaits.
 - Between the look at the entries and the allocation or claim there must be no await; `Claims.settle` is the last one.
 - A read takes its runs once. A write that has returned before the read began is in them; one that runs beside it may
   or may not be seen, as on any disk.
+- The place of a write that failed is free again once its thread has ended (`space.py`): nobody else has ever known it.
 - The tables are written by `commit.py` alone, under its lock.
 
 A write is answered when its data is in the page cache and its entries are in the session journal, or, without a
@@ -41,8 +42,9 @@ from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.journal import Journal, read_journal
-from qedfs.overlay.pieces import adopted_views, pieces, zero_bytes
+from qedfs.overlay.pieces import laid_out, pieces, zero_bytes
 from qedfs.overlay.session import Session, read_header, read_record, replayable
+from qedfs.overlay.space import Space
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
 
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
@@ -67,6 +69,7 @@ class Overlay:
         session.barrier = self.committer.barrier
         self._journal = journal
         self._claims = Claims(clusters)
+        self._space = Space(storage, clusters)
         self._adopting = trio.Semaphore(ADOPTIONS)
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
 
@@ -300,11 +303,12 @@ class Overlay:
                 offset = self.clusters.checked(entry, cluster) + start
             else:
                 self._make_table(cluster)
-                entry = self.committer.allocate(cluster_size)
+                if cluster in rest and self._is_missing(cluster):
+                    start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
+                whole = sum(map(len, buffers)) == cluster_size
+                entry = self._space.clusters(1)[0] if whole else self._space.zeros(cluster_size)
                 entries.append((cluster, entry))
                 offset = entry + start
-                if cluster in rest and self._is_missing(cluster):
-                    offset, buffers = entry, self._merged(cluster, start, piece, rest[cluster])
             size = sum(map(len, buffers))
             if offset == expected:
                 writes[-1][1].extend(buffers)
@@ -335,8 +339,7 @@ class Overlay:
                 with self._claims.claimed([cluster for cluster, _ in entries]):
                     await self.storage.in_thread(write_all)
         except BaseException:
-            for _, offset in reversed(entries):
-                self.committer.give_back(offset, self.cluster_size)
+            self._space.give_back(offset for _, offset in entries)
             raise
         self._publish(entries)
 
@@ -382,20 +385,13 @@ class Overlay:
         data, kept = self._sort_out(pos, buffer, size)
         if not data:
             return kept
-        cluster_size = self.cluster_size
-        base = self.committer.allocate(len(data) * cluster_size)
-        entries = [(cluster, base + index * cluster_size) for index, (cluster, _) in enumerate(data)]
-        buffers = list(adopted_views(buffer, size, [at for _, at in data], cluster_size))
-        try:
-            with self._claims.claimed([cluster for cluster, _ in data]):
-                await self.storage.in_thread(lambda: self.storage.write(base, buffers))
-        except BaseException:
-            self.committer.give_back(base, len(data) * cluster_size)
-            raise
-        self._publish(entries)
+        places = self._space.clusters(len(data))
+        writes = list(laid_out(places, buffer, size, [at for _, at in data], self.cluster_size))
+        await self._write_placed(writes, [(cluster, places[i]) for i, (cluster, _) in enumerate(data)], now=False)
         if cold:
-            self.committer.note_cold(base, len(data) * cluster_size)
-        return kept + len(data) * cluster_size
+            for offset, buffers in writes:
+                self.committer.note_cold(offset, sum(map(len, buffers)))
+        return kept + len(data) * self.cluster_size
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
@@ -491,7 +487,7 @@ class Overlay:
         """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
         index = self.clusters.needs_table(cluster)
         if index is not None:
-            self.clusters.add_table(index, self.committer.allocate(self.geometry.table_bytes))
+            self.clusters.add_table(index, self._space.zeros(self.geometry.table_bytes))
         self.clusters.make_slice(cluster)
 
 

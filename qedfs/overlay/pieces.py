@@ -36,6 +36,20 @@ def adopted_views(buffer: bytearray, size: int, starts: Sequence[int], cluster_s
         yield bytes(end - size)
 
 
+def laid_out(
+    places: Sequence[int], buffer: bytearray, size: int, starts: Sequence[int], cluster_size: int
+) -> Iterator[tuple[int, list[Buffer]]]:
+    """The writes that bring the clusters at `starts` of `buffer` to `places` in the file, whole: (offset, bytes).
+
+    Clusters that come to lie behind one another are one write. `size` as for `adopted_views`.
+    """
+    first = 0
+    for stop in range(1, len(places) + 1):
+        if stop == len(places) or places[stop] != places[stop - 1] + cluster_size:
+            yield places[first], list(adopted_views(buffer, size, starts[first:stop], cluster_size))
+            first = stop
+
+
 @functools.cache
 def zero_bytes(size: int) -> bytes:
     """`size` zeros, made once for each cluster size in use."""

@@ -211,6 +211,8 @@ class MemoryStorage:
 
     def _put(self, offset: int, data: bytes) -> None:
         assert self.writable, "a write to a file that was opened for reading"
+        if not data:
+            return  # POSIX: it does not grow the file either
         if len(self.bytes) < offset:
             self.bytes.extend(bytes(offset - len(self.bytes)))
         self.bytes[offset : offset + len(data)] = data

@@ -72,6 +72,12 @@ def test_growing_brings_zeros_also_where_something_was(opener: Opener) -> None:
     assert (storage.size(), read(storage, 0, 8)) == (8, b"0123\0\0\0\0")
 
 
+def test_a_write_of_nothing_does_not_grow_the_file(opener: Opener) -> None:
+    storage = opener(b"0123")
+    storage.write(100, [b""])
+    assert storage.size() == 4
+
+
 def test_many_buffers_are_one_write(opener: Opener) -> None:
     storage = opener(b"")
     storage.write(1, [bytes([n % 251]) for n in range(3000)])
@@ -225,6 +231,10 @@ def test_faults_come_when_they_were_ordered() -> None:
     with pytest.raises(NoSpace):
         storage.write(1024, [b"b" * 1024])
     assert storage.bytes == b"a" * 1024 + b"b" * 512 + bytes(512)
+    storage.fail("write", NoSpace("full"), wrote=0)
+    with pytest.raises(NoSpace):
+        storage.write(1 << 20, [b"b" * 1024])
+    assert storage.size() == 2048
     storage.write(0, [b"c"])
     storage.fail("barrier", QedfsError("gone"), forever=True)
     for _ in range(3):
