@@ -143,6 +143,7 @@ class Image:
                 self.counters.missed += sum(len(view) for _, view in inside)
                 if inside:
                     await self.fetch.read(inside, taker=self if self.copy_on_read else None)
+                    await self.version.check()
         except QedfsError as exc:
             if self.complete:
                 return False
@@ -247,6 +248,8 @@ class Image:
 
     async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         try:
+            if self.version is not None:
+                await self.version.check()  # once more: these bytes may have come over a new connection
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
             self.full, self._full_since = exc.fresh(), trio.current_time()

@@ -47,7 +47,8 @@ class SourceVersion:
         """The source's identity, compared with the pin; the first time ever, it becomes the pin.
 
         The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
-        a version that the overlay does not know about.
+        a version that the overlay does not know about. A new connection may tell more than the one before: the pin
+        knows that too, or refuses it, before a byte of that connection is of any use.
 
         Raises:
             SourceChanged: it is another version.
@@ -55,7 +56,7 @@ class SourceVersion:
         """
         if self.changed is not None:
             raise self.changed.fresh()
-        while self.identity is None:
+        while self.identity is None or self.identity is not self._fetch.remote.identity:
             look = self._look
             if look is None:
                 look = self._look = _Look()

@@ -41,6 +41,13 @@ class Identity:
             return f"Last-Modified was {self.last_modified}, is now {other.last_modified}"
         return None
 
+    def joined(self, other: Identity) -> Identity:
+        """Self with the validators that only `other` has, which may be the same version; self if there are none."""
+        etag, last_modified = self.etag or other.etag, self.last_modified or other.last_modified
+        if (etag, last_modified) == (self.etag, self.last_modified):
+            return self
+        return dataclasses.replace(self, etag=etag, last_modified=last_modified)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Extent:

@@ -31,7 +31,8 @@ class Remote:
 
     def __init__(self, location: Location, opener: Opener, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         self.location = location
-        self.identity: Identity | None = None  # of the first connection; a later one must show the same version
+        # Of all connections so far; each must show the same version. Another object when one has told more of it.
+        self.identity: Identity | None = None
         self.error: QedfsError | None = None  # why the last try failed; None after a success
         # Tries that failed in a way that may pass, by what stood in the way; the last one of a deadline too.
         self.retries = dict.fromkeys(Reason, 0)
@@ -59,7 +60,7 @@ class Remote:
             SourceError, Refused: asking again will not help.
         """
         source = await self._retried(self._connected)
-        return source.identity
+        return self.identity or source.identity
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False, patient: bool = False) -> None:
         """Fill `buffer`; the range must lie inside the source. Errors as for `connect`.
@@ -95,12 +96,13 @@ class Remote:
         async with self._opening:
             if self._source is None:
                 source = await self._opened()
-                if self.identity is None:
-                    self.identity = source.identity
-                difference = self.identity.difference(source.identity)
+                known = self.identity or source.identity
+                difference = known.difference(source.identity)
                 if difference:
                     await source.aclose()
                     raise SourceChanged(f"backing {self.location} is another version: {difference}")
+                # A validator that comes late counts from now on, or two versions could both agree with none.
+                self.identity = known.joined(source.identity)
                 self._source = source
             return self._source
 

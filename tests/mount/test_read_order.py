@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 from qedfs.fetch import Fetch
@@ -41,6 +42,8 @@ class HalfFilled:
 class Elsewhere:
     """The queue of a source."""
 
+    remote = SimpleNamespace(identity=Identity(2 * CLUSTER_SIZE))
+
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
 
@@ -58,6 +61,6 @@ async def test_the_source_is_asked_before_anything_waits_for_the_disk() -> None:
     asked: list[str] = []
     image = Image("disk.raw", cast("Overlay", HalfFilled(asked)), cast("Fetch", Elsewhere(asked)))
     assert image.version is not None
-    image.version.identity = Identity(2 * CLUSTER_SIZE)
+    image.version.identity = Elsewhere.remote.identity
     assert bytes(await image.read(0, 2 * CLUSTER_SIZE)) == b"d" * CLUSTER_SIZE + b"s" * CLUSTER_SIZE
     assert asked == ["source", "disk"]
