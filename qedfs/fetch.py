@@ -46,7 +46,7 @@ class Taker(Protocol):
     """Somebody who keeps fetched bytes: one served image."""
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Keep what of these bytes is still missing; `asked`: a reader wanted them. Must not raise QedfsError."""
+        """Keep what of these bytes is still missing; `asked`: a reader wanted them. Must not raise."""
         ...
 
     def lost(self, error: QedfsError) -> None:
@@ -310,9 +310,7 @@ class Fetch:
                 for taker in flight.takers:
                     taker.lost(flight.error)
         except Exception:
-            # A fault of ours must cost this flight only, not every image of the mount.
-            log.exception("fetch of %d bytes at %d failed", flight.size, flight.pos)
-            flight.error = flight.error or QedfsError("internal error, see the log")
+            flight.error = flight.error or _fault(flight)
         finally:
             flight.arrived.set()
             self.held_bytes -= flight.size
@@ -329,8 +327,9 @@ class Fetch:
         try:
             if wanted:
                 await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
-        except QedfsError as exc:
-            flight.error = exc
+        except Exception as exc:
+            # The takers have to know of a fault of ours too: without a word they would ask again at once.
+            flight.error = exc if isinstance(exc, QedfsError) else _fault(flight)
             return
         view[wanted:] = bytes(len(view) - wanted)
         if not wanted:
@@ -357,3 +356,9 @@ class Fetch:
         flight.holders -= 1
         if flight.holders == 0:
             self._buffers.give(flight.buffer)
+
+
+def _fault(flight: Flight) -> QedfsError:
+    """The error for an exception that nobody expected: it must cost one flight, not every image of the mount."""
+    log.exception("fetch of %d bytes at %d failed", flight.size, flight.pos)
+    return QedfsError("internal error, see the log")

@@ -44,6 +44,11 @@ class Counters:
     kept_asked: int = 0  # adopted because a reader wanted them
     kept_stream: int = 0  # adopted in the background
 
+    @property
+    def kept(self) -> int:
+        """Bytes that were adopted."""
+        return self.kept_asked + self.kept_stream
+
 
 class Image:
     """One served image. Positions and sizes in bytes of the image. It is its own `Taker`."""
@@ -254,7 +259,11 @@ class Image:
         except NoSpace as exc:
             self.full, self._full_since = exc.fresh(), trio.current_time()
             return
-        except QedfsError as exc:
+        except Exception as exc:
+            if not isinstance(exc, QedfsError):
+                # A fault of ours; the stream must know of it, or it would ask for these clusters again at once.
+                log.exception("%s: cannot keep what was fetched", self.name)
+                exc = QedfsError("internal error, see the log")
             self._failed(exc)
             return
         self.full = None

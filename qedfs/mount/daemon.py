@@ -25,6 +25,7 @@ from qedfs.fetch import Fetch
 from qedfs.mount import lastwords, loop
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
+from qedfs.mount.limits import raise_open_files
 from qedfs.mount.memory import give_back_memory
 from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
@@ -96,6 +97,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
             flush of an overlay failed (NoSpace: for want of room).
     """
     _check_mountpoint(settings)
+    raise_open_files()
     lastwords.take(settings.mountpoint)  # those of an earlier mount, which nobody has asked for
     notifier = Notifier()
     async with trio.open_nursery() as nursery:

@@ -17,6 +17,8 @@ from qedfs.source.url import Location
 T = TypeVar("T")
 THREADS = 16
 
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # what may be there again in a moment
+
 _limiter: trio.CapacityLimiter | None = None
 
 
@@ -34,6 +36,7 @@ class LocalSource:
         """Open the file.
 
         Raises:
+            SourceUnreachable: there is no descriptor for it now.
             SourceError: it is not there, or neither a file nor a block device.
         """
         return await in_thread(lambda: cls._open(location))
@@ -44,7 +47,8 @@ class LocalSource:
             # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
             fd = os.open(location.path or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
-            raise SourceError(f"backing {location}: {exc.strerror}") from exc
+            kind = SourceUnreachable if exc.errno in _SHORT else SourceError
+            raise kind(f"backing {location}: {exc.strerror}") from exc
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             os.close(fd)

@@ -228,10 +228,16 @@ class StreamJob:
         if image not in fetch.takers:
             fetch.takers.append(image)
         self._trying, image.full = image.full is not None, None
+        kept, pause = image.counters.kept, PACE_SECONDS
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
-            if self._passed_over:
-                await self._sleep(PACE_SECONDS)
+            self._raise_failure()
+            # What came and was not kept, for whatever reason, is not asked for again without a rest.
+            lost = kept == image.counters.kept and not self._passed_over
+            if lost or self._passed_over:
+                await self._sleep(pause)
+            pause = min(2 * pause, RETRY_SECONDS[1]) if lost else PACE_SECONDS
+            kept = image.counters.kept
             if not self._allowed or self.hold_off():
                 return
         await fetch.landed(image)

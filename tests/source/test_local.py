@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qedfs.errors import SourceChanged, SourceError
+from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.local import LocalSource
 from qedfs.source.url import parse_location
 
@@ -93,3 +94,16 @@ async def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "fifo", tmp_path, tmp_path / "none"):
         with pytest.raises(SourceError):
             await opened(path)
+
+
+async def test_want_of_a_descriptor_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", none_left)
+    with pytest.raises(SourceUnreachable, match="open files"):
+        await opened(tmp_path / "disk")
+    monkeypatch.undo()
+    with pytest.raises(SourceError) as caught:
+        await opened(tmp_path / "disk")
+    assert not isinstance(caught.value, SourceUnreachable)

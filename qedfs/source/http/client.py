@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import SourceChanged, UsageError
+from qedfs.errors import SourceChanged, SourceUnreachable, UsageError
 from qedfs.source.base import Extent, Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
@@ -120,13 +120,16 @@ class HttpSource:
             raise UsageError(f"backing {location} is not an http or https URL")
         policy.check_location(location)
         origin = await with_login(first_target(location, headers))
-        pools = _Pool(policy, nursery), _Pool(policy, nursery)
+        pools: list[_Pool] = []
         try:
+            pools.extend(_Pool(policy, nursery) for _ in range(2))
             # The connection that this leaves open is there for the first urgent read.
             resolved = await pools[0].resolve(origin)
-        except BaseException:
+        except BaseException as exc:
             for pool in pools:
                 await pool.aclose()
+            if isinstance(exc, OSError):
+                raise SourceUnreachable(f"{location}: {(exc.strerror or 'system error').lower()}") from exc
             raise
         return cls(origin, resolved, *pools)
 

@@ -127,18 +127,19 @@ class Exchange:
         return None
 
     def _explain(self, exc: TransferFailed | OSError | MultiClosed) -> Exception:
-        if self._error is not None:
-            return self._error
+        cause: Exception = exc if self._error is None else self._error
         error: Exception
-        if isinstance(exc, MultiClosed):
+        if isinstance(cause, MultiClosed):
             error = SourceUnreachable(f"{self._where}: the source was closed")
-        elif isinstance(exc, OSError):
-            error = SourceUnreachable(f"{self._where}: {(exc.strerror or 'system error').lower()}")
-        elif self._refusal is not None and exc.code == pycurl.E_COULDNT_CONNECT:
+        elif isinstance(cause, OSError):
+            error = SourceUnreachable(f"{self._where}: {(cause.strerror or 'system error').lower()}")
+        elif not isinstance(cause, TransferFailed):
+            return cause
+        elif self._refusal is not None and cause.code == pycurl.E_COULDNT_CONNECT:
             error = self._refusal
         else:
-            error = source_error(exc.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where)
-        error.__cause__ = exc
+            error = source_error(cause.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where)
+        error.__cause__ = cause
         return error
 
     def _bad(self, what: str) -> SourceUnreachable:

@@ -17,7 +17,9 @@ flights once libcurl has returned. Interrupts (Ctrl-C) are held back for the sam
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import select
 import threading
 
@@ -57,12 +59,16 @@ class Multi:
     """A set of transfers with a connection pool of its own. Its pump runs in `nursery` until `aclose`."""
 
     def __init__(self, nursery: trio.Nursery, *, max_connections: int) -> None:
-        self._multi = pycurl.CurlMulti()
+        """OSError: the system has nothing left that it takes."""
+        self._epoll = select.epoll()
+        try:
+            self._multi = pycurl.CurlMulti()
+        except pycurl.error as exc:  # it does not say why: what it needs beside some memory is a pair of sockets
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from exc
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
         self._multi.setopt(pycurl.M_MAX_TOTAL_CONNECTIONS, max_connections)
         self._multi.setopt(pycurl.M_MAXCONNECTS, max_connections)
-        self._epoll = select.epoll()
         self._flights: dict[pycurl.Curl, _Flight] = {}
         self._fault: Exception | None = None
         self._closed = False
