@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 from urllib.parse import unquote, urlsplit
 
 from qedfs.errors import Refused, UsageError
@@ -42,10 +43,17 @@ _METADATA = tuple(
 
 _SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")  # global by Python's tables, since RFC 3879 gave the prefix up
 
+# In a decoded segment: a control character or a backslash, what decodes once more, a dot segment, also with parameters.
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]|%[0-9A-Fa-f]{2}|(?:^|/)\.\.?(?:[/;]|$)")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """`prefixes`: the values of `--allow-backing`: URL prefixes, or absolute folders and files."""
+    """`prefixes`: the values of `--allow-backing`: URL prefixes, or absolute folders and files.
+
+    A URL prefix ends where a segment of the path, or of an NBD export's name, ends. One with a query allows that very
+    URL. A URL that servers read in different ways (dot segments, backslashes, double encoding) is under no prefix.
+    """
 
     prefixes: tuple[str, ...] = ()
 
@@ -118,13 +126,29 @@ def _covers(prefix: str, location: Location) -> bool:
         location.port,
     ):
         return False
-    # "http://host/images" covers /images and /images/x, not /images-secret; ".." never leaves the prefix, and a server
-    # may well take %2e%2e for it.
-    stem = _plain_path(allowed).rstrip("/")
-    inside = _plain_path(location)
-    return not stem or inside == stem or inside.startswith(stem + "/")
+    query = urlsplit(allowed.secret_url).query
+    covered, asked = _segments(allowed), _segments(location)
+    if covered is None or asked is None:
+        return False
+    if query:
+        return asked == covered and urlsplit(location.secret_url).query == query
+    # "http://host/images" covers /images and /images/x, not /images-secret; so does "http://host/images/".
+    while covered and not covered[-1]:
+        covered.pop()
+    return asked[: len(covered)] == covered
 
 
-def _plain_path(location: Location) -> str:
-    path = unquote(urlsplit(location.secret_url).path) or "/"
-    return os.path.normpath("/" + path.lstrip("/"))
+def _segments(location: Location) -> list[str] | None:
+    """The segments of the path or export that is asked for; None if servers disagree about what it means.
+
+    An encoded slash does not divide: a server that takes it for one gets no further than into the segment.
+    """
+    if location.kind == "nbd":
+        segments = location.export.split("/")  # as it is sent
+    else:
+        path = urlsplit(location.secret_url).path or "/"
+        try:
+            segments = [unquote(segment, errors="strict") for segment in path.split("/")]
+        except UnicodeDecodeError:
+            return None
+    return None if any(map(_AMBIGUOUS.search, segments)) else segments
