@@ -112,9 +112,9 @@ class BlockJob:
 
     async def resume(self) -> None:
         """Go on."""
-        self.require("resume")
         if not self.stream.paused and self.status is not Status.PAUSED:
             raise QmpError("Can't resume a job that was not paused")
+        self.require("resume")
         await self.stream.resume()
 
     def cancel(self) -> None:
@@ -142,7 +142,8 @@ class BlockJob:
     def judge(self, error: QedfsError) -> Action:
         """What to do about a failure; told to the clients unless it is only tried again."""
         action = _POLICIES[self.wishes.on_error](error)
-        self.io_status = "nospace" if isinstance(error, NoSpace) else "failed"
+        if action in (Action.HOLD, Action.RETRY):
+            self.io_status = "nospace" if isinstance(error, NoSpace) else "failed"
         if action in _ACTION_NAMES:
             data = {"device": self.id, "operation": "read", "action": _ACTION_NAMES[action]}
             self._emit("BLOCK_JOB_ERROR", data)

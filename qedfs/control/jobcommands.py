@@ -50,9 +50,9 @@ async def _block_stream(request: Request, arguments: Arguments) -> Nothing:
     """Bring in what is missing, then drop the backing."""
     _refuse_two(arguments, "base", "base-node")
     _refuse_two(arguments, "base", "bottom")
-    _refuse_two(arguments, "base-node", "bottom")
+    _refuse_two(arguments, "bottom", "base-node")
     served, image, stream = find_served(request, arguments["device"])
-    nothing = image.complete or _ends_above_backing(image, served, arguments)
+    nothing = image.complete or _ends_above_backing(request, image, served, arguments)
     if "backing-file" in arguments and not nothing:
         raise QmpError("backing file specified, but streaming the entire chain")
     speed = _speed(arguments) if "speed" in arguments else None
@@ -82,15 +82,21 @@ async def begin_stream(stream: StreamJob, limit: int | None) -> None:
         await stream.resume()
 
 
-def _ends_above_backing(image: Image, served: ServedImage, arguments: Arguments) -> bool:
+def _ends_above_backing(request: Request, image: Image, served: ServedImage, arguments: Arguments) -> bool:
     """Whether the client wants to keep the backing: there is only one, so that leaves nothing to stream."""
     name = device_name(served)
     if "base" in arguments:
-        if arguments["base"] != image.overlay.backing:
+        # The name in the overlay, and the one that `query-block` shows, without secrets.
+        shown = None if image.fetch is None else str(image.fetch.remote.location)
+        if arguments["base"] not in (image.overlay.backing, shown):
             raise QmpError(f"Can't find '{arguments['base']}' in the backing chain")
         return True
     if "base-node" in arguments:
-        raise QmpError(f"Cannot find device='' nor node-name='{arguments['base-node']}'")
+        # Only images are nodes, and none is the backing of another one.
+        base = arguments["base-node"]
+        if any(base == device_name(node) for node in request.control.mount.everything() if node.image is not None):
+            raise QmpError(f"Node '{base}' is not a backing image of '{arguments['device']}'")
+        raise QmpError(f"Cannot find device='' nor node-name='{base}'")
     if "bottom" in arguments:
         if arguments["bottom"] != name:
             raise QmpError(f"Cannot find device='' nor node-name='{arguments['bottom']}'")

@@ -65,12 +65,12 @@ class Jobs:
         """A new job for a stream; the caller starts the stream. `name`: of the image's node.
 
         Raises:
-            QmpError: the id is taken, or the image has a job already.
+            QmpError: the image has a job already, or the id is taken.
         """
-        if job_id in self._by_id:
-            raise QmpError(f"Job ID '{job_id}' already in use")
         if stream in self._active:
             raise QmpError(f"Node '{name}' is busy: block device is in use by block job: stream")
+        if job_id in self._by_id:
+            raise QmpError(f"Job ID '{job_id}' already in use")
         block = BlockJob(job_id, stream, wishes, self._emit, nothing=nothing)
         self._by_id[job_id] = block
         self._active[stream] = block

@@ -104,10 +104,16 @@ class FakeMount:
     def quit(self) -> None:
         self.has_quit.set()
 
-    async def add(self, name: str, source: MemorySource | None, *, stream: bool = False, limit: int = 0) -> Served:
-        """An image `name`.raw over `source`, complete if there is none; its stream runs if `stream`."""
+    async def add(
+        self, name: str, source: MemorySource | None, *, stream: bool = False, limit: int = 0, size: int | None = None
+    ) -> Served:
+        """An image `name`.raw over `source`, complete if there is none; its stream runs if `stream`.
+
+        `size`: of the image, that of the source if not given.
+        """
         path = self.folder / f"{name}.qed"
-        size = len(source.content) if source else 4 * CLUSTER
+        if size is None:
+            size = len(source.content) if source else 4 * CLUSTER
         create_overlay(str(path), image_size=size, backing=URL if source else None, cluster_size=CLUSTER)
         overlay = await open_overlay(str(path), writable=True)
         fetch = None
