@@ -286,6 +286,8 @@ class Fetch:
         size = count * self.cluster_size  # whole: images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
+        # Before it is registered: a flight without a task would be waited for in vain. It runs at the next await.
+        self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
         flight.behind = self.background_bytes
         self.window.started(now, flight.behind, self.remote.received)
@@ -293,10 +295,8 @@ class Fetch:
             self.background_bytes += size
         flight.kept = self.held_bytes < MOST_HELD_BYTES
         self.held_bytes += size
-        # Registered last, with the task that takes it off again: a flight without a task would be waited for in vain.
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
-        self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
         return flight
 
     async def _fly(self, flight: Flight, count: int, wanted: int) -> None:
@@ -312,7 +312,10 @@ class Fetch:
         except Exception:
             flight.error = flight.error or _fault(flight)
         finally:
-            flight.arrived.set()
+            if not flight.arrived.is_set():
+                # Without an error the readers, who need not be cancelled with us, would take its zeros for the bytes.
+                flight.error = flight.error or SourceUnreachable(f"backing {self.remote.location}: closed")
+                flight.arrived.set()
             self.held_bytes -= flight.size
             if not flight.urgent:
                 self.background_bytes -= flight.size

@@ -304,8 +304,8 @@ class Image:
 
     def _commit_soon(self) -> None:
         if self.overlay.committer.uncommitted_bytes >= COMMIT_BYTES and not self._committing and self.fetch is not None:
-            self._committing = True
             self.fetch.nursery.start_soon(self._commit)
+            self._committing = True
 
     async def _commit(self) -> None:
         self._committing = True

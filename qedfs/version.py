@@ -10,7 +10,7 @@ import logging
 
 import trio
 
-from qedfs.errors import QedfsError, SourceChanged
+from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch import Fetch
 from qedfs.format.record import Pin, digest, shortened
 from qedfs.overlay.overlay import Overlay
@@ -59,9 +59,10 @@ class SourceVersion:
         while self.identity is None or self.identity is not self._fetch.remote.identity:
             look = self._look
             if look is None:
-                look = self._look = _Look()
+                look = _Look()
                 # A task of its own: a reader that is killed must not end the look that others wait for.
                 self._fetch.nursery.start_soon(self._look_at_source, look)
+                self._look = look
             await look.done.wait()
             if look.error is not None:
                 raise look.error.fresh()
@@ -69,8 +70,11 @@ class SourceVersion:
 
     async def _look_at_source(self, look: _Look) -> None:
         """Find out the identity for all who wait. One by one, each would wait for the deadlines of those before it."""
+        # Stays so if the task is cancelled, while those who wait need not be.
+        look.error = SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
         try:
             self.identity = await self._pinned()
+            look.error = None
         except QedfsError as exc:
             look.error = exc
         except Exception:

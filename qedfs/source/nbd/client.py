@@ -150,8 +150,8 @@ class NbdSource:
 
     def _grow(self, have: int) -> None:
         if have < MAX_CONNECTIONS and not self._growing and trio.current_time() >= self._grow_after:
-            self._growing = True
             self._nursery.start_soon(self._open_further)
+            self._growing = True
 
     async def _open_further(self) -> None:
         try:
@@ -165,8 +165,9 @@ class NbdSource:
     async def _reconnect(self) -> Connection:
         attempt = self._attempt
         if attempt is None:
-            attempt = self._attempt = _Attempt()
+            attempt = _Attempt()
             self._nursery.start_soon(self._try, attempt)
+            self._attempt = attempt
         await attempt.over.wait()
         if attempt.connection is not None:
             return attempt.connection
