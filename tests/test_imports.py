@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "qedfs"
 ORDER = ("cli", "mount", "control", "stream", "image", "version", "fetch", "overlay", "source", "format", "errors")
 # `overlay` is one file on disk and knows no network; `fetch` brings bytes and does not know where they are kept.
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
-# Leaves: anyone may import them, they import at most `errors`. The last three are the arithmetic of fetch and image.
-LEAVES = frozenset({"buffers", "log", "units", "runtime", "window", "readahead", "histogram"})
+# Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
+LEAVES = frozenset({"buffers", "log", "units", "runtime", "flight", "window", "readahead", "histogram"})
 # The package's own files, outside the order: the version, and `python -m qedfs`.
 ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 

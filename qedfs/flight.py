@@ -1,0 +1,77 @@
+"""A request under way and those who wait for it: the state that readers, takers and the queue share.
+
+Owns what a flight is and how a reader gets its bytes out of it. Must not know when a request may leave, nor the source.
+The rules of its use are in the protocol at the top of `fetch.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import trio
+
+from qedfs.errors import QedfsError
+
+
+class Taker(Protocol):
+    """Somebody who keeps fetched bytes: one served image."""
+
+    async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+        """Keep what of these bytes is still missing; `asked`: a reader wanted them. Must not raise."""
+        ...
+
+    def lost(self, error: QedfsError) -> None:
+        """A flight that it was a taker of has failed."""
+        ...
+
+    def wants(self, pos: int, size: int) -> bool:
+        """Whether it would keep bytes of this range that somebody else has fetched."""
+        ...
+
+
+class Flight:
+    """One request under way. `error` or the bytes are there when `arrived` is set."""
+
+    __slots__ = (
+        "arrived",
+        "asked",
+        "behind",
+        "buffer",
+        "error",
+        "first",
+        "holders",
+        "kept",
+        "pos",
+        "since",
+        "size",
+        "takers",
+        "urgent",
+    )
+
+    def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, since: float, urgent: bool) -> None:
+        self.first = first
+        self.pos = pos
+        self.size = size  # bytes of the image that it carries, zeros behind the source's end included
+        self.buffer = buffer
+        self.since = since  # when it left, by trio's clock
+        self.arrived = trio.Event()
+        self.error: QedfsError | None = None
+        self.takers: list[Taker] = []
+        self.urgent = urgent  # somebody waited for it when it was started
+        self.asked = False  # somebody wanted it before the stream came there
+        self.kept = True  # whether there is room to hold it until takers have adopted it
+        self.behind = 0  # bytes that were in flight when it left
+        self.holders = 1
+
+    async def copy_to(self, pos: int, view: memoryview) -> int:
+        """Wait for the bytes and copy those of the image range [pos, pos + len(view)) that this flight carries.
+
+        Returns the count of bytes copied to the start of `view`. Raises the flight's error.
+        """
+        await self.arrived.wait()
+        if self.error is not None:
+            raise self.error.fresh()
+        start = pos - self.pos
+        count = min(len(view), self.size - start)
+        view[:count] = memoryview(self.buffer)[start : start + count]
+        return count
