@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.cells import cell_len
 from rich.text import Text
 
-from qedfs.cli.images import BROKEN, Image
+from qedfs.cli.images import Image
 from qedfs.cli.layout import padded, printable, shortened
 from qedfs.cli.statuslines import fitted_images, fitted_summary, fitted_troubles, pace_of, percent
 from qedfs.units import format_seconds, format_size
@@ -35,7 +35,7 @@ def bar_lines(images: Sequence[Image], width: int, height: int, signs: Signs = S
     if not images:
         return [Text("no overlays yet")]
     texts = fitted_troubles(images, width, height)
-    served = [image for image in images if image["state"] != BROKEN]
+    served = [image for image in images if image["served"]]
     head = fitted_summary(images, width)
     bars = [_total(served)] if len(served) > 1 else []
     shown, left_out = fitted_images(served, height - len(head) - len(bars) - len(texts))

@@ -36,7 +36,7 @@ class Goal:
         return False
 
     def _is_local(self, client: Client, image: Image) -> bool:
-        if self.end is None or image["state"] == BROKEN:
+        if self.end is None or not image["served"]:
             return False
         found = client.execute("x-qedfs-next-missing", device=image["name"], offset=self.start)["offset"]
         return found is None or found >= min(self.end, image["size"])

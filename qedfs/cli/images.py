@@ -63,8 +63,8 @@ def trouble(image: Image) -> str | None:
 
 
 def check_served(image: Image) -> None:
-    """Raise the error that keeps an overlay from being served."""
-    if image["state"] == BROKEN:
+    """Raise the error that keeps an overlay from being served, for good or until it has come to rest."""
+    if not image["served"]:
         raise failure_of(image)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.images import BROKEN, check_served, connect, fetch
+from qedfs.cli.images import check_served, connect, fetch
 from qedfs.cli.output import print_json
 from qedfs.cli.values import SIZE
 from qedfs.errors import UsageError
@@ -26,7 +26,7 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
     with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         # What cannot be served is an error where the user has named it, and none among all.
-        for found in chosen if image is not None else [found for found in chosen if found["state"] != BROKEN]:
+        for found in chosen if image is not None else [found for found in chosen if found["served"]]:
             check_served(found)
             client.execute(command, device=found["name"], **arguments)
         if as_json:

@@ -68,7 +68,13 @@ class _Waiting:
         self._remarked: set[tuple[str, str]] = set()
 
     def run(self, client: Client) -> None:
-        """Return when the goal is reached for all images."""
+        """Return when the goal is reached for all images, those included that have only just come into the folder."""
+        client.execute("x-qedfs-rescan")
+        self._watch(client)
+        if not self.images:
+            remark(f"{self._mountpoint}: has no overlays, so there is nothing to wait for")
+
+    def _watch(self, client: Client) -> None:
         terminal = console(stderr=True)
         if not terminal.is_terminal:
             self._wait(client, self._remark_held)
@@ -77,12 +83,19 @@ class _Waiting:
             self._wait(client, lambda: screen.show(bar_lines(self.images, screen.width, screen.height, screen.signs)))
 
     def _wait(self, client: Client, show: Callable[[], None]) -> None:
-        while not self._reached(client):
+        while not self._reached_by_all(client):
             show()
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
             client.event(min(left, POLL_SECONDS))
+
+    def _reached_by_all(self, client: Client) -> bool:
+        if not self._reached(client):
+            return False
+        # The server looks for new overlays once a second: one may lie in the folder that it has not seen.
+        client.execute("x-qedfs-rescan")
+        return self._reached(client)
 
     def _reached(self, client: Client) -> bool:
         self.images = fetch(client, self._image, self._mountpoint)

@@ -11,6 +11,7 @@ from qedfs.control.faults import QmpError
 from qedfs.control.jobs import device_name
 from qedfs.control.port import ServedImage
 from qedfs.control.state import Request
+from qedfs.control.status import SETTLING
 from qedfs.image import Image
 from qedfs.stream.job import StreamJob
 
@@ -27,7 +28,7 @@ def find_served(request: Request, device: str) -> tuple[ServedImage, Image, Stre
     for served in request.control.mount.everything():
         if device in (served.name, device_name(served)):
             if served.image is None or served.job is None:
-                raise QmpError(f"Device '{device}' cannot be served: {served.error}")
+                raise QmpError(f"Device '{device}' cannot be served: {served.error or SETTLING}")
             return served, served.image, served.job
     raise QmpError(f"Cannot find device='{device}' nor node-name='{device}'")
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from qedfs import __version__
 from qedfs.control.port import Mounted, ServedImage
-from qedfs.control.status import BROKEN
+from qedfs.control.status import BROKEN, state_of
 from qedfs.errors import Reason
 from qedfs.fetch import Fetch
 from qedfs.histogram import BOUNDS
@@ -99,7 +99,7 @@ class MountCollector(Collector):
 def _states(everything: Sequence[ServedImage]) -> Metric:
     metric = GaugeMetricFamily("qedfs_image_state", "1 for the state that it is in.", labels=["image", "state"])
     for found in everything:
-        now = BROKEN if found.job is None else str(found.job.state)
+        now = state_of(found)
         for state in STATES:
             metric.add_metric([found.name, state], state == now)
     return metric

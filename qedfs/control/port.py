@@ -12,7 +12,10 @@ from qedfs.stream.job import StreamJob
 
 
 class ServedImage(Protocol):
-    """One overlay of the mount. `image` and `job` are None, and `error` says why, if it cannot be served."""
+    """One overlay of the mount. `image` and `job` are None, and `error` says why, if it cannot be served.
+
+    Without an error as well it has only just appeared, and will be opened once it has come to rest.
+    """
 
     @property
     def name(self) -> str:
@@ -62,7 +65,7 @@ class Mounted(Protocol):
         ...
 
     async def rescan(self) -> None:
-        """Look into the folder again."""
+        """Look into the folder again. Raises QedfsError."""
         ...
 
     def quit(self) -> None:

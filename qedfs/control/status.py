@@ -15,6 +15,7 @@ from qedfs.image import Image
 from qedfs.stream.job import State, StreamJob
 
 BROKEN = "broken"  # the state of an overlay that cannot be served
+SETTLING = "the overlay is new and may still be being copied into the folder"
 
 
 def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict[str, Any]:
@@ -28,10 +29,10 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
 
 
 def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
-    """One image, served or broken."""
+    """One image, served or not."""
     image, job = served.image, served.job
     if image is None or job is None:
-        return _broken_status(served)
+        return _unserved_status(served)
     left = job.total - job.populated
     running = job.state is State.RUNNING and image.overlay.clusters.missing is not None
     eta = rate.seconds_for(left) if rate and running else None
@@ -40,6 +41,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "overlay": served.path,
         "size": image.size,
         "backing": None if image.complete or image.fetch is None else str(image.fetch.remote.location),
+        "served": True,
         "state": str(job.state),
         "reason": job.reason or None,
         "populated": job.populated,
@@ -57,15 +59,23 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     }
 
 
-def _broken_status(served: ServedImage) -> dict[str, Any]:
+def state_of(served: ServedImage) -> str:
+    """The state of an overlay, served or not."""
+    if served.job is not None:
+        return str(served.job.state)
+    return str(State.WAITING) if served.error is None else BROKEN
+
+
+def _unserved_status(served: ServedImage) -> dict[str, Any]:
     error = served.error
     return {
         "name": served.name,
         "overlay": served.path,
         "size": 0,
         "backing": None,
-        "state": BROKEN,
-        "reason": None,
+        "served": False,
+        "state": state_of(served),
+        "reason": SETTLING if error is None else None,
         "populated": 0,
         "total": 0,
         "rate": 0,

@@ -76,7 +76,7 @@ class Mount:
 
     async def rescan(self) -> None:
         """Look into the folder again."""
-        await self.folder.scan()
+        await self.folder.look()
 
     def quit(self) -> None:
         """Begin to stop."""
@@ -169,7 +169,7 @@ async def _quit_when_streamed(mount: Mount) -> None:
     while True:
         served = mount.folder.everything()
         jobs = [one.job for one in served if one.job is not None]
-        if all(job.state in done for job in jobs) and not any(one.opens for one in served):
+        if all(job.state in done for job in jobs) and not any(one.opens or one.settling for one in served):
             failures = [one.error for one in served if one.image is None] + [job.error for job in jobs]
             mount.failure = next((error for error in failures if error is not None), None)
             mount.quit()

@@ -56,7 +56,10 @@ class Options:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Served:
-    """One overlay file that was found. `image` is None, and `error` says why, if it cannot be served."""
+    """One overlay file that was found. `image` is None, and `error` says why, if it cannot be served.
+
+    Neither is there while the file is settling: it may still be being copied into the folder.
+    """
 
     name: str
     path: str
@@ -69,6 +72,11 @@ class Served:
     gone: bool = False  # the overlay has left the folder
     status: Callable[[], os.stat_result] | None = None
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+
+    @property
+    def settling(self) -> bool:
+        """Whether it is listed, so that nobody takes it for absent, but not looked into yet."""
+        return self.image is None and self.error is None
 
 
 class Folder:
@@ -161,6 +169,19 @@ class Folder:
     def _any_broken(self) -> bool:
         return any(served.image is None for served in self._by_path.values())
 
+    async def look(self) -> None:
+        """Look again, changed or not; a single overlay is all that there can be.
+
+        Raises:
+            QedfsError: the folder cannot be read.
+        """
+        if self._single:
+            return
+        try:
+            await self.scan()
+        except OSError as exc:
+            raise QedfsError(f"{self.source}: cannot be looked into: {exc.strerror}") from exc
+
     async def scan(self) -> None:
         """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
         async with self._scanning:
@@ -184,7 +205,7 @@ class Folder:
         """Take notice of one file; returns the image if one can be served now that could not before."""
         seen = (status.st_ino, status.st_size, status.st_ctime_ns)
         known = self._by_path.get(path)
-        if known is not None:
+        if known is not None and not known.settling:
             replaced = known.image is not None and known.seen[0] != status.st_ino
             retry = known.image is None and (known.seen != seen or isinstance(known.error, InUse))
             if not replaced and not retry:
@@ -194,6 +215,7 @@ class Folder:
             # A broken one stays in the list until `_add` knows better, so that `status` never lacks it.
         elif self._scanned_before and 0 <= _age(status) < SETTLE_SECONDS:
             self._scanned_mtime = -1  # and look again
+            self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), seen)
             return None
         return await self._add(path, seen, known.error if known else None)
 
@@ -213,7 +235,7 @@ class Folder:
 
     async def _add(self, path: str, seen: tuple[int, int, int], before: QedfsError | None) -> Served | None:
         """Open an overlay. `before`: why it could not be opened the last time, which the log has."""
-        name = os.path.basename(path).removesuffix(SUFFIX) + ".raw"
+        name = _image_name(path)
         served = Served(name, path, next(self._inodes), seen)
         try:
             await self._serve(served)
@@ -359,6 +381,10 @@ class Folder:
             await remote.aclose()
         os.close(self._fd)
         return failures
+
+
+def _image_name(path: str) -> str:
+    return os.path.basename(path).removesuffix(SUFFIX) + ".raw"
 
 
 async def _closed(served: Served) -> QedfsError | None:

@@ -73,7 +73,7 @@ def status_line(images: Sequence[ServedImage]) -> str:
     total = sum(job.total for job in jobs)
     percent = 100 * sum(job.populated for job in jobs) // total if total else 100
     complete = sum(job.state is State.COMPLETE for job in jobs)
-    broken = len(images) - len(jobs)
+    broken = sum(image.error is not None for image in images if image.job is None)
     note = f", {broken} not served" if broken else ""
     return f"{complete} of {len(images)} images complete, {percent}% local{note}"
 

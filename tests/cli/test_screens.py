@@ -75,6 +75,7 @@ def test_long_lists_of_names_end_in_a_number() -> None:
 def image(name: str, state: str = "running", populated: int = GIB, **more: Any) -> dict[str, Any]:
     """One image of a status."""
     image = {"name": f"{name}.raw", "overlay": f"/srv/{name}.qed", "state": state, "populated": populated}
+    image["served"] = state != "broken"
     return {**image, "total": 4 * GIB, "rate": 0, "eta_seconds": None, "error": None, "reason": None, **more}
 
 

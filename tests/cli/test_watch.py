@@ -72,6 +72,25 @@ def test_wait_until_complete(overlay: Path, mountpoint: Path) -> None:
     assert json.loads(qedfs("info", overlay, "--json").stdout)["complete"]
 
 
+@pytest.mark.parametrize("name", [(), ("new",)])
+def test_wait_knows_an_overlay_that_has_just_come(
+    web: Nginx, overlay: Path, folder: Path, mountpoint: Path, name: tuple[str, ...]
+) -> None:
+    with daemon(folder, mountpoint):
+        qedfs("wait", mountpoint, "--timeout", "50s")
+        qedfs("create", folder / "new.qed", "--backing", f"{web.url}/disk.img")
+        qedfs("wait", mountpoint, *name, "--timeout", "50s")
+        assert json.loads(qedfs("status", mountpoint, "--json").stdout)["images"][1]["state"] == "complete"
+        qedfs("umount", mountpoint)
+    assert json.loads(qedfs("info", folder / "new.qed", "--json").stdout)["complete"]
+
+
+def test_wait_says_that_there_is_nothing_to_wait_for(folder: Path, mountpoint: Path) -> None:
+    with daemon(folder, mountpoint):
+        assert "has no overlays" in qedfs("wait", mountpoint).stderr
+        qedfs("umount", mountpoint)
+
+
 def test_wait_gives_up_in_time(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--no-stream"):
         done = qedfs("wait", mountpoint, "--timeout", "200ms", check=False)

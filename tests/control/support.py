@@ -131,7 +131,8 @@ class FakeMount:
         self.nursery.start_soon(job.run)
         return served
 
-    def add_broken(self, name: str, error: QedfsError) -> None:
+    def add_broken(self, name: str, error: QedfsError | None) -> None:
+        """An overlay that is not served: without an error, not yet."""
         self.served.append(Served(f"{name}.raw", str(self.folder / f"{name}.qed"), error=error))
 
 

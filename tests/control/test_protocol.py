@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from qedfs.control.metrics import exposition
 from qedfs.errors import SourceError
 
 from .support import CLUSTER, MemorySource, controlled, talking
@@ -165,6 +166,16 @@ async def test_images_are_block_nodes(tmp_path: Path) -> None:
     assert disk["image"]["backing-filename-format"] == "raw"
     assert "secret" not in json.dumps(nodes)
     assert "backing_file" not in nodes["alone"]
+
+
+async def test_an_overlay_that_has_just_come_is_waited_for(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        mount.add_broken("new", None)
+        (new,) = (await talk.get("x-qedfs-status"))["images"]
+        assert (new["name"], new["served"], new["state"], new["error"]) == ("new.raw", False, "waiting", None)
+        assert "may still be being copied" in new["reason"]
+        assert (await talk.error("x-qedfs-pause", device="new"))[1] == f"Device 'new' cannot be served: {new['reason']}"
+        assert b'qedfs_image_state{image="new.raw",state="waiting"} 1.0' in exposition(mount)
 
 
 async def test_status_names_all_images_and_no_secret(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""`--until-streamed` when an overlay can never become complete: it ends all the same, and says so."""
+"""When `--until-streamed` ends: not before the last overlay is complete, and also if one can never become so."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.harness.mounts import qedfs
-from tests.mount.support import create, origin
+from qedfs.control.client import Client
+from tests.harness.mounts import mounted, qedfs
+from tests.mount.support import assert_whole, create, opened, origin
 
 
 def test_a_failed_stream_ends_it_with_the_exit_code_of_the_failure(tmp_path: Path) -> None:
@@ -31,3 +32,18 @@ def test_a_broken_overlay_ends_it_with_the_exit_code_of_a_bad_overlay(tmp_path: 
         done = qedfs("mount", overlays, tmp_path / "mnt", "--until-streamed", check=False)
     assert done.returncode == 3
     assert "text.qed" in done.stderr.splitlines()[-1]
+
+
+def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    with origin(tmp_path) as source:
+        create(overlays / "first.qed", source.url)
+        with mounted(overlays, tmp_path / "mnt", "--until-streamed") as mount:
+            with opened(mount.path("first.raw")), Client.connect(str(mount.mountpoint)) as client:
+                mount.wait("first")
+                create(overlays / "second.qed", source.url)
+                client.execute("x-qedfs-rescan")
+                assert mount.image("second.raw")["served"] is False
+            assert mount.wait_exit() == 0
+        assert_whole(overlays / "second.qed", source.raw)

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from qedfs.errors import BadOverlay
 from qedfs.mount.notify import Notifier, status_line
 from qedfs.stream.job import State
 from tests.harness.mounts import mounted, qedfs
@@ -104,10 +105,11 @@ def test_a_socket_that_cannot_be_used_costs_nothing(address: str) -> None:
 
 
 def test_the_status_line() -> None:
-    broken = SimpleNamespace(job=None)
+    broken = SimpleNamespace(job=None, error=BadOverlay("no overlay"))
+    settling = SimpleNamespace(job=None, error=None)
     assert status_line([]) == "0 of 0 images complete, 100% local"
-    assert status_line([_image(100, State.COMPLETE), _image(99), broken]) == (
-        "1 of 3 images complete, 99% local, 1 not served"
+    assert status_line([_image(100, State.COMPLETE), _image(99), broken, settling]) == (
+        "1 of 4 images complete, 99% local, 1 not served"
     )
 
 
