@@ -22,7 +22,7 @@ import trio
 
 import qedfs.overlay.clustermap as clustermap_module
 import qedfs.overlay.overlay as overlay_module
-from qedfs.errors import NoSpace
+from qedfs.errors import NoSpace, QedfsError
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
@@ -95,7 +95,7 @@ class History:
     model: SectorModel
     pinned_at: float = float("inf")  # position from which on the pin must be there
     detached_at: float = float("inf")
-    misreads: list[str] = dataclasses.field(default_factory=list)  # what a reader beside the writers saw
+    misreads: list[str] = dataclasses.field(default_factory=list)  # what was wrong before any crash
 
 
 def fresh_image(geometry: Geometry, backing: str | None = BACKING_NAME) -> bytes:
@@ -125,10 +125,13 @@ def dirty_image(geometry: Geometry) -> bytes:
 
 
 async def run(scenario: Scenario) -> History:
-    """Run a scenario to its end."""
+    """Run a scenario to its end, or to the first error that no full disk explains."""
     history = _history(scenario)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        await _all_of_it(Actors(history, random.Random(scenario.seed + 1), Path(folder)))
+        try:
+            await _all_of_it(Actors(history, random.Random(scenario.seed + 1), Path(folder)))
+        except* QedfsError as group:
+            history.misreads.append(f"it met an error while it ran: {group.exceptions[0]!r}")
     return history
 
 
