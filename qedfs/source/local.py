@@ -1,25 +1,20 @@
-"""A raw file on this machine as a source. Owns its descriptor; whether it may be opened is the policy's matter."""
+"""A raw file on this machine as a source. Owns its descriptor; what may be opened is the policy's matter."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
-
-import trio
+from collections.abc import Sequence
+from typing import Self
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.base import Extent, Identity
+from qedfs.source.path import Held, in_thread
+from qedfs.source.policy import Policy
 from qedfs.source.url import Location
 
-T = TypeVar("T")
-THREADS = 16
-
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # what may be there again in a moment
-
-_limiter: trio.CapacityLimiter | None = None
 
 
 class LocalSource:
@@ -32,20 +27,22 @@ class LocalSource:
         self.received = 0
 
     @classmethod
-    async def open(cls, location: Location) -> Self:
+    async def open(cls, location: Location, policy: Policy) -> Self:
         """Open the file.
 
         Raises:
+            Refused: `policy` does not allow the file that the path leads to.
             SourceUnreachable: there is no descriptor for it now.
             SourceError: it is not there, or neither a file nor a block device.
         """
-        return await in_thread(lambda: cls._open(location))
+        return await in_thread(lambda: cls._open(location, policy))
 
     @classmethod
-    def _open(cls, location: Location) -> Self:
+    def _open(cls, location: Location, policy: Policy) -> Self:
         try:
-            # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
-            fd = os.open(location.path or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            with Held(location, policy) as held:
+                # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
+                fd = os.open(held.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
             kind = SourceUnreachable if exc.errno in _SHORT else SourceError
             raise kind(f"backing {location}: {exc.strerror}") from exc
@@ -122,18 +119,6 @@ class LocalSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a call that may wait for a disk, or for ever for a dead file server.
-
-    Such a thread is abandoned at the deadline, and it takes its place from nobody but other local sources. Never on the
-    event loop: the path may lead into a mount of our own, which would wait for us.
-    """
-    global _limiter
-    if _limiter is None:
-        _limiter = trio.CapacityLimiter(THREADS)
-    return await trio.to_thread.run_sync(function, limiter=_limiter, abandon_on_cancel=True)
 
 
 def _modified(status: os.stat_result) -> str | None:

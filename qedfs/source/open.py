@@ -7,8 +7,9 @@ import trio
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Source
 from qedfs.source.http import HttpSource
-from qedfs.source.local import LocalSource, in_thread
+from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
+from qedfs.source.path import in_thread
 from qedfs.source.policy import Policy
 from qedfs.source.qcow2 import Qcow2Source
 from qedfs.source.qcow2.format import MAGIC
@@ -37,7 +38,8 @@ def remote_source(
     refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with `raw` unset,
     a backing in another one is a SourceError when it connects.
 
-    The place is judged by the policy when it is opened (`allowed`), addresses when they are connected to.
+    The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
+    or address, is judged again before it is used.
     """
 
     async def connect() -> Source:
@@ -56,7 +58,7 @@ def remote_source(
             return await HttpSource.open(location, policy, nursery)
         if location.kind == "nbd":
             return await NbdSource.open(location, policy, nursery)
-        return await LocalSource.open(location)
+        return await LocalSource.open(location, policy)
 
     return Remote(location, connect, deadline_seconds=deadline_seconds)
 

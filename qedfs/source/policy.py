@@ -5,8 +5,8 @@ link-local ones and others where clouds serve credentials; no local path and no 
 from a public address to a private or loopback one, nor from https to http. As soon as one prefix is allowed, nothing
 outside the prefixes is opened (what a service that mounts other people's overlays wants).
 
-Pure: the callers resolve names and connect, and ask here with the address that they are about to use, so that a
-name which resolves differently the second time gains nothing.
+Opens and connects nothing: the callers do, and ask here with the address or the file that they are about to use, so
+that a name which leads elsewhere the second time gains nothing.
 """
 
 from __future__ import annotations
@@ -58,16 +58,25 @@ class Policy:
     prefixes: tuple[str, ...] = ()
 
     def check_location(self, location: Location) -> None:
-        """Raise Refused unless a backing may be at this place at all."""
-        if self.prefixes:
-            if not any(_covers(prefix, location) for prefix in self.prefixes):
+        """Raise Refused unless a backing may be at this place at all. Links on the way to a local path are followed."""
+        if location.path is None:
+            if self.prefixes and not any(_covers(prefix, location) for prefix in self.prefixes):
                 raise Refused(f"backing {location} is outside every --allow-backing prefix")
             return
-        if location.path is not None:
+        if not self.prefixes:
             what = "the Unix socket" if location.kind == "nbd" else "the local file"
             raise Refused(
                 f"backing {location} names {what} {location.path}; --allow-backing {location.path} would allow it"
             )
+        self.check_path(os.path.realpath(location.path), location)
+
+    def check_path(self, path: str, location: Location) -> None:
+        """Raise Refused unless what is at `path`, which holds no links, may be the backing at `location`.
+
+        Who opens or connects asks this about what was found: the name may lead elsewhere than a moment before.
+        """
+        if not any(_holds(prefix, path) for prefix in self.prefixes):
+            raise Refused(f"backing {location} is outside every --allow-backing prefix")
 
     def check_address(self, address: str, location: Location, *, redirected_from: str | None = None) -> None:
         """Raise Refused unless a connection to this numeric address may be made for `location`.
@@ -110,11 +119,12 @@ def _is_inner_server(server: str) -> bool:
         return False
 
 
+def _holds(prefix: str, path: str) -> bool:
+    folder = os.path.realpath(prefix)
+    return prefix.startswith("/") and (path == folder or path.startswith(folder.rstrip("/") + "/"))
+
+
 def _covers(prefix: str, location: Location) -> bool:
-    if location.path is not None:
-        folder = os.path.realpath(prefix)
-        path = os.path.realpath(location.path)
-        return prefix.startswith("/") and (path == folder or path.startswith(folder.rstrip("/") + "/"))
     try:
         allowed = parse_location(prefix)
     except UsageError:

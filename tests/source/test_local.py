@@ -11,11 +11,12 @@ import pytest
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.local import LocalSource
+from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 
 
 async def opened(path: Path) -> LocalSource:
-    return await LocalSource.open(parse_location(str(path)))
+    return await LocalSource.open(parse_location(str(path)), Policy((str(path.parent),)))
 
 
 async def read(source: LocalSource, pos: int, size: int) -> bytes:

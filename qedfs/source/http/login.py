@@ -13,7 +13,7 @@ import os
 
 from qedfs.errors import SourceError
 from qedfs.source.http.target import Target
-from qedfs.source.local import in_thread
+from qedfs.source.path import in_thread
 
 
 async def with_login(target: Target) -> Target:

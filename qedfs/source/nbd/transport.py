@@ -17,6 +17,7 @@ from typing import Protocol
 import trio
 
 from qedfs.source.nbd.reply import Replies
+from qedfs.source.path import Held, in_thread
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
 
@@ -137,12 +138,12 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
     """Connect to the server of `location` within `seconds`, trying its addresses in turn.
 
     Raises:
-        Refused: an address of the server is one that `policy` does not allow.
+        Refused: `policy` does not allow an address of the server, or the socket that the path leads to.
         OSError, trio.TooSlowError: no address answered.
     """
     if location.path is not None:
-        with trio.fail_after(seconds):
-            return await _connect_to(socket.AF_UNIX, location.path)
+        with trio.fail_after(seconds), await in_thread(lambda: Held(location, policy)) as held:
+            return await _connect_to(socket.AF_UNIX, held.path)
     give_up_at = trio.current_time() + seconds
     with trio.fail_after(seconds):
         found = await trio.socket.getaddrinfo(location.host, location.port, type=socket.SOCK_STREAM)

@@ -14,6 +14,7 @@ from qedfs.source.url import parse_location
 from tests.fakes.nbd_server import FakeNbd
 
 MiB = 1024 * 1024
+ANY_SOCKET = Policy(("/",))
 
 
 def sparse_content(size: int, *, seed: int = 1) -> bytes:
@@ -38,7 +39,7 @@ async def opened(url: str) -> AsyncIterator[NbdSource]:
     """Open the source at `url`. That its nursery ends after `aclose` is part of what every test asserts."""
     async with trio.open_nursery() as nursery:
         try:
-            source = await NbdSource.open(parse_location(url), Policy(), nursery)
+            source = await NbdSource.open(parse_location(url), ANY_SOCKET, nursery)
         except BaseException:
             nursery.cancel_scope.cancel()
             raise

@@ -11,11 +11,10 @@ import trio
 
 from qedfs.errors import SourceError, SourceUnreachable
 from qedfs.source.nbd.client import NbdSource
-from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 from tests.harness.servers import Server, nbdkit, qemu_nbd
 from tests.harness.tls import Certificate, certificate
-from tests.source.nbd.support import MiB, opened, read, sparse_content
+from tests.source.nbd.support import ANY_SOCKET, MiB, opened, read, sparse_content
 
 CONTENT = sparse_content(4 * MiB)
 
@@ -46,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 async def _error(url: str) -> SourceError:
     async with trio.open_nursery() as nursery:
         with pytest.raises(SourceError) as caught:
-            await NbdSource.open(parse_location(url), Policy(), nursery)
+            await NbdSource.open(parse_location(url), ANY_SOCKET, nursery)
     return caught.value
 
 
