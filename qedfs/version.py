@@ -101,7 +101,7 @@ class SourceVersion:
             await self._start_over_or_refuse(difference)
         # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
         if overlay.writable:
-            await overlay.store_record(dataclasses.replace(overlay.record, pin=found))
+            await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
         return identity
 
     async def _start_over_or_refuse(self, difference: str) -> None:

@@ -64,7 +64,7 @@ async def test_reads_of_another_version_hold_nothing(autojump_clock: trio.testin
     async with served(FakeSource(CONTENT)) as image:
         await image.write(0, b"g" * CLUSTER)
         pin = Pin(digest("http://fake/disk.raw"), len(CONTENT), '"v0"')
-        await image.overlay.store_record(dataclasses.replace(image.overlay.record, pin=pin))
+        await image.overlay.change_record(lambda record: dataclasses.replace(record, pin=pin))
         with pytest.raises(SourceChanged):
             await image.read(CLUSTER, CLUSTER)
         await same_each_time(lambda: image.read(CLUSTER, CLUSTER))

@@ -23,7 +23,8 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -47,6 +48,8 @@ from qedfs.overlay.session import Session, read_header, read_record, replayable
 from qedfs.overlay.space import Space
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
 
+Change = Callable[[Record], Record]
+
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
 ZEROS_AT_ONCE = 2048  # clusters: 2 ms on the event loop
@@ -65,7 +68,7 @@ class Overlay:
         self.committer = Committer(storage, session.header, clusters, journal)
         self._session = session
         self._session_lock = trio.Lock()
-        self._record = session.record
+        self._changes: list[Change] = []  # of the record, that are being stored or wait for it
         session.barrier = self.committer.barrier
         self._journal = journal
         self._claims = Claims(clusters)
@@ -114,7 +117,6 @@ class Overlay:
         self.clusters.file_end = allocate_from
         self._replay(self._left_behind(folder))
         session = self._session.begin()
-        self._record = self._session.record
         if folder and name and session:
             try:
                 self._journal = Journal.create(folder, f"{name}-{session}", session)
@@ -168,8 +170,8 @@ class Overlay:
 
     @property
     def record(self) -> Record:
-        """What qedfs remembers in this overlay, including what is being stored: the next change builds on it."""
-        return self._record
+        """What qedfs remembers in this overlay, including what is being stored."""
+        return functools.reduce(lambda record, change: change(record), self._changes, self._session.record)
 
     @property
     def probes_backing(self) -> bool:
@@ -186,17 +188,16 @@ class Overlay:
         """Whether the pin outlives this session."""
         return self._session.has_room
 
-    async def store_record(self, record: Record) -> None:
-        """Make the overlay remember this, durably. Calls take effect in order; errors leave the record before."""
+    async def change_record(self, change: Change) -> None:
+        """Make the overlay remember this too, durably. Calls take effect in order; an error undoes this change only."""
         self._check_writable()
-        self._record = record
+        self._changes.append(change)
         try:
             async with self._session_lock:
-                await self.storage.in_thread(lambda: self._session.store(record))
-        except BaseException:
-            if self._record is record:
-                self._record = self._session.record
-            raise
+                self._check_writable()  # the barrier of the change before may have failed
+                await self.storage.in_thread(lambda: self._session.store(change(self._session.record)))
+        finally:
+            self._changes.remove(change)
 
     # Read.
 
@@ -456,8 +457,8 @@ class Overlay:
         self._check_writable()
         await self.committer.flush()
         async with self._session_lock:
+            self._check_writable()
             await self.storage.in_thread(self._session.detach)
-        self._record = self._session.record
         self.backing = None
 
     async def close(self) -> None:

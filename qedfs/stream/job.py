@@ -358,7 +358,7 @@ class StreamJob:
         self._poke()
         overlay = self.image.overlay
         if overlay.writable and overlay.record.paused != paused:
-            await overlay.store_record(dataclasses.replace(overlay.record, paused=paused))
+            await overlay.change_record(lambda record: dataclasses.replace(record, paused=paused))
 
     def _poke(self) -> None:
         poked, self._poked = self._poked, trio.Event()

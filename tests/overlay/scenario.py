@@ -14,7 +14,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -388,9 +388,9 @@ class Actors:
             await self.pause()
             if self.overlay.backing is None:
                 return
-            record = dataclasses.replace(self.overlay.record, pin=PIN, paused=bool(number % 2))
+            fields = {"pin": PIN, "paused": bool(number % 2)}
             with _full_disk_allowed():
-                await self.overlay.store_record(record)
+                await self.overlay.change_record(partial(dataclasses.replace, **fields))
                 self.history.pinned_at = min(self.history.pinned_at, self._now())
 
     async def detach(self) -> None:

@@ -99,13 +99,13 @@ async def test_waiting_writers_share_barriers() -> None:
     assert overlay.committer.barriers - before <= 3
 
 
-@pytest.mark.parametrize("how", ["commit", "flush", "store_record", "detach"])
+@pytest.mark.parametrize("how", ["commit", "flush", "change_record", "detach"])
 async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
     storage = MemoryStorage(empty().data)
     overlay = await Overlay.open(storage)
     await overlay.adopt(0, bytearray(b"x" * CLUSTER), CLUSTER)
     storage.fail("barrier", QedfsError("cannot sync: Input/output error"))
-    arguments = (overlay.record,) if how == "store_record" else ()
+    arguments = (lambda record: record,) if how == "change_record" else ()
     with pytest.raises(ReadOnlyOverlay, match="Input/output error; it is read-only until it is opened again"):
         await getattr(overlay, how)(*arguments)
     storage.mend()
@@ -116,7 +116,7 @@ async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
         lambda: overlay.write(0, b"y" * 512, no_fill),
         lambda: overlay.adopt(CLUSTER, bytearray(b"y" * CLUSTER), CLUSTER),
         lambda: overlay.adopt_zeros(1, 1),
-        lambda: overlay.store_record(overlay.record),
+        lambda: overlay.change_record(lambda record: record),
         overlay.detach,
         overlay.commit,
         overlay.flush,

@@ -192,7 +192,7 @@ async def test_a_write_by_qemu_voids_the_journal_and_keeps_the_pin(qemu: Qemu, b
     journals.mkdir()
     path = qemu.make("a.qed", SIZE)
     overlay = await open_overlay(path, writable=True, journal_folder=journals)
-    await overlay.store_record(dataclasses.replace(overlay.record, pin=PIN))
+    await overlay.change_record(lambda record: dataclasses.replace(record, pin=PIN))
     await overlay.write(0, b"k" * 65536, fill_from(overlay, base))
     overlay.storage.close()  # as SIGKILL leaves it: entries in the journal only
     assert list(journals.iterdir())

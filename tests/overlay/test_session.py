@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import trio
 
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import UNTOUCHED
-from qedfs.format.record import Pin
+from qedfs.format.record import Pin, Record
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage
@@ -19,22 +21,78 @@ PIN = Pin("0" * 32, 4096, etag='"e"')
 
 
 async def test_two_changes_at_once_do_not_lose_one_another() -> None:
-    """Each is made from `overlay.record`: the second has to build on the first, although that is not durable yet."""
     for seed in range(20):
         storage = MemoryStorage(empty().data, seed=seed)
         overlay = await Overlay.open(storage)
-
-        async def pin(overlay: Overlay = overlay) -> None:
-            await overlay.store_record(dataclasses.replace(overlay.record, pin=PIN))
-
-        async def pause(overlay: Overlay = overlay) -> None:
-            await overlay.store_record(dataclasses.replace(overlay.record, paused=True))
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(pin)
-            nursery.start_soon(pause)
-        again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
-        assert (again.record.pin, again.record.paused) == (PIN, True)
+            nursery.start_soon(overlay.change_record, pinned)
+            nursery.start_soon(overlay.change_record, paused)
+        assert await stored(storage) == (PIN, True)
+
+
+def pinned(record: Record) -> Record:
+    return dataclasses.replace(record, pin=PIN)
+
+
+def paused(record: Record) -> Record:
+    return dataclasses.replace(record, paused=True)
+
+
+async def stored(storage: MemoryStorage) -> tuple[Pin | None, bool]:
+    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    return again.record.pin, again.record.paused
+
+
+class Attempt:
+    """A change of the record, and what became of it."""
+
+    def __init__(self, overlay: Overlay, change: Callable[[Record], Record]) -> None:
+        self.error: QedfsError | None = None
+        self._overlay = overlay
+        self._change = change
+
+    async def run(self) -> None:
+        try:
+            await self._overlay.change_record(self._change)
+        except QedfsError as exc:
+            self.error = exc
+
+
+async def one_behind_the_other(storage: MemoryStorage) -> tuple[Overlay, Attempt, Attempt]:
+    """A pin, and a pause that waits for it to be stored."""
+    overlay = await Overlay.open(storage)
+    first, second = Attempt(overlay, pinned), Attempt(overlay, paused)
+    async with trio.open_nursery() as nursery, overlay._session_lock:
+        nursery.start_soon(first.run)
+        while overlay.record.pin is None:
+            await trio.lowlevel.checkpoint()
+        nursery.start_soon(second.run)
+        while not overlay.record.paused:
+            await trio.lowlevel.checkpoint()
+        assert overlay.record.pin == PIN
+    return overlay, first, second
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_change_that_failed_is_not_stored_by_the_next_one(seed: int) -> None:
+    storage = MemoryStorage(empty().data, seed=seed)
+    storage.fail("write", NoSpace("full"), nth=3)  # behind the record and the header of the open
+    overlay, first, second = await one_behind_the_other(storage)
+    assert isinstance(first.error, NoSpace)
+    assert second.error is None
+    assert (overlay.record.pin, overlay.record.paused) == (None, True)
+    assert await stored(storage) == (None, True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_change_behind_a_failed_barrier_is_refused(seed: int) -> None:
+    storage = MemoryStorage(empty().data, seed=seed)
+    storage.fail("barrier", QedfsError("cannot sync"), nth=2)
+    overlay, first, second = await one_behind_the_other(storage)
+    assert isinstance(first.error, ReadOnlyOverlay)
+    assert isinstance(second.error, ReadOnlyOverlay)
+    assert overlay.record.pin is None
+    assert not overlay.record.paused
 
 
 @pytest.mark.parametrize("bits", [4, UNTOUCHED, UNTOUCHED | 4])
