@@ -12,6 +12,8 @@ Concurrency protocol
 - A flight is a task of the nursery, not of the reader who asked first: a reader that is killed ends nobody's flight.
 - Look-up and registration of flights happen without an await in between.
 - A flight's buffer goes back to the free ones when it has no readers and no takers left (`Flight.holders`).
+- A flight of the background may live for minutes, on a slow link or because its answer got lost. A reader that finds it
+  late (`_late_at`) asks for its own bytes beside it, urgently; the first answer wins, and only the flight is kept.
 
 Order: a reader's request leaves at once. Background requests leave while fewer than `Window.bytes` are in flight; while
 readers wait, and for a moment after, only one small one at a time. The moment grows back to the full window step by
@@ -36,6 +38,12 @@ from qedfs.window import MIN_REQUEST_BYTES, Window
 
 log = logging.getLogger(__name__)
 
+# A flight of the background is late after the longest of these: so many seconds, round trips, or times of what was to
+# cross the link until it had come. A reader waits for a part of its deadline at the most.
+LATE_SECONDS = 1.0
+LATE_ROUND_TRIPS = 4.0
+LATE_TRANSFERS = 4.0
+LATE_DEADLINES = 1 / 3
 QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
 # A source faster than the disk of the overlay: beyond this, readers get their bytes and nothing is kept.
 MOST_HELD_BYTES = 192 << 20
@@ -109,7 +117,7 @@ class Fetch:
             for pos, view, flights in joined:
                 done = 0
                 for flight in flights:
-                    done += await flight.copy_to(pos + done, view[done:])
+                    done += await self._copy(flight, pos + done, view[done:], source_size)
         finally:
             for _, _, flights in joined:
                 for flight in flights:
@@ -119,6 +127,38 @@ class Fetch:
         first = pos // self.cluster_size
         last = (pos + size - 1) // self.cluster_size
         return self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
+
+    async def _copy(self, flight: Flight, pos: int, view: memoryview, source_size: int) -> int:
+        """As `Flight.copy_to`; the bytes are fetched beside the flight if it belongs to the background and is late."""
+        if flight.urgent or await flight.arrives(self._late_at(flight)):
+            return await flight.copy_to(pos, view)
+        flight.overdue = True
+        count = min(len(view), flight.pos + flight.size - pos)
+        with trio.CancelScope() as race:
+            flight.rivals.append(race)
+            await self._read_alone(pos, view[:count], source_size)
+            return count
+        return await flight.copy_to(pos, view)
+
+    def _late_at(self, flight: Flight) -> float:
+        """When a reader that comes now gives a flight of the background up."""
+        now, window = trio.current_time(), self.window
+        most = now + LATE_DEADLINES * self.remote.deadline_seconds
+        if flight.overdue:
+            return now
+        if not window.rate:
+            return most
+        transfer = (flight.behind + flight.size) / window.rate
+        usual = max(LATE_SECONDS, LATE_ROUND_TRIPS * window.round_trip, LATE_TRANSFERS * transfer)
+        return min(flight.since + usual, most)
+
+    async def _read_alone(self, pos: int, view: memoryview, source_size: int) -> None:
+        """Fetch bytes for one reader, and nobody else."""
+        wanted = max(0, min(len(view), source_size - pos))
+        if wanted:
+            await self.remote.read(pos, view[:wanted], urgent=True)
+        view[wanted:] = bytes(len(view) - wanted)
+        self.fetched_bytes += wanted
 
     # For the background: read-ahead and stream.
 
@@ -239,7 +279,7 @@ class Fetch:
         """One request from start to the last adoption. `wanted` bytes are inside the source, the rest is zeros."""
         try:
             await self._bring(flight, wanted)
-            flight.arrived.set()
+            flight.arrive()
             if flight.error is None:
                 await self._hand_out(flight)
             else:
@@ -251,7 +291,7 @@ class Fetch:
             if not flight.arrived.is_set():
                 # Without an error the readers, who need not be cancelled with us, would take its zeros for the bytes.
                 flight.error = flight.error or SourceUnreachable(f"backing {self.remote.location}: closed")
-                flight.arrived.set()
+                flight.arrive()
             self.held_bytes -= flight.size
             if not flight.urgent:
                 self.background_bytes -= flight.size

@@ -41,7 +41,9 @@ class Flight:
         "first",
         "holders",
         "kept",
+        "overdue",
         "pos",
+        "rivals",
         "since",
         "size",
         "takers",
@@ -61,7 +63,23 @@ class Flight:
         self.asked = False  # somebody wanted it before the stream came there
         self.kept = True  # whether there is room to hold it until takers have adopted it
         self.behind = 0  # bytes that were in flight when it left
+        self.overdue = False  # a reader has waited for it in vain
+        self.rivals: list[trio.CancelScope] = []  # around what readers have asked for beside it
         self.holders = 1
+
+    def arrive(self) -> None:
+        """Wake all who wait: `error` is set, or the bytes are there and what was asked for beside it is not needed."""
+        self.arrived.set()
+        if self.error is None:
+            for rival in self.rivals:
+                rival.cancel()
+
+    async def arrives(self, latest: float) -> bool:
+        """Wait for it until this moment of trio's clock, and say whether it has arrived."""
+        if not self.arrived.is_set():
+            with trio.move_on_at(latest):
+                await self.arrived.wait()
+        return self.arrived.is_set()
 
     async def copy_to(self, pos: int, view: memoryview) -> int:
         """Wait for the bytes and copy those of the image range [pos, pos + len(view)) that this flight carries.
