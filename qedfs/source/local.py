@@ -23,6 +23,7 @@ class LocalSource:
     def __init__(self, fd: int, location: Location, identity: Identity) -> None:
         self._fd = fd
         self._location = location
+        self._path = location.path or ""
         self._identity = identity
         self.received = 0
 
@@ -35,7 +36,7 @@ class LocalSource:
             SourceUnreachable: there is no descriptor for it now.
             SourceError: it is not there, or neither a file nor a block device.
         """
-        return await in_thread(lambda: cls._open(location, policy))
+        return await in_thread(location.path or "", lambda: cls._open(location, policy))
 
     @classmethod
     def _open(cls, location: Location, policy: Policy) -> Self:
@@ -66,7 +67,7 @@ class LocalSource:
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer`. Raises SourceChanged if the file has become shorter or was written to."""
         try:
-            data = await in_thread(lambda: self._read(pos, len(buffer)))
+            data = await in_thread(self._path, lambda: self._read(pos, len(buffer)))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
         if len(data) < len(buffer):
@@ -94,7 +95,7 @@ class LocalSource:
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The holes of the file, as the file system tells them. Raises SourceChanged as `read` does."""
         try:
-            return await in_thread(lambda: self._extents(pos, size))
+            return await in_thread(self._path, lambda: self._extents(pos, size))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
 
@@ -119,6 +120,11 @@ class LocalSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        # An opening that was given up at its deadline may end later, and then nobody has its result.
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 def _modified(status: os.stat_result) -> str | None:

@@ -72,7 +72,7 @@ async def allowed(location: Location, policy: Policy) -> None:
         policy.check_location(location)
         return
     with trio.move_on_after(LOCAL_PATH_SECONDS):
-        await in_thread(lambda: policy.check_location(location))
+        await in_thread(location.path, lambda: policy.check_location(location))
         return
     raise SourceUnreachable(
         f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s", reason=Reason.TIMEOUT

@@ -8,6 +8,7 @@ the file or socket.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Self, TypeVar
 
@@ -17,9 +18,11 @@ from qedfs.source.policy import Policy
 from qedfs.source.url import Location
 
 T = TypeVar("T")
-THREADS = 16
+THREADS = 16  # for each path
 
-_limiter: trio.CapacityLimiter | None = None
+# A limiter lives as long as a thread or a task has it. Not one for all paths: those that wait for one dead server
+# would take every other backing down.
+_limiters: weakref.WeakValueDictionary[str, trio.CapacityLimiter] = weakref.WeakValueDictionary()
 
 
 class Held:
@@ -65,13 +68,11 @@ class Held:
         self.close()
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a call that may wait for a disk, or for ever for a dead file server.
+async def in_thread(path: str, function: Callable[[], T]) -> T:
+    """Run a call that may wait for the disk behind `path`, or for ever for a dead file server.
 
-    Such a thread is abandoned at the deadline, and it takes its place from nobody but other local sources. Never on the
-    event loop: the path may lead into a mount of our own, which would wait for us.
+    Such a thread is abandoned at the deadline and stays until the server is back; it takes its place from nobody but
+    others at the same path. Never on the event loop: a path may lead into a mount of our own, which would wait for us.
     """
-    global _limiter
-    if _limiter is None:
-        _limiter = trio.CapacityLimiter(THREADS)
-    return await trio.to_thread.run_sync(function, limiter=_limiter, abandon_on_cancel=True)
+    limiter = _limiters.setdefault(path, trio.CapacityLimiter(THREADS))
+    return await trio.to_thread.run_sync(function, limiter=limiter, abandon_on_cancel=True)

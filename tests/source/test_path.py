@@ -1,11 +1,14 @@
-"""Between the look at a path and its use somebody puts another thing there: what was judged is what is used."""
+"""Local paths: what was judged is what is used, whatever is put there meanwhile, and a dead server stays alone."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,7 +17,7 @@ from qedfs.errors import Refused
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.open import allowed, remote_source
-from qedfs.source.path import Held
+from qedfs.source.path import THREADS, Held
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
 
@@ -146,3 +149,80 @@ async def test_a_connection_goes_to_the_socket_that_was_judged(
     inside.accept()[0].close()
     with pytest.raises(BlockingIOError):
         outside.accept()
+
+
+class DeadServer:
+    """What would wait for the disk under some paths waits until `revive`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths: set[str] = set()
+        self.waiting = 0
+        self._alive = threading.Event()
+        for name in ("pread", "open"):
+            monkeypatch.setattr(os, name, self._stuck(getattr(os, name)))
+        monkeypatch.setattr(os.path, "realpath", self._stuck(os.path.realpath))
+
+    def _stuck(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(place: str | int, *args: Any, **options: Any) -> Any:
+            if (os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)) in self.paths:
+                self.waiting += 1
+                self._alive.wait()
+            return function(place, *args, **options)
+
+        return call
+
+    def revive(self) -> None:
+        self._alive.set()
+
+
+@pytest.fixture
+def dead_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadServer]:
+    server = DeadServer(monkeypatch)
+    yield server
+    server.revive()
+
+
+async def read(source: LocalSource, size: int) -> bytes:
+    buffer = bytearray(size)
+    await source.read(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+async def test_a_dead_file_server_takes_its_own_backing_only(
+    folder: Path, policy: Policy, nursery: trio.Nursery, dead_server: DeadServer
+) -> None:
+    (folder / "dead").write_bytes(b"gone")
+    healthy, dead = [await LocalSource.open(file_at(folder / name), policy) for name in ("base", "dead")]
+    dead_server.paths.add(str(folder / "dead"))
+    for _ in range(THREADS):
+        nursery.start_soon(read, dead, 4)
+        nursery.start_soon(allowed, file_at(folder / "dead"), policy)
+    with trio.fail_after(4):
+        while dead_server.waiting < THREADS:  # noqa: ASYNC110 - counted in threads
+            await trio.sleep(0.001)
+        assert await read(healthy, 8) == b"harmless"
+        (folder / "later").write_bytes(b"later")
+        await allowed(file_at(folder / "later"), policy)
+        later = await LocalSource.open(file_at(folder / "later"), policy)
+        assert await read(later, 5) == b"later"
+    assert dead_server.waiting == THREADS
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_opening_that_ends_behind_its_deadline_leaves_nothing_open(
+    folder: Path, policy: Policy, dead_server: DeadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def note(_status: os.stat_result) -> None:
+        opened.set()
+
+    monkeypatch.setattr("qedfs.source.local._modified", note)
+    dead_server.paths.add(str(folder / "base"))
+    with trio.move_on_after(0.01):
+        await LocalSource.open(file_at(folder / "base"), policy)
+    assert not opened.is_set()
+    dead_server.revive()
+    with trio.fail_after(4):
+        while not opened.is_set() or is_held(folder / "base"):  # noqa: ASYNC110 - a thread's doing
+            await trio.sleep(0.001)

@@ -15,6 +15,8 @@ from qedfs.errors import SourceError
 from qedfs.source.http.target import Target
 from qedfs.source.path import in_thread
 
+NETRC = "~/.netrc"
+
 
 async def with_login(target: Target) -> Target:
     """The target with what ~/.netrc says about its host, as far as its URL leaves user name or password open.
@@ -27,7 +29,7 @@ async def with_login(target: Target) -> Target:
     """
     if target.password is not None:
         return target
-    found = await in_thread(lambda: _entry(target))
+    found = await in_thread(NETRC, lambda: _entry(target))
     if found is None:
         return target
     user, password = found
@@ -38,7 +40,7 @@ async def with_login(target: Target) -> Target:
 
 def _entry(target: Target) -> tuple[str, str] | None:
     try:
-        hosts = netrc.netrc(os.path.expanduser("~/.netrc")).hosts
+        hosts = netrc.netrc(os.path.expanduser(NETRC)).hosts
     except OSError:
         return None
     except netrc.NetrcParseError as exc:

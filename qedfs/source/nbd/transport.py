@@ -142,7 +142,7 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
         OSError, trio.TooSlowError: no address answered.
     """
     if location.path is not None:
-        with trio.fail_after(seconds), await in_thread(lambda: Held(location, policy)) as held:
+        with trio.fail_after(seconds), await in_thread(location.path, lambda: Held(location, policy)) as held:
             return await _connect_to(socket.AF_UNIX, held.path)
     give_up_at = trio.current_time() + seconds
     with trio.fail_after(seconds):
