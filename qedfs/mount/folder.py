@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import stat
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from qedfs.buffers import Buffers
 from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
+from qedfs.mount.arrival import check_arrived, settling
 from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.open import allowed, remote_source
@@ -35,8 +35,6 @@ from qedfs.stream.job import State, StreamJob
 log = logging.getLogger(__name__)
 
 SUFFIX = ".qed"
-# A file that has changed this recently may still be being copied into the folder.
-SETTLE_SECONDS = 1.0
 PAST_FETCHES = 16
 
 
@@ -213,7 +211,7 @@ class Folder:
             if replaced:
                 await self._remove(known)
             # A broken one stays in the list until `_add` knows better, so that `status` never lacks it.
-        elif self._scanned_before and 0 <= _age(status) < SETTLE_SECONDS:
+        elif self._scanned_before and settling(status):
             self._scanned_mtime = -1  # and look again
             self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), seen)
             return None
@@ -273,6 +271,7 @@ class Folder:
         name = os.path.basename(path)
         if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
+        await check_arrived(path, self._fd, came=self._scanned_before)
         journals = self._options.journal_folder
         try:
             return await open_overlay(
@@ -402,7 +401,3 @@ async def _closed(served: Served) -> QedfsError | None:
         log.exception("%s: cannot be closed", served.name)
         return QedfsError(f"{served.name}: cannot be closed: internal error, see the log")
     return None
-
-
-def _age(status: os.stat_result) -> float:
-    return time.time() - status.st_mtime

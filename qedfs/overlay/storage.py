@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import stat
 import struct
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ THREADS = 12
 # QEMU's image locks (block/file-posix.c): byte 100+i says "I use permission i", 200+i "I do not share it".
 _LOCK_USES, _LOCK_UNSHARED = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
+# File systems whose leases are those of a server (fs/nfs/nfs4proc.c, fs/smb/client/file.c).
+_SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -137,6 +140,24 @@ class FileStorage:
             os.close(fd)
             raise
         return cls(fd, path, writable=writable)
+
+    def open_for_writing(self) -> bool | None:
+        """Whether anybody has the file open for writing; None: nobody can tell. Of a file that is open for reading.
+
+        A read lease is granted only while nobody has (fcntl(2), F_SETLEASE); ours is given back at once. It takes the
+        file's owner or CAP_LEASE, and a file system of this machine: a server may refuse one for reasons of its own.
+        """
+        if filesystem_type(self._fd) in _SERVED_TYPES:
+            return None
+        try:
+            # Who opens the file for writing just now makes the kernel send us a signal: by default SIGIO, which would
+            # end us. SIGURG does nothing (signal(7)).
+            fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as exc:
+            return True if exc.errno == errno.EAGAIN else None
+        return False
 
     def name(self) -> str:
         """The inode: it follows the file through renames and is not shared with a copy in the same file system.

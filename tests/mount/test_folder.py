@@ -153,11 +153,33 @@ def test_an_overlay_that_is_repaired_is_served(tmp_path: Path) -> None:
     with folder_of(tmp_path) as (_, overlays, mount):
         bad = overlays / "bad.qed"
         bad.write_text("not yet")
-        wait_for(lambda: "bad.raw" in [image["name"] for image in mount.status()["images"]], "the broken one")
+        wait_for(lambda: "not a QED image" in _error(mount, "bad.raw"), "the broken one")
         assert mount.image("bad.raw")["state"] == "broken"
         qemu_create(bad, size=MIB)
         wait_for(lambda: mount.image("bad.raw")["state"] == "complete", "a served image")
         assert mount.path("bad.raw").read_bytes() == bytes(MIB)
+
+
+def test_a_copy_that_stalls_is_served_when_it_has_ended(tmp_path: Path) -> None:
+    """As long as `cp` has the file open it is not touched, and `status` says why it is not served."""
+    with folder_of(tmp_path, "--no-stream") as (_, overlays, mount):
+        whole = qemu_create(tmp_path / "whole.qed", size=MIB)
+        qemu_io(whole, "write -P 5 0 1M")
+        data = whole.read_bytes()
+        half = len(data) // 2
+        with (overlays / "copy.qed").open("wb", buffering=0) as copy:
+            copy.write(data[:half])
+            wait_for(lambda: "open for writing" in _error(mount, "copy.raw"), "the copy in the list")
+            assert (mount.image("copy.raw")["state"], mount.image("copy.raw")["exit_code"]) == ("broken", 8)
+            assert (overlays / "copy.qed").read_bytes() == data[:half]
+            copy.write(data[half:])
+        wait_for(mount.path("copy.raw").exists, "the image of the whole copy")
+        assert mount.path("copy.raw").read_bytes() == b"\5" * MIB
+        assert mount.output().count("copy.qed: another program") == 1
+
+
+def _error(mount: Mount, name: str) -> str:
+    return next((image["error"] or "" for image in mount.status()["images"] if image["name"] == name), "")
 
 
 def test_an_overlay_in_use_is_served_once_it_is_free(tmp_path: Path) -> None:
