@@ -46,6 +46,10 @@ CONNECT_SECONDS = 10.0  # for name, connect, TLS and NBD handshake together
 # With requests in flight a reply must end, or PROGRESS_SIZE bytes arrive, in this time, or the connection is dropped.
 STALL_SECONDS = 30.0
 PROGRESS_SIZE = 64 * 1024
+# A reply of which nothing has come in that time is taken for lost when so many later requests have been answered: this
+# number, and so many times those in flight (a server may answer in any order, and on a slow link some wait for long).
+LOST_OVERTAKEN = 8
+LOST_ROUNDS = 4
 # A reader that gives up sooner than this proves nothing about the server.
 HASTE_SECONDS = 1.0
 PARTS_PER_TURN = 64  # requests that one read sends before the event loop gets its turn
@@ -74,6 +78,7 @@ class Connection:
         self._next_cookie = 1
         self._patience = trio.CancelScope()
         self._progress_at = 0.0
+        self._oldest = (0, 0.0)  # cookie of the oldest request, and when it was first seen to be that
 
     @classmethod
     async def open(
@@ -216,7 +221,7 @@ class Connection:
             self._suspect(waiting.sent_at)
             raise
         if not waiting.request.finished:
-            raise self._dropped()
+            raise self._dropped() if self.broken is not None else faults.lost(self._location)
         failure = waiting.request.failure
         if failure is not None:
             if failure.code == ErrorCode.ESHUTDOWN:
@@ -259,8 +264,23 @@ class Connection:
         busy = bool(self._replies.in_flight)
         if busy and now - self._progress_at >= STALL_SECONDS:
             self.drop(f"no progress for {STALL_SECONDS:.0f} s", Reason.TIMEOUT)
+        self._give_up_lost(now)
         deadline = self._progress_at + STALL_SECONDS if busy else math.inf
         self._patience = trio.CancelScope(deadline=deadline)
+
+    def _give_up_lost(self, now: float) -> None:
+        """Fail the oldest request if its reply got lost. What may still come of it is judged, and goes into the bin."""
+        oldest = self._replies.oldest()
+        if oldest is None or oldest.coverage.total:
+            return
+        if oldest.cookie != self._oldest[0]:
+            self._oldest = (oldest.cookie, now)
+        overtaken = self._next_cookie - oldest.cookie - self.load
+        seen_for = now - self._oldest[1]  # from one look to the next it is a little less than STALL_SECONDS
+        if seen_for > STALL_SECONDS / 2 and overtaken >= max(LOST_OVERTAKEN, LOST_ROUNDS * self.load):
+            wake = oldest.wake
+            self._replies.abandon(oldest)
+            wake()
 
 
 async def _shake_hands(

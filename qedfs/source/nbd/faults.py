@@ -42,6 +42,11 @@ def dropped(location: Location, why: str, kind: Reason = Reason.CUT) -> SourceUn
     return SourceUnreachable(f"{location}: connection dropped: {why}", reason=kind)
 
 
+def lost(location: Location) -> SourceUnreachable:
+    """Say that a reply does not come though those to later requests do."""
+    return SourceUnreachable(f"{location}: a reply got lost", reason=Reason.TIMEOUT)
+
+
 def reason(exc: Exception) -> str:
     """Put in a few words why a connection ended."""
     if isinstance(exc, trio.TooSlowError):

@@ -97,6 +97,10 @@ class Replies:
         request.view = None
         request.wake = _nothing
 
+    def oldest(self) -> Request | None:
+        """The first request that somebody still waits for."""
+        return next((request for request in self.in_flight.values() if request.wake is not _nothing), None)
+
     def buffers(self) -> list[memoryview]:
         """Where the next bytes belong, in this order. Valid until any other method is called; never empty."""
         if self._body is None:
