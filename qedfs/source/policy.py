@@ -18,7 +18,7 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from qedfs.errors import Refused, UsageError
-from qedfs.source.url import Location, parse_location
+from qedfs.source.url import Location, parse_location, redact
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -65,9 +65,8 @@ class Policy:
             return
         if not self.prefixes:
             what = "the Unix socket" if location.kind == "nbd" else "the local file"
-            raise Refused(
-                f"backing {location} names {what} {location.path}; --allow-backing {location.path} would allow it"
-            )
+            path = redact(location.path)
+            raise Refused(f"backing {location} names {what} {path}; --allow-backing {path} would allow it")
         self.check_path(os.path.realpath(location.path), location)
 
     def check_path(self, path: str, location: Location) -> None:

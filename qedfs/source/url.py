@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from qedfs.errors import UsageError
 
@@ -28,7 +28,7 @@ class Location:
     port: int | None = None
     tls: bool = False
     export: str = ""  # NBD export name
-    path: str | None = None  # of the local file, or of the NBD server's Unix socket
+    path: str | None = dataclasses.field(default=None, repr=False)  # of the local file, or of the NBD server's socket
 
     def __str__(self) -> str:
         return self.redacted
@@ -45,50 +45,77 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
         UsageError: the text is none of these.
     """
     if not text or any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
-        raise UsageError(f"backing {text!r} is not a URL or a path")
+        raise UsageError(f"backing {redact(text)!r} is not a URL or a path")
     found = _SCHEME.match(text)
-    if found is None or "/" in text[: found.end() - 1]:
+    if found is None:
         path = os.path.normpath(os.path.join(relative_to or os.getcwd(), text))
-        return Location("file", path, path, path=path)
+        return Location("file", redact(path), path, path=path)
     scheme = found[1].lower()
     try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        # Not chained: its text quotes what is wrong, and that may be a piece of a password.
+        raise UsageError(f"backing {redact(text)!r}: the host or the port is not valid") from None
+    try:
         if scheme in ("http", "https"):
-            return _parse_http(text, scheme)
+            return _parse_http(text, parts)
         if scheme in ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+tcp", "nbds+tcp"):
-            return _parse_nbd(text, scheme)
+            return _parse_nbd(text, parts)
     except ValueError as exc:
         raise UsageError(f"backing {redact(text)!r}: {exc}") from exc
     raise UsageError(f"backing {redact(text)!r}: {scheme}: is not supported; use http, https, nbd, nbds or nbd+unix")
 
 
 def redact(text: str) -> str:
-    """The text without user name, password and query values (signed URLs carry their secret in the query).
+    """The text without user name, password and the query (signed URLs carry their secret in it; its names stay).
 
-    The path of a Unix socket stays: it is where the thing is, not how one gets in.
+    A message often tells of a mistake, so that what looks like a user name and password in a wrong place goes too. The
+    path of a Unix socket stays: it is where the thing is, not how one gets in.
     """
+    found = _SCHEME.match(text)
+    if found is None and not text.startswith("//"):
+        return text
+    scheme = found[0].lower() if found else ""
     try:
         parts = urlsplit(text)
+        _ = parts.port  # a bad one may be a password that holds a "/", "?" or "#"
     except ValueError:
-        return text.split("://", 1)[0] + "://..."
-    host = parts.netloc.rpartition("@")[2]
-    pairs = [pair if pair.startswith("socket=") else re.sub(r"=.*", "=...", pair) for pair in parts.query.split("&")]
+        return f"{scheme}//..."
+    login, _, host = parts.netloc.rpartition("@")
+    unix = scheme.endswith("+unix:")
+    path = _without_login(parts.path, sure=bool(login) or not (host or unix))
+    pairs = [pair if unix and pair.startswith("socket=") else _without_value(pair) for pair in parts.query.split("&")]
     query = "?" + "&".join(pairs) if parts.query else ""
-    return f"{parts.scheme}://{host}{parts.path}{query}" if parts.scheme else text
+    slashes = "//" if text[len(scheme) :].startswith("//") else ""
+    return f"{scheme}{slashes}{host}{path}{query}"
 
 
-def _parse_http(text: str, scheme: str) -> Location:
-    parts = urlsplit(text)
+def _without_login(path: str, *, sure: bool) -> str:
+    before, at, after = path.rpartition("@")
+    if not at or not (sure or ":" in before):
+        return path
+    return ("/" if path.startswith("/") else "") + "...@" + after
+
+
+def _without_value(pair: str) -> str:
+    name, _, value = pair.partition("=")
+    # What has no value is one itself, perhaps in base64 with "=" behind it.
+    return f"{name}=..." if value.strip("=") else "..."
+
+
+def _parse_http(text: str, parts: SplitResult) -> Location:
     if not parts.hostname:
         raise ValueError("no host in the URL")
-    port = parts.port or (443 if scheme == "https" else 80)
-    return Location("http", redact(text), text, host=parts.hostname, port=port, tls=scheme == "https")
+    tls = parts.scheme == "https"
+    port = parts.port or (443 if tls else 80)
+    return Location("http", redact(text), text, host=parts.hostname, port=port, tls=tls)
 
 
-def _parse_nbd(text: str, scheme: str) -> Location:
-    parts = urlsplit(text)
+def _parse_nbd(text: str, parts: SplitResult) -> Location:
     export = unquote(parts.path.removeprefix("/"))
-    tls = scheme.startswith("nbds")
-    if scheme.endswith("+unix"):
+    tls = parts.scheme.startswith("nbds")
+    if parts.scheme.endswith("+unix"):
         socket_path = dict(parse_qsl(parts.query)).get("socket", "")
         if not socket_path.startswith("/"):
             raise ValueError("give the server's socket as an absolute path: nbd+unix:///export?socket=PATH")
