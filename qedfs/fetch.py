@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -70,6 +70,7 @@ class Fetch:
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or Buffers()
         self._quiet_since = float("-inf")
+        self._preferred = 0  # who wait for a turn before the others of the background
         self._room = trio.Event()
 
     async def identity(self) -> Identity:
@@ -170,15 +171,26 @@ class Fetch:
         for at in range(first, first + count, step):
             self.start(at, min(step, first + count - at), taker=taker, asked=True)
 
-    async def turn(self, first: int, count: int) -> None:
+    async def turn(self, first: int, count: int, *, preferred: bool = False) -> None:
         """Wait until a background request for these clusters may leave.
+
+        `preferred`: a reader will soon want them. Then it does not hold back for readers who wait, and what is not
+        preferred holds back for it.
 
         Joining what is in flight already needs no turn. Others may have brought the clusters in meanwhile: the caller
         looks again, and calls `start` with no await in between.
         """
         await self.identity()
-        if any(cluster not in self._flights for cluster in range(first, first + count)):
-            await self._turn()
+        if all(cluster in self._flights for cluster in range(first, first + count)):
+            return
+        if not preferred:
+            await self._turn(self._allowed)
+            return
+        self._preferred += 1
+        try:
+            await self._turn(self._allowed_preferred)
+        finally:
+            self._preferred -= 1
 
     def start(self, first: int, count: int, *, taker: Taker, asked: bool = False) -> None:
         """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
@@ -201,9 +213,9 @@ class Fetch:
         while any(taker in flight.takers for flight in self._flights.values()):
             await self._room.wait()
 
-    async def _turn(self) -> None:
+    async def _turn(self, allowed: Callable[[], int]) -> None:
         """Wait until a background request may leave."""
-        while self.background_bytes >= self._allowed():
+        while self.background_bytes >= allowed():
             room = self._room
             with trio.move_on_after(self._pause()):
                 await room.wait()
@@ -212,6 +224,8 @@ class Fetch:
         """Bytes that may be in flight in the background before another request leaves."""
         if self.held_bytes >= MOST_HELD_BYTES // 2:
             return 0  # the disk is slower than the source
+        if self._preferred:
+            return 0
         if self.readers:
             return 1
         quiet = trio.current_time() - self._quiet_since
@@ -220,6 +234,9 @@ class Fetch:
             return 1
         doublings = min(20.0, quiet / trip - QUIET_ROUND_TRIPS)
         return int(min(self.window.bytes, MIN_REQUEST_BYTES * 2.0**doublings))
+
+    def _allowed_preferred(self) -> int:
+        return 0 if self.held_bytes >= MOST_HELD_BYTES // 2 else self.window.bytes
 
     def _pause(self) -> float:
         """How long to sleep at most before looking again: readers may have become quiet meanwhile."""

@@ -20,6 +20,7 @@ from qedfs.fetch import Fetch
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
+from qedfs.profile import Waits
 from qedfs.readahead import Readahead
 from qedfs.version import SourceVersion
 
@@ -67,6 +68,7 @@ class Image:
         self.failures = 0  # counts them: whoever retries tells a new one from the one that it knows
         self.full: NoSpace | None = None  # the overlay could not grow; None after a success
         self._full_since = float("-inf")
+        self.waits = Waits()  # of readers, for a profile
         self._readahead = Readahead()
         self._committing = False
         self._closed = False
@@ -145,7 +147,9 @@ class Image:
             with self.fetch.waiting():
                 source_size = (await self.version.check()).size
                 inside = [(pos, view) for pos, view in pieces if pos < source_size]
-                self.counters.missed += sum(len(view) for _, view in inside)
+                for pos, view in inside:
+                    self.counters.missed += len(view)
+                    self.waits.note(pos, len(view))
                 if inside:
                     await self.fetch.read(inside, taker=self if self.copy_on_read else None)
                     await self.version.check()

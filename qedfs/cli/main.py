@@ -16,6 +16,7 @@ from qedfs.cli.faults import guarded
 from qedfs.cli.info import info
 from qedfs.cli.map import show_map
 from qedfs.cli.mount import mount
+from qedfs.cli.profile import profile
 from qedfs.cli.status import status
 from qedfs.cli.stream import stream
 from qedfs.cli.umount import umount
@@ -50,5 +51,5 @@ def main() -> None:
     """
 
 
-for command in (create, mount, umount, status, wait, stream, info, show_map, check, export):
+for command in (create, mount, umount, status, wait, stream, info, show_map, check, export, profile):
     main.add_command(command)

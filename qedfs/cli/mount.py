@@ -14,6 +14,7 @@ from qedfs.cli import daemon, logs
 from qedfs.cli.faults import explain
 from qedfs.cli.mountoptions import expand
 from qedfs.cli.output import console
+from qedfs.cli.profile import read_profile
 from qedfs.cli.progress import Bars
 from qedfs.cli.values import DURATION, SIZE, Checked
 from qedfs.control.metricsserver import parse_address
@@ -42,6 +43,7 @@ class MountArguments:
     stream_between: str | None
     stream_delay: str | None
     limit: int
+    profile: str | None
     until_streamed: bool
     allow_backing: tuple[str, ...]
     allow_other: bool
@@ -60,6 +62,8 @@ class MountArguments:
             words.append(f"--stream-between={self.stream_between}")
         if self.stream_delay is not None:
             words.append(f"--stream-delay={self.stream_delay}")
+        if self.profile is not None:
+            words.append(f"--profile={self.profile}")
         if self.metrics is not None:
             words.append(f"--metrics={self.metrics}")
         flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
@@ -107,6 +111,12 @@ class MountArguments:
     help="Keep what is fetched for a reader, or not; without this option each overlay decides.",
 )
 @click.option("--limit", type=SIZE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
+@click.option(
+    "--profile",
+    type=click.Path(),
+    metavar="FILE",
+    help="Bring in first what FILE lists: what readers of such an image waited for (qedfs profile).",
+)
 @click.option("--until-streamed", is_flag=True, help="Unmount when every overlay is complete and no image is open.")
 @click.option(
     "--allow-backing",
@@ -151,6 +161,8 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
         raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
     if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
         raise UsageError("--read-only keeps nothing; leave --until-streamed and --copy-on-read out")
+    if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
+        raise UsageError("--profile brings clusters in, and nothing would be kept; leave it out")
     if in_background:
         daemon.start(arguments.command_line(), arguments.mountpoint)
         return
@@ -167,7 +179,8 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
-    places = {name: os.path.abspath(options[name]) for name in ("source", "mountpoint")}
+    named = ("source", "mountpoint", "profile")
+    places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
     metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
     return {**options, **places, "allow_backing": prefixes, "metrics": metrics}
 
@@ -195,6 +208,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
             read_only=arguments.read_only,
             copy_on_read=arguments.copy_on_read,
             limit=arguments.limit,
+            profile=() if arguments.profile is None else read_profile(arguments.profile),
             policy=Policy(arguments.allow_backing),
             deadline_seconds=arguments.source_timeout,
             journal_folder=journal_folder(),

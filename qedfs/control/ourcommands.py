@@ -7,6 +7,7 @@
 - `x-qedfs-step {device, offset?}`: populate the next missing run at or behind `offset` with one request; returns
   `{pos, size, next}`: what is local now, and where the next missing byte is (null: there is none).
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
+- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size]: what readers had to wait for, in this order.
 - `x-qedfs-rescan`: look into the folder for overlays that have come or gone.
 
 Their errors carry, beside class and text, `x-qedfs-exit-code`: what the command line would exit with.
@@ -95,6 +96,12 @@ async def _step(request: Request, arguments: Arguments) -> dict[str, Any]:
 async def _next_missing(request: Request, arguments: Arguments) -> dict[str, Any]:
     _, _, stream = find_served(request, arguments["device"])
     return {"offset": await stream.next_missing(_not_negative(arguments, "offset"))}
+
+
+@our_commands("x-qedfs-profile", Arg("device"))
+async def _profile(request: Request, arguments: Arguments) -> dict[str, Any]:
+    _, image, _ = find_served(request, arguments["device"])
+    return {"ranges": image.waits.ranges}
 
 
 @our_commands("x-qedfs-rescan")

@@ -25,12 +25,14 @@ from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
 from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.storage import FileStorage
+from qedfs.profile import Range
 from qedfs.source.open import allowed, remote_source
 from qedfs.source.policy import Policy
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import parse_location
 from qedfs.stream.idle import Idle, Pressure, Rules
 from qedfs.stream.job import State, StreamJob
+from qedfs.stream.replay import replay
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Options:
     read_only: bool = False  # leave the overlays as they are
     copy_on_read: bool | None = None  # None: as the overlay says
     limit: int = 0  # bytes per second and image, 0 for none
+    profile: tuple[Range, ...] = ()  # what to bring in first
     policy: Policy = dataclasses.field(default_factory=Policy)
     deadline_seconds: float = DEADLINE_SECONDS
     journal_folder: Path | None = None
@@ -319,6 +322,7 @@ class Folder:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(image.run)
+                    nursery.start_soon(replay, image, self._options.profile)
                     try:
                         await image.overlay.clusters.count()
                     except QedfsError as exc:

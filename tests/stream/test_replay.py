@@ -1,0 +1,95 @@
+"""What a profile lists is brought in first, in its order, though readers wait; and nothing else is."""
+
+from __future__ import annotations
+
+import trio
+import trio.testing
+
+from qedfs.errors import SourceError
+from qedfs.stream.job import StreamJob
+from qedfs.stream.replay import replay
+from tests.fakes.source import FakeSource
+from tests.served import CLUSTER, served
+
+MIB = 1 << 20
+
+
+async def test_what_is_listed_and_nothing_else(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(bytes(range(256)) * (8 * MIB // 256))
+    async with served(source) as image:
+        await replay(image, [(5 * MIB + 100, 200), (CLUSTER, 2 * CLUSTER), (5 * MIB, 4096), (7 * MIB, 1)])
+        assert image.fetch is not None
+        await image.fetch.landed(image)
+        assert sorted((pos, size) for pos, size, _ in source.reads) == [
+            (CLUSTER, 2 * CLUSTER),
+            (5 * MIB, CLUSTER),
+            (7 * MIB, CLUSTER),
+        ]
+        assert image.populated == 4 * CLUSTER
+        assert bytes(await image.read(5 * MIB + 100, 200)) == source.content[5 * MIB + 100 : 5 * MIB + 300]
+
+
+async def test_it_goes_on_while_a_reader_waits(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (32 * MIB))
+    async with served(source) as image:
+        await image.read(0, 512)
+        source.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.read, 16 * MIB, 512)
+            nursery.start_soon(replay, image, [(pos, 512) for pos in range(MIB, 9 * MIB, MIB // 4)])
+            await trio.sleep(5)
+            assert source.in_flight == 1 + 32
+            source.gate.set()
+
+
+async def test_the_stream_stands_back_until_the_list_is_through(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (64 * MIB))
+    ranges = [(pos, 512) for pos in range(63 * MIB, 32 * MIB, -CLUSTER)]
+    async with served(source) as image:
+        job = StreamJob(image)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(replay, image, ranges)
+            nursery.start_soon(job.run)
+        assert image.complete
+        first = [pos for pos, _, _ in source.reads]
+        listed = [pos for pos, _ in ranges]
+        before = first[: first.index(listed[-1])]
+        # The stream's first requests may have left before the list had its first turn.
+        assert len([pos for pos in before if pos not in set(listed)]) <= 16
+        assert source.bytes_read == 64 * MIB
+
+
+async def test_bytes_behind_the_source_and_in_the_overlay_are_not_asked_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    source = FakeSource(b"p" * (MIB + 100))
+    async with served(source, image_size=4 * MIB) as image:
+        await image.write(0, bytes(CLUSTER))
+        await replay(image, [(0, 4096), (MIB, 4 * MIB), (2 * MIB, 4096), (1 << 60, 4096)])
+        assert image.fetch is not None
+        await image.fetch.landed(image)
+        assert [(pos, size) for pos, size, _ in source.reads] == [(MIB, 100)]
+
+
+async def test_a_source_that_fails_ends_it_quietly(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * MIB)
+    source.fail = SourceError("gone")
+    async with served(source) as image:
+        await replay(image, [(0, 4096), (MIB // 2, 4096)])
+
+
+async def test_nothing_is_fetched_that_would_not_be_kept(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * MIB)
+    async with served(source, copy_on_read=False) as image:
+        await replay(image, [(0, 4096)])
+        assert not source.reads
+
+
+async def test_what_readers_wait_for_is_written_down(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (4 * MIB))
+    async with served(source) as image:
+        await image.read(MIB, 4096)
+        await trio.sleep(1)
+        await image.read(MIB, 4096)
+        await image.read(3 * MIB + 512, 512)
+        assert image.waits.ranges == [(MIB, 4096), (3 * MIB + 512, 512)]
