@@ -4,14 +4,18 @@ Owns one small file on a tmpfs per open overlay. A write to a new cluster is ans
 cache and its entry is in this file: both survive the death of the process and neither survives the power, so the next
 open in the same boot loses nothing, and after a power cut the file is void, as the unflushed write is.
 
-The file names the boot and the session; the overlay carries the session (`format/record.py`). A journal of another
-boot, or of a session that the overlay no longer carries, is ignored: somebody else may have written since.
+The file names the boot, the session and the device; the overlay carries the session (`format/record.py`). A journal of
+another boot, or of a session that the overlay no longer carries, is ignored: somebody else may have written since. A
+copy of an overlay may carry the session of another one that is still in use. What tells them apart is the device, and
+the lock that a process has on its journal while it lives. Must not know what the entries mean: `leftover.py` judges them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Iterable
@@ -20,9 +24,11 @@ from typing import Self
 
 from qedfs.runtime import boot_id
 
-_PAIR = struct.Struct("<QQ")  # cluster, entry
-_HEADER = struct.Struct("<8s40s64s16x")  # magic, boot, session
-_MAGIC = b"qedfsj\0\1"
+Pair = tuple[int, int]  # cluster, entry
+
+_PAIR = struct.Struct("<QQ")
+_HEADER = struct.Struct("<8s40s40sQ32x")  # magic, boot, session, device
+_MAGIC = b"qedfsj\0\2"
 
 
 class Journal:
@@ -34,24 +40,17 @@ class Journal:
         self._end = _HEADER.size
 
     @classmethod
-    def create(cls, folder: Path, name: str, session: str) -> Self:
-        """Start the journal of `session`, replacing the one that has been replayed.
+    def create(cls, folder: Path, name: str, session: str, device: int) -> Self:
+        """Start the journal of `session`, of the overlay `name` on `device`.
 
         Raises:
             OSError: the tmpfs is full or not writable; the caller does without a journal then.
         """
-        path = folder / name
-        fresh = path.with_suffix(".new")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.write(fd, _HEADER.pack(_MAGIC, boot_id().encode(), session.encode()))
-            fresh.replace(path)
-        except OSError:
-            os.close(fd)
-            raise
-        return cls(fd, path)
+        path = _place(folder, name, session)
+        header = _HEADER.pack(_MAGIC, boot_id().encode(), session.encode(), device)
+        return cls(_replaced(path, header), path)
 
-    def append(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def append(self, pairs: Iterable[Pair]) -> None:
         """Remember that these clusters have these entries now.
 
         Raises:
@@ -77,16 +76,75 @@ class Journal:
             self._path.unlink(missing_ok=True)
 
 
-def read_journal(folder: Path, name: str, session: str) -> list[tuple[int, int]]:
-    """The (cluster, entry) pairs that `session` left behind in this boot, oldest first; empty if there are none."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a session that was killed has left. `pairs`: oldest first."""
+
+    path: Path
+    same_device: bool  # else it is perhaps that of the overlay that ours is a snapshot of
+    pairs: list[Pair]
+
+    def remove(self) -> None:
+        """The overlay has all entries, or another session: nobody needs the journal, unless it may be another's."""
+        if self.same_device:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+                _fresh(self.path).unlink(missing_ok=True)
+
+
+def read_journal(folder: Path, name: str, session: str, device: int, *, locked: bool) -> Leftover | None:
+    """What `session` left behind in this boot, if it did and its process is dead.
+
+    `locked`: the caller has the locks of the overlay on `device`. Then the process of a journal of the same device is
+    dead, even if it has not yet come to closing this file.
+    """
+    path = _place(folder, name, session)
     try:
-        data = (folder / name).read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                return None
+            magic, boot, owner, found = _HEADER.unpack(header)
+            if (magic, boot.rstrip(b"\0"), owner.rstrip(b"\0")) != (_MAGIC, boot_id().encode(), session.encode()):
+                return None
+            if not (locked and found == device) and _is_live(file.fileno()):
+                return None
+            data = file.read()
     except OSError:
-        return []
-    if len(data) < _HEADER.size:
-        return []
-    magic, boot, owner = _HEADER.unpack_from(data)
-    if (magic, boot.rstrip(b"\0"), owner.rstrip(b"\0")) != (_MAGIC, boot_id().encode(), session.encode()):
-        return []
-    whole = (len(data) - _HEADER.size) // _PAIR.size * _PAIR.size
-    return list(_PAIR.iter_unpack(data[_HEADER.size : _HEADER.size + whole]))
+        return None
+    whole = len(data) // _PAIR.size * _PAIR.size
+    return Leftover(path, found == device, list(_PAIR.iter_unpack(data[:whole])))
+
+
+def _place(folder: Path, name: str, session: str) -> Path:
+    return folder / f"{name}-{session}"
+
+
+def _fresh(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+def _replaced(path: Path, content: bytes) -> int:
+    """Let the journal be `content` from one instant to the next; returns its descriptor, which holds the lock."""
+    fresh = _fresh(path)
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.write(fd, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fresh.replace(path)
+    except OSError:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
+    return fd
+
+
+def _is_live(fd: int) -> bool:
+    """Whether the process that this journal belongs to lives. One that was replaced just now has a living process."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return not os.fstat(fd).st_nlink

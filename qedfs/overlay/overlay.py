@@ -23,7 +23,9 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -42,11 +44,14 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.fill import Fill, filled
-from qedfs.overlay.journal import Journal, read_journal
+from qedfs.overlay.journal import Journal, Leftover
+from qedfs.overlay.leftover import apply, find_leftover, fits, lacking
 from qedfs.overlay.pieces import laid_out, pieces, zero_bytes
-from qedfs.overlay.session import Session, read_header, read_record, replayable
+from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.space import Space
 from qedfs.overlay.storage import Buffer, FileStorage, Storage
+
+log = logging.getLogger(__name__)
 
 Change = Callable[[Record], Record]
 
@@ -109,52 +114,44 @@ class Overlay:
         return overlay
 
     backing: str | None = None
+    stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
 
     def _begin(self, folder: Path | None, allocate_from: int) -> None:
-        previous = self._session.previous()
-        name = self.storage.name()
         self._mark_cut_tables()
         self.clusters.file_end = allocate_from
-        self._replay(self._left_behind(folder))
+        leftover = self._left_behind(folder)
+        if leftover:
+            # Into the file, before the new session voids the journal.
+            apply(leftover.pairs, self.clusters, self._make_table)
+        if self.committer.pending:
+            self.committer.commit_now()
         session = self._session.begin()
-        if folder and name and session:
-            try:
-                self._journal = Journal.create(folder, f"{name}-{session}", session)
-                (folder / f"{name}-{previous}").unlink(missing_ok=True)
-            except OSError:
-                self._journal = None
+        if leftover:
+            leftover.remove()
+        if folder and session and (name := self.storage.name()):
+            with contextlib.suppress(OSError):
+                self._journal = Journal.create(folder, name, session, self.storage.device())
         self.committer.journal = self._journal
 
-    def _left_behind(self, folder: Path | None) -> list[tuple[int, int]]:
-        """The (cluster, entry) pairs of a session that was killed; the file may have some of them."""
-        previous = self._session.previous()
-        name = self.storage.name()
-        left = read_journal(folder, f"{name}-{previous}", previous) if folder and name and previous else []
-        return replayable(left, self._session.header, self.storage.size())
+    def _left_behind(self, folder: Path | None) -> Leftover | None:
+        """What a killed session left for the file as it is; the file may have some of it."""
+        leftover = find_leftover(self.storage, folder, self._session.previous())
+        if leftover is None or fits(leftover, self._session.header, self.clusters, self.storage.size()):
+            return leftover
+        self.stray_journal = leftover.path
+        return None
 
     def _check_nothing_left(self, folder: Path | None) -> None:
         """Raise BadOverlay if the file lacks writes that were answered; only a writable opening brings them back."""
-        for cluster, _ in self._left_behind(folder):
-            if self.clusters.needs_table(cluster) is None:
-                self.clusters.load_now(cluster)
-            if self.clusters.entry(cluster) in (MISSING, ZERO):
-                raise BadOverlay("a killed qedfs has left writes; mount it writable once, which brings them in")
+        leftover = self._left_behind(folder)
+        if leftover and lacking(leftover.pairs, self.clusters):
+            raise BadOverlay("a killed qedfs has left writes; mount it writable once, which brings them in")
 
     def _mark_cut_tables(self) -> None:
         """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
         first_bad = self.clusters.file_end - self.geometry.table_bytes + 1
         if cut := mark_beyond(self.clusters.l1, first_bad, self.cluster_size):
             self.committer.write_l1(cut)
-
-    def _replay(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Bring the entries of a killed session into the file, before the new session voids its journal."""
-        for cluster, entry in pairs:
-            self._make_table(cluster)
-            self.clusters.load_now(cluster)
-            if self.clusters.entry(cluster) in (MISSING, ZERO):
-                self.clusters.set(cluster, entry)
-        if self.committer.pending:
-            self.committer.commit_now()
 
     # What it is.
 
@@ -498,10 +495,13 @@ async def open_overlay(
     """Open the overlay file at `path`; see `FileStorage.open` and `Overlay.open`. Errors name the path."""
     storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
     try:
-        return await Overlay.open(storage, journal_folder=journal_folder)
+        overlay = await Overlay.open(storage, journal_folder=journal_folder)
     except BadOverlay as exc:
         storage.close()
         raise BadOverlay(f"{path}: {exc}") from exc
     except BaseException:
         storage.close()
         raise
+    if overlay.stray_journal is not None:
+        log.warning("%s: %s is of another state of this overlay, and is not used", path, overlay.stray_journal)
+    return overlay

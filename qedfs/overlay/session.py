@@ -1,4 +1,4 @@
-"""One writable opening of an overlay: the record in its header clusters, and what a killed session left behind.
+"""One writable opening of an overlay: its header, and the record in its header clusters.
 
 Owns the header and the record as they stand in the file, and the order of their writes.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from qedfs.errors import BadOverlay
 from qedfs.format.header import (
     BACKING_FILE,
     HEADER_BYTES,
@@ -118,19 +117,3 @@ class Session:
     def _write_header(self, header: Header) -> None:
         self._storage.write(0, [header.encode()])
         self.header = header
-
-
-def replayable(
-    pairs: Sequence[tuple[int, int]], header: Header, file_size: int
-) -> list[tuple[int, int]]:
-    """The pairs of a journal that can be entries of this overlay.
-
-    Raises:
-        BadOverlay: one cannot: the journal is from elsewhere, and nothing of it may be used.
-    """
-    cluster_size = header.geometry.cluster_size
-    for cluster, entry in pairs:
-        fits = entry % cluster_size == 0 and header.area_bytes <= entry <= file_size - 1
-        if cluster >= header.geometry.clusters or not fits:
-            raise BadOverlay(f"the session journal names cluster {cluster} at {entry:#x}, which cannot be")
-    return list(pairs)

@@ -50,9 +50,14 @@ class Storage(Protocol):
     """What the overlay needs of its file. Offsets and sizes in bytes. Errors: QedfsError."""
 
     writable: bool
+    locked: bool  # whether nobody else has this very file open for writing, as long as we have it
 
     def name(self) -> str:
-        """What names the file on this machine whatever path it has; "" if it has no such name."""
+        """What names the file in its file system whatever path it has; "" if it has no such name."""
+        ...
+
+    def device(self) -> int:
+        """What tells the file from one of the same name in another file system; may change while it is not open."""
         ...
 
     def size(self) -> int:
@@ -106,10 +111,11 @@ class Storage(Protocol):
 class FileStorage:
     """A regular file."""
 
-    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
+    def __init__(self, fd: int, path: str, *, writable: bool, locked: bool = False) -> None:
         self._fd = fd
         self.path = path
         self.writable = writable
+        self.locked = locked
         self._limiter: trio.CapacityLimiter | None = None
         # tmpfs refuses RWF_NOWAIT, and has no disk to wait for.
         self._read_flags = 0 if filesystem_type(fd) in TMPFS_TYPES else os.RWF_NOWAIT
@@ -139,7 +145,7 @@ class FileStorage:
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, path, writable=writable)
+        return cls(fd, path, writable=writable, locked=locked)
 
     def open_for_writing(self) -> bool | None:
         """Whether anybody has the file open for writing; None: nobody can tell. Of a file that is open for reading.
@@ -162,9 +168,13 @@ class FileStorage:
     def name(self) -> str:
         """The inode: it follows the file through renames and is not shared with a copy in the same file system.
 
-        Not the device: its number may be another one when the file system is mounted again.
+        A snapshot of the file system (btrfs, LVM, ZFS) has the same inodes: `device` tells them apart.
         """
         return f"{self.stat().st_ino:x}"
+
+    def device(self) -> int:
+        """st_dev. When the file system is mounted again, it may be another number."""
+        return self.stat().st_dev
 
     def stat(self) -> os.stat_result:
         """The file's attributes."""

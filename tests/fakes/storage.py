@@ -117,6 +117,8 @@ class MemoryStorage:
     ) -> None:
         self.bytes = bytearray(data)
         self.writable = writable
+        self.locked = True
+        self.device_number = 0  # of the file system that holds the file
         self.closed = False
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
@@ -139,6 +141,9 @@ class MemoryStorage:
 
     def name(self) -> str:
         return self._name
+
+    def device(self) -> int:
+        return self.device_number
 
     def size(self) -> int:
         self._stop()

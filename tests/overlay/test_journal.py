@@ -7,60 +7,95 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.overlay.journal import Journal, read_journal
+from qedfs.overlay.journal import Journal, Pair, read_journal
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 
 CLUSTER = 4096
 SESSION = "5" * 32
+DEVICE = 77
 
 
 async def no_fill(cluster: int) -> bytes:
     raise AssertionError(f"cluster {cluster} was asked for")
 
 
+def created(folder: Path) -> Journal:
+    return Journal.create(folder, "disk", SESSION, DEVICE)
+
+
+def place(folder: Path) -> Path:
+    return folder / f"disk-{SESSION}"
+
+
+def read(folder: Path, *, device: int = DEVICE, locked: bool = True) -> list[Pair]:
+    """The pairs that the next process finds; none also where it finds no journal."""
+    left = read_journal(folder, "disk", SESSION, device, locked=locked)
+    return left.pairs if left else []
+
+
 def test_entries_are_read_back_in_order(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal = created(tmp_path)
     journal.append([(1, 4096), (2, 8192)])
     journal.append([(1, 12288)])
-    assert read_journal(tmp_path, "disk", SESSION) == [(1, 4096), (2, 8192), (1, 12288)]
+    assert read(tmp_path) == [(1, 4096), (2, 8192), (1, 12288)]
     journal.reset()
-    assert read_journal(tmp_path, "disk", SESSION) == []
+    assert read(tmp_path) == []
     journal.append([(3, 4096)])
-    assert read_journal(tmp_path, "disk", SESSION) == [(3, 4096)]
+    assert read(tmp_path) == [(3, 4096)]
     journal.close(remove=True)
-    assert read_journal(tmp_path, "disk", SESSION) == []
+    assert read(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("lost", range(1, 16))
 def test_a_torn_entry_is_left_out(tmp_path: Path, lost: int) -> None:
-    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal = created(tmp_path)
     journal.append([(1, 4096), (2, 8192)])
     journal.close(remove=False)
-    path = tmp_path / "disk"
+    path = place(tmp_path)
     path.write_bytes(path.read_bytes()[:-lost])
-    assert read_journal(tmp_path, "disk", SESSION) == [(1, 4096)]
+    assert read(tmp_path) == [(1, 4096)]
 
 
 @pytest.mark.parametrize("at", [0, 7, 8, 20, 50])
 def test_a_journal_of_another_boot_session_or_version_is_void(tmp_path: Path, at: int) -> None:
-    journal = Journal.create(tmp_path, "disk", SESSION)
+    journal = created(tmp_path)
     journal.append([(1, 4096)])
     journal.close(remove=False)
-    path = tmp_path / "disk"
+    path = place(tmp_path)
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-    assert read_journal(tmp_path, "disk", SESSION) == []
+    assert read(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128])
 def test_a_journal_without_entries_is_empty(tmp_path: Path, size: int) -> None:
-    Journal.create(tmp_path, "disk", SESSION).close(remove=False)
-    os.truncate(tmp_path / "disk", size)
-    assert read_journal(tmp_path, "disk", SESSION) == []
+    created(tmp_path).close(remove=False)
+    os.truncate(place(tmp_path), size)
+    assert read(tmp_path) == []
+
+
+@pytest.mark.parametrize(("device", "locked"), [(DEVICE, False), (DEVICE + 1, True), (DEVICE + 1, False)])
+def test_the_journal_of_a_living_process_is_not_read(tmp_path: Path, device: int, locked: bool) -> None:
+    """The locks of the overlay vouch for the one device only: elsewhere it is a copy, the original may be in use."""
+    journal = created(tmp_path)
+    journal.append([(1, 4096)])
+    assert read(tmp_path, device=device, locked=locked) == []
+    assert read(tmp_path) == [(1, 4096)]
+    journal.close(remove=False)
+    assert read(tmp_path, device=device, locked=locked) == [(1, 4096)]
+
+
+def test_the_journal_of_another_device_is_not_removed(tmp_path: Path) -> None:
+    created(tmp_path).close(remove=False)
+    for device, kept in ((DEVICE + 1, True), (DEVICE, False)):
+        left = read_journal(tmp_path, "disk", SESSION, device, locked=True)
+        assert left is not None
+        left.remove()
+        assert place(tmp_path).exists() == kept
 
 
 async def test_a_killed_session_is_replayed(tmp_path: Path) -> None:

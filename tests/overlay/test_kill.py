@@ -90,7 +90,7 @@ RULES = (
     Mutant(
         "the journal is replayed before the new session voids it",
         "overlay:Overlay._begin",
-        "self._replay(self._left_behind(folder))",
+        "apply(leftover.pairs, self.clusters, self._make_table)",
         "pass",
     ),
 )

@@ -1,0 +1,143 @@
+"""What a killed session left, and who gets it: the overlay, not its copies.
+
+A copy carries the session of its original. A snapshot of the file system has even its inode number, on another device;
+an older state that was put back in place has the device too.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qedfs.overlay.create import create_overlay
+from qedfs.overlay.overlay import Overlay, open_overlay
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.examine import read_all
+from tests.overlay.images import empty
+
+CLUSTER = 4096
+ELSEWHERE = 5  # the device of a snapshot
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} was asked for")
+
+
+async def opened(image: bytes | bytearray, folder: Path, *, device: int = 0) -> tuple[Overlay, MemoryStorage]:
+    storage = MemoryStorage(image, name="disk")
+    storage.device_number = device
+    return await Overlay.open(storage, journal_folder=folder), storage
+
+
+async def write(overlay: Overlay, clusters: str) -> None:
+    """Write these clusters, each full of its own digit."""
+    for digit in clusters:
+        await overlay.write(int(digit) * CLUSTER, digit.encode() * CLUSTER, no_fill)
+
+
+async def content(overlay: Overlay) -> str:
+    """The digits of the clusters that are not zeros. Without a backing missing clusters are."""
+    image = await read_all(overlay, bytes(overlay.image_size))
+    found = [image[pos : pos + CLUSTER] for pos in range(0, len(image), CLUSTER)]
+    assert all(cluster.count(cluster[:1]) == CLUSTER for cluster in found)
+    return "".join(cluster[:1].decode() for cluster in found if any(cluster))
+
+
+def die(overlay: Overlay) -> None:
+    """What is left of a killed process: the journal's file, but nobody holds it."""
+    assert overlay._journal is not None
+    overlay._journal.close(remove=False)
+
+
+def new() -> bytearray:
+    return empty(backing=b"").data
+
+
+async def test_a_snapshot_leaves_the_journal_of_the_running_overlay_alone(tmp_path: Path) -> None:
+    original, storage = await opened(new(), tmp_path)
+    await write(original, "9")
+    await original.commit()
+    snapshot, _ = await opened(storage.bytes, tmp_path, device=ELSEWHERE)
+    assert await content(snapshot) == "9"
+    await write(original, "1")
+    die(original)
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert await content(again) == "19"
+
+
+async def test_a_snapshot_gets_nothing_that_was_written_later(tmp_path: Path) -> None:
+    """Its file is long enough for the place: the original was writing to a higher one when it was taken."""
+    original, storage = await opened(new(), tmp_path)
+    snapshot = storage.bytes + bytes(3 * CLUSTER)
+    await write(original, "1")
+    copy, _ = await opened(snapshot, tmp_path, device=ELSEWHERE)
+    assert await content(copy) == ""
+    assert not copy.stray_journal
+
+
+async def test_a_snapshot_of_what_a_kill_left_shares_the_journal_with_it(tmp_path: Path) -> None:
+    original, storage = await opened(new(), tmp_path)
+    await write(original, "12")
+    die(original)
+    snapshot, _ = await opened(storage.bytes, tmp_path, device=ELSEWHERE)
+    assert await content(snapshot) == "12"
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert await content(again) == "12"
+    assert len(os.listdir(tmp_path)) == 2  # those of the two sessions that run
+
+
+async def test_a_file_system_may_get_another_number_when_it_is_mounted_again(tmp_path: Path) -> None:
+    original, storage = await opened(new(), tmp_path)
+    await write(original, "12")
+    die(original)
+    again, _ = await opened(storage.bytes, tmp_path, device=ELSEWHERE)
+    assert await content(again) == "12"
+
+
+async def test_an_older_state_that_was_put_back_is_served_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "disk.qed"
+    create_overlay(str(path), image_size=16 * CLUSTER, backing=None, cluster_size=CLUSTER)
+    overlay = await open_overlay(str(path), writable=True, journal_folder=tmp_path)
+    await write(overlay, "1")
+    await overlay.commit()
+    older = path.read_bytes()
+    await write(overlay, "23")
+    die(overlay)
+    overlay.storage.close()
+    path.write_bytes(older)  # the inode stays
+    for said in (1, 1):
+        again = await open_overlay(str(path), writable=True, journal_folder=tmp_path)
+        assert await content(again) == "1"
+        await again.close()
+        assert len(caplog.messages) == said
+    assert "of another state of this overlay" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("entry", [0, 1, 8192 + 512, 4096, 1 << 40])
+async def test_a_journal_that_cannot_be_is_not_used(tmp_path: Path, entry: int) -> None:
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    assert overlay._journal is not None
+    overlay._journal.append([(2, entry)])
+    die(overlay)
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert again.stray_journal is not None
+    assert await content(again) == ""
+
+
+async def test_a_cluster_that_has_another_place_shows_that_the_journal_is_of_another_state(tmp_path: Path) -> None:
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    await overlay.commit()
+    place = overlay.clusters.entry(1)
+    await write(overlay, "23")
+    assert overlay._journal is not None
+    overlay._journal.append([(1, place + CLUSTER)])
+    die(overlay)
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert again.stray_journal is not None
+    assert await content(again) == "1"
