@@ -61,18 +61,18 @@ def judge_range(answer: Answer, request: RangeRequest) -> None:
         SourceUnreachable: wrong or garbled range, wrong length, multipart, or a status worth another try.
         SourceError: encoded content, ranges ignored, or a status that says no for good.
     """
-    if answer.status == 206:
-        try:
+    try:
+        if answer.status == 206:
             _judge_partial(answer, request)
-        except ValueError as exc:
-            raise SourceUnreachable(
-                f"{request.where}: answer to a range request refused: {exc}", reason=Reason.ANSWER
-            ) from exc
-        return
-    if answer.status == 200:
-        # The whole file instead of a range. If its validator differs the version is the better thing to tell.
-        _compare_validators(answer, request)
-        raise _ignores_ranges(request.where)
+            return
+        if answer.status == 200:
+            # The whole file instead of a range. If its validator differs the version is the better thing to tell.
+            _compare_validators(answer, request)
+            raise _ignores_ranges(request.where)
+    except ValueError as exc:
+        raise SourceUnreachable(
+            f"{request.where}: answer to a range request refused: {exc}", reason=Reason.ANSWER
+        ) from exc
     if answer.status == 412 and (request.identity.etag or request.identity.last_modified):
         raise SourceChanged(f"{request.where}: the file was replaced by another version (412)")
     if answer.status == 416:

@@ -94,6 +94,8 @@ def test_the_right_range_of_the_right_version_is_accepted(given: Answer, pinned:
         answer(Content_Type="multipart/byteranges; boundary=x"),
         answer(Content_Type="Multipart/ByteRanges"),
         answer(ETag=['"v1"', '"v2"']),
+        answer(200, ETag=['"v1"', '"v2"']),
+        answer(200, ETag=None, Last_Modified=[DATE, LATER]),
         answer(408),
         answer(425),
         answer(429),
