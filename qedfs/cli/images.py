@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qedfs.cli.layout import listed
@@ -14,10 +15,16 @@ BROKEN = "broken"  # the state of an overlay that is not served
 MOST_NAMED = 10  # in a message
 
 
-def connect(mountpoint: str) -> Client:
-    """Connect to the server of the mount. Raises NotServed, with the reason where it can be told."""
+def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
+    """Connect to the server of the mount. `deadline`: see Client.
+
+    Raises:
+        NotMounted: there is none that answers.
+        TimedOut: it is silent.
+        UsageError: the path is not one that a mount of qedfs could be at.
+    """
     try:
-        return Client.connect(mountpoint)
+        return Client.connect(mountpoint, deadline=deadline)
     except NotServed as exc:
         if mounted_type(mountpoint) != FILESYSTEM:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import click
 from rich.console import Console
@@ -15,6 +16,7 @@ from qedfs.cli.statuslines import fitted_lines, status_lines
 from qedfs.control.client import Client, Gone
 
 WATCH_SECONDS = 1.0
+ANSWER_SECONDS = 10.0  # the server answers from memory
 
 
 @click.command(short_help="Show what a mount is doing.")
@@ -26,16 +28,22 @@ def status(mountpoint: str, as_json: bool, watch: bool) -> None:
 
     --watch shows as many of them as the terminal has lines for; those that are complete give way first.
     """
-    with connect(mountpoint) as client:
+    with connect(mountpoint, deadline=time.monotonic() + ANSWER_SECONDS) as client:
         if watch:
             _watch(client, as_json=as_json)
             return
-        found = client.execute("x-qedfs-status")
+        found = _ask(client)
     if as_json:
         print_json(found)
         return
     screen = console()
     click.echo("\n".join(status_lines(found, screen.width if screen.is_terminal else None)))
+
+
+def _ask(client: Client) -> dict[str, Any]:
+    client.deadline = time.monotonic() + ANSWER_SECONDS
+    found: dict[str, Any] = client.execute("x-qedfs-status")
+    return found
 
 
 def _watch(client: Client, *, as_json: bool) -> None:
@@ -53,7 +61,7 @@ def _watch_on(terminal: Console, client: Client) -> None:
     """Draw until the mount ends."""
     with Screen(terminal, transient=False) as screen:
         while True:
-            found = client.execute("x-qedfs-status")
+            found = _ask(client)
             screen.show([Text(line) for line in fitted_lines(found, screen.width, screen.height)])
             time.sleep(WATCH_SECONDS)
 
@@ -61,7 +69,7 @@ def _watch_on(terminal: Console, client: Client) -> None:
 def _watch_in_lines(client: Client, *, as_json: bool) -> None:
     """Print until the mount ends."""
     while True:
-        found = client.execute("x-qedfs-status")
+        found = _ask(client)
         if as_json:
             print_json_line(found)
         else:

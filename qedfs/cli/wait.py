@@ -48,7 +48,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str) -
     """
     waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
     try:
-        with connect(mountpoint) as client:
+        with connect(mountpoint, deadline=waiting.deadline) as client:
             waiting.run(client)
     except Gone as exc:
         # --until-streamed: the mount is over as soon as there is nothing left to wait for.
@@ -64,7 +64,7 @@ class _Waiting:
         self._mountpoint = mountpoint
         self._image = image
         self._goal = goal
-        self._deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self.deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._remarked: set[tuple[str, str]] = set()
 
     def run(self, client: Client) -> None:
@@ -85,7 +85,7 @@ class _Waiting:
     def _wait(self, client: Client, show: Callable[[], None]) -> None:
         while not self._reached_by_all(client):
             show()
-            left = self._deadline - time.monotonic()
+            left = self.deadline - time.monotonic()
             if left <= 0:
                 raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
             client.event(min(left, POLL_SECONDS))

@@ -6,6 +6,7 @@ Owns connecting, the negotiation and the matching of answers. Errors come back a
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import struct
@@ -30,8 +31,11 @@ from qedfs.runtime import socket_path
 # A step on a dead source ends after the mount's own deadline, which the user may have raised.
 ANSWER_SECONDS = 600.0
 CONNECT_SECONDS = 10.0
+# A deadline that has come still leaves this to a server that answers at once.
+LEAST_SECONDS = 1.0
 RECEIVE_BYTES = 65536
 _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
+_TIMEVAL = struct.Struct("@ll")
 
 _BY_EXIT_CODE: dict[int, type[QedfsError]] = {
     kind.exit_code: kind
@@ -48,32 +52,57 @@ class NotServed(UsageError):
 
 
 class Client:
-    """A connection to the server of one mount. Use it as a context manager."""
+    """A connection to the server of one mount. Use it as a context manager.
+
+    `deadline`, of time.monotonic(), bounds every answer that is waited for; whoever has less patience than
+    ANSWER_SECONDS sets it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.deadline = math.inf
         self._socket = connection
         self._buffer = bytearray()
         self._events: deque[dict[str, Any]] = deque()
         self._next_id = 0
 
     @classmethod
-    def connect(cls, mountpoint: str) -> Self:
+    def connect(cls, mountpoint: str, *, deadline: float = math.inf) -> Self:
         """Connect to the server of the mount at `mountpoint` and negotiate.
 
         Raises:
-            NotServed: nobody answers there.
+            NotServed: there is no server.
+            TimedOut: there is one, and it is silent.
         """
-        path = socket_path(mountpoint)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client = cls.reach(mountpoint, deadline=deadline)
         try:
-            connection.settimeout(CONNECT_SECONDS)
-            connection.connect(os.fspath(path))
-            client = cls(connection)
-            client._receive_line(time.monotonic() + CONNECT_SECONDS)
-            client.execute("qmp_capabilities")
-        except (FileNotFoundError, ConnectionRefusedError, Gone, TimeoutError) as exc:
+            client.negotiate()
+        except Gone as exc:
+            client.close()
+            raise NotServed(f"{mountpoint}: no qedfs mount answers there") from exc
+        except BaseException:
+            client.close()
+            raise
+        client.deadline = deadline
+        return client
+
+    @classmethod
+    def reach(cls, mountpoint: str, *, deadline: float = math.inf) -> Self:
+        """Connect without a word, which is enough to see who the server is and when it ends. Raises as `connect`."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client = cls(connection)
+        client.deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
+        try:
+            # Not settimeout: a connection that waits for its place in the server's queue would fail at once.
+            seconds = client._patience()
+            patience = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+            connection.connect(os.fspath(socket_path(mountpoint)))
+        except (FileNotFoundError, ConnectionRefusedError) as exc:
             connection.close()
             raise NotServed(f"{mountpoint}: no qedfs mount answers there") from exc
+        except BlockingIOError as exc:
+            connection.close()
+            raise TimedOut(f"{mountpoint}: the server of the mount takes no client") from exc
         except BaseException:
             connection.close()
             raise
@@ -85,18 +114,26 @@ class Client:
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         return int(_CREDENTIALS.unpack(credentials)[0])
 
+    def negotiate(self) -> None:
+        """Take the greeting and begin. Raises as `execute`."""
+        self._answer(None)
+        self.execute("qmp_capabilities")
+
     def execute(self, name: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         """Run a command and return what it returns; `_` in argument names stands for `-`.
 
         Raises:
-            QedfsError: the kind that the server names by its exit code; Gone if the mount ended meanwhile.
+            QedfsError: the kind that the server names by its exit code; Gone if the mount ended meanwhile, TimedOut
+                if no answer came in time.
         """
         self._next_id += 1
         named = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
         request = {"execute": name, "arguments": named, "id": self._next_id}
         try:
-            self._socket.settimeout(ANSWER_SECONDS)
+            self._socket.settimeout(self._patience())
             self._socket.sendall(json.dumps(request).encode())
+        except TimeoutError as exc:
+            raise TimedOut("the server of the mount takes no command") from exc
         except OSError as exc:
             raise Gone("the mount has ended") from exc
         message = self._answer(self._next_id)
@@ -104,18 +141,23 @@ class Client:
             raise error_of(message["error"].get("x-qedfs-exit-code"), message["error"]["desc"])
         return message["return"]
 
-    def _answer(self, request_id: int) -> dict[str, Any]:
-        """The answer to a request; events on the way are kept."""
-        deadline = time.monotonic() + ANSWER_SECONDS
+    def _answer(self, request_id: int | None) -> dict[str, Any]:
+        """The answer to a request, None for the greeting; events on the way are kept."""
+        seconds = self._patience()
+        until = time.monotonic() + seconds
         while True:
             try:
-                message = self._receive_line(deadline)
+                message = self._receive_line(until)
             except TimeoutError as exc:
-                raise TimedOut(f"the server of the mount has given no answer for {ANSWER_SECONDS:g} s") from exc
+                raise TimedOut(f"the server of the mount has given no answer for {round(seconds, 1):g} s") from exc
             if "event" in message:
                 self._events.append(message)
             elif message.get("id") == request_id:
                 return message
+
+    def _patience(self) -> float:
+        """For how many seconds the next answer may be waited for."""
+        return min(ANSWER_SECONDS, max(LEAST_SECONDS, self.deadline - time.monotonic()))
 
     def event(self, timeout_seconds: float) -> dict[str, Any] | None:
         """The next event, or None if there was none in this time. Raises Gone."""

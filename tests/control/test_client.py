@@ -1,0 +1,111 @@
+"""The client of the command line against servers that fall silent: it keeps the time that it was given."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qedfs.cli import status
+from qedfs.cli.main import main
+from qedfs.control import client
+from qedfs.control.client import Client, NotServed
+from qedfs.errors import TimedOut
+from qedfs.runtime import mount_folder, private_folder, socket_path
+
+SOON = 0.3
+LATE = 10.0  # seconds that no test waits for
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LEAST_SECONDS", SOON)
+
+
+@contextlib.contextmanager
+def listening(mountpoint: Path, backlog: int = 16) -> Iterator[socket.socket]:
+    """A socket in the place of the mount's, which takes connections and says nothing."""
+    folder = private_folder(mount_folder(str(mountpoint)))
+    path = socket_path(str(mountpoint))
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(backlog)
+            yield listener
+    finally:
+        path.unlink()
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def answering(mountpoint: Path, *answers: object) -> Iterator[None]:
+    """A server that greets, returns these answers to the first requests of a client, and is silent then."""
+    with listening(mountpoint) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as requests:
+                connection.sendall(b'{"QMP": {}}\r\n')
+                for answer in answers:
+                    request = json.JSONDecoder().raw_decode(connection.recv(65536).decode())[0]
+                    connection.sendall(json.dumps({"return": answer, "id": request["id"]}).encode() + b"\r\n")
+                requests.read()  # until the client hangs up
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # if no client came
+            thread.join()
+
+
+def run(*words: str | Path) -> int | str | None:
+    """The exit code of a command that runs in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return end.value.code
+
+
+def test_a_server_that_does_not_greet(tmp_path: Path) -> None:
+    with listening(tmp_path), pytest.raises(TimedOut, match="no answer"):
+        Client.connect(str(tmp_path), deadline=time.monotonic())
+
+
+def test_a_server_whose_queue_is_full(tmp_path: Path) -> None:
+    with listening(tmp_path, backlog=0), Client.reach(str(tmp_path)), pytest.raises(TimedOut, match="takes no client"):
+        Client.reach(str(tmp_path), deadline=time.monotonic())
+
+
+def test_no_server(tmp_path: Path) -> None:
+    with pytest.raises(NotServed):
+        Client.connect(str(tmp_path))
+
+
+def test_an_answer_that_does_not_come_in_time(tmp_path: Path) -> None:
+    with answering(tmp_path, {}, "first"), Client.connect(str(tmp_path)) as connection:
+        connection.deadline = 0.0
+        assert connection.execute("query-name") == "first"  # an answer on the spot is taken all the same
+        with pytest.raises(TimedOut, match="no answer"):
+            connection.execute("query-name")
+
+
+def test_wait_keeps_its_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.monotonic()
+    with answering(tmp_path, {}):
+        assert run("wait", tmp_path, "--timeout", "100ms") == 7
+    assert time.monotonic() - begun < LATE
+    assert "has given no answer" in capsys.readouterr().err
+
+
+def test_status_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(status, "ANSWER_SECONDS", SOON)
+    with answering(tmp_path, {}):
+        assert run("status", tmp_path) == 7
+    assert "has given no answer" in capsys.readouterr().err
