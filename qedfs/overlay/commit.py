@@ -184,6 +184,10 @@ class Committer:
         except QedfsError as exc:
             # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
             self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")
+            if (journal := self.journal) is not None:
+                # Nobody knows which data the disk has: entries that were never committed must not be brought back by
+                # the next session, or clusters could read as garbage.
+                journal.void()
             raise self.failure.fresh() from exc
         finally:
             self.barrier_seconds += time.monotonic() - began

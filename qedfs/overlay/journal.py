@@ -7,7 +7,9 @@ open in the same boot loses nothing, and after a power cut the file is void, as 
 The file names the boot, the session and the device; the overlay carries the session (`format/record.py`). A journal of
 another boot, or of a session that the overlay no longer carries, is ignored: somebody else may have written since. A
 copy of an overlay may carry the session of another one that is still in use. What tells them apart is the device, and
-the lock that a process has on its journal while it lives. Must not know what the entries mean: `leftover.py` judges them.
+the lock that a process has on its journal while it lives.
+
+Must not know what the entries mean: `leftover.py` judges them.
 """
 
 from __future__ import annotations
@@ -69,11 +71,16 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._end)
 
+    def void(self) -> None:
+        """Let no later session have the entries. From any thread."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
     def close(self, *, remove: bool) -> None:
         """Close; `remove` when the overlay has all entries."""
         os.close(self._fd)
         if remove:
-            self._path.unlink(missing_ok=True)
+            self.void()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from typing import Self
 
 import trio
 
-from qedfs.errors import BadOverlay, ReadOnlyOverlay
+from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import ENTRY_SIZE, round_down, round_up
 from qedfs.format.header import NEED_CHECK, NO_PROBE
 from qedfs.format.record import Record
@@ -120,11 +120,7 @@ class Overlay:
         self._mark_cut_tables()
         self.clusters.file_end = allocate_from
         leftover = self._left_behind(folder)
-        if leftover:
-            # Into the file, before the new session voids the journal.
-            apply(leftover.pairs, self.clusters, self._make_table)
-        if self.committer.pending:
-            self.committer.commit_now()
+        self._bring_in(leftover)
         session = self._session.begin()
         if leftover:
             leftover.remove()
@@ -132,6 +128,23 @@ class Overlay:
             with contextlib.suppress(OSError):
                 self._journal = Journal.create(folder, name, session, self.storage.device())
         self.committer.journal = self._journal
+
+    def _bring_in(self, leftover: Leftover | None) -> None:
+        """Let the file have what was left, before the new session voids the journal."""
+        if leftover:
+            apply(leftover.pairs, self.clusters, self._make_table)
+        if not self.committer.pending:
+            return
+        try:
+            self.committer.commit_now()
+        except ReadOnlyOverlay:
+            # Linux tells of data that it could not write once: the next opening would take its entries for good. A
+            # journal that may be another overlay's stays, and a new session voids it for this one.
+            if leftover:
+                leftover.remove()
+                with contextlib.suppress(QedfsError):
+                    self._session.begin()
+            raise
 
     def _left_behind(self, folder: Path | None) -> Leftover | None:
         """What a killed session left for the file as it is; the file may have some of it."""
@@ -354,8 +367,7 @@ class Overlay:
             except OSError:
                 # The tmpfs is full. From here on the group commit stands in for the journal; the entries that it
                 # holds are all pending, so the next commit brings them into the file.
-                self._journal.close(remove=False)
-                self._journal = self.committer.journal = None
+                self._journal = None
 
     # Adopt.
 
@@ -466,10 +478,8 @@ class Overlay:
         finally:
             # A record or a detach may be under way in a thread: the descriptor must not be closed under it.
             async with self._session_lock:
-                if self._journal is not None:
-                    # After a failed barrier nobody knows which data the disk has: entries that were never committed
-                    # are not brought back by the next session, or clusters could read as garbage.
-                    self._journal.close(remove=self.committer.failure is not None or not self.committer.pending)
+                if self.committer.journal is not None:
+                    self.committer.journal.close(remove=not self.committer.pending)
                     self._journal = self.committer.journal = None
                 self.storage.close()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.overlay.journal import Journal, Pair, read_journal
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
@@ -15,6 +16,7 @@ from tests.overlay.images import empty
 CLUSTER = 4096
 SESSION = "5" * 32
 DEVICE = 77
+HEADER_SIZE = 128
 
 
 async def no_fill(cluster: int) -> bytes:
@@ -136,6 +138,20 @@ async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch:
     await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
     await overlay.write(4 * CLUSTER, b"c" * CLUSTER, no_fill)
 
+    (left,) = os.scandir(tmp_path)
+    assert left.stat().st_size == HEADER_SIZE  # what is committed frees its room
+
     again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     for cluster in (0, 1, 2, 4, 8):
         assert (await again.map(cluster * CLUSTER, CLUSTER))[0].offset > 1
+
+
+async def test_a_failed_barrier_voids_a_journal_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = MemoryStorage(empty(backing=b"").data, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    await overlay.write(CLUSTER, b"b" * CLUSTER, no_fill)
+    monkeypatch.setattr("qedfs.overlay.journal.os.pwrite", SmallTmpfs(0))
+    storage.fail("barrier", QedfsError("EIO"))
+    with pytest.raises(ReadOnlyOverlay):
+        await overlay.write(0, b"a" * CLUSTER, no_fill)
+    assert os.listdir(tmp_path) == []

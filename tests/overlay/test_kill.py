@@ -89,7 +89,7 @@ RULES = (
     ),
     Mutant(
         "the journal is replayed before the new session voids it",
-        "overlay:Overlay._begin",
+        "overlay:Overlay._bring_in",
         "apply(leftover.pairs, self.clusters, self._make_table)",
         "pass",
     ),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.overlay import Overlay, open_overlay
 from tests.fakes.storage import MemoryStorage
@@ -115,6 +116,41 @@ async def test_an_older_state_that_was_put_back_is_served_as_it_is(
         await again.close()
         assert len(caplog.messages) == said
     assert "of another state of this overlay" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_failed_barrier_voids_the_journal(tmp_path: Path, killed: bool) -> None:
+    """The disk may not have the data of any entry that is not committed, whatever the page cache shows."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    await overlay.commit()
+    await write(overlay, "2")
+    storage.fail("barrier", QedfsError("EIO"))
+    with pytest.raises(QedfsError, match="EIO"):
+        await overlay.flush()
+    if killed:
+        die(overlay)
+    else:
+        await overlay.close()
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert await content(again) == "1"
+
+
+@pytest.mark.parametrize("device", [0, ELSEWHERE])
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_a_failed_barrier_of_a_replay_voids_the_journal(tmp_path: Path, nth: int, device: int) -> None:
+    """Linux tells of the failure once: the next opening would find nothing wrong."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "12")
+    die(overlay)
+    failing = MemoryStorage(storage.bytes, name="disk")
+    failing.device_number = device
+    failing.fail("barrier", QedfsError("EIO"), nth=nth)
+    with pytest.raises(ReadOnlyOverlay, match="EIO"):
+        await Overlay.open(failing, journal_folder=tmp_path)
+    again, _ = await opened(failing.bytes, tmp_path, device=device)
+    # The first barrier stands before the entries, the second behind them: then their data is durable.
+    assert await content(again) == ("" if nth == 1 else "12")
 
 
 @pytest.mark.parametrize("entry", [0, 1, 8192 + 512, 4096, 1 << 40])
