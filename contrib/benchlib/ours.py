@@ -23,9 +23,9 @@ def create(overlay: Path, backing: str) -> Path:
 
 
 @contextlib.contextmanager
-def served(lab: Lab, source: Path, *, stream: bool = False) -> Iterator[Mount]:
+def served(lab: Lab, source: Path, *options: str, stream: bool = False) -> Iterator[Mount]:
     """A mount of an overlay, or of a folder of them; `stream`: the stream begins with it, as it does for a user."""
-    with mounted(source, lab.fresh("mnt"), *([] if stream else ["--no-stream"])) as mount:
+    with mounted(source, lab.fresh("mnt"), *options, *([] if stream else ["--no-stream"])) as mount:
         lab.prefer(mount.pid)
         yield mount
 
@@ -36,13 +36,13 @@ def image_path(mount: Mount, overlay: Path) -> Path:
 
 
 @contextlib.contextmanager
-def cold(lab: Lab, origin: Origin, *, stream: bool = False) -> Iterator[tuple[Mount, Path]]:
+def cold(lab: Lab, origin: Origin, *options: str, stream: bool = False) -> Iterator[tuple[Mount, Path]]:
     """A mount of a new, empty overlay over `origin`, and the path of its image; both are gone afterwards."""
     overlay = create(lab.fresh("ours.qed"), origin.url)
     lab.settle()
     origin.traffic.forget()
     try:
-        with served(lab, overlay, stream=stream) as mount:
+        with served(lab, overlay, *options, stream=stream) as mount:
             yield mount, image_path(mount, overlay)
     finally:
         overlay.unlink()
