@@ -34,11 +34,11 @@ _MAGIC = b"qedfsj\0\2"
 
 
 class Journal:
-    """An open journal. `append` is one write of 16 bytes an entry into memory: 0.6 us."""
+    """An open journal. `append` is one write of 16 bytes an entry into memory and a look at the file: 1.3 us."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
-        self._path = path
+        self.path = path
         self._end = _HEADER.size
 
     @classmethod
@@ -56,11 +56,15 @@ class Journal:
         """Remember that these clusters have these entries now.
 
         Raises:
-            OSError: the tmpfs is full; the entries have to be committed before the write is answered.
+            OSError: the tmpfs is full, or the file was removed (ENOENT), by a logout for example. The entries have to
+                be committed before the write is answered.
         """
         data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
         if os.pwrite(self._fd, data, self._end) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # Behind the write: what was removed before the answer is seen.
+        if not os.fstat(self._fd).st_nlink:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._end += len(data)
 
     def reset(self) -> None:
@@ -74,7 +78,7 @@ class Journal:
     def void(self) -> None:
         """Let no later session have the entries. From any thread."""
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
     def close(self, *, remove: bool) -> None:
         """Close; `remove` when the overlay has all entries."""

@@ -364,9 +364,12 @@ class Overlay:
         if self._journal is not None:
             try:
                 self._journal.append(entries)
-            except OSError:
-                # The tmpfs is full. From here on the group commit stands in for the journal; the entries that it
-                # holds are all pending, so the next commit brings them into the file.
+            except OSError as exc:
+                # From here on the group commit stands in for the journal; the entries that it holds are all pending,
+                # so the next commit brings them into the file.
+                if self.writable:
+                    text = "%s: %s; writes to new clusters wait for a commit until the overlay is opened again"
+                    log.warning(text, self._journal.path, exc.strerror)
                 self._journal = None
 
     # Adopt.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ class SmallTmpfs:
         return written
 
 
+@pytest.mark.expect_log("No space left on device; writes to new clusters wait for a commit")
 @pytest.mark.parametrize("room", [0, 16, 32])
 async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """The write of three clusters finds room for some of its entries only; it must be committed before its answer."""
@@ -146,6 +148,26 @@ async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch:
         assert (await again.map(cluster * CLUSTER, CLUSTER))[0].offset > 1
 
 
+async def test_a_journal_that_was_removed_loses_no_answered_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a logout $XDG_RUNTIME_DIR goes, and RemoveIPC empties /dev/shm; the mount goes on."""
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    storage = MemoryStorage(empty(backing=b"").data, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=folder)
+    await overlay.write(8 * CLUSTER, b"b" * CLUSTER, no_fill)
+    shutil.rmtree(folder)
+    for cluster in (0, 1):
+        await overlay.write(cluster * CLUSTER, b"a" * CLUSTER, no_fill)
+        again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+        for written in (8, *range(cluster + 1)):
+            assert (await again.map(written * CLUSTER, CLUSTER))[0].offset > 1
+    assert ["No such file" in text for text in caplog.messages] == [True]
+    await overlay.close()
+
+
+@pytest.mark.expect_log("No space left on device; writes to new clusters wait for a commit")
 async def test_a_failed_barrier_voids_a_journal_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
     overlay = await Overlay.open(storage, journal_folder=tmp_path)
