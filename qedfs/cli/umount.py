@@ -11,7 +11,7 @@ from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, mounted_type
 from qedfs.cli.output import remark
 from qedfs.control.client import Client, Gone, NotServed
-from qedfs.errors import InUse, QedfsError, UsageError
+from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.mount import lastwords
 
 
@@ -24,17 +24,24 @@ def umount(mountpoint: str) -> None:
     with the reason, if the last flush of one did. A mount whose server has died is cleared away.
     """
     try:
-        with Client.connect(mountpoint) as client:
-            process = _process(client)
-            try:
-                _unmount(mountpoint)
-                _wait_for_end(client, process)
-            finally:
-                if process is not None:
-                    os.close(process)
+        # Not a word is needed of a server that may be busy or stand still: only who it is.
+        client = Client.reach(mountpoint)
     except NotServed:
         _unmount(mountpoint)
         return
+    except TimedOut as exc:
+        _unmount(mountpoint)
+        raise TimedOut(
+            f"{mountpoint}: is unmounted, but its server takes no client, so it may still have the overlays open"
+        ) from exc
+    with client:
+        process = _process(client)
+        try:
+            _unmount(mountpoint)
+            _wait_for_end(client, process)
+        finally:
+            if process is not None:
+                os.close(process)
     if failure := lastwords.take(mountpoint):
         line, code = failure
         remark(line)

@@ -61,12 +61,26 @@ async def _accept(listener: trio.socket.SocketType, control: Control, nursery: t
             log.warning("cannot accept a control client: %s", exc.strerror)
             await trio.sleep(0.1)
             continue
-        if _is_welcome(client) and len(control.sessions) < MAX_CLIENTS:
-            session = Session(trio.SocketStream(client), execute(control))
-            control.sessions.add(session)
-            nursery.start_soon(_converse, session, control)
-        else:
+        if not _is_welcome(client):
             client.close()
+            continue
+        if len(control.sessions) >= MAX_CLIENTS:
+            _make_room(control)
+        session = Session(trio.SocketStream(client), execute(control))
+        control.sessions.add(session)
+        nursery.start_soon(_converse, session, control)
+
+
+def _make_room(control: Control) -> None:
+    """Hang up on the client that has least to lose: clients that somebody has forgotten must not lock him out.
+
+    One that has not negotiated goes first, then the one that has been silent longest; one whose command is being run
+    only if there are no others.
+    """
+    forgotten = min(control.sessions, key=lambda session: (session.busy, session.negotiated, session.heard_at))
+    log.info("%d control clients are connected, the one that was silent longest is dropped", len(control.sessions))
+    control.sessions.discard(forgotten)
+    forgotten.drop()
 
 
 async def _converse(session: Session, control: Control) -> None:

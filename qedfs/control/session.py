@@ -43,6 +43,8 @@ class Session:
         self._event_came = trio.Event()
         self._scope = trio.CancelScope()
         self.negotiated = False
+        self.busy = False  # a command of its client is being run
+        self.heard_at = trio.current_time()  # when its client was last heard of or answered
         self.after_reply: Callable[[], None] | None = None  # called once the answer is out; for a command that ends us
 
     async def run(self, greeting: object) -> None:
@@ -59,6 +61,11 @@ class Session:
         finally:
             await self._flush()
 
+    def drop(self) -> None:
+        """Hang up, without the events that are still to be sent."""
+        self._events.clear()
+        self._scope.cancel()
+
     def post(self, event: bytes) -> None:
         """Send an event, soon; a client that does not read is dropped."""
         if not self.negotiated:
@@ -74,7 +81,10 @@ class Session:
         reader = Reader()
         while data := await self._stream.receive_some(RECEIVE_BYTES):
             for message in reader.feed(data):
-                await self._send(encode(await self._reply(message)))
+                self.busy = True
+                answer = await self._reply(message)
+                self.busy, self.heard_at = False, trio.current_time()
+                await self._send(encode(answer))
                 if self.after_reply is not None:
                     after, self.after_reply = self.after_reply, None
                     after()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,12 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.cli import status
+from qedfs.cli import status, umount
 from qedfs.cli.main import main
 from qedfs.control import client
 from qedfs.control.client import Client, NotServed
 from qedfs.errors import TimedOut
 from qedfs.runtime import mount_folder, private_folder, socket_path
+
+# Hangs up on its first client, and lives on until its input ends.
+_CURT = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+listener.accept()[0].close()
+sys.stdin.read()
+"""
 
 SOON = 0.3
 LATE = 10.0  # seconds that no test waits for
@@ -38,6 +51,22 @@ def listening(mountpoint: Path, backlog: int = 16) -> Iterator[socket.socket]:
             listener.bind(str(path))
             listener.listen(backlog)
             yield listener
+    finally:
+        path.unlink()
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def curt_server(mountpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that serves the mount, flushes at the moment, and has hung up on its clients."""
+    folder = private_folder(mount_folder(str(mountpoint)))
+    path = socket_path(str(mountpoint))
+    words = [sys.executable, "-c", _CURT, str(path)]
+    try:
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            assert server.stdout is not None
+            server.stdout.readline()
+            yield server
     finally:
         path.unlink()
         folder.rmdir()
@@ -109,3 +138,29 @@ def test_status_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     with answering(tmp_path, {}):
         assert run("status", tmp_path) == 7
     assert "has given no answer" in capsys.readouterr().err
+
+
+def test_umount_waits_for_the_end_of_a_server_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmounted = threading.Event()
+    monkeypatch.setattr(umount, "_unmount", lambda _: unmounted.set())
+    codes: list[int | str | None] = []
+    command = threading.Thread(target=lambda: codes.append(run("umount", tmp_path)))
+    with curt_server(tmp_path) as server:
+        assert server.stdin is not None
+        command.start()
+        assert unmounted.wait(LATE)
+        command.join(SOON)
+        assert command.is_alive()
+        server.stdin.close()
+        command.join(LATE)
+    assert codes == [0]
+
+
+def test_umount_does_not_vouch_for_a_server_that_takes_no_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client, "CONNECT_SECONDS", SOON)
+    monkeypatch.setattr(umount, "_unmount", lambda _: None)
+    with listening(tmp_path, backlog=0), Client.reach(str(tmp_path)):
+        assert run("umount", tmp_path) == 7
+    assert "may still have the overlays open" in capsys.readouterr().err

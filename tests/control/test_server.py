@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
+from qedfs.control import server
 from qedfs.control.server import MAX_CLIENTS, serve_control
 from qedfs.control.session import MAX_EVENTS
 from qedfs.errors import InUse, UsageError
 
-from .support import FakeMount, Talk, controlled, talking
+from .support import CLUSTER, FakeMount, MemorySource, Talk, controlled, talking
 
 NOBODY = 65534
 
@@ -149,27 +152,63 @@ async def test_a_client_that_never_reads_its_events_is_dropped(tmp_path: Path) -
             await deaf.reply()  # it never comes; the connection ends instead
 
 
-async def test_clients_are_counted(tmp_path: Path) -> None:
-    async with controlled(tmp_path) as (_, path):
-        talks = [Talk(await trio.open_unix_socket(str(path))) for _ in range(MAX_CLIENTS)]
-        for talk in talks:
+async def has_ended(talk: Talk) -> bool:
+    """Whether the server has hung up; all that was sent to the client has been read."""
+    with trio.move_on_after(0.05):
+        try:
             await talk.line()
-        one_more = Talk(await trio.open_unix_socket(str(path)))
-        with pytest.raises(EOFError):
-            await one_more.line()
-        await one_more.stream.aclose()
+        except EOFError:
+            return True
+    return False
+
+
+@contextlib.asynccontextmanager
+async def a_full_house(path: Path, first: Sequence[Talk] = ()) -> AsyncIterator[list[Talk]]:
+    """As many clients as there may be: those that are given, and others that have taken their greeting."""
+    talks = [*first]
+    try:
+        while len(talks) < MAX_CLIENTS:
+            talks.append(Talk(await trio.open_unix_socket(str(path))))
+            await talks[-1].line()
+        yield talks
+    finally:
         for talk in talks:
             await talk.stream.aclose()
-        with trio.fail_after(10):
-            while True:
-                talk = Talk(await trio.open_unix_socket(str(path)))
-                try:
-                    await talk.line()
-                except EOFError:
-                    await talk.stream.aclose()
-                    continue
-                await talk.stream.aclose()
-                break
+
+
+async def test_a_client_too_many_takes_the_place_of_the_oldest_without_negotiation(tmp_path: Path) -> None:
+    async with (
+        controlled(tmp_path) as (_, path),
+        talking(path) as first,
+        a_full_house(path, [first]) as talks,
+        talking(path) as newcomer,
+        talking(path),
+    ):
+        assert "return" in await newcomer.ask("query-version")
+        assert [await has_ended(talk) for talk in talks[:4]] == [False, True, True, False]
+
+
+async def test_a_client_too_many_takes_the_place_of_the_one_that_was_silent_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_CLIENTS", 3)
+    async with (
+        controlled(tmp_path) as (mount, path),
+        talking(path) as at_work,
+        talking(path) as speaking,
+        talking(path) as silent,
+    ):
+        source = MemorySource(bytes(CLUSTER))
+        source.gate = trio.Event()
+        await mount.add("disk", source)
+        await at_work.send('{"execute": "x-qedfs-step", "arguments": {"device": "disk"}}')
+        await source.asked.wait()
+        await speaking.get("query-version")
+        async with talking(path) as newcomer:
+            assert "return" in await newcomer.ask("query-version")
+            assert [await has_ended(talk) for talk in (at_work, speaking, silent)] == [False, False, True]
+            source.gate.set()
+            assert "return" in await at_work.reply()
 
 
 async def test_the_last_events_are_sent_when_the_mount_ends(tmp_path: Path) -> None:
