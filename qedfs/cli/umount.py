@@ -11,7 +11,7 @@ from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, mounted_type
 from qedfs.cli.output import remark
 from qedfs.control.client import Client, Gone, NotServed
-from qedfs.errors import InUse, QedfsError, TimedOut
+from qedfs.errors import InUse, QedfsError, TimedOut, UsageError
 from qedfs.mount import lastwords
 
 
