@@ -18,6 +18,10 @@ Concurrency protocol
 Order: a reader's request leaves at once. Background requests leave while fewer than `Window.bytes` are in flight; while
 readers wait, and for a moment after, only one small one at a time. The moment grows back to the full window step by
 step, so a reader never finds more than a few small requests ahead of it on the link.
+
+Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has (`bring`, which a user
+asks for, may add a request). A reader that finds no room for a flight, or whose clusters are larger than
+LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight into its own buffer, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -38,15 +42,14 @@ from qedfs.window import MIN_REQUEST_BYTES, Window
 
 log = logging.getLogger(__name__)
 
-# A flight of the background is late after the longest of these: so many seconds, round trips, or times of what was to
-# cross the link until it had come. A reader waits for a part of its deadline at the most.
-LATE_SECONDS = 1.0
-LATE_ROUND_TRIPS = 4.0
-LATE_TRANSFERS = 4.0
-LATE_DEADLINES = 1 / 3
+Part = tuple[int, memoryview, Flight | None]  # position, bytes of a reader's request, and who carries them
+
+LATE_DEADLINES = 1 / 3  # that a reader waits at the most for a flight of the background
 QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
-# A source faster than the disk of the overlay: beyond this, readers get their bytes and nothing is kept.
+# Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source.
 MOST_HELD_BYTES = 192 << 20
+# A reader does not wait until a larger one has come; such clusters are for the background to bring in.
+LARGE_CLUSTER_BYTES = 4 << 20
 GRACE_SECONDS = 1.0
 
 
@@ -70,6 +73,7 @@ class Fetch:
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or Buffers()
         self._quiet_since = float("-inf")
+        self._large = cluster_size > LARGE_CLUSTER_BYTES
         self._preferred = 0  # who wait for a turn before the others of the background
         self._room = trio.Event()
 
@@ -113,45 +117,44 @@ class Fetch:
         """Fill each view with the image's bytes at its position; called inside `waiting`. Errors of the source."""
         source_size = (await self.identity()).size
         # All of them before the first wait: what lands meanwhile would be taken for missing and fetched again.
-        joined = [(pos, view, self._join_bytes(pos, len(view), source_size, taker)) for pos, view in pieces]
+        parts = [part for pos, view in pieces for part in self._parts(pos, view, source_size, taker)]
         try:
-            for pos, view, flights in joined:
-                done = 0
-                for flight in flights:
-                    done += await self._copy(flight, pos + done, view[done:], source_size)
+            for pos, view, flight in parts:
+                if flight is None:
+                    await self._read_alone(pos, view, source_size)
+                else:
+                    await self._copy(flight, pos, view, source_size)
         finally:
-            for _, _, flights in joined:
-                for flight in flights:
+            for _, _, flight in parts:
+                if flight is not None:
                     self._release(flight)
 
-    def _join_bytes(self, pos: int, size: int, source_size: int, taker: Taker | None) -> list[Flight]:
-        first = pos // self.cluster_size
-        last = (pos + size - 1) // self.cluster_size
-        return self._join(first, last - first + 1, source_size, taker, asked=True, urgent=True)
+    def _parts(self, pos: int, view: memoryview, source_size: int, taker: Taker | None) -> Iterator[Part]:
+        """Cut a piece at the borders of flights, which are held; None in place of one where there is no room for it."""
+        first, end = pos // self.cluster_size, pos + len(view)
+        count = -(-end // self.cluster_size) - first
+        for stop, flight in self._join(first, count, source_size, taker, asked=True, urgent=True):
+            size = min(stop * self.cluster_size, end) - pos
+            yield pos, view[:size], flight
+            pos, view = pos + size, view[size:]
 
-    async def _copy(self, flight: Flight, pos: int, view: memoryview, source_size: int) -> int:
+    async def _copy(self, flight: Flight, pos: int, view: memoryview, source_size: int) -> None:
         """As `Flight.copy_to`; the bytes are fetched beside the flight if it belongs to the background and is late."""
-        if flight.urgent or await flight.arrives(self._late_at(flight)):
-            return await flight.copy_to(pos, view)
-        flight.overdue = True
-        count = min(len(view), flight.pos + flight.size - pos)
-        with trio.CancelScope() as race:
-            flight.rivals.append(race)
-            await self._read_alone(pos, view[:count], source_size)
-            return count
-        return await flight.copy_to(pos, view)
+        if not (flight.urgent or await flight.arrives(self._late_at(flight))):
+            flight.overdue = True
+            with trio.CancelScope() as race:
+                flight.rivals.append(race)
+                await self._read_alone(pos, view, source_size)
+                return
+        await flight.copy_to(pos, view)
 
     def _late_at(self, flight: Flight) -> float:
         """When a reader that comes now gives a flight of the background up."""
-        now, window = trio.current_time(), self.window
-        most = now + LATE_DEADLINES * self.remote.deadline_seconds
+        now = trio.current_time()
         if flight.overdue:
             return now
-        if not window.rate:
-            return most
-        transfer = (flight.behind + flight.size) / window.rate
-        usual = max(LATE_SECONDS, LATE_ROUND_TRIPS * window.round_trip, LATE_TRANSFERS * transfer)
-        return min(flight.since + usual, most)
+        late = flight.since + self.window.late_after(flight.size, flight.behind)
+        return min(late, now + LATE_DEADLINES * self.remote.deadline_seconds)
 
     async def _read_alone(self, pos: int, view: memoryview, source_size: int) -> None:
         """Fetch bytes for one reader, and nobody else."""
@@ -165,10 +168,10 @@ class Fetch:
 
     def ahead(self, first: int, count: int, *, taker: Taker) -> None:
         """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
-        if self.held_bytes >= MOST_HELD_BYTES:
-            return
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
+            if not self._has_room(step):
+                return
             self.start(at, min(step, first + count - at), taker=taker, asked=True)
 
     async def turn(self, first: int, count: int, *, preferred: bool = False) -> None:
@@ -194,11 +197,25 @@ class Fetch:
 
     def start(self, first: int, count: int, *, taker: Taker, asked: bool = False) -> None:
         """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
-        identity = self.remote.identity
-        if identity is None:
-            return
-        for flight in self._join(first, count, identity.size, taker, asked=asked, urgent=False):
-            self._release(flight)
+        self._send(first, count, taker, asked=asked, urgent=False)
+
+    async def bring(self, first: int, count: int, *, taker: Taker) -> list[Flight]:
+        """Fetch clusters for a taker who waits for them; called inside `waiting`. Errors of the source.
+
+        Returns when the bytes are here; `adopted` tells when the taker has had them.
+        """
+        await self.identity()
+        flights = self._send(first, count, taker, asked=True, urgent=True)
+        for flight in flights:
+            await flight.arrived.wait()
+            if flight.error is not None:
+                raise flight.error.fresh()
+        return flights
+
+    async def adopted(self, flights: Sequence[Flight]) -> None:
+        """Wait until all takers of these flights have had their bytes."""
+        while any(self._flights.get(flight.first) is flight for flight in flights):
+            await self._room.wait()
 
     def flights(self) -> list[Flight]:
         """The requests under way, the oldest first."""
@@ -222,10 +239,8 @@ class Fetch:
 
     def _allowed(self) -> int:
         """Bytes that may be in flight in the background before another request leaves."""
-        if self.held_bytes >= MOST_HELD_BYTES // 2:
-            return 0  # the disk is slower than the source
-        if self._preferred:
-            return 0
+        if self._preferred or self.held_bytes >= MOST_HELD_BYTES // 2:
+            return 0  # others go first, or the disk is slower than the source
         if self.readers:
             return 1
         quiet = trio.current_time() - self._quiet_since
@@ -251,28 +266,55 @@ class Fetch:
     # Flights.
 
     def _join(
-        self, first: int, count: int, source_size: int, taker: Taker | None, *, asked: bool, urgent: bool
-    ) -> list[Flight]:
-        """The flights that carry these clusters, in order; those that are not under way are started.
+        self,
+        first: int,
+        count: int,
+        source_size: int,
+        taker: Taker | None,
+        *,
+        asked: bool,
+        urgent: bool,
+        needed: bool = False,
+    ) -> list[tuple[int, Flight | None]]:
+        """The flights that carry these clusters, in order, and where each ends; those not under way are started.
 
-        Each of them is held; give it back with `_release`.
+        Each of them is held; give it back with `_release`. None: there is no room for one, and none is `needed`.
         """
-        flights: list[Flight] = []
+        found: list[tuple[int, Flight | None]] = []
         cluster, end = first, first + count
         while cluster < end:
-            flight = self._flights.get(cluster)
+            flight, stop = self._flights.get(cluster), cluster + 1
             if flight is None:
-                stop = cluster + 1
                 while stop < end and stop not in self._flights:
                     stop += 1
-                flight = self._start(cluster, stop - cluster, source_size, urgent=urgent)
-            if taker is not None and flight.kept and taker not in flight.takers:
-                flight.takers.append(taker)
-            flight.asked |= asked
-            flight.holders += 1
-            flights.append(flight)
-            cluster = flight.first + -(-flight.size // self.cluster_size)
+                if needed or self._has_room(stop - cluster):
+                    flight = self._start(cluster, stop - cluster, source_size, urgent=urgent)
+            elif self._large and not needed and not flight.arrived.is_set():
+                flight = None  # it will take too long
+            if flight is not None:
+                if taker is not None and taker not in flight.takers:
+                    flight.takers.append(taker)
+                flight.asked |= asked
+                flight.holders += 1
+                stop = flight.first + flight.size // self.cluster_size
+            found.append((stop, flight))
+            cluster = stop
+        return found
+
+    def _send(self, first: int, count: int, taker: Taker, *, asked: bool, urgent: bool) -> list[Flight]:
+        """Have flights under way that bring these clusters to a taker."""
+        identity = self.remote.identity
+        if identity is None:
+            return []
+        found = self._join(first, count, identity.size, taker, asked=asked, urgent=urgent, needed=True)
+        flights = [flight for _, flight in found if flight is not None]
+        for flight in flights:
+            self._release(flight)
         return flights
+
+    def _has_room(self, count: int) -> bool:
+        """Whether so many clusters may be fetched that a reader wants, or will want."""
+        return not self._large and self.held_bytes + count * self.cluster_size <= MOST_HELD_BYTES
 
     def _start(self, first: int, count: int, source_size: int, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
@@ -286,7 +328,6 @@ class Fetch:
         self.window.started(now, flight.behind, self.remote.received)
         if not urgent:
             self.background_bytes += size
-        flight.kept = self.held_bytes < MOST_HELD_BYTES
         self.held_bytes += size
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
@@ -335,8 +376,6 @@ class Fetch:
         self.window.arrived(now, wanted, now - started, self.remote.received, flight.behind)
 
     async def _hand_out(self, flight: Flight) -> None:
-        if not flight.kept:
-            return
         for taker in self.takers:
             if taker not in flight.takers and taker.wants(flight.pos, flight.size):
                 flight.takers.append(taker)

@@ -40,7 +40,6 @@ class Flight:
         "error",
         "first",
         "holders",
-        "kept",
         "overdue",
         "pos",
         "rivals",
@@ -61,7 +60,6 @@ class Flight:
         self.takers: list[Taker] = []
         self.urgent = urgent  # somebody waited for it when it was started
         self.asked = False  # somebody wanted it before the stream came there
-        self.kept = True  # whether there is room to hold it until takers have adopted it
         self.behind = 0  # bytes that were in flight when it left
         self.overdue = False  # a reader has waited for it in vain
         self.rivals: list[trio.CancelScope] = []  # around what readers have asked for beside it
@@ -81,15 +79,10 @@ class Flight:
                 await self.arrived.wait()
         return self.arrived.is_set()
 
-    async def copy_to(self, pos: int, view: memoryview) -> int:
-        """Wait for the bytes and copy those of the image range [pos, pos + len(view)) that this flight carries.
-
-        Returns the count of bytes copied to the start of `view`. Raises the flight's error.
-        """
+    async def copy_to(self, pos: int, view: memoryview) -> None:
+        """Wait for the bytes, and fill `view` with those at `pos` of the image. Raises the flight's error."""
         await self.arrived.wait()
         if self.error is not None:
             raise self.error.fresh()
         start = pos - self.pos
-        count = min(len(view), self.size - start)
-        view[:count] = memoryview(self.buffer)[start : start + count]
-        return count
+        view[:] = memoryview(self.buffer)[start : start + len(view)]

@@ -11,6 +11,7 @@ now and then, since links change.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 MIN_BYTES = 8 << 20
@@ -23,6 +24,10 @@ GROWTH = 1.15  # a smaller gain in rate is none
 PROBE_SECONDS = 3.0
 PROBE = 1.5  # times the window, to see whether the link has become faster
 QUEUE_MARGIN = 1.25  # a request that takes less than this times its queue's length says nothing of the round trip
+# A request is late after the longest of these: seconds, round trips, or times of what was to cross the link before it.
+LATE_SECONDS = 1.0
+LATE_ROUND_TRIPS = 4.0
+LATE_TRANSFERS = 4.0
 DECAY = 0.95  # of the best rate in every stretch that does not reach it, so that a slower link is noticed
 MEMORY_SECONDS = 10.0  # how long a measurement counts
 
@@ -55,6 +60,12 @@ class Window:
     def rate(self) -> float:
         """Bytes per second that the link has shown."""
         return self._best
+
+    def late_after(self, size: int, behind: int) -> float:
+        """Seconds after which a request that left behind so many bytes is late; infinite while nothing is known."""
+        if not self._best:
+            return math.inf
+        return max(LATE_SECONDS, LATE_ROUND_TRIPS * self.round_trip, LATE_TRANSFERS * (behind + size) / self._best)
 
     def started(self, now: float, in_flight: int, received: int) -> None:
         """A request leaves; `in_flight` bytes were in flight before it, `received` have come so far in all."""

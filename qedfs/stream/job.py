@@ -160,8 +160,8 @@ class StreamJob:
         start = first * cluster_size
         size = min(count * cluster_size, image.size - start)
         with fetch.waiting():
-            await fetch.read([(start, memoryview(bytearray(size)))], taker=image)
-        await fetch.landed(image)
+            flights = await fetch.bring(first, count, taker=image)
+        await fetch.adopted(flights)
         self._raise_loss()
         if image.overlay.clusters.all_missing(first, count) and not image.overlay.spoken_for(first, count):
             error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
