@@ -88,8 +88,9 @@ def next_target(
         location = parse_location(text)
         same = _origin(location) == _origin(origin.location)
         target = _target(location, origin.headers if same else (), environ, redirected_from=_server(current, address))
-    except (ValueError, UsageError) as exc:
-        raise SourceError(f"{current.location} redirects to something that is not a usable URL") from exc
+    except (ValueError, UsageError):
+        # Not chained: urllib's text may quote a login, and tracebacks are logged.
+        raise SourceError(f"{current.location} redirects to something that is not a usable URL") from None
     if same and target.user is None:
         return dataclasses.replace(target, user=origin.user, password=origin.password)
     return target
