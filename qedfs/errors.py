@@ -5,7 +5,7 @@ translated where they arise, with `from`. The message is one line that names the
 the way out; it never holds a credential (sources name themselves by their redacted URL).
 
 Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unreachable, 5 source changed,
-6 no space, 7 timed out, 8 in use, 9 refused by policy.
+6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.
 """
 
 from __future__ import annotations
@@ -107,6 +107,13 @@ class InUse(QedfsError):
 
     errno: ClassVar[int] = _errno.EBUSY
     exit_code: ClassVar[int] = 8
+
+
+class NotMounted(QedfsError):
+    """No mount of qedfs answers at a folder that could hold one: not yet, or no longer."""
+
+    errno: ClassVar[int] = _errno.ENOTCONN
+    exit_code: ClassVar[int] = 10
 
 
 class Refused(QedfsError):

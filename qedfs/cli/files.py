@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator
 
-from qedfs.errors import BadOverlay
+from qedfs.cli.images import stem
+from qedfs.errors import BadOverlay, UsageError
 from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
+
+SUFFIX = ".qed"
 
 
 @contextlib.asynccontextmanager
@@ -26,7 +31,33 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
 @contextlib.contextmanager
 def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
     """An overlay file that nobody else has open for writing. Errors of the block that know no path are given one."""
-    storage = FileStorage.open(path, writable=writable)
+    with _closing(FileStorage.open(path, writable=writable), path) as storage:
+        yield storage
+
+
+def has_backing(path: str) -> bool:
+    """Whether an overlay file, which others may have open, needs a source. Errors as of `FileStorage.open`."""
+    with _closing(FileStorage.open(path, writable=False, locked=False), path) as storage:
+        return read_header(storage)[0].has_backing
+
+
+def overlays_at(place: str, image: str | None) -> list[str]:
+    """The overlays that a mount of this overlay or folder serves, or the one of `image` alone.
+
+    Raises:
+        UsageError: the folder has none.
+    """
+    if not os.path.isdir(place):
+        return [place]
+    names = sorted(name for name in os.listdir(place) if name.endswith(SUFFIX))
+    found = [os.path.join(place, name) for name in names if image is None or stem(name) == stem(image)]
+    if not found:
+        raise UsageError(f"{place}: has no overlay" + ("" if image is None else f" for an image {image}"))
+    return found
+
+
+@contextlib.contextmanager
+def _closing(storage: FileStorage, path: str) -> Iterator[FileStorage]:
     try:
         yield storage
     except BadOverlay as exc:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qedfs.cli.layout import listed
-from qedfs.cli.mounttable import FILESYSTEM, is_dead, mounted_type
+from qedfs.cli.mounttable import missing
 from qedfs.control.client import Client, NotServed, error_of
 from qedfs.errors import QedfsError, UsageError
 
@@ -26,14 +26,7 @@ def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
     try:
         return Client.connect(mountpoint, deadline=deadline)
     except NotServed as exc:
-        if mounted_type(mountpoint) != FILESYSTEM:
-            raise
-        if is_dead(mountpoint):
-            raise NotServed(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}") from exc
-        raise NotServed(
-            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or with "
-            "another XDG_RUNTIME_DIR?"
-        ) from exc
+        raise missing(mountpoint) from exc
 
 
 def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:

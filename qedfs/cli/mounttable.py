@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qedfs.errors import NotMounted, QedfsError, UsageError
+
 FILESYSTEM = "fuse.qedfs"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -33,6 +35,24 @@ def is_dead(mountpoint: str) -> bool:
     except OSError as exc:
         return exc.errno == errno.ENOTCONN
     return False
+
+
+def missing(mountpoint: str) -> QedfsError:
+    """Why no server of ours answers for this path: a UsageError where none could, else NotMounted."""
+    kind = mounted_type(mountpoint)
+    if kind == FILESYSTEM:
+        if is_dead(mountpoint):
+            return NotMounted(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}")
+        return NotMounted(
+            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or with "
+            "another XDG_RUNTIME_DIR?"
+        )
+    if kind is not None:
+        return UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
+    if not os.path.isdir(mountpoint):
+        what = "is not a folder" if os.path.lexists(mountpoint) else "there is no such folder"
+        return UsageError(f"{mountpoint}: {what}")
+    return NotMounted(f"{mountpoint}: nothing is mounted there")
 
 
 def holders(mountpoint: str) -> list[str]:

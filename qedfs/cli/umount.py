@@ -8,10 +8,10 @@ import select
 import click
 
 from qedfs.cli.layout import listed
-from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, mounted_type
+from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, missing, mounted_type
 from qedfs.cli.output import remark
 from qedfs.control.client import Client, Gone, NotServed
-from qedfs.errors import InUse, QedfsError, TimedOut, UsageError
+from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.mount import lastwords
 
 
@@ -57,11 +57,8 @@ def _process(client: Client) -> int | None:
 
 
 def _unmount(mountpoint: str) -> None:
-    kind = mounted_type(mountpoint)
-    if kind is None:
-        raise UsageError(f"{mountpoint}: nothing is mounted there")
-    if kind != FILESYSTEM:
-        raise UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
+    if mounted_type(mountpoint) != FILESYSTEM:
+        raise missing(mountpoint)
     # Imported here: pyfuse3 takes its time.
     from qedfs.mount.daemon import unmount
 

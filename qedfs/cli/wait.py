@@ -8,16 +8,16 @@ from collections.abc import Callable
 import click
 
 from qedfs.cli.bars import bar_lines
+from qedfs.cli.files import has_backing, overlays_at
 from qedfs.cli.goal import Goal, parse_goal
 from qedfs.cli.images import MOST_NAMED, Image, connect, fetch
 from qedfs.cli.layout import listed
+from qedfs.cli.mounttable import mounted_type
 from qedfs.cli.output import console, remark
 from qedfs.cli.screen import Screen
 from qedfs.cli.values import DURATION
 from qedfs.control.client import Client, Gone
-from qedfs.errors import QedfsError, TimedOut
-from qedfs.overlay.session import read_header
-from qedfs.overlay.storage import FileStorage
+from qedfs.errors import NotMounted, QedfsError, TimedOut
 
 COMPLETE = "complete"
 POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
@@ -40,20 +40,33 @@ HELD_STATES = {
     metavar="complete|populated:RANGE",
     help="What to wait for. RANGE is START-END, like 0-64M: these bytes are local.",
 )
-def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str) -> None:
+@click.option(
+    "--overlay",
+    "place",
+    type=click.Path(),
+    metavar="OVERLAY|FOLDER",
+    help="What was mounted: if nothing is any more, as after mount --until-streamed, the files themselves tell.",
+)
+def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
     """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
 
-    A source that is away and a full disk are waited for. A stream that has failed ends the wait with exit code 4, one
-    whose source is another version with 5.
+    Overlays that have just come into the folder count. A source that is away and a full disk are waited for. A stream
+    that has failed ends the wait with exit code 4, one whose source is another version with 5. If nothing is mounted
+    there, or no longer, it is 10; with --overlay it is 0 all the same if what was mounted is complete.
     """
     waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
     try:
         with connect(mountpoint, deadline=waiting.deadline) as client:
             waiting.run(client)
-    except Gone as exc:
+    except NotMounted as exc:
         # --until-streamed: the mount is over as soon as there is nothing left to wait for.
-        if not waiting.images or not all(_stands_alone(found["overlay"]) for found in waiting.images):
-            raise QedfsError(f"{mountpoint}: the mount has ended before the images were complete") from exc
+        if waiting.images and all(_stands_alone(found["overlay"]) for found in waiting.images):
+            return
+        if place is None:
+            raise _explained(exc, mountpoint) from exc
+        left = [overlay for overlay in overlays_at(place, image) if has_backing(overlay)]
+        if left:
+            raise NotMounted(f"{exc}, and what is not complete is {listed(left, MOST_NAMED)}") from exc
 
 
 class _Waiting:
@@ -116,15 +129,17 @@ class _Waiting:
         return listed(states, MOST_NAMED)
 
 
+def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
+    if isinstance(exc, Gone):
+        return NotMounted(f"{mountpoint}: the mount has ended before the images were complete")
+    if mounted_type(mountpoint) is not None:
+        return exc
+    return NotMounted(f"{exc}; if it has ended by --until-streamed, --overlay OVERLAY tells whether it is complete")
+
+
 def _stands_alone(overlay: str) -> bool:
-    """Whether the overlay file refers to no backing any more."""
+    """Whether the overlay file can be seen to refer to no backing any more."""
     try:
-        storage = FileStorage.open(overlay, writable=False, locked=False)
+        return not has_backing(overlay)
     except QedfsError:
         return False
-    try:
-        return not read_header(storage)[0].has_backing
-    except QedfsError:
-        return False
-    finally:
-        storage.close()

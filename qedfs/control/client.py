@@ -19,6 +19,7 @@ from qedfs.errors import (
     BadOverlay,
     InUse,
     NoSpace,
+    NotMounted,
     QedfsError,
     Refused,
     SourceChanged,
@@ -43,11 +44,11 @@ _BY_EXIT_CODE: dict[int, type[QedfsError]] = {
 }
 
 
-class Gone(QedfsError):
+class Gone(NotMounted):
     """The server has closed the connection: the mount has come to its end."""
 
 
-class NotServed(UsageError):
+class NotServed(NotMounted):
     """No server answers for this mountpoint."""
 
 
