@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 _SPELLINGS = {"ro": "read-only"}
 # mount(8), systemd.mount(5): for others to heed.
 _IGNORED = re.compile(
-    r"^(x-.*|_netdev|nofail|(no)?auto|defaults|rw|(no)?users?|(no)?dev|(no)?suid|(no)?exec|(no|rel|lazy|strict)?atime|comment=.*)$"
+    r"[xX]-.*|_netdev|nofail|(no)?auto|defaults|rw|async|(no)?(users?|owner|group)|(no)?dev|(no)?suid|(no)?exec"
+    r"|(no|rel|norel|strict|nostrict)?atime|(no)?(lazytime|diratime|iversion)|silent|loud|comment=.*"
 )
 
 
@@ -35,5 +36,5 @@ def expand(arguments: Sequence[str]) -> list[str]:
 def _long_options(text: str) -> Iterator[str]:
     for option in filter(None, text.split(",")):
         name, equals, value = option.partition("=")
-        if not _IGNORED.match(option):
+        if not _IGNORED.fullmatch(option):
             yield f"--{_SPELLINGS.get(name, name).replace('_', '-')}{equals}{value}"

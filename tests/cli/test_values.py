@@ -20,6 +20,8 @@ from qedfs.errors import UsageError
         (["-olimit=1", "a", "b"], ["--limit=1", "a", "b"]),
         (["a", "b", "-o", "no_stream,no-copy_on_read"], ["a", "b", "--no-stream", "--no-copy-on-read"]),
         (["-o", "rw,nofail,_netdev,x-systemd.automount,noauto,user,noatime,defaults", "a", "b"], ["a", "b"]),
+        (["-o", "nodiratime,lazytime,async,owner,nogroup,X-mount.mkdir,silent,norelatime", "a", "b"], ["a", "b"]),
+        (["-o", "sync,x", "a", "b"], ["--sync", "--x", "a", "b"]),
         (["-o", "allow_backing=http://a/b=c"], ["--allow-backing=http://a/b=c"]),
         (["-o", "", "-o"], []),
         (["--", "-o", "x"], ["--", "-o", "x"]),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,15 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    source: Path, mountpoint: Path, *options: str | Path, env: Mapping[str, str] | None = None
+    source: Path,
+    mountpoint: Path,
+    *options: str | Path,
+    env: Mapping[str, str] | None = None,
+    through: Sequence[str | Path] = (),
 ) -> Iterator[Mount]:
     """Mounts an overlay or a folder of them, for the length of the block; `mountpoint` is made if it is not there.
+
+    `through`: a command that runs another one, and its options.
 
     Raises:
         Died: the mount never came up; the message holds what the process printed.
@@ -135,7 +141,7 @@ def mounted(
     folder = Path(tempfile.mkdtemp(prefix="qedfs-"))
     outside = mountpoint.stat().st_dev
     try:
-        child = Child([*_QEDFS, "mount", source, mountpoint, *options], folder / "output", env=env)
+        child = Child([*through, *_QEDFS, "mount", source, mountpoint, *options], folder / "output", env=env)
         mount = Mount(mountpoint, child)
         try:
             _running.append(mount)

@@ -1,7 +1,7 @@
 """As much of systemd as our units need, for machines that were not booted with it: `systemctl start|stop UNIT`.
 
 It reads the real unit files, and runs their commands with the environment, the readiness protocol and the order that
-systemd.service(5) tells. What confines a service (capabilities, system calls) is not done here.
+systemd.service(5) tells. Of what confines a service, capabilities are taken away; system calls are not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Manager:
                 return 1
         environment = self._environment(unit)
         for command in unit.settings["ExecStartPre"]:
-            if self._run(command, environment):
+            if self._run(unit, command, environment):
                 return 1
         if unit.get("Type") == "oneshot":
             return self._start_oneshot(unit, environment)
@@ -75,7 +75,7 @@ class Manager:
             return 1
         self._pid_file(name).unlink(missing_ok=True)
         for command in unit.settings["ExecStopPost"]:
-            self._run(command, self._environment(unit))
+            self._run(unit, command, self._environment(unit))
         return 0
 
     def pid(self, name: str) -> int | None:
@@ -91,7 +91,7 @@ class Manager:
         self._pid_file(unit.name).write_text(str(os.getpid()))
         try:
             return next(
-                (code for command in unit.settings["ExecStart"] if (code := self._run(command, environment))), 0
+                (code for command in unit.settings["ExecStart"] if (code := self._run(unit, command, environment))), 0
             )
         finally:
             self._pid_file(unit.name).unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class Manager:
     def _start_notify(self, unit: Unit, environment: Mapping[str, str]) -> int:
         with listener() as notified, (self.folder / "log").open("ab") as log:
             main = subprocess.Popen(
-                self._words(unit.get("ExecStart"), environment),
+                [*confined(unit), *self._words(unit.get("ExecStart"), environment)],
                 env={**environment, "NOTIFY_SOCKET": notified.address},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -116,10 +116,10 @@ class Manager:
                     return 0
         return main.returncode
 
-    def _run(self, command: str, environment: Mapping[str, str]) -> int:
+    def _run(self, unit: Unit, command: str, environment: Mapping[str, str]) -> int:
         may_fail = command.startswith("-")
         with (self.folder / "log").open("ab") as log:
-            words = self._words(command.removeprefix("-"), environment)
+            words = [*confined(unit), *self._words(command.removeprefix("-"), environment)]
             done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
         return 0 if may_fail else done.returncode
 
@@ -145,6 +145,13 @@ class Manager:
 
     def _pid_file(self, name: str) -> Path:
         return self.folder / "state" / name
+
+
+def confined(unit: Unit) -> list[str]:
+    """What to put before a command so that it runs with the capabilities of the unit."""
+    kept = [f"+{name.removeprefix('CAP_').lower()}" for name in unit.get("CapabilityBoundingSet").split()]
+    words = ["setpriv", f"--bounding-set={','.join(['-all', *kept])}", "--inh-caps=-all"]
+    return [*words, *(["--no-new-privs"] if unit.get("NoNewPrivileges") == "yes" else [])]
 
 
 def _terminated(pid: int) -> bool:

@@ -106,6 +106,32 @@ def test_a_failure_has_mounts_exit_code_and_our_words(host: Host) -> None:
     assert not is_mounted(host.mountpoint)
 
 
+def test_what_mount_a_does_the_second_time(host: Host) -> None:
+    fstab = host.folder / "fstab"
+    fstab.write_text(f"{host.overlay} {host.mountpoint} qedfs _netdev,nofail,no_stream 0 0\n")
+    for _ in range(2):
+        done = host.run(require("mount"), "-T", fstab, "--all")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert host.run(require("umount"), host.mountpoint).returncode == 0
+    assert not is_mounted(host.mountpoint)
+
+
+def test_a_remount_is_refused_in_words(host: Host) -> None:
+    done = host.run(PLACE, host.overlay, host.mountpoint, "-o", "rw,remount,limit=1M")
+    assert done.returncode == 32
+    assert "cannot be changed; unmount it and mount it again" in done.stderr
+
+
+def test_without_qedfs_it_says_where_it_looked(tmp_path: Path) -> None:
+    (tmp_path / "contrib").mkdir()
+    helper = shutil.copy(HELPER, tmp_path / "contrib")
+    if any(Path(place, "qedfs").exists() for place in ("/usr/local/bin", "/usr/bin", "/bin")):
+        unavailable("qedfs is installed on this machine")
+    done = subprocess.run([helper, "a", "b"], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 32
+    assert f"no qedfs in /usr/local/bin:/usr/bin:/bin:{tmp_path}" in done.stderr
+
+
 def test_a_dry_run_does_nothing(host: Host) -> None:
     assert host.run(PLACE, host.overlay, host.mountpoint, "-f", "-o", "rw").returncode == 0
     assert not is_mounted(host.mountpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.mounts import qedfs
+from qedfs.control.client import Client
+from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import wait_for
+from tests.harness.require import require
 from tests.mount.support import MIB, assert_whole, create, origin
 
 from .machine import CONTRIB, UNITS, Machine, machine
@@ -20,7 +23,10 @@ from .systemctl import INSTALLED, Unit
 
 # "Exposure" in tenths: 0 is a unit that may do nothing, 100 one without a single restriction. What mounts for others
 # can have no view of the file system of its own, which is worth much of it.
-MOST_EXPOSURE = {"qedfs@.service": 45, "qedfs-wait@.service": 20, "qedfs-end@.service": 30}
+MOST_EXPOSURE = {"qedfs@.service": 45, "qedfs-wait@.service": 20, "qedfs-end@.service": 20}
+
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -75,6 +81,63 @@ def test_the_commands_of_a_mount_and_of_waiting_for_it(host: Machine, tmp_path: 
         assert not os.path.ismount(mountpoint)
         assert "stopping on SIGTERM" in host.log()
         assert_whole(overlay, source.raw)
+
+
+def test_an_overlay_of_another_user_in_a_mount_that_ends_by_itself(host: Machine, tmp_path: Path) -> None:
+    """Waiting for it later, too: systemd starts the mount anew, and that has nothing to do."""
+    mountpoint = tmp_path / "a mnt"
+    with origin(tmp_path, 4 * MIB) as source:
+        overlay = create(tmp_path / "disk.qed", source.url)
+        overlay.chmod(0o600)
+        os.chown(overlay, NOBODY, NOBODY)
+        host.configure("vm1", overlay, mountpoint, "--until-streamed")
+        for _ in range(2):
+            assert host.manager.start("qedfs-wait@vm1.service") == 0, host.log()
+            wait_for(lambda: not os.path.ismount(mountpoint), "the end of the mount")
+        assert_whole(overlay, source.raw)
+
+
+def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> None:
+    allowed = allowed_system_calls(Unit("qedfs@vm1.service", CONTRIB / "systemd"))
+    trace = tmp_path / "trace"
+    traced = [require("strace"), "-f", "-qq", "-o", trace]
+    with origin(tmp_path, 4 * MIB) as source:
+        overlay = create(tmp_path / "disk.qed", source.url.replace("127.0.0.1", "localhost"))
+        with mounted(overlay, tmp_path / "mnt", "--metrics", "127.0.0.1:0", through=traced) as mount:
+            with mount.path("disk.raw").open("r+b") as image:
+                image.write(b"written")
+                os.fsync(image.fileno())
+                image.seek(2 * MIB)
+                image.read(100_000)
+            mount.wait()
+            with Client.connect(str(mount.mountpoint)) as client:
+                server = client.server_pid
+            os.kill(server, signal.SIGTERM)
+            assert mount.wait_exit() == 0
+    used = set(re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE))
+    assert {"mount", "umount2", "fdatasync", "connect"} <= used
+    assert used - allowed == set()
+
+
+def allowed_system_calls(unit: Unit) -> set[str]:
+    """Those of SystemCallFilter=, and the few that are always allowed (systemd.exec(5))."""
+    words = [tool("systemd-analyze"), "syscall-filter", "--no-pager"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    groups: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("@"):
+            groups[line.strip()] = members = []
+        elif line.startswith("    ") and not line.strip().startswith("#"):
+            members.append(line.strip())
+
+    def calls(name: str) -> set[str]:
+        return set().union(*map(calls, groups[name])) if name.startswith("@") else {name}
+
+    allowed = calls("@default")
+    for setting in unit.settings["SystemCallFilter"]:
+        for name in setting.removeprefix("~").split():
+            allowed = allowed - calls(name) if setting.startswith("~") else allowed | calls(name)
+    return allowed
 
 
 def test_a_mount_that_cannot_be_is_a_unit_that_fails(host: Machine, tmp_path: Path) -> None:
