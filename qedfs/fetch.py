@@ -21,7 +21,8 @@ step, so a reader never finds more than a few small requests ahead of it on the 
 
 Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has (`bring`, which a user
 asks for, may add a request). A reader that finds no room for a flight, or whose clusters are larger than
-LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight into its own buffer, and nothing is kept.
+LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight into its own buffer, and nothing is kept. Beside
+that there are free buffers (`buffers.py`) and, for each image, the rest of clusters written in part (`rests.py`).
 """
 
 from __future__ import annotations

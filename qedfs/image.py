@@ -10,18 +10,20 @@ by age. Fetched bytes come in through `take`, from the flight's task.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import NoSpace, QedfsError, SourceChanged
+from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch import Fetch
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
 from qedfs.profile import Waits
 from qedfs.readahead import Readahead
+from qedfs.rests import Rests, Share
 from qedfs.version import SourceVersion
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Image:
         self._full_since = float("-inf")
         self.waits = Waits()  # of readers, for a profile
         self._readahead = Readahead()
+        self._rests = Rests(overlay.cluster_size)
         self._committing = False
         self._closed = False
         self._takes = 0  # adoptions under way
@@ -218,13 +221,26 @@ class Image:
                 raise NoSpace(f"{self.name}: write behind the end of the image")
             data = memoryview(data)[:inside]
         if not self.overlay.write_now(pos, data):
-            await self.overlay.write(pos, data, self._fill)
+            share = Share(self._rests)
+            try:
+                await self.overlay.write(pos, data, functools.partial(self._fill, share))
+            finally:
+                share.give_back()
         self.counters.written += len(data)
         self._commit_soon()
         return len(data)
 
-    async def _fill(self, cluster: int) -> Buffer:
-        """The whole content of a missing cluster, for a write that covers it in part."""
+    async def _fill(self, share: Share, cluster: int) -> Buffer:
+        """The whole content of a missing cluster, for a write that covers it in part. Errors of the source.
+
+        With many such writes at once, a deadline at the most goes by until there is room for another one.
+        """
+        assert self.fetch is not None  # noqa: S101 - for the type checker; without a backing no cluster is missing
+        seconds = self.fetch.remote.deadline_seconds
+        with trio.move_on_after(seconds) as scope:
+            await share.take()
+        if scope.cancelled_caught:
+            raise SourceUnreachable(f"{self.name}: other writes have waited for the backing for {seconds:g} s")
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)

@@ -19,7 +19,9 @@ ORDER = ("cli", "mount", "control", "stream", "image", "version", "fetch", "over
 # `overlay` is one file on disk and knows no network; `fetch` brings bytes and does not know where they are kept.
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
-LEAVES = frozenset({"buffers", "log", "units", "runtime", "flight", "window", "readahead", "histogram", "profile"})
+LEAVES = frozenset(
+    {"buffers", "log", "units", "runtime", "flight", "window", "readahead", "rests", "histogram", "profile"}
+)
 # The package's own files, outside the order: the version, and `python -m qedfs`.
 ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 

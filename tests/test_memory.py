@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
+from qedfs.errors import SourceUnreachable
 from qedfs.image import Image
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
@@ -111,3 +112,44 @@ async def test_without_room_readers_get_what_they_ask_for(
         await trio.testing.wait_all_tasks_blocked()
         assert len(source.reads) == 16
         source.gate.set()
+
+
+async def test_writes_in_part_hold_a_bounded_number_of_clusters(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qedfs.rests.MOST_BYTES", 4 * LARGE)
+    source = FakeSource(CONTENT)
+    expected = bytearray(CONTENT)
+    async with served(source, cluster_size=LARGE) as image:
+        await image.source_size()
+        async with trio.open_nursery() as nursery:
+            for border in range(1, 6):
+                pos = border * LARGE - 512
+                expected[pos : pos + 1024] = b"w" * 1024
+                nursery.start_soon(image.write, pos, b"w" * 1024)
+        assert source.most_in_flight <= 4
+        for pos in range(0, len(CONTENT), LARGE):
+            assert await image.read(pos, LARGE) == expected[pos : pos + LARGE]
+
+
+async def test_writes_in_part_that_find_no_room_fail_in_time(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qedfs.rests.MOST_BYTES", LARGE)
+    source = FakeSource(CONTENT)
+    async with served(source, cluster_size=LARGE, deadline_seconds=5) as image:
+        await image.source_size()
+
+        async def write(number: int) -> None:
+            with pytest.raises(SourceUnreachable):
+                await image.write(number * LARGE, b"w" * 512)
+
+        source.gate = trio.Event()
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(write, number)
+        assert trio.current_time() - began < 2 * 5 + 2
+        source.gate.set()
+        await image.write(0, b"w" * 512)
+        await check(image, 512, 512)
