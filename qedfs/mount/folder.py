@@ -1,7 +1,7 @@
 """Which overlay files are served, under which names: the folder (or the one file) that was mounted.
 
-Owns the list of served images, their inodes, and the sources that they share. Must not know FUSE requests. A file that
-cannot be served costs itself only: it is kept in the list with the reason, for the log and for `status`.
+Owns the list of served images and their inodes. Must not know FUSE requests. A file that cannot be served costs itself
+only: it is kept in the list with the reason, for the log and for `status`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ import itertools
 import logging
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
 
-from qedfs.buffers import Buffers
 from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
+from qedfs.mount.sources import Sources
 from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.profile import Range
-from qedfs.source.open import allowed, remote_source
 from qedfs.source.policy import Policy
-from qedfs.source.remote import DEADLINE_SECONDS, Remote
-from qedfs.source.url import parse_location
+from qedfs.source.remote import DEADLINE_SECONDS
 from qedfs.stream.idle import Idle, Pressure, Rules
 from qedfs.stream.job import State, StreamJob
 from qedfs.stream.replay import replay
@@ -37,7 +34,6 @@ from qedfs.stream.replay import replay
 log = logging.getLogger(__name__)
 
 SUFFIX = ".qed"
-PAST_FETCHES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,10 +100,7 @@ class Folder:
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
-        self._remotes: dict[tuple[str, bool], Remote] = {}
-        self._buffers = Buffers()
-        self._fetches: dict[tuple[str, bool, int], Fetch] = {}
-        self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
+        self._sources = Sources(self._root, options.policy, options.deadline_seconds, nursery)
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
@@ -135,7 +128,7 @@ class Folder:
 
     def fetches(self) -> list[Fetch]:
         """The fetch queues in use, and the last ones that were: their counts are still of interest."""
-        return [*self._fetches.values(), *self._past_fetches]
+        return self._sources.fetches()
 
     def stat(self) -> os.stat_result:
         """The folder's attributes."""
@@ -187,6 +180,7 @@ class Folder:
         """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
         async with self._scanning:
             self._scanned_mtime = self.stat().st_mtime_ns
+            self._sources.renew_patience()
             found = dict(self._files())
             for path in [path for path in self._by_path if path not in found]:
                 await self._remove(self._by_path[path])
@@ -258,7 +252,7 @@ class Folder:
     async def _serve(self, served: Served) -> None:
         overlay = await self._open(served.path)
         try:
-            fetch = await self._fetch(overlay)
+            fetch = await self._sources.fetch_for(overlay)
         except BaseException:
             await overlay.close()
             raise
@@ -289,30 +283,6 @@ class Folder:
         log.warning("%s: is not writable; it is served read-only, nothing that is fetched is kept", path)
         return overlay
 
-    async def _fetch(self, overlay: Overlay) -> Fetch | None:
-        """The queue for the overlay's backing, shared by all overlays on the same source."""
-        if overlay.backing is None:
-            return None
-        location = parse_location(overlay.backing, relative_to=self._root)
-        await allowed(location, self._options.policy)
-        # One URL may be raw for one overlay and read in its own format for another: two sources.
-        place = (location.secret_url, not overlay.probes_backing)
-        remote = self._remotes.get(place)
-        if remote is None:
-            options = self._options
-            remote = remote_source(
-                location,
-                options.policy,
-                self._nursery,
-                deadline_seconds=options.deadline_seconds,
-                raw=place[1],
-            )
-            self._remotes[place] = remote
-        key = (*place, overlay.cluster_size)
-        if key not in self._fetches:
-            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery, buffers=self._buffers)
-        return self._fetches[key]
-
     async def _run(self, served: Served) -> None:
         """The tasks of one image: counting, committing, streaming."""
         image, job = served.image, served.job
@@ -340,19 +310,13 @@ class Folder:
                 log.error("%s: internal error", served.name, exc_info=group)
 
     async def _let_go(self, image: Image) -> None:
-        """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
-        fetch = image.fetch
-        if fetch is None:
+        """Drop the connections to the source of an image that needs it no longer, if no other one does."""
+        if image.fetch is None:
             return
-        remote = fetch.remote
+        remote = image.fetch.remote
         images = [served.image for served in self._by_inode.values() if served.image is not None]
-        if any(one.fetch is not None and one.fetch.remote is remote and not one.complete for one in images):
-            return
-        for place in [place for place, known in self._remotes.items() if known is remote]:
-            del self._remotes[place]
-        for key in [key for key, known in self._fetches.items() if known.remote is remote]:
-            self._past_fetches.append(self._fetches.pop(key))
-        await remote.aclose()
+        if not any(one.fetch is not None and one.fetch.remote is remote and not one.complete for one in images):
+            await self._sources.let_go(remote)
 
     async def _remove(self, served: Served) -> None:
         """Take an overlay off the list. Who has it open keeps reading and writing until the last close."""
@@ -380,8 +344,7 @@ class Folder:
             served.scope.cancel()
             if error := await _closed(served):
                 failures.append(error)
-        for remote in self._remotes.values():
-            await remote.aclose()
+        await self._sources.aclose()
         os.close(self._fd)
         return failures
 

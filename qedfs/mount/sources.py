@@ -1,0 +1,91 @@
+"""The sources that the images of one mount share, each with its fetch queues.
+
+Owns the connections from the first overlay that needs a backing to the last. Must not know which images there are.
+
+A place is judged when an overlay that names it comes, so that a refusal stands in the list and in the log. The source
+judges it again before it opens anything, so this first look may be given up: the way to a local backing may lead over a
+dead file server, which must not hold up the images beside it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import trio
+
+from qedfs.buffers import Buffers
+from qedfs.fetch import Fetch
+from qedfs.overlay.overlay import Overlay
+from qedfs.source.open import allowed, remote_source
+from qedfs.source.policy import Policy
+from qedfs.source.remote import Remote
+from qedfs.source.url import Location, parse_location
+
+PATIENCE_SECONDS = 1.0  # of all the first looks of one scan together
+PAST_FETCHES = 16
+
+
+class Sources:
+    """What the overlays of a mount are filled from."""
+
+    def __init__(self, root: str, policy: Policy, deadline_seconds: float, nursery: trio.Nursery) -> None:
+        """`root`: the folder of the overlays. `nursery` runs the tasks of the connections."""
+        self._root = root
+        self._policy = policy
+        self._deadline_seconds = deadline_seconds
+        self._nursery = nursery
+        self._patience_seconds = PATIENCE_SECONDS
+        self._remotes: dict[tuple[str, bool], Remote] = {}
+        self._buffers = Buffers()
+        self._fetches: dict[tuple[str, bool, int], Fetch] = {}
+        self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
+
+    def fetches(self) -> list[Fetch]:
+        """The fetch queues in use, and the last ones that were: their counts are still of interest."""
+        return [*self._fetches.values(), *self._past_fetches]
+
+    def renew_patience(self) -> None:
+        """A scan begins."""
+        self._patience_seconds = PATIENCE_SECONDS
+
+    async def fetch_for(self, overlay: Overlay) -> Fetch | None:
+        """The queue for an overlay's backing, shared by all overlays on the same source; None without a backing.
+
+        Raises:
+            Refused: the policy does not allow the place.
+            UsageError: it is none.
+        """
+        if overlay.backing is None:
+            return None
+        location = parse_location(overlay.backing, relative_to=self._root)
+        await self._judge(location)
+        # One URL may be raw for one overlay and read in its own format for another: two sources.
+        place = (location.secret_url, not overlay.probes_backing)
+        remote = self._remotes.get(place)
+        if remote is None:
+            deadline = self._deadline_seconds
+            remote = remote_source(location, self._policy, self._nursery, deadline_seconds=deadline, raw=place[1])
+            self._remotes[place] = remote
+        key = (*place, overlay.cluster_size)
+        if key not in self._fetches:
+            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery, buffers=self._buffers)
+        return self._fetches[key]
+
+    async def _judge(self, location: Location) -> None:
+        begun = trio.current_time()
+        with trio.move_on_after(self._patience_seconds):
+            await allowed(location, self._policy)
+        self._patience_seconds = max(0.0, self._patience_seconds - (trio.current_time() - begun))
+
+    async def let_go(self, remote: Remote) -> None:
+        """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
+        for place in [place for place, known in self._remotes.items() if known is remote]:
+            del self._remotes[place]
+        for key in [key for key, known in self._fetches.items() if known.remote is remote]:
+            self._past_fetches.append(self._fetches.pop(key))
+        await remote.aclose()
+
+    async def aclose(self) -> None:
+        """Drop all connections."""
+        for remote in self._remotes.values():
+            await remote.aclose()
