@@ -10,6 +10,7 @@ from typing import BinaryIO
 import click
 import trio
 
+from qedfs.cli.files import found_journals
 from qedfs.cli.map import whole_map
 from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
@@ -60,7 +61,7 @@ def export(
 async def _export(
     path: str, target: BinaryIO, with_backing: bool, allow_backing: tuple[str, ...], timeout_seconds: float
 ) -> dict[str, int]:
-    overlay = await open_overlay(path, writable=False)
+    overlay = await open_overlay(path, writable=False, journal_folder=found_journals())
     try:
         runs = [run async for run in whole_map(overlay)]
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []

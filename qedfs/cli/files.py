@@ -5,23 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 from qedfs.cli.images import stem
-from qedfs.errors import BadOverlay, UsageError
+from qedfs.errors import BadOverlay, QedfsError, UsageError
 from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
+from qedfs.runtime import journal_folder
+
 
 SUFFIX = ".qed"
+
+
+def found_journals() -> Path | None:
+    """Where a killed mount of this user has left its session journals; None: nothing can be there for us."""
+    try:
+        return journal_folder()
+    except (QedfsError, OSError):
+        return None
 
 
 @contextlib.asynccontextmanager
 async def peeked(path: str) -> AsyncIterator[Overlay]:
     """An overlay opened to be looked at, without locks: it may be mounted, or open in QEMU, at the same time.
 
-    The order in which tables are written makes what we see sound, if perhaps of a moment ago.
+    The order in which tables are written makes what we see sound, if perhaps of a moment ago. A mount that was killed
+    has left a journal, which is looked into as well; that of a running mount is not.
     """
-    overlay = await open_overlay(path, writable=False, locked=False)
+    overlay = await open_overlay(path, writable=False, locked=False, journal_folder=found_journals())
     try:
         yield overlay
     finally:

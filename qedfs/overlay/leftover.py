@@ -54,11 +54,6 @@ def _entry(clusters: ClusterMap, cluster: int) -> int:
     return clusters.entry(cluster)
 
 
-def lacking(pairs: Iterable[Pair], clusters: ClusterMap) -> bool:
-    """Whether the file does not have all of these entries. Waits for the disk."""
-    return any(_entry(clusters, cluster) in (MISSING, ZERO) for cluster, _ in pairs)
-
-
 def apply(pairs: Iterable[Pair], clusters: ClusterMap, make_table: Callable[[int], None]) -> None:
     """Let the map have these entries; `make_table` gives a cluster its table."""
     for cluster, entry in pairs:

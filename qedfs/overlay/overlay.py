@@ -45,7 +45,7 @@ from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.journal import Journal, Leftover
-from qedfs.overlay.leftover import apply, find_leftover, fits, lacking
+from qedfs.overlay.leftover import apply, find_leftover, fits
 from qedfs.overlay.pieces import laid_out, pieces, zero_bytes
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.space import Space
@@ -85,6 +85,8 @@ class Overlay:
     async def open(cls, storage: Storage, *, journal_folder: Path | None = None) -> Self:
         """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
 
+        A read-only overlay shows what a killed session left, and leaves it for the next writable opening.
+
         `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
 
         Raises:
@@ -103,23 +105,26 @@ class Overlay:
         storage.read(header.l1_table_offset, memoryview(l1_bytes))
         file_end = storage.size()
         cluster_size = header.geometry.cluster_size
-        # What lies behind the last whole cluster does not exist; what is allocated starts behind all that exists.
+        # What lies behind the last whole cluster does not exist.
         clusters = ClusterMap(storage, header, decode_table(l1_bytes), round_down(file_end, cluster_size))
         overlay = cls(storage, session, clusters, None)
         overlay.backing = backing
         if storage.writable:
-            overlay._begin(journal_folder, round_up(file_end, cluster_size))
-        else:
-            overlay._check_nothing_left(journal_folder)
+            overlay._mark_cut_tables()
+        leftover = overlay._left_behind(journal_folder)
+        if storage.writable or leftover:
+            # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
+            clusters.file_end = round_up(file_end, cluster_size)
+        if leftover:
+            apply(leftover.pairs, clusters, overlay._make_table)
+        if storage.writable:
+            overlay._begin(leftover, journal_folder)
         return overlay
 
     backing: str | None = None
     stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
 
-    def _begin(self, folder: Path | None, allocate_from: int) -> None:
-        self._mark_cut_tables()
-        self.clusters.file_end = allocate_from
-        leftover = self._left_behind(folder)
+    def _begin(self, leftover: Leftover | None, folder: Path | None) -> None:
         self._bring_in(leftover)
         session = self._session.begin()
         if leftover:
@@ -130,9 +135,7 @@ class Overlay:
         self.committer.journal = self._journal
 
     def _bring_in(self, leftover: Leftover | None) -> None:
-        """Let the file have what was left, before the new session voids the journal."""
-        if leftover:
-            apply(leftover.pairs, self.clusters, self._make_table)
+        """Let the file have what the map has of it, before the new session voids the journal."""
         if not self.committer.pending:
             return
         try:
@@ -153,12 +156,6 @@ class Overlay:
             return leftover
         self.stray_journal = leftover.path
         return None
-
-    def _check_nothing_left(self, folder: Path | None) -> None:
-        """Raise BadOverlay if the file lacks writes that were answered; only a writable opening brings them back."""
-        leftover = self._left_behind(folder)
-        if leftover and lacking(leftover.pairs, self.clusters):
-            raise BadOverlay("a killed qedfs has left writes; mount it writable once, which brings them in")
 
     def _mark_cut_tables(self) -> None:
         """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""

@@ -89,8 +89,8 @@ RULES = (
     ),
     Mutant(
         "the journal is replayed before the new session voids it",
-        "overlay:Overlay._bring_in",
-        "apply(leftover.pairs, self.clusters, self._make_table)",
+        "overlay:Overlay._open",
+        "apply(leftover.pairs, clusters, overlay._make_table)",
         "pass",
     ),
 )

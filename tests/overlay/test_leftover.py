@@ -118,6 +118,40 @@ async def test_an_older_state_that_was_put_back_is_served_as_it_is(
     assert "of another state of this overlay" in caplog.messages[0]
 
 
+async def test_a_read_only_opening_shows_what_was_left(tmp_path: Path) -> None:
+    """Also clusters of tables that the file does not have, and a last one that is short. Nothing is written."""
+    overlay, storage = await opened(empty(image_size=16 << 20, backing=b"").data, tmp_path)
+    tables = range(0, 16 << 20, 2 << 20)
+    for pos in tables[1::2]:
+        await overlay.write(pos, b"a" * CLUSTER, no_fill)
+    await overlay.write(0, b"b" * 512, no_fill)
+    die(overlay)
+    before = bytes(storage.bytes)
+    assert len(before) % CLUSTER
+    for locked in (True, False):
+        reader = MemoryStorage(before, name="disk", writable=False)
+        reader.locked = locked
+        shown = await Overlay.open(reader, journal_folder=tmp_path)
+        image = await read_all(shown, bytes(shown.image_size))
+        assert [pos for pos in tables if image[pos : pos + CLUSTER] == b"a" * CLUSTER] == list(tables[1::2])
+        assert (image[:CLUSTER], sum(map(bool, image))) == (b"b" * 512 + bytes(CLUSTER - 512), 4 * CLUSTER + 512)
+        await shown.clusters.count()
+        assert shown.clusters.missing == shown.geometry.clusters - 5
+        assert await shown.clusters.next_missing(0, 1) == (1, 1)
+        await shown.close()
+        assert reader.bytes == before
+    again, _ = await opened(before, tmp_path)
+    assert await read_all(again, bytes(again.image_size)) == image
+
+
+async def test_a_read_only_opening_without_locks_does_not_look_at_a_running_mount(tmp_path: Path) -> None:
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    reader = MemoryStorage(storage.bytes, name="disk", writable=False)
+    reader.locked = False
+    assert await content(await Overlay.open(reader, journal_folder=tmp_path)) == ""
+
+
 @pytest.mark.parametrize("killed", [False, True])
 async def test_a_failed_barrier_voids_the_journal(tmp_path: Path, killed: bool) -> None:
     """The disk may not have the data of any entry that is not committed, whatever the page cache shows."""
