@@ -196,9 +196,13 @@ class Image:
         except QedfsError as exc:
             # Nobody waits for these bytes; a reader who comes here meets the same error and tells it.
             log.debug("%s: no read-ahead at %d: %s", self.name, pos, exc)
+        except Exception:
+            # This task is nobody's child: a fault of ours here would end every image of the mount.
+            log.exception("%s: no read-ahead at %d", self.name, pos)
 
     def _start_ahead(self, pos: int, size: int) -> None:
-        if self.fetch is None or self._closed:
+        # The stream may have come to its end while the map was loaded, and the source may be gone with it.
+        if self.fetch is None or self._closed or self.complete:
             return
         for run in self.overlay.clusters.runs(pos, size) or ():
             if run.offset == MISSING:
@@ -299,7 +303,8 @@ class Image:
 
     def lost(self, error: QedfsError) -> None:
         """A flight that should have brought clusters here has failed."""
-        self._failed(error)
+        if not self.complete:
+            self._failed(error)
 
     def _too_full(self) -> bool:
         return self.full is not None and trio.current_time() - self._full_since < NO_SPACE_RETRY_SECONDS

@@ -39,6 +39,7 @@ class Remote:
         self._opener = opener
         self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
+        self._closed = False
         self._opening = trio.Lock()
 
     @property
@@ -85,7 +86,8 @@ class Remote:
         return await self._retried(extents)
 
     async def aclose(self) -> None:
-        """Drop all connections."""
+        """Drop all connections, for good: who still asks gets SourceUnreachable at once."""
+        self._closed = True
         if self._source is not None:
             source, self._source = self._source, None
             await source.aclose()
@@ -109,8 +111,13 @@ class Remote:
     async def _opened(self) -> Source:
         """A new connection. Everybody queues for it, so it must not take as long as the most patient read may."""
         source = None
-        with trio.move_on_after(self.deadline_seconds):
-            source = await self._opener()
+        if not self._closed:
+            with trio.move_on_after(self.deadline_seconds):
+                source = await self._opener()
+        if self._closed:
+            if source is not None:  # `aclose` did not know of it
+                await source.aclose()
+            raise SourceUnreachable(f"backing {self.location}: closed")
         if source is None:
             raise self._no_answer()
         return source
@@ -134,6 +141,8 @@ class Remote:
                 try:
                     result = await action()
                 except SourceUnreachable as exc:
+                    if self._closed:
+                        raise
                     trying = False
                     last, self.error = exc, exc.fresh()
                     self.retries[exc.reason] += 1

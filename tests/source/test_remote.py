@@ -105,3 +105,63 @@ async def test_a_connect_that_hangs_keeps_readers_for_one_deadline(autojump_cloc
         await found.read(0, memoryview(bytearray(4)), urgent=True)
         assert trio.current_time() - began < 30
     assert opened == 2
+
+
+class Counted(FakeSource):
+    """Counts the connections that are open."""
+
+    def __init__(self) -> None:
+        super().__init__(b"content", round_trip=1)
+        self.opened = self.closed = 0
+
+    async def connect(self) -> FakeSource:
+        self.opened += 1
+        await trio.sleep(self.round_trip)
+        return self
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.closed += 1
+
+
+async def test_what_is_closed_stays_closed(autojump_clock: trio.testing.MockClock) -> None:
+    source = Counted()
+    found = Remote(LOCATION, source.connect)
+    await found.read(0, memoryview(bytearray(4)))
+    await found.aclose()
+    began = trio.current_time()
+    with pytest.raises(SourceUnreachable, match="closed"):
+        await found.read(0, memoryview(bytearray(4)))
+    assert trio.current_time() == began
+    assert (source.opened, source.closed) == (1, 1)
+
+
+async def test_a_connection_that_comes_after_the_end_is_closed(autojump_clock: trio.testing.MockClock) -> None:
+    source = Counted()
+    found = Remote(LOCATION, source.connect)
+
+    async def connect() -> None:
+        with pytest.raises(SourceUnreachable, match="closed"):
+            await found.connect()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connect)
+        nursery.start_soon(connect)
+        await trio.sleep(source.round_trip / 2)
+        await found.aclose()
+    assert (source.opened, source.closed) == (1, 1)
+
+
+async def test_a_retry_under_way_ends_with_the_source(autojump_clock: trio.testing.MockClock) -> None:
+    found = Remote(LOCATION, failing(*[Reason.CONNECT] * 100))
+
+    async def connect() -> None:
+        with pytest.raises(SourceUnreachable):
+            await found.connect()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connect)
+        await trio.sleep(1)
+        began = trio.current_time()
+        await found.aclose()
+    assert trio.current_time() - began < 5

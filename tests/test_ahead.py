@@ -1,0 +1,69 @@
+"""Read-ahead that nobody needs any more, or that fails: it costs nobody anything."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from qedfs.image import Image
+from qedfs.stream.job import StreamJob
+from tests.fakes.source import FakeSource
+from tests.served import CLUSTER, served
+
+# 4 KiB clusters: a table spans 2 MiB, so that the hole has whole tables, which stay missing when the image is complete.
+CONTENT = b"a" * CLUSTER + bytes(8 << 20)
+HOLE = (4 << 20, 4 << 20)
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    source = FakeSource(CONTENT)
+    source.holes = [(CLUSTER, 8 << 20)]
+    return source
+
+
+async def test_it_asks_nothing_once_the_image_is_complete(
+    source: FakeSource, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with served(source, cluster_size=4096) as image:
+        await StreamJob(image).run()
+        assert image.complete
+        asked = len(source.reads)
+        await image._load_and_start_ahead(*HOLE)  # begun before that, while the map was not loaded
+        assert image.fetch is not None
+        assert image.fetch.flights() == []
+        assert len(source.reads) == asked
+
+
+async def test_a_request_that_the_end_of_the_stream_has_overtaken_is_no_failure(
+    source: FakeSource, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with served(source, cluster_size=4096) as image:
+        job = StreamJob(image)
+        await job.run()
+        assert image.fetch is not None
+        image.fetch.start(HOLE[0] // 4096, 4, taker=image)
+        await image.fetch.remote.aclose()
+        await trio.sleep(60)
+        assert (image.error, image.failures) == (None, 0)
+
+
+async def test_a_fault_of_ours_ends_nothing_else(
+    source: FakeSource,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("a fault")
+
+    async with served(source, cluster_size=4096) as image:
+        monkeypatch.setattr(image.overlay, "map", broken)
+        await begin_ahead(image)
+        assert "a fault" in caplog.text
+
+
+async def begin_ahead(image: Image) -> None:
+    assert image.fetch is not None
+    image.fetch.nursery.start_soon(image._load_and_start_ahead, *HOLE)
+    await trio.sleep(1)
