@@ -40,8 +40,8 @@ def guarded(run: Callable[[], object]) -> int:
 
 
 def explain(exc: BaseException) -> tuple[str, int]:
-    """(line, exit code) of an exception. trio's nurseries wrap what their tasks raise; the cause is inside."""
-    cause = _cause(exc)
+    """(line, exit code) of an exception."""
+    cause = cause_of(exc)
     if isinstance(cause, QedfsError):
         return str(cause), cause.exit_code
     if isinstance(cause, KeyboardInterrupt):
@@ -51,6 +51,15 @@ def explain(exc: BaseException) -> tuple[str, int]:
         return f"{name}{cause.strerror}", QedfsError.exit_code
     text = " ".join(str(cause).split())
     return f"internal error: {type(cause).__name__}: {text}", QedfsError.exit_code
+
+
+def cause_of(exc: BaseException) -> BaseException:
+    """What stands for an exception: the most telling leaf of a group, a QedfsError before anything else.
+
+    trio's nurseries wrap what their tasks raise.
+    """
+    leaves = _leaves(exc)
+    return next((leaf for leaf in leaves if isinstance(leaf, QedfsError)), leaves[0])
 
 
 def _report_usage(exc: click.ClickException) -> int:
@@ -75,12 +84,6 @@ def _report(exc: BaseException) -> int:
     if exit_code != INTERRUPTED:
         click.echo(f"qedfs: {printable(line)}", err=True)
     return exit_code
-
-
-def _cause(exc: BaseException) -> BaseException:
-    """The most telling leaf of an exception group: a QedfsError before anything else."""
-    leaves = list(_leaves(exc))
-    return next((leaf for leaf in leaves if isinstance(leaf, QedfsError)), leaves[0])
 
 
 def _leaves(exc: BaseException) -> list[BaseException]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from qedfs.cli.faults import cause_of
 from qedfs.errors import NoSpace, UsageError
 
 
@@ -34,7 +35,10 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, ExceptionGroup) as exc:
+        cause = cause_of(exc)  # the block may write from several tasks
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{path}: the file system is full") from exc
-        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+        raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc

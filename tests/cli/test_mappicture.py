@@ -19,7 +19,7 @@ from qedfs.cli.cells import Cells, Kind
 from qedfs.cli.mappicture import COLOURS, GRID_WIDTH, INK, MARGIN, MOST_CELLS, WHITE
 from qedfs.cli.newfile import new_file
 from qedfs.cli.png import SIGNATURE, Colour, encode_png
-from qedfs.errors import NoSpace, UsageError
+from qedfs.errors import NoSpace, SourceError, UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.create import create_overlay
@@ -256,3 +256,15 @@ def test_refusals_of_the_system(monkeypatch: pytest.MonkeyPatch, number: int, ki
     with pytest.raises(kind) as caught, new_file("map.png"):
         raise AssertionError("there is no file to write to")
     assert str(caught.value) == text
+
+
+def test_refusals_of_the_system_inside_of_tasks(tmp_path: Path) -> None:
+    def write(*errors: Exception) -> None:
+        with new_file(str(tmp_path / "file")):
+            raise ExceptionGroup("outer", [ExceptionGroup("inner", errors)])
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(NoSpace, match="the file system is full"):
+        write(full, full)
+    with pytest.RaisesGroup(SourceError, ValueError, flatten_subgroups=True):
+        write(SourceError("what is to be written does not come"), ValueError())
