@@ -31,7 +31,7 @@ WRITER_CALLS = frozenset({"pwrite", "pwritev", "fdatasync", "ftruncate"})
 # new file that has no name yet.
 WRITERS = {
     "overlay/storage.py": WRITER_CALLS,
-    "overlay/journal.py": {"pwrite", "ftruncate"},
+    "overlay/journal.py": {"pwrite"},
     "overlay/create.py": {"fdatasync"},
 }
 NETWORK_MODULES = frozenset({"socket", "ssl", "pycurl"})

@@ -14,7 +14,6 @@ from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
 from qedfs.runtime import journal_folder
 
-
 SUFFIX = ".qed"
 
 

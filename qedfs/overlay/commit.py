@@ -45,6 +45,7 @@ class _Group:
     dirty: dict[int, set[int]]
     tables: set[int]
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
+    journal_end: int  # the journal's entries before it are those of the group
 
 
 class Committer:
@@ -130,8 +131,8 @@ class Committer:
     def _landed(self, group: _Group) -> None:
         self._map.pin_slices(())
         self._map.unwritten -= group.tables
-        if self.journal is not None and not self._waiting:
-            self.journal.reset()
+        if self.journal is not None:
+            self.journal.landed(group.journal_end)
 
     def _take(self) -> _Group:
         clusters = self._map
@@ -144,7 +145,7 @@ class Committer:
         sectors += self._l1_sectors(tables)
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
-        return _Group(_joined(sectors), dirty, tables, cold)
+        return _Group(_joined(sectors), dirty, tables, cold, self.journal.end if self.journal is not None else 0)
 
     def _grow(self) -> None:
         """Make the file as long as what is allocated.

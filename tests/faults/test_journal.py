@@ -26,11 +26,11 @@ async def test_a_journal_that_cannot_be_emptied(tmp_path: Path, monkeypatch: pyt
     await overlay.write(0, b"a" * CLUSTER_SIZE, _no_fill)
     await overlay.write(CLUSTER_SIZE, b"b" * CLUSTER_SIZE, _no_fill)
 
-    def fail(fd: int, length: int) -> None:
+    def fail(*paths: Path) -> None:
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "ftruncate", fail)
+        patched.setattr(os, "replace", fail)
         await overlay.flush()
     # In place: a replay of the old entries must not bring old data back.
     await overlay.write(0, b"c" * CLUSTER_SIZE, _no_fill)

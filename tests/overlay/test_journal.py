@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -13,6 +16,8 @@ from qedfs.overlay.journal import Journal, Pair, read_journal
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
+
+T = TypeVar("T")
 
 CLUSTER = 4096
 SESSION = "5" * 32
@@ -43,10 +48,14 @@ def test_entries_are_read_back_in_order(tmp_path: Path) -> None:
     journal.append([(1, 4096), (2, 8192)])
     journal.append([(1, 12288)])
     assert read(tmp_path) == [(1, 4096), (2, 8192), (1, 12288)]
-    journal.reset()
+    journal.landed(journal.end)
     assert read(tmp_path) == []
     journal.append([(3, 4096)])
-    assert read(tmp_path) == [(3, 4096)]
+    landing = journal.end
+    journal.append([(4, 8192), (5, 12288)])
+    journal.landed(landing)
+    journal.append([(6, 16384)])
+    assert read(tmp_path) == [(4, 8192), (5, 12288), (6, 16384)]
     journal.close(remove=True)
     assert read(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
@@ -99,6 +108,72 @@ def test_the_journal_of_another_device_is_not_removed(tmp_path: Path) -> None:
         assert left is not None
         left.remove()
         assert place(tmp_path).exists() == kept
+
+
+def test_a_kill_while_entries_are_forgotten_leaves_the_later_ones(tmp_path: Path) -> None:
+    """Looked at before and behind every call that leaves Python."""
+    journal = created(tmp_path)
+    journal.append([(1, 4096), (2, 8192)])
+    landing = journal.end
+    journal.append([(3, 12288), (4, 16384)])
+    states: list[list[Pair]] = []
+
+    def look(frame: object, event: str, arg: object) -> None:
+        if event in ("c_call", "c_return"):
+            states.append(read(tmp_path))
+
+    sys.setprofile(look)
+    try:
+        journal.landed(landing)
+    finally:
+        sys.setprofile(None)
+    later = [(3, 12288), (4, 16384)]
+    before = [(1, 4096), (2, 8192), *later]
+    assert len(states) > 20
+    assert states == [before] * states.count(before) + [later] * states.count(later)
+    assert read(tmp_path) == later
+
+
+def test_a_journal_that_is_voided_while_it_forgets_stays_void(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier fails in a worker thread while the event loop puts the new file in place."""
+    for moment in ("write", "replace"):
+        journal = created(tmp_path)
+        journal.append([(1, 4096)])
+        landing = journal.end
+        journal.append([(2, 8192)])
+        plain = getattr(os, moment)
+
+        def voided(*arguments: object, journal: Journal = journal, plain: Callable[..., object] = plain) -> object:
+            journal.void()
+            return plain(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, moment, voided)
+            journal.landed(landing)
+        with pytest.raises(FileNotFoundError):
+            journal.append([(3, 12288)])
+        assert os.listdir(tmp_path) == []
+
+
+async def test_the_journal_of_a_busy_writer_does_not_grow(tmp_path: Path) -> None:
+    """There is always an entry that waits: one is written during each commit."""
+    storage = MemoryStorage(empty(backing=b"").data, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    clusters = iter(range(200))
+    plain = storage.in_thread
+
+    async def beside(function: Callable[[], T]) -> T:
+        await overlay.write(next(clusters) * CLUSTER, b"a" * CLUSTER, no_fill)
+        return await plain(function)
+
+    await overlay.write(next(clusters) * CLUSTER, b"a" * CLUSTER, no_fill)
+    storage.in_thread = beside  # type: ignore[method-assign]
+    for _ in range(50):
+        await overlay.commit()
+        (journal,) = os.scandir(tmp_path)
+        assert journal.stat().st_size == HEADER_SIZE + 16
+    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    assert [run.size for run in await again.map(0, 60 * CLUSTER) if run.offset > 1] == [51 * CLUSTER]
 
 
 async def test_a_killed_session_is_replayed(tmp_path: Path) -> None:

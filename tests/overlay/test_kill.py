@@ -84,8 +84,8 @@ RULES = (
     Mutant(
         "the journal is emptied when the file has its entries, not before",
         "commit:Committer._landed",
-        "and not self._waiting",
-        "",
+        "group.journal_end",
+        "self.journal.end",
     ),
     Mutant(
         "the journal is replayed before the new session voids it",
