@@ -3,8 +3,8 @@
 Owns the names. Reads the live objects when somebody asks and keeps nothing: the mount's own work never passes here.
 Must not know how the text is served. Needs the package prometheus_client.
 
-A label `image` is a file name inside the mount. A label `source` is a backing without its secrets; two backings that
-look alike then are added up, since a name may stand once only.
+A label `image` is a file name inside the mount; bytes that are not UTF-8 are shown as `status` shows them. A label `source`
+is a backing without its secrets; two backings that look alike then are added up, since a name may stand once only.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class MountCollector(Collector):
         info = GaugeMetricFamily(
             "qedfs_info", "Always 1; the labels tell which mount.", labels=["version", "mountpoint"]
         )
-        info.add_metric([__version__, self._mount.mountpoint], 1)
+        info.add_metric([__version__, _label(self._mount.mountpoint)], 1)
         yield info
         everything = self._mount.everything()
         yield _states(everything)
-        served = [(found.name, found.image, found.job) for found in everything if found.image and found.job]
+        served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
         yield from _image_metrics(served)
         yield from _source_metrics(self._mount.fetches())
 
@@ -101,7 +101,7 @@ def _states(everything: Sequence[ServedImage]) -> Metric:
     for found in everything:
         now = state_of(found)
         for state in STATES:
-            metric.add_metric([found.name, state], state == now)
+            metric.add_metric([_label(found.name), state], state == now)
     return metric
 
 
@@ -128,7 +128,7 @@ def _image_metrics(served: Sequence[Served]) -> Iterator[Metric]:
 def _source_metrics(fetches: Sequence[Fetch]) -> Iterator[Metric]:
     sources: dict[str, list[Fetch]] = defaultdict(list)
     for fetch in fetches:
-        sources[str(fetch.remote.location)].append(fetch)
+        sources[_label(str(fetch.remote.location))].append(fetch)
     fetched = CounterMetricFamily("qedfs_source_fetched_bytes", "Bytes fetched.", labels=["source"])
     retries = CounterMetricFamily(
         "qedfs_source_retries",
@@ -148,6 +148,11 @@ def _source_metrics(fetches: Sequence[Fetch]) -> Iterator[Metric]:
             gauge.add_metric([source], combine(map(measure, group)))
         yield gauge
     yield _waits(sources)
+
+
+def _label(text: str) -> str:
+    """A label's text in UTF-8, which the format asks for; Linux asks nothing of names."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _waits(sources: dict[str, list[Fetch]]) -> Metric:

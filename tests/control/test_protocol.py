@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import trio
 
 from qedfs.control.metrics import exposition
 from qedfs.errors import SourceError
+from qedfs.source.url import parse_location
 
 from .support import CLUSTER, MemorySource, controlled, talking
 
@@ -176,6 +178,21 @@ async def test_an_overlay_that_has_just_come_is_waited_for(tmp_path: Path) -> No
         assert "may still be being copied" in new["reason"]
         assert (await talk.error("x-qedfs-pause", device="new"))[1] == f"Device 'new' cannot be served: {new['reason']}"
         assert b'qedfs_image_state{image="new.raw",state="waiting"} 1.0' in exposition(mount)
+
+
+async def test_names_that_are_not_utf8_do_not_end_the_metrics(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, _):
+        name = os.fsdecode(b"caf\xe9")
+        served = await mount.add(name, MemorySource(bytes(CLUSTER)))
+        mount.mountpoint = f"/mnt/{name}"
+        assert served.image is not None
+        assert served.image.fetch is not None
+        served.image.fetch.remote.location = parse_location(f"/srv/{name}")
+        text = exposition(mount).decode()
+    assert 'mountpoint="/mnt/caf\\\\udce9"' in text
+    assert 'qedfs_image_size_bytes{image="caf\\\\udce9.raw"} 4096.0' in text
+    assert 'qedfs_image_state{image="caf\\\\udce9.raw",state="off"} 1.0' in text
+    assert 'source="/srv/caf\\\\udce9"' in text
 
 
 async def test_status_names_all_images_and_no_secret(tmp_path: Path) -> None:
