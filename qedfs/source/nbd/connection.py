@@ -159,7 +159,8 @@ class Connection:
         if self.broken is None and not self._sending.locked():
             gone = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
             with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*gone):
-                await self._transport.send(encode_request(Command.DISC, 0))
+                async with self._sending:
+                    await self._transport.send(encode_request(Command.DISC, 0))
         self.drop("closed")
 
     async def _read_aligned(self, pos: int, view: memoryview) -> None:

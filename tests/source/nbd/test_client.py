@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from qedfs.errors import Refused, SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.nbd.client import MAX_CONNECTIONS, NbdSource
+from qedfs.source.nbd.connection import FAREWELL_SECONDS, Connection
+from qedfs.source.nbd.protocol import Command, Export, Negotiated, encode_request
+from qedfs.source.nbd.reply import Replies
 from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 from tests.fakes.nbd_behaviours import WELL_BEHAVED
@@ -350,6 +354,46 @@ async def test_an_unknown_export_is_named() -> None:
             with pytest.raises(SourceError, match="no export named 'other'") as caught:
                 await NbdSource.open(parse_location(url.replace("disk", "other")), Policy(), nursery)
             assert not isinstance(caught.value, SourceUnreachable)
+
+
+class OneSender:
+    """A transport that is slow to send, and takes one sender at a time as trio.SSLStream does."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self._sender = trio.Lock()
+
+    async def send(self, data: bytes) -> None:
+        try:
+            self._sender.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError("another task is sending") from None
+        try:
+            await trio.sleep(FAREWELL_SECONDS / 2)
+            self.sent.append(data)
+        finally:
+            self._sender.release()
+
+    async def receive(self, replies: Replies) -> int:
+        raise AssertionError("nobody listens")
+
+    async def receive_exactly(self, size: int) -> bytes:
+        raise AssertionError("nobody listens")
+
+    def close(self) -> None:
+        return
+
+
+async def test_a_read_while_the_farewell_is_sent_fails_as_on_a_closed_connection(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    transport = OneSender()
+    connection = Connection(parse_location("nbds://host/"), transport, Negotiated(MiB, Export(0), True, None))
+    nursery.start_soon(connection.aclose)
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(SourceUnreachable):
+        await connection.read(0, memoryview(bytearray(512)))
+    assert transport.sent == [encode_request(Command.DISC, 0)]
 
 
 async def test_closing_at_any_moment_leaves_no_connection_behind() -> None:
