@@ -8,7 +8,6 @@ import pytest
 import trio
 
 from qedfs.errors import SourceChanged
-from qedfs.image import Image
 from qedfs.source.base import Identity
 from qedfs.source.remote import Remote
 from qedfs.source.url import parse_location
@@ -36,9 +35,9 @@ def lead(remote: Remote, etags: Sequence[str | None]) -> None:
     remote._opener = connect
 
 
-async def reconnect(image: Image) -> None:
-    assert image.fetch is not None
-    await image.fetch.remote.aclose()
+def reconnect(remote: Remote) -> None:
+    """Let the next read open another connection."""
+    remote._source = None
 
 
 def new_overlay() -> MemoryStorage:
@@ -65,7 +64,7 @@ async def test_a_validator_that_comes_late_is_held_to(autojump_clock: trio.testi
     for expected in (b"0", b"1", b"2"):
         await found.read(0, memoryview(buffer))
         assert bytes(buffer) == expected
-        await found.aclose()
+        reconnect(found)
     with pytest.raises(SourceChanged):
         await found.read(0, memoryview(buffer))
 
@@ -76,7 +75,7 @@ async def test_a_validator_that_comes_late_joins_the_pin_at_once(autojump_clock:
         assert image.fetch is not None
         lead(image.fetch.remote, [None, '"2"'])
         assert await image.read(0, 1) == b"0"
-        await reconnect(image)
+        reconnect(image.fetch.remote)
         assert await image.read(CLUSTER, 1) == b"1"
         pin = image.overlay.record.pin
         assert pin is not None
@@ -100,7 +99,7 @@ async def test_a_validator_that_comes_late_is_compared_with_the_pin(
         lead(image.fetch.remote, [None, '"2"'])
         await image.read(CLUSTER, 1)
         await trio.sleep(1)
-        await reconnect(image)
+        reconnect(image.fetch.remote)
         missing = image.overlay.clusters.missing
         with pytest.raises(SourceChanged):
             await image.read(4 * CLUSTER, 1)
