@@ -1,23 +1,23 @@
 """The queue of one source: who fetches what, once, and in which order.
 
-Owns the flights (requests under way) and the decision when a background request may start. Must not know overlays:
-whoever wants to keep bytes is a `Taker`.
+Owns the flights (requests under way). When one of the background may start is decided in `turns.py`. Must not know
+overlays: whoever wants to keep bytes is a `Taker`.
 
 Concurrency protocol
 --------------------
 - A *flight* carries neighbouring clusters from the source. `_flights` maps each cluster to the flight that carries it,
-  from the moment it is asked for until every taker has adopted it. Whoever wants a cluster that is in flight joins the
-  flight, so a cluster crosses the wire once however many readers and overlays want it.
+  from the moment it is asked for until it has *landed*: every taker has adopted it. Whoever wants a cluster that is in
+  flight joins the flight, so a cluster crosses the wire once however many readers and overlays want it.
 - Bytes are there from `arrived` on; readers copy what they need without waiting for the adoption.
+- Each taker adopts in a task of its own. One whose disk hangs holds up no requests but its own, and is offered nothing
+  more when half of what may be held waits for it (`backlog.py`).
 - A flight is a task of the nursery, not of the reader who asked first: a reader that is killed ends nobody's flight.
 - Look-up and registration of flights happen without an await in between.
 - A flight's buffer goes back to the free ones when it has no readers and no takers left (`Flight.holders`).
 - A flight of the background may live for minutes, on a slow link or because its answer got lost. A reader that finds it
   late (`_late_at`) asks for its own bytes beside it, urgently; the first answer wins, and only the flight is kept.
 
-Order: a reader's request leaves at once. Background requests leave while fewer than `Window.bytes` are in flight; while
-readers wait, and for a moment after, only one small one at a time. The moment grows back to the full window step by
-step, so a reader never finds more than a few small requests ahead of it on the link.
+Order: a reader's request leaves at once. The others wait for their turn.
 
 Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has (`bring`, which a user
 asks for, may add a request). A reader that finds no room for a flight, or whose clusters are larger than
@@ -29,26 +29,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
+from qedfs.backlog import Backlog
 from qedfs.buffers import Buffers
 from qedfs.errors import QedfsError, Reason, SourceUnreachable
 from qedfs.flight import Flight, Taker
 from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
-from qedfs.window import MIN_REQUEST_BYTES, Window
+from qedfs.turns import Turns
+from qedfs.window import Window
 
 log = logging.getLogger(__name__)
 
 Part = tuple[int, memoryview, Flight | None]  # position, bytes of a reader's request, and who carries them
 
 LATE_DEADLINES = 1 / 3  # that a reader waits at the most for a flight of the background
-QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
-# Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source.
-MOST_HELD_BYTES = 192 << 20
 # A reader does not wait until a larger one has come; such clusters are for the background to bring in.
 LARGE_CLUSTER_BYTES = 4 << 20
 GRACE_SECONDS = 1.0
@@ -66,17 +65,33 @@ class Fetch:
         self.window = Window()
         self.takers: list[Taker] = []  # who may want what others fetch
         self.fetched_bytes = 0
-        self.readers = 0  # that wait for bytes, or for the first connection
-        self.held_bytes = 0  # of all flights: on the way, or here and not adopted yet
-        self.background_bytes = 0  # in flight and nobody waited for them when they left
         self.waits = Histogram()  # of readers, from the question to the last byte or the error
         self.nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or Buffers()
-        self._quiet_since = float("-inf")
         self._large = cluster_size > LARGE_CLUSTER_BYTES
-        self._preferred = 0  # who wait for a turn before the others of the background
-        self._room = trio.Event()
+        self._backlog = Backlog()
+        self._turns = Turns(self.window, self._backlog)
+
+    @property
+    def readers(self) -> int:
+        """How many wait for bytes, or for the first connection."""
+        return self._turns.readers
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all flights: on the way, or here and not adopted yet."""
+        return self._backlog.held
+
+    @property
+    def background_bytes(self) -> int:
+        """On the way, and nobody waited for them when they left."""
+        return self._backlog.background
+
+    @property
+    def background_request_bytes(self) -> int:
+        """A good size for the next background request."""
+        return self._turns.request_bytes
 
     async def identity(self) -> Identity:
         """The version that the source serves; connects if need be. Errors of the source."""
@@ -100,16 +115,12 @@ class Fetch:
         """
         started = trio.current_time()
         seconds = self.remote.deadline_seconds
-        self.readers += 1
         try:
             # A little more: the error of the step, if there is one, says better what has happened.
-            with trio.move_on_after(seconds + GRACE_SECONDS) as scope:
+            with self._turns.reading(), trio.move_on_after(seconds + GRACE_SECONDS) as scope:
                 yield
         finally:
-            self.readers -= 1
-            self._quiet_since = trio.current_time()
-            self.waits.note(self._quiet_since - started)
-            self._wake()
+            self.waits.note(trio.current_time() - started)
         if scope.cancelled_caught:
             text = f"backing {self.remote.location} gave no answer within {seconds:g} s"
             raise SourceUnreachable(text, reason=Reason.TIMEOUT)
@@ -171,30 +182,19 @@ class Fetch:
         """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
-            if not self._has_room(step):
+            if not self._has_room(step) or self._backlog.is_behind(taker, step * self.cluster_size):
                 return
             self.start(at, min(step, first + count - at), taker=taker, asked=True)
 
-    async def turn(self, first: int, count: int, *, preferred: bool = False) -> None:
-        """Wait until a background request for these clusters may leave.
-
-        `preferred`: a reader will soon want them. Then it does not hold back for readers who wait, and what is not
-        preferred holds back for it.
+    async def turn(self, first: int, count: int, *, taker: Taker, preferred: bool = False) -> None:
+        """Wait until a background request for these clusters may leave. `preferred`: a reader will soon want them.
 
         Joining what is in flight already needs no turn. Others may have brought the clusters in meanwhile: the caller
         looks again, and calls `start` with no await in between.
         """
         await self.identity()
-        if all(cluster in self._flights for cluster in range(first, first + count)):
-            return
-        if not preferred:
-            await self._turn(self._allowed)
-            return
-        self._preferred += 1
-        try:
-            await self._turn(self._allowed_preferred)
-        finally:
-            self._preferred -= 1
+        if any(cluster not in self._flights for cluster in range(first, first + count)):
+            await self._turns.turn(taker, count * self.cluster_size, preferred=preferred)
 
     def start(self, first: int, count: int, *, taker: Taker, asked: bool = False) -> None:
         """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
@@ -213,10 +213,10 @@ class Fetch:
                 raise flight.error.fresh()
         return flights
 
-    async def adopted(self, flights: Sequence[Flight]) -> None:
-        """Wait until all takers of these flights have had their bytes."""
-        while any(self._flights.get(flight.first) is flight for flight in flights):
-            await self._room.wait()
+    async def adopted(self, flights: Sequence[Flight], *, taker: Taker) -> None:
+        """Wait until this taker has had the bytes of these flights."""
+        while any(taker in flight.takers for flight in flights):
+            await self._turns.change()
 
     def flights(self) -> list[Flight]:
         """The requests under way, the oldest first."""
@@ -228,41 +228,8 @@ class Fetch:
 
     async def landed(self, taker: Taker) -> None:
         """Wait until no flight has this taker."""
-        while any(taker in flight.takers for flight in self._flights.values()):
-            await self._room.wait()
-
-    async def _turn(self, allowed: Callable[[], int]) -> None:
-        """Wait until a background request may leave."""
-        while self.background_bytes >= allowed():
-            room = self._room
-            with trio.move_on_after(self._pause()):
-                await room.wait()
-
-    def _allowed(self) -> int:
-        """Bytes that may be in flight in the background before another request leaves."""
-        if self._preferred or self.held_bytes >= MOST_HELD_BYTES // 2:
-            return 0  # others go first, or the disk is slower than the source
-        if self.readers:
-            return 1
-        quiet = trio.current_time() - self._quiet_since
-        trip = self.window.round_trip
-        if quiet < QUIET_ROUND_TRIPS * trip:
-            return 1
-        doublings = min(20.0, quiet / trip - QUIET_ROUND_TRIPS)
-        return int(min(self.window.bytes, MIN_REQUEST_BYTES * 2.0**doublings))
-
-    def _allowed_preferred(self) -> int:
-        return 0 if self.held_bytes >= MOST_HELD_BYTES // 2 else self.window.bytes
-
-    def _pause(self) -> float:
-        """How long to sleep at most before looking again: readers may have become quiet meanwhile."""
-        return max(0.001, self.window.round_trip / 2)
-
-    @property
-    def background_request_bytes(self) -> int:
-        """A good size for the next background request: small while readers are about."""
-        near = self.readers or trio.current_time() - self._quiet_since < 0.5
-        return MIN_REQUEST_BYTES if near else self.window.request_bytes
+        while self._backlog.held_for(taker):
+            await self._turns.change()
 
     # Flights.
 
@@ -289,12 +256,12 @@ class Fetch:
                 while stop < end and stop not in self._flights:
                     stop += 1
                 if needed or self._has_room(stop - cluster):
-                    flight = self._start(cluster, stop - cluster, source_size, urgent=urgent)
+                    flight = self._start(cluster, stop - cluster, source_size, taker, urgent=urgent)
             elif self._large and not needed and not flight.arrived.is_set():
                 flight = None  # it will take too long
             if flight is not None:
-                if taker is not None and taker not in flight.takers:
-                    flight.takers.append(taker)
+                if taker is not None:
+                    self._offer(flight, taker)
                 flight.asked |= asked
                 flight.holders += 1
                 stop = flight.first + flight.size // self.cluster_size
@@ -315,60 +282,57 @@ class Fetch:
 
     def _has_room(self, count: int) -> bool:
         """Whether so many clusters may be fetched that a reader wants, or will want."""
-        return not self._large and self.held_bytes + count * self.cluster_size <= MOST_HELD_BYTES
+        return not self._large and self._backlog.has_room(count * self.cluster_size)
 
-    def _start(self, first: int, count: int, source_size: int, *, urgent: bool) -> Flight:
+    def _offer(self, flight: Flight, taker: Taker) -> None:
+        """Let somebody have the flight's bytes as soon as they are here."""
+        if taker in flight.takers or self._backlog.is_behind(taker, flight.size):
+            return
+        if flight.arrived.is_set():
+            self.nursery.start_soon(self._hand_over, flight, taker)
+        self._backlog.join(flight, taker)
+
+    def _start(self, first: int, count: int, source_size: int, taker: Taker | None, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
         size = count * self.cluster_size  # whole: images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
         # Before it is registered: a flight without a task would be waited for in vain. It runs at the next await.
-        self.nursery.start_soon(self._fly, flight, count, max(0, min(size, source_size - pos)))
+        self.nursery.start_soon(self._fly, flight, max(0, min(size, source_size - pos)))
         # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
-        flight.behind = self.background_bytes
+        flight.behind = self._backlog.in_flight(taker)
         self.window.started(now, flight.behind, self.remote.received)
-        if not urgent:
-            self.background_bytes += size
-        self.held_bytes += size
+        self._backlog.start(flight)
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         return flight
 
-    async def _fly(self, flight: Flight, count: int, wanted: int) -> None:
-        """One request from start to the last adoption. `wanted` bytes are inside the source, the rest is zeros."""
+    async def _fly(self, flight: Flight, wanted: int) -> None:
+        """One request, and what becomes of it. `wanted` bytes are inside the source, the rest is zeros."""
+        # Stays so if this task is cancelled: readers who are not would take the zeros of the buffer for the bytes.
+        flight.error = SourceUnreachable(f"backing {self.remote.location}: closed")
         try:
             await self._bring(flight, wanted)
-            flight.arrive()
-            if flight.error is None:
-                await self._hand_out(flight)
-            else:
-                for taker in flight.takers:
-                    taker.lost(flight.error)
+            flight.error = None
+            for taker in self.takers:
+                if taker.wants(flight.pos, flight.size):
+                    self._offer(flight, taker)
+        except QedfsError as exc:
+            flight.error = exc
         except Exception:
-            flight.error = flight.error or _fault(flight)
+            flight.error = _fault(flight)
         finally:
-            if not flight.arrived.is_set():
-                # Without an error the readers, who need not be cancelled with us, would take its zeros for the bytes.
-                flight.error = flight.error or SourceUnreachable(f"backing {self.remote.location}: closed")
-                flight.arrive()
-            self.held_bytes -= flight.size
-            if not flight.urgent:
-                self.background_bytes -= flight.size
-            for cluster in range(flight.first, flight.first + count):
-                del self._flights[cluster]
-            self._release(flight)
-            self._wake()
+            takers = self._arrived(flight)
+        for taker in takers[1:]:
+            self.nursery.start_soon(self._hand_over, flight, taker)
+        if takers:
+            await self._hand_over(flight, takers[0])
 
     async def _bring(self, flight: Flight, wanted: int) -> None:
         started = trio.current_time()
         view = memoryview(flight.buffer)
-        try:
-            if wanted:
-                await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
-        except Exception as exc:
-            # The takers have to know of a fault of ours too: without a word they would ask again at once.
-            flight.error = exc if isinstance(exc, QedfsError) else _fault(flight)
-            return
+        if wanted:
+            await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
         view[wanted:] = bytes(len(view) - wanted)
         if not wanted:
             return  # behind the source's end: that says nothing of the link
@@ -376,17 +340,38 @@ class Fetch:
         now = trio.current_time()
         self.window.arrived(now, wanted, now - started, self.remote.received, flight.behind)
 
-    async def _hand_out(self, flight: Flight) -> None:
-        for taker in self.takers:
-            if taker not in flight.takers and taker.wants(flight.pos, flight.size):
-                flight.takers.append(taker)
-        # Takers may join while we hand out; a list that grows under its iteration is what is wanted.
-        for taker in flight.takers:
-            await taker.take(flight.pos, flight.buffer, flight.size, asked=flight.asked)
+    def _arrived(self, flight: Flight) -> list[Taker]:
+        """Tell all who wait; returns those who have something to take."""
+        flight.arrive()
+        self._backlog.arrive(flight)
+        if flight.error is not None:
+            # They have to know: without a word they would ask again at once.
+            for taker in list(flight.takers):
+                taker.lost(flight.error)
+                self._backlog.leave(flight, taker)
+        if not flight.takers:
+            self._land(flight)
+        return list(flight.takers)
 
-    def _wake(self) -> None:
-        room, self._room = self._room, trio.Event()
-        room.set()
+    async def _hand_over(self, flight: Flight, taker: Taker) -> None:
+        try:
+            await taker.take(flight.pos, flight.buffer, flight.size, asked=flight.asked)
+        except Exception:
+            # It has its own ways to tell of its failures: this is a fault of ours, and costs this flight only.
+            taker.lost(_fault(flight))
+        finally:
+            self._backlog.leave(flight, taker)
+            if flight.takers:
+                self._turns.wake()
+            else:
+                self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        for cluster in range(flight.first, flight.first + flight.size // self.cluster_size):
+            del self._flights[cluster]
+        self._backlog.land(flight)
+        self._release(flight)
+        self._turns.wake()
 
     def _release(self, flight: Flight) -> None:
         flight.holders -= 1

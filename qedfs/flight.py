@@ -57,7 +57,7 @@ class Flight:
         self.since = since  # when it left, by trio's clock
         self.arrived = trio.Event()
         self.error: QedfsError | None = None
-        self.takers: list[Taker] = []
+        self.takers: list[Taker] = []  # who will keep the bytes, or are about to; changed by `Backlog` only
         self.urgent = urgent  # somebody waited for it when it was started
         self.asked = False  # somebody wanted it before the stream came there
         self.behind = 0  # bytes that were in flight when it left

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import trio
 
@@ -9,11 +12,13 @@ from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.overlay.overlay import Overlay
+from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 from tests.served import CLUSTER
 
+T = TypeVar("T")
 CONTENT = b"s" * (8 * CLUSTER)
 
 
@@ -80,3 +85,107 @@ async def test_a_queue_that_has_ended_keeps_nobody_waiting(autojump_clock: trio.
             assert trio.current_time() == began
         assert queue.fetch.flights() == []
         assert (queue.fetch.held_bytes, queue.fetch.readers) == (0, 0)
+
+
+class Hanging(MemoryStorage):
+    """The disk hangs in everything that is given to a thread, until it is `well`."""
+
+    well = trio.Event()
+    well.set()
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        await self.well.wait()
+        return await super().in_thread(function)
+
+
+async def two_images(nursery: trio.Nursery, source: FakeSource) -> tuple[Image, Hanging, Image]:
+    """An image on a disk that may hang, that disk, and another image on the same source."""
+    fetch = Fetch(remote(source), CLUSTER, nursery)
+    size = len(source.content)
+    storage = Hanging(empty(cluster_size=CLUSTER, image_size=size, backing=b"http://fake/disk.raw").data)
+    other = MemoryStorage(storage.bytes)
+    images = [Image(name, await Overlay.open(disk), fetch) for name, disk in (("a.raw", storage), ("b.raw", other))]
+    for image in images:
+        await image.source_size()
+        await image.overlay.clusters.count()
+    return images[0], storage, images[1]
+
+
+async def test_a_disk_that_hangs_costs_its_own_image_only(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"s" * (400 * CLUSTER))
+    async with trio.open_nursery() as nursery:
+        stuck, storage, well = await two_images(nursery, source)
+        stuck_job, well_job = StreamJob(stuck), StreamJob(well)
+        storage.well = trio.Event()
+        nursery.start_soon(stuck_job.run)
+        nursery.start_soon(well_job.run)
+        await trio.sleep(60)
+        assert (stuck_job.state, well_job.state) == (State.RUNNING, State.COMPLETE)
+        assert await well.read(0, len(source.content)) == source.content
+        storage.well.set()
+        await trio.sleep(60)
+        assert stuck_job.state is State.COMPLETE  # type: ignore[comparison-overlap]
+        assert await stuck.read(0, len(source.content)) == source.content
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_waits_for_a_disk_that_hangs_is_bounded(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qedfs.backlog.MOST_HELD_BYTES", 64 * CLUSTER)
+    source = FakeSource(b"s" * (400 * CLUSTER))
+    async with trio.open_nursery() as nursery:
+        stuck, storage, well = await two_images(nursery, source)
+        fetch = stuck.fetch
+        assert fetch is not None
+        storage.well = trio.Event()
+        nursery.start_soon(StreamJob(stuck).run)
+        for cluster in range(0, 400, 2):
+            assert await stuck.read(cluster * CLUSTER, 512) == b"s" * 512
+            assert fetch.held_bytes <= 64 * CLUSTER
+        job = StreamJob(well)
+        nursery.start_soon(job.run)
+        await trio.sleep(60)
+        assert job.state is State.COMPLETE
+        assert 0 < fetch.held_bytes < 64 * CLUSTER
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_comes_late_to_a_flight_takes_it_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """Its bytes are here, and wait for a disk that hangs: they do not cross the wire again."""
+    source = FakeSource(CONTENT)
+    async with trio.open_nursery() as nursery:
+        stuck, storage, well = await two_images(nursery, source)
+        storage.well = trio.Event()
+        await stuck.read(0, len(CONTENT))
+        await trio.sleep(1)
+        began = trio.current_time()
+        assert await well.read(0, len(CONTENT)) == CONTENT
+        await trio.testing.wait_all_tasks_blocked()
+        assert well.overlay.clusters.missing == 0
+        assert trio.current_time() == began
+        assert source.bytes_read == len(CONTENT)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_fault_of_a_taker_costs_nobody_else(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = FakeSource(CONTENT)
+    async with trio.open_nursery() as nursery:
+        faulty, _, well = await two_images(nursery, source)
+
+        async def take(pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+            raise KeyError("a fault")
+
+        monkeypatch.setattr(faulty, "take", take)
+        well.streaming = True
+        assert faulty.fetch is not None
+        faulty.fetch.takers.append(well)
+        await faulty.read(0, len(CONTENT))
+        await trio.testing.wait_all_tasks_blocked()
+        assert faulty.failures == 1
+        assert "a fault" in caplog.text
+        assert well.overlay.clusters.missing == 0
+        assert faulty.fetch.held_bytes == 0
+        nursery.cancel_scope.cancel()

@@ -411,7 +411,7 @@ async def test_a_complete_image_asks_nothing_of_the_source_any_more(autojump_clo
 async def test_bytes_that_wait_for_a_slow_disk_are_bounded(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qedfs.fetch.MOST_HELD_BYTES", 4 * CLUSTER)
+    monkeypatch.setattr("qedfs.backlog.MOST_HELD_BYTES", 4 * CLUSTER)
     source = FakeSource(CONTENT)
     async with served(source) as image:
         real = image.overlay.adopt

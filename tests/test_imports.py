@@ -15,7 +15,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qedfs"
 
 # A room may import from itself and from what stands to its right.
-ORDER = ("cli", "mount", "control", "stream", "image", "version", "fetch", "overlay", "source", "format", "errors")
+ORDER = (
+    *("cli", "mount", "control", "stream", "image", "version", "fetch", "overlay", "source"),
+    *("turns", "backlog", "format", "errors"),
+)
 # `overlay` is one file on disk and knows no network; `fetch` brings bytes and does not know where they are kept.
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.

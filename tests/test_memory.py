@@ -55,7 +55,7 @@ async def test_a_reader_does_not_wait_for_a_large_cluster(autojump_clock: trio.t
 async def test_large_clusters_are_streamed_within_the_bound(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qedfs.fetch.MOST_HELD_BYTES", 4 * LARGE)
+    monkeypatch.setattr("qedfs.backlog.MOST_HELD_BYTES", 4 * LARGE)
     source = FakeSource(CONTENT)
     async with served(source, cluster_size=LARGE) as image, trio.open_nursery() as nursery:
         assert image.fetch is not None
@@ -95,7 +95,7 @@ async def test_a_step_waits_for_its_own_bytes_only(autojump_clock: trio.testing.
 async def test_without_room_readers_get_what_they_ask_for(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qedfs.fetch.MOST_HELD_BYTES", 4 * CLUSTER)
+    monkeypatch.setattr("qedfs.backlog.MOST_HELD_BYTES", 4 * CLUSTER)
     source = FakeSource(CONTENT)
     source.gate = trio.Event()
     async with served(source) as image, trio.open_nursery() as nursery:

@@ -161,7 +161,7 @@ class StreamJob:
         size = min(count * cluster_size, image.size - start)
         with fetch.waiting():
             flights = await fetch.bring(first, count, taker=image)
-        await fetch.adopted(flights)
+        await fetch.adopted(flights, taker=image)
         self._raise_loss()
         if image.overlay.clusters.all_missing(first, count) and not image.overlay.spoken_for(first, count):
             error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
@@ -266,7 +266,7 @@ class StreamJob:
                 # In short sleeps, which a command ends: it may be a pause or another limit.
                 await self._sleep(min(due, PACE_SECONDS))
                 continue
-            await fetch.turn(first, count)
+            await fetch.turn(first, count, taker=image)
             self._raise_failure()
             if not self._allowed or self.hold_off():
                 return asked

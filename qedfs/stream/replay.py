@@ -44,7 +44,7 @@ async def _bring(image: Image, pos: int, size: int) -> None:
         first, last = run.pos // cluster_size, (run.pos + run.size - 1) // cluster_size
         for at in range(first, last + 1, most):
             count = min(most, last + 1 - at)
-            await fetch.turn(at, count, preferred=True)
+            await fetch.turn(at, count, taker=image, preferred=True)
             # Meanwhile a reader or the stream may have brought them in.
             if not image.complete and image.overlay.clusters.all_missing(at, count):
                 fetch.start(at, count, taker=image, asked=True)

@@ -1,0 +1,75 @@
+"""How many bytes a queue has under way, and how many wait for each of those who keep them.
+
+Owns the counts. One whose disk hangs must hold up nobody else, so what waits for it counts against itself only, up to
+half of what may be held. Must not know when requests leave, nor the source. All sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from qedfs.flight import Flight, Taker
+
+# Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source.
+MOST_HELD_BYTES = 192 << 20
+
+
+class Backlog:
+    """The flights of one queue, counted."""
+
+    def __init__(self) -> None:
+        self.held = 0  # by all flights: on the way, or here and not adopted yet
+        self.background = 0  # on the way, and nobody waited for them when they left
+        self._held_for: Counter[Taker] = Counter()
+        self._here_for: Counter[Taker] = Counter()  # of those, what has arrived and was fetched in the background
+
+    def start(self, flight: Flight) -> None:
+        """A flight leaves."""
+        self.held += flight.size
+        if not flight.urgent:
+            self.background += flight.size
+
+    def join(self, flight: Flight, taker: Taker) -> None:
+        """Somebody will take the flight's bytes."""
+        flight.takers.append(taker)
+        self._held_for[taker] += flight.size
+        if flight.arrived.is_set() and not flight.urgent:
+            self._here_for[taker] += flight.size
+
+    def arrive(self, flight: Flight) -> None:
+        """A flight has arrived."""
+        if not flight.urgent:
+            self.background -= flight.size
+            for taker in flight.takers:
+                self._here_for[taker] += flight.size
+
+    def leave(self, flight: Flight, taker: Taker) -> None:
+        """Somebody is done with a flight that has arrived."""
+        flight.takers.remove(taker)
+        self._held_for[taker] -= flight.size
+        if not flight.urgent:
+            self._here_for[taker] -= flight.size
+        for counts in (self._held_for, self._here_for):
+            if not counts[taker]:
+                del counts[taker]
+
+    def land(self, flight: Flight) -> None:
+        """A flight has no takers any more."""
+        self.held -= flight.size
+
+    def held_for(self, taker: Taker) -> int:
+        """On the way to it, or here and not kept yet."""
+        return self._held_for[taker]
+
+    def in_flight(self, taker: Taker | None) -> int:
+        """Of the background, on the way, or here for this taker: what its disk is slow to keep counts as well."""
+        return self.background + (0 if taker is None else self._here_for[taker])
+
+    def has_room(self, size: int) -> bool:
+        """Whether so much more may be held."""
+        return not self.held or self.held + size <= MOST_HELD_BYTES
+
+    def is_behind(self, taker: Taker, size: int) -> bool:
+        """Whether so much waits for this taker that it is offered no `size` more."""
+        held = self._held_for[taker]
+        return held > 0 and held + size > MOST_HELD_BYTES // 2
