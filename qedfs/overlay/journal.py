@@ -29,7 +29,9 @@ from qedfs.runtime import boot_id
 Pair = tuple[int, int]  # cluster, entry
 
 _PAIR = struct.Struct("<QQ")
-_HEADER = struct.Struct("<8s40s40sQ32x")  # magic, boot, session, device
+_HEADER = struct.Struct("<8s40s40sQ16x")  # magic, boot, session, device; the first pair is the witness
+_START = _HEADER.size + _PAIR.size
+_NO_WITNESS = (0, 0)
 _MAGIC = b"qedfsj\0\2"
 
 
@@ -41,7 +43,7 @@ class Journal:
         self.path = path
         self._header = header
         self._void = False
-        self.end = len(header)  # of the entries in the file, in bytes
+        self.end = _START  # of the entries in the file, in bytes
 
     @classmethod
     def create(cls, folder: Path, name: str, session: str, device: int) -> Self:
@@ -52,7 +54,7 @@ class Journal:
         """
         path = _place(folder, name, session)
         header = _HEADER.pack(_MAGIC, boot_id().encode(), session.encode(), device)
-        return cls(_replaced(path, header), path, header)
+        return cls(_replaced(path, header + _PAIR.pack(*_NO_WITNESS)), path, header)
 
     def append(self, pairs: Iterable[Pair]) -> None:
         """Remember that these clusters have these entries now.
@@ -72,17 +74,19 @@ class Journal:
     def landed(self, end: int) -> None:
         """Forget the entries before `end`, an earlier value of the attribute: the overlay has them.
 
-        The later ones go into a new file that takes the place of the old one: whoever is killed leaves either. 14 us.
+        The last of them, now the witness, and the later ones go into a new file that takes the place of the old one:
+        whoever is killed leaves either. 14 us.
         """
-        if end == len(self._header):
+        if end == _START:
             return
+        witness = end - _PAIR.size
         try:
-            later = os.pread(self._fd, self.end - end, end)
-            fd = _replaced(self.path, self._header + later)
+            kept = os.pread(self._fd, self.end - witness, witness)
+            fd = _replaced(self.path, self._header + kept)
         except OSError:
             return  # what stays is in the overlay: a replay passes it over
         os.close(self._fd)
-        self._fd, self.end = fd, len(self._header) + len(later)
+        self._fd, self.end = fd, len(self._header) + len(kept)
         if self._void:
             self.void()
 
@@ -101,10 +105,14 @@ class Journal:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leftover:
-    """What a session that was killed has left. `pairs`: oldest first."""
+    """What a session that was killed has left.
+
+    `pairs`: oldest first. `witness`: one that the session had brought into the overlay, as late as possible.
+    """
 
     path: Path
     same_device: bool  # else it is perhaps that of the overlay that ours is a snapshot of
+    witness: Pair | None
     pairs: list[Pair]
 
     def remove(self) -> None:
@@ -135,8 +143,10 @@ def read_journal(folder: Path, name: str, session: str, device: int, *, locked: 
             data = file.read()
     except OSError:
         return None
-    whole = len(data) // _PAIR.size * _PAIR.size
-    return Leftover(path, found == device, list(_PAIR.iter_unpack(data[:whole])))
+    if len(data) < _PAIR.size:
+        return None
+    witness, *pairs = _PAIR.iter_unpack(data[: len(data) // _PAIR.size * _PAIR.size])
+    return Leftover(path, found == device, witness if witness != _NO_WITNESS else None, pairs)
 
 
 def _place(folder: Path, name: str, session: str) -> Path:

@@ -3,8 +3,13 @@
 Owns the judgement. A journal is found by the session that the overlay carries, but a copy carries it too: a snapshot of
 the file system, or an older state of the overlay that was put back in its place. An entry that a copy gets from the
 journal of its original leads to a place that holds no data of it. So a journal is used as a whole or not at all, and
-only if every pair can be an entry of this file: the place lies inside it, and the cluster has no other place in it.
-One that does not fit is left alone.
+only if
+
+- the file has the entry that the session brought in last (the witness): an older state lacks it, since entries stay;
+- every pair can be an entry of this file: the place lies inside it, and the cluster has no other place in it.
+
+One that does not fit is left alone. What this does not tell: a copy that was made after the last commit before the
+kill, while a write was under way to a place that lay inside the file already.
 """
 
 from __future__ import annotations
@@ -31,9 +36,16 @@ def find_leftover(storage: Storage, folder: Path | None, session: str | None) ->
 def fits(leftover: Leftover, header: Header, clusters: ClusterMap, file_size: int) -> bool:
     """Whether this is a journal of this overlay in this state. Waits for the disk."""
     try:
+        if leftover.witness and not _has(leftover.witness, header, clusters):
+            return False
         return all(_can_be(pair, header, clusters, file_size) for pair in leftover.pairs)
     except BadOverlay:
         return False  # a table is bad that was good when the session ended
+
+
+def _has(pair: Pair, header: Header, clusters: ClusterMap) -> bool:
+    cluster, entry = pair
+    return cluster < header.geometry.clusters and _entry(clusters, cluster) == entry
 
 
 def _can_be(pair: Pair, header: Header, clusters: ClusterMap, file_size: int) -> bool:

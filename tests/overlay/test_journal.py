@@ -56,6 +56,9 @@ def test_entries_are_read_back_in_order(tmp_path: Path) -> None:
     journal.landed(landing)
     journal.append([(6, 16384)])
     assert read(tmp_path) == [(4, 8192), (5, 12288), (6, 16384)]
+    left = read_journal(tmp_path, "disk", SESSION, DEVICE, locked=True)
+    assert left is not None
+    assert left.witness == (3, 4096)
     journal.close(remove=True)
     assert read(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

@@ -187,6 +187,24 @@ async def test_a_failed_barrier_of_a_replay_voids_the_journal(tmp_path: Path, nt
     assert await content(again) == ("" if nth == 1 else "12")
 
 
+@pytest.mark.parametrize("device", [0, ELSEWHERE])
+async def test_an_older_state_is_told_by_what_was_committed_since(tmp_path: Path, device: int) -> None:
+    """The file is long enough for all places: when it was copied, a write to a higher one was under way."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    await overlay.commit()
+    older = storage.bytes + bytes(8 * CLUSTER)
+    await write(overlay, "23")
+    await overlay.commit()
+    await write(overlay, "4")
+    die(overlay)
+    copy, _ = await opened(older, tmp_path, device=device)
+    assert copy.stray_journal is not None
+    assert await content(copy) == "1"
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert await content(again) == "1234"
+
+
 @pytest.mark.parametrize("entry", [0, 1, 8192 + 512, 4096, 1 << 40])
 async def test_a_journal_that_cannot_be_is_not_used(tmp_path: Path, entry: int) -> None:
     overlay, storage = await opened(new(), tmp_path)
