@@ -80,7 +80,8 @@ class StreamJob:
         self._ignored: QedfsError | None = None
         self._ignored_at = 0  # the cursor then
         self._known_failures = 0  # of the image, that have been dealt with
-        self._trying = False  # the disk was full: go carefully
+        self._hindered: tuple[State, str] | None = None  # what it is still in for, until bytes are brought in again
+        self._trying = False  # after a failure: go carefully
         self._passed_over = False  # the last walk has left clusters to writes that are under way
         self._poked = trio.Event()
         self._missing = Missing(image)
@@ -119,7 +120,7 @@ class StreamJob:
             self.pace.limit = limit
         self._enabled = True
         self._paused = False
-        self._held = self._ignored = self.error = None
+        self._held = self._ignored = self.error = self._hindered = None
         self._ignored_at = 0
         self._poke()
 
@@ -134,7 +135,7 @@ class StreamJob:
 
     async def resume(self) -> None:
         """Go on, also after a failure that holds it."""
-        self._held = None
+        self._held = self._hindered = None
         await self._set_paused(paused=False)
 
     def set_limit(self, limit: int) -> None:
@@ -182,7 +183,8 @@ class StreamJob:
             try:
                 if not await self._gate():
                     break
-                self._change(State.RUNNING)
+                # Another try is no news: who looks at the state wants to know what it waits for.
+                self._change(*(self._hindered or (State.RUNNING, "")))
                 self._known_failures = self.image.failures
                 await self._stream()
                 pause = RETRY_SECONDS[0]
@@ -211,12 +213,11 @@ class StreamJob:
             self._held = error.fresh()
         elif action is not Action.RETRY:
             self._stop(State.SOURCE_CHANGED if isinstance(error, SourceChanged) else State.FAILED, error)
-        elif isinstance(error, NoSpace):
-            self._change(State.PAUSED, str(error))
-            await self._sleep(NO_SPACE_RETRY_SECONDS)
         else:
-            self._change(State.WAITING, str(error))
-            await self._sleep(pause)
+            full = isinstance(error, NoSpace)
+            self._hindered = (State.PAUSED if full else State.WAITING, str(error))
+            self._change(*self._hindered)
+            await self._sleep(NO_SPACE_RETRY_SECONDS if full else pause)
 
     async def _stream(self) -> None:
         """Walk until there is nothing left, then detach. Returns early when it was told to stop."""
@@ -227,7 +228,8 @@ class StreamJob:
         image.streaming = True
         if image not in fetch.takers:
             fetch.takers.append(image)
-        self._trying, image.full = image.full is not None, None
+        self._trying = self._hindered is not None or image.full is not None
+        image.full = None
         kept, pause = image.counters.kept, PACE_SECONDS
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
@@ -245,7 +247,9 @@ class StreamJob:
         if await self._missing.next_run(0, source_size) is not None:
             if self._ignored is not None and self._allowed:
                 self._stop(State.FAILED, self._ignored)
-        elif self.may_detach is None or await self.may_detach():
+            return
+        self._go_on()
+        if self.may_detach is None or await self.may_detach():
             await image.detach()
             log.info("%s: complete, the backing is no longer needed", image.name)
 
@@ -276,12 +280,17 @@ class StreamJob:
             self.pace.sent(count * cluster_size)
             self._cursor, asked = first + count, True
             if self._trying:
-                # One request shows whether there is room again; a window of them would be fetched in vain.
+                # One request shows whether the source is back, or the room; a window of them would be in vain.
                 await fetch.landed(image)
                 self._raise_failure()
-                self._trying = False
+                self._go_on()
         self._cursor = 0
         return asked or self._passed_over
+
+    def _go_on(self) -> None:
+        """What hindered it is over."""
+        self._trying, self._hindered = False, None
+        self._change(State.RUNNING)
 
     def _ours(self, first: int, count: int) -> int:
         """How many missing clusters from `first` on are for us to bring in.

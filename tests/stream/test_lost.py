@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
+from qedfs.errors import NoSpace, QedfsError, SourceUnreachable
 from qedfs.image import Image
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
@@ -74,6 +75,57 @@ async def test_what_is_not_kept_is_asked_for_with_growing_pauses(
             assert source.bytes_read <= 19 * len(CONTENT)
         with trio.fail_after(40):
             await complete(image)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(SourceUnreachable("connection refused"), State.WAITING), (NoSpace("the disk is full"), State.PAUSED)],
+)
+async def test_it_says_what_it_waits_for_until_bytes_come(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, error: QedfsError, state: State
+) -> None:
+    async def full(*_: object, cold: bool) -> int:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    source = FakeSource(CONTENT)
+    async with served(source, deadline_seconds=0.5) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image)
+        told: list[tuple[State, str]] = []
+        job.listeners.append(lambda job: told.append((job.state, job.reason)))
+        with monkeypatch.context() as patch:
+            if isinstance(error, NoSpace):
+                patch.setattr(image.overlay, "adopt", full)
+            else:
+                source.fail = error
+            nursery.start_soon(job.run)
+            await trio.sleep(120)
+            assert told == [(State.RUNNING, ""), (state, str(error))]
+            tried = len(source.reads)
+            await trio.sleep(60)
+            assert tried < len(source.reads)
+            assert told[2:] == []
+        source.fail = None
+        with trio.fail_after(40):
+            await complete(image)
+        assert told[2:] == [(State.RUNNING, ""), (State.COMPLETE, "")]
+
+
+async def test_a_user_who_resumes_it_sees_it_try(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(CONTENT)
+    source.fail = SourceUnreachable("connection refused")
+    async with served(source, deadline_seconds=0.5) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(60)
+        await job.pause()
+        await trio.sleep(1)
+        told: list[State] = []
+        job.listeners.append(lambda job: told.append(job.state))
+        await job.resume()
+        await trio.sleep(60)
+        assert told == [State.RUNNING, State.WAITING]
+        nursery.cancel_scope.cancel()
 
 
 async def complete(image: Image) -> None:
