@@ -106,7 +106,9 @@ async def test_forged_header_opens_no_other_file(tmp_path: Path) -> None:
 async def test_image_that_is_replaced_between_connections(qcow2: Path, raw: Path) -> None:
     async with remote(qcow2, raw=False) as source:
         await source.connect()
-        await source.aclose()
+        connection, source._source = source._source, None  # the next call opens another one
+        assert connection is not None
+        await connection.aclose()
         convert(raw, qcow2, "cluster_size=4k")
         with pytest.raises(SourceChanged, match=r"is another version: Last-Modified was .* of qcow2 file"):
             await source.connect()
