@@ -336,6 +336,8 @@ class Image:
         self._committing = True
         try:
             await self.overlay.commit()
+            if self.complete:
+                self.full = None  # no adoption will tell that there is room again
         except NoSpace as exc:
             self.full, self._full_since = exc.fresh(), trio.current_time()
         except Exception as exc:

@@ -104,7 +104,11 @@ class Committer:
     def commit_now(self) -> None:
         """Commit and flush while nobody else uses the overlay, waiting for the disk."""
         group = self._take()
-        self._write(group, durable=True)
+        try:
+            self._write(group, durable=True)
+        except BaseException:
+            self._put_back(group)
+            raise
         self._landed(group)
 
     def write_l1(self, indices: Iterable[int]) -> None:

@@ -23,7 +23,6 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -32,11 +31,12 @@ from typing import Self
 
 import trio
 
-from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
+from qedfs.errors import BadOverlay, NoSpace, ReadOnlyOverlay
 from qedfs.format.geometry import ENTRY_SIZE, round_down, round_up
 from qedfs.format.header import NEED_CHECK, NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO, decode_table
+from qedfs.overlay.beginning import Beginning
 from qedfs.overlay.check import repair
 from qedfs.overlay.claims import Claims
 from qedfs.overlay.clustermap import ClusterMap, Run
@@ -73,6 +73,7 @@ class Overlay:
         self.committer = Committer(storage, session.header, clusters, journal)
         self._session = session
         self._session_lock = trio.Lock()
+        self._beginning: Beginning | None = None  # of a writable opening
         self._changes: list[Change] = []  # of the record, that are being stored or wait for it
         session.barrier = self.committer.barrier
         self._journal = journal
@@ -85,7 +86,8 @@ class Overlay:
     async def open(cls, storage: Storage, *, journal_folder: Path | None = None) -> Self:
         """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
 
-        A read-only overlay shows what a killed session left, and leaves it for the next writable opening.
+        On a full disk the session begins later (`beginning.py`): what needs it raises NoSpace until then. A read-only
+        overlay shows what a killed session left, and leaves it for the next writable opening.
 
         `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
 
@@ -118,36 +120,13 @@ class Overlay:
         if leftover:
             apply(leftover.pairs, clusters, overlay._make_table)
         if storage.writable:
-            overlay._begin(leftover, journal_folder)
+            overlay._beginning = Beginning(storage, session, overlay.committer, journal_folder, leftover)
+            overlay._beginning.at_open()
+            overlay._journal = overlay.committer.journal
         return overlay
 
     backing: str | None = None
     stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
-
-    def _begin(self, leftover: Leftover | None, folder: Path | None) -> None:
-        self._bring_in(leftover)
-        session = self._session.begin()
-        if leftover:
-            leftover.remove()
-        if folder and session and (name := self.storage.name()):
-            with contextlib.suppress(OSError):
-                self._journal = Journal.create(folder, name, session, self.storage.device())
-        self.committer.journal = self._journal
-
-    def _bring_in(self, leftover: Leftover | None) -> None:
-        """Let the file have what the map has of it, before the new session voids the journal."""
-        if not self.committer.pending:
-            return
-        try:
-            self.committer.commit_now()
-        except ReadOnlyOverlay:
-            # Linux tells of data that it could not write once: the next opening would take its entries for good. A
-            # journal that may be another overlay's stays, and a new session voids it for this one.
-            if leftover:
-                leftover.remove()
-                with contextlib.suppress(QedfsError):
-                    self._session.begin()
-            raise
 
     def _left_behind(self, folder: Path | None) -> Leftover | None:
         """What a killed session left for the file as it is; the file may have some of it."""
@@ -191,18 +170,31 @@ class Overlay:
         return self.storage.writable and self.committer.failure is None
 
     @property
+    def full(self) -> NoSpace | None:
+        """What keeps this session from beginning: the disk was full at the open, and has been since."""
+        return self._beginning.full if self._beginning is not None else None
+
+    @property
     def keeps_record(self) -> bool:
         """Whether the pin outlives this session."""
         return self._session.has_room
 
     async def change_record(self, change: Change) -> None:
-        """Make the overlay remember this too, durably. Calls take effect in order; an error undoes this change only."""
+        """Make the overlay remember this too, durably. Calls take effect in order; an error undoes this change only.
+
+        Where the disk has been full since the open, it becomes durable with the beginning of the session.
+        """
         self._check_writable()
         self._changes.append(change)
         try:
             async with self._session_lock:
                 self._check_writable()  # the barrier of the change before may have failed
-                await self.storage.in_thread(lambda: self._session.store(change(self._session.record)))
+                try:
+                    await self._begin_late()
+                except NoSpace:
+                    self._session.record = change(self._session.record)
+                else:
+                    await self.storage.in_thread(lambda: self._session.store(change(self._session.record)))
         finally:
             self._changes.remove(change)
 
@@ -245,7 +237,7 @@ class Overlay:
         """
         if len(data) > WRITE_NOW_BYTES or not self.writable or dirty_pages.crowded():
             return False
-        if self._journal is None and self.committer.pending:
+        if self._journal is None and (self.committer.pending or self.full):
             return False  # the cluster's entry may be among the pending ones, and has to be committed first
         offset = self.clusters.data_offset(pos, len(data))
         if not offset:
@@ -264,7 +256,7 @@ class Overlay:
             ReadOnlyOverlay: the overlay takes no writes.
             QedfsError: whatever `fill` raised; nothing was written.
         """
-        self._check_writable()
+        await self._ready()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
         with self._claims.merging(self._partial_clusters(pos, len(view))):
@@ -388,7 +380,7 @@ class Overlay:
             return await self._adopt(pos, buffer, size, cold=cold)
 
     async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
-        self._check_writable()
+        await self._ready()
         await self.clusters.load(pos, size)
         while not self.clusters.is_loaded(pos, size):
             await self.clusters.load(pos, size)
@@ -430,7 +422,7 @@ class Overlay:
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
-        self._check_writable()
+        await self._ready()
         for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
             await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
             await trio.lowlevel.checkpoint()
@@ -449,12 +441,16 @@ class Overlay:
 
     async def commit(self) -> None:
         """Bring all entries into the file."""
+        if self.full and self.committer.pending:
+            await self._ready()
         await self.committer.commit()
 
     async def flush(self) -> None:
         """Make everything written before this call survive a power cut. Errors as for `Committer.commit`."""
         if not self.storage.writable:
             return
+        if self.full and self.committer.pending:
+            await self._ready()
         await self.committer.flush()
 
     async def detach(self) -> None:
@@ -463,7 +459,7 @@ class Overlay:
         The flush comes first. Without its barrier the header could reach the disk before the last entries, and a
         power cut would leave an overlay without backing whose last clusters read as zeros.
         """
-        self._check_writable()
+        await self._ready()
         await self.committer.flush()
         async with self._session_lock:
             self._check_writable()
@@ -474,7 +470,7 @@ class Overlay:
         """Flush if writable and give up the file. The journal goes if the overlay has all entries."""
         try:
             if self.writable:
-                await self.committer.flush()
+                await self.flush()
         finally:
             # A record or a detach may be under way in a thread: the descriptor must not be closed under it.
             async with self._session_lock:
@@ -490,6 +486,18 @@ class Overlay:
             raise self.committer.failure.fresh()
         if not self.storage.writable:
             raise ReadOnlyOverlay("the overlay is open read-only")
+
+    async def _ready(self) -> None:
+        """Return when the session has begun. NoSpace: there is no room for that."""
+        self._check_writable()
+        if self.full:
+            async with self._session_lock:
+                await self._begin_late()
+
+    async def _begin_late(self) -> None:
+        """Have the session lock."""
+        if self._beginning is not None and await self._beginning.late():
+            self._journal = self.committer.journal
 
     def _make_table(self, cluster: int) -> None:
         """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
@@ -514,4 +522,6 @@ async def open_overlay(
         raise
     if overlay.stray_journal is not None:
         log.warning("%s: %s is of another state of this overlay, and is not used", path, overlay.stray_journal)
+    if overlay.full is not None:
+        log.warning("%s: the file system is full; nothing is written or kept until there is space", path)
     return overlay

@@ -69,6 +69,35 @@ def test_a_full_disk_pauses_the_stream_and_readers_go_on(tmp_path: Path) -> None
         assert qemu_check(tmp_path / "small" / "disk.qed") == (0, 0)
 
 
+def test_a_mount_that_finds_a_full_disk_serves_and_fills_the_overlay_when_there_is_room(tmp_path: Path) -> None:
+    """QEMU leaves holes where the record of a session has its place."""
+    with origin(tmp_path, SIZE) as source, small_disk(tmp_path / "small", SIZE + 4 * MIB) as disk:
+        overlay = disk / "disk.qed"
+        options = ["-q", "-f", "qed", "-u", "-b", source.url, "-F", "raw"]
+        subprocess.run([require("qemu-img"), "create", *options, overlay, str(SIZE)], check=True, timeout=30)
+        _fill_up(disk / "ballast")
+        with mounted(overlay, tmp_path / "mnt") as mount:
+            wait_for(lambda: mount.image()["state"] == "paused", "the pause")
+            assert "the file system is full" in mount.image()["error"]
+            assert_same(mount.path("disk.raw"), source.raw)
+            with opened(mount.path("disk.raw")) as fd:
+                assert _error_of_write(fd, b"g", 0) == errno.ENOSPC
+                (disk / "ballast").unlink()
+                assert _error_of_write(fd, source.data()[:1], 0) is None
+            mount.wait()
+            assert mount.image()["error"] is None
+            assert_same(mount.path("disk.raw"), source.raw)
+            assert mount.unmount() == 0
+        assert qemu_check(overlay) == (0, 0)
+
+
+def _fill_up(path: Path) -> None:
+    """Take all the room that there is."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 def _write_all_over(fd: int) -> None:
     """Backwards: the stream has come forward."""
     for pos in range(SIZE - CLUSTER_SIZE, -1, -CLUSTER_SIZE):

@@ -1,0 +1,76 @@
+"""How a writable session begins: the file gets what a killed one left, then the record of this one, then its journal.
+
+Owns that order, and the wait for room. What has to be written may need some: tables, and the place of the record, which
+is a hole where another program has made the overlay. On a full disk the overlay is readable all the same, with all that
+was left; the session begins with the first write, adoption or change of the record for which there is room. Must not
+know what is written in the session; before it has begun, nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.journal import Journal, Leftover
+from qedfs.overlay.session import Session
+from qedfs.overlay.storage import Storage
+
+
+class Beginning:
+    """Of one session, whose map has what `leftover` holds."""
+
+    def __init__(
+        self, storage: Storage, session: Session, committer: Committer, folder: Path | None, leftover: Leftover | None
+    ) -> None:
+        self.full: NoSpace | None = None  # what has kept the session from beginning
+        self._storage = storage
+        self._session = session
+        self._committer = committer
+        self._folder = folder
+        self._leftover = leftover
+
+    def at_open(self) -> None:
+        """Begin if there is room, while nobody else uses the overlay; waits for the disk."""
+        try:
+            if self._committer.pending:
+                try:
+                    self._committer.commit_now()
+                except ReadOnlyOverlay:
+                    self._void()
+                    raise
+            self._begin()
+        except NoSpace as exc:
+            self.full = exc.fresh()
+
+    async def late(self) -> bool:
+        """Begin if that is still to be done; returns whether it was. One call at a time. NoSpace: there is no room."""
+        if self.full is None:
+            return False
+        try:
+            await self._committer.flush()
+        except ReadOnlyOverlay:
+            await self._storage.in_thread(self._void)
+            raise
+        await self._storage.in_thread(self._begin)
+        return True
+
+    def _begin(self) -> None:
+        """The file has what was left: only then may the new session void the journal."""
+        session = self._session.begin()
+        if self._leftover:
+            self._leftover.remove()
+        if self._folder and session and (name := self._storage.name()):
+            with contextlib.suppress(OSError):
+                self._committer.journal = Journal.create(self._folder, name, session, self._storage.device())
+        self.full = None
+
+    def _void(self) -> None:
+        """A barrier has failed. Linux tells of data that it could not write once: the next opening would take its
+        entries for good. A journal that may be another overlay's stays, and a new session voids it for this one.
+        """
+        if self._leftover:
+            self._leftover.remove()
+            with contextlib.suppress(QedfsError):
+                self._session.begin()
