@@ -278,7 +278,7 @@ class Image:
     async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         try:
             if self.version is not None:
-                await self.version.check()  # once more: these bytes may have come over a new connection
+                await self.version.check()  # once more: the answer may have told more of it
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
             self.full, self._full_since = exc.fresh(), trio.current_time()

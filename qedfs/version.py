@@ -47,8 +47,8 @@ class SourceVersion:
         """The source's identity, compared with the pin; the first time ever, it becomes the pin.
 
         The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
-        a version that the overlay does not know about. A new connection may tell more than the one before: the pin
-        knows that too, or refuses it, before a byte of that connection is of any use.
+        a version that the overlay does not know about. An answer may tell more than the ones before: the pin knows
+        that too, or refuses it, before a byte of that answer is of any use.
 
         Raises:
             SourceChanged: it is another version.

@@ -66,7 +66,7 @@ class Source(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """The version that this source serves; it does not change during the life of the object."""
+        """The version that this source serves. Answers may tell more of it (`Identity.joined`): then another object."""
         ...
 
     @property

@@ -31,8 +31,9 @@ class Remote:
 
     def __init__(self, location: Location, opener: Opener, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         self.location = location
-        # Of all connections so far; each must show the same version. Another object when one has told more of it.
+        # What has been told so far; all else must be of the same version. Another object when more has been told.
         self.identity: Identity | None = None
+        self._told: Identity | None = None  # by the source, lately
         self.error: QedfsError | None = None  # why the last try failed; None after a success
         # Tries that failed in a way that may pass, by what stood in the way; the last one of a deadline too.
         self.retries = dict.fromkeys(Reason, 0)
@@ -73,6 +74,7 @@ class Remote:
         async def read() -> None:
             source = await self._connected()
             await source.read(pos, buffer, urgent=urgent)
+            self._learn(source.identity)
 
         await self._retried(read, patience=PATIENCE if patient else 1.0)
 
@@ -98,15 +100,26 @@ class Remote:
         async with self._opening:
             if self._source is None:
                 source = await self._opened()
-                known = self.identity or source.identity
-                difference = known.difference(source.identity)
-                if difference:
+                try:
+                    self._learn(source.identity)
+                except SourceChanged:
                     await source.aclose()
-                    raise SourceChanged(f"backing {self.location} is another version: {difference}")
-                # A validator that comes late counts from now on, or two versions could both agree with none.
-                self.identity = known.joined(source.identity)
+                    raise
                 self._source = source
             return self._source
+
+    def _learn(self, told: Identity) -> None:
+        """Compare a version with what is known, and take over what it tells besides. Raises SourceChanged.
+
+        A validator that comes late counts from then on, or two versions could both agree with none.
+        """
+        if told is self._told:
+            return
+        known = self.identity or told
+        difference = known.difference(told)
+        if difference:
+            raise SourceChanged(f"backing {self.location} is another version: {difference}")
+        self.identity, self._told = known.joined(told), told
 
     async def _opened(self) -> Source:
         """A new connection. Everybody queues for it, so it must not take as long as the most patient read may."""

@@ -135,7 +135,7 @@ class HttpSource:
 
     @property
     def identity(self) -> Identity:
-        """The version found by `open`."""
+        """The version found by `open`, with the validators that answers have told since."""
         return self._identity
 
     @property
@@ -179,12 +179,11 @@ class HttpSource:
         await self._background.aclose()
 
     async def _fetch(self, pool: _Pool, place: _Place, pos: int, view: memoryview, *, resolve_anew: bool) -> None:
-        request = RangeRequest(pos, len(view), self._identity, place.where)
-
         def judge(answer: Answer) -> bool:
             if resolve_anew and (answer.status in REDIRECTS or (place.redirected and answer.status in _EXPIRED)):
                 raise _PlaceExpired
-            judge_range(answer, request)
+            # By what is known now: two answers that both tell what the first one did not must agree as well.
+            self._identity = judge_range(answer, RangeRequest(pos, len(view), self._identity, place.where))
             return True
 
         await pool.run(place, pos, view, judge)
@@ -196,6 +195,7 @@ class HttpSource:
                 difference = self._identity.difference(resolved.identity)
                 if difference is not None:
                     raise SourceChanged(f"{self._origin.location}: {difference}")
+                self._identity = self._identity.joined(resolved.identity)
                 self._place = self._place_of(resolved.target)
             return self._place
 

@@ -53,8 +53,10 @@ class RangeRequest:
     where: str
 
 
-def judge_range(answer: Answer, request: RangeRequest) -> None:
+def judge_range(answer: Answer, request: RangeRequest) -> Identity:
     """Return if the body of `answer` is exactly what `request` asked for (its length is still to be counted).
+
+    What is returned is the version that was asked for, with what the answer tells of it besides.
 
     Raises:
         SourceChanged: another version: other total size, ETag or Last-Modified, or 412 to our condition.
@@ -64,7 +66,7 @@ def judge_range(answer: Answer, request: RangeRequest) -> None:
     try:
         if answer.status == 206:
             _judge_partial(answer, request)
-            return
+            return _with_validators_of(answer, request.identity)
         if answer.status == 200:
             # The whole file instead of a range. If its validator differs the version is the better thing to tell.
             _compare_validators(answer, request)
@@ -200,6 +202,12 @@ def _unsatisfied_total(answer: Answer) -> int | None:
     values = answer.fields.get("content-range", ())
     found = _UNSATISFIED_RANGE.fullmatch(values[0]) if len(values) == 1 else None
     return int(found[1]) if found else None
+
+
+def _with_validators_of(answer: Answer, identity: Identity) -> Identity:
+    if identity.etag is not None and identity.last_modified is not None:
+        return identity
+    return identity.joined(Identity(identity.size, *_validators(answer)))
 
 
 def _validators(answer: Answer) -> tuple[str | None, str | None]:
