@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.storage import FileStorage
 from qedfs.units import format_size
 
 COPY_BYTES = 8 << 20
@@ -70,8 +72,9 @@ async def _export(
             raise UsageError(f"{path}: {size} are still missing; mount it until it is complete, or use --with-backing")
         target.truncate(overlay.image_size)
         data = [run for run in runs if run.offset > ZERO]
-        for run in data:
-            await trio.to_thread.run_sync(_copy, path, run, target)
+        with _opened_again(path, overlay) as source:
+            for run in data:
+                await trio.to_thread.run_sync(_copy, source, run, target)
         fetched = 0
         if missing:
             fetched = await _fetch(overlay, path, missing, target, allow_backing, timeout_seconds)
@@ -80,22 +83,30 @@ async def _export(
         overlay.storage.close()
 
 
-def _copy(path: str, run: Run, target: BinaryIO) -> None:
+@contextlib.contextmanager
+def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
+    """The overlay's file by a descriptor of its own: the other belongs to its storage. Reading needs no lock."""
+    with open(path, "rb") as file:
+        storage = overlay.storage
+        if isinstance(storage, FileStorage) and not os.path.samestat(os.fstat(file.fileno()), storage.stat()):
+            raise UsageError(f"{path}: has become another file while it was opened; try again")
+        yield file
+
+
+def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
     """Copy one run of data. The kernel shares the blocks where it can, and copies inside itself elsewhere."""
-    # A descriptor of its own: the overlay's belongs to its storage. Reading needs no lock of its own.
-    with open(path, "rb") as source:
-        offset, pos, left = run.offset, run.pos, run.size
-        while left:
-            try:
-                done = os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES), offset, pos)
-            except OSError as exc:
-                if exc.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    raise
-                done = 0
-            if not done:
-                # Two file systems that do not know each other, or the end of the file inside a cluster.
-                done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
-            offset, pos, left = offset + done, pos + done, left - done
+    offset, pos, left = run.offset, run.pos, run.size
+    while left:
+        try:
+            done = os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES), offset, pos)
+        except OSError as exc:
+            if exc.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            done = 0
+        if not done:
+            # Two file systems that do not know each other, or the end of the file inside a cluster.
+            done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
+        offset, pos, left = offset + done, pos + done, left - done
 
 
 def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, size: int) -> int:

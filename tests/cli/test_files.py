@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+from qedfs.cli import export
 from qedfs.cli.main import main
 
 from ..harness.images import qemu_check, qemu_create, qemu_info, qemu_io, qemu_same, sparse_image
@@ -208,6 +210,32 @@ def test_export_of_a_complete_overlay_is_sparse(folder: Path) -> None:
     assert qemu_same(path, folder / "disk.raw")
     assert (folder / "disk.raw").stat().st_size == 8 << 20
     assert (folder / "disk.raw").stat().st_blocks * 512 <= 300 << 10
+
+
+@pytest.mark.parametrize("moment", ["whole_map", "_copy"])
+def test_export_of_a_file_whose_name_goes_to_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    path, other = qemu_create(folder / "disk.qed", size=1 << 20), qemu_create(folder / "other.qed", size=1 << 20)
+    for overlay, pattern in ((path, 7), (other, 9)):
+        qemu_io(overlay, f"write -P {pattern} 0 64k", f"write -P {pattern} 512k 64k")
+    whole = getattr(export, moment)
+
+    def renamed(*args: Any) -> Any:
+        if other.exists():
+            path.rename(folder / "moved.qed")
+            other.rename(path)
+        return whole(*args)
+
+    monkeypatch.setattr(export, moment, renamed)
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(path), str(folder / "disk.raw")])
+    if moment == "_copy":
+        assert end.value.code == 0
+        assert qemu_same(folder / "moved.qed", folder / "disk.raw")
+    else:
+        assert end.value.code == 2
+        assert "has become another file" in capsys.readouterr().err
 
 
 def test_export_of_an_odd_size(folder: Path) -> None:
