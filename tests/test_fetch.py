@@ -124,7 +124,7 @@ async def test_a_disk_that_hangs_costs_its_own_image_only(autojump_clock: trio.t
         assert await well.read(0, len(source.content)) == source.content
         storage.well.set()
         await trio.sleep(60)
-        assert stuck_job.state is State.COMPLETE  # type: ignore[comparison-overlap]
+        assert stuck_job.state is State.COMPLETE
         assert await stuck.read(0, len(source.content)) == source.content
         nursery.cancel_scope.cancel()
 

@@ -42,7 +42,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("kind", [SIZE, DURATION])
-def test_nonsense_is_a_usage_error(kind: click.ParamType) -> None:
+def test_nonsense_is_a_usage_error(kind: click.ParamType[int] | click.ParamType[float]) -> None:
     with pytest.raises(click.BadParameter, match="write it like"):
         kind.convert("lots", None, None)
 

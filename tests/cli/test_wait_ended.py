@@ -72,7 +72,7 @@ def test_a_mount_that_is_there_is_asked_and_not_the_overlay(overlay: Path, mount
 
 
 def test_a_mount_that_ends_before_its_time(overlay: Path, mountpoint: Path) -> None:
-    words = [*QEDFS, "wait", mountpoint, "--overlay", overlay]
+    words: list[str | Path] = [*QEDFS, "wait", mountpoint, "--overlay", overlay]
     with daemon(overlay, mountpoint, *SLOW), subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as waiting:
         wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
         qedfs("umount", mountpoint)

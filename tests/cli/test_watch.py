@@ -50,7 +50,7 @@ def test_rate_and_remaining_time(overlay: Path, mountpoint: Path) -> None:
 
 
 def test_watching_ends_with_the_mount(overlay: Path, mountpoint: Path) -> None:
-    words = [*QEDFS, "status", mountpoint, "--watch", "--json"]
+    words: list[str | Path] = [*QEDFS, "status", mountpoint, "--watch", "--json"]
     with daemon(overlay, mountpoint, "--no-stream"), subprocess.Popen(words, stdout=subprocess.PIPE) as watch:
         assert watch.stdout is not None
         assert json.loads(watch.stdout.readline())["images"][0]["state"] == "off"

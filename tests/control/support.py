@@ -79,6 +79,14 @@ class Served:
     error: QedfsError | None = None
     opens: int = 0
 
+    def is_complete(self) -> bool:
+        assert self.image is not None
+        return self.image.complete
+
+    def is_paused(self) -> bool:
+        assert self.image is not None
+        return self.image.overlay.record.paused
+
 
 class FakeMount:
     """What the control side wants of a mount."""
@@ -212,7 +220,8 @@ class Talk:
 
 def short(event: dict[str, Any]) -> str:
     """`running` for a change of state, the event's name for the others."""
-    return event["data"]["status"] if event["event"] == "JOB_STATUS_CHANGE" else event["event"]
+    word: str = event["data"]["status"] if event["event"] == "JOB_STATUS_CHANGE" else event["event"]
+    return word
 
 
 @contextlib.asynccontextmanager

@@ -52,8 +52,7 @@ async def test_success(tmp_path: Path) -> None:
         assert completed["data"] == {"type": "stream", "device": "disk", "len": SIZE, "offset": SIZE, "speed": 1 << 30}
         assert set(completed["timestamp"]) == {"seconds", "microseconds"}
         assert await talk.get("query-block-jobs") == []
-        assert served.image is not None
-        assert served.image.complete
+        assert served.is_complete()
 
 
 async def test_the_stream_of_the_mount_is_a_job_of_its_own(tmp_path: Path) -> None:
@@ -111,14 +110,13 @@ async def test_pause_and_resume(tmp_path: Path) -> None:
         assert await talk.error("block-job-pause", device="j0") == ("GenericError", "Job is already paused")
         backing.gate.set()
         await until(talk, "status", "paused")
-        assert served.image is not None
-        assert served.image.overlay.record.paused
+        assert served.is_paused()
         assert await talk.error("block-job-cancel", device="j0") == (
             "GenericError",
             "The block job for device 'j0' is currently paused",
         )
         await talk.get("block-job-resume", device="j0")
-        assert not served.image.overlay.record.paused
+        assert not served.is_paused()
         assert await talk.events_until("null", "j0") == [
             *["created", "running", "paused", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED"],
             *["concluded", "null"],
@@ -139,8 +137,7 @@ async def test_cancel_while_running(tmp_path: Path) -> None:
         )
         backing.gate.set()
         assert await talk.events_until("null", "disk") == ["created", "running", *CANCELLED]
-        assert served.image is not None
-        assert not served.image.complete
+        assert not served.is_complete()
         # And on from where it was.
         talk.events.clear()
         await talk.get("block-stream", device="disk")
@@ -179,15 +176,14 @@ async def test_finalize_and_dismiss_by_hand(tmp_path: Path) -> None:
         assert (await talk.events_until("pending", "j0"))[:4] == SUCCESS[:4]
         pending = await talk.line() if len(talk.events) == 4 else talk.events[4]
         assert (pending["event"], pending["data"]) == ("BLOCK_JOB_PENDING", {"type": "stream", "id": "j0"})
-        assert served.image is not None
-        assert not served.image.complete
+        assert not served.is_complete()
         assert await talk.error("job-pause", id="j0") == (
             "GenericError",
             "Job 'j0' in state 'pending' cannot accept command verb 'pause'",
         )
         await talk.get("job-finalize", id="j0")
         await talk.events_until("concluded", "j0")
-        assert served.image.complete
+        assert served.is_complete()
         assert (await talk.get("query-jobs"))[0]["status"] == "concluded"
         assert await talk.error("block-job-finalize", id="j0") == (
             "GenericError",
@@ -205,8 +201,7 @@ async def test_cancel_of_a_job_that_waits_to_be_finalized_keeps_the_backing(tmp_
         await talk.events_until("pending", "disk")
         await talk.get("job-cancel", id="disk")
         assert (await talk.events_until("null", "disk"))[-4:] == CANCELLED
-        assert served.image is not None
-        assert not served.image.complete
+        assert not served.is_complete()
 
 
 async def test_commands_for_jobs_that_are_not_there(tmp_path: Path) -> None:
@@ -223,14 +218,15 @@ async def test_texts_of_refused_streams(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         await mount.add("disk", held())
         mount.add_broken("bad", SourceError("no such thing"))
-        for arguments, desc in [
+        refused: list[tuple[dict[str, object], str]] = [
             ({"job_id": "bad id!"}, "Invalid job ID 'bad id!'"),
             ({"speed": -1}, "Parameter 'speed' expects a non-negative value"),
             ({"base": "nope"}, "Can't find 'nope' in the backing chain"),
             ({"base_node": "nope"}, "Cannot find device='' nor node-name='nope'"),
             ({"base": "a", "base_node": "b"}, "'base' and 'base-node' cannot be specified at the same time"),
             ({"backing_file": "x"}, "backing file specified, but streaming the entire chain"),
-        ]:
+        ]
+        for arguments, desc in refused:
             assert await talk.error("block-stream", device="disk", **arguments) == ("GenericError", desc)
         assert await talk.error("block-stream", device="bad") == (
             "GenericError",

@@ -19,7 +19,8 @@ async def test_steps_lead_through_the_image(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         backing = MemorySource(random.Random(2).randbytes(2 * MIB))
         served = await mount.add("disk", backing)
-        offset, seen = 0, 0
+        offset: int | None = 0
+        seen = 0
         while offset is not None:
             step = await talk.get("x-qedfs-step", device="disk", offset=offset)
             assert step["pos"] == offset

@@ -13,6 +13,7 @@ import pytest
 import trio
 from qemu.qmp import ExecuteError, QMPClient
 from qemu.qmp.events import EventListener
+from qemu.qmp.message import Message
 
 from .support import CLUSTER, MemorySource, controlled
 
@@ -33,18 +34,31 @@ async def with_library(path: Path, drive: Callable[[QMPClient], Awaitable[Any]])
     return await trio.to_thread.run_sync(lambda: asyncio.run(main()))
 
 
+async def returned(client: QMPClient, name: str) -> list[dict[str, Any]]:
+    """What a query that answers with a list of objects returns; the library calls it an object of any kind."""
+    found = await client.execute(name)
+    assert isinstance(found, list)
+    return found
+
+
+def data_of(event: Message) -> dict[str, Any]:
+    data = event["data"]
+    assert isinstance(data, dict)
+    return data
+
+
 async def test_a_stream_from_start_to_end(tmp_path: Path) -> None:
     async def drive(client: QMPClient) -> list[tuple[str, Any]]:
         assert client.greeting is not None
-        assert client.greeting._asdict()["QMP"]["capabilities"] == []
-        names = {command["name"] for command in await client.execute("query-commands")}
+        assert client.greeting.QMP.capabilities == []
+        names = {command["name"] for command in await returned(client, "query-commands")}
         assert "block-stream" in names
         seen = []
         with client.listener() as listener:
             await client.execute("block-stream", {"device": "disk", "job-id": "job0"})
             async for event in listener:
-                seen.append((str(event["event"]), event["data"]))
-                if event["event"] == "JOB_STATUS_CHANGE" and event["data"]["status"] == "null":
+                seen.append((str(event["event"]), data_of(event)))
+                if event["event"] == "JOB_STATUS_CHANGE" and data_of(event)["status"] == "null":
                     break
         return seen
 
@@ -62,13 +76,13 @@ async def test_pause_speed_resume_while_events_flow(tmp_path: Path) -> None:
     async def drive(client: QMPClient) -> Any:
         await client.execute("job-pause", {"id": "disk"})
         await client.execute("block-job-set-speed", {"device": "disk", "speed": 1 << 30})
-        (job,) = await client.execute("query-block-jobs")
+        (job,) = await returned(client, "query-block-jobs")
         assert job["paused"] is True
         listener = EventListener("BLOCK_JOB_COMPLETED")
         client.register_listener(listener)
         await client.execute("job-resume", {"id": "disk"})
         trio.from_thread.run_sync(backing.gate.set)
-        return (await listener.get())["data"]
+        return data_of(await listener.get())
 
     async with controlled(tmp_path) as (mount, path):
         backing = MemorySource(random.Random(3).randbytes(SIZE))
@@ -99,7 +113,7 @@ async def test_three_clients_at_once(tmp_path: Path) -> None:
         client.register_listener(listener)
         await client.execute("query-block-jobs")
         ready.release()
-        return str((await listener.get())["data"]["device"])
+        return str(data_of(await listener.get())["device"])
 
     ready = threading.Semaphore(0)
     heard: list[str] = []

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Exchange:
         fields = {"Date": email.utils.formatdate(usegmt=True), "Content-Length": str(len(body)), **headers}
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields.items() if value), "", ""]
         self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+
+    def asked(self) -> tuple[int, int, dict[str, str]]:
+        """First and last byte to answer with, whatever was asked for, and the header field that tells them."""
+        first, last = self.range() or (0, 0)
+        return first, last, {"Content-Range": f"bytes {first}-{last}/{len(self.server.content)}"}
 
     def validators(self) -> dict[str, str]:
         return {"ETag": self.server.etag, "Last-Modified": self.server.last_modified}
@@ -202,8 +208,7 @@ def _ignore_range_other_version(exchange: Exchange) -> None:
 
 @_named("short-body")
 def _short_body(exchange: Exchange) -> None:
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     fields["Content-Length"] = str(last - first + 1)
     exchange.send("206 Partial Content", fields, exchange.server.content[first : (first + last) // 2])
     exchange.close()
@@ -212,15 +217,13 @@ def _short_body(exchange: Exchange) -> None:
 @_named("short-content-length")
 def _short_content_length(exchange: Exchange) -> None:
     """Content-Range as asked, Content-Length and body shorter: consistent with itself, wrong for the request."""
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     exchange.send("206 Partial Content", fields, exchange.server.content[first:last])
 
 
 @_named("long-content-length")
 def _long_content_length(exchange: Exchange) -> None:
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     exchange.send("206 Partial Content", fields, exchange.server.content[first : last + 1] + b"extra")
 
 
@@ -251,17 +254,15 @@ def _extra_bytes(exchange: Exchange) -> None:
 @_named("until-close")
 def _until_close(exchange: Exchange) -> None:
     """No length: the body ends with the connection, here before its time."""
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     fields |= {"Content-Length": "", "Connection": "close"}
     exchange.send("206 Partial Content", fields, exchange.server.content[first:last])
     exchange.close()
 
 
 def _send_chunked(exchange: Exchange, *, extra: bytes, end: bytes, cut: bool = False) -> None:
-    first, last = exchange.range() or (0, 0)
-    fields = {**exchange.validators(), "Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
-    fields |= {"Transfer-Encoding": "chunked", "Content-Length": ""}
+    first, last, fields = exchange.asked()
+    fields |= {**exchange.validators(), "Transfer-Encoding": "chunked", "Content-Length": ""}
     body = exchange.server.content[first : last if cut else last + 1] + extra
     exchange.send("206 Partial Content", fields)
     exchange.sock.sendall(f"{len(body):x}\r\n".encode() + body + b"\r\n" + end)
@@ -293,17 +294,17 @@ def _no_validator(exchange: Exchange) -> None:
 # ---- refusals ----
 
 
+def _redirect(exchange: Exchange, *, code: int) -> None:
+    exchange.send(f"{code} Scripted", {"Location": exchange.server.redirect_to})
+
+
 def _add_statuses() -> None:
     for code in (204, 304, 400, 401, 403, 404, 408, 410, 412, 416, 425, 429, 500, 501, 502, 503, 504, 507):
-        BEHAVIOURS[f"status-{code}"] = lambda exchange, code=code: exchange.send(f"{code} Scripted", {})
-    for name, value in (("seconds", "7"), ("hour", "3600"), ("garbled", "soon")):
-        BEHAVIOURS[f"retry-after-{name}"] = lambda exchange, value=value: exchange.send(
-            "503 Scripted", {"Retry-After": value}
-        )
+        BEHAVIOURS[f"status-{code}"] = partial(Exchange.send, status=f"{code} Scripted", headers={})
+    for name, wait in (("seconds", "7"), ("hour", "3600"), ("garbled", "soon")):
+        BEHAVIOURS[f"retry-after-{name}"] = partial(Exchange.send, status="503 Scripted", headers={"Retry-After": wait})
     for code in (301, 302, 303, 307, 308):
-        BEHAVIOURS[f"redirect-{code}"] = lambda exchange, code=code: exchange.send(
-            f"{code} Scripted", {"Location": exchange.server.redirect_to}
-        )
+        BEHAVIOURS[f"redirect-{code}"] = partial(_redirect, code=code)
 
 
 _add_statuses()
@@ -341,8 +342,7 @@ def _slow_header(exchange: Exchange) -> None:
 
 @_named("slow-body")
 def _slow_body(exchange: Exchange) -> None:
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     exchange.send("206 Partial Content", {**fields, "Content-Length": str(last - first + 1)})
     _drip(exchange, exchange.server.content[first : last + 1])
 
@@ -358,8 +358,7 @@ def _drip(exchange: Exchange, data: bytes) -> None:
 @_named("reset")
 def _reset(exchange: Exchange) -> None:
     """Part of the body, then RST instead of an orderly end."""
-    first, last = exchange.range() or (0, 0)
-    fields = {"Content-Range": f"bytes {first}-{last}/{len(exchange.server.content)}"}
+    first, last, fields = exchange.asked()
     exchange.send("206 Partial Content", {**fields, "Content-Length": str(last - first + 1)})
     exchange.sock.sendall(exchange.server.content[first : (first + last) // 2])
     exchange.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -387,7 +386,9 @@ def _garbled_header(exchange: Exchange) -> None:
 
 @_named("huge-header")
 def _huge_header(exchange: Exchange) -> None:
-    _send_range(exchange, **{f"X_Filler_{n}": "x" * 1000 for n in range(100)})
+    first, last, fields = exchange.asked()
+    fields |= {f"X-Filler-{n}": "x" * 1000 for n in range(100)}
+    exchange.send("206 Partial Content", {**exchange.validators(), **fields}, exchange.server.content[first : last + 1])
 
 
 @_named("endless-header")

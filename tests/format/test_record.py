@@ -122,13 +122,17 @@ def test_a_valid_checksum_over_nonsense_is_no_record(text: bytes) -> None:
     assert decode_record((slot(text[:1512]), EMPTY)) is None
 
 
+def each(key: str, *values: object) -> list[dict[str, object]]:
+    return [{key: value} for value in values]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"session": value} for value in (None, 5, "x", "\ud800" * 32, "0" * 31, SESSION + "0")),
-        *({"copy_on_read": value} for value in (None, 1, "yes", [])),
-        *({"paused": value} for value in (None, 0, {})),
-        *({"pin": value} for value in (0, [], {}, "pin")),
+        *each("session", None, 5, "x", "\ud800" * 32, "0" * 31, SESSION + "0"),
+        *each("copy_on_read", None, 1, "yes", []),
+        *each("paused", None, 0, {}),
+        *each("pin", 0, [], {}, "pin"),
         {"later": 1},
     ],
 )
@@ -140,10 +144,10 @@ def test_a_field_of_another_kind_is_no_record(changes: dict[str, object]) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"size": value} for value in (-1, 1 << 64, 1.5, True, None, "1")),
-        *({"etag": value} for value in (1, [], "x" * 511)),
-        *({"last_modified": value} for value in (False, {}, "é" * 100)),
-        *({"backing": value} for value in (None, "", "z" * 32)),
+        *each("size", -1, 1 << 64, 1.5, True, None, "1"),
+        *each("etag", 1, [], "x" * 511),
+        *each("last_modified", False, {}, "é" * 100),
+        *each("backing", None, "", "z" * 32),
         {"later": 1},
     ],
 )

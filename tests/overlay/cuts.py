@@ -25,9 +25,9 @@ TEARS = (512, 4096)  # bytes kept at either end of a torn write
 
 
 class Piece(NamedTuple):
-    """Bytes start..stop of the pending operation at `index` of the log have reached the disk."""
+    """Bytes start..stop of the pending operation at `place` (an index) in the log have reached the disk."""
 
-    index: int
+    place: int
     start: int
     stop: int
 
@@ -91,7 +91,7 @@ class Disk:
             yield choice.torn
         for number, index in enumerate(pending):
             chosen = rng.random() < 0.5 if choice.kept is None else choice.kept(number)
-            if chosen and (choice.torn is None or choice.torn.index != index):
+            if chosen and (choice.torn is None or choice.torn.place != index):
                 entry = self._log[index]
                 yield Piece(index, 0, len(entry.data) if isinstance(entry, Written) else 0)
 
@@ -99,10 +99,10 @@ class Disk:
         """The bytes of the file in a state at this position."""
         base = len(self._durable)
         image = bytearray(self._durable)
-        end = max([cut.size, *(_end(self._log[piece.index]) for piece in cut.pieces)])
+        end = max([cut.size, *(_end(self._log[piece.place]) for piece in cut.pieces)])
         image.extend(_garbage(base, end) if cut.garbage else bytes(max(0, end - base)))
         for piece in cut.pieces:
-            entry = self._log[piece.index]
+            entry = self._log[piece.place]
             if isinstance(entry, Written):
                 image[entry.offset + piece.start : entry.offset + piece.stop] = entry.data[piece.start : piece.stop]
             elif isinstance(entry, Resized) and entry.size < len(image):

@@ -42,12 +42,19 @@ def empty(
     return Built(header, data)
 
 
-def filled(clusters: Mapping[int, bytes | int], **geometry: int) -> Built:
+def filled(
+    clusters: Mapping[int, bytes | int],
+    *,
+    cluster_size: int = 4096,
+    table_size: int = 1,
+    image_size: int = 1 << 20,
+    backing: bytes = BACKING,
+) -> Built:
     """An overlay with these clusters: bytes become a data cluster, numbers are stored as the entry.
 
     The data clusters lie in the order of the mapping, behind the L2 tables.
     """
-    built = empty(**geometry)  # type: ignore[arg-type]
+    built = empty(cluster_size=cluster_size, table_size=table_size, image_size=image_size, backing=backing)
     shape = built.header.geometry
     for index in sorted({cluster // shape.entries for cluster in clusters}):
         built.put_u64(built.header.l1_table_offset + 8 * index, len(built.data))

@@ -140,7 +140,7 @@ def describe(history: History, cut: Cut) -> str:
     log = history.storage.log
     disk = Disk(history.storage.start, log)
     disk.advance(cut.position)
-    there = {piece.index: piece for piece in cut.pieces}
+    there = {piece.place: piece for piece in cut.pieces}
     words = []
     for index in disk.pending():
         entry, piece = log[index], there.get(index)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import trio
 
@@ -206,13 +207,11 @@ def repeatable(seed: int) -> Iterator[None]:
     """
     import trio._core._run as loop
 
-    before = loop._ALLOW_DETERMINISTIC_SCHEDULING
-    loop._ALLOW_DETERMINISTIC_SCHEDULING = True
     loop._r.seed(seed)
     try:
-        yield
+        with mock.patch.object(loop, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
+            yield
     finally:
-        loop._ALLOW_DETERMINISTIC_SCHEDULING = before
         overlay_module.WRITE_NOW_BYTES = WRITE_NOW_BYTES
         clustermap_module.SLICE_ENTRIES = SLICE_ENTRIES
 

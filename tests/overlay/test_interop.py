@@ -15,7 +15,8 @@ from qedfs.format.header import UNTOUCHED, Header, decode_header
 from qedfs.format.record import Pin, digest
 from qedfs.overlay.check import check
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import Fill, Overlay, open_overlay
+from qedfs.overlay.fill import Fill
+from qedfs.overlay.overlay import Overlay, open_overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
 from tests.overlay.conftest import Qemu
@@ -170,8 +171,8 @@ def header_of(path: str) -> Header:
     return decode_header(data[:64], len(data))
 
 
-def change_header(path: str, **fields: int) -> None:
-    header = dataclasses.replace(header_of(path), **fields)
+def set_features(path: str, *, compat: int, autoclear: int) -> None:
+    header = dataclasses.replace(header_of(path), compat_features=compat, autoclear_features=autoclear)
     fd = os.open(path, os.O_WRONLY)
     os.pwrite(fd, header.encode(), 0)
     os.close(fd)
@@ -179,7 +180,7 @@ def change_header(path: str, **fields: int) -> None:
 
 async def test_foreign_bits_are_kept_and_cleared_as_qemu_does(qemu: Qemu, base: bytes) -> None:
     path = qemu.make("a.qed", SIZE)
-    change_header(path, compat_features=0x30, autoclear_features=0x5)
+    set_features(path, compat=0x30, autoclear=0x5)
     assert await content(path, base) == expected_of(base)
     assert (header_of(path).compat_features, header_of(path).autoclear_features) == (0x30, 0x5)
     await content(path, base, writable=True)

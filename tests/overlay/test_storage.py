@@ -150,9 +150,13 @@ async def test_a_call_in_a_thread_is_not_abandoned(opener: Opener) -> None:
 
     ended = False
 
+    def two_writes() -> None:
+        storage.write(0, [b"a"])
+        storage.write(1, [b"b"])
+
     async def write() -> None:
         nonlocal ended
-        await storage.in_thread(lambda: storage.write(0, [b"a"]) or storage.write(1, [b"b"]))
+        await storage.in_thread(two_writes)
         ended = True
 
     async with trio.open_nursery() as nursery:

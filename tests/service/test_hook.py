@@ -89,5 +89,5 @@ def test_a_mounted_image_keeps_its_owner(tmp_path: Path) -> None:
 def _hook(host: Machine, operation: str, suboperation: str, *, guest: str = "vm1") -> int:
     environment = {"PATH": f"{host.bin}:{os.defpath}", "QEDFS_CONFIG": str(host.folder / "etc")}
     with DOMAIN.open() as xml:
-        words = [CONTRIB / "libvirt" / "qemu", guest, operation, suboperation, "-"]
+        words: list[str | Path] = [CONTRIB / "libvirt" / "qemu", guest, operation, suboperation, "-"]
         return subprocess.run(words, env=environment, stdin=xml, timeout=60, check=False).returncode

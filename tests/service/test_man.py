@@ -34,7 +34,7 @@ def test_a_page_for_every_command(pages: Path) -> None:
 
 def test_groff_has_nothing_to_complain_about(pages: Path) -> None:
     for page in sorted(pages.iterdir()):
-        words = [tool("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
+        words: list[str | Path] = [tool("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -61,7 +61,7 @@ def test_quotes_and_hyphens_can_be_pasted(pages: Path) -> None:
 
 def _shown(page: Path) -> str:
     # -P-c: without the terminal's codes for bold and italics.
-    words = [tool("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
+    words: list[str | Path] = [tool("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
     return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
 
 

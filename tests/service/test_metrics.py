@@ -12,15 +12,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from qedfs.control.metrics import STATES
-from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address
+from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address, serve_metrics
 from qedfs.errors import UsageError
 from qedfs.histogram import BOUNDS
+from tests.control.support import FakeMount
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import free_port, wait_for
@@ -210,19 +213,35 @@ def test_clients_that_say_nothing_do_not_use_it_up(scraped: Scraped) -> None:
     wait_for(lambda: _works(scraped), "an answer after the silent ones have left")
 
 
+def _told(mount: Mount) -> bool:
+    return "metrics at" in mount.output()
+
+
 def test_a_unix_socket_is_private_and_replaced_after_a_crash(tmp_path: Path) -> None:
     with origin(tmp_path, MIB) as source:
         overlay, path = create(tmp_path / "disk.qed", source.url), Path(f"/tmp/qedfs-test-{os.getpid()}.sock")
         try:
             for end in ("kill", "unmount"):
                 with mounted(overlay, tmp_path / "mnt", "--metrics", f"unix:{path}") as mount:
-                    wait_for(lambda mount=mount: "metrics at" in mount.output(), "the metrics")
+                    wait_for(partial(_told, mount), "the metrics")
                     assert stat.S_IMODE(path.stat().st_mode) == 0o600
                     assert b"qedfs_image_populated_bytes" in _exchange(path, b"GET /metrics HTTP/1.1\r\n\r\n")
                     getattr(mount, end)()
                 assert path.exists() == (end == "kill")
         finally:
             path.unlink(missing_ok=True)
+
+
+async def test_a_unix_socket_that_another_mount_has_put_in_its_place_stays(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_metrics, Address(path=path), FakeMount(tmp_path, nursery))
+        path.unlink()
+        await trio.sleep(0.02)  # the time of making counts in ticks of the kernel's clock
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+        nursery.cancel_scope.cancel()
+    assert path.is_socket()
 
 
 def test_an_address_in_use_is_told_and_nothing_stays_mounted(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_systemd_finds_them_hardened(unit: Path) -> None:
     threshold = f"--threshold={MOST_EXPOSURE[unit.name]}"
-    words = [tool("systemd-analyze"), "security", "--offline=yes", "--no-pager", threshold, unit]
+    words: list[str | Path] = [tool("systemd-analyze"), "security", "--offline=yes", "--no-pager", threshold, unit]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
@@ -100,7 +100,7 @@ def test_an_overlay_of_another_user_in_a_mount_that_ends_by_itself(host: Machine
 def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> None:
     allowed = allowed_system_calls(Unit("qedfs@vm1.service", CONTRIB / "systemd"))
     trace = tmp_path / "trace"
-    traced = [require("strace"), "-f", "-qq", "-o", trace]
+    traced: list[str | Path] = [require("strace"), "-f", "-qq", "-o", trace]
     with origin(tmp_path, 4 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url.replace("127.0.0.1", "localhost"))
         with mounted(overlay, tmp_path / "mnt", "--metrics", "127.0.0.1:0", through=traced) as mount:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from qedfs.errors import SourceUnreachable
-from qedfs.source.http import client, multi
+from qedfs.source.http import client
 from qedfs.source.policy import Policy
 from tests.fakes.http_server import FakeHttpServer
 from tests.source.http.conftest import CONTENT, OpenSource, read
@@ -40,7 +40,7 @@ class FailingEpoll:
 async def test_a_socket_that_cannot_be_watched(
     server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multi.select, "epoll", FailingEpoll)
+    monkeypatch.setattr(select, "epoll", FailingEpoll)
     source = await open_source(server.url())
     monkeypatch.setattr(FailingEpoll, "broken", True)
     with trio.fail_after(5), pytest.raises(SourceUnreachable, match="no space left on device"):

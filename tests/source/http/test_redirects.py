@@ -8,6 +8,7 @@ import trio
 from qedfs.errors import Refused, SourceChanged, SourceError
 from qedfs.source.http.resolve import MAX_REDIRECTS
 from qedfs.source.policy import Policy
+from qedfs.source.url import Location
 from tests.fakes.http_server import FakeHttpServer
 from tests.source.http.conftest import CONTENT, OpenSource, read
 
@@ -77,7 +78,7 @@ async def test_a_refused_address_is_never_connected_to(
 ) -> None:
     asked = []
 
-    def refuse(_self: Policy, address: str, location: object, *, redirected_from: str | None = None) -> None:
+    def refuse(_self: Policy, address: str, location: Location, *, redirected_from: str | None = None) -> None:
         asked.append(address)
         raise Refused(f"backing {location} leads to {address}")
 
@@ -94,7 +95,7 @@ async def test_a_redirect_from_a_public_server_is_checked_at_connect(
     asked = []
     check = Policy.check_address
 
-    def note(self: Policy, address: str, location: object, *, redirected_from: str | None = None) -> None:
+    def note(self: Policy, address: str, location: Location, *, redirected_from: str | None = None) -> None:
         asked.append((str(location).rpartition("/")[2], address, redirected_from))
         # As if the first server had a public address.
         check(self, address, location, redirected_from="8.8.8.8" if redirected_from else None)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import trio
 
 from qedfs.errors import Reason, SourceUnreachable
-from qedfs.source.nbd import connection
+from qedfs.source.nbd import NbdSource, connection
 from tests.fakes.nbd_server import READ, Behaviour, Call, FakeNbd, data_chunk
 from tests.source.nbd.support import MiB, opened, read, serving, sparse_content
 
@@ -17,9 +15,8 @@ PATIENCE_SECONDS = 0.2
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", PATIENCE_SECONDS)
-    return
 
 
 class Losing(FakeNbd):
@@ -38,11 +35,11 @@ class Losing(FakeNbd):
         return b"".join(data_chunk(each.cookie, each.pos, each.data) for each in (*late, call))
 
 
-async def others(source: object, seconds: float) -> None:
+async def others(source: NbdSource, seconds: float) -> None:
     """Reads that are answered, one after the other."""
     with trio.move_on_after(seconds):
         while True:
-            assert await read(source, 8192, 512) == CONTENT[8192:8704]  # type: ignore[arg-type]
+            assert await read(source, 8192, 512) == CONTENT[8192:8704]
             await trio.sleep(PATIENCE_SECONDS / 20)
 
 
