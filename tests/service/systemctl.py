@@ -87,8 +87,14 @@ class Manager:
             return None
         return pid
 
+    def _note_pid(self, name: str, pid: int) -> None:
+        # Other processes look for it meanwhile: it is there with its text, or not at all.
+        written = self._pid_file(name).with_suffix(".new")
+        written.write_text(str(pid))
+        written.replace(self._pid_file(name))
+
     def _start_oneshot(self, unit: Unit, environment: Mapping[str, str]) -> int:
-        self._pid_file(unit.name).write_text(str(os.getpid()))
+        self._note_pid(unit.name, os.getpid())
         try:
             return next(
                 (code for command in unit.settings["ExecStart"] if (code := self._run(unit, command, environment))), 0
@@ -110,7 +116,7 @@ class Manager:
             while main.poll() is None:
                 with contextlib.suppress(TimeoutError):
                     notified.wait_for("READY=1", seconds=0.2)
-                    self._pid_file(unit.name).write_text(str(main.pid))
+                    self._note_pid(unit.name, main.pid)
                     # It is meant to live on when we have ended.
                     main.returncode = 0
                     return 0
