@@ -9,9 +9,8 @@ of them, or during a read of it, which would otherwise bring back what the slice
 first, when the cache is over its bound.
 
 What is a hole of the file in a table is passed over where whole tables are walked (`gap`). A slice that this session
-has written is looked at itself: the hole may have been seen before.
-
-Where the file may grow, entries that were behind its end at the open are marked (`cut.py`) when they are read.
+has written is looked at itself: the hole may have been seen before. Where the file may grow, entries that were behind
+its end at the open are marked (`cut.py`) when they are read.
 
 Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
 and `next_missing` await; whoever calls them must look again at whatever it had looked at before.
@@ -143,8 +142,7 @@ class ClusterMap:
         Raises:
             BadOverlay: an L1 entry on the way points where no table can be.
         """
-        wanted = self._slices_of(pos, size)
-        for number in wanted:
+        for number in (wanted := self._slices_of(pos, size)):
             if number not in self._slices and not self._is_blank(number):
                 await self._load_slice(number)
         self._evict(wanted)
