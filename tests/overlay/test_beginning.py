@@ -45,8 +45,8 @@ def journals(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def on_full_disk(data: bytes | bytearray, **options: str) -> RecordingStorage:
-    storage = RecordingStorage(data, **options)
+def on_full_disk(data: bytes | bytearray, *, name: str = "") -> RecordingStorage:
+    storage = RecordingStorage(data, name=name)
     storage.fail("write", NoSpace("full"), forever=True, wrote=0)
     return storage
 

@@ -89,7 +89,7 @@ class Manager:
 
     def _note_pid(self, name: str, pid: int) -> None:
         # Other processes look for it meanwhile: it is there with its text, or not at all.
-        written = self._pid_file(name).with_suffix(".new")
+        written = self.folder / f"{name}.pid"
         written.write_text(str(pid))
         written.replace(self._pid_file(name))
 

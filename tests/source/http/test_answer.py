@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,7 +77,11 @@ def _parse_and_judge(lines: list[bytes]) -> None:
     except SourceUnreachable:
         return
     request = RangeRequest(0, 9, Identity(9, '"a"', None), "here")
-    for judge in (lambda: judge_range(answer, request), lambda: judge_opening(answer, "here", "name")):
+    judges: tuple[Callable[[], object], ...] = (
+        lambda: judge_range(answer, request),
+        lambda: judge_opening(answer, "here", "name"),
+    )
+    for judge in judges:
         try:
             judge()
         except QedfsError:
