@@ -144,6 +144,18 @@ async def test_a_read_only_opening_shows_what_was_left(tmp_path: Path) -> None:
     assert await read_all(again, bytes(again.image_size)) == image
 
 
+async def test_a_read_only_opening_shows_a_last_cluster_that_is_short(tmp_path: Path) -> None:
+    """Its table is in the file: nothing is allocated behind it."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    await overlay.commit()
+    await overlay.write(0, b"b" * 512, no_fill)
+    die(overlay)
+    reader = MemoryStorage(storage.bytes, name="disk", writable=False)
+    image = await read_all(await Overlay.open(reader, journal_folder=tmp_path), bytes(1 << 20))
+    assert image[: 2 * CLUSTER] == b"b" * 512 + bytes(CLUSTER - 512) + b"1" * CLUSTER
+
+
 async def test_a_read_only_opening_without_locks_does_not_look_at_a_running_mount(tmp_path: Path) -> None:
     overlay, storage = await opened(new(), tmp_path)
     await write(overlay, "1")
@@ -185,6 +197,19 @@ async def test_a_failed_barrier_of_a_replay_voids_the_journal(tmp_path: Path, nt
     again, _ = await opened(failing.bytes, tmp_path, device=device)
     # The first barrier stands before the entries, the second behind them: then their data is durable.
     assert await content(again) == ("" if nth == 1 else "12")
+
+
+async def test_a_failed_barrier_of_a_replay_needs_no_record_to_void_the_journal(tmp_path: Path) -> None:
+    """The disk has lost what was written of the new session as well."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "12")
+    die(overlay)
+    failing = MemoryStorage(storage.bytes, name="disk")
+    failing.fail("barrier", QedfsError("EIO"), forever=True)
+    with pytest.raises(ReadOnlyOverlay, match="EIO"):
+        await Overlay.open(failing, journal_folder=tmp_path)
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert await content(again) == ""
 
 
 @pytest.mark.parametrize("device", [0, ELSEWHERE])
