@@ -118,7 +118,7 @@ async def test_a_stream_with_a_lost_answer_is_read_all_along(autojump_clock: tri
             assert await seconds_to_read(image, pos) == 0
 
 
-@pytest.mark.parametrize("rate", [50_000, 200_000, 1_000_000])
+@pytest.mark.parametrize("rate", [100_000, 200_000, 1_000_000])
 async def test_on_a_slow_link_little_crosses_twice(autojump_clock: trio.testing.MockClock, rate: int) -> None:
     source = SlowLink(CONTENT, rate)
     async with served(source) as image:
