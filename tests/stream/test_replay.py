@@ -49,8 +49,7 @@ async def test_the_stream_stands_back_until_the_list_is_through(autojump_clock: 
         job = StreamJob(image)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(replay, image, ranges)
-            while not source.reads:
-                await trio.sleep(source.round_trip / 10)
+            await trio.sleep(1.5 * source.round_trip)  # it has connected and asked
             nursery.start_soon(job.run)
         assert image.complete
         asked = [pos for pos, _, _ in source.reads]
