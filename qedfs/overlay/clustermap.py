@@ -325,6 +325,10 @@ class ClusterMap:
             hole = await self._storage.in_thread(lambda: self._holes.at(place))
         rest = self._per_table - number % self._per_table
         stop = number + min(hole // (self._slice_entries * ENTRY_SIZE), rest, GAP_STEPS)
+        # Of the slices in the hole and those that may differ, the fewer are looked at: there may be 10^5 holes.
+        if len(self._slices) + len(self._written) < stop - number:
+            known = itertools.chain(self._slices, self._written)
+            return min((n for n in known if number <= n < stop), default=stop)
         return next((n for n in range(number, stop) if self._may_differ(n)), stop)
 
     def _may_differ(self, number: int) -> bool:
