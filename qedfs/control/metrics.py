@@ -3,8 +3,9 @@
 Owns the names. Reads the live objects when somebody asks and keeps nothing: the mount's own work never passes here.
 Must not know how the text is served. Needs the package prometheus_client.
 
-A label `image` is a file name inside the mount; bytes that are not UTF-8 are shown as `status` shows them. A label `source`
-is a backing without its secrets; two backings that look alike then are added up, since a name may stand once only.
+A label `image` is a file name inside the mount; bytes that are not UTF-8 are shown as `status` shows them. A label
+`source` is a backing without its secrets; two backings that look alike then are added up, since a name may stand once
+only.
 """
 
 from __future__ import annotations

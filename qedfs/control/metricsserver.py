@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from qedfs.control.port import Mounted
+from qedfs.control.socketfile import mark_of, remove_own
 from qedfs.errors import InUse, UsageError
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ async def serve_metrics(
     listeners = _listen_at_path(address.path) if address.path else await _listen_at_port(address)
     if address.path is None:
         address = dataclasses.replace(address, port=listeners[0].socket.getsockname()[1])
+    mark = mark_of(address.path) if address.path else None
     clients = trio.CapacityLimiter(MAX_CLIENTS)
 
     async def serve(stream: trio.SocketStream) -> None:
@@ -95,7 +97,7 @@ async def serve_metrics(
         await trio.serve_listeners(serve, listeners)
     finally:
         if address.path is not None:
-            address.path.unlink(missing_ok=True)
+            remove_own(address.path, mark)
 
 
 async def _serve_client(stream: trio.SocketStream, mount: Mounted) -> None:

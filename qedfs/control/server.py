@@ -18,6 +18,7 @@ import trio
 from qedfs.control.commands import execute
 from qedfs.control.port import Mounted
 from qedfs.control.session import Session
+from qedfs.control.socketfile import mark_of, remove_own
 from qedfs.control.state import Control
 from qedfs.errors import InUse, UsageError
 from qedfs.runtime import private_folder
@@ -39,7 +40,7 @@ async def serve_control(
         UsageError: the socket cannot be made.
     """
     listener = _listen(path)
-    mark = _mark(path)
+    mark = mark_of(path)
     control = Control(mount, str(path))
     try:
         async with trio.open_nursery() as nursery:
@@ -48,7 +49,9 @@ async def serve_control(
             await _accept(listener, control, nursery)
     finally:
         listener.close()
-        _remove(path, mark)
+        if remove_own(path, mark):  # another mount may have taken its place meanwhile
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 async def _accept(listener: trio.socket.SocketType, control: Control, nursery: trio.Nursery) -> None:
@@ -86,6 +89,9 @@ def _make_room(control: Control) -> None:
 async def _converse(session: Session, control: Control) -> None:
     try:
         await session.run(control.greeting())
+    except* Exception as group:
+        # A fault of ours must cost this client only, not the mount.
+        log.error("a control client is dropped: internal error", exc_info=group)
     finally:
         control.sessions.discard(session)
 
@@ -101,23 +107,6 @@ def _is_welcome(client: trio.socket.SocketType) -> bool:
         return True
     log.warning("a control client of user %d was refused", uid)
     return False
-
-
-def _mark(path: Path) -> tuple[int, int] | None:
-    """What tells this socket from a later one of the same name: inodes are used again, the time of making is not."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def _remove(path: Path, mark: tuple[int, int] | None) -> None:
-    """Remove our socket, and its folder if nothing else is in it; another mount may have taken its place meanwhile."""
-    if _mark(path) == mark:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
 
 
 def _listen(path: Path) -> trio.socket.SocketType:
