@@ -11,7 +11,8 @@ few small requests ahead of it on the link.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 
 import trio
 
@@ -30,7 +31,8 @@ class Turns:
         self._window = window
         self._backlog = backlog
         self._quiet_since = float("-inf")
-        self._preferred = 0  # who wait for a turn before the others of the background
+        # How many wait for a turn before the others of the background: of everybody (None), or of one taker.
+        self._preferred: Counter[Taker | None] = Counter()
         self._changed = trio.Event()
 
     @contextlib.contextmanager
@@ -49,14 +51,10 @@ class Turns:
 
         `preferred`: it does not hold back for readers who wait, and what is not preferred holds back for it.
         """
-        if not preferred:
-            await self._turn(taker, size, self._allowed)
-            return
-        self._preferred += 1
-        try:
-            await self._turn(taker, size, lambda: self._window.bytes)
-        finally:
-            self._preferred -= 1
+        if preferred:
+            await self._turn_preferred(taker, size)
+        else:
+            await self._turn(taker, size)
 
     def wake(self) -> None:
         """Something has changed in what is in flight: let those who wait look again."""
@@ -73,16 +71,35 @@ class Turns:
         near = self.readers or trio.current_time() - self._quiet_since < 0.5
         return MIN_REQUEST_BYTES if near else self._window.request_bytes
 
-    async def _turn(self, taker: Taker, size: int, allowed: Callable[[], int]) -> None:
-        backlog = self._backlog
-        while backlog.in_flight(taker) >= allowed() or backlog.is_behind(taker, size) or not backlog.has_room(size):
-            # Not longer: readers may have become quiet meanwhile.
-            with trio.move_on_after(max(0.001, self._window.round_trip / 2)):
-                await self.change()
+    async def _turn(self, taker: Taker, size: int) -> None:
+        while self._must_wait(taker, size, self._allowed(taker)):
+            await self._look_again()
 
-    def _allowed(self) -> int:
+    async def _turn_preferred(self, taker: Taker, size: int) -> None:
+        while self._must_wait(taker, size, self._window.bytes):
+            # While it waits for the link, everybody holds back for it; else its own image, since a disk that hangs must
+            # hold up nobody else.
+            whom = None if self._backlog.background >= self._window.bytes else taker
+            self._preferred[whom] += 1
+            try:
+                await self._look_again()
+            finally:
+                self._preferred[whom] -= 1
+                if not self._preferred[whom]:
+                    del self._preferred[whom]
+
+    def _must_wait(self, taker: Taker, size: int, allowed: int) -> bool:
+        backlog = self._backlog
+        return backlog.in_flight(taker) >= allowed or backlog.is_behind(taker, size) or not backlog.has_room(size)
+
+    async def _look_again(self) -> None:
+        """Wait until something has changed in what is in flight; not longer than readers may take to become quiet."""
+        with trio.move_on_after(max(0.001, self._window.round_trip / 2)):
+            await self.change()
+
+    def _allowed(self, taker: Taker) -> int:
         """Bytes that may be in flight in the background before another request leaves."""
-        if self._preferred:
+        if self._preferred[None] or self._preferred[taker]:
             return 0
         if self.readers:
             return 1

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
 from qedfs.errors import SourceError
+from qedfs.image import Image
+from qedfs.overlay.overlay import Overlay
 from qedfs.stream.job import StreamJob
 from qedfs.stream.replay import replay
 from tests.fakes.source import FakeSource
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import empty
 from tests.served import CLUSTER, served
 
 MIB = 1 << 20
@@ -92,3 +97,62 @@ async def test_what_readers_wait_for_is_written_down(autojump_clock: trio.testin
         await image.read(MIB, 4096)
         await image.read(3 * MIB + 512, 512)
         assert image.waits.ranges == [(MIB, 4096), (3 * MIB + 512, 512)]
+
+
+async def test_a_source_that_says_no_is_not_asked_for_the_rest(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (64 * MIB))
+    async with served(source) as image:
+        await image.read(0, 512)
+        source.reads.clear()
+        source.fail = SourceError("gone")
+        await replay(image, [(pos, 512) for pos in range(MIB, 64 * MIB, CLUSTER)])
+        assert 0 < len(source.reads) < 2 * (8 * MIB // CLUSTER)
+
+
+async def test_a_range_as_long_as_the_image_stops_nobody(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (64 * MIB))
+    async with served(source) as image:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        await replay(image, [(0, 64 * MIB)])
+        assert image.fetch is not None
+        await image.fetch.landed(image)
+        assert image.populated == 64 * MIB
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            await replay(image, [(0, 64 * MIB)])
+            nursery.cancel_scope.cancel()
+        assert turns
+
+
+async def test_a_disk_that_hangs_under_a_profile_holds_up_its_own_image_only(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FakeSource(b"p" * (256 * MIB))
+
+    async def hang(*_: object, **__: object) -> None:
+        await trio.sleep_forever()
+
+    async with served(source) as hanging:
+        assert hanging.fetch is not None
+        storage = MemoryStorage(
+            empty(cluster_size=CLUSTER, image_size=hanging.size, backing=b"http://fake/disk.raw").data
+        )
+        other = Image("b.raw", await Overlay.open(storage), hanging.fetch)
+        await other.overlay.clusters.count()
+        monkeypatch.setattr(hanging.overlay, "adopt", hang)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(replay, hanging, [(0, hanging.size)])
+            await trio.sleep(1)
+            with trio.fail_after(600):
+                await StreamJob(other).run()
+            assert other.complete
+            nursery.cancel_scope.cancel()
+        await other.close()
+        hanging.fetch.nursery.cancel_scope.cancel()
