@@ -129,7 +129,8 @@ class Session:
         while self._events:
             # Taken off the queue only when it is out: a send that is cancelled before it began is made up in `_flush`.
             await self._send(self._events[0])
-            self._events.popleft()
+            if self._events:  # `drop` may have cleared them meanwhile
+                self._events.popleft()
 
     async def _flush(self) -> None:
         """Send what is left, to a client that takes it, and hang up."""

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from qedfs.control import server
+from qedfs.control import session as session_module
 from qedfs.control.server import MAX_CLIENTS, serve_control
-from qedfs.control.session import MAX_EVENTS
+from qedfs.control.session import MAX_EVENTS, Session
 from qedfs.errors import InUse, UsageError
 
 from .support import CLUSTER, FakeMount, MemorySource, Talk, controlled, talking
@@ -209,6 +211,46 @@ async def test_a_client_too_many_takes_the_place_of_the_one_that_was_silent_long
             assert [await has_ended(talk) for talk in (at_work, speaking, silent)] == [False, False, True]
             source.gate.set()
             assert "return" in await at_work.reply()
+
+
+async def test_a_client_may_be_dropped_while_an_event_is_being_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def execute(*_: object) -> None:
+        return
+
+    ours, theirs = trio.socket.socketpair()
+    stream = trio.SocketStream(ours)
+    session = Session(stream, execute)
+    session.negotiated = True
+    send_all = stream.send_all
+
+    async def send_and_drop(line: bytes) -> None:
+        await send_all(line)
+        if b"event" in line:
+            session.drop()
+
+    monkeypatch.setattr(stream, "send_all", send_and_drop)
+    with theirs, trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.run, {"QMP": {}})
+            await trio.testing.wait_all_tasks_blocked()
+            session.post(b'{"event": "X"}\r\n')
+        received = b""
+        while data := await theirs.recv(1000):
+            received += data
+    assert received.endswith(b'{"event": "X"}\r\n')
+
+
+@pytest.mark.expect_log("a control client is dropped: internal error")
+async def test_a_fault_of_ours_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with controlled(tmp_path) as (_, path), talking(path) as talk:
+        with monkeypatch.context() as patch:
+            patch.setattr(session_module, "Reader", lambda: 1 / 0)
+            async with await trio.open_unix_socket(str(path)) as stream:
+                unlucky = Talk(stream)
+                await unlucky.line()
+                with pytest.raises(EOFError):
+                    await unlucky.line()
+        assert "return" in await talk.ask("query-version")
 
 
 async def test_the_last_events_are_sent_when_the_mount_ends(tmp_path: Path) -> None:
