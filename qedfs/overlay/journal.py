@@ -77,7 +77,8 @@ class Journal:
         The last of them, now the witness, and the later ones go into a new file that takes the place of the old one:
         whoever is killed leaves either. 14 us.
         """
-        if end == _START:
+        # A void one must not come to its place again, not even until it is unlinked: we may be killed in between.
+        if end == _START or self._void:
             return
         witness = end - _PAIR.size
         try:

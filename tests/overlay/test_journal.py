@@ -158,6 +158,22 @@ def test_a_journal_that_is_voided_while_it_forgets_stays_void(tmp_path: Path, mo
         assert os.listdir(tmp_path) == []
 
 
+def test_a_void_journal_comes_to_its_place_at_no_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the replacement and a second unlinking would revive it."""
+    journal = created(tmp_path)
+    journal.append([(1, 4096)])
+    landing = journal.end
+    journal.append([(2, 8192)])
+    journal.void()
+    moments: list[str] = []
+    with monkeypatch.context() as patched:
+        for moment in ("write", "replace"):
+            patched.setattr(os, moment, lambda *_, moment=moment: moments.append(moment))
+        journal.landed(landing)
+    assert moments == []
+    assert os.listdir(tmp_path) == []
+
+
 async def test_the_journal_of_a_busy_writer_does_not_grow(tmp_path: Path) -> None:
     """There is always an entry that waits: one is written during each commit."""
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
