@@ -179,22 +179,30 @@ class Folder:
     async def scan(self) -> None:
         """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
         async with self._scanning:
+            # Taken first: what comes while we look is looked for the next time.
             self._scanned_mtime = self.stat().st_mtime_ns
-            self._sources.renew_patience()
-            found = dict(self._files())
-            for path in [path for path in self._by_path if path not in found]:
-                await self._remove(self._by_path[path])
-            added: list[Served] = []
             try:
-                for path, status in found.items():
-                    if served := await self._look_at(path, status):
-                        added.append(served)
-            finally:
-                # Together: what the first stream fetches is of use to the others only once they stream as well. And
-                # in any case: an image that is served without its tasks would never be committed.
-                for served in added:
-                    self._nursery.start_soon(self._run, served)
+                await self._scan()
+            except BaseException:
+                self._scanned_mtime = -1  # what was not come to has to be looked for again
+                raise
             self._scanned_before = True
+
+    async def _scan(self) -> None:
+        self._sources.renew_patience()
+        found = dict(self._files())
+        for path in [path for path in self._by_path if path not in found]:
+            await self._remove(self._by_path[path])
+        added: list[Served] = []
+        try:
+            for path, status in found.items():
+                if served := await self._look_at(path, status):
+                    added.append(served)
+        finally:
+            # Together: what the first stream fetches is of use to the others only once they stream as well. And
+            # in any case: an image that is served without its tasks would never be committed.
+            for served in added:
+                self._nursery.start_soon(self._run, served)
 
     async def _look_at(self, path: str, status: os.stat_result) -> Served | None:
         """Take notice of one file; returns the image if one can be served now that could not before."""
@@ -254,7 +262,9 @@ class Folder:
         try:
             fetch = await self._sources.fetch_for(overlay)
         except BaseException:
-            await overlay.close()
+            # Also if cancelled: the descriptor's locks would keep the overlay in use for as long as we run.
+            with trio.CancelScope(shield=True):
+                await overlay.close()
             raise
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read

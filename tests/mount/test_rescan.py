@@ -1,0 +1,85 @@
+"""A look into the folder that is given up or fails leaves nothing behind, and is made up for by the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.mount import sources
+from qedfs.mount.folder import Folder, Options
+from qedfs.overlay.create import create_overlay
+from qedfs.overlay.storage import FileStorage
+from qedfs.source.policy import Policy
+from qedfs.source.url import Location
+
+
+def create(overlay: Path) -> None:
+    """An overlay over HTTP that has come to rest."""
+    create_overlay(str(overlay), image_size=65536, backing="http://127.0.0.1:1/disk")
+    os.utime(overlay, (1, 1))
+
+
+@contextlib.asynccontextmanager
+async def empty_folder(path: Path) -> AsyncIterator[Folder]:
+    """A folder that has been looked into when nothing was there yet."""
+    os.mkdir(path)
+    async with trio.open_nursery() as nursery:
+        folder = Folder(str(path), Options(stream=False), nursery)
+        await folder.scan()
+        try:
+            yield folder
+        finally:
+            with trio.CancelScope(shield=True):
+                assert await folder.close() == []
+            nursery.cancel_scope.cancel()
+
+
+async def cancelled_look(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look, and be cancelled while the place of a backing is judged."""
+    scope = trio.CancelScope()
+
+    async def hang_up(_: Location, __: Policy) -> None:
+        scope.cancel()
+        await trio.sleep_forever()
+
+    with monkeypatch.context() as patch, scope:
+        patch.setattr(sources, "allowed", hang_up)
+        await folder.look()
+    assert scope.cancelled_caught
+
+
+async def test_a_cancelled_look_gives_up_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = tmp_path / "o" / "new.qed"
+    async with empty_folder(overlay.parent) as folder:
+        create(overlay)
+        await cancelled_look(folder, monkeypatch)
+        FileStorage.open(str(overlay), writable=True).close()  # InUse, were it still held
+        assert folder.everything() == []
+        os.utime(overlay, (1, 1))  # giving it up may have marked it clean
+        assert await folder.rescan()
+        (served,) = folder.everything()
+        assert served.image is not None
+
+
+async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = tmp_path / "o" / "new.qed"
+
+    def no_descriptor(_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with empty_folder(overlay.parent) as folder:
+        create(overlay)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", no_descriptor)
+            with pytest.raises(OSError, match="Too many open files"):
+                await folder.rescan()
+        assert await folder.rescan()
+        (served,) = folder.everything()
+        assert served.image is not None
+        assert not await folder.rescan()
