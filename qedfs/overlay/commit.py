@@ -20,9 +20,10 @@ nothing left to do, so any number of waiting writers share one barrier.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import trio
 
@@ -65,6 +66,7 @@ class Committer:
         self._committed = 0  # number of the last group that ended well
         self._flushed = 0  # the same, of those with the second barrier
         self._running = False
+        self._closed = False
         self._cold: list[tuple[int, int]] = []
 
     @property
@@ -100,6 +102,13 @@ class Committer:
             self._check()
             if self._flushed < mine:
                 await self._run(durable=True)
+
+    @contextlib.asynccontextmanager
+    async def ended(self) -> AsyncIterator[None]:
+        """Enter when the groups that were asked for have run; there will be no further one: who asks gets an error."""
+        async with self._lock:
+            self._closed = True
+            yield
 
     def commit_now(self) -> None:
         """Commit and flush while nobody else uses the overlay, waiting for the disk."""
@@ -200,6 +209,8 @@ class Committer:
     def _check(self) -> None:
         if self.failure is not None:
             raise self.failure.fresh()
+        if self._closed:
+            raise ReadOnlyOverlay("the overlay is closed")
 
     def _l1_sectors(self, indices: Iterable[int]) -> Iterator[Write]:
         for first in {round_down(index, SECTOR_ENTRIES) for index in indices}:

@@ -472,8 +472,8 @@ class Overlay:
             if self.writable:
                 await self.flush()
         finally:
-            # A record or a detach may be under way in a thread: the descriptor must not be closed under it.
-            async with self._session_lock:
+            # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
+            async with self._session_lock, self.committer.ended():
                 if self.committer.journal is not None:
                     self.committer.journal.close(remove=not self.committer.pending)
                     self._journal = self.committer.journal = None

@@ -137,6 +137,25 @@ async def test_a_failed_barrier_behind_a_detach_is_no_detach() -> None:
     assert not overlay.writable
 
 
+async def test_a_close_whose_flush_fails_waits_for_the_commit_behind_it(tmp_path: Path) -> None:
+    """Otherwise that one would go on with a descriptor that is closed, or is another file by then."""
+    for seed in range(30):
+        storage = MemoryStorage(empty().data, name="disk", seed=seed)
+        overlay = await Overlay.open(storage, journal_folder=tmp_path)
+        await overlay.write(0, b"x" * CLUSTER, no_fill)
+        storage.fail("write", NoSpace("full"))
+        with pytest.RaisesGroup(NoSpace):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(overlay.close)
+                while not overlay.committer._running:
+                    await trio.lowlevel.checkpoint()
+                nursery.start_soon(overlay.commit)
+        assert storage.closed
+        assert entry_in_file(storage)
+        with pytest.raises(ReadOnlyOverlay, match="closed"):
+            await overlay.flush()
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 async def test_a_full_disk_loses_no_entry(nth: int) -> None:
     """Each write of a group (two new tables, one L1 sector) fails in turn; the next commit brings all of it."""
