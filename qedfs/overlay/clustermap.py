@@ -10,7 +10,7 @@ first, when the cache is over its bound.
 
 What is a hole of the file in a table is passed over where whole tables are walked (`gap`). A slice that this session
 has written is looked at itself: the hole may have been seen before. Where the file may grow, entries that were behind
-its end at the open are marked (`cut.py`) when they are read.
+its end at the open are marked (`cut.py`) when they are read, and the committer is told.
 
 Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
 and `next_missing` await; whoever calls them must look again at whatever it had looked at before.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import trio
@@ -70,6 +70,7 @@ class ClusterMap:
         self._slices: dict[int, array[int]] = {}
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
+        self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
         self._cut = Cut(file_end, geometry.cluster_size) if storage.writable else None
         self._pinned: frozenset[int] = frozenset()
         self._held: dict[int, int] = {}  # slice -> how many hold it
@@ -211,7 +212,11 @@ class ClusterMap:
             if self.missing is not None:
                 self.missing -= 1
         part[index] = entry
-        self.dirty.setdefault(number, set()).add(index // SECTOR_ENTRIES)
+        self.make_dirty(number, {index // SECTOR_ENTRIES})
+
+    def make_dirty(self, number: int, sectors: Iterable[int]) -> None:
+        """Let the next group write these sectors of a loaded slice."""
+        self.dirty.setdefault(number, set()).update(sectors)
 
     def needs_table(self, cluster: int) -> int | None:
         """The L1 index that has no table yet, for a cluster that is to be set; None if the table is there."""
@@ -343,9 +348,8 @@ class ClusterMap:
         if number in self._slices:
             return
         self._slices[number] = part
-        if self._cut is not None and number not in self._written:
-            for index in self._cut.marked(number, part):
-                self.dirty.setdefault(number, set()).add(index // SECTOR_ENTRIES)
+        if self._cut is not None and number not in self._written and (bad := self._cut.marked(number, part)):
+            self.write_marks(number, {index // SECTOR_ENTRIES for index in bad})
 
     async def _slice(self, number: int) -> array[int]:
         """A slice that has a table, without bringing it into memory."""

@@ -67,6 +67,9 @@ class Committer:
         self._flushed = 0  # the same, of those with the second barrier
         self._running = False
         self._closed = False
+        self._marks = 0  # slices of which marks were written (`cut.py`)
+        self._durable_marks = 0  # of these, those behind which a barrier was
+        clusters.write_marks = self._write_marks
         self._cold: list[tuple[int, int]] = []
 
     @property
@@ -112,6 +115,9 @@ class Committer:
 
     def commit_now(self) -> None:
         """Commit and flush while nobody else uses the overlay, waiting for the disk."""
+        if self._marks != self._durable_marks:
+            self.barrier()
+            self._durable_marks = self._marks
         group = self._take()
         try:
             self._write(group, durable=True)
@@ -125,7 +131,32 @@ class Committer:
         for offset, data in self._l1_sectors(indices):
             self._storage.write(offset, [data])
 
+    async def secure_marks(self) -> bool:
+        """To be called before the file may grow, or space is allocated; returns whether that took an await.
+
+        What marks was found is in the file, and behind a barrier: otherwise a power cut could keep the new length and
+        lose them, and the next session would take for good what they mark. ReadOnlyOverlay: the barrier failed.
+        """
+        if (marks := self._marks) == self._durable_marks:
+            return False
+        self._check()
+        await self._storage.in_thread(self.barrier)
+        self._durable_marks = max(self._durable_marks, marks)
+        return True
+
+    def _write_marks(self, number: int, sectors: set[int]) -> None:
+        """Into the page cache now, as a kill before the next group may find the file grown. See `cut.py`."""
+        self._marks += 1
+        try:
+            self._check()  # behind a failed barrier the file gets nothing more, and does not grow
+            for offset, data in _joined([self._map.sector(number, sector) for sector in sectors]):
+                self._storage.write(offset, [data])
+        except QedfsError:
+            self._map.make_dirty(number, sectors)  # the slice must be readable on a full disk too
+
     async def _run(self, *, durable: bool) -> None:
+        while await self.secure_marks():
+            self._check()
         self._started += 1
         group = self._take()
         self._running = True

@@ -3,7 +3,11 @@
 Owns the mark, and which slices have been looked at. As the file grows, such an entry would come to point into a cluster
 of somebody else, or at what would be taken for a table; so it is marked while it can be told from an entry of this
 session. A marked entry points into the middle of a cluster: qedfs and QEMU refuse it in a file of any length, and its
-old value can be read off it. Must not know when entries are read or written.
+old value can be read off it. The committer writes the marks when they are found, and has a barrier behind them before
+anything more is allocated: neither a kill nor a power cut leaves the growth without the marks that came before it.
+What this does not tell: entries in slices that no session has read before the file grew over them.
+
+Must not know when entries are read or written.
 """
 
 from __future__ import annotations

@@ -262,6 +262,8 @@ class Overlay:
         with self._claims.merging(self._partial_clusters(pos, len(view))):
             while True:
                 await self._claims.settle(pos, len(view))
+                if await self.committer.secure_marks():
+                    continue
                 lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
                 if not lacking:
                     break
@@ -381,9 +383,7 @@ class Overlay:
 
     async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
         await self._ready()
-        await self.clusters.load(pos, size)
-        while not self.clusters.is_loaded(pos, size):
-            await self.clusters.load(pos, size)
+        await self._load_to_allocate(pos, size)
         data, kept = self._sort_out(pos, buffer, size)
         if not data:
             return kept
@@ -394,6 +394,11 @@ class Overlay:
             for offset, buffers in writes:
                 self.committer.note_cold(offset, sum(map(len, buffers)))
         return kept + len(data) * self.cluster_size
+
+    async def _load_to_allocate(self, pos: int, size: int) -> None:
+        """Return, without a further await, when the slices are loaded and the file may grow."""
+        while not self.clusters.is_loaded(pos, size) or await self.committer.secure_marks():
+            await self.clusters.load(pos, size)
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
@@ -430,8 +435,7 @@ class Overlay:
     async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
         pos = cluster * self.cluster_size
         size = min(count * self.cluster_size, self.image_size - pos)
-        while not self.clusters.is_loaded(pos, size):
-            await self.clusters.load(pos, size)
+        await self._load_to_allocate(pos, size)
         for number in range(cluster, cluster + count):
             self._make_table(number)
             if self.clusters.entry(number) == MISSING and not self._claims.spoken_for(number):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from qedfs.errors import BadOverlay
+from qedfs.errors import BadOverlay, NoSpace
 from qedfs.overlay.check import check, repair
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
-from tests.fakes.storage import MemoryStorage
+from tests.fakes.storage import BarrierBegun, BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written
 from tests.overlay.images import filled
 
 CLUSTER = 4096
@@ -112,3 +114,47 @@ async def test_a_whole_overlay_is_left_as_it_is() -> None:
     overlay = await Overlay.open(storage)
     assert await states(overlay, 0, 513) == [b"0", b"5"]
     assert not overlay.committer.pending
+
+
+async def test_a_kill_before_the_commit_keeps_the_marks(tmp_path: Path) -> None:
+    """A write that only the journal knows of has made the file longer."""
+    storage = MemoryStorage(cut_at(3 * CLUSTER).bytes, name="disk")
+    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    expected = [b"0", b"1", None, None, None]
+    assert await states(overlay, 0, 1, 2, 3, 513) == expected
+    assert not overlay.committer.pending
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
+    assert overlay.clusters.dirty
+
+    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    assert await states(again, 0, 1, 2, 3, 513, 1024) == [*expected, b"o"]
+
+
+@pytest.mark.parametrize("how", ["write", "adopt", "adopt_zeros"])
+async def test_the_file_grows_behind_a_barrier_for_the_marks(how: str) -> None:
+    """One, and none where there are no marks; whoever grows it finds them itself or somebody else has."""
+    for found, data in ((1, cut_at(3 * CLUSTER).bytes), (0, filled({0: b"0"}, image_size=4 * SPAN).data)):
+        storage = RecordingStorage(data)
+        overlay = await Overlay.open(storage)
+        begun, size = len(storage.log), len(storage.bytes)
+        block = bytearray(b"new!" * (CLUSTER // 4))
+        arguments = {"write": (4 * CLUSTER, block, no_fill), "adopt": (4 * CLUSTER, block, CLUSTER)}
+        await getattr(overlay, how)(*arguments.get(how, (4, 1)))
+        await overlay.write(1024 * CLUSTER, block, no_fill)
+        grown = next(
+            at
+            for at, entry in enumerate(storage.log[begun:])
+            if isinstance(entry, Resized) or (isinstance(entry, Written) and entry.offset >= size)
+        )
+        kinds = [type(entry) for entry in storage.log[begun : begun + grown]]
+        assert kinds == [Written, BarrierBegun, BarrierEnded] * found
+
+
+async def test_marks_that_cannot_be_written_wait_for_the_next_group() -> None:
+    storage = cut_at(3 * CLUSTER)
+    overlay = await Overlay.open(storage)
+    storage.fail("write", NoSpace("full"), wrote=0)
+    assert await states(overlay, 0, 2) == [b"0", None]
+    assert overlay.committer.pending
+    await overlay.flush()
+    assert await states(await Overlay.open(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]
