@@ -22,11 +22,10 @@ from qedfs.control.port import Mounted
 from qedfs.control.server import serve_control
 from qedfs.errors import InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
-from qedfs.mount import lastwords, loop
+from qedfs.mount import lastwords, loop, memory
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
 from qedfs.mount.limits import raise_open_files
-from qedfs.mount.memory import give_back_memory
 from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
@@ -98,6 +97,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
     """
     _check_mountpoint(settings)
     raise_open_files()
+    memory.set_up()
     lastwords.take(settings.mountpoint)  # those of an earlier mount, which nobody has asked for
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
@@ -129,7 +129,7 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
-            nursery.start_soon(give_back_memory)
+            nursery.start_soon(memory.give_back_memory)
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)
