@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -42,7 +43,7 @@ class Journal:
         self._fd = fd
         self.path = path
         self._header = header
-        self._void = False
+        self._void = threading.Event()
         self.end = _START  # of the entries in the file, in bytes
 
     @classmethod
@@ -78,7 +79,7 @@ class Journal:
         whoever is killed leaves either. 14 us.
         """
         # A void one must not come to its place again, not even until it is unlinked: we may be killed in between.
-        if end == _START or self._void:
+        if end == _START or self._void.is_set():
             return
         witness = end - _PAIR.size
         try:
@@ -88,12 +89,12 @@ class Journal:
             return  # what stays is in the overlay: a replay passes it over
         os.close(self._fd)
         self._fd, self.end = fd, len(self._header) + len(kept)
-        if self._void:
+        if self._void.is_set():
             self.void()
 
     def void(self) -> None:
         """Let no later session have the entries. From any thread: `landed` may be putting a new file there."""
-        self._void = True
+        self._void.set()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
