@@ -11,8 +11,15 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
+
+# How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
+# works, and short enough for the tests whose call hangs on purpose.
+THREAD_SECONDS = 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,3 +81,28 @@ def log_guard(request: pytest.FixtureRequest) -> Iterator[LogGuard]:
 def expect_log(log_guard: LogGuard) -> Callable[[str], None]:
     """Announces a log line at WARNING or above, by a regular expression."""
     return log_guard.patterns.append
+
+
+@pytest.fixture
+def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    """pytest-trio's clock, which jumps to the next deadline when all tasks wait; here it lets threads work first.
+
+    A task that waits for a thread waits for nothing that trio could know of. Without this, the clock would jump to the
+    deadline of the call before the thread has had a chance.
+    """
+    clock = MockClock(autojump_threshold=0)
+    run_sync = trio.to_thread.run_sync
+    working = 0
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal working
+        working += 1
+        clock.autojump_threshold = THREAD_SECONDS
+        try:
+            return await run_sync(*args, **kwargs)
+        finally:
+            working -= 1
+            clock.autojump_threshold = THREAD_SECONDS if working else 0
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", counted)
+    return clock

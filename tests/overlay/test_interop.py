@@ -150,13 +150,13 @@ async def test_a_detached_overlay_stands_alone_for_qemu(qemu: Qemu, base: bytes)
 async def test_who_has_it_open_keeps_the_other_out(qemu: Qemu, base: bytes) -> None:
     path = qemu.make("a.qed", SIZE)
     overlay = await open_overlay(path, writable=True)
-    assert 'Failed to get' in qemu.io("a.qed", "read 0 512", fails=True)
-    assert 'Failed to get' in qemu.io("a.qed", "read 0 512", read_only=True, fails=True)
+    assert "Failed to get" in qemu.io("a.qed", "read 0 512", fails=True)
+    assert "Failed to get" in qemu.io("a.qed", "read 0 512", read_only=True, fails=True)
     await overlay.close()
 
     reader = await open_overlay(path, writable=False)
     qemu.io("a.qed", "read 0 512", read_only=True)
-    assert 'Failed to get' in qemu.io("a.qed", "write 0 512", fails=True)
+    assert "Failed to get" in qemu.io("a.qed", "write 0 512", fails=True)
     await reader.close()
 
     with qemu.holding("a.qed"):

@@ -64,9 +64,7 @@ def test_a_seed_repeats_its_history() -> None:
 
 
 def shape(history: History) -> list[object]:
-    return [
-        (entry.offset, len(entry.data)) if isinstance(entry, Written) else entry for entry in history.storage.log
-    ]
+    return [(entry.offset, len(entry.data)) if isinstance(entry, Written) else entry for entry in history.storage.log]
 
 
 def test_a_failing_state_is_kept_and_reproduced(tmp_path: Path) -> None:
