@@ -60,3 +60,11 @@ def test_it_follows_a_link_that_becomes_slower_and_faster() -> None:
 def test_sixteen_requests_are_in_flight_from_the_start() -> None:
     window = Window()
     assert window.bytes // window.request_bytes >= 16
+
+
+@pytest.mark.parametrize(("rate", "size"), [(1000 * MBIT, 512 << 10), (4000 * MBIT, 1000 << 10), (1.2e9, 2 << 20)])
+def test_a_fast_link_gets_larger_requests(rate: float, size: int) -> None:
+    window = Window()
+    run(window, rate=rate, round_trip=0.001, seconds=2)
+    assert window.request_bytes == pytest.approx(size, rel=0.1)
+    assert window.bytes // window.request_bytes >= 4
