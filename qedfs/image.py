@@ -240,11 +240,12 @@ class Image:
         With many such writes at once, a deadline at the most goes by until there is room for another one.
         """
         assert self.fetch is not None  # noqa: S101 - for the type checker; without a backing no cluster is missing
-        seconds = self.fetch.remote.deadline_seconds
-        with trio.move_on_after(seconds) as scope:
-            await share.take()
-        if scope.cancelled_caught:
-            raise SourceUnreachable(f"{self.name}: other writes have waited for the backing for {seconds:g} s")
+        if not share.take_now():
+            seconds = self.fetch.remote.deadline_seconds
+            with trio.move_on_after(seconds) as scope:
+                await share.take()
+            if scope.cancelled_caught:
+                raise SourceUnreachable(f"{self.name}: other writes have waited for the backing for {seconds:g} s")
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)

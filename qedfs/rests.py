@@ -5,6 +5,8 @@ Owns the bound for one image, whatever clusters its overlay has. A leaf.
 
 from __future__ import annotations
 
+import contextlib
+
 import trio
 
 MOST_BYTES = 128 << 20
@@ -24,6 +26,15 @@ class Share:
         self._room = rests.room
         self._begun: trio.Event | None = None
         self._taken = False
+
+    def take_now(self) -> bool:
+        """Take it if there is room at once; False: wait for it with `take`."""
+        if not self._taken and self._begun is None:
+            # Semaphore.acquire costs a turn of the event loop even if it is free.
+            with contextlib.suppress(trio.WouldBlock):
+                self._room.acquire_nowait()
+                self._taken = True
+        return self._taken
 
     async def take(self) -> None:
         """Wait until there is room for this write."""

@@ -378,6 +378,9 @@ class Overlay:
             NoSpace: nothing was kept of the clusters that hold data.
             ReadOnlyOverlay: the overlay takes no writes.
         """
+        clusters = range(pos // self.cluster_size, -(-(pos + size) // self.cluster_size))
+        if len(self.spoken_for(clusters.start, len(clusters))) == len(clusters):
+            return 0  # for a write in part, most likely, which has no use for an adoption: not worth a turn
         async with self._adopting:
             return await self._adopt(pos, buffer, size, cold=cold)
 
