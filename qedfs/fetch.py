@@ -88,10 +88,9 @@ class Fetch:
         """On the way, and nobody waited for them when they left."""
         return self._backlog.background
 
-    @property
     def background_request_bytes(self) -> int:
-        """A good size for the next background request."""
-        return self._turns.request_bytes
+        """A good size for the next background request, another one each time."""
+        return self._turns.request_bytes()
 
     async def identity(self) -> Identity:
         """The version that the source serves; connects if need be. Errors of the source."""

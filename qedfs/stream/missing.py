@@ -52,7 +52,7 @@ class Missing:
         cluster_size = overlay.cluster_size
         while True:
             await self._give_way()
-            most = max(1, fetch.background_request_bytes // cluster_size)
+            most = max(1, fetch.background_request_bytes() // cluster_size)
             run = await clusters.next_missing(cursor, most)
             if run is None:
                 return None
