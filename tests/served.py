@@ -9,7 +9,7 @@ import trio
 
 from qedfs.fetch import Fetch
 from qedfs.image import Image
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -34,7 +34,7 @@ async def served(
     )
     async with trio.open_nursery() as nursery:
         fetch = Fetch(remote(source, deadline_seconds=deadline_seconds), cluster_size, nursery)
-        image = Image("disk.raw", await Overlay.open(storage), fetch, copy_on_read=copy_on_read)
+        image = Image("disk.raw", await open_storage(storage), fetch, copy_on_read=copy_on_read)
         nursery.start_soon(image.run)
         await image.overlay.clusters.count()
         yield image

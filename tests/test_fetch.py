@@ -11,7 +11,7 @@ import trio
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.fetch import Fetch
 from qedfs.image import Image
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
@@ -39,7 +39,7 @@ class Queue:
 
     async def image(self) -> Image:
         data = empty(cluster_size=CLUSTER, image_size=len(CONTENT), backing=b"http://fake/disk.raw").data
-        return Image("disk.raw", await Overlay.open(MemoryStorage(data)), self.fetch)
+        return Image("disk.raw", await open_storage(MemoryStorage(data)), self.fetch)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, 0.03, 0.05])
@@ -104,7 +104,7 @@ async def two_images(nursery: trio.Nursery, source: FakeSource) -> tuple[Image, 
     size = len(source.content)
     storage = Hanging(empty(cluster_size=CLUSTER, image_size=size, backing=b"http://fake/disk.raw").data)
     other = MemoryStorage(storage.bytes)
-    images = [Image(name, await Overlay.open(disk), fetch) for name, disk in (("a.raw", storage), ("b.raw", other))]
+    images = [Image(name, await open_storage(disk), fetch) for name, disk in (("a.raw", storage), ("b.raw", other))]
     for image in images:
         await image.source_size()
         await image.overlay.clusters.count()

@@ -9,7 +9,7 @@ import trio
 
 from qedfs.errors import NoSpace, SourceChanged, SourceError, SourceUnreachable
 from qedfs.image import Image
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
@@ -202,7 +202,7 @@ async def test_the_stream_completes_and_detaches(autojump_clock: trio.testing.Mo
         job = await streamed(image)
         assert (job.state, job.populated) == (State.COMPLETE, len(CONTENT))
         assert source.bytes_read == len(CONTENT)
-    alone = await Overlay.open(MemoryStorage(storage.bytes))
+    alone = await open_storage(MemoryStorage(storage.bytes))
     assert alone.backing is None
     image = Image("disk.raw", alone, None)
     assert await read(image, 0, len(CONTENT)) == CONTENT
@@ -323,7 +323,7 @@ async def test_two_overlays_on_one_source_share_every_fetch(autojump_clock: trio
         others = []
         for number in range(4):
             data = empty(cluster_size=CLUSTER, image_size=len(source.content), backing=b"http://fake/disk.raw").data
-            overlay = await Overlay.open(MemoryStorage(data))
+            overlay = await open_storage(MemoryStorage(data))
             others.append(Image(f"{number}.raw", overlay, fetch))
             await overlay.clusters.count()
         async with trio.open_nursery() as nursery:
@@ -370,7 +370,7 @@ async def test_a_fault_of_ours_ends_the_stream_and_says_so(
 async def second_image(first: Image, size: int) -> Image:
     """Another overlay on the source of `first`, with a size of its own."""
     data = empty(cluster_size=CLUSTER, image_size=size, backing=b"http://fake/disk.raw").data
-    image = Image("second.raw", await Overlay.open(MemoryStorage(data)), first.fetch)
+    image = Image("second.raw", await open_storage(MemoryStorage(data)), first.fetch)
     await image.overlay.clusters.count()
     return image
 

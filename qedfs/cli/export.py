@@ -19,7 +19,8 @@ from qedfs.cli.values import DURATION
 from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
-from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.units import format_size
 

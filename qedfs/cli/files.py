@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qedfs.cli.images import stem
 from qedfs.errors import BadOverlay, QedfsError, UsageError
-from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
 from qedfs.runtime import journal_folder

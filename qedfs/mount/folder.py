@@ -22,7 +22,8 @@ from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
 from qedfs.mount.sources import Sources
-from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.profile import Range
 from qedfs.source.policy import Policy

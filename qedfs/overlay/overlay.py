@@ -27,29 +27,23 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 import trio
 
-from qedfs.errors import BadOverlay, NoSpace, ReadOnlyOverlay
-from qedfs.format.geometry import ENTRY_SIZE, round_down, round_up
-from qedfs.format.header import NEED_CHECK, NO_PROBE
+from qedfs.errors import NoSpace, ReadOnlyOverlay
+from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
-from qedfs.format.tables import MISSING, ZERO, decode_table
+from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.beginning import Beginning
-from qedfs.overlay.check import repair
 from qedfs.overlay.claims import Claims
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
-from qedfs.overlay.cut import mark_beyond
 from qedfs.overlay.dirty import dirty_pages
 from qedfs.overlay.fill import Fill, filled
-from qedfs.overlay.journal import Journal, Leftover
-from qedfs.overlay.leftover import apply, find_leftover, fits
 from qedfs.overlay.pieces import laid_out, pieces, zero_bytes
-from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.session import Session
 from qedfs.overlay.space import Space
-from qedfs.overlay.storage import Buffer, FileStorage, Storage
+from qedfs.overlay.storage import Buffer, Storage
 
 log = logging.getLogger(__name__)
 
@@ -66,81 +60,31 @@ ADOPTIONS = 4
 class Overlay:
     """An open overlay. Positions are bytes of the image, offsets bytes of the overlay file."""
 
-    def __init__(self, storage: Storage, session: Session, clusters: ClusterMap, journal: Journal | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        session: Session,
+        clusters: ClusterMap,
+        committer: Committer,
+        space: Space,
+        beginning: Beginning | None,
+    ) -> None:
+        """Take over what `opening.py` has read; `beginning`: of a writable session."""
         self.storage = storage
         self.geometry = clusters.geometry
         self.clusters = clusters
-        self.committer = Committer(storage, session.header, clusters, journal)
+        self.committer = committer
+        self.backing: str | None = None
+        self.stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
         self._session = session
         self._session_lock = trio.Lock()
-        self._beginning: Beginning | None = None  # of a writable opening
+        self._beginning = beginning
         self._changes: list[Change] = []  # of the record, that are being stored or wait for it
-        session.barrier = self.committer.barrier
-        self._journal = journal
+        self._journal = committer.journal
         self._claims = Claims(clusters)
-        self._space = Space(storage, clusters)
+        self._space = space
         self._adopting = trio.Semaphore(ADOPTIONS)
         self._scratch = memoryview(bytearray(MAX_READ_BYTES))
-
-    @classmethod
-    async def open(cls, storage: Storage, *, journal_folder: Path | None = None) -> Self:
-        """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
-
-        On a full disk the session begins later (`beginning.py`): what needs it raises NoSpace until then. A read-only
-        overlay shows what a killed session left, and leaves it for the next writable opening.
-
-        `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
-
-        Raises:
-            BadOverlay: it cannot be served; nothing has been written to it.
-        """
-        return await storage.in_thread(lambda: cls._open(storage, journal_folder))
-
-    @classmethod
-    def _open(cls, storage: Storage, journal_folder: Path | None) -> Self:
-        header, backing = read_header(storage)
-        session = Session(storage, header, read_record(storage, header))
-        if storage.writable and header.dirty:
-            repair(storage, header)
-            session.clear_dirty(NEED_CHECK)
-        l1_bytes = bytearray(header.geometry.l1_used * ENTRY_SIZE)
-        storage.read(header.l1_table_offset, memoryview(l1_bytes))
-        file_end = storage.size()
-        cluster_size = header.geometry.cluster_size
-        # What lies behind the last whole cluster does not exist.
-        clusters = ClusterMap(storage, header, decode_table(l1_bytes), round_down(file_end, cluster_size))
-        overlay = cls(storage, session, clusters, None)
-        overlay.backing = backing
-        if storage.writable:
-            overlay._mark_cut_tables()
-        leftover = overlay._left_behind(journal_folder)
-        if storage.writable or leftover:
-            # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
-            clusters.file_end = round_up(file_end, cluster_size)
-        if leftover:
-            apply(leftover.pairs, clusters, overlay._make_table)
-        if storage.writable:
-            overlay._beginning = Beginning(storage, session, overlay.committer, journal_folder, leftover)
-            overlay._beginning.at_open()
-            overlay._journal = overlay.committer.journal
-        return overlay
-
-    backing: str | None = None
-    stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
-
-    def _left_behind(self, folder: Path | None) -> Leftover | None:
-        """What a killed session left for the file as it is; the file may have some of it."""
-        leftover = find_leftover(self.storage, folder, self._session.previous())
-        if leftover is None or fits(leftover, self._session.header, self.clusters, self.storage.size()):
-            return leftover
-        self.stray_journal = leftover.path
-        return None
-
-    def _mark_cut_tables(self) -> None:
-        """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
-        first_bad = self.clusters.file_end - self.geometry.table_bytes + 1
-        if cut := mark_beyond(self.clusters.l1, first_bad, self.cluster_size):
-            self.committer.write_l1(cut)
 
     # What it is.
 
@@ -304,7 +248,7 @@ class Overlay:
             if entry > ZERO:
                 offset = self.clusters.checked(entry, cluster) + start
             else:
-                self._make_table(cluster)
+                self._space.make_table(cluster)
                 if cluster in rest and self._is_missing(cluster):
                     start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
                 whole = sum(map(len, buffers)) == cluster_size
@@ -414,7 +358,7 @@ class Overlay:
             cluster = first + at // cluster_size
             if self.clusters.entry(cluster) != MISSING or self._claims.spoken_for(cluster):
                 continue
-            self._make_table(cluster)
+            self._space.make_table(cluster)
             length = min(cluster_size, size - at)
             # startswith compares in place, 15 us for 1 MiB of zeros, and stops at the first other byte.
             if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
@@ -440,7 +384,7 @@ class Overlay:
         size = min(count * self.cluster_size, self.image_size - pos)
         await self._load_to_allocate(pos, size)
         for number in range(cluster, cluster + count):
-            self._make_table(number)
+            self._space.make_table(number)
             if self.clusters.entry(number) == MISSING and not self._claims.spoken_for(number):
                 self.clusters.set(number, ZERO)
 
@@ -505,30 +449,3 @@ class Overlay:
         """Have the session lock."""
         if self._beginning is not None and await self._beginning.late():
             self._journal = self.committer.journal
-
-    def _make_table(self, cluster: int) -> None:
-        """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
-        index = self.clusters.needs_table(cluster)
-        if index is not None:
-            self.clusters.add_table(index, self._space.zeros(self.geometry.table_bytes))
-        self.clusters.make_slice(cluster)
-
-
-async def open_overlay(
-    path: str, *, writable: bool, locked: bool = True, journal_folder: Path | None = None, dir_fd: int | None = None
-) -> Overlay:
-    """Open the overlay file at `path`; see `FileStorage.open` and `Overlay.open`. Errors name the path."""
-    storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
-    try:
-        overlay = await Overlay.open(storage, journal_folder=journal_folder)
-    except BadOverlay as exc:
-        storage.close()
-        raise BadOverlay(f"{path}: {exc}") from exc
-    except BaseException:
-        storage.close()
-        raise
-    if overlay.stray_journal is not None:
-        log.warning("%s: %s is of another state of this overlay, and is not used", path, overlay.stray_journal)
-    if overlay.full is not None:
-        log.warning("%s: the file system is full; nothing is written or kept until there is space", path)
-    return overlay

@@ -41,6 +41,13 @@ class Space:
         base = self.zeros(count * self._cluster_size)
         return taken + [base + index * self._cluster_size for index in range(count)]
 
+    def make_table(self, cluster: int) -> None:
+        """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
+        index = self._map.needs_table(cluster)
+        if index is not None:
+            self._map.add_table(index, self.zeros(self._map.geometry.table_bytes))
+        self._map.make_slice(cluster)
+
     def give_back(self, offsets: Iterable[int]) -> None:
         """Undo the allocation of clusters whose write has failed and has ended."""
         self._free = sorted([*self._free, *offsets])

@@ -17,7 +17,7 @@ from qedfs.errors import QedfsError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import open_overlay
+from qedfs.overlay.opening import open_overlay
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
 from qedfs.source.url import parse_location

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import open_overlay
+from qedfs.overlay.opening import open_overlay
 
 CLUSTER_SIZE = 4096
 IMAGE_SIZE = 64 * CLUSTER_SIZE

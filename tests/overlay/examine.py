@@ -10,6 +10,7 @@ import random
 from qedfs.errors import QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay.check import check
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
@@ -28,7 +29,7 @@ async def examine(image: bytes | bytearray, history: History, at: float, rng: ra
     try:
         _judge_before_opening(image, history, at)
         storage = MemoryStorage(image)
-        overlay = await Overlay.open(storage)
+        overlay = await open_storage(storage)
         _judge_header(overlay, history, at)
         content = await read_all(overlay, scenario.base)
         fault = history.model.fault(content, at)
@@ -100,11 +101,11 @@ async def _work_on(overlay: Overlay, content: bytearray, scenario: Scenario, rng
     assert isinstance(storage, MemoryStorage)
     await overlay.close()
     again = MemoryStorage(storage.bytes, writable=False)
-    if await read_all(await Overlay.open(again), base) != content:
+    if await read_all(await open_storage(again), base) != content:
         raise Broken("after the crash, more work and a clean close, the image differs")
     _judge_tables(again, "after more work")
 
 
 async def read_content(image: bytes | bytearray, base: bytes) -> bytes:
     """What the image in an overlay file reads as, after the repair that opening it may need."""
-    return bytes(await read_all(await Overlay.open(MemoryStorage(image)), base))
+    return bytes(await read_all(await open_storage(MemoryStorage(image)), base))

@@ -22,6 +22,7 @@ from qedfs.errors import QedfsError
 from qedfs.format.header import BACKING_FILE, NEED_CHECK, UNTOUCHED
 from qedfs.format.record import Record, encode_record, slot_offsets
 from qedfs.overlay.check import check
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
@@ -235,7 +236,7 @@ async def _try(path: Path, *, writable: bool) -> str:
     storage = FileStorage.open(str(path), writable=writable)
     try:
         try:
-            overlay = await Overlay.open(storage)
+            overlay = await open_storage(storage)
         except QedfsError as exc:
             return str(exc) or type(exc).__name__
         await _use(overlay, writable=writable)

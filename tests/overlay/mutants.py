@@ -18,7 +18,7 @@ class Mutant(NamedTuple):
     """One rule and the code without it."""
 
     rule: str
-    function: str  # module:Class.method, below qedfs.overlay
+    function: str  # module:function or module:Class.method, below qedfs.overlay
     old: str
     new: str
     needs: str = ""  # the flag of a scenario without which the rule does not matter
@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         "allocation: it starts behind a last cluster that is not whole",
-        "overlay:Overlay._open",
+        "opening:_open",
         "round_up(file_end, cluster_size)",
         "round_down(file_end, cluster_size)",
     ),
@@ -115,10 +115,10 @@ def mutated(mutant: Mutant) -> Iterator[None]:
     """Take the rule away while the context is open."""
     module_name, _, name = mutant.function.partition(":")
     module = importlib.import_module(f"qedfs.overlay.{module_name}")
-    class_name, method = name.split(".")
-    owner = getattr(module, class_name)
+    class_name, _, method = name.rpartition(".")
+    owner = getattr(module, class_name) if class_name else module
     original = vars(owner)[method]
-    plain = original.__func__ if isinstance(original, classmethod) else getattr(original, "fget", original)
+    plain = getattr(original, "fget", original)
     source = textwrap.dedent(inspect.getsource(plain))
     if source.count(mutant.old) != 1:
         raise LookupError(f"{mutant.function} no longer has exactly one {mutant.old!r}")

@@ -30,6 +30,7 @@ from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
 from qedfs.overlay.clustermap import SECTOR_ENTRIES, SLICE_ENTRIES
 from qedfs.overlay.create import create_overlay
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
@@ -248,7 +249,7 @@ class Actors:
         return sorted({c for c in (0, 1, 2, border - 1, border, border + 1, clusters - 1) if 0 <= c < clusters})
 
     async def open(self) -> None:
-        self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
+        self.overlay = await open_storage(self._storage, journal_folder=self._journals)
         self.overlay.clusters._cache_slices = 2
 
     def meet_full_disk(self) -> None:

@@ -14,6 +14,7 @@ from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import UNTOUCHED
 from qedfs.format.record import Pin, Record
 from qedfs.image import Image
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header, read_record
 from tests.fakes.source import FakeSource
@@ -53,7 +54,7 @@ def on_full_disk(data: bytes | bytearray, *, name: str = "") -> RecordingStorage
 
 async def test_what_is_local_is_read_and_the_rest_says_why_it_is_refused() -> None:
     storage = on_full_disk(filled({0: b"local"}).data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     assert str(overlay.full) == "full"
     assert await first_byte(overlay, 0) == b"l"
     requests: list[Callable[[], Awaitable[object]]] = [
@@ -74,7 +75,7 @@ async def test_what_is_local_is_read_and_the_rest_says_why_it_is_refused() -> No
 
 async def test_the_session_begins_when_there_is_room(tmp_path: Path) -> None:
     storage = on_full_disk(filled({0: b"local"}).data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     assert journals(tmp_path) == []
     storage.mend()
     async with trio.open_nursery() as nursery:
@@ -86,7 +87,7 @@ async def test_the_session_begins_when_there_is_room(tmp_path: Path) -> None:
     assert overlay.committer.pending
 
     # Killed: the journal is that of the session that the overlay carries.
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [await first_byte(again, cluster) for cluster in range(3)] == [b"n", b"g", b"b"]
     assert journal not in journals(tmp_path)
 
@@ -94,7 +95,7 @@ async def test_the_session_begins_when_there_is_room(tmp_path: Path) -> None:
 async def test_a_record_that_had_to_wait_is_durable_before_anything_is_adopted() -> None:
     """Otherwise a power cut could leave clusters of a version that the overlay does not know."""
     storage = on_full_disk(empty().data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     await overlay.change_record(pinned)
     assert overlay.record.pin == PIN
     storage.mend()
@@ -103,14 +104,14 @@ async def test_a_record_that_had_to_wait_is_durable_before_anything_is_adopted()
     data = next(at for at, entry in enumerate(storage.log) if isinstance(entry, Written) and b"bbbb" in entry.data)
     assert len(records) == 1
     assert any(isinstance(entry, BarrierEnded) for entry in storage.log[records[0] : data])
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert again.record.pin == PIN
 
 
 async def left_by_a_kill(folder: Path, backing: bytes = b"base.raw") -> bytearray:
     """An overlay whose last writes, to an L2 table that it does not have and to another, are in a journal only."""
     storage = MemoryStorage(filled({0: b"local"}, image_size=4 << 20, backing=backing).data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=folder)
+    overlay = await open_storage(storage, journal_folder=folder)
     await overlay.write(CLUSTER, b"a" * CLUSTER, no_fill)
     await overlay.write(2 << 20, b"c" * CLUSTER, no_fill)
     return storage.bytes
@@ -124,7 +125,7 @@ async def test_what_a_killed_session_left_is_there_and_stays(tmp_path: Path, kin
     for _ in range(2):
         storage = MemoryStorage(left, name="disk")
         storage.fail(kind, NoSpace("full"), forever=True, wrote=0)
-        overlay = await Overlay.open(storage, journal_folder=tmp_path)
+        overlay = await open_storage(storage, journal_folder=tmp_path)
         assert [await first_byte(overlay, cluster) for cluster in (0, 1, 512)] == [b"l", b"a", b"c"]
         with pytest.raises(NoSpace):
             await overlay.write(0, b"g", no_fill)
@@ -136,13 +137,13 @@ async def test_what_a_killed_session_left_is_there_and_stays(tmp_path: Path, kin
 
     storage = MemoryStorage(left, name="disk")
     storage.fail(kind, NoSpace("full"), forever=True, wrote=0)
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     storage.mend()
     await overlay.write(0, b"g", no_fill)
     assert journal not in journals(tmp_path)
     await overlay.close()
     assert journals(tmp_path) == []
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [await first_byte(again, cluster) for cluster in (0, 1, 512)] == [b"g", b"a", b"c"]
 
 
@@ -150,7 +151,7 @@ async def test_a_barrier_that_fails_at_a_late_beginning_voids_what_was_left(tmp_
     """As at the open: nobody knows whether the disk has the data that its entries lead to."""
     storage = MemoryStorage(await left_by_a_kill(tmp_path), name="disk")
     storage.fail("write", NoSpace("full"), forever=True, wrote=0)
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     storage.mend()
     storage.fail("barrier", QedfsError("cannot sync"), forever=True)
     with pytest.raises(ReadOnlyOverlay):
@@ -168,7 +169,7 @@ async def test_a_beginning_that_failed_half_way_is_made_again(tmp_path: Path, nt
     bits = header.autoclear_features | 4  # of somebody else: the header has to be written
     storage.bytes[:64] = dataclasses.replace(header, autoclear_features=bits).encode()
     storage.fail("write", NoSpace("full"), nth=nth, wrote=0)
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     assert overlay.full is not None
     assert len(journals(tmp_path)) == 1
 
@@ -177,7 +178,7 @@ async def test_a_beginning_that_failed_half_way_is_made_again(tmp_path: Path, nt
     record = read_record(storage, header)
     assert record is not None
     assert journals(tmp_path) == [f"disk-{record.session}"]
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [await first_byte(again, cluster) for cluster in (0, 1, 512)] == [b"g", b"a", b"c"]
 
 
@@ -186,7 +187,7 @@ async def test_a_complete_image_tells_of_a_full_disk_while_it_is_full(
 ) -> None:
     storage = MemoryStorage(await left_by_a_kill(tmp_path, b""), name="disk")
     storage.fail("write", NoSpace("full"), forever=True, wrote=0)
-    image = Image("disk.raw", await Overlay.open(storage, journal_folder=tmp_path), None)
+    image = Image("disk.raw", await open_storage(storage, journal_folder=tmp_path), None)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(image.run)
         await trio.sleep(5)

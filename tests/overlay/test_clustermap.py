@@ -8,6 +8,7 @@ import trio
 from qedfs.errors import BadOverlay
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import Built, empty, filled
@@ -16,7 +17,7 @@ CLUSTER = 4096
 
 
 async def opened(built: Built, *, writable: bool = False) -> Overlay:
-    return await Overlay.open(MemoryStorage(built.data, writable=writable))
+    return await open_storage(MemoryStorage(built.data, writable=writable))
 
 
 async def test_runs_are_split_by_state_and_joined_by_place() -> None:
@@ -109,7 +110,7 @@ async def test_what_crosses_slices_of_a_table_that_is_not_there_yet_is_taken(how
     first, count = 60, 150 if how == "write in a thread" else 8
     size = count * CLUSTER
     storage = MemoryStorage(empty().data, seed=1)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     content = b"\0" if how == "adopt_zeros" else b"x"
     match how:
         case "adopt":
@@ -126,7 +127,7 @@ async def test_what_crosses_slices_of_a_table_that_is_not_there_yet_is_taken(how
 
 async def reopened(overlay: Overlay, storage: MemoryStorage) -> Overlay:
     await overlay.flush()
-    return await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    return await open_storage(MemoryStorage(storage.bytes, writable=False))
 
 
 async def test_a_request_larger_than_the_cache_is_answered() -> None:
@@ -139,7 +140,7 @@ async def test_a_request_larger_than_the_cache_is_answered() -> None:
 @pytest.mark.parametrize("seed", range(10))
 async def test_a_slice_stays_while_a_thread_writes_its_cluster(seed: int) -> None:
     storage = MemoryStorage(many_tables(6).data, seed=seed)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     overlay.clusters._cache_slices = 1
 
     async def browse() -> None:
@@ -157,7 +158,7 @@ async def test_a_slow_read_of_a_slice_does_not_bring_back_what_it_was() -> None:
     """While it is read somebody else loads the slice, changes it and commits, and it is evicted again."""
     for seed in range(60):
         storage = MemoryStorage(many_tables(6).data, seed=seed)
-        overlay = await Overlay.open(storage)
+        overlay = await open_storage(storage)
         overlay.clusters._cache_slices = 1
 
         async def change(overlay: Overlay = overlay) -> None:

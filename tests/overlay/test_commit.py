@@ -13,6 +13,7 @@ import trio.testing
 
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.overlay.check import check
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage, RecordingStorage
@@ -47,7 +48,7 @@ def test_growing_the_file_never_cuts_a_write_that_runs_beside_it(seed: int) -> N
     """A group grows the file to whole clusters while others write behind the end that the group saw."""
 
     async def main() -> None:
-        overlay = await Overlay.open(MemoryStorage(empty(backing=b"").data, seed=seed))
+        overlay = await open_storage(MemoryStorage(empty(backing=b"").data, seed=seed))
 
         async def write(cluster: int) -> None:
             for _ in range(3 * cluster):
@@ -75,7 +76,7 @@ async def test_a_write_in_place_waits_for_the_entry_that_is_under_way() -> None:
     """Without a journal an answered write must be found by the next open, also one that needed no new entry."""
     for seed in range(30):
         storage = MemoryStorage(empty(backing=b"").data, seed=seed)
-        overlay = await Overlay.open(storage)
+        overlay = await open_storage(storage)
         await overlay.write(CLUSTER, b"0" * 512, no_fill)
 
         async def second(overlay: Overlay = overlay, storage: MemoryStorage = storage) -> None:
@@ -91,7 +92,7 @@ async def test_a_write_in_place_waits_for_the_entry_that_is_under_way() -> None:
 
 async def test_waiting_writers_share_barriers() -> None:
     storage = RecordingStorage(empty(backing=b"").data, seed=1)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     before = overlay.committer.barriers
     async with trio.open_nursery() as nursery:
         for cluster in range(20):
@@ -102,7 +103,7 @@ async def test_waiting_writers_share_barriers() -> None:
 @pytest.mark.parametrize("how", ["commit", "flush", "change_record", "detach"])
 async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
     storage = MemoryStorage(empty().data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     await overlay.adopt(0, bytearray(b"x" * CLUSTER), CLUSTER)
     storage.fail("barrier", QedfsError("cannot sync: Input/output error"))
     arguments = (lambda record: record,) if how == "change_record" else ()
@@ -124,12 +125,12 @@ async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
         with pytest.raises(ReadOnlyOverlay):
             await refused()
     await overlay.close()
-    assert await (await Overlay.open(MemoryStorage(storage.bytes))).map(0, 512)
+    assert await (await open_storage(MemoryStorage(storage.bytes))).map(0, 512)
 
 
 async def test_a_failed_barrier_behind_a_detach_is_no_detach() -> None:
     storage = MemoryStorage(empty().data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     storage.fail("barrier", QedfsError("cannot sync"), nth=2)
     with pytest.raises(ReadOnlyOverlay):
         await overlay.detach()
@@ -141,7 +142,7 @@ async def test_a_close_whose_flush_fails_waits_for_the_commit_behind_it(tmp_path
     """Otherwise that one would go on with a descriptor that is closed, or is another file by then."""
     for seed in range(30):
         storage = MemoryStorage(empty().data, name="disk", seed=seed)
-        overlay = await Overlay.open(storage, journal_folder=tmp_path)
+        overlay = await open_storage(storage, journal_folder=tmp_path)
         await overlay.write(0, b"x" * CLUSTER, no_fill)
         storage.fail("write", NoSpace("full"))
         with pytest.RaisesGroup(NoSpace):
@@ -160,7 +161,7 @@ async def test_a_close_whose_flush_fails_waits_for_the_commit_behind_it(tmp_path
 async def test_a_full_disk_loses_no_entry(nth: int) -> None:
     """Each write of a group (two new tables, one L1 sector) fails in turn; the next commit brings all of it."""
     storage = MemoryStorage(empty(image_size=4 << 20).data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     for pos in (0, 2 << 20):
         await overlay.adopt(pos, bytearray(b"x" * CLUSTER), CLUSTER)
     storage.fail("write", NoSpace("full"), nth=nth)
@@ -169,7 +170,7 @@ async def test_a_full_disk_loses_no_entry(nth: int) -> None:
     await overlay.adopt(CLUSTER, bytearray(b"y" * CLUSTER), CLUSTER)
     await overlay.flush()
 
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await read(again, 0, 2 * CLUSTER) == b"x" * CLUSTER + b"y" * CLUSTER
     assert await read(again, 2 << 20, CLUSTER) == b"x" * CLUSTER
 
@@ -178,7 +179,7 @@ async def test_a_failed_write_leaves_no_trace_where_a_table_may_come() -> None:
     """The place of a failed cluster is used again; what was written there must not become entries of a table."""
     built = empty(image_size=4 << 20, backing=b"")
     storage = MemoryStorage(built.data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     await overlay.write(0, b"a" * CLUSTER, no_fill)
     end = len(storage.bytes)
     storage.fail("write", NoSpace("full"))
@@ -187,20 +188,20 @@ async def test_a_failed_write_leaves_no_trace_where_a_table_may_come() -> None:
     assert len(storage.bytes) == end
     await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
     assert await read(overlay, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await again.map((2 << 20) + CLUSTER, CLUSTER) == await overlay.map((2 << 20) + CLUSTER, CLUSTER)
 
 
 async def test_a_place_that_cannot_be_cut_off_is_no_table() -> None:
     storage = MemoryStorage(empty(image_size=4 << 20, backing=b"").data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     await overlay.write(0, b"a" * CLUSTER, no_fill)
     storage.fail("write", NoSpace("full"))
     storage.fail("resize", QedfsError("cannot resize"))
     with pytest.raises(NoSpace):
         await overlay.write(CLUSTER, b"\x10\x20" * 2048, no_fill)
     await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await read(again, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
     await overlay.flush()
     assert leaks(storage) == 0
@@ -226,7 +227,7 @@ class Gated(MemoryStorage):
 async def test_what_a_failed_write_left_is_never_seen(tmp_path: Path) -> None:
     """Its place, with others behind it, takes a whole cluster; no table, and none that is zeros where nobody wrote."""
     storage = Gated(empty(image_size=4 << 20).data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.adopt_zeros(0, 3)
     place = overlay.clusters.file_end
 
@@ -248,7 +249,7 @@ async def test_what_a_failed_write_left_is_never_seen(tmp_path: Path) -> None:
     await overlay.flush()
     assert leaks(storage) == 0
 
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     for cluster, expected in ((0, b"z" * 512), (1, b"y" * 512), (512, b"x" * CLUSTER), (513, b""), (8, b"")):
         assert await read(again, cluster * CLUSTER, CLUSTER) == expected.ljust(CLUSTER, b"\0")
 
@@ -258,7 +259,7 @@ async def test_writes_that_failed_together_leave_no_leak(seed: int) -> None:
     """Several adoptions and a guest meet a full disk beside those that do not; all come again when there is room."""
     image = 64 * CLUSTER
     storage = MemoryStorage(empty(image_size=image).data, seed=seed)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     backing = b"b" * CLUSTER
     failures = 0
 
@@ -284,5 +285,5 @@ async def test_writes_that_failed_together_leave_no_leak(seed: int) -> None:
     await everything()
     await overlay.flush()
     assert leaks(storage) == 0
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await read(again, 0, image) == backing * 60 + b"g" * 4 * CLUSTER

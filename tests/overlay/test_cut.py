@@ -8,6 +8,7 @@ import pytest
 
 from qedfs.errors import BadOverlay, NoSpace
 from qedfs.overlay.check import check, repair
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import BarrierBegun, BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written
@@ -48,9 +49,9 @@ async def test_a_cluster_behind_the_end_stays_bad(lost: int) -> None:
     """Also when the file has grown over it, when its slice has left the memory, and in the next session."""
     storage = cut_at(lost)
     expected = [b"0", b"1", None, None, None]
-    assert await states(await Overlay.open(MemoryStorage(storage.bytes, writable=False)), 0, 1, 2, 3, 513) == expected
+    assert await states(await open_storage(MemoryStorage(storage.bytes, writable=False)), 0, 1, 2, 3, 513) == expected
 
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     overlay.clusters._cache_slices = 1
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
     assert await states(overlay, 0, 1, 2, 3, 513) == expected
@@ -62,13 +63,13 @@ async def test_a_cluster_behind_the_end_stays_bad(lost: int) -> None:
         await overlay.write(2 * CLUSTER, b"g" * CLUSTER, no_fill)
     await overlay.close()
 
-    assert await states(await Overlay.open(MemoryStorage(storage.bytes)), 0, 1, 2, 3, 513) == expected
+    assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 1, 2, 3, 513) == expected
 
 
 async def test_what_this_session_wrote_behind_the_end_of_then_is_good() -> None:
     """Its slice is read again, for the first time from the file."""
     storage = cut_at(3 * CLUSTER)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     overlay.clusters._cache_slices = 1
     await overlay.write(1024 * CLUSTER, b"new", no_fill)
     await overlay.flush()
@@ -82,7 +83,7 @@ async def test_a_table_behind_the_end_stays_bad(left: int) -> None:
     """Otherwise what a guest writes would be taken for entries."""
     whole = filled({0: 0, 512: 0, 1024: 0}, backing=b"", image_size=4 * SPAN)
     storage = MemoryStorage(whole.data[: -2 * CLUSTER + left])
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     entry = (0x3000).to_bytes(8, "little")
     await overlay.write(0, entry * 1536 * 2, no_fill)
     await overlay.flush()
@@ -91,13 +92,13 @@ async def test_a_table_behind_the_end_stays_bad(left: int) -> None:
         await overlay.write(SPAN, b"g", no_fill)
     await overlay.close()
 
-    again = await Overlay.open(MemoryStorage(storage.bytes))
+    again = await open_storage(MemoryStorage(storage.bytes))
     assert await states(again, 0, 512, 1024) == [b"\0", None, None]
 
 
 async def test_a_cut_overlay_can_be_repaired_after_a_session() -> None:
     storage = cut_at(3 * CLUSTER)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER, no_fill)
     assert await states(overlay, 2, 513) == [None, None]
     await overlay.close()
@@ -106,12 +107,12 @@ async def test_a_cut_overlay_can_be_repaired_after_a_session() -> None:
     header = read_header(closed)[0]
     assert check(closed, header).corruptions == 3
     assert repair(closed, header).repaired == 3
-    assert await states(await Overlay.open(closed), 0, 2, 3, 513, 1024) == [b"0", 0, 0, 0, b"o"]
+    assert await states(await open_storage(closed), 0, 2, 3, 513, 1024) == [b"0", 0, 0, 0, b"o"]
 
 
 async def test_a_whole_overlay_is_left_as_it_is() -> None:
     storage = MemoryStorage(filled({0: b"0", 513: b"5"}, image_size=4 * SPAN).data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     assert await states(overlay, 0, 513) == [b"0", b"5"]
     assert not overlay.committer.pending
 
@@ -119,14 +120,14 @@ async def test_a_whole_overlay_is_left_as_it_is() -> None:
 async def test_a_kill_before_the_commit_keeps_the_marks(tmp_path: Path) -> None:
     """A write that only the journal knows of has made the file longer."""
     storage = MemoryStorage(cut_at(3 * CLUSTER).bytes, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     expected = [b"0", b"1", None, None, None]
     assert await states(overlay, 0, 1, 2, 3, 513) == expected
     assert not overlay.committer.pending
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
     assert overlay.clusters.dirty
 
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert await states(again, 0, 1, 2, 3, 513, 1024) == [*expected, b"o"]
 
 
@@ -135,7 +136,7 @@ async def test_the_file_grows_behind_a_barrier_for_the_marks(how: str) -> None:
     """One, and none where there are no marks; whoever grows it finds them itself or somebody else has."""
     for found, data in ((1, cut_at(3 * CLUSTER).bytes), (0, filled({0: b"0"}, image_size=4 * SPAN).data)):
         storage = RecordingStorage(data)
-        overlay = await Overlay.open(storage)
+        overlay = await open_storage(storage)
         begun, size = len(storage.log), len(storage.bytes)
         block = bytearray(b"new!" * (CLUSTER // 4))
         arguments = {"write": (4 * CLUSTER, block, no_fill), "adopt": (4 * CLUSTER, block, CLUSTER)}
@@ -152,9 +153,9 @@ async def test_the_file_grows_behind_a_barrier_for_the_marks(how: str) -> None:
 
 async def test_marks_that_cannot_be_written_wait_for_the_next_group() -> None:
     storage = cut_at(3 * CLUSTER)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     storage.fail("write", NoSpace("full"), wrote=0)
     assert await states(overlay, 0, 2) == [b"0", None]
     assert overlay.committer.pending
     await overlay.flush()
-    assert await states(await Overlay.open(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]
+    assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]

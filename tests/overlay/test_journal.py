@@ -13,7 +13,7 @@ import pytest
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.overlay.journal import Journal, Pair, read_journal
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 
@@ -177,7 +177,7 @@ def test_a_void_journal_comes_to_its_place_at_no_moment(tmp_path: Path, monkeypa
 async def test_the_journal_of_a_busy_writer_does_not_grow(tmp_path: Path) -> None:
     """There is always an entry that waits: one is written during each commit."""
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     clusters = iter(range(200))
     plain = storage.in_thread
 
@@ -191,18 +191,18 @@ async def test_the_journal_of_a_busy_writer_does_not_grow(tmp_path: Path) -> Non
         await overlay.commit()
         (journal,) = os.scandir(tmp_path)
         assert journal.stat().st_size == HEADER_SIZE + 16
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [run.size for run in await again.map(0, 60 * CLUSTER) if run.offset > 1] == [51 * CLUSTER]
 
 
 async def test_a_killed_session_is_replayed(tmp_path: Path) -> None:
     storage = MemoryStorage(empty(image_size=4 << 20, backing=b"").data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.write(0, b"a" * CLUSTER, no_fill)
     await overlay.write(2 << 20, b"b" * 512, no_fill)
     assert overlay.committer.pending
 
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [run.size for run in await again.map(0, CLUSTER) if run.offset > 1] == [CLUSTER]
     assert [run.size for run in await again.map(2 << 20, CLUSTER) if run.offset > 1] == [CLUSTER]
     assert not again.committer.pending
@@ -228,7 +228,7 @@ class SmallTmpfs:
 async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """The write of three clusters finds room for some of its entries only; it must be committed before its answer."""
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.write(8 * CLUSTER, b"b" * CLUSTER, no_fill)
     monkeypatch.setattr("qedfs.overlay.journal.os.pwrite", SmallTmpfs(room))
     await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
@@ -237,7 +237,7 @@ async def test_a_full_tmpfs_loses_no_answered_write(tmp_path: Path, monkeypatch:
     (left,) = os.scandir(tmp_path)
     assert left.stat().st_size == HEADER_SIZE  # what is committed frees its room
 
-    again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     for cluster in (0, 1, 2, 4, 8):
         assert (await again.map(cluster * CLUSTER, CLUSTER))[0].offset > 1
 
@@ -249,12 +249,12 @@ async def test_a_journal_that_was_removed_loses_no_answered_write(
     folder = tmp_path / "journal"
     folder.mkdir()
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=folder)
+    overlay = await open_storage(storage, journal_folder=folder)
     await overlay.write(8 * CLUSTER, b"b" * CLUSTER, no_fill)
     shutil.rmtree(folder)
     for cluster in (0, 1):
         await overlay.write(cluster * CLUSTER, b"a" * CLUSTER, no_fill)
-        again = await Overlay.open(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
+        again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
         for written in (8, *range(cluster + 1)):
             assert (await again.map(written * CLUSTER, CLUSTER))[0].offset > 1
     assert ["No such file" in text for text in caplog.messages] == [True]
@@ -264,7 +264,7 @@ async def test_a_journal_that_was_removed_loses_no_answered_write(
 @pytest.mark.expect_log("No space left on device; writes to new clusters wait for a commit")
 async def test_a_failed_barrier_voids_a_journal_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = MemoryStorage(empty(backing=b"").data, name="disk")
-    overlay = await Overlay.open(storage, journal_folder=tmp_path)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.write(CLUSTER, b"b" * CLUSTER, no_fill)
     monkeypatch.setattr("qedfs.overlay.journal.os.pwrite", SmallTmpfs(0))
     storage.fail("barrier", QedfsError("EIO"))

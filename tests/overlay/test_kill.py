@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from qedfs.overlay.check import check
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.examine import read_all
@@ -34,7 +34,7 @@ async def judge(history: History, kill: Kill, folder: Path) -> str | None:
     image: bytes | bytearray = kill.image
     for _ in range(2):
         storage = MemoryStorage(image, name="disk")
-        overlay = await Overlay.open(storage, journal_folder=folder)
+        overlay = await open_storage(storage, journal_folder=folder)
         fault = history.model.fault(await read_all(overlay, history.scenario.base), kill.at)
         corruptions = check(storage, read_header(storage)[0]).corruptions
         if fault or corruptions:
@@ -89,8 +89,8 @@ RULES = (
     ),
     Mutant(
         "the journal is replayed before the new session voids it",
-        "overlay:Overlay._open",
-        "apply(leftover.pairs, clusters, overlay._make_table)",
+        "opening:_open",
+        "apply(leftover.pairs, clusters, space.make_table)",
         "pass",
     ),
 )

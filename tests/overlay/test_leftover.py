@@ -13,7 +13,8 @@ import pytest
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.opening import open_overlay, open_storage
+from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.examine import read_all
 from tests.overlay.images import empty
@@ -29,7 +30,7 @@ async def no_fill(cluster: int) -> bytes:
 async def opened(image: bytes | bytearray, folder: Path, *, device: int = 0) -> tuple[Overlay, MemoryStorage]:
     storage = MemoryStorage(image, name="disk")
     storage.device_number = device
-    return await Overlay.open(storage, journal_folder=folder), storage
+    return await open_storage(storage, journal_folder=folder), storage
 
 
 async def write(overlay: Overlay, clusters: str) -> None:
@@ -131,7 +132,7 @@ async def test_a_read_only_opening_shows_what_was_left(tmp_path: Path) -> None:
     for locked in (True, False):
         reader = MemoryStorage(before, name="disk", writable=False)
         reader.locked = locked
-        shown = await Overlay.open(reader, journal_folder=tmp_path)
+        shown = await open_storage(reader, journal_folder=tmp_path)
         image = await read_all(shown, bytes(shown.image_size))
         assert [pos for pos in tables if image[pos : pos + CLUSTER] == b"a" * CLUSTER] == list(tables[1::2])
         assert (bytes(image[:CLUSTER]), sum(map(bool, image))) == (b"b" * 512 + bytes(CLUSTER - 512), 4 * CLUSTER + 512)
@@ -152,7 +153,7 @@ async def test_a_read_only_opening_shows_a_last_cluster_that_is_short(tmp_path: 
     await overlay.write(0, b"b" * 512, no_fill)
     die(overlay)
     reader = MemoryStorage(storage.bytes, name="disk", writable=False)
-    image = await read_all(await Overlay.open(reader, journal_folder=tmp_path), bytes(1 << 20))
+    image = await read_all(await open_storage(reader, journal_folder=tmp_path), bytes(1 << 20))
     assert image[: 2 * CLUSTER] == b"b" * 512 + bytes(CLUSTER - 512) + b"1" * CLUSTER
 
 
@@ -161,7 +162,7 @@ async def test_a_read_only_opening_without_locks_does_not_look_at_a_running_moun
     await write(overlay, "1")
     reader = MemoryStorage(storage.bytes, name="disk", writable=False)
     reader.locked = False
-    assert await content(await Overlay.open(reader, journal_folder=tmp_path)) == ""
+    assert await content(await open_storage(reader, journal_folder=tmp_path)) == ""
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -193,7 +194,7 @@ async def test_a_failed_barrier_of_a_replay_voids_the_journal(tmp_path: Path, nt
     failing.device_number = device
     failing.fail("barrier", QedfsError("EIO"), nth=nth)
     with pytest.raises(ReadOnlyOverlay, match="EIO"):
-        await Overlay.open(failing, journal_folder=tmp_path)
+        await open_storage(failing, journal_folder=tmp_path)
     again, _ = await opened(failing.bytes, tmp_path, device=device)
     # The first barrier stands before the entries, the second behind them: then their data is durable.
     assert await content(again) == ("" if nth == 1 else "12")
@@ -207,7 +208,7 @@ async def test_a_failed_barrier_of_a_replay_needs_no_record_to_void_the_journal(
     failing = MemoryStorage(storage.bytes, name="disk")
     failing.fail("barrier", QedfsError("EIO"), forever=True)
     with pytest.raises(ReadOnlyOverlay, match="EIO"):
-        await Overlay.open(failing, journal_folder=tmp_path)
+        await open_storage(failing, journal_folder=tmp_path)
     again, _ = await opened(storage.bytes, tmp_path)
     assert await content(again) == ""
 

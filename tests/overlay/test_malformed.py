@@ -15,7 +15,7 @@ from qedfs.format.header import NEED_CHECK
 from qedfs.format.tables import MISSING
 from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import Run
-from qedfs.overlay.overlay import open_overlay
+from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.session import read_header
 from tests.overlay.images import empty
 from tests.overlay.malformed import MOST_SECONDS, Malformed, generate, judge, named

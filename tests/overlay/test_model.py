@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qedfs.format.geometry import Geometry
 from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import SLICE_ENTRIES
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
@@ -51,7 +52,7 @@ class Machine:
         self.overlay: Overlay
 
     async def open(self) -> None:
-        self.overlay = await Overlay.open(self._storage, journal_folder=self._journals)
+        self.overlay = await open_storage(self._storage, journal_folder=self._journals)
         self.overlay.clusters._cache_slices = 2
 
     async def step(self, name: str, place: int, count: int) -> None:
@@ -101,7 +102,7 @@ class Machine:
     async def read_only(self, _place: int, _count: int) -> None:
         """A second opening sees what is committed."""
         await self.overlay.commit()
-        other = await Overlay.open(MemoryStorage(self._storage.bytes, writable=False))
+        other = await open_storage(MemoryStorage(self._storage.bytes, writable=False))
         assert await read_all(other, self.base) == self.expected
 
     async def detach(self, _place: int, _count: int) -> None:
@@ -179,7 +180,7 @@ def test_each_rule_is_necessary(mutant: Mutant) -> None:
         return faults is not None or history.misreads != []
 
     async def final_fault(history: Any) -> str | None:
-        overlay = await Overlay.open(MemoryStorage(history.storage.bytes))
+        overlay = await open_storage(MemoryStorage(history.storage.bytes))
         content = await read_all(overlay, history.scenario.base)
         fault: str | None = history.model.fault(content, len(history.storage.log))
         return fault

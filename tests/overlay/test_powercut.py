@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, decode_header
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from tests.fakes.storage import Marked, RecordingStorage, Resized, Written
 from tests.model import SectorModel
 from tests.overlay.cuts import Cut, Disk, Piece
@@ -86,7 +86,7 @@ async def streamed_to_the_end() -> tuple[History, int]:
     scenario = Scenario(0, built.header.geometry, backing, False, True, False, 0, 0)
     storage = RecordingStorage(built.data)
     history = History(scenario, storage, SectorModel(backing))
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     for pos in range(0, len(backing), 8 * 4096):
         await overlay.adopt(pos, bytearray(backing[pos : pos + 8 * 4096]), 8 * 4096)
     await overlay.detach()

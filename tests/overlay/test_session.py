@@ -11,6 +11,7 @@ import trio
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import UNTOUCHED
 from qedfs.format.record import Pin, Record
+from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage
@@ -23,7 +24,7 @@ PIN = Pin("0" * 32, 4096, etag='"e"')
 async def test_two_changes_at_once_do_not_lose_one_another() -> None:
     for seed in range(20):
         storage = MemoryStorage(empty().data, seed=seed)
-        overlay = await Overlay.open(storage)
+        overlay = await open_storage(storage)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(overlay.change_record, pinned)
             nursery.start_soon(overlay.change_record, paused)
@@ -39,7 +40,7 @@ def paused(record: Record) -> Record:
 
 
 async def stored(storage: MemoryStorage) -> tuple[Pin | None, bool]:
-    again = await Overlay.open(MemoryStorage(storage.bytes, writable=False))
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     return again.record.pin, again.record.paused
 
 
@@ -60,7 +61,7 @@ class Attempt:
 
 async def one_behind_the_other(storage: MemoryStorage) -> tuple[Overlay, Attempt, Attempt]:
     """A pin, and a pause that waits for it to be stored."""
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     first, second = Attempt(overlay, pinned), Attempt(overlay, paused)
     async with trio.open_nursery() as nursery, overlay._session_lock:
         nursery.start_soon(first.run)
@@ -105,7 +106,7 @@ async def test_autoclear_bits_of_others_are_cleared_before_the_first_write(room:
         del built.data[2 * CLUSTER :]
     built.replace(autoclear_features=bits)
     storage = RecordingStorage(built.data)
-    overlay = await Overlay.open(storage)
+    overlay = await open_storage(storage)
     assert overlay.keeps_record == room
     assert read_header(storage)[0].autoclear_features == (UNTOUCHED if room else 0)
     if bits & 4:
@@ -116,5 +117,5 @@ async def test_an_overlay_without_room_and_bits_is_opened_without_a_write() -> N
     built = empty(backing=b"n" * 2000)
     built.replace(header_size=1, l1_table_offset=CLUSTER)
     storage = RecordingStorage(built.data[: 2 * CLUSTER])
-    await Overlay.open(storage)
+    await open_storage(storage)
     assert storage.log == []

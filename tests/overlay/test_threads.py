@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.overlay import Overlay, open_overlay
+from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
 
 MIB = 1 << 20

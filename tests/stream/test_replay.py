@@ -8,7 +8,7 @@ import trio.testing
 
 from qedfs.errors import SourceError
 from qedfs.image import Image
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.opening import open_storage
 from qedfs.stream.job import StreamJob
 from qedfs.stream.replay import replay
 from tests.fakes.source import FakeSource
@@ -144,7 +144,7 @@ async def test_a_disk_that_hangs_under_a_profile_holds_up_its_own_image_only(
         storage = MemoryStorage(
             empty(cluster_size=CLUSTER, image_size=hanging.size, backing=b"http://fake/disk.raw").data
         )
-        other = Image("b.raw", await Overlay.open(storage), hanging.fetch)
+        other = Image("b.raw", await open_storage(storage), hanging.fetch)
         await other.overlay.clusters.count()
         monkeypatch.setattr(hanging.overlay, "adopt", hang)
         async with trio.open_nursery() as nursery:

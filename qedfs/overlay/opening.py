@@ -1,0 +1,108 @@
+"""How an overlay is opened: read and judged, repaired, completed by what a killed session left, its session begun.
+
+Owns the order of these. Must not know what becomes of an open overlay. All of it waits for the disk, in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from pathlib import Path
+
+from qedfs.errors import BadOverlay
+from qedfs.format.geometry import ENTRY_SIZE, round_down, round_up
+from qedfs.format.header import NEED_CHECK, Header
+from qedfs.format.tables import decode_table
+from qedfs.overlay.beginning import Beginning
+from qedfs.overlay.check import repair
+from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.cut import mark_beyond
+from qedfs.overlay.leftover import apply, find_leftover, fits
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.space import Space
+from qedfs.overlay.storage import FileStorage, Storage
+
+log = logging.getLogger(__name__)
+
+
+async def open_overlay(
+    path: str, *, writable: bool, locked: bool = True, journal_folder: Path | None = None, dir_fd: int | None = None
+) -> Overlay:
+    """Open the overlay file at `path`; see `FileStorage.open` and `open_storage`. Errors name the path."""
+    storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
+    try:
+        overlay = await open_storage(storage, journal_folder=journal_folder)
+    except BadOverlay as exc:
+        storage.close()
+        raise BadOverlay(f"{path}: {exc}") from exc
+    except BaseException:
+        storage.close()
+        raise
+    if overlay.stray_journal is not None:
+        log.warning("%s: %s is of another state of this overlay, and is not used", path, overlay.stray_journal)
+    if overlay.full is not None:
+        log.warning("%s: the file system is full; nothing is written or kept until there is space", path)
+    return overlay
+
+
+async def open_storage(storage: Storage, *, journal_folder: Path | None = None) -> Overlay:
+    """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
+
+    On a full disk the session begins later (`beginning.py`): what needs it raises NoSpace until then. A read-only
+    overlay shows what a killed session left, and leaves it for the next writable opening.
+
+    `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
+
+    Raises:
+        BadOverlay: it cannot be served; nothing has been written to it.
+    """
+    return await storage.in_thread(lambda: _open(storage, journal_folder))
+
+
+def _open(storage: Storage, journal_folder: Path | None) -> Overlay:
+    header, backing = read_header(storage)
+    session = Session(storage, header, read_record(storage, header))
+    if storage.writable and header.dirty:
+        repair(storage, header)
+        session.clear_dirty(NEED_CHECK)
+    file_end = storage.size()
+    cluster_size = header.geometry.cluster_size
+    # What lies behind the last whole cluster does not exist.
+    clusters = ClusterMap(storage, header, _read_l1(storage, header), round_down(file_end, cluster_size))
+    committer = Committer(storage, session.header, clusters, None)
+    session.barrier = committer.barrier
+    space = Space(storage, clusters)
+    if storage.writable:
+        _mark_cut_tables(clusters, committer)
+    leftover = find_leftover(storage, journal_folder, session.previous())
+    stray = None
+    if leftover and not fits(leftover, session.header, clusters, storage.size()):
+        stray, leftover = leftover.path, None
+    if storage.writable or leftover:
+        # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
+        clusters.file_end = round_up(file_end, cluster_size)
+    if leftover:
+        # The file may have some of it.
+        apply(leftover.pairs, clusters, space.make_table)
+    beginning = None
+    if storage.writable:
+        beginning = Beginning(storage, session, committer, journal_folder, leftover)
+        beginning.at_open()
+    overlay = Overlay(storage, session, clusters, committer, space, beginning)
+    overlay.backing, overlay.stray_journal = backing, stray
+    return overlay
+
+
+def _read_l1(storage: Storage, header: Header) -> array[int]:
+    l1_bytes = bytearray(header.geometry.l1_used * ENTRY_SIZE)
+    storage.read(header.l1_table_offset, memoryview(l1_bytes))
+    return decode_table(l1_bytes)
+
+
+def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:
+    """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
+    first_bad = clusters.file_end - clusters.geometry.table_bytes + 1
+    if cut := mark_beyond(clusters.l1, first_bad, clusters.geometry.cluster_size):
+        committer.write_l1(cut)
