@@ -177,13 +177,17 @@ class Fetch:
 
     # For the background: read-ahead and stream.
 
-    def ahead(self, first: int, count: int, *, taker: Taker) -> None:
-        """Start fetching clusters that a sequential reader will want soon, without waiting for them."""
+    def ahead(self, first: int, count: int, *, taker: Taker) -> int:
+        """Start fetching clusters that a sequential reader will want soon, without waiting for them.
+
+        Returns how many of them: there may not be room for all.
+        """
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
             if not self._has_room(step) or self._backlog.is_behind(taker, step * self.cluster_size):
-                return
+                return at - first
             self.start(at, min(step, first + count - at), taker=taker, asked=True)
+        return count
 
     async def turn(self, first: int, count: int, *, taker: Taker, preferred: bool = False) -> None:
         """Wait until a background request for these clusters may leave. `preferred`: a reader will soon want them.

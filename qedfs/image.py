@@ -34,6 +34,7 @@ COMMIT_SECONDS = 2.0
 MOST_UNCOMMITTED_BYTES = 256 << 20  # beyond, adoption waits for the disk
 NO_SPACE_RETRY_SECONDS = 5.0
 AHEAD_SECONDS = 5.0  # of the link's rate, that a sequential reader is served ahead at the most
+MOST_AHEAD_BYTES = 64 << 20  # well below what may wait for one disk (`backlog.py`)
 AHEAD_UNKNOWN_BYTES = 2 << 20  # while the rate has not been measured
 
 
@@ -177,8 +178,9 @@ class Image:
             return
         window = self.fetch.window
         # On a slow link, what is ahead of the reader is also in its way: at most some seconds of it.
-        most = min(3 * window.bytes, AHEAD_SECONDS * window.rate) if window.rate else AHEAD_UNKNOWN_BYTES
-        advice = self._readahead.advise(pos, size, most=int(most), step=window.request_bytes)
+        most = int(min(3 * window.bytes, AHEAD_SECONDS * window.rate)) if window.rate else AHEAD_UNKNOWN_BYTES
+        most = min(most, MOST_AHEAD_BYTES)
+        advice = self._readahead.advise(pos, size, most=most, step=window.request_bytes)
         if advice is None:
             return
         start, length = advice[0], min(advice[1], min(self.size, identity.size) - advice[0])
@@ -207,8 +209,11 @@ class Image:
         for run in self.overlay.clusters.runs(pos, size) or ():
             if run.offset == MISSING:
                 first = run.pos // self.overlay.cluster_size
-                last = (run.pos + run.size - 1) // self.overlay.cluster_size
-                self.fetch.ahead(first, last - first + 1, taker=self)
+                count = (run.pos + run.size - 1) // self.overlay.cluster_size - first + 1
+                started = self.fetch.ahead(first, count, taker=self)
+                if started < count:
+                    self._readahead.fell_short((first + started) * self.overlay.cluster_size, pos + size)
+                    return
 
     # Write.
 

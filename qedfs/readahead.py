@@ -18,7 +18,7 @@ SLACK_BYTES = 4 << 20
 class _Reader:
     end: int  # highest byte it has read
     window: int = 0
-    fetched_to: int = 0  # everything below has been asked for on its behalf
+    fetched_to: int = 0  # everything below has been asked for on its behalf, or is about to be
 
 
 class Readahead:
@@ -47,6 +47,12 @@ class Readahead:
             return None
         reader.fetched_to = stop
         return start, stop - start
+
+    def fell_short(self, pos: int, stop: int) -> None:
+        """Of what was advised up to `stop`, nothing from `pos` on has been asked for: tell its reader again."""
+        for reader in self._readers:
+            if reader.end < stop <= reader.fetched_to:
+                reader.fetched_to = max(pos, reader.end)
 
     def _find(self, pos: int, size: int) -> _Reader | None:
         for reader in self._readers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
+from qedfs import backlog
+from qedfs import image as image_module
 from qedfs.image import Image
 from qedfs.stream.job import StreamJob
 from tests.fakes.source import FakeSource
@@ -13,6 +15,7 @@ from tests.served import CLUSTER, served
 # 4 KiB clusters: a table spans 2 MiB, so that the hole has whole tables, which stay missing when the image is complete.
 CONTENT = b"a" * CLUSTER + bytes(8 << 20)
 HOLE = (4 << 20, 4 << 20)
+STEP = 256 << 10
 
 
 @pytest.fixture
@@ -61,6 +64,20 @@ async def test_a_fault_of_ours_ends_nothing_else(
         monkeypatch.setattr(image.overlay, "map", broken)
         await begin_ahead(image)
         assert "a fault" in caplog.text
+
+
+async def test_what_there_is_no_room_for_is_fetched_later(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog, "MOST_HELD_BYTES", 4 << 20)
+    monkeypatch.setattr(image_module, "AHEAD_UNKNOWN_BYTES", 24 << 20)
+    source = FakeSource(bytes(b"a" * (32 << 20)))
+    async with served(source) as image:
+        for pos in range(0, image.size, STEP):
+            assert await image.read(pos, STEP) == b"a" * STEP
+            await trio.sleep(0.01)
+    # Some, before it is seen that the reader goes straight ahead.
+    assert sum(size for _, size, urgent in source.reads if urgent) < 4 << 20
 
 
 async def begin_ahead(image: Image) -> None:

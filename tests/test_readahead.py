@@ -53,3 +53,27 @@ def test_several_readers_are_told_apart() -> None:
             advice = ahead.advise(base + number * READ, READ, most=MOST, step=STEP)
             assert advice is None or base < advice[0] <= base + number * READ + READ + MOST
             assert number < 5 or ahead.active
+
+
+def test_what_there_was_no_room_for_is_advised_again() -> None:
+    ahead = Readahead()
+    ahead.advise(0, READ, most=MOST, step=STEP)
+    advice = ahead.advise(READ, READ, most=MOST, step=STEP)
+    assert advice is not None
+    start, size = advice
+    ahead.fell_short(start + STEP, start + size)
+    again = ahead.advise(2 * READ, READ, most=MOST, step=STEP)
+    assert again is not None
+    assert again[0] == start + STEP
+
+
+def test_a_reader_who_has_passed_what_there_was_no_room_for_goes_on_from_where_it_is() -> None:
+    ahead = Readahead()
+    ahead.advise(0, READ, most=MOST, step=STEP)
+    advice = (0, 0)
+    for number in range(1, 40):
+        advice = ahead.advise(number * READ, READ, most=MOST, step=STEP) or advice
+    ahead.fell_short(READ, sum(advice))
+    again = ahead.advise(40 * READ, READ, most=MOST, step=STEP)
+    assert again is not None
+    assert again[0] == 41 * READ
