@@ -35,7 +35,7 @@ from qedfs.overlay.storage import Storage
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
-COUNT_AT_ONCE = 64  # slices or holes looked at between two turns of the event loop
+COUNT_AT_ONCE = 32  # slices or holes looked at between two turns of the event loop
 GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
 CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
 
@@ -352,9 +352,14 @@ class ClusterMap:
             self.write_marks(number, {index // SECTOR_ENTRIES for index in bad})
 
     async def _slice(self, number: int) -> array[int]:
-        """A slice that has a table, without bringing it into memory."""
+        """A slice that has a table; it is brought into memory only if something in it has to be marked."""
         part = self._slices.get(number)
-        return await self._read_slice(number) if part is None else part
+        if part is None:
+            part = await self._read_slice(number)
+            if self._cut is not None and self._cut.concerns(part):
+                self._keep(number, part)
+                self._evict(range(number, number + 1))
+        return part
 
     async def _read_slice(self, number: int) -> array[int]:
         """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""

@@ -5,7 +5,8 @@ of somebody else, or at what would be taken for a table; so it is marked while i
 session. A marked entry points into the middle of a cluster: qedfs and QEMU refuse it in a file of any length, and its
 old value can be read off it. The committer writes the marks when they are found, and has a barrier behind them before
 anything more is allocated: neither a kill nor a power cut leaves the growth without the marks that came before it.
-What this does not tell: entries in slices that no session has read before the file grew over them.
+What this does not tell: entries in slices that no session has read before the file grew over them. A session that has
+counted its clusters has read all of them.
 
 Must not know when entries are read or written.
 """
@@ -24,6 +25,10 @@ class Cut:
         self._end = end
         self._cluster_size = cluster_size
         self._judged: set[int] = set()
+
+    def concerns(self, part: array[int]) -> bool:
+        """Whether a slice has entries behind the end of then, of whatever origin."""
+        return max(part, default=0) >= self._end
 
     def marked(self, number: int, part: array[int]) -> list[int]:
         """Mark what is bad in a slice that was read from the file; the indices, which the file now needs to get.

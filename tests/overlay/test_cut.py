@@ -66,6 +66,27 @@ async def test_a_cluster_behind_the_end_stays_bad(lost: int) -> None:
     assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 1, 2, 3, 513) == expected
 
 
+async def test_counting_marks_what_nobody_else_reads() -> None:
+    """The next session finds the file grown: a guest's write to a lost cluster would land in somebody else's."""
+    storage = cut_at(3 * CLUSTER)
+    overlay = await open_storage(storage)
+    overlay.clusters._cache_slices = 1
+    await overlay.clusters.count()
+    assert overlay.clusters.missing == 4 * SPAN // CLUSTER - 5
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
+    await overlay.close()
+
+    again = await open_storage(MemoryStorage(storage.bytes))
+    assert await states(again, 0, 1, 2, 3, 513, 1024) == [b"0", b"1", None, None, None, b"o"]
+
+
+async def test_counting_brings_no_sound_slice_into_memory() -> None:
+    storage = MemoryStorage(filled({0: b"0", 513: b"5"}, image_size=4 * SPAN).data)
+    overlay = await open_storage(storage)
+    await overlay.clusters.count()
+    assert not any(overlay.clusters.is_loaded(cluster * CLUSTER, 1) for cluster in (0, 513))
+
+
 async def test_what_this_session_wrote_behind_the_end_of_then_is_good() -> None:
     """Its slice is read again, for the first time from the file."""
     storage = cut_at(3 * CLUSTER)
