@@ -67,7 +67,7 @@ class Committer:
         self._flushed = 0  # the same, of those with the second barrier
         self._running = False
         self._closed = False
-        self._marks = 0  # slices of which marks were written (`cut.py`)
+        self._marks = 0  # times that marks were written (`cut.py`)
         self._durable_marks = 0  # of these, those behind which a barrier was
         clusters.write_marks = self._write_marks
         self._cold: list[tuple[int, int]] = []
@@ -126,8 +126,9 @@ class Committer:
             raise
         self._landed(group)
 
-    def write_l1(self, indices: Iterable[int]) -> None:
-        """Write these L1 entries, while nobody else uses the overlay. The next barrier makes them durable."""
+    def mark_l1(self, indices: Iterable[int]) -> None:
+        """Write these marked L1 entries, while nobody else uses the overlay. See `secure_marks`."""
+        self._marks += 1
         for offset, data in self._l1_sectors(indices):
             self._storage.write(offset, [data])
 

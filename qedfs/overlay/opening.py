@@ -105,4 +105,4 @@ def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:
     """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
     first_bad = clusters.file_end - clusters.geometry.table_bytes + 1
     if cut := mark_beyond(clusters.l1, first_bad, clusters.geometry.cluster_size):
-        committer.write_l1(cut)
+        committer.mark_l1(cut)

@@ -117,6 +117,22 @@ async def test_a_table_behind_the_end_stays_bad(left: int) -> None:
     assert await states(again, 0, 512, 1024) == [b"\0", None, None]
 
 
+@pytest.mark.parametrize("room", [True, False])
+async def test_the_file_grows_behind_a_barrier_for_the_marks_of_tables(*, room: bool) -> None:
+    """Also in an overlay without room for a record, whose session begins without a barrier."""
+    whole = filled({0: 0, 512: 0, 1024: 0}, backing=b"n" * 2000, image_size=4 * SPAN)
+    if not room:
+        whole.replace(header_size=1)
+    storage = RecordingStorage(whole.data[: -2 * CLUSTER])
+    size = len(storage.bytes)
+    overlay = await open_storage(storage)
+    assert overlay.keeps_record == room
+    await overlay.write(0, (0x3000).to_bytes(8, "little") * 512, no_fill)
+    marked = storage.log.index(Written(0x2000, bytes(storage.bytes[0x2000:0x2020])))
+    grown = next(at for at, entry in enumerate(storage.log) if isinstance(entry, Written) and entry.offset >= size)
+    assert any(isinstance(entry, BarrierBegun) for entry in storage.log[marked:grown])
+
+
 async def test_a_cut_overlay_can_be_repaired_after_a_session() -> None:
     storage = cut_at(3 * CLUSTER)
     overlay = await open_storage(storage)
