@@ -115,8 +115,10 @@ async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
         return [Run(MISSING, pos, min(gap * overlay.cluster_size, left))]
     size = min(CLUSTERS_AT_ONCE * overlay.cluster_size, left)
     await overlay.clusters.load(pos, size)
-    # A mount may have let the file grow since it was opened, and the entries just loaded may point there.
-    overlay.clusters.file_end = round_down(overlay.storage.size(), overlay.cluster_size)
+    # A mount may have let the file grow since it was opened, and the entries just loaded may point there. What a killed
+    # session has left may lie behind the last whole cluster of the file.
+    file_end = round_down(overlay.storage.size(), overlay.cluster_size)
+    overlay.clusters.file_end = max(overlay.clusters.file_end, file_end)
     return await overlay.map(pos, size)
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.cli.map import whole_map
 from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.format.tables import MISSING
+from qedfs.overlay.clustermap import Run
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.opening import open_overlay, open_storage
 from qedfs.overlay.overlay import Overlay
@@ -155,6 +158,18 @@ async def test_a_read_only_opening_shows_a_last_cluster_that_is_short(tmp_path: 
     reader = MemoryStorage(storage.bytes, name="disk", writable=False)
     image = await read_all(await open_storage(reader, journal_folder=tmp_path), bytes(1 << 20))
     assert image[: 2 * CLUSTER] == b"b" * 512 + bytes(CLUSTER - 512) + b"1" * CLUSTER
+
+
+@pytest.mark.parametrize("length", [512, 65536])
+async def test_the_whole_map_has_what_was_left_behind_the_file_s_end(tmp_path: Path, length: int) -> None:
+    """Its table, of four slices, is in memory only; its cluster may be short."""
+    image = empty(cluster_size=65536, table_size=4, image_size=4 << 30, backing=b"").data
+    overlay, storage = await opened(image, tmp_path)
+    await overlay.write(0, b"b" * length, no_fill)
+    die(overlay)
+    reader = MemoryStorage(storage.bytes, name="disk", writable=False)
+    runs = [run async for run in whole_map(await open_storage(reader, journal_folder=tmp_path))]
+    assert runs == [Run(0x90000, 0, 65536), Run(MISSING, 65536, (4 << 30) - 65536)]
 
 
 async def test_a_read_only_opening_without_locks_does_not_look_at_a_running_mount(tmp_path: Path) -> None:
