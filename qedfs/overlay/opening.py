@@ -67,10 +67,12 @@ def _open(storage: Storage, journal_folder: Path | None) -> Overlay:
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
+    l1 = _read_l1(storage, header)
+    # Behind the read: where a mount writes to the file meanwhile, it is long enough for every table in this L1.
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
     # What lies behind the last whole cluster does not exist.
-    clusters = ClusterMap(storage, header, _read_l1(storage, header), round_down(file_end, cluster_size))
+    clusters = ClusterMap(storage, header, l1, round_down(file_end, cluster_size))
     committer = Committer(storage, session.header, clusters, None)
     session.barrier = committer.barrier
     space = Space(storage, clusters)

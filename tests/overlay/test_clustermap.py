@@ -20,6 +20,47 @@ async def opened(built: Built, *, writable: bool = False) -> Overlay:
     return await open_storage(MemoryStorage(built.data, writable=writable))
 
 
+class Growing(MemoryStorage):
+    """A file that a mount writes to meanwhile: from the `nth` look at it on, it is `later`."""
+
+    def __init__(self, data: bytes | bytearray, later: bytes | bytearray, nth: int) -> None:
+        super().__init__(data, writable=False)
+        self.locked = False
+        self.looks_left = nth
+        self._later = bytearray(later)
+
+    def size(self) -> int:
+        self._look()
+        return super().size()
+
+    def read(self, offset: int, view: memoryview) -> None:
+        self._look()
+        super().read(offset, view)
+
+    def _look(self) -> None:
+        self.looks_left -= 1
+        if not self.looks_left:
+            self.bytes = self._later
+
+
+async def test_an_overlay_that_grows_while_it_is_opened_is_sound() -> None:
+    """As it was before, or as it is afterwards."""
+    mounted = MemoryStorage(empty().data)
+    overlay = await open_storage(mounted)
+    await overlay.adopt(0, bytearray(b"x" * CLUSTER), CLUSTER)
+    await overlay.flush()
+    found = []
+    for nth in range(1, 100):
+        storage = Growing(empty().data, mounted.bytes, nth)
+        looked_at = await open_storage(storage)
+        if storage.looks_left > 0:
+            break
+        await looked_at.clusters.count()
+        found.append(looked_at.clusters.missing)
+    assert len(found) > 3
+    assert {found[0], found[-1]} == {255, 256}
+
+
 async def test_runs_are_split_by_state_and_joined_by_place() -> None:
     built = filled({0: b"a", 1: b"b", 3: ZERO, 4: ZERO, 7: b"c", 6: b"d"})
     data = built.header.area_bytes + 2 * CLUSTER
