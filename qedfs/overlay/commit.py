@@ -69,6 +69,7 @@ class Committer:
         self._closed = False
         self._marks = 0  # times that marks were written (`cut.py`)
         self._durable_marks = 0  # of these, those behind which a barrier was
+        self._owed_marks: list[Write] = []  # that could not be written, as they were then
         clusters.write_marks = self._write_marks
         self._cold: list[tuple[int, int]] = []
 
@@ -116,6 +117,7 @@ class Committer:
     def commit_now(self) -> None:
         """Commit and flush while nobody else uses the overlay, waiting for the disk."""
         if self._marks != self._durable_marks:
+            self._write_owed_marks()
             self.barrier()
             self._durable_marks = self._marks
         group = self._take()
@@ -128,32 +130,44 @@ class Committer:
 
     def mark_l1(self, indices: Iterable[int]) -> None:
         """Write these marked L1 entries, while nobody else uses the overlay. See `secure_marks`."""
-        self._marks += 1
-        for offset, data in self._l1_sectors(indices):
-            self._storage.write(offset, [data])
+        self._mark(list(self._l1_sectors(indices)))
 
     async def secure_marks(self) -> bool:
         """To be called before the file may grow, or space is allocated; returns whether that took an await.
 
         What marks was found is in the file, and behind a barrier: otherwise a power cut could keep the new length and
         lose them, and the next session would take for good what they mark. ReadOnlyOverlay: the barrier failed.
+        NoSpace: a mark found no room (some file systems never overwrite in place), and there is none yet.
         """
         if (marks := self._marks) == self._durable_marks:
             return False
         self._check()
+        self._write_owed_marks()
         await self._storage.in_thread(self.barrier)
         self._durable_marks = max(self._durable_marks, marks)
         return True
 
     def _write_marks(self, number: int, sectors: set[int]) -> None:
-        """Into the page cache now, as a kill before the next group may find the file grown. See `cut.py`."""
+        """The marks in one slice, into the page cache now: a kill before the next group may find the file grown."""
+        if not self._mark(_joined([self._map.sector(number, sector) for sector in sectors])):
+            self._map.make_dirty(number, sectors)  # the slice must be readable on a full disk too
+
+    def _mark(self, writes: list[Write]) -> bool:
+        """Write marks, or owe them; returns whether they are written. What is owed has no entries of this session."""
         self._marks += 1
+        self._owed_marks += writes
         try:
             self._check()  # behind a failed barrier the file gets nothing more, and does not grow
-            for offset, data in _joined([self._map.sector(number, sector) for sector in sectors]):
-                self._storage.write(offset, [data])
+            self._write_owed_marks()
         except QedfsError:
-            self._map.make_dirty(number, sectors)  # the slice must be readable on a full disk too
+            return False
+        return True
+
+    def _write_owed_marks(self) -> None:
+        while self._owed_marks:
+            offset, data = self._owed_marks[0]
+            self._storage.write(offset, [data])
+            del self._owed_marks[0]
 
     async def _run(self, *, durable: bool) -> None:
         while await self.secure_marks():

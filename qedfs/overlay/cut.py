@@ -5,6 +5,7 @@ of somebody else, or at what would be taken for a table; so it is marked while i
 session. A marked entry points into the middle of a cluster: qedfs and QEMU refuse it in a file of any length, and its
 old value can be read off it. The committer writes the marks when they are found, and has a barrier behind them before
 anything more is allocated: neither a kill nor a power cut leaves the growth without the marks that came before it.
+Where one cannot be written, nothing is allocated until it can.
 What this does not tell: entries in slices that no session has read before the file grew over them. A session that has
 counted its clusters has read all of them.
 

@@ -196,3 +196,33 @@ async def test_marks_that_cannot_be_written_wait_for_the_next_group() -> None:
     assert overlay.committer.pending
     await overlay.flush()
     assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]
+
+
+async def test_nothing_is_allocated_before_marks_that_could_not_be_written() -> None:
+    """A file system may need room to overwrite. A kill before the next group would leave the growth alone."""
+    storage = RecordingStorage(cut_at(3 * CLUSTER).bytes)
+    overlay = await open_storage(storage)
+    begun, size = len(storage.log), len(storage.bytes)
+    storage.fail("write", NoSpace("full"), forever=True, wrote=0)
+    assert await states(overlay, 0, 2) == [b"0", None]
+    with pytest.raises(NoSpace):
+        await overlay.write(1024 * CLUSTER, b"other" * CLUSTER, no_fill)
+    assert (storage.log[begun:], len(storage.bytes)) == ([], size)
+
+    storage.mend()
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER, no_fill)
+    assert [type(entry) for entry in storage.log[begun:][:3]] == [Written, BarrierBegun, BarrierEnded]
+    assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]
+
+
+async def test_a_cut_table_does_not_keep_a_full_disk_from_being_read() -> None:
+    storage = RecordingStorage(filled({0: 0, 512: 0, 1024: 0}, backing=b"", image_size=4 * SPAN).data[: -2 * CLUSTER])
+    storage.fail("write", NoSpace("full"), forever=True, wrote=0)
+    overlay = await open_storage(storage)
+    assert await states(overlay, 0, 512, 1024) == [0, None, None]
+
+    storage.mend()
+    await overlay.write(0, b"g" * CLUSTER, no_fill)
+    first = next(entry for entry in storage.log if isinstance(entry, Written) and entry.offset not in (0, 0x1A00))
+    assert first.offset == overlay.geometry.cluster_size * 2  # L1
+    assert await states(await open_storage(MemoryStorage(storage.bytes)), 512, 1024) == [None, None]
