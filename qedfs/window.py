@@ -7,6 +7,9 @@ rate as the most that has arrived in a stretch of time, the round trip as the sh
 first the window grows by what arrives, which doubles it every round trip, for as long as that brings more bytes;
 afterwards it is a fixed multiple of the product (as BBR does, Cardwell et al., ACM Queue 2016), and tries a larger one
 now and then, since links change.
+
+On a slow link the round trip cannot be told from the time that our own requests spend behind one another. What is in
+flight there is bounded by that time itself: a reader may have to wait behind it, and each request has a deadline.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ MIN_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to end
 GAIN = 2.0  # of the window over rate x round trip: room for jitter, and for answers that end together in lumps
 GROWTH = 1.15  # a smaller gain in rate is none
+QUEUE_SECONDS = 5.0  # that a request may take because of what is in flight before it
 PROBE_SECONDS = 3.0
 PROBE = 1.5  # times the window, to see whether the link has become faster
 QUEUE_MARGIN = 1.25  # a request that takes less than this times its queue's length says nothing of the round trip
@@ -38,7 +42,8 @@ class Window:
     """The window of one source. Times in seconds of any monotonic clock."""
 
     def __init__(self) -> None:
-        self.bytes = MIN_BYTES
+        self._bytes = MIN_BYTES  # that the link needs
+        self._bound = MAX_BYTES  # that it takes within QUEUE_SECONDS
         self._starting = True
         self._stalls = 0
         self._best = 0.0  # bytes per second
@@ -47,6 +52,11 @@ class Window:
         self._stretch_start: float | None = None
         self._stretch_from = 0
         self._next_probe = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """That may be in flight in the background."""
+        return min(self._bytes, self._bound)
 
     @property
     def request_bytes(self) -> int:
@@ -84,7 +94,8 @@ class Window:
         if self._tells_round_trip(seconds, behind + size):
             self._remember(now, seconds)
         if self._starting:
-            self.bytes = min(MAX_BYTES, self.bytes + size)
+            self._bytes = min(MAX_BYTES, self._bytes + size)
+        self._note_queue(size, seconds, behind + size)
         come = received - self._stretch_from
         if self._stretch_start is None or come < 0:
             self._stretch_start, self._stretch_from = now, received
@@ -110,13 +121,23 @@ class Window:
         elif grown:
             self._starting, self._stalls = True, 0
         if now >= self._next_probe:
-            self.bytes = min(MAX_BYTES, int(self._target() * PROBE))
+            self._bytes = min(MAX_BYTES, int(self._target() * PROBE))
             self._next_probe = now + PROBE_SECONDS
         else:
-            self.bytes = self._target()
+            self._bytes = self._target()
 
     def _target(self) -> int:
         return int(max(MIN_BYTES, min(MAX_BYTES, GAIN * self._best * self.round_trip)))
+
+    def _note_queue(self, size: int, seconds: float, queued: int) -> None:
+        """Bound what is in flight if a request among so many bytes has taken long; else let it double every round trip.
+
+        This asks for no stretch without idle time: there may be none while one request at a time is all that is left.
+        """
+        if seconds > QUEUE_SECONDS:
+            self._bound = max(MIN_REQUEST_BYTES, min(self._bound, int(queued * QUEUE_SECONDS / seconds)))
+        elif seconds < QUEUE_SECONDS / 2:
+            self._bound = min(MAX_BYTES, self._bound + size)
 
     def _tells_round_trip(self, seconds: float, queued: int) -> bool:
         """Whether the time of a request is the link's, and not that of the bytes which we had put before it.

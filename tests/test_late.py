@@ -127,3 +127,18 @@ async def test_on_a_slow_link_little_crosses_twice(autojump_clock: trio.testing.
             assert bytes(await image.read(pos, 2 * CLUSTER)) == CONTENT[pos : pos + 2 * CLUSTER]
         assert source.bytes_read <= 1.1 * len(CONTENT)
         assert trio.current_time() - began < 1.2 * len(CONTENT) / rate
+
+
+async def test_a_stream_over_a_slow_link_leaves_room_for_readers(autojump_clock: trio.testing.MockClock) -> None:
+    source = SlowLink(CONTENT * 6, 125_000)
+    async with served(source) as image, trio.open_nursery() as nursery:
+        nursery.start_soon(StreamJob(image).run)
+        await trio.sleep(2 * DEADLINE)  # until the link is known
+        for cluster in range(1, 5):
+            await trio.sleep(DEADLINE / 2)
+            began = trio.current_time()
+            await image.read(len(source.content) - cluster * CLUSTER, 512)
+            assert trio.current_time() - began < DEADLINE / 2
+        await trio.sleep(6 * DEADLINE)
+        assert image.complete
+        assert source.bytes_read <= 1.01 * len(source.content)

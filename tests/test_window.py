@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qedfs.window import MAX_BYTES, MIN_BYTES, Window
+from qedfs.window import MAX_BYTES, MIN_BYTES, MIN_REQUEST_BYTES, QUEUE_SECONDS, Window
 
 from .link import MBIT, run
 
@@ -29,7 +29,7 @@ def test_it_follows_a_link_that_becomes_slower_and_faster() -> None:
     window = Window()
     _, now = run(window, rate=1000 * MBIT, round_trip=0.1, seconds=20)
     wide = window.bytes
-    _, now = run(window, rate=50 * MBIT, round_trip=0.1, seconds=60, start=now)
+    _, now = run(window, rate=50 * MBIT, round_trip=0.1, seconds=70, start=now)
     assert window.bytes < wide / 2
     reached, _ = run(window, rate=1000 * MBIT, round_trip=0.1, seconds=30, start=now)
     assert reached > 0.9 * 1000 * MBIT
@@ -46,3 +46,22 @@ def test_a_fast_link_gets_larger_requests(rate: float, size: int) -> None:
     run(window, rate=rate, round_trip=0.001, seconds=2)
     assert window.request_bytes == pytest.approx(size, rel=0.1)
     assert window.bytes // window.request_bytes >= 4
+
+
+@pytest.mark.parametrize("round_trip", [0.02, 0.6])
+@pytest.mark.parametrize("rate", [0.4 * MBIT, 1 * MBIT, 5 * MBIT])
+def test_on_a_slow_link_what_is_in_flight_takes_seconds(rate: float, round_trip: float) -> None:
+    window = Window()
+    _, now = run(window, rate=rate, round_trip=round_trip, seconds=120)
+    assert window.bytes <= max(MIN_REQUEST_BYTES, 1.1 * QUEUE_SECONDS * rate)
+    reached, _ = run(window, rate=rate, round_trip=round_trip, seconds=120, start=now)
+    assert reached > 0.9 * rate
+
+
+def test_one_slow_answer_makes_no_slow_link() -> None:
+    window = Window()
+    window.started(0, 0, 0)
+    window.arrived(60, MIN_REQUEST_BYTES, 60, MIN_REQUEST_BYTES, 0)
+    assert window.bytes == MIN_REQUEST_BYTES
+    reached, _ = run(window, rate=1000 * MBIT, round_trip=0.1, seconds=10, start=60)
+    assert reached > 0.9 * 1000 * MBIT
