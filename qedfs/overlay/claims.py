@@ -55,9 +55,11 @@ class Claims:
         try:
             yield
         finally:
-            self._merges.subtract(clusters)
-            if not self._merges.total():
-                self._merges.clear()
+            # One by one: with several such writes at any time there is no moment at which all have ended.
+            for cluster in clusters:
+                self._merges[cluster] -= 1
+                if not self._merges[cluster]:
+                    del self._merges[cluster]
 
     async def settle(self, pos: int, size: int) -> None:
         """Return, without a further await, when no cluster of the request is claimed and its slices are loaded."""
