@@ -299,6 +299,23 @@ async def test_a_limit_is_kept(autojump_clock: trio.testing.MockClock) -> None:
     assert 9 < seconds < 11
 
 
+async def test_a_low_limit_is_spread_out(autojump_clock: trio.testing.MockClock) -> None:
+    """What a fast link would bring at once is half a minute of it: the rate and the end would be anybody's guess."""
+    source = FakeSource(random.Random(5).randbytes(320 * CLUSTER), round_trip=0.001)
+    async with served(source) as image, trio.open_nursery() as nursery:
+        await image.source_size()
+        assert image.fetch is not None
+        image.fetch.window._best = 1e9
+        assert image.fetch.background_request_bytes() == 32 * CLUSTER
+        nursery.start_soon(StreamJob(image, limit=CLUSTER).run)
+        await trio.sleep(5)
+        for _ in range(50):
+            before = source.bytes_read
+            await trio.sleep(5)
+            assert 4 * CLUSTER <= source.bytes_read - before <= 6 * CLUSTER
+        nursery.cancel_scope.cancel()
+
+
 async def test_steps_complete_an_image_without_the_job(autojump_clock: trio.testing.MockClock) -> None:
     source = FakeSource(CONTENT)
     async with served(source) as image:

@@ -262,7 +262,7 @@ class StreamJob:
         while self._allowed and (run := await self._missing.next_run(self._cursor, source_size)) is not None:
             if self.hold_off():
                 return asked
-            first, count = run[0], self._ours(*run)
+            first, count = run[0], self._ours(run[0], self._paced(run[1]))
             if not count:
                 self._passed_over, self._cursor = True, first + 1
                 continue
@@ -291,6 +291,10 @@ class StreamJob:
         """What hindered it is over."""
         self._trying, self._hindered = False, None
         self._change(State.RUNNING)
+
+    def _paced(self, count: int) -> int:
+        """How many of so many clusters one request may bring at this limit."""
+        return int(max(1, min(count, self.pace.piece_bytes // self.image.overlay.cluster_size)))
 
     def _ours(self, first: int, count: int) -> int:
         """How many missing clusters from `first` on are for us to bring in.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import trio
 
 BURST_SECONDS = 0.25  # of unused rate that may be caught up
+# Of the rate, that one piece may take: what is larger leaves at the link's speed, with a long silence behind it, in
+# which nobody can tell whether the stream goes on, or when it will end.
+PIECE_SECONDS = 1.0
 
 
 class Pace:
@@ -18,7 +23,13 @@ class Pace:
     def due(self) -> float:
         """Seconds until the next piece is due."""
         self._pay()
-        return max(0.0, self._debt / self.limit) if self.limit else 0.0
+        # Less than a byte is a matter of rounding: a clock may not even tell the time that it would take.
+        return self._debt / self.limit if self.limit and self._debt >= 1 else 0.0
+
+    @property
+    def piece_bytes(self) -> float:
+        """A good size for one piece at the most; infinite without a limit."""
+        return PIECE_SECONDS * self.limit if self.limit else math.inf
 
     def sent(self, size: int) -> None:
         """A piece of `size` bytes has left."""
