@@ -35,6 +35,7 @@ from qedfs.stream.replay import replay
 log = logging.getLogger(__name__)
 
 SUFFIX = ".qed"
+_UNSEEN = (0, 0, 0)  # what no file looks like: one that can be looked at later has changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,8 +206,11 @@ class Folder:
             for served in added:
                 self._nursery.start_soon(self._run, served)
 
-    async def _look_at(self, path: str, status: os.stat_result) -> Served | None:
+    async def _look_at(self, path: str, status: os.stat_result | OSError) -> Served | None:
         """Take notice of one file; returns the image if one can be served now that could not before."""
+        if isinstance(status, OSError):
+            self._note_unseen(path, status)
+            return None
         seen = (status.st_ino, status.st_size, status.st_ctime_ns)
         known = self._by_path.get(path)
         if known is not None and not known.settling:
@@ -223,17 +227,34 @@ class Folder:
             return None
         return await self._add(path, seen, known.error if known else None)
 
-    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+    def _note_unseen(self, path: str, error: OSError) -> None:
+        """A file is there and cannot be looked at. An image that is served goes on: it has its own descriptor."""
+        known = self._by_path.get(path)
+        if known is None or known.image is None:
+            unseen = Served(_image_name(path), path, next(self._inodes), _UNSEEN)
+            self._refuse(unseen, UsageError(f"{path}: {error.strerror}"), known.error if known else None)
+            self._by_path[path] = unseen
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result | OSError]]:
+        """The overlays that the folder holds; with an error those that cannot be looked at.
+
+        One may be on a bad sector, or be the place of another file system: a mount that its user has made and does not
+        let us into, or one whose server has died.
+        """
         if self._single:
             yield self.source, os.stat(os.path.basename(self.source), dir_fd=self._fd)
             return
         with os.scandir(self._fd) as entries:
             names = sorted(entry.name for entry in entries if entry.name.endswith(SUFFIX))
         for name in names:
+            found: os.stat_result | OSError
             try:
-                yield os.path.join(self._root, name), os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
+            except OSError as exc:
+                found = exc
+            yield os.path.join(self._root, name), found
 
     # Coming and going.
 
@@ -247,16 +268,20 @@ class Folder:
             if self._single:
                 raise
             # OSError: the file went away, or its file system did, while we looked at it.
-            served.error = exc.fresh() if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}")
-            if str(served.error) != str(before):
-                text = str(served.error)
-                log.error("not served: %s", text if text.startswith(path) else f"{path}: {text}")
+            self._refuse(served, exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}"), before)
         self._by_path[path] = served
         if served.image is None:
             return None
         self._by_name[name] = self._by_inode[served.inode] = served
         self.on_come(served)
         return served
+
+    def _refuse(self, served: Served, error: QedfsError, before: QedfsError | None) -> None:
+        """Note why an overlay is not served, and log it unless the log has it from `before`."""
+        served.error = error.fresh()
+        text = str(error)
+        if text != str(before):
+            log.error("not served: %s", text if text.startswith(served.path) else f"{served.path}: {text}")
 
     async def _serve(self, served: Served) -> None:
         overlay = await self._open(served.path)

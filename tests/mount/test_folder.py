@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -68,6 +70,41 @@ def test_the_good_are_served_and_the_bad_are_named(tmp_path: Path) -> None:
             assert mount.unmount() == 0
     for name in "abc":
         assert_whole(overlays / f"{name}.qed", source.raw)
+
+
+def test_what_cannot_be_looked_at_costs_itself_only(tmp_path: Path) -> None:
+    """A dead mount in the folder: whoever may make a folder there could otherwise take all images away."""
+    overlays = tmp_path / "overlays"
+    (overlays / "dead.qed").mkdir(parents=True)
+    with origin(tmp_path, MIB) as source:
+        create(overlays / "a.qed", source.url)
+        with mounted(create(tmp_path / "other.qed", source.url), overlays / "dead.qed", "--no-stream") as dead:
+            with mounted(overlays, tmp_path / "before") as mount:
+                assert mount.path("a.raw").exists()
+                os.kill(dead.pid, signal.SIGKILL)
+                wait_for(lambda: not_connected(dead.mountpoint), "a dead mount")  # its attributes stay for a while
+                create(overlays / "b.qed", source.url)
+                wait_for(mount.path("b.raw").exists, "a new image")
+                assert sorted(os.listdir(mount.mountpoint)) == ["a.raw", "b.raw"]
+                mount.wait("b")
+                assert mount.unmount() == 0
+            with mounted(overlays, tmp_path / "behind") as mount:
+                assert_same(mount.path("a.raw"), source.raw)
+                image = mount.image("dead.raw")
+                assert image["state"] == "broken"
+                assert image["error"] == f"{dead.mountpoint}: {os.strerror(errno.ENOTCONN)}"
+                assert mount.output().count(image["error"]) == 1
+                dead.close()
+                wait_for(lambda: "not a regular file" in mount.image("dead.raw")["error"], "another look")
+
+
+def not_connected(place: Path) -> bool:
+    """Whether a look at it fails as at a mount whose server has died."""
+    try:
+        place.lstat()
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
 
 
 def test_each_cluster_crosses_the_wire_once_for_all_overlays_of_a_source(tmp_path: Path) -> None:
