@@ -7,6 +7,7 @@ any more; then each overlay is flushed and closed; then the connections are drop
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -165,16 +166,27 @@ async def _rescan(mount: Mount) -> None:
 
 async def _quit_when_streamed(mount: Mount) -> None:
     """Stop once no stream has anything left to do and nobody has an image open; remembers what has failed for good."""
-    done = (State.COMPLETE, State.FAILED, State.SOURCE_CHANGED)
     while True:
-        served = mount.folder.everything()
-        jobs = [one.job for one in served if one.job is not None]
-        if all(job.state in done for job in jobs) and not any(one.opens or one.settling for one in served):
-            failures = [one.error for one in served if one.image is None] + [job.error for job in jobs]
-            mount.failure = next((error for error in failures if error is not None), None)
-            mount.quit()
-            return
+        if _is_streamed(mount.folder):
+            # The last look is up to a second old: an overlay may have come, or one that was in use may be free.
+            with contextlib.suppress(QedfsError):
+                await mount.rescan()
+                if _is_streamed(mount.folder):
+                    break
         await trio.sleep(0.1)
+    served = mount.folder.everything()
+    failures = [one.error if one.job is None else one.job.error for one in served]
+    mount.failure = next((error for error in failures if error is not None), None)
+    mount.quit()
+
+
+def _is_streamed(folder: Folder) -> bool:
+    """Whether there is nothing left to wait for."""
+    done = (State.COMPLETE, State.FAILED, State.SOURCE_CHANGED)
+    served = folder.everything()
+    if any(one.settling or (one.job is not None and one.job.state not in done) for one in served):
+        return False
+    return not folder.in_use
 
 
 def _mount(mount: Mount) -> None:

@@ -102,6 +102,7 @@ class Folder:
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
+        self._closing = 0  # images that are being closed because their overlay has left
         self._sources = Sources(self._root, options.policy, options.deadline_seconds, nursery)
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
@@ -127,6 +128,11 @@ class Folder:
     def everything(self) -> list[Served]:
         """All that was found, broken ones included, by name."""
         return sorted(self._by_path.values(), key=lambda served: served.name)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anybody has an image open, or one is being closed; also of an overlay that has left the folder."""
+        return bool(self._closing) or any(served.opens for served in self._by_inode.values())
 
     def fetches(self) -> list[Fetch]:
         """The fetch queues in use, and the last ones that were: their counts are still of interest."""
@@ -369,9 +375,13 @@ class Folder:
             return
         self._by_inode.pop(served.inode, None)
         served.scope.cancel()
-        await _closed(served)
-        if served.image is not None:
-            await self._let_go(served.image)
+        self._closing += 1
+        try:
+            await _closed(served)
+            if served.image is not None:
+                await self._let_go(served.image)
+        finally:
+            self._closing -= 1
 
     async def close(self) -> list[QedfsError]:
         """Flush and close every overlay, and drop the connections; returns what went wrong with any of them."""

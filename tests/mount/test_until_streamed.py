@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from qedfs.control.client import Client
-from tests.harness.mounts import mounted, qedfs
+from tests.harness.mounts import Mount, mounted, qedfs
+from tests.harness.process import wait_for
 from tests.mount.support import assert_whole, create, opened, origin
 
 
@@ -47,3 +50,31 @@ def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
                 assert mount.image("second.raw")["served"] is False
             assert mount.wait_exit() == 0
         assert_whole(overlays / "second.qed", source.raw)
+
+
+def test_it_stays_for_an_image_whose_overlay_has_left_the_folder(tmp_path: Path) -> None:
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    with origin(tmp_path) as source:
+        for name in "abc":
+            create(overlays / f"{name}.qed", source.url)
+        with mounted(overlays, tmp_path / "mnt", "--until-streamed") as mount:
+            with opened(mount.path("a.raw")) as renamed, opened(mount.path("b.raw")) as removed:
+                mount.wait()
+                (overlays / "b.qed").unlink()
+                (overlays / "a.qed").rename(overlays / "d.qed")
+                wait_for(lambda: states(mount) == {"c.raw": "complete", "d.raw": "broken"}, "the end of two overlays")
+                time.sleep(0.5)  # longer than it takes to look whether it may end
+                assert mount.returncode is None
+                for image in (renamed, removed):
+                    assert os.pwrite(image, b"guest", 4096) == 5
+                    os.fsync(image)
+            assert mount.wait_exit() == 0
+        assert_whole(overlays / "c.qed", source.raw)
+        with mounted(overlays / "d.qed", tmp_path / "mnt") as mount, opened(mount.path("d.raw")) as image:
+            assert os.pread(image, 5, 4096) == b"guest"
+
+
+def states(mount: Mount) -> dict[str, str]:
+    """The state of each image by its name."""
+    return {image["name"]: image["state"] for image in mount.status()["images"]}
