@@ -21,7 +21,7 @@ import trio
 from qedfs.control.metricsserver import Address, serve_metrics
 from qedfs.control.port import Mounted
 from qedfs.control.server import serve_control
-from qedfs.errors import InUse, QedfsError, UsageError
+from qedfs.errors import InUse, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.fetch import Fetch
 from qedfs.mount import lastwords, loop, memory
 from qedfs.mount.folder import Folder, Options, Served
@@ -174,19 +174,31 @@ async def _quit_when_streamed(mount: Mount) -> None:
                 if _is_streamed(mount.folder):
                     break
         await trio.sleep(0.1)
-    served = mount.folder.everything()
-    failures = [one.error if one.job is None else one.job.error for one in served]
-    mount.failure = next((error for error in failures if error is not None), None)
+    mount.failure = next((error for one in mount.folder.everything() if (error := _failure(one))), None)
     mount.quit()
 
 
 def _is_streamed(folder: Folder) -> bool:
     """Whether there is nothing left to wait for."""
-    done = (State.COMPLETE, State.FAILED, State.SOURCE_CHANGED)
-    served = folder.everything()
-    if any(one.settling or (one.job is not None and one.job.state not in done) for one in served):
+    if folder.in_use:
         return False
-    return not folder.in_use
+    return all(_is_complete(served) or _failure(served) is not None for served in folder.everything())
+
+
+def _is_complete(served: Served) -> bool:
+    return served.job is not None and served.job.state is State.COMPLETE
+
+
+def _failure(served: Served) -> QedfsError | None:
+    """What keeps an overlay from becoming complete, unless somebody does something about it."""
+    if served.image is None or served.job is None:
+        return served.error
+    if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
+        return served.job.error
+    if not served.image.overlay.writable and not _is_complete(served):
+        text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
+        return served.image.overlay.committer.failure or ReadOnlyOverlay(text)
+    return None
 
 
 def _mount(mount: Mount) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.control.client import Client
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
+from tests.harness.require import require, require_root
 from tests.mount.support import assert_whole, create, opened, origin
 
 
@@ -35,6 +39,21 @@ def test_a_broken_overlay_ends_it_with_the_exit_code_of_a_bad_overlay(tmp_path: 
         done = qedfs("mount", overlays, tmp_path / "mnt", "--until-streamed", check=False)
     assert done.returncode == 3
     assert "text.qed" in done.stderr.splitlines()[-1]
+
+
+def test_an_overlay_that_cannot_be_written_ends_it_with_an_error(tmp_path: Path) -> None:
+    require_root()
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    (tmp_path / "mnt").mkdir()
+    with origin(tmp_path) as source:
+        create(overlays / "good.qed", source.url)
+        fixed = create(overlays / "fixed.qed", source.url)
+        with read_only(fixed):
+            done = qedfs("mount", overlays, tmp_path / "mnt", "--until-streamed", check=False, timeout_seconds=30)
+    assert done.returncode == 1
+    assert "fixed.qed: is read-only and keeps nothing" in done.stderr.splitlines()[-1]
+    assert '"backing": null' in qedfs("info", overlays / "good.qed", "--json").stdout
 
 
 def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
@@ -78,3 +97,14 @@ def test_it_stays_for_an_image_whose_overlay_has_left_the_folder(tmp_path: Path)
 def states(mount: Mount) -> dict[str, str]:
     """The state of each image by its name."""
     return {image["name"]: image["state"] for image in mount.status()["images"]}
+
+
+@contextlib.contextmanager
+def read_only(file: Path) -> Iterator[None]:
+    """A file that nobody can open for writing: for root a mode is no obstacle."""
+    subprocess.run([require("mount"), "--bind", file, file], check=True)
+    try:
+        subprocess.run([require("mount"), "-o", "remount,bind,ro", file], check=True)
+        yield
+    finally:
+        subprocess.run([require("umount"), file], check=True)
