@@ -19,6 +19,10 @@ from qedfs.overlay.storage import FileStorage
 SETTLE_SECONDS = 1.0
 
 
+class BeingWritten(InUse):
+    """Another program has the file open for writing, as one that copies it has: it is served once that has ended."""
+
+
 def settling(status: os.stat_result) -> bool:
     """Whether the file was changed a moment ago. A change in the future is somebody's clock, and no reason to wait."""
     return 0 <= time.time() - status.st_mtime < SETTLE_SECONDS
@@ -28,14 +32,14 @@ async def check_arrived(path: str, dir_fd: int, *, came: bool) -> None:
     """Return if the file may be opened; it has not been written to. `came`: it did while we serve.
 
     Raises:
-        InUse: somebody has it open for writing; look again later.
+        InUse: somebody has it open for writing; look again later. BeingWritten: and is neither QEMU nor qedfs.
         BadOverlay: it is not as long as its tables say; look again when it has changed.
         UsageError: it cannot be opened.
     """
     with contextlib.closing(FileStorage.open(path, writable=False, dir_fd=dir_fd)) as storage:
         written = storage.open_for_writing()
         if written:
-            raise InUse(f"{path}: another program has it open for writing; it is served once that has closed it")
+            raise BeingWritten(f"{path}: another program has it open for writing; it is served once that has closed it")
         if came and written is None:
             problem = await storage.in_thread(lambda: _problem(storage))
             if problem:

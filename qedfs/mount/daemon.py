@@ -24,6 +24,7 @@ from qedfs.control.server import serve_control
 from qedfs.errors import InUse, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.fetch import Fetch
 from qedfs.mount import lastwords, loop, memory
+from qedfs.mount.arrival import BeingWritten
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.kernel import tune
 from qedfs.mount.limits import raise_open_files
@@ -192,7 +193,7 @@ def _is_complete(served: Served) -> bool:
 def _failure(served: Served) -> QedfsError | None:
     """What keeps an overlay from becoming complete, unless somebody does something about it."""
     if served.image is None or served.job is None:
-        return served.error
+        return None if isinstance(served.error, BeingWritten) else served.error
     if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
         return served.job.error
     if not served.image.overlay.writable and not _is_complete(served):

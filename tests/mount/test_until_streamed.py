@@ -71,6 +71,25 @@ def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
         assert_whole(overlays / "second.qed", source.raw)
 
 
+def test_it_stays_for_an_overlay_that_is_being_copied(tmp_path: Path) -> None:
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    with origin(tmp_path) as source:
+        copied = create(tmp_path / "copied.qed", source.url).read_bytes()
+        create(overlays / "first.qed", source.url)
+        with mounted(overlays, tmp_path / "mnt", "--until-streamed") as mount:
+            with (overlays / "second.qed").open("wb", buffering=0) as copy:
+                with opened(mount.path("first.raw")):
+                    copy.write(copied[:4096])
+                    mount.wait("first")
+                    wait_for(lambda: states(mount).get("second.raw") == "broken", "a look at a copy that stalls")
+                time.sleep(0.5)  # nobody has an image open now
+                assert mount.returncode is None
+                copy.write(copied[4096:])
+            assert mount.wait_exit() == 0
+        assert_whole(overlays / "second.qed", source.raw)
+
+
 def test_it_stays_for_an_image_whose_overlay_has_left_the_folder(tmp_path: Path) -> None:
     overlays = tmp_path / "overlays"
     overlays.mkdir()
