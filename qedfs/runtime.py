@@ -14,6 +14,7 @@ from pathlib import Path
 from qedfs.errors import UsageError
 
 SOCKET_NAME = "control.sock"
+_MOST_LINKS = 40  # that the kernel follows on one way
 TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 
 
@@ -43,14 +44,28 @@ def journal_folder() -> Path | None:
 
 
 def mount_folder(mountpoint: str) -> Path:
-    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands.
-
-    Only the way to the mountpoint is resolved: a look at the mountpoint itself would ask the mount, which may hang.
-    """
-    parent, name = os.path.split(os.path.abspath(mountpoint))
-    place = os.path.join(os.path.realpath(parent), name)
-    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands."""
+    name = hashlib.sha256(os.fsencode(place_of(mountpoint))).hexdigest()[:16]
     return runtime_folder() / name
+
+
+def place_of(mountpoint: str) -> str:
+    """The path without symbolic links. Asks nothing of what is mounted there, which may hang.
+
+    realpath(3) looks at the mountpoint itself, and that is a question to its server; readlink(2) is none.
+    """
+    path = os.path.abspath(mountpoint)
+    for _ in range(_MOST_LINKS):
+        parent, name = os.path.split(path)
+        path = os.path.join(os.path.realpath(parent), name)
+        try:
+            target = os.readlink(path)
+        except OSError:
+            return path
+        path = os.path.join(os.path.dirname(path), target).rstrip("/") or "/"
+        if os.path.basename(path) in ("", ".", ".."):
+            break
+    return os.path.realpath(path)
 
 
 def socket_path(mountpoint: str) -> Path:

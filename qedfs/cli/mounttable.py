@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.errors import NotMounted, QedfsError, UsageError
+from qedfs.runtime import place_of
 
 FILESYSTEM = "fuse.qedfs"
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -16,7 +17,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 def mounted_type(mountpoint: str) -> str | None:
     """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
-    wanted = os.path.realpath(mountpoint)
+    wanted = place_of(mountpoint)
     found = None
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -57,7 +58,7 @@ def missing(mountpoint: str) -> QedfsError:
 
 def holders(mountpoint: str) -> list[str]:
     """Who has something below the mountpoint open, as "pid 123 (qemu)" and "/dev/loop0"; what we may see of it."""
-    folder = os.path.realpath(mountpoint)
+    folder = place_of(mountpoint)
     return [*_processes(folder), *_loops(folder)]
 
 

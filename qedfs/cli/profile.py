@@ -9,13 +9,14 @@ import click
 from qedfs.cli.images import connect, fetch
 from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
+from qedfs.cli.values import PLACE
 from qedfs.errors import UsageError
 from qedfs.profile import MOST_FILE_BYTES, Range, parsed, written
 from qedfs.units import format_size
 
 
 @click.command(short_help="Write down what readers of an image waited for.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=PLACE)
 @click.argument("image")
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")

@@ -13,6 +13,7 @@ from qedfs.cli.images import connect
 from qedfs.cli.output import console, print_json, print_json_line
 from qedfs.cli.screen import Screen
 from qedfs.cli.statuslines import fitted_lines, status_lines
+from qedfs.cli.values import PLACE
 from qedfs.control.client import Client, Gone
 
 WATCH_SECONDS = 1.0
@@ -20,7 +21,7 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 
 
 @click.command(short_help="Show what a mount is doing.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line of it each second.")
 @click.option("--watch", is_flag=True, help="Go on until the mount ends or Ctrl-C.")
 def status(mountpoint: str, as_json: bool, watch: bool) -> None:

@@ -8,7 +8,7 @@ import click
 
 from qedfs.cli.images import check_served, connect, fetch
 from qedfs.cli.output import print_json
-from qedfs.cli.values import SIZE
+from qedfs.cli.values import PLACE, SIZE
 from qedfs.errors import UsageError
 from qedfs.units import format_size
 
@@ -33,7 +33,7 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
             print_json(fetch(client, image, mountpoint))
 
 
-_mountpoint = click.argument("mountpoint", type=click.Path())
+_mountpoint = click.argument("mountpoint", type=PLACE)
 _image = click.argument("image", required=False)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
 

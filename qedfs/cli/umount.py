@@ -10,13 +10,16 @@ import click
 from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, missing, mounted_type
 from qedfs.cli.output import remark
+from qedfs.cli.values import PLACE
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.mount import lastwords
 
+WORD_SECONDS = 10.0  # of silence: a flush takes less
+
 
 @click.command(short_help="Unmount and wait until the overlays are free.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=PLACE)
 def umount(mountpoint: str) -> None:
     """Unmount MOUNTPOINT.
 
@@ -30,15 +33,15 @@ def umount(mountpoint: str) -> None:
         _unmount(mountpoint)
         return
     except TimedOut as exc:
-        _unmount(mountpoint)
+        _unmount(mountpoint, served=True)
         raise TimedOut(
             f"{mountpoint}: is unmounted, but its server takes no client, so it may still have the overlays open"
         ) from exc
     with client:
         process = _process(client)
         try:
-            _unmount(mountpoint)
-            _wait_for_end(client, process)
+            _unmount(mountpoint, served=True)
+            _wait_for_end(mountpoint, client, process)
         finally:
             if process is not None:
                 os.close(process)
@@ -56,13 +59,16 @@ def _process(client: Client) -> int | None:
         return None
 
 
-def _unmount(mountpoint: str) -> None:
+def _unmount(mountpoint: str, *, served: bool = False) -> None:
+    """`served`: its server lives. It may stand still, so nothing is asked of the mount."""
     if mounted_type(mountpoint) != FILESYSTEM:
         raise missing(mountpoint)
     # Imported here: pyfuse3 takes its time.
     from qedfs.mount.daemon import unmount
 
-    done = unmount(mountpoint, lazy=is_dead(mountpoint))
+    done = unmount(mountpoint)
+    if done.returncode and not served and is_dead(mountpoint):
+        done = unmount(mountpoint, lazy=True)
     if done.returncode == 0:
         return
     if "busy" in done.stderr.lower():
@@ -70,10 +76,12 @@ def _unmount(mountpoint: str) -> None:
     raise QedfsError(f"{mountpoint}: cannot be unmounted: {done.stderr.strip()}")
 
 
-def _wait_for_end(client: Client, process: int | None) -> None:
+def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
     """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
     if process is not None:
-        select.select([process], [], [])
+        if not select.select([process], [], [], WORD_SECONDS)[0]:
+            remark(f"{mountpoint}: is unmounted; its server, pid {client.server_pid}, is still to close the overlays")
+            select.select([process], [], [])
         return
     try:
         while True:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import click
 
 from qedfs.errors import UsageError
 from qedfs.units import parse_seconds, parse_size
+
+Text = TypeVar("Text", bound=str | bytes | os.PathLike[str])
 
 
 class Size(click.ParamType[int]):
@@ -57,5 +61,14 @@ class Checked(click.ParamType[str]):
         return str(value)
 
 
+class Place(click.Path):
+    """A folder where something is mounted. click's own type looks at it, and that is a question to the server."""
+
+    def convert(self, value: Text, param: click.Parameter | None, ctx: click.Context | None) -> Text:
+        """The same text."""
+        return value
+
+
 SIZE = Size()
 DURATION = Duration()
+PLACE = Place()

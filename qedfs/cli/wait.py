@@ -15,7 +15,7 @@ from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import mounted_type
 from qedfs.cli.output import console, remark
 from qedfs.cli.screen import Screen
-from qedfs.cli.values import DURATION
+from qedfs.cli.values import DURATION, PLACE
 from qedfs.control.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
 
@@ -29,7 +29,7 @@ HELD_STATES = {
 
 
 @click.command(short_help="Wait until images are complete.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=PLACE)
 @click.argument("image", required=False)
 @click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")
 @click.option(

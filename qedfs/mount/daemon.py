@@ -31,7 +31,7 @@ from qedfs.mount.limits import raise_open_files
 from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
-from qedfs.runtime import SOCKET_NAME, mount_folder, private_folder
+from qedfs.runtime import SOCKET_NAME, mount_folder, place_of, private_folder
 from qedfs.stream.job import State
 
 log = logging.getLogger(__name__)
@@ -248,9 +248,11 @@ def _is_left_over(mountpoint: str) -> bool:
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the system's unmount command: umount for root, fusermount3 for others."""
+    """Run the system's unmount command: umount for root, fusermount3 for others. Asks nothing of the mount."""
+    place = place_of(mountpoint)
     if os.getuid() == 0:
-        command = ["umount", *(["-l"] if lazy else []), "--", mountpoint]
+        # -c: umount(8) would look at the mountpoint, and hang with its server.
+        command = ["umount", "-c", *(["-l"] if lazy else []), "--", place]
     else:
-        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
     return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
