@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -21,6 +22,8 @@ from qedfs.control.metricsserver import parse_address
 from qedfs.control.port import Mounted
 from qedfs.errors import UsageError
 from qedfs.stream.idle import Rules, parse_between, parse_delay
+
+log = logging.getLogger(__name__)
 
 
 class MountCommand(click.Command):
@@ -222,7 +225,15 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
         def ready(mounted: Mounted) -> None:
             readiness.ready()
             if terminal is not None:
-                nursery.start_soon(Bars(mounted, terminal).run)
+                nursery.start_soon(_draw, Bars(mounted, terminal))
 
         await serve(settings, ready)
         nursery.cancel_scope.cancel()
+
+
+async def _draw(bars: Bars) -> None:
+    """What people see must not end what they look at: a fault of ours, a terminal that has gone."""
+    try:
+        await bars.run()
+    except Exception:
+        log.exception("no bars are drawn any more")

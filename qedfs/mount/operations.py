@@ -162,8 +162,8 @@ class Operations(pyfuse3.Operations):
                 continue
             try:
                 attributes = self._attributes(served)
-            except FUSEError:
-                continue
+            except (FUSEError, QedfsError):
+                continue  # one that cannot be looked at costs itself only
             if not pyfuse3.readdir_reply(token, os.fsencode(served.name), attributes, served.inode):
                 return
 

@@ -39,6 +39,19 @@ for thread in threads:
     thread.join()
 """
 
+# Read by every Python that starts with it in its PYTHONPATH: a file server that no longer knows the open overlay a.qed.
+STALE = """
+import errno, os
+fstat = os.fstat
+def stale(fd):
+    if os.path.exists({flag!r}) and os.readlink(f"/proc/self/fd/{{fd}}").endswith("/a.qed"):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return fstat(fd)
+os.fstat = stale
+"""
+# Runs a command on a terminal of its own and copies what is drawn to the standard output.
+ON_A_TERMINAL = (sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)")
+
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[str]:
@@ -171,3 +184,20 @@ def test_one_bad_overlay_among_many_does_not_hold_up_the_mount(tmp_path: Path) -
         with mounted(overlays, tmp_path / "mnt") as mount:
             assert mount.path("good.raw").read_bytes() == bytes(MIB)
             assert time.monotonic() - begun < 5
+
+
+def test_an_overlay_that_cannot_be_looked_at_any_more_costs_itself_only(tmp_path: Path) -> None:
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    for name in "ab":
+        qemu_create(overlays / f"{name}.qed", size=MIB)
+    (tmp_path / "sitecustomize.py").write_text(STALE.format(flag=str(tmp_path / "stale")))
+    # On a terminal the bars look at every image too.
+    with mounted(overlays, tmp_path / "mnt", env={"PYTHONPATH": str(tmp_path)}, through=ON_A_TERMINAL) as mount:
+        wait_for(lambda: "100%" in mount.output(), "bars")
+        (tmp_path / "stale").touch()
+        time.sleep(1)  # in which the bars are drawn
+        assert [image["disk_usage"] > 0 for image in mount.status()["images"]] == [False, True]
+        assert os.listdir(mount.mountpoint) == ["b.raw"]
+        assert mount.path("b.raw").read_bytes() == bytes(MIB)
+        qedfs("umount", mount.mountpoint)
