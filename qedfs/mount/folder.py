@@ -21,6 +21,7 @@ from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
+from qedfs.mount.limits import check_room
 from qedfs.mount.sources import Sources
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
@@ -35,6 +36,10 @@ from qedfs.stream.replay import replay
 log = logging.getLogger(__name__)
 
 SUFFIX = ".qed"
+# Of this machine or of a file server, not of the file. EAGAIN: somebody has a lease on it.
+_PASSING = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
+)
 _UNSEEN = (0, 0, 0)  # what no file looks like: one that can be looked at later has changed
 
 
@@ -69,6 +74,7 @@ class Served:
     error: QedfsError | None = None
     opens: int = 0
     gone: bool = False  # the overlay has left the folder
+    passing: bool = False  # what `error` says may pass though the file stays as it is
     status: Callable[[], os.stat_result] | None = None
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
 
@@ -221,7 +227,7 @@ class Folder:
         known = self._by_path.get(path)
         if known is not None and not known.settling:
             replaced = known.image is not None and known.seen[0] != status.st_ino
-            retry = known.image is None and (known.seen != seen or isinstance(known.error, InUse))
+            retry = known.image is None and (known.seen != seen or known.passing)
             if not replaced and not retry:
                 return None
             if replaced:
@@ -273,6 +279,7 @@ class Folder:
         except (QedfsError, OSError) as exc:
             if self._single:
                 raise
+            served.passing = _may_pass(exc)
             # OSError: the file went away, or its file system did, while we looked at it.
             self._refuse(served, exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}"), before)
         self._by_path[path] = served
@@ -307,6 +314,7 @@ class Folder:
         served.job.hold_off = self._idle.reason
 
     async def _open(self, path: str) -> Overlay:
+        check_room(self._fd)
         name = os.path.basename(path)
         if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
@@ -397,6 +405,12 @@ class Folder:
 
 def _image_name(path: str) -> str:
     return os.path.basename(path).removesuffix(SUFFIX) + ".raw"
+
+
+def _may_pass(exc: QedfsError | OSError) -> bool:
+    """Whether another look may find it otherwise, without a change of the file that could be seen."""
+    cause = exc if isinstance(exc, OSError) else exc.__cause__
+    return isinstance(exc, InUse) or (isinstance(cause, OSError) and cause.errno in _PASSING)
 
 
 async def _closed(served: Served) -> QedfsError | None:

@@ -8,7 +8,13 @@ libcurl uses poll), so the hard limit is taken, as daemons do; systemd sets it t
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import resource
+
+# Descriptors that overlays leave to the rest: /dev/fuse, the sources, control clients.
+KEPT = 256
+KEPT_SHARE = 4  # but no more than one in so many
 
 
 def raise_open_files() -> None:
@@ -16,3 +22,18 @@ def raise_open_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check_room(fd: int) -> None:
+    """Return if another overlay may be opened. `fd`: any that is open.
+
+    Overlays that took the last descriptor would keep all others from being mounted, filled and asked about.
+
+    Raises:
+        OSError: EMFILE.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(fd)
+    os.close(lowest_free)
+    if soft != resource.RLIM_INFINITY and lowest_free >= soft - min(KEPT, soft // KEPT_SHARE):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

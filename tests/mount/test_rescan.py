@@ -83,3 +83,28 @@ async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: py
         (served,) = folder.everything()
         assert served.image is not None
         assert not await folder.rescan()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+async def test_what_has_passed_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """It leaves no trace in the file."""
+    overlay = tmp_path / "o" / "new.qed"
+
+    def failing(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    async with empty_folder(overlay.parent) as folder:
+        create(overlay)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open" if number == errno.EMFILE else "preadv", failing)
+            for _ in range(2):
+                assert await folder.rescan(broken=True)
+            (served,) = folder.everything()
+            assert served.error is not None
+        assert len(caplog.records) == 1
+        assert await folder.rescan(broken=True)
+        (served,) = folder.everything()
+        assert served.image is not None
+        assert not await folder.rescan(broken=True)
