@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,10 +13,9 @@ import trio
 from qedfs.cli import mappicture
 from qedfs.cli.cells import Cells, Kind
 from qedfs.cli.files import peeked
-from qedfs.cli.newfile import new_file
+from qedfs.cli.newfile import check_replaceable, new_file
 from qedfs.cli.output import JsonList, console
 from qedfs.cli.png import SIGNATURE
-from qedfs.errors import UsageError
 from qedfs.format.geometry import round_down
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
@@ -45,7 +43,7 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
     where data lies in the overlay file.
     """
     if png is not None:
-        _check_replaceable(png)
+        check_replaceable(png, SIGNATURE, "PNG")
     screen = console()
     most = screen.width * ROWS if png is None else mappicture.MOST_CELLS
     cells = trio.run(_walk, overlay, most, as_json)
@@ -58,21 +56,6 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
         _draw(cells, screen.width)
     else:
         _explain(cells, png)
-
-
-def _check_replaceable(path: str) -> None:
-    """Raise UsageError if there is a file of this name that is no PNG: an overlay, when the arguments are swapped."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISREG(status.st_mode):
-            with open(path, "rb") as file:
-                if file.read(len(SIGNATURE)) == SIGNATURE:
-                    return
-    except FileNotFoundError:
-        return
-    except OSError as exc:
-        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
-    raise UsageError(f"{path}: exists already and is no PNG; remove it or choose another name")
 
 
 async def _walk(path: str, most: int, as_json: bool) -> Cells:

@@ -1,10 +1,14 @@
-"""Files that appear when they are whole. Owns the temporary name, its removal, and the words of a refusal."""
+"""Files that appear when they are whole.
+
+Owns the temporary name and its removal, what may be replaced, and the words of a refusal.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -42,3 +46,18 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{path}: the file system is full") from exc
         raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
+
+
+def check_replaceable(path: str, beginning: bytes, kind: str) -> None:
+    """Raise UsageError if a file of this name does not begin so: it is an overlay, when the arguments are swapped."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as file:
+                if file.read(len(beginning)) == beginning:
+                    return
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+    raise UsageError(f"{path}: exists already and is no {kind}; remove it or choose another name")

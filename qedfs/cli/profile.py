@@ -7,11 +7,11 @@ import os
 import click
 
 from qedfs.cli.images import connect, fetch
-from qedfs.cli.newfile import new_file
+from qedfs.cli.newfile import check_replaceable, new_file
 from qedfs.cli.output import print_json
 from qedfs.cli.values import PLACE
 from qedfs.errors import UsageError
-from qedfs.profile import MOST_FILE_BYTES, Range, parsed, written
+from qedfs.profile import FIRST_LINE, MOST_FILE_BYTES, Range, parsed, written
 from qedfs.units import format_size
 
 
@@ -26,7 +26,10 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
     Boot a guest once from a fresh overlay that is mounted with --no-stream, write the profile, and give it to later
     mounts with --profile: each overlay of the same disk then has what a boot reads before the guest asks for it. A
     stream would hide from the profile what it brings in first.
+
+    FILE is replaced if it is a profile, and nothing else is.
     """
+    check_replaceable(file, FIRST_LINE.encode(), "profile")
     with connect(mountpoint) as client:
         found = fetch(client, image, mountpoint)[0]
         told = client.execute("x-qedfs-profile", device=found["name"])["ranges"]

@@ -35,6 +35,10 @@ def test_a_second_mount_brings_in_what_readers_of_the_first_waited_for(tmp_path:
             done = json.loads(qedfs("profile", mount.mountpoint, "first.raw", profile, "--json").stdout)
             assert done["file"] == str(profile)
             assert done["ranges"] >= len(PLACES)
+            assert json.loads(qedfs("profile", mount.mountpoint, "first", profile, "--json").stdout) == done
+            swapped = qedfs("profile", mount.mountpoint, "first", tmp_path / "second.qed", check=False)
+            assert swapped.returncode == 2
+            assert "second.qed: exists already and is no profile; remove it or choose another name" in swapped.stderr
             assert mount.unmount() == 0
         with mounted(tmp_path / "second.qed", tmp_path / "mnt", "--no-stream", "--profile", profile) as mount:
             wait_for(lambda: mount.image()["populated"] >= len(PLACES) * CLUSTER_SIZE, "the clusters of the profile")
