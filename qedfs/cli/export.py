@@ -21,12 +21,14 @@ from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.storage import FileStorage
+from qedfs.overlay.storage import Buffer, FileStorage
 from qedfs.units import format_size
 
 COPY_BYTES = 8 << 20
 FETCH_BYTES = 1 << 20
 FETCHES = 8  # at once from the backing
+HOLE_BYTES = 64 << 10  # zeros of this size become a hole
+ZEROS = bytes(HOLE_BYTES)
 
 
 @click.command(short_help="Write an image to a raw file.")
@@ -51,6 +53,8 @@ def export(
     Zeros become holes. Where the file system can share blocks (XFS, btrfs), the data takes no further space. FILE
     appears when it is whole.
     """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UsageError(f"{file}: is no regular file, which is what an export makes; mount OVERLAY and copy its image")
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
     with new_file(file) as target:
@@ -128,7 +132,10 @@ async def _fetch(
     allow_backing: tuple[str, ...],
     timeout_seconds: float,
 ) -> int:
-    """Bring the missing runs from the backing, of the version that the overlay is pinned to; returns their bytes."""
+    """Bring the missing runs from the backing, of the version that the overlay is pinned to.
+
+    Returns how many bytes of them are data.
+    """
     # Imported here: libcurl takes its time.
     from qedfs.fetch import Fetch
     from qedfs.image import Image
@@ -143,12 +150,14 @@ async def _fetch(
         )
         image = Image(path, overlay, Fetch(remote, overlay.cluster_size, nursery), copy_on_read=False)
 
+        written = 0
+
         async def fetch_pieces() -> None:
+            nonlocal written
             for pos, size in pieces:
                 data = await image.read(pos, size)
                 # No await in between: the file's position is shared.
-                target.seek(pos)
-                target.write(data)
+                written += _write_sparse(target, pos, data)
 
         try:
             inside = list(_clipped(missing, await image.source_size()))
@@ -160,7 +169,19 @@ async def _fetch(
             with trio.CancelScope(shield=True):
                 await remote.aclose()
         nursery.cancel_scope.cancel()
-    return sum(run.size for run in inside)
+    return written
+
+
+def _write_sparse(target: BinaryIO, pos: int, data: Buffer) -> int:
+    """Write what is no zeros; returns its bytes."""
+    written = 0
+    view = memoryview(data)
+    for start in range(0, len(view), HOLE_BYTES):
+        part = view[start : start + HOLE_BYTES]
+        if not ZEROS.startswith(part):
+            target.seek(pos + start)
+            written += target.write(part)
+    return written
 
 
 def _clipped(runs: list[Run], end: int) -> Iterator[Run]:

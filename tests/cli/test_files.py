@@ -260,6 +260,15 @@ def test_export_wants_a_complete_overlay_or_the_backing(web: Nginx, disk: Path, 
     assert (folder / "disk.raw").read_bytes() == expected
 
 
+def test_export_makes_holes_of_the_zeros_in_the_backing(folder: Path) -> None:
+    sparse_image(folder / "base.raw", (8 << 20) + 512, {3 << 20: b"x" * 4096, 8 << 20: b"y" * 512})
+    path = qemu_create(folder / "disk.qed", folder / "base.raw", size=(8 << 20) + 512)
+    done = qedfs("export", path, folder / "disk.raw", "--with-backing", "--allow-backing", folder, "--json")
+    assert json.loads(done.stdout)["data"] == (64 << 10) + 512
+    assert (folder / "disk.raw").read_bytes() == (folder / "base.raw").read_bytes()
+    assert (folder / "disk.raw").stat().st_blocks * 512 <= 100 << 10
+
+
 def test_export_asks_the_policy(overlay: Path, folder: Path) -> None:
     refused = qedfs("export", overlay, folder / "disk.raw", "--with-backing", check=False)
     assert refused.returncode == 9
@@ -282,6 +291,15 @@ def test_export_never_replaces_unless_told(folder: Path) -> None:
     assert (folder / "disk.raw").read_text() == "precious"
     qedfs("export", path, folder / "disk.raw", "--force")
     assert (folder / "disk.raw").stat().st_size == 1 << 20
+
+
+def test_export_never_replaces_what_is_no_file(folder: Path) -> None:
+    path = qemu_create(folder / "disk.qed", size=1 << 20)
+    os.mkfifo(folder / "pipe")
+    refused = qedfs("export", path, folder / "pipe", "--force", check=False)
+    assert refused.returncode == 2
+    assert "is no regular file" in refused.stderr
+    assert (folder / "pipe").is_fifo()
 
 
 def test_export_that_fails_leaves_nothing_behind(web: Nginx, folder: Path) -> None:
