@@ -33,9 +33,9 @@ class Readiness:
             # fusermount3 and other children must not hold it open.
             os.set_inheritable(fd, False)
 
-    def ready(self) -> None:
-        """The mount serves."""
-        self._send({"exit_code": 0})
+    def ready(self, remarks: Sequence[str]) -> None:
+        """The mount serves; `remarks`: lines on what it does not serve as the user may expect."""
+        self._send({"exit_code": 0, "remarks": remarks})
 
     def failed(self, line: str, exit_code: int) -> None:
         """It never will."""
@@ -79,6 +79,8 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
         remark(message["error"] + hint)
         raise click.exceptions.Exit(message["exit_code"])
+    for line in message["remarks"]:
+        remark(line)
     # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
     child.returncode = 0
 

@@ -25,6 +25,9 @@ from qedfs.stream.idle import Rules, parse_between, parse_delay
 
 log = logging.getLogger(__name__)
 
+MOST_REMARKS = 5  # of a mount that serves
+NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
+
 
 class MountCommand(click.Command):
     """A command that also takes its options as `-o key=value,...`."""
@@ -195,6 +198,24 @@ def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
     trio.run(_serve_with_bars, arguments, readiness, bars)
 
 
+def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
+    """What the user should know of the overlays at once: what the log of a daemon would keep from them."""
+    found = mounted.everything()
+    if not found:
+        return [f"{arguments.source}: has no overlay (*.qed) yet; one that comes is served"]
+    lines = [
+        text if (text := str(served.error)).startswith(served.path) else f"{served.path}: {text}"
+        for served in found
+        if served.error is not None
+    ]
+    if not arguments.read_only:
+        overlays = [(served.path, served.image.overlay) for served in found if served.image is not None]
+        lines += [f"{path}: {NOT_WRITABLE}" for path, overlay in overlays if not overlay.writable]
+    most = MOST_REMARKS if len(lines) > MOST_REMARKS + 1 else len(lines)
+    more = [f"and {len(lines) - most} more such overlays: see qedfs status"] if most < len(lines) else []
+    return [*lines[:most], *more]
+
+
 async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readiness, terminal: Console | None) -> None:
     # Imported here: of all commands only this one needs FUSE and libcurl, which take their time.
     from qedfs.mount.daemon import Settings, serve
@@ -223,7 +244,10 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
     async with trio.open_nursery() as nursery:
 
         def ready(mounted: Mounted) -> None:
-            readiness.ready()
+            remarks = _remarks(mounted, arguments)
+            readiness.ready(remarks)
+            if not mounted.everything():
+                log.warning("%s", *remarks)
             if terminal is not None:
                 nursery.start_soon(_draw, Bars(mounted, terminal))
 

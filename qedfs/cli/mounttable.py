@@ -63,8 +63,11 @@ def holders(mountpoint: str) -> list[str]:
 
 
 def _processes(folder: str) -> Iterator[str]:
+    ours = str(os.getpid())  # started where the user stands, which the line of the shell tells
     for process in Path("/proc").iterdir():
-        if process.name.isdigit() and any(_is_below(place, folder) for place in _places(process)):
+        if not process.name.isdigit() or process.name == ours:
+            continue
+        if any(_is_below(place, folder) for place in _places(process)):
             yield f"pid {process.name} ({_text(process / 'comm')})"
 
 

@@ -67,10 +67,11 @@ def fitted_summary(images: Sequence[Image], width: int) -> list[str]:
 def row(image: Image) -> tuple[str, ...]:
     """The cells of one image."""
     name, total, populated = printable(image["name"]), image["total"], image["populated"]
+    state = f"{image['state']} (ro)" if image.get("read_only") else image["state"]
     if not total:
-        return (name, image["state"], "", "", "", "", "")
+        return (name, state, "", "", "", "", "")
     pace, left = pace_of(image)
-    return (name, image["state"], format_size(populated), format_size(total), percent(populated, total), pace, left)
+    return (name, state, format_size(populated), format_size(total), percent(populated, total), pace, left)
 
 
 def percent(populated: int, total: int) -> str:

@@ -26,6 +26,8 @@ def umount(mountpoint: str) -> None:
     Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
     with the reason, if the last flush of one did. A mount whose server has died is cleared away.
     """
+    mountpoint = os.path.abspath(mountpoint)
+    os.chdir("/")  # the user may stand in it, and so we would keep it busy
     try:
         # Not a word is needed of a server that may be busy or stand still: only who it is.
         client = Client.reach(mountpoint)

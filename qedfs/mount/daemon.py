@@ -232,8 +232,10 @@ def _check_mountpoint(settings: Settings) -> None:
         raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
     if busy:
         raise InUse(f"{mountpoint}: something is mounted there already; unmount it or choose another folder")
+    if not is_folder and os.path.lexists(mountpoint):
+        raise UsageError(f"{mountpoint}: is not a folder; name the overlay first, then the folder to mount on")
     if not is_folder:
-        raise UsageError(f"{mountpoint}: is not a folder; make it first: mkdir -p {mountpoint}")
+        raise UsageError(f"{mountpoint}: there is no such folder; make it first: mkdir -p {mountpoint}")
     if os.path.realpath(mountpoint) == os.path.realpath(settings.source):
         raise UsageError(f"{mountpoint}: holds the overlays; mount on another folder")
 

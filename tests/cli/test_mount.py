@@ -6,7 +6,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from qedfs.overlay.create import create_overlay
 from qedfs.runtime import mount_folder
@@ -14,9 +17,10 @@ from qedfs.runtime import mount_folder
 from ..harness.images import first_difference, random_image
 from ..harness.mounts import is_mounted, mounted, qedfs
 from ..harness.process import free_port, wait_for
+from ..harness.require import require, require_root
 from ..harness.servers import Nginx
 from .conftest import SIZE
-from .support import daemon, image, in_mount_table, is_running, server_pid
+from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
 
 
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
@@ -48,6 +52,60 @@ def test_daemon_reports_why_it_does_not_serve(overlay: Path, folder: Path, mount
         assert (done.returncode, done.stdout) == (exit_code, "")
         assert re.fullmatch(r"qedfs: [^\n]+\n", done.stderr), done.stderr
         assert not in_mount_table(target)
+
+
+def test_daemon_says_what_it_does_not_serve_as_expected(overlay: Path, folder: Path, mountpoint: Path) -> None:
+    for number in range(8):
+        (folder / f"text{number}.qed").write_text("no overlay at all")
+    done = qedfs("mount", folder, mountpoint, "--daemon", "--no-stream")
+    qedfs("umount", mountpoint)
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"qedfs: {folder}/text0.qed: not a QED image: the file is shorter than a header"
+    assert lines[5:] == ["qedfs: and 3 more such overlays: see qedfs status"]
+    for path in (overlay, *folder.glob("text*.qed")):
+        path.unlink()
+    done = qedfs("mount", folder, mountpoint, "--daemon")
+    qedfs("umount", mountpoint)
+    assert done.stderr == f"qedfs: {folder}: has no overlay (*.qed) yet; one that comes is served\n"
+
+
+def test_an_overlay_that_cannot_be_written_is_said_to_be_read_only(overlay: Path, mountpoint: Path) -> None:
+    """A read-only bind mount refuses root too."""
+    require_root()
+    subprocess.run([require("mount"), "--bind", overlay, overlay], check=True)
+    try:
+        subprocess.run([require("mount"), "-o", "remount,bind,ro", overlay], check=True)
+        done = qedfs("mount", overlay, mountpoint, "--daemon")
+        shown = qedfs("status", mountpoint).stdout
+        qedfs("umount", mountpoint)
+    finally:
+        subprocess.run([require("umount"), "--lazy", overlay], check=True)
+    assert f"{overlay}: is not writable; it is served read-only" in done.stderr
+    assert "off (ro)" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("disk.qed", "is not a folder; name the overlay first, then the folder to mount on"),
+        ("nowhere", "there is no such folder; make it first: mkdir -p "),
+    ],
+)
+def test_a_mountpoint_that_is_no_folder(overlay: Path, folder: Path, name: str, advice: str) -> None:
+    done = qedfs("mount", overlay, folder / name, "--daemon", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"qedfs: {folder / name}: {advice}")
+
+
+def test_umount_tells_who_keeps_the_mount_busy_and_does_not_itself(overlay: Path, mountpoint: Path) -> None:
+    with daemon(overlay, mountpoint, "--no-stream"):
+        with (mountpoint / "disk.raw").open("rb"):
+            busy = subprocess.run([*QEDFS, "umount", "."], cwd=mountpoint, capture_output=True, text=True, check=False)
+        comm = Path("/proc/self/comm").read_text().strip()
+        assert busy.returncode == 8
+        assert busy.stderr == f"qedfs: {mountpoint}: is in use by pid {os.getpid()} ({comm}); close it there first\n"
+        subprocess.run([*QEDFS, "umount", "."], cwd=mountpoint, check=True)
+        assert not in_mount_table(mountpoint)
 
 
 def test_two_mounts_do_not_share_a_place_or_an_overlay(overlay: Path, mountpoint: Path, tmp_path: Path) -> None:
