@@ -23,6 +23,7 @@ FORMATS = ("raw", "qcow2", "qed")
 @click.option(
     "--backing-format",
     type=click.Choice(FORMATS),
+    metavar="[raw|qcow2]",
     help="Of the backing. Without it: raw, and one that looks like something else is refused.",
 )
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
@@ -61,6 +62,7 @@ def create(
     if backing is not None:
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
+        _check_scheme(backing or "", location)
         size = trio.run(_size, location, backing_format, source_timeout)
     header = create_overlay(
         overlay,
@@ -79,6 +81,15 @@ def create(
         click.echo(f"{overlay}: {format_size(made)}" + ("" if location is None else f" over {location}"))
     if location is not None and location.path is not None:
         remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
+
+
+def _check_scheme(text: str, location: Location) -> None:
+    """Raise UsageError for `server/disk.raw`, which names a file that is not there."""
+    first, slash, _ = text.partition("/")
+    if location.path is None or not slash or first in (".", "..") or not set(first) & set(".:"):
+        return
+    if not os.path.lexists(location.path):
+        raise UsageError(f"backing {location}: there is no such file; a URL begins with its scheme, like http://")
 
 
 async def _size(location: Location, backing_format: str | None, timeout_seconds: float) -> int:

@@ -63,6 +63,7 @@ def test_create_without_backing(folder: Path) -> None:
         (["--backing", "{url}/nope.img"], 4, "404"),
         (["--backing", "http://127.0.0.1:{port}/x", "--source-timeout", "300ms"], 4, "127.0.0.1"),
         (["--backing", "/nonexistent/base.raw"], 4, "No such file"),
+        (["--backing", "127.0.0.1:8080/disk.img"], 2, "no such file; a URL begins with its scheme, like http://"),
         (["--backing", "gopher://x/y"], 2, "gopher"),
         (["--backing", "{url}/disk.img", "--size", "lots"], 2, "lots"),
         (["--backing", "{url}/disk.img", "--cluster-size", "5000"], 2, "power of two"),

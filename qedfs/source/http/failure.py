@@ -25,7 +25,7 @@ _TRANSIENT = {
     pycurl.E_COULDNT_RESOLVE_HOST: (Reason.CONNECT, "the host name does not resolve"),
     pycurl.E_COULDNT_CONNECT: (Reason.CONNECT, "cannot connect"),
     _E_PROXY: (Reason.CONNECT, "the proxy refuses the connection"),
-    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed"),
+    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed; is it a server for https at all?"),
     pycurl.E_OPERATION_TIMEDOUT: (Reason.TIMEOUT, "no answer, or too slow a one, within the time allowed"),
     pycurl.E_PARTIAL_FILE: (Reason.CUT, "the answer was cut short"),
     pycurl.E_GOT_NOTHING: (Reason.CUT, "the connection was closed without an answer"),

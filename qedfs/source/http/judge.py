@@ -32,7 +32,7 @@ _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
 # Section 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MEANING = {
-    401: "asks for credentials (401)",
+    401: "asks for credentials (401); give them in the URL or in ~/.netrc",
     403: "forbids access (403)",
     404: "has no such file (404)",
     407: "is behind a proxy that asks for credentials (407)",
