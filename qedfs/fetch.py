@@ -352,7 +352,9 @@ class Fetch:
             for taker in list(flight.takers):
                 taker.lost(flight.error)
                 self._backlog.leave(flight, taker)
-        if not flight.takers:
+        if flight.takers:
+            self._turns.wake()
+        else:
             self._land(flight)
         return list(flight.takers)
 

@@ -22,6 +22,7 @@ from qedfs.flight import Taker
 from qedfs.window import MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Window
 
 PARTS = (1, 2, 4)  # of the largest request, that those of the background are in turn
+LOOK_SECONDS = 0.1  # until who waits looks again although it has heard of no change
 QUIET_ROUND_TRIPS = 2.0  # after the last reader's answer, before the background comes back
 
 
@@ -84,8 +85,8 @@ class Turns:
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, 2 * size) // next(self._parts))
 
     async def _turn(self, taker: Taker, size: int) -> None:
-        while self._must_wait(taker, size, self._allowed(taker)):
-            await self._look_again()
+        while self._must_wait(taker, size, allowed := self._allowed(taker)):
+            await self._look_again(soon=allowed < self._window.bytes)
 
     async def _turn_preferred(self, taker: Taker, size: int) -> None:
         while self._must_wait(taker, size, self._window.bytes):
@@ -94,7 +95,7 @@ class Turns:
             whom = None if self._backlog.background >= self._window.bytes else taker
             self._preferred[whom] += 1
             try:
-                await self._look_again()
+                await self._look_again(soon=True)
             finally:
                 self._preferred[whom] -= 1
                 if not self._preferred[whom]:
@@ -104,9 +105,13 @@ class Turns:
         backlog = self._backlog
         return backlog.in_flight(taker) >= allowed or backlog.is_behind(taker, size) or not backlog.has_room(size)
 
-    async def _look_again(self) -> None:
-        """Wait until something has changed in what is in flight; not longer than readers may take to become quiet."""
-        with trio.move_on_after(max(0.001, self._window.round_trip / 2)):
+    async def _look_again(self, *, soon: bool) -> None:
+        """Wait until something has changed in what is in flight. `soon`: time alone may end what is waited for.
+
+        Then it is not longer than readers may take to become quiet. Else it is the link or a disk, which may hang: many
+        streams that looked again every millisecond would take a processor.
+        """
+        with trio.move_on_after(max(0.001, self._window.round_trip / 2) if soon else LOOK_SECONDS):
             await self.change()
 
     def _allowed(self, taker: Taker) -> int:

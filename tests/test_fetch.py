@@ -10,9 +10,11 @@ import trio
 
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.fetch import Fetch
+from qedfs.flight import Taker
 from qedfs.image import Image
 from qedfs.overlay.opening import open_storage
 from qedfs.stream.job import State, StreamJob
+from qedfs.turns import LOOK_SECONDS, Turns
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -148,6 +150,33 @@ async def test_what_waits_for_a_disk_that_hangs_is_bounded(
         await trio.sleep(60)
         assert job.state is State.COMPLETE
         assert 0 < fetch.held_bytes < 64 * CLUSTER
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_for_a_disk_that_hangs_looks_seldom(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FakeSource(b"s" * (2000 * CLUSTER), round_trip=0.001)
+    looks: list[float] = []
+    must_wait = Turns._must_wait
+
+    def noted(self: Turns, taker: Taker, size: int, allowed: int) -> bool:
+        looks.append(trio.current_time())
+        return must_wait(self, taker, size, allowed)
+
+    monkeypatch.setattr(Turns, "_must_wait", noted)
+    async with trio.open_nursery() as nursery:
+        stuck, storage, _ = await two_images(nursery, source)
+        storage.well = trio.Event()
+        job = StreamJob(stuck)
+        nursery.start_soon(job.run)
+        await trio.sleep(10)
+        looks.clear()
+        await trio.sleep(10)
+        assert 0 < len(looks) <= 20 / LOOK_SECONDS
+        storage.well.set()
+        await trio.sleep(10)
+        assert job.state is State.COMPLETE
         nursery.cancel_scope.cancel()
 
 
