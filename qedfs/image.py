@@ -296,7 +296,8 @@ class Image:
                 exc = QedfsError("internal error, see the log")
             self._failed(exc)
             return
-        self.full = None
+        if kept:  # what a guest's write had claimed says nothing of the disk
+            self.full = None
         self.error = None
         if asked:
             self.counters.kept_asked += kept

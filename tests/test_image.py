@@ -156,6 +156,19 @@ async def test_a_full_disk_costs_the_reader_nothing(autojump_clock: trio.testing
         assert await read(image, 5 * CLUSTER, CLUSTER) == CONTENT[5 * CLUSTER : 6 * CLUSTER]
 
 
+async def test_a_full_disk_is_told_of_until_something_is_kept(autojump_clock: trio.testing.MockClock) -> None:
+    async with served(FakeSource(CONTENT)) as image:
+        await image.source_size()
+        image.full = NoSpace("full")  # noticed a while ago
+        # As while a write in part waits for what it needs beside this.
+        with image.overlay._claims.merging([5]):
+            await image.take(5 * CLUSTER, bytearray(CONTENT[:CLUSTER]), CLUSTER, asked=True)
+        assert image.full is not None
+        await read(image, 0, 512)
+        await trio.sleep(1)
+        assert image.full is None
+
+
 async def test_another_version_of_the_source_is_never_mixed_in(autojump_clock: trio.testing.MockClock) -> None:
     storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=len(CONTENT), backing=b"http://fake/disk.raw").data)
     async with served(FakeSource(CONTENT), storage=storage) as image:
