@@ -67,6 +67,7 @@ class ClusterMap:
         self.missing: int | None = None  # clusters; None until `count` has ended
         self._counted_to = 0  # slices below this one are part of _counted_missing
         self._counted_missing = 0
+        self._uncountable: BadOverlay | None = None  # the first table that cannot be
         self._slices: dict[int, array[int]] = {}
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
@@ -275,6 +276,10 @@ class ClusterMap:
         """Count the missing clusters once; from then on `missing` is kept exact.
 
         Runs beside readers, writers and others who count: slices below `_counted_to` are kept up to date by `set`.
+
+        Raises:
+            BadOverlay: an L1 entry points where no table can be. All other tables have been looked at: what is bad in
+                them has to be marked.
         """
         slices = -(-self.geometry.clusters // self._slice_entries)
         for turn in itertools.count():
@@ -283,15 +288,21 @@ class ClusterMap:
             number = self._counted_to
             if number >= slices:
                 break
-            missing = await self.gap(number << self._shift)
-            stop = number - (-missing >> self._shift)
-            if not missing:
-                part = await self._slice(number)
-                inside = min(self._slice_entries, self.geometry.clusters - (number << self._shift))
-                missing, stop = (part if inside == len(part) else part[:inside]).count(MISSING), number + 1
+            try:
+                missing = await self.gap(number << self._shift)
+                stop = number - (-missing >> self._shift)
+                if not missing:
+                    part = await self._slice(number)
+                    inside = min(self._slice_entries, self.geometry.clusters - (number << self._shift))
+                    missing, stop = (part if inside == len(part) else part[:inside]).count(MISSING), number + 1
+            except BadOverlay as exc:
+                self._uncountable = self._uncountable or exc
+                missing, stop = 0, (number // self._per_table + 1) * self._per_table
             if number == self._counted_to:  # else somebody else counts as well, and has counted it
                 self._counted_missing += missing
                 self._counted_to = stop
+        if self._uncountable is not None:
+            raise self._uncountable.fresh()
         self.missing = self._counted_missing
 
     # Inside.

@@ -80,6 +80,22 @@ async def test_counting_marks_what_nobody_else_reads() -> None:
     assert await states(again, 0, 1, 2, 3, 513, 1024) == [b"0", b"1", None, None, None, b"o"]
 
 
+async def test_counting_goes_on_behind_a_table_that_is_gone() -> None:
+    """It fails all the same, each time."""
+    whole = filled({512: b"1", 513: b"2", 514: b"3", 0: 0}, backing=b"", image_size=4 * SPAN)
+    # The first table lies where the last cluster does.
+    whole.put_u64(whole.header.l1_table_offset, len(whole.data) - CLUSTER)
+    storage = MemoryStorage(whole.data[: -2 * CLUSTER])
+    overlay = await open_storage(storage)
+    for _ in range(2):
+        with pytest.raises(BadOverlay, match="L2 table"):
+            await overlay.clusters.count()
+    assert overlay.clusters.missing is None
+    await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
+    await overlay.close()
+    assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 512, 513, 514) == [None, b"1", None, None]
+
+
 async def test_counting_brings_no_sound_slice_into_memory() -> None:
     storage = MemoryStorage(filled({0: b"0", 513: b"5"}, image_size=4 * SPAN).data)
     overlay = await open_storage(storage)
