@@ -142,7 +142,7 @@ def test_status_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_umount_waits_for_the_end_of_a_server_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmounted = threading.Event()
-    monkeypatch.setattr(umount, "_unmount", lambda _: unmounted.set())
+    monkeypatch.setattr(umount, "_unmount", lambda _, **__: unmounted.set())
     codes: list[int | str | None] = []
     command = threading.Thread(target=lambda: codes.append(run("umount", tmp_path)))
     with curt_server(tmp_path) as server:
@@ -160,7 +160,7 @@ def test_umount_does_not_vouch_for_a_server_that_takes_no_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(client, "CONNECT_SECONDS", SOON)
-    monkeypatch.setattr(umount, "_unmount", lambda _: None)
+    monkeypatch.setattr(umount, "_unmount", lambda _, **__: None)
     with listening(tmp_path, backlog=0), Client.reach(str(tmp_path)):
         assert run("umount", tmp_path) == 7
     assert "may still have the overlays open" in capsys.readouterr().err
