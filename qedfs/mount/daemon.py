@@ -131,7 +131,7 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
-            nursery.start_soon(memory.give_back_memory)
+            nursery.start_soon(memory.give_back_memory, mount.folder.buffers)
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)

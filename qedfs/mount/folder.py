@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from qedfs.buffers import Buffers
 from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
@@ -143,6 +144,11 @@ class Folder:
     def fetches(self) -> list[Fetch]:
         """The fetch queues in use, and the last ones that were: their counts are still of interest."""
         return self._sources.fetches()
+
+    @property
+    def buffers(self) -> Buffers:
+        """For what is fetched; shared by all images."""
+        return self._sources.buffers
 
     def stat(self) -> os.stat_result:
         """The folder's attributes."""

@@ -36,7 +36,7 @@ class Sources:
         self._nursery = nursery
         self._patience_seconds = PATIENCE_SECONDS
         self._remotes: dict[tuple[str, bool], Remote] = {}
-        self._buffers = Buffers()
+        self.buffers = Buffers()  # of all queues together
         self._fetches: dict[tuple[str, bool, int], Fetch] = {}
         self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
 
@@ -68,7 +68,7 @@ class Sources:
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)
         if key not in self._fetches:
-            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery, buffers=self._buffers)
+            self._fetches[key] = Fetch(remote, overlay.cluster_size, self._nursery, buffers=self.buffers)
         return self._fetches[key]
 
     async def _judge(self, location: Location) -> None:

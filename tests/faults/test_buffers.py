@@ -44,3 +44,22 @@ def test_a_buffer_larger_than_all_room_is_not_kept() -> None:
     buffers.give(kept)
     buffers.give(bytearray(1001))
     assert buffers.take(100) is kept
+
+
+def test_what_nobody_takes_for_a_while_is_forgotten() -> None:
+    buffers = Buffers(1000)
+    taken = [buffers.take(100) for _ in range(3)] + [buffers.take(200)]
+    for buffer in taken:
+        buffers.give(buffer)
+    buffers.forget_unused()
+    assert buffers.kept_bytes == 500  # all of it has been used since the beginning
+    two = [buffers.take(100), buffers.take(100)]
+    for buffer in two:
+        buffers.give(buffer)
+    buffers.forget_unused()
+    assert buffers.kept_bytes == 200
+    again = buffers.take(100)
+    assert any(again is buffer for buffer in two)
+    buffers.forget_unused()
+    assert buffers.kept_bytes == 0
+    assert len(buffers.take(100)) == 100

@@ -9,6 +9,7 @@ from pathlib import Path
 import trio
 import trio.testing
 
+from qedfs.buffers import Buffers
 from qedfs.mount.memory import INTERVAL_SECONDS, give_back_memory
 
 SIZE = 100_000  # below the size from which the C library maps each buffer by itself
@@ -28,7 +29,7 @@ async def test_memory_is_given_back(autojump_clock: trio.testing.MockClock) -> N
     del buffers
     before = _resident()
     with trio.move_on_after(1.5 * INTERVAL_SECONDS):
-        await give_back_memory()
+        await give_back_memory(Buffers())
     assert before - _resident() > SIZE * COUNT // 2
     assert len(stay) == COUNT
 
@@ -37,6 +38,7 @@ def test_large_buffers_go_back_to_the_kernel_though_small_ones_behind_them_stay(
     """In a process of its own: the setting lasts as long as the process."""
     script = """
 import sys
+from qedfs.buffers import Buffers
 from qedfs.mount.memory import set_up
 if sys.argv[1] == "with":
     set_up()
