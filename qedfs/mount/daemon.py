@@ -213,8 +213,20 @@ def _mount(mount: Mount) -> None:
     try:
         pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
     except RuntimeError as exc:
-        hint = "; is user_allow_other set in /etc/fuse.conf?" if mount.settings.allow_other and os.getuid() else ""
-        raise QedfsError(f"cannot mount on {mount.mountpoint}: libfuse says why on standard error{hint}") from exc
+        why = why_not_mounted(mount.mountpoint, allow_other=mount.settings.allow_other)
+        raise QedfsError(f"cannot mount on {mount.mountpoint}: {why}") from exc
+
+
+def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
+    """The likely reason, for a line: libfuse tells its own to nobody but standard error, which a daemon has not."""
+    if not os.path.exists("/dev/fuse"):
+        return "there is no /dev/fuse; is the kernel's module fuse loaded?"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse may not be opened by this user"
+    if not os.access(mountpoint, os.W_OK):
+        return "this user may not write to that folder; mount on one of your own"
+    hint = "; is user_allow_other set in /etc/fuse.conf?" if allow_other and os.getuid() else ""
+    return f"libfuse says why on standard error{hint}"
 
 
 def _forget_name(served: Served) -> None:
