@@ -88,7 +88,12 @@ class MountArguments:
 @click.command(cls=MountCommand, short_help="Serve overlays as raw files.")
 @click.argument("source", type=click.Path())
 @click.argument("mountpoint", type=click.Path())
-@click.option("--daemon", "in_background", is_flag=True, help="Return as soon as the mount serves; it goes on behind.")
+@click.option(
+    "--daemon",
+    "in_background",
+    is_flag=True,
+    help="Return as soon as the mount serves; it goes on behind, and logs beside its control socket (status --json).",
+)
 @click.option(
     "--read-only",
     is_flag=True,
