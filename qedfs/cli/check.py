@@ -6,13 +6,14 @@ import dataclasses
 
 import click
 
-from qedfs.cli.files import locked_file
+from qedfs.cli.files import found_journals, locked_file
 from qedfs.cli.output import print_fields, print_json
 from qedfs.errors import BadOverlay
 from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.check import Report
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
+from qedfs.overlay.leftover import find_leftover
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.storage import Storage
 
@@ -25,14 +26,16 @@ def check(overlay: str, repair: bool, as_json: bool) -> None:
     """Check the tables of OVERLAY, which must not be mounted or open elsewhere.
 
     Exit codes: 0 sound, or sound after --repair; 3 damaged. Leaked clusters, which a crash may leave, take space and
-    do no harm: they are counted, and are no error. What two entries claim cannot be repaired.
+    do no harm: they are counted, and are no error. What two entries claim cannot be repaired. Clusters that a killed
+    mount has left in its journal count as missing here; the next mount brings them in.
     """
     with locked_file(overlay, writable=repair) as storage:
         report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
+        waiting = _waiting(storage)
     if as_json:
-        print_json({"overlay": overlay, **dataclasses.asdict(report)})
+        print_json({"overlay": overlay, **dataclasses.asdict(report), "in_journal": waiting})
     else:
-        print_fields(_for_people(report))
+        print_fields(_for_people(report, waiting))
     if report.corruptions:
         hint = "" if repair else "; qedfs check --repair mends what can be mended"
         raise BadOverlay(f"{overlay}: {report.corruptions} damaged entries: {report.first_problem}{hint}")
@@ -49,7 +52,15 @@ def _repair(storage: Storage) -> Report:
     return report
 
 
-def _for_people(report: Report) -> dict[str, object]:
+def _waiting(storage: Storage) -> int:
+    """How many clusters a killed mount has left in its journal, which is brought in by the next one."""
+    header, _ = read_header(storage)
+    session = Session(storage, header, read_record(storage, header)).previous()
+    leftover = find_leftover(storage, found_journals(), session)
+    return len({cluster for cluster, _ in leftover.pairs}) if leftover else 0
+
+
+def _for_people(report: Report, waiting: int) -> dict[str, object]:
     return {
         "clusters": report.total,
         "data": report.allocated,
@@ -59,5 +70,6 @@ def _for_people(report: Report) -> dict[str, object]:
         "repaired": report.repaired or None,
         "damaged": report.corruptions or None,
         "leaked": f"{report.leaks} clusters; harmless" if report.leaks else None,
+        "in a journal": f"{waiting} clusters of a killed mount; the next one brings them in" if waiting else None,
         "result": "damaged" if report.corruptions else "sound",
     }

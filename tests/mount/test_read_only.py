@@ -97,6 +97,7 @@ def test_the_commands_on_files_see_the_writes_of_a_killed_mount(overlay: Path, t
     assert [(run["start"], run["length"]) for run in killed if run["data"]] == [(2 * CLUSTER_SIZE, CLUSTER_SIZE)]
     qedfs("export", overlay, tmp_path / "out.raw", "--with-backing")
     assert (tmp_path / "out.raw").read_bytes()[2 * CLUSTER_SIZE : 3 * CLUSTER_SIZE] == MINE
+    assert "in a journal: 1 clusters of a killed mount" in qedfs("check", overlay).stdout
 
 
 def test_a_journal_whose_entries_are_all_in_the_overlay_does_no_harm(
@@ -107,6 +108,7 @@ def test_a_journal_whose_entries_are_all_in_the_overlay_does_no_harm(
         with opened(mount.path("disk.raw")) as fd:
             os.fsync(fd)
         mount.kill()
+    assert json.loads(qedfs("check", overlay, "--json").stdout)["in_journal"] == 0
     with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
         assert_same(mount.path("disk.raw"), expect_mine(source, tmp_path / "expected"))
 
