@@ -5,6 +5,8 @@ Owns the conversation over one connection. Must not know what the commands do.
 Two tasks share the connection: the one that answers, and the one that sends events. A lock keeps their lines whole.
 Events begin only when the answer to `qmp_capabilities` has been sent: the `qemu.qmp` library takes the very next line
 after its request for that answer.
+
+A client may hang up without waiting for the answer: what it has sent until then is run all the same.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Session:
         self._events: deque[bytes] = deque()
         self._event_came = trio.Event()
         self._scope = trio.CancelScope()
+        self._deaf = False  # its client takes no more lines
         self.negotiated = False
         self.busy = False  # a command of its client is being run
         self.heard_at = trio.current_time()  # when its client was last heard of or answered
@@ -84,10 +87,13 @@ class Session:
                 self.busy = True
                 answer = await self._reply(message)
                 self.busy, self.heard_at = False, trio.current_time()
-                await self._send(encode(answer))
-                if self.after_reply is not None:
-                    after, self.after_reply = self.after_reply, None
-                    after()
+                try:
+                    await self._send(encode(answer))
+                finally:
+                    # Also if we are dropped meanwhile, by a client that does not read: the command has been accepted.
+                    if self.after_reply is not None:
+                        after, self.after_reply = self.after_reply, None
+                        after()
 
     async def _reply(self, message: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a client sends
         echo = {"id": message["id"]} if isinstance(message, dict) and "id" in message else {}
@@ -137,14 +143,18 @@ class Session:
         try:
             with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                 await self._send_waiting()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # it has hung up first
         finally:
             await trio.aclose_forcefully(self._stream)
 
     async def _send(self, line: bytes) -> None:
+        """Send a line, or nothing to a client that has hung up: commands of its own may still wait to be read."""
         async with self._sending:
-            await self._stream.send_all(line)
+            if self._deaf:
+                return
+            try:
+                await self._stream.send_all(line)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                self._deaf = True
 
 
 @negotiation("qmp_capabilities", Arg("enable", "array", optional=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,26 @@ async def test_large_messages_are_refused_and_the_connection_stays(tmp_path: Pat
 async def test_quit_is_answered_first(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         assert await talk.get("quit") == {}
+        with trio.fail_after(10):
+            await mount.has_quit.wait()
+
+
+async def test_quit_takes_effect_though_its_client_hangs_up(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path):
+        async with talking(path) as talk:
+            # Without a checkpoint between the two: the server finds the command and the end of the connection.
+            os.write(talk.stream.socket.fileno(), b'{"execute":"quit"}')
+            talk.stream.socket.close()
+        with trio.fail_after(10):
+            await mount.has_quit.wait()
+
+
+async def test_quit_of_a_client_that_never_reads_takes_effect(tmp_path: Path) -> None:
+    """`printf ... | socat -u - UNIX-CONNECT:control.sock`: greeting and both answers find nobody."""
+    async with controlled(tmp_path) as (mount, path):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-version"}{"execute":"quit"}')
         with trio.fail_after(10):
             await mount.has_quit.wait()
 
