@@ -21,6 +21,7 @@ from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
 from qedfs.runtime import mount_folder, private_folder
 
+STOP_SECONDS = 5.0  # for a child that is no longer wanted; what it has mounted goes first
 MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one
 
 
@@ -54,7 +55,7 @@ class Readiness:
 def start(arguments: Sequence[str], mountpoint: str) -> None:
     """Run `qedfs mount ARGUMENTS` in the background; return when it serves.
 
-    Ends the command with the child's line and exit code if it does not.
+    Ends the command with the child's line and exit code if it does not. Interrupted before that, it ends the child too.
     """
     read_fd, write_fd = os.pipe()
     log_path = private_folder(mount_folder(mountpoint)) / "log"
@@ -67,9 +68,14 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
             pass_fds=[write_fd],
             start_new_session=True,
         )
-    os.close(write_fd)
-    with os.fdopen(read_fd, "rb") as pipe:
-        answer = pipe.read()
+    try:
+        os.close(write_fd)
+        with os.fdopen(read_fd, "rb") as pipe:
+            answer = pipe.read()
+    except BaseException:
+        # Ctrl-C reaches us only: the child has a session of its own, and would mount all the same.
+        _end(child, log_path)
+        raise
     if not answer:
         raise QedfsError(f"the daemon ended with {child.wait()} before it served, see {log_path}")
     message = json.loads(answer)
@@ -83,6 +89,15 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         remark(line)
     # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
     child.returncode = 0
+
+
+def _end(child: subprocess.Popen[bytes], log_path: Path) -> None:
+    child.terminate()
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Not SIGKILL: that would leave a dead mount behind, and cut off a flush.
+        remark(f"the daemon (pid {child.pid}) was told to end and has not yet, see {log_path}")
 
 
 def _open_log(path: Path) -> BinaryIO:

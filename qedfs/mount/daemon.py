@@ -110,7 +110,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
             await folder.scan()
             mount = Mount(settings, folder)
             folder.on_gone = _forget_name
-            nursery.start_soon(stop_on_signal, mount.quit)
+            await nursery.start(stop_on_signal, mount.quit)
             nursery.start_soon(dump_on_signal, mount.fetches)
             await _serve_mounted(mount, ready, notifier)
         finally:

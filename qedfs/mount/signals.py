@@ -26,13 +26,18 @@ _OURS = os.path.dirname(os.path.dirname(qedfs.__file__)) + os.sep
 _TRIO = os.path.dirname(trio.__file__) + os.sep
 
 
-async def stop_on_signal(stop: Callable[[], None]) -> None:
+async def stop_on_signal(
+    stop: Callable[[], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """Call `stop` at the first signal to stop. From then on each of them ends the process at once.
+
+    Started once it notices them: a signal that comes before ends the process, which must not have mounted yet.
 
     To be run until the overlays are closed: a service manager sends SIGTERM also to a mount that was unmounted a
     moment ago and still flushes.
     """
     with trio.open_signal_receiver(*STOPPING) as signals:
+        task_status.started()
         number = await anext(signals)
         log.info("stopping on %s; a second signal stops at once", signal.Signals(number).name)
         stop()

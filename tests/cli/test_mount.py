@@ -22,6 +22,29 @@ from ..harness.servers import Nginx
 from .conftest import SIZE
 from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
 
+# Read by every Python that starts with it in its PYTHONPATH; each holds a daemon's start up after it has noted its pid.
+SLOW_STARTS = {
+    "before it mounts": """
+import os, sys, time
+if "--ready-fd" in sys.orig_argv:
+    with open({flag!r}, "x") as file:
+        file.write(str(os.getpid()))
+    time.sleep(30)
+""",
+    "while it mounts": """
+import os, sys, time
+if "--ready-fd" in sys.orig_argv:
+    import pyfuse3
+    init = pyfuse3.init
+    def slow_init(*args):
+        init(*args)
+        with open({flag!r}, "x") as file:
+            file.write(str(os.getpid()))
+        time.sleep(1)
+    pyfuse3.init = slow_init
+""",
+}
+
 
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
     with daemon(folder, mountpoint):
@@ -52,6 +75,31 @@ def test_daemon_reports_why_it_does_not_serve(overlay: Path, folder: Path, mount
         assert (done.returncode, done.stdout) == (exit_code, "")
         assert re.fullmatch(r"qedfs: [^\n]+\n", done.stderr), done.stderr
         assert not in_mount_table(target)
+
+
+@pytest.mark.parametrize("moment", SLOW_STARTS)
+def test_an_interrupted_start_leaves_no_daemon(overlay: Path, mountpoint: Path, tmp_path: Path, moment: str) -> None:
+    flag, site = tmp_path / "pid", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SLOW_STARTS[moment].format(flag=str(flag)))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [*QEDFS, "mount", str(overlay), str(mountpoint), "--daemon", "--no-stream"]
+    waiting = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+    pid = 0
+    try:
+        wait_for(lambda: flag.exists() and flag.stat().st_size > 0, "the start of the daemon")
+        pid = int(flag.read_text())
+        os.kill(waiting.pid, signal.SIGINT)
+        _, errors = waiting.communicate(timeout=20)
+        assert (waiting.returncode, errors.strip()) == (130, b"")
+        assert not is_running(pid)
+        assert not in_mount_table(mountpoint)
+    finally:
+        waiting.kill()
+        if pid and is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+        if in_mount_table(mountpoint):
+            subprocess.run([require("umount"), "--lazy", mountpoint], check=False)
 
 
 def test_daemon_says_what_it_does_not_serve_as_expected(overlay: Path, folder: Path, mountpoint: Path) -> None:
