@@ -26,6 +26,8 @@ from qedfs.units import format_seconds, parse_seconds
 
 GRACE_SECONDS = 2.0  # without a read or write before a guest counts as quiet (stargz-snapshotter waits 5 s)
 LOOK_SECONDS = 0.5
+# Between two looks at what guests do: each costs a sum over all images, and all their jobs ask. Short beside the grace.
+GUEST_LOOK_SECONDS = 0.05
 STALE_SECONDS = 5.0  # a figure of a longer time says little about now
 IO_SHARE = 0.10  # of the time in which some task waited for I/O, beyond which the disk is busy
 CPU_SHARE = 0.60  # likewise for a processor; one of two tasks waiting half of the time is common on small machines
@@ -120,12 +122,13 @@ class Idle:
         *,
         clock: Callable[[], datetime.datetime] = datetime.datetime.now,
     ) -> None:
-        """`activity`: any number that changes whenever a guest reads or writes."""
+        """`activity`: any number that changes whenever a guest reads or writes; asked for now and then only."""
         self.rules = rules
         self._pressure = pressure
         self._activity = activity
         self._clock = clock
         self._start = trio.current_time() + random.uniform(*rules.delay)  # noqa: S311 - to spread a fleet
+        self._looked_at = float("-inf")
         self._seen = 0
         self._seen_at = float("-inf")
 
@@ -149,7 +152,9 @@ class Idle:
         return start <= minute < end if start < end else minute >= start or minute < end
 
     def _reader(self) -> str:
-        now, activity = trio.current_time(), self._activity()
-        if activity != self._seen:
-            self._seen, self._seen_at = activity, now
+        now = trio.current_time()
+        if now - self._looked_at >= GUEST_LOOK_SECONDS:
+            self._looked_at, activity = now, self._activity()
+            if activity != self._seen:
+                self._seen, self._seen_at = activity, now
         return "a guest is reading or writing" if now - self._seen_at < GRACE_SECONDS else ""

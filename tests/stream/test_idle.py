@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from qedfs.errors import UsageError
-from qedfs.stream.idle import Idle, Pressure, Rules, parse_between, parse_delay
+from qedfs.stream.idle import GUEST_LOOK_SECONDS, Idle, Pressure, Rules, parse_between, parse_delay
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
@@ -100,11 +100,29 @@ async def test_a_reader_holds_it_off_for_the_grace_time(
     await trio.sleep(1)
     assert idle.reason() == ""
     activity += 4096
+    await trio.sleep(GUEST_LOOK_SECONDS)
     assert "reading" in idle.reason()
     await trio.sleep(1)
     assert "reading" in idle.reason()
     await trio.sleep(1.5)
     assert idle.reason() == ""
+
+
+async def test_all_jobs_share_one_look_at_the_guests(machine: Machine, autojump_clock: trio.testing.MockClock) -> None:
+    """A look costs a sum over all images; one for each job that asks would cost the square of their number."""
+    looks = 0
+
+    def activity() -> int:
+        nonlocal looks
+        looks += 1
+        return 0
+
+    idle = Idle(Rules(quiet=True), machine.pressure(), activity)
+    for _ in range(100):
+        for _ in range(25):
+            idle.reason()
+        await trio.sleep(0.01)
+    assert looks <= 1 / GUEST_LOOK_SECONDS + 1
 
 
 @pytest.mark.parametrize(
