@@ -10,7 +10,7 @@ import trio
 from qedfs.cli.output import print_json, remark
 from qedfs.cli.values import DURATION, SIZE
 from qedfs.errors import UsageError
-from qedfs.overlay.create import create_overlay
+from qedfs.overlay.create import create_overlay, encode_backing_name
 from qedfs.source.url import Location, parse_location
 from qedfs.units import format_size
 
@@ -60,6 +60,7 @@ def create(
         raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
     location = None
     if backing is not None:
+        encode_backing_name(backing)  # refused before anything is asked for its size
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
         _check_scheme(backing or "", location)

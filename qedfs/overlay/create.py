@@ -29,12 +29,10 @@ def create_overlay(
     and 1 it cannot open.
 
     Raises:
-        UsageError: the file exists, the folder takes no file, or the numbers cannot be.
+        UsageError: the file exists, the folder takes no file, or the numbers or the backing's name cannot be.
         NoSpace: the file system is full.
     """
-    name = (backing or "").encode()
-    if len(name) > MAX_BACKING_NAME:
-        raise UsageError(f"the backing name is longer than {MAX_BACKING_NAME} bytes")
+    name = encode_backing_name(backing or "")
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
     record = encode_record(Record(copy_on_read=copy_on_read))
     try:
@@ -46,6 +44,23 @@ def create_overlay(
             raise NoSpace(f"{path}: no space left to create it") from exc
         raise UsageError(f"{path}: cannot be created: {exc.strerror}") from exc
     return header
+
+
+def encode_backing_name(text: str) -> bytes:
+    """The backing name as it is stored.
+
+    Raises:
+        UsageError: it is too long, or not UTF-8 (from the command line such bytes come as surrogates). QED would hold
+            any bytes, but what shows, logs or sends the name needs text, so an overlay that has others is not served.
+    """
+    try:
+        name = text.encode()
+    except UnicodeEncodeError as exc:
+        hint = "in a URL write its bytes like %FF, to a file make a link with another name"
+        raise UsageError(f"the backing name is not UTF-8; {hint}") from exc
+    if len(name) > MAX_BACKING_NAME:
+        raise UsageError(f"the backing name is longer than {MAX_BACKING_NAME} bytes")
+    return name
 
 
 def _header(geometry: Geometry, name: bytes, *, raw_backing: bool) -> Header:

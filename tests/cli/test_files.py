@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def test_create_over_a_file_beside_the_overlay(folder: Path) -> None:
     assert f"--allow-backing {folder / 'base.raw'}" in done.stderr
     assert qemu_info(folder / "disk.qed")["cluster-size"] == 4096
     assert qemu_same(folder / "disk.qed", folder / "base.raw")
+
+
+@pytest.mark.parametrize("backing", [b"http://127.0.0.1:1/\xff", b"nbd://127.0.0.1:1/\xff", b"\xff.raw"])
+@pytest.mark.parametrize("size", [(), ("--size", "1M")])
+def test_a_backing_name_must_be_utf_8(folder: Path, backing: bytes, size: tuple[str, ...]) -> None:
+    (folder / os.fsdecode(b"\xff.raw")).write_bytes(bytes(4096))
+    done = qedfs("create", folder / "disk.qed", "--backing", os.fsdecode(backing), *size, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"qedfs: the backing name is not UTF-8; [^\n]+\n", done.stderr), done.stderr
+    assert not (folder / "disk.qed").exists()
 
 
 def test_create_without_backing(folder: Path) -> None:
