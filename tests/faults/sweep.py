@@ -127,6 +127,8 @@ class Bench:
             log = record.read_text(errors="replace")
             return "INJECTED" in log or code == -9, log.count("\n"), code, session.failed
         calls = int(record.read_text() or 0)
+        if code != -9 and not calls:
+            raise Wrong(f"the mount ended with {code} before it wrote anything:\n{child.output()}")
         return code == -9 or calls >= fault.number, calls, code, session.failed
 
     def _end(self, child: Child) -> int:
