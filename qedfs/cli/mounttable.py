@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.errors import NotMounted, QedfsError, UsageError
+from qedfs.mount.place import standing_at
 from qedfs.runtime import place_of
 
 FILESYSTEM = "fuse.qedfs"
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def mounted_type(mountpoint: str) -> str | None:
     """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
-    wanted = place_of(mountpoint)
-    found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            # Blanks and backslashes are octal there, proc(5).
-            if _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), left.split()[4]) == wanted:
-                found = right.split()[0]
-    return found
+    standing = standing_at(place_of(mountpoint))
+    return None if standing is None else standing.kind
 
 
 def is_dead(mountpoint: str) -> bool:

@@ -30,6 +30,7 @@ from qedfs.mount.kernel import tune
 from qedfs.mount.limits import raise_open_files
 from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
+from qedfs.mount.place import Standing, standing_at
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
 from qedfs.runtime import SOCKET_NAME, mount_folder, place_of, private_folder
 from qedfs.stream.job import State
@@ -64,6 +65,7 @@ class Mount:
         self.mountpoint = os.path.realpath(settings.mountpoint)
         self.socket = private_folder(mount_folder(self.mountpoint)) / SOCKET_NAME
         self.folder = folder
+        self.standing: Standing | None = None  # our file system, once it is mounted
         self.failure: QedfsError | None = None  # why --until-streamed gave up on an overlay
         self._quit = trio.Event()
 
@@ -146,7 +148,15 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
             notifier.stopping()
             nursery.cancel_scope.cancel()
     finally:
-        pyfuse3.close(unmount=True)
+        _end(mount)
+
+
+def _end(mount: Mount) -> None:
+    """Take our file system away: libfuse unmounts whatever is mounted at the path, and so may do it only if we are."""
+    there = _standing_at(mount.mountpoint)
+    if there is not None and there != mount.standing:
+        log.warning("%s: another file system is mounted there now; it is left alone", mount.mountpoint)
+    pyfuse3.close(unmount=there is not None and there == mount.standing)
 
 
 async def _answer_kernel(mount: Mount) -> None:
@@ -215,6 +225,15 @@ def _mount(mount: Mount) -> None:
     except RuntimeError as exc:
         why = why_not_mounted(mount.mountpoint, allow_other=mount.settings.allow_other)
         raise QedfsError(f"cannot mount on {mount.mountpoint}: {why}") from exc
+    mount.standing = _standing_at(mount.mountpoint)
+
+
+def _standing_at(place: str) -> Standing | None:
+    try:
+        return standing_at(place)
+    except OSError as exc:
+        log.warning("cannot look what is mounted at %s: %s", place, exc)
+        return None
 
 
 def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
