@@ -38,6 +38,7 @@ from qedfs.stream.job import State
 log = logging.getLogger(__name__)
 
 RESCAN_SECONDS = 1.0
+FORCED_SECONDS = 0.2  # from the cut of the connection to the end of the mount by umount -f
 # Requests in work at once over all images: one that waits for a dead source must not keep others from being read.
 # An idle worker costs a task; pyfuse3's default of 99 is filled by one black-holed source with 99 readers.
 MAX_TASKS = 4096
@@ -66,7 +67,7 @@ class Mount:
         self.socket = private_folder(mount_folder(self.mountpoint)) / SOCKET_NAME
         self.folder = folder
         self.standing: Standing | None = None  # our file system, once it is mounted
-        self.failure: QedfsError | None = None  # why --until-streamed gave up on an overlay
+        self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart
         self._quit = trio.Event()
 
     def everything(self) -> list[Served]:
@@ -96,8 +97,8 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
     Raises:
         UsageError: the source or the mountpoint is not there or not usable.
         InUse: the mountpoint or the single overlay is busy.
-        QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; or the last
-            flush of an overlay failed (NoSpace: for want of room).
+        QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; the
+            connection to the kernel was cut; or the last flush of an overlay failed (NoSpace: for want of room).
     """
     _check_mountpoint(settings)
     raise_open_files()
@@ -153,15 +154,27 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
 
 def _end(mount: Mount) -> None:
     """Take our file system away: libfuse unmounts whatever is mounted at the path, and so may do it only if we are."""
-    there = _standing_at(mount.mountpoint)
-    if there is not None and there != mount.standing:
+    if not _stands(mount) and _standing_at(mount.mountpoint) is not None:
         log.warning("%s: another file system is mounted there now; it is left alone", mount.mountpoint)
-    pyfuse3.close(unmount=there is not None and there == mount.standing)
+    pyfuse3.close(unmount=_stands(mount))
+    # libfuse takes a connection that was cut for a mount that is gone.
+    if _stands(mount) and _is_left_over(mount.mountpoint):
+        done = unmount(mount.mountpoint, lazy=True)
+        if done.returncode:
+            log.error("%s: cannot be unmounted: %s", mount.mountpoint, done.stderr.strip())
 
 
 async def _answer_kernel(mount: Mount) -> None:
-    """Ends when the file system has been unmounted from outside."""
+    """Ends when the file system has been unmounted from outside, or its connection to the kernel was cut."""
     await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+    if _stands(mount):
+        # umount -f cuts the connection first, and unmounts a moment later unless somebody has a file open.
+        await trio.sleep(FORCED_SECONDS)
+    if _stands(mount):
+        mount.failure = QedfsError(
+            f"{mount.mountpoint}: its connection to the kernel was cut, by umount -f or through "
+            "/sys/fs/fuse/connections; the mount is taken away"
+        )
     mount.quit()
 
 
@@ -185,7 +198,9 @@ async def _quit_when_streamed(mount: Mount) -> None:
                 if _is_streamed(mount.folder):
                     break
         await trio.sleep(0.1)
-    mount.failure = next((error for one in mount.folder.everything() if (error := _failure(one))), None)
+    mount.failure = mount.failure or next(
+        (error for one in mount.folder.everything() if (error := _failure(one))), None
+    )
     mount.quit()
 
 
@@ -226,6 +241,11 @@ def _mount(mount: Mount) -> None:
         why = why_not_mounted(mount.mountpoint, allow_other=mount.settings.allow_other)
         raise QedfsError(f"cannot mount on {mount.mountpoint}: {why}") from exc
     mount.standing = _standing_at(mount.mountpoint)
+
+
+def _stands(mount: Mount) -> bool:
+    """Whether the mountpoint shows our file system."""
+    return mount.standing is not None and _standing_at(mount.mountpoint) == mount.standing
 
 
 def _standing_at(place: str) -> Standing | None:

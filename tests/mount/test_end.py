@@ -9,8 +9,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from qedfs.mount.place import standing_at
-from tests.harness.require import require, require_root
+from tests.harness.process import wait_for
+from tests.harness.require import require, require_root, unavailable
 from tests.mount.support import MIB, mounted_over, origin
 
 
@@ -38,6 +41,41 @@ def test_what_was_mounted_over_it_stays(tmp_path: Path) -> None:
         os.kill(mount.pid, signal.SIGTERM)
         assert mount.wait_exit(20) == 0
         assert _kind_at(mount.mountpoint) == "tmpfs"
+
+
+@pytest.mark.parametrize("way", ["fusectl", "umount -f"])
+def test_a_mount_whose_connection_was_cut_is_taken_away(tmp_path: Path, way: str) -> None:
+    require_root()
+    with origin(tmp_path, MIB) as source:
+        with mounted_over(tmp_path, source.url, "--no-stream") as mount, _held(mount.path("disk.raw")) as fd:
+            os.pwrite(fd, b"late", 0)
+            if way == "fusectl":
+                _abort(mount.mountpoint)
+            else:
+                done = subprocess.run([require("umount"), "-f", mount.mountpoint], check=False, timeout=20)
+                assert done.returncode != 0
+            assert mount.wait_exit(20) == 1
+            assert _kind_at(mount.mountpoint) is None
+            assert mount.output().count("its connection to the kernel was cut") == 1
+        with mounted_over(tmp_path, source.url, "--no-stream") as mount:
+            assert mount.path("disk.raw").read_bytes() == b"late" + source.data()[4:]
+
+
+def test_a_forced_unmount_that_succeeds_is_a_good_end(tmp_path: Path) -> None:
+    require_root()
+    with origin(tmp_path, MIB) as source, mounted_over(tmp_path, source.url, "--no-stream") as mount:
+        wait_for(lambda: "serving" in mount.output(), "the end of the start")
+        _run("umount", "-f", mount.mountpoint)
+        assert mount.wait_exit(20) == 0
+
+
+def _abort(mountpoint: Path) -> None:
+    standing = standing_at(str(mountpoint))
+    assert standing is not None
+    abort = Path("/sys/fs/fuse/connections", standing.device.split(":")[1], "abort")
+    if not abort.exists():
+        unavailable("needs fusectl at /sys/fs/fuse/connections")
+    abort.write_text("1")
 
 
 @contextlib.contextmanager
