@@ -37,6 +37,8 @@ from qedfs.stream.replay import replay
 log = logging.getLogger(__name__)
 
 SUFFIX = ".qed"
+# Overlays that are closed at once at the end: flushes wait for the disk, which takes many together.
+CLOSING = 16
 # Of this machine or of a file server, not of the file. EAGAIN: somebody has a lease on it.
 _PASSING = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
@@ -398,12 +400,19 @@ class Folder:
             self._closing -= 1
 
     async def close(self) -> list[QedfsError]:
-        """Flush and close every overlay, and drop the connections; returns what went wrong with any of them."""
+        """Flush and close every overlay, then drop the connections; returns what went wrong with any of them."""
         failures: list[QedfsError] = []
-        for served in {*self._by_path.values(), *self._by_inode.values()}:
-            served.scope.cancel()
-            if error := await _closed(served):
-                failures.append(error)
+        places = trio.CapacityLimiter(CLOSING)
+
+        async def close(served: Served) -> None:
+            async with places:
+                served.scope.cancel()
+                if error := await _closed(served):
+                    failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for served in {*self._by_path.values(), *self._by_inode.values()}:
+                nursery.start_soon(close, served)
         await self._sources.aclose()
         os.close(self._fd)
         return failures

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from qedfs.image import Image
+from qedfs.mount.folder import CLOSING, Folder, Options
 from qedfs.mount.place import standing_at
+from qedfs.mount.sources import Sources
+from qedfs.overlay.create import create_overlay
+from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root, unavailable
-from tests.mount.support import MIB, mounted_over, origin
+from tests.mount.support import MIB, create, mounted_over, origin
+
+# Read by every Python that starts with it in its PYTHONPATH: a disk that takes its time from the moment when {flag} is
+# there, and fails for some.
+SLOW_DISK = """
+import errno, os, time
+fdatasync = os.fdatasync
+def slow(fd):
+    if os.path.exists({flag!r}):
+        time.sleep(0.3)
+        if os.path.basename(os.readlink(f"/proc/self/fd/{{fd}}")).startswith("bad"):
+            raise OSError(errno.EIO, "Input/output error")
+    fdatasync(fd)
+os.fdatasync = slow
+"""
 
 
 def test_what_was_mounted_in_its_place_stays(tmp_path: Path) -> None:
@@ -67,6 +89,61 @@ def test_a_forced_unmount_that_succeeds_is_a_good_end(tmp_path: Path) -> None:
         wait_for(lambda: "serving" in mount.output(), "the end of the start")
         _run("umount", "-f", mount.mountpoint)
         assert mount.wait_exit(20) == 0
+
+
+def test_overlays_are_closed_side_by_side_and_each_failure_is_told(tmp_path: Path) -> None:
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_DISK.format(flag=str(tmp_path / "slow")))
+    names = [*(f"good{number}" for number in range(30)), "bad1", "bad2"]
+    with origin(tmp_path, MIB) as source:
+        first = create(tmp_path / "overlays" / "good0.qed", source.url)
+        for name in names[1:]:
+            shutil.copy(first, first.with_name(f"{name}.qed"))
+        env = {"PYTHONPATH": str(tmp_path / "site")}
+        with mounted(first.parent, tmp_path / "mnt", "--no-stream", env=env) as mount:
+            wait_for(lambda: "serving" in mount.output(), "the end of the start")
+            (tmp_path / "slow").touch()
+            begun = time.monotonic()
+            os.kill(mount.pid, signal.SIGTERM)
+            assert mount.wait_exit(30) == 1
+            # One after the other they take 9.6 s at least.
+            assert time.monotonic() - begun < 5
+            for name in names:
+                assert (f"ERROR {name}.raw: " in mount.output()) == name.startswith("bad")
+
+
+async def test_connections_are_dropped_when_all_overlays_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2 * CLOSING):
+        create_overlay(str(tmp_path / f"{number}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
+    events = []
+    under_way = 0
+    close, aclose = Image.close, Sources.aclose
+
+    async def noted_close(image: Image) -> None:
+        nonlocal under_way
+        under_way += 1
+        events.append(under_way)
+        await trio.sleep(0.01)
+        await close(image)
+        under_way -= 1
+
+    async def noted_aclose(sources: Sources) -> None:
+        events.append(-under_way)
+        await aclose(sources)
+
+    monkeypatch.setattr(Image, "close", noted_close)
+    monkeypatch.setattr(Sources, "aclose", noted_aclose)
+    async with trio.open_nursery() as nursery:
+        folder = Folder(str(tmp_path), Options(stream=False), nursery)
+        await folder.scan()
+        assert await folder.close() == []
+        nursery.cancel_scope.cancel()
+    assert len(events) == 2 * CLOSING + 1
+    assert max(events) == CLOSING
+    assert events[-1] == 0
 
 
 def _abort(mountpoint: Path) -> None:
