@@ -156,7 +156,8 @@ def _end(mount: Mount) -> None:
     """Take our file system away: libfuse unmounts whatever is mounted at the path, and so may do it only if we are."""
     if not _stands(mount) and _standing_at(mount.mountpoint) is not None:
         log.warning("%s: another file system is mounted there now; it is left alone", mount.mountpoint)
-    pyfuse3.close(unmount=_stands(mount))
+    # Where the kernel's table cannot be read nobody can tell; a mount that stays would be a dead one.
+    pyfuse3.close(unmount=mount.standing is None or _stands(mount))
     # libfuse takes a connection that was cut for a mount that is gone.
     if _stands(mount) and _is_left_over(mount.mountpoint):
         done = unmount(mount.mountpoint, lazy=True)
