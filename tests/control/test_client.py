@@ -96,8 +96,8 @@ def answering(mountpoint: Path, *answers: object) -> Iterator[None]:
 
 
 def run(*words: str | Path) -> int | str | None:
-    """The exit code of a command that runs in this process."""
-    with pytest.raises(SystemExit) as end:
+    """The exit code of a command that runs in this process, which stays where it is: some leave the folder."""
+    with contextlib.chdir("."), pytest.raises(SystemExit) as end:
         main([str(word) for word in words])
     return end.value.code
 
