@@ -11,7 +11,7 @@ from collections import Counter
 from qedfs.flight import Flight, Taker
 
 # Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source.
-MOST_HELD_BYTES = 192 << 20
+MOST_HELD_BYTES = 128 << 20
 
 
 class Backlog:

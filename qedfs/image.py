@@ -34,7 +34,7 @@ COMMIT_SECONDS = 2.0
 MOST_UNCOMMITTED_BYTES = 256 << 20  # beyond, adoption waits for the disk
 NO_SPACE_RETRY_SECONDS = 5.0
 AHEAD_SECONDS = 5.0  # of the link's rate, that a sequential reader is served ahead at the most
-MOST_AHEAD_BYTES = 64 << 20  # well below what may wait for one disk (`backlog.py`)
+MOST_AHEAD_BYTES = 48 << 20  # well below what may wait for one disk (`backlog.py`)
 AHEAD_UNKNOWN_BYTES = 2 << 20  # while the rate has not been measured
 
 
