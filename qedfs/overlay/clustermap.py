@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -31,6 +31,7 @@ from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
 from qedfs.overlay.cut import Cut
 from qedfs.overlay.holes import Holes
+from qedfs.overlay.l1 import L1
 from qedfs.overlay.storage import Storage
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
@@ -54,7 +55,7 @@ class Run(NamedTuple):
 class ClusterMap:
     """The map of one overlay."""
 
-    def __init__(self, storage: Storage, header: Header, l1: array[int], file_end: int) -> None:
+    def __init__(self, storage: Storage, header: Header, l1: L1, file_end: int) -> None:
         """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends."""
         geometry = header.geometry
         self._storage = storage
@@ -76,13 +77,13 @@ class ClusterMap:
         self._pinned: frozenset[int] = frozenset()
         self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
-        self._slice_entries = min(geometry.entries, SLICE_ENTRIES)
-        self._shift = self._slice_entries.bit_length() - 1
-        self._mask = self._slice_entries - 1
+        self.slice_entries = min(geometry.entries, SLICE_ENTRIES)  # clusters that one slice describes
+        self._shift = self.slice_entries.bit_length() - 1
+        self._mask = self.slice_entries - 1
         self._cluster_size = geometry.cluster_size
         self._cluster_shift = geometry.cluster_size.bit_length() - 1
         self._cluster_mask = geometry.cluster_size - 1
-        self._cache_slices = max(4, CACHE_BYTES // (self._slice_entries * ENTRY_SIZE))
+        self._cache_slices = max(4, CACHE_BYTES // (self.slice_entries * ENTRY_SIZE))
 
     # Look-ups: synchronous, on the read path.
 
@@ -215,6 +216,33 @@ class ClusterMap:
         part[index] = entry
         self.make_dirty(number, {index // SECTOR_ENTRIES})
 
+    def set_zeros(self, first: int, count: int) -> None:
+        """As `set` to ZERO, for those of neighbouring clusters that are missing: 10 us for 2048 that all are."""
+        stop = first + count
+        while first < stop:
+            number, start = first >> self._shift, first & self._mask
+            end = min(self.slice_entries, start + stop - first)
+            self._set_zeros_of(number, start, end)
+            first += end - start
+
+    def _set_zeros_of(self, number: int, start: int, end: int) -> None:
+        part = self._slices[number]
+        if part[start:end].tobytes().count(0) == (end - start) * ENTRY_SIZE:
+            changed: Sequence[int] = range(start, end)
+            part[start:end] = array("Q", (ZERO,)) * (end - start)
+        else:
+            changed = [index for index in range(start, end) if part[index] == MISSING]
+            for index in changed:
+                part[index] = ZERO
+        if not changed:
+            return
+        if number < self._counted_to:
+            self._counted_missing -= len(changed)
+            if self.missing is not None:
+                self.missing -= len(changed)
+        first_sector, last_sector = changed[0] // SECTOR_ENTRIES, changed[-1] // SECTOR_ENTRIES
+        self.make_dirty(number, range(first_sector, last_sector + 1))
+
     def make_dirty(self, number: int, sectors: Iterable[int]) -> None:
         """Let the next group write these sectors of a loaded slice."""
         self.dirty.setdefault(number, set()).update(sectors)
@@ -233,7 +261,7 @@ class ClusterMap:
         """Bring the slice of a cluster into memory, waiting for the disk (before anybody else uses the map)."""
         number = cluster >> self._shift
         if number not in self._slices:
-            view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
+            view = memoryview(bytearray(self.slice_entries * ENTRY_SIZE))
             if number // self._per_table not in self.unwritten:
                 self._check_table(number)
                 self._storage.read(self._slice_place(number), view)
@@ -243,7 +271,7 @@ class ClusterMap:
         """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
         number = cluster >> self._shift
         if number not in self._slices and number // self._per_table in self.unwritten:
-            self._slices[number] = empty_table(self._slice_entries)
+            self._slices[number] = empty_table(self.slice_entries)
 
     # For the commit.
 
@@ -281,7 +309,7 @@ class ClusterMap:
             BadOverlay: an L1 entry points where no table can be. All other tables have been looked at: what is bad in
                 them has to be marked.
         """
-        slices = -(-self.geometry.clusters // self._slice_entries)
+        slices = -(-self.geometry.clusters // self.slice_entries)
         for turn in itertools.count():
             if turn % COUNT_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
@@ -293,7 +321,7 @@ class ClusterMap:
                 stop = number - (-missing >> self._shift)
                 if not missing:
                     part = await self._slice(number)
-                    inside = min(self._slice_entries, self.geometry.clusters - (number << self._shift))
+                    inside = min(self.slice_entries, self.geometry.clusters - (number << self._shift))
                     missing, stop = (part if inside == len(part) else part[:inside]).count(MISSING), number + 1
             except BadOverlay as exc:
                 self._uncountable = self._uncountable or exc
@@ -320,13 +348,11 @@ class ClusterMap:
         return not self.l1[index] or index in self.unwritten
 
     def _slice_place(self, number: int) -> int:
-        return self._table_offset(number) + number % self._per_table * self._slice_entries * ENTRY_SIZE
+        return self._table_offset(number) + number % self._per_table * self.slice_entries * ENTRY_SIZE
 
     def _next_table(self, number: int) -> int:
         """The first slice behind `number` that has a table, or where one look at L1 ends."""
-        first = number // self._per_table
-        looked = min(first + GAP_STEPS, len(self.l1))
-        return next((index for index in range(first, looked) if self.l1[index]), looked) * self._per_table
+        return self.l1.next_filled(number // self._per_table, GAP_STEPS) * self._per_table
 
     async def _hole_end(self, number: int) -> int:
         """The first slice from `number` on that may have entries: `number` itself, or one behind it in its table."""
@@ -340,7 +366,7 @@ class ClusterMap:
             # In a thread: lseek waits for whoever writes to the file.
             hole = await self._storage.in_thread(lambda: self._holes.at(place))
         rest = self._per_table - number % self._per_table
-        stop = number + min(hole // (self._slice_entries * ENTRY_SIZE), rest, GAP_STEPS)
+        stop = number + min(hole // (self.slice_entries * ENTRY_SIZE), rest, GAP_STEPS)
         # Of the slices in the hole and those that may differ, the fewer are looked at: there may be 10^5 holes.
         if len(self._slices) + len(self._written) < stop - number:
             known = itertools.chain(self._slices, self._written)
@@ -375,9 +401,9 @@ class ClusterMap:
     async def _read_slice(self, number: int) -> array[int]:
         """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""
         if number // self._per_table in self.unwritten:
-            return empty_table(self._slice_entries)
+            return empty_table(self.slice_entries)
         self._check_table(number)
-        view = memoryview(bytearray(self._slice_entries * ENTRY_SIZE))
+        view = memoryview(bytearray(self.slice_entries * ENTRY_SIZE))
         offset = self._slice_place(number)
         if not self._storage.read_now(offset, view):
             first = number << self._shift

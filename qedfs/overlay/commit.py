@@ -260,7 +260,7 @@ class Committer:
 
     def _l1_sectors(self, indices: Iterable[int]) -> Iterator[Write]:
         for first in {round_down(index, SECTOR_ENTRIES) for index in indices}:
-            entries = self._map.l1[first : first + SECTOR_ENTRIES]
+            entries = self._map.l1.part(first, SECTOR_ENTRIES)
             yield self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)
 
 

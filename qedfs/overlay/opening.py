@@ -6,18 +6,17 @@ Owns the order of these. Must not know what becomes of an open overlay. All of i
 from __future__ import annotations
 
 import logging
-from array import array
 from pathlib import Path
 
 from qedfs.errors import BadOverlay
-from qedfs.format.geometry import ENTRY_SIZE, round_down, round_up
-from qedfs.format.header import NEED_CHECK, Header
-from qedfs.format.tables import decode_table
+from qedfs.format.geometry import round_down, round_up
+from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.beginning import Beginning
 from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.cut import mark_beyond
+from qedfs.overlay.l1 import read_l1
 from qedfs.overlay.leftover import apply, find_leftover, fits
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
@@ -67,7 +66,7 @@ def _open(storage: Storage, journal_folder: Path | None) -> Overlay:
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
-    l1 = _read_l1(storage, header)
+    l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used)
     # Behind the read: where a mount writes to the file meanwhile, it is long enough for every table in this L1.
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
@@ -97,14 +96,9 @@ def _open(storage: Storage, journal_folder: Path | None) -> Overlay:
     return overlay
 
 
-def _read_l1(storage: Storage, header: Header) -> array[int]:
-    l1_bytes = bytearray(header.geometry.l1_used * ENTRY_SIZE)
-    storage.read(header.l1_table_offset, memoryview(l1_bytes))
-    return decode_table(l1_bytes)
-
-
 def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:
     """Keep L2 tables out that the file does not hold whole, before it grows. See `cut.py`."""
     first_bad = clusters.file_end - clusters.geometry.table_bytes + 1
-    if cut := mark_beyond(clusters.l1, first_bad, clusters.geometry.cluster_size):
-        committer.mark_l1(cut)
+    for first, page in clusters.l1.filled_pages():
+        if cut := mark_beyond(page, first_bad, clusters.geometry.cluster_size):
+            committer.mark_l1(first + index for index in cut)

@@ -14,6 +14,7 @@ import trio
 
 from qedfs.image import Image
 from qedfs.source.base import Extent
+from qedfs.stream.ranges import Ranges
 
 EXTENTS_BYTES = 1 << 30  # of the source asked about at once
 STEPS_PER_TURN = 32  # of a walk over holes, up to 0.5 ms each, until other tasks get their turn
@@ -26,8 +27,7 @@ class Missing:
         self.skipped = 0  # bytes of the holes without a table
         self._image = image
         self._extents: deque[Extent] = deque()
-        # For each L1 entry: 1 if it has no table and the source has nothing for it. L1 has 2^21 entries at the most.
-        self._holes = bytearray(len(image.overlay.clusters.l1))
+        self._holes = Ranges()  # of L1 entries that have no table and for which the source has nothing
         self._steps = 0
 
     async def first_from(self, pos: int) -> int | None:
@@ -72,11 +72,8 @@ class Missing:
     def _behind_holes(self, cluster: int) -> int:
         """This cluster, or the first one behind the holes that it lies in."""
         entries = self._image.overlay.geometry.entries
-        index = cluster // entries
-        if not self._holes[index]:
-            return cluster
-        end = self._holes.find(0, index)
-        return (end if end >= 0 else len(self._holes)) * entries
+        end = self._holes.end_of(cluster // entries)
+        return cluster if end is None else end * entries
 
     async def _pass_hole(self, first: int, count: int) -> int:
         """Deal with clusters that read as zeros in the source; returns the cluster to go on at."""
@@ -94,10 +91,8 @@ class Missing:
     def _skip(self, index: int, end: int) -> int:
         """Pass over tables that are not there, from one L1 index up to another; returns the cluster to go on at."""
         geometry = self._image.overlay.geometry
-        known = self._holes.find(1, index, end)
-        if known >= 0:  # by another walk, from there on
-            end = known
-        self._holes[index:end] = b"\1" * (end - index)
+        end = self._holes.next_from(index, end)  # from there on another walk has
+        self._holes.add(index, end)
         reach = min(end * geometry.entries, geometry.clusters)
         self.skipped += (reach - index * geometry.entries) * geometry.cluster_size
         return reach

@@ -268,3 +268,25 @@ async def test_a_gap_over_a_bad_table_is_refused() -> None:
     built.put_u64(built.header.l1_table_offset + 8, 0x1000)
     with pytest.raises(BadOverlay, match="L2 table at 0x1000"):
         await (await opened(built)).clusters.gap(512)
+
+
+async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
+    """Over several slices and tables, beside data, zeros and what a write has claimed."""
+    size = 3 * 512 * CLUSTER
+    overlay = await opened(filled({5: b"a", 6: ZERO, 511: b"b", 1030: b"c"}, image_size=size), writable=True)
+    await overlay.clusters.count()
+    before = overlay.clusters.missing
+    assert before == 3 * 512 - 4
+    with overlay._claims.claimed([0, 700]):
+        await overlay.adopt_zeros(0, 1025)
+    entries = [overlay.clusters.entry(cluster) for cluster in range(3 * 512)]
+    missing = [cluster for cluster, entry in enumerate(entries) if entry == MISSING]
+    assert missing == [0, 700, *(cluster for cluster in range(1025, 3 * 512) if cluster != 1030)]
+    assert [cluster for cluster, entry in enumerate(entries) if entry > ZERO] == [5, 511, 1030]
+    assert overlay.clusters.missing == len(missing)
+    await overlay.flush()
+    again = await open_storage(overlay.storage)
+    await again.clusters.load(0, size)
+    assert [again.clusters.entry(cluster) for cluster in range(3 * 512)] == entries
+    await again.clusters.count()
+    assert again.clusters.missing == len(missing)
