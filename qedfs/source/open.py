@@ -55,7 +55,7 @@ def remote_source(
     async def open_source() -> Source:
         await allowed(location, policy)
         if location.kind == "http":
-            return await HttpSource.open(location, policy, nursery)
+            return await HttpSource.open(location, policy, nursery, deadline_seconds=deadline_seconds)
         if location.kind == "nbd":
             return await NbdSource.open(location, policy, nursery)
         return await LocalSource.open(location, policy)

@@ -46,6 +46,7 @@ class FakeHttpServer:
         self.redirect_to = ""
         self.requests: list[Request] = []
         self.connections = 0
+        self.asked = threading.Event()  # a request has come
         self.closing = threading.Event()
         self._tls = tls
         self._threads: list[threading.Thread] = []
@@ -63,7 +64,9 @@ class FakeHttpServer:
         return f"{scheme}://{userinfo + '@' if userinfo else ''}{host or self.host}:{self.port}{path}"
 
     def close(self) -> None:
-        """Drop all connections and wait for the threads."""
+        """Drop all connections and wait for the threads. A second call does nothing."""
+        if self.closing.is_set():
+            return
         self.closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # on Linux this ends the accept in the other thread
         self._acceptor.join()
@@ -126,6 +129,7 @@ class FakeHttpServer:
             with self._lock:
                 self.requests.append(exchange.request)
                 name = self.queue.popleft() if self.queue else self.behaviour
+            self.asked.set()
             BEHAVIOURS[name](exchange)
             if not exchange.keep_alive:
                 return

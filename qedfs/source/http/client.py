@@ -1,6 +1,6 @@
 """HttpSource: the Source port over HTTP and HTTPS.
 
-Owns the two connection pools, the effective URL, and the decision to resolve it anew. Must not know what an answer
+Owns the two connection pools and the effective URL, resolved anew when `place.py` says so. Must not know what an answer
 has to look like (`judge.py`), how redirects are followed (`resolve.py`) or how libcurl is driven (`multi.py`).
 
 Two pools, each with a Multi of its own: urgent reads find a warm connection that no background read can take, and
@@ -14,41 +14,33 @@ waits inside libcurl for a free one would run into the time limit for connecting
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+import math
 from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import SourceChanged, SourceUnreachable, UsageError
+from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable, UsageError
 from qedfs.source.base import Extent, Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
 from qedfs.source.http.judge import RangeRequest, judge_range
 from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
+from qedfs.source.http.place import Doubt, Place, passing
 from qedfs.source.http.resolve import REDIRECTS, Resolved, place_name, request_lines, resolve
 from qedfs.source.http.target import Target, first_target
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 64  # per pool
+DEADLINE_SECONDS = 30.0  # if the caller names none
 
-# Answers of a place that a redirect led to which may only mean that the redirect has expired (signed URLs).
-_EXPIRED = frozenset({403, 404, 410})
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
-    """Where reads go now: built once per resolution, so that a request costs no string work."""
-
-    target: Target
-    lines: tuple[str, ...] = dataclasses.field(repr=False)
-    where: str
-    redirected: bool
+log = logging.getLogger(__name__)
 
 
-class _PlaceExpired(Exception):
-    """The effective URL no longer serves the file; the original one may lead to a new place."""
+class _Moved(Exception):
+    """The place answers with a redirect now; the origin knows the way."""
 
 
 class _Pool:
@@ -66,22 +58,27 @@ class _Pool:
     def received(self) -> int:
         return self._done + sum(exchange.filled for exchange in self._busy)
 
-    async def run(self, place: _Place, pos: int, buffer: memoryview, judge: Judge) -> None:
+    async def run(
+        self, place: Place, pos: int, buffer: memoryview, judge: Judge, silence: trio.CancelScope, seconds: float
+    ) -> None:
+        """`silence`, entered here, ends the request when so many seconds have gone by since it was sent."""
         async with self._slots:
             exchange = self._idle.pop() if self._idle else Exchange(self._policy)
             self._busy.add(exchange)
             try:
                 exchange.aim(place.target, place.lines)
-                await exchange.run(self._multi, pos, buffer, judge, place.where)
-                self._done += len(buffer)
+                silence.deadline = trio.current_time() + seconds
+                with silence:
+                    await exchange.run(self._multi, pos, buffer, judge, place.where)
+                    self._done += len(buffer)
             finally:
                 self._busy.discard(exchange)
                 self._idle.append(exchange)
 
-    async def resolve(self, origin: Target) -> Resolved:
+    async def resolve(self, origin: Target, silent_seconds: float) -> Resolved:
         exchange = Exchange(self._policy)
         try:
-            return await resolve(origin, exchange, self._multi, self._policy)
+            return await resolve(origin, exchange, self._multi, self._policy, silent_seconds)
         finally:
             exchange.close()
 
@@ -94,19 +91,28 @@ class _Pool:
 class HttpSource:
     """A file behind an http or https URL (the `Source` port). Made by `open`, ended by `aclose`."""
 
-    def __init__(self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool) -> None:
+    def __init__(self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool, doubt: Doubt) -> None:
         self._origin = origin
         self._identity = resolved.identity
         self._urgent = urgent
         self._background = background
         self._resolving = trio.Lock()
         self._place = self._place_of(resolved.target)
+        self._doubt = doubt
 
     @classmethod
     async def open(
-        cls, location: Location, policy: Policy, nursery: trio.Nursery, *, headers: Sequence[str] = ()
+        cls,
+        location: Location,
+        policy: Policy,
+        nursery: trio.Nursery,
+        *,
+        headers: Sequence[str] = (),
+        deadline_seconds: float = DEADLINE_SECONDS,
     ) -> HttpSource:
         """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines.
+
+        `deadline_seconds`: how long readers wait, which is also how often the origin is asked about a place that fails.
 
         Two tasks run in `nursery` until `aclose`; if the nursery ends before, all reads raise SourceUnreachable.
 
@@ -120,18 +126,19 @@ class HttpSource:
             raise UsageError(f"backing {location} is not an http or https URL")
         policy.check_location(location)
         origin = await with_login(first_target(location, headers))
+        doubt = Doubt(deadline_seconds)
         pools: list[_Pool] = []
         try:
             pools.extend(_Pool(policy, nursery) for _ in range(2))
             # The connection that this leaves open is there for the first urgent read.
-            resolved = await pools[0].resolve(origin)
+            resolved = await pools[0].resolve(origin, doubt.at_opening_seconds)
         except BaseException as exc:
             for pool in pools:
                 await pool.aclose()
             if isinstance(exc, OSError):
                 raise SourceUnreachable(f"{location}: {(exc.strerror or 'system error').lower()}") from exc
             raise
-        return cls(origin, resolved, *pools)
+        return cls(origin, resolved, pools[0], pools[1], doubt)
 
     @property
     def identity(self) -> Identity:
@@ -151,8 +158,7 @@ class HttpSource:
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` from `pos`; see `Source.read`.
 
-        If a redirect led here and the place now says 403, 404 or 410, or redirects itself, the original URL is asked
-        once for the way: signed URLs expire.
+        If a redirect led here and the place fails lastingly, or it redirects itself, the origin is asked for the way.
         """
         if not 0 <= pos <= pos + buffer.nbytes <= self._identity.size:
             raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self._identity.size} bytes")
@@ -163,10 +169,16 @@ class HttpSource:
         pool = self._urgent if urgent else self._background
         place = self._place
         try:
-            await self._fetch(pool, place, pos, view, resolve_anew=True)
-        except _PlaceExpired:
-            place = await self._resolve_anew(place)
-            await self._fetch(pool, place, pos, view, resolve_anew=False)
+            seconds = self._doubt.silent_seconds(trio.current_time()) if place.redirected else math.inf
+            await self._fetch(pool, place, pos, view, silent_seconds=seconds)
+        except _Moved:
+            await self._fetch_again(pool, await self._resolve_anew(place, None), pos, view)
+        except SourceError as exc:
+            if not place.redirected or isinstance(exc, SourceChanged):
+                raise
+            await self._fetch_again(pool, await self._resolve_failed(place, exc), pos, view)
+        if place.redirected and place is self._place:
+            self._doubt.good()
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """None: HTTP does not tell holes."""
@@ -178,29 +190,70 @@ class HttpSource:
         await self._urgent.aclose()
         await self._background.aclose()
 
-    async def _fetch(self, pool: _Pool, place: _Place, pos: int, view: memoryview, *, resolve_anew: bool) -> None:
+    async def _fetch(
+        self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
+    ) -> None:
+        silence = trio.CancelScope()
+
         def judge(answer: Answer) -> bool:
-            if resolve_anew and (answer.status in REDIRECTS or (place.redirected and answer.status in _EXPIRED)):
-                raise _PlaceExpired
+            silence.deadline = math.inf
+            if follow and answer.status in REDIRECTS:
+                raise _Moved
             # By what is known now: two answers that both tell what the first one did not must agree as well.
             self._identity = judge_range(answer, RangeRequest(pos, len(view), self._identity, place.where))
             return True
 
-        await pool.run(place, pos, view, judge)
+        await pool.run(place, pos, view, judge, silence, silent_seconds)
+        if silence.cancelled_caught:
+            raise SourceUnreachable(f"{place.where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
 
-    async def _resolve_anew(self, stale: _Place) -> _Place:
+    async def _fetch_again(self, pool: _Pool, place: Place, pos: int, view: memoryview) -> None:
+        with passing():
+            await self._fetch(pool, place, pos, view, silent_seconds=math.inf, follow=False)
+        if place is self._place:
+            self._doubt.good()
+
+    async def _resolve_failed(self, failed: Place, error: SourceError) -> Place:
+        """Where to go in place of one that has failed; raises `error`, as one that may pass, if that is nowhere."""
+        if self._place is not failed:
+            return self._place  # another reader has asked meanwhile
+        if self._doubt.lasting(error, trio.current_time()) and (self._resolving.locked() or self._may_ask()):
+            return await self._resolve_anew(failed, error)
+        raise self._doubt.failed(error) from error
+
+    def _may_ask(self) -> bool:
+        return self._doubt.may_ask(trio.current_time())
+
+    async def _resolve_anew(self, stale: Place, error: SourceError | None) -> Place:
+        """Ask the origin for the way, once for all who want to know. `error`: for what the stale place has failed."""
         async with self._resolving:
-            if self._place is stale:
-                resolved = await self._urgent.resolve(self._origin)
-                difference = self._identity.difference(resolved.identity)
-                if difference is not None:
-                    raise SourceChanged(f"{self._origin.location}: {difference}")
-                self._identity = self._identity.joined(resolved.identity)
-                self._place = self._place_of(resolved.target)
-            return self._place
+            if self._place is not stale:
+                return self._place
+            if error is not None and not self._may_ask():
+                raise self._doubt.failed(error) from error
+            self._doubt.asked(trio.current_time())
+            place = await self._asked_for(stale, error)
+            if place.target.url != stale.target.url:
+                log.info("%s: read from %s from now on", self._origin.location, place.target.location)
+            self._place = place
+            return place
 
-    def _place_of(self, target: Target) -> _Place:
-        return _Place(
+    async def _asked_for(self, stale: Place, error: SourceError | None) -> Place:
+        try:
+            resolved = await self._urgent.resolve(self._origin, self._doubt.at_opening_seconds)
+            difference = self._identity.difference(resolved.identity)
+            if difference is not None:
+                raise SourceChanged(f"{self._origin.location}: {difference}")
+        except QedfsError as exc:
+            if not isinstance(error, SourceUnreachable):
+                raise  # there is nothing to go back to
+            # The stale place may come back, and it is the one that is of our version.
+            raise self._doubt.failed(error, exc) from exc
+        self._identity = self._identity.joined(resolved.identity)
+        return self._place_of(resolved.target)
+
+    def _place_of(self, target: Target) -> Place:
+        return Place(
             target=target,
             lines=request_lines(target, self._identity),
             where=place_name(self._origin, target),

@@ -7,18 +7,23 @@ never from https to http. Must not know reads, pools, or what was resolved befor
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from qedfs.errors import SourceError
+import trio
+
+from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange
 from qedfs.source.http.judge import judge_opening
 from qedfs.source.http.multi import Multi
+from qedfs.source.http.place import passing
 from qedfs.source.http.target import Target, next_target
 from qedfs.source.policy import Policy
 
 MAX_REDIRECTS = 5
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_TEMPORARY = frozenset({302, 303, 307})  # RFC 9110, section 15.4: the next look at the origin may lead elsewhere
+REDIRECTS = frozenset({301, 308}) | _TEMPORARY
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,24 +34,28 @@ class Resolved:
     identity: Identity
 
 
-async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Policy) -> Resolved:
+async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float) -> Resolved:
     """Ask `origin` for the file's first byte, follow redirects, and learn size, validators and effective URL.
 
     A GET of one byte and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
-    not tell whether ranges work.
+    not tell whether ranges work. A mirror is given up after `silent_seconds` without an answer.
 
     Raises:
         Refused: the policy forbids the place or its address.
-        SourceUnreachable, SourceError: no usable answer; too many redirects, or a loop of them.
+        SourceUnreachable, SourceError: no usable answer; too many redirects, or a loop of them. What a place says
+            that a temporary redirect led to is taken for passing: it may be one of many mirrors.
     """
     target = origin
+    at_mirror = False
     seen = {origin.url}
     for _hop in range(MAX_REDIRECTS + 1):
         target.check_literal(policy)
         where = place_name(origin, target)
-        answer = await _ask(target, exchange, multi, where)
-        if answer.status not in REDIRECTS:
-            return Resolved(target, judge_opening(answer, where, str(target.location)))
+        with passing(at_mirror):
+            answer = await _ask(target, exchange, multi, where, silent_seconds if at_mirror else math.inf)
+            if answer.status not in REDIRECTS:
+                return Resolved(target, judge_opening(answer, where, str(target.location)))
+        at_mirror |= answer.status in _TEMPORARY
         following = _follow(origin, target, answer, exchange.peer_address())
         policy.check_redirect(target.location, following.location)
         if following.url in seen:
@@ -61,7 +70,7 @@ def place_name(origin: Target, target: Target) -> str:
     return str(origin.location) if target is origin else f"{origin.location} (redirected to {target.location})"
 
 
-async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> Answer:
+async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str, silent_seconds: float) -> Answer:
     answers: list[Answer] = []
 
     def keep(answer: Answer) -> bool:
@@ -73,8 +82,10 @@ async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> 
 
     exchange.aim(target, request_lines(target, None))
     # Not on a warm connection: this hop's address is checked when it is connected, under this hop's rule.
-    await exchange.run(multi, 0, memoryview(bytearray(1)), keep, where, fresh=True)
-    return answers[0]
+    with trio.move_on_after(silent_seconds):
+        await exchange.run(multi, 0, memoryview(bytearray(1)), keep, where, fresh=True)
+        return answers[0]
+    raise SourceUnreachable(f"{where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
 
 
 def _follow(origin: Target, target: Target, answer: Answer, address: str | None) -> Target:
