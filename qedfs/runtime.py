@@ -1,7 +1,7 @@
 """Where qedfs keeps what dies with the machine: control sockets, logs, session journals.
 
-A leaf: imports nothing of the project but errors. Every folder is made 0700 and must belong to us; a folder that
-another user made in a shared place is refused, not used.
+A leaf: imports nothing of the project but errors and procfs. Every folder is made 0700 and must belong to us; a folder
+that another user made in a shared place is refused, not used.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import stat
 from pathlib import Path
 
 from qedfs.errors import UsageError
+from qedfs.procfs import TMPFS_TYPES, filesystem_type
 
 SOCKET_NAME = "control.sock"
 _MOST_LINKS = 40  # that the kernel follows on one way
-TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 
 
 def runtime_folder() -> Path:
@@ -86,23 +86,3 @@ def private_folder(path: Path) -> Path:
     if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
     return path
-
-
-def filesystem_type(path: Path | str | int) -> str:
-    """The type of the file system that holds a path or an open file, as in /proc/self/mountinfo; "" if unknown."""
-    try:
-        device = (os.fstat(path) if isinstance(path, int) else os.stat(path)).st_dev
-        wanted = f"{os.major(device)}:{os.minor(device)}"
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-            for line in lines:
-                left, _, right = line.partition(" - ")
-                if left.split()[2] == wanted:
-                    return right.split()[0]
-    except OSError:
-        return ""
-    return ""
-
-
-def boot_id() -> str:
-    """What names this run of the kernel: another value means that the page cache was lost in between."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

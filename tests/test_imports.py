@@ -23,8 +23,9 @@ ORDER = (
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
 LEAVES = frozenset(
-    {"buffers", "log", "units", "runtime", "flight", "window", "readahead", "rests", "histogram", "profile"}
+    {"buffers", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "rests", "histogram", "profile"}
 )
+LEAF_ARROWS = {("runtime", "procfs")}
 # The package's own files, outside the order: the version, and `python -m qedfs`.
 ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 
@@ -116,7 +117,7 @@ def _may_import(room: str, target: str) -> bool:
     if room in ENTRY:
         return target in ENTRY[room] or target in LEAVES
     if room in LEAVES:
-        return target == "errors" or target == room
+        return target == "errors" or target == room or (room, target) in LEAF_ARROWS
     if target in LEAVES:
         return room != "errors"
     if room == "format":

@@ -60,7 +60,7 @@ def _processes(folder: str) -> Iterator[str]:
         if not process.name.isdigit() or process.name == ours:
             continue
         if any(_is_below(place, folder) for place in _places(process)):
-            yield f"pid {process.name} ({_text(process / 'comm')})"
+            yield f"pid {process.name} ({_line(process / 'comm').decode(errors='replace')})"
 
 
 def _places(process: Path) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _places(process: Path) -> Iterator[str]:
 
 def _loops(folder: str) -> Iterator[str]:
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        if _is_below(_text(backing), folder):
+        if _is_below(os.fsdecode(_line(backing)), folder):
             yield f"/dev/{backing.parts[-3]}"
 
 
@@ -86,8 +86,9 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + "/")
 
 
-def _text(path: Path) -> str:
+def _line(path: Path) -> bytes:
+    """What a file of the kernel's holds, but for the end of its line. Blanks at its ends are part of a name."""
     try:
-        return path.read_text(errors="replace").strip()
+        return path.read_bytes().removesuffix(b"\n")
     except OSError:
-        return ""
+        return b""

@@ -309,4 +309,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProce
         command = ["umount", "-c", *(["-l"] if lazy else []), "--", place]
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
-    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
+    # "busy" is looked for in what it says; the path in there may be in no encoding.
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(  # noqa: S603 - no shell
+        command, capture_output=True, text=True, errors="surrogateescape", env=environment, check=False
+    )

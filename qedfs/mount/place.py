@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 from typing import NamedTuple
 
-_OCTAL = re.compile(r"\\([0-7]{3})")
+from qedfs.procfs import mounts
 
 
 class Standing(NamedTuple):
@@ -17,12 +17,9 @@ class Standing(NamedTuple):
 
 def standing_at(place: str) -> Standing | None:
     """The file system mounted at this path (`place_of`), the topmost if there are several; None if there is none."""
+    wanted = os.fsencode(place)
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            fields = left.split()
-            # Blanks and backslashes are octal there, proc(5).
-            if _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), fields[4]) == place:
-                found = Standing(fields[2], right.split()[0])
+    for line in mounts():
+        if line.place == wanted:
+            found = Standing(line.device, line.kind)
     return found

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from qedfs.runtime import boot_id
+from qedfs.procfs import boot_id
 
 Pair = tuple[int, int]  # cluster, entry
 

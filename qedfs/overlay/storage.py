@@ -22,7 +22,7 @@ import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
-from qedfs.runtime import TMPFS_TYPES, filesystem_type
+from qedfs.procfs import TMPFS_TYPES, filesystem_type
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview

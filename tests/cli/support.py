@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def daemon(source: Path, mountpoint: Path, *options: str) -> Iterator[None]:
 
 
 def in_mount_table(mountpoint: Path) -> bool:
-    return f" {mountpoint} " in Path("/proc/self/mountinfo").read_text()
+    return b" %s " % os.fsencode(mountpoint) in Path("/proc/self/mountinfo").read_bytes()
 
 
 def image(mountpoint: Path) -> dict[str, Any]:
@@ -54,5 +55,5 @@ def is_running(pid: int) -> bool:
 
 def connections(mountpoint: Path) -> int:
     """Clients that are connected to the control socket: rows of the kernel's table beside the listening one."""
-    name = str(mount_folder(str(mountpoint)) / "control.sock")
-    return sum(row.endswith(name) for row in Path("/proc/net/unix").read_text().splitlines()) - 1
+    name = os.fsencode(mount_folder(str(mountpoint)) / "control.sock")
+    return sum(row.endswith(name) for row in Path("/proc/net/unix").read_bytes().split(b"\n")) - 1
