@@ -24,7 +24,7 @@ FORMATS = ("raw", "qcow2", "qed")
     "--backing-format",
     type=click.Choice(FORMATS),
     metavar="[raw|qcow2]",
-    help="Of the backing. Without it: raw, and one that looks like something else is refused.",
+    help="Of the backing. Without it: raw, and one that looks like something else, packed files too, is refused.",
 )
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
 @click.option(
@@ -51,25 +51,27 @@ def create(
 ) -> None:
     """Make OVERLAY, an empty QED file over a backing image.
 
-    Without --size the backing is asked for its size, which also shows that it can be used. A local backing that is not
-    an absolute path is looked for in OVERLAY's folder, as QEMU does.
+    Without --size the backing is asked for its size, which also shows that it can be used. With --size it is not asked,
+    and without --backing-format too the mount looks at what it is. A local backing that is not an absolute path is
+    looked for in OVERLAY's folder, as QEMU does.
     """
     if backing is None and size is None:
         raise UsageError("give --backing, --size or both")
     if backing_format == "qed":
         raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
-    location = None
+    location, looked_at = None, False
     if backing is not None:
         encode_backing_name(backing)  # refused before anything is asked for its size
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
         _check_scheme(backing or "", location)
-        size = trio.run(_size, location, backing_format, source_timeout)
+        size, looked_at = trio.run(_size, location, backing_format, source_timeout), True
     header = create_overlay(
         overlay,
         image_size=size or 0,
         backing=backing,
-        raw_backing=backing_format in (None, "raw"),
+        # Nobody has seen it yet, or said so: then the mount looks at it.
+        raw_backing=backing_format == "raw" or (backing_format is None and (looked_at or backing is None)),
         cluster_size=cluster_size,
         table_size=table_size,
         copy_on_read=not no_copy_on_read,

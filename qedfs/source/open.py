@@ -11,15 +11,12 @@ from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.path import in_thread
 from qedfs.source.policy import Policy
+from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, Found, probe
 from qedfs.source.qcow2 import Qcow2Source
-from qedfs.source.qcow2.format import MAGIC
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
 from qedfs.source.url import Location
 
 LOCAL_PATH_SECONDS = 5.0
-
-# First bytes of image formats that must not be taken for a raw disk (QEMU's probe would take them for what they are).
-_MAGICS = {MAGIC: "qcow2", b"QED\0": "QED", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
 
 
 def remote_source(
@@ -34,9 +31,9 @@ def remote_source(
     """A source for `location` that connects when it is first needed.
 
     `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
-    whatever its first bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats are
-    refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with `raw` unset,
-    a backing in another one is a SourceError when it connects.
+    whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
+    files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
+    `raw` unset, a backing in another one is a SourceError when it connects.
 
     The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
     or address, is judged again before it is used.
@@ -88,19 +85,30 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
     bit for every backing that is called raw, and then nobody looks. And a qcow2 image's own backing and data files are
     never followed, so a forged header leads to nothing but other bytes of the very file that the forger wrote.
     """
-    head = bytearray(min(8, source.identity.size))
-    if head:
-        await source.read(0, memoryview(head))
-    found = next((name for magic, name in _MAGICS.items() if head.startswith(magic)), "raw")
-    if expected is not None and found != expected:
+    found = await _probed(source)
+    if expected is not None and found.name != expected:
+        advice = "; ".join(filter(None, (found.way_out, "see --backing-format")))
         raise SourceError(
-            f"backing {location} is not a {expected} image; its first bytes say {found} (see --backing-format)"
+            f"backing {location} is not a {expected} image; its {found.at} bytes say {found.name} ({advice})"
         )
-    if found == "qcow2":
+    if found is QCOW2:
         return await Qcow2Source.open(source, str(location))
-    if found != "raw":
+    if found is not RAW:
         raise SourceError(
-            f"backing {location} looks like a {found} image and the overlay does not say that it is raw; "
-            "if it is raw, say so: qemu-img rebase -u -F raw -b BACKING OVERLAY"
+            f"backing {location} looks like a {found.name} image and the overlay does not say that it is raw; "
+            f"{found.way_out}; if it is raw, say so: qemu-img rebase -u -F raw -b BACKING OVERLAY"
         )
     return source
+
+
+async def _probed(source: Source) -> Found:
+    size = source.identity.size
+    if not size:
+        return RAW
+    head, tail = bytearray(min(HEAD_BYTES, size)), bytearray(min(TAIL_BYTES, size))
+    await source.read(0, memoryview(head))
+    found = probe(bytes(head), b"")
+    if found is not RAW:
+        return found
+    await source.read(size - len(tail), memoryview(tail))
+    return probe(bytes(head), bytes(tail))

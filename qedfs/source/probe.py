@@ -1,0 +1,124 @@
+"""First and last bytes of a backing -> what it is, if that is not a raw disk.
+
+Owns the marks of image formats, archives and compressed files, and the way out of each. Pure; must not know who asks.
+
+A disk begins with boot code, a partition table, a file system or zeros, none of which looks like these. File systems,
+ISO images and LUKS headers are right at the start of a raw disk, and have no mark here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from qedfs.source.qcow2.format import MAGIC
+
+HEAD_BYTES = 512
+TAIL_BYTES = 512  # the footers of VHD and UDIF
+
+_CONVERT = "make a raw or qcow2 one with qemu-img convert"
+_EXTRACT = "take the disk out of it"
+_CHECK = "see what the server has there"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """`name` of the format, for people; `way_out`: what to do about it; `at`: which bytes of the file tell."""
+
+    name: str
+    way_out: str
+    at: str = "first"
+
+
+QCOW2 = Found("qcow2", "")
+RAW = Found("raw", "")
+
+
+def _unpack(name: str, command: str) -> Found:
+    return Found(name, f"unpack it first ({command})")
+
+
+# Which begin with these bytes. QEMU's probe knows the images, libmagic all of them.
+_HEADS = {
+    b"QED\0": Found("QED", _CONVERT),
+    b"KDMV": Found("VMDK", _CONVERT),
+    b"COWD": Found("VMDK", _CONVERT),
+    b"# Disk DescriptorFile": Found("VMDK", f"it only describes a disk; {_CONVERT}"),
+    b"vhdxfile": Found("VHDX", _CONVERT),
+    b"conectix": Found("VHD", _CONVERT),
+    b"WithoutFreeSpace": Found("Parallels", _CONVERT),
+    b"WithouFreSpacExt": Found("Parallels", _CONVERT),
+    b"Bochs Virtual HD Image": Found("Bochs", _CONVERT),
+    b"#!/bin/sh\n#V2.0 Format\n": Found("cloop", _CONVERT),
+    b"VMA\0": Found("Proxmox VMA", f"{_EXTRACT} with vma extract"),
+    b"\x3a\xff\x26\xed": _unpack("Android sparse", "simg2img"),
+    b"partclone-image": _unpack("partclone", "partclone.restore"),
+    b"EVF\x09\x0d\x0a\xff\0": _unpack("EnCase (E01)", "ewfexport"),
+    b"MSWIM\0\0\0": Found("WIM", _EXTRACT),
+    b"\xfd7zXZ\0": _unpack("xz", "xz -d"),
+    b"\x1f\x8b\x08": _unpack("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": _unpack("zstd", "zstd -d"),
+    b"\x04\x22\x4d\x18": _unpack("lz4", "lz4 -d"),
+    b"\x02\x21\x4c\x18": _unpack("lz4", "lz4 -d"),
+    b"LZIP\x01": _unpack("lzip", "lzip -d"),
+    b"\x89LZO\0\x0d\x0a\x1a\x0a": _unpack("lzop", "lzop -d"),
+    b"PK\x03\x04": _unpack("zip", "unzip"),
+    b"PK\x05\x06": _unpack("zip", "unzip"),
+    b"PK\x07\x08": _unpack("zip", "unzip"),
+    b"7z\xbc\xaf\x27\x1c": _unpack("7z", "7z x"),
+    b"Rar!\x1a\x07": _unpack("RAR", "unrar x"),
+    b"MSCF\0\0\0\0": _unpack("cabinet", "cabextract"),
+    b"xar!": Found("xar", _EXTRACT),
+    b"!<arch>\n": Found("ar", _EXTRACT),
+    b"\xed\xab\xee\xdb": Found("RPM", _EXTRACT),
+    b"070701": Found("cpio", _EXTRACT),
+    b"070702": Found("cpio", _EXTRACT),
+    b"070707": Found("cpio", _EXTRACT),
+    b"-----BEGIN PGP": Found("PGP", _CHECK),
+    b"version https://git-lfs.github.com/": Found("Git LFS pointer", _CHECK),
+}
+_BZIP2 = re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)")
+# Properties, a dictionary of a multiple of 64 KiB, the size (unknown, or below a TiB), and data that begin with a zero.
+_LZMA = re.compile(rb"\x5d\0\0..(?:\xff{8}|.{5}\0{3})\0", re.DOTALL)
+# A frame that zstd (RFC 8878, section 3.1.2) and lz4 may begin with.
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
+_MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
+_VDI = (64, b"\x7f\x10\xda\xbe")
+_TAR = (257, b"ustar")
+
+
+def probe(head: bytes, tail: bytes) -> Found:
+    """What a file is that begins with `head` and ends with `tail` (HEAD_BYTES and TAIL_BYTES, or all that it has)."""
+    return _by_head(head) or _by_tail(tail) or RAW
+
+
+def _by_head(head: bytes) -> Found | None:
+    if head.startswith(MAGIC):
+        return Found("qcow (version 1)", _CONVERT) if head[4:8] == b"\0\0\0\1" else QCOW2
+    for magic, found in _HEADS.items():
+        if head.startswith(magic):
+            return found
+    if head.startswith(_VDI[1], _VDI[0]):
+        return Found("VDI", _CONVERT)
+    if head.startswith(_TAR[1], _TAR[0]):
+        name = head[:100].partition(b"\0")[0]
+        # An appliance has its description first (DSP0243, section 5.3).
+        return Found("OVA" if name.lower().endswith(b".ovf") else "tar", f"{_EXTRACT} with tar -x")
+    if _BZIP2.match(head):
+        return _unpack("bzip2", "bunzip2")
+    if _SKIPPABLE.match(head):
+        return _unpack("zstd or lz4", "zstd -d")
+    if _LZMA.match(head):
+        return _unpack("lzma", "xz -d")
+    if _MARKUP.match(head):
+        return Found("HTML or XML", _CHECK)
+    return None
+
+
+def _by_tail(tail: bytes) -> Found | None:
+    # A fixed VHD is a raw disk and a footer of 512 bytes, of 511 by old versions of Virtual PC.
+    if tail.startswith(b"conectix") or tail.startswith(b"conectix", 1):
+        return Found("VHD", f"it has a footer after the disk; {_CONVERT} -f vpc -O raw", "last")
+    if tail.startswith(b"koly"):
+        return Found("DMG", _CONVERT, "last")
+    return None
