@@ -12,6 +12,7 @@ import re
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from qedfs.errors import UsageError
+from qedfs.source.hostname import ascii_host
 
 NBD_DEFAULT_PORT = 10809  # IANA, and the NBD URI specification
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -24,7 +25,7 @@ class Location:
     kind: str  # "http", "nbd" or "file"
     redacted: str
     secret_url: str = dataclasses.field(repr=False)
-    host: str | None = None
+    host: str | None = None  # as it is asked for, see `hostname.py`
     port: int | None = None
     tls: bool = False
     export: str = ""  # NBD export name
@@ -109,7 +110,7 @@ def _parse_http(text: str, parts: SplitResult) -> Location:
         raise ValueError("no host in the URL")
     tls = parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
-    return Location("http", redact(text), text, host=parts.hostname, port=port, tls=tls)
+    return Location("http", redact(text), text, host=ascii_host(parts.hostname), port=port, tls=tls)
 
 
 def _parse_nbd(text: str, parts: SplitResult) -> Location:
@@ -119,8 +120,9 @@ def _parse_nbd(text: str, parts: SplitResult) -> Location:
         socket_path = dict(parse_qsl(parts.query)).get("socket", "")
         if not socket_path.startswith("/"):
             raise ValueError("give the server's socket as an absolute path: nbd+unix:///export?socket=PATH")
-        return Location("nbd", redact(text), text, host=parts.hostname, tls=tls, export=export, path=socket_path)
+        host = ascii_host(parts.hostname) if parts.hostname else None
+        return Location("nbd", redact(text), text, host=host, tls=tls, export=export, path=socket_path)
     if not parts.hostname:
         raise ValueError("no host in the URL")
     port = parts.port or NBD_DEFAULT_PORT
-    return Location("nbd", redact(text), text, host=parts.hostname, port=port, tls=tls, export=export)
+    return Location("nbd", redact(text), text, host=ascii_host(parts.hostname), port=port, tls=tls, export=export)

@@ -12,6 +12,7 @@ import netrc
 import os
 
 from qedfs.errors import SourceError
+from qedfs.source.hostname import ascii_host
 from qedfs.source.http.target import Target
 from qedfs.source.path import in_thread
 
@@ -50,6 +51,13 @@ def _entry(target: Target) -> tuple[str, str] | None:
         raise SourceError(f"backing {target.location}: ~/.netrc is not text in UTF-8") from None
     for name, (user, _account, password) in hosts.items():
         # The parser files the `default` entry under that name.
-        if name.lower() == target.location.host != "default":
+        if name != "default" and _same_host(name, target):
             return user or "", password or ""
     return None
+
+
+def _same_host(name: str, target: Target) -> bool:
+    try:
+        return ascii_host(name.lower()) == target.location.host
+    except ValueError:
+        return False

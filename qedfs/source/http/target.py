@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from qedfs.errors import SourceError, UsageError
+from qedfs.source.hostname import ascii_host
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
 
@@ -115,7 +116,7 @@ def _target(
     location: Location, headers: tuple[str, ...], environ: Mapping[str, str], *, redirected_from: str | None
 ) -> Target:
     parts = urlsplit(location.secret_url)
-    host = _ascii_host(location)
+    host = _checked_host(location)
     bracketed = f"[{host}]" if ":" in host else host
     path = quote(parts.path or "/", safe=_URL_SAFE.replace("?", ""))
     query = "?" + quote(parts.query, safe=_URL_SAFE) if parts.query else ""
@@ -130,15 +131,11 @@ def _target(
     )
 
 
-def _ascii_host(location: Location) -> str:
+def _checked_host(location: Location) -> str:
     host = location.host or ""
-    try:
-        ascii_host = host if host.isascii() else host.encode("idna").decode("ascii")
-    except UnicodeError as exc:
-        raise UsageError(f"backing {location}: not a host name") from exc
-    if _HOST.fullmatch(ascii_host) is None:
+    if _HOST.fullmatch(host) is None:
         raise UsageError(f"backing {location}: not a host name")
-    return ascii_host
+    return host
 
 
 def _server(target: Target, peer: str | None) -> str:
@@ -147,7 +144,7 @@ def _server(target: Target, peer: str | None) -> str:
     A proxy's own address says nothing: it is most often a private one, and what it relays comes from anywhere.
     """
     if peer is None or target.proxy:
-        return _literal(target.location) or _ascii_host(target.location)
+        return _literal(target.location) or _checked_host(target.location)
     return peer
 
 
@@ -158,9 +155,9 @@ def _origin(location: Location) -> tuple[bool, str | None, int | None]:
 def _literal(location: Location) -> str | None:
     """The address that the host is written as, in any spelling that libcurl, a proxy or a resolver may take for one.
 
-    Looked at is what is sent: IDNA turns full-width digits and other full stops into plain ones.
+    Looked at is what is sent: full-width digits and other full stops have become plain ones.
     """
-    host = _ascii_host(location).rstrip(".")
+    host = _checked_host(location).rstrip(".")
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
@@ -178,5 +175,12 @@ def _matches(host: str, entry: str) -> bool:
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
     except ValueError:
-        stem = entry.lower().strip(".")
+        stem = _comparable(entry).strip(".")
         return host == stem or host.endswith("." + stem)
+
+
+def _comparable(entry: str) -> str:
+    try:
+        return ascii_host(entry.lower())
+    except ValueError:
+        return entry.lower()
