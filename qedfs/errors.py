@@ -39,7 +39,7 @@ class UsageError(QedfsError):
 
 
 class BadOverlay(QedfsError):
-    """The overlay file is not a QED image that can be served. Nothing was written to it."""
+    """The overlay file is not a QED image that can be served, or no longer. Nothing is written to it."""
 
     exit_code: ClassVar[int] = 3
 

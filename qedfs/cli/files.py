@@ -7,11 +7,12 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import trio
+
 from qedfs.cli.images import stem
 from qedfs.errors import BadOverlay, QedfsError, UsageError
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
 from qedfs.runtime import journal_folder
 
@@ -47,10 +48,23 @@ def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
         yield storage
 
 
-def has_backing(path: str) -> bool:
-    """Whether an overlay file, which others may have open, needs a source. Errors as of `FileStorage.open`."""
-    with _closing(FileStorage.open(path, writable=False, locked=False), path) as storage:
-        return read_header(storage)[0].has_backing
+def stands_alone(path: str) -> bool:
+    """Whether an overlay file, which others may have open, needs no source.
+
+    Raises:
+        BadOverlay: it has lost something, or is none.
+        UsageError: as of `FileStorage.open`.
+    """
+    return trio.run(_stands_alone, path)
+
+
+async def _stands_alone(path: str) -> bool:
+    async with peeked(path) as overlay:
+        if overlay.backing is None:
+            await overlay.clusters.count()
+            if overlay.damage is not None:
+                raise BadOverlay(f"{path}: {overlay.damage}")
+        return overlay.backing is None
 
 
 def overlays_at(place: str, image: str | None) -> list[str]:

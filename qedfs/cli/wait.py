@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from qedfs.cli.bars import bar_lines
-from qedfs.cli.files import has_backing, overlays_at
+from qedfs.cli.files import overlays_at, stands_alone
 from qedfs.cli.goal import Goal, parse_goal
 from qedfs.cli.images import MOST_NAMED, Image, connect, fetch
 from qedfs.cli.layout import listed
@@ -64,7 +64,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
             return
         if place is None:
             raise _explained(exc, mountpoint) from exc
-        left = [overlay for overlay in overlays_at(place, image) if has_backing(overlay)]
+        left = [overlay for overlay in overlays_at(place, image) if not stands_alone(overlay)]
         if left:
             raise NotMounted(f"{exc}, and what is not complete is {listed(left, MOST_NAMED)}") from exc
 
@@ -140,6 +140,6 @@ def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
 def _stands_alone(overlay: str) -> bool:
     """Whether the overlay file can be seen to refer to no backing any more."""
     try:
-        return not has_backing(overlay)
+        return stands_alone(overlay)
     except QedfsError:
         return False

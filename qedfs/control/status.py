@@ -87,7 +87,8 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
 
 def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
     """What is wrong now, the most lasting trouble first."""
-    failure = image.overlay.committer.failure or image.full or image.overlay.full or served.error
+    overlay = image.overlay
+    failure = overlay.damage or overlay.committer.failure or image.full or overlay.full or served.error
     if failure is None and not image.complete:
         # A source that is no longer needed has no errors.
         failure = image.changed or job.error or image.error

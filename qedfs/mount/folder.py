@@ -43,6 +43,7 @@ CLOSING = 16
 _PASSING = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
 )
+INSPECT_SECONDS = 1.0  # between two looks whether an overlay file is still what it was: 5 us each
 _UNSEEN = (0, 0, 0)  # what no file looks like: one that can be looked at later has changed
 
 
@@ -350,12 +351,15 @@ class Folder:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(image.run)
+                    nursery.start_soon(self._inspect, image, job, served)
                     nursery.start_soon(replay, image, self._options.profile)
                     try:
                         await image.overlay.clusters.count()
                     except QedfsError as exc:
                         # The image goes on being read, written and committed as far as it can be.
                         job.fail(exc)
+                    if image.overlay.damage is not None and job.error is None:
+                        job.fail(image.overlay.damage)
                     if job.state is not State.COMPLETE:
                         await job.run()
                         await self._let_go(image)
@@ -366,6 +370,35 @@ class Folder:
                 # A fault of ours must cost this image's stream only, not every image of the mount.
                 served.error = QedfsError("internal error, see the log")
                 log.error("%s: internal error", served.name, exc_info=group)
+
+    async def _inspect(self, image: Image, job: StreamJob, served: Served) -> None:
+        """Notice what others do to the file, until it is no longer what was opened; then it is not complete either."""
+        try:
+            while True:
+                await trio.sleep(INSPECT_SECONDS)
+                await image.overlay.inspect()
+                self._check_place(served)
+        except QedfsError as exc:
+            served.error = exc.fresh()
+            job.fail(exc)
+
+    def _check_place(self, served: Served) -> None:
+        """Raise BadOverlay if the single overlay's path leads to another file. (A folder takes that one up instead.)
+
+        Whoever waits for the image means the file that has the name. One that was removed is legal: it lives for as
+        long as it is mounted.
+        """
+        if not self._single or served.status is None:
+            return
+        try:
+            found = os.stat(os.path.basename(self.source), dir_fd=self._fd, follow_symlinks=False)
+        except OSError:
+            return
+        if (found.st_dev, found.st_ino) != ((ours := served.status()).st_dev, ours.st_ino):
+            raise BadOverlay(
+                f"{served.path}: is another file now; what is mounted is the one that was there, which "
+                + ("ends with the mount" if not ours.st_nlink else "has another name")
+            )
 
     async def _let_go(self, image: Image) -> None:
         """Drop the connections to the source of an image that needs it no longer, if no other one does."""

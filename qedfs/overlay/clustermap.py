@@ -26,7 +26,7 @@ from typing import NamedTuple
 import trio
 
 from qedfs.errors import BadOverlay
-from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
 from qedfs.overlay.cut import Cut
@@ -73,7 +73,7 @@ class ClusterMap:
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
         self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
-        self._cut = Cut(file_end, geometry.cluster_size) if storage.writable else None
+        self._cut = Cut(file_end, geometry.cluster_size)
         self._pinned: frozenset[int] = frozenset()
         self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
@@ -298,6 +298,15 @@ class ClusterMap:
         self._pinned = frozenset(numbers)
         self._written |= self._pinned
 
+    @property
+    def damage(self) -> BadOverlay | None:
+        """What the overlay has lost, as far as its tables have been looked at: all of them, once `count` has ended."""
+        if self._uncountable is not None:
+            return self._uncountable.fresh()
+        if not self._cut.lost:
+            return None
+        return BadOverlay(f"{self._cut.lost} clusters point to where none can be: the file was cut; run qedfs check")
+
     # Counting.
 
     async def count(self) -> None:
@@ -385,15 +394,24 @@ class ClusterMap:
         if number in self._slices:
             return
         self._slices[number] = part
-        if self._cut is not None and number not in self._written and (bad := self._cut.marked(number, part)):
+        if number in self._written:
+            return
+        self._follow_growth()
+        if (bad := self._cut.marked(number, part)) and self._storage.writable:
             self.write_marks(number, {index // SECTOR_ENTRIES for index in bad})
+
+    def _follow_growth(self) -> None:
+        """Who looks on while others write to the file finds entries in it beyond the end that it had a moment ago."""
+        if not self._storage.locked:
+            self._cut.end = max(self._cut.end, round_down(self._storage.size(), self._cluster_size))
 
     async def _slice(self, number: int) -> array[int]:
         """A slice that has a table; it is brought into memory only if something in it has to be marked."""
         part = self._slices.get(number)
         if part is None:
             part = await self._read_slice(number)
-            if self._cut is not None and self._cut.concerns(part):
+            self._follow_growth()
+            if self._cut.concerns(part):
                 self._keep(number, part)
                 self._evict(range(number, number + 1))
         return part

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 
 import trio
 
-from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import encode_table
@@ -236,11 +236,16 @@ class Committer:
             storage.drop_cache(offset, size)
 
     def barrier(self) -> None:
-        """Every barrier of the overlay goes through here, in a worker thread. ReadOnlyOverlay: it failed."""
+        """Every barrier of the overlay goes through here, in a worker thread.
+
+        ReadOnlyOverlay: it failed. BadOverlay: the file was cut.
+        """
         self.barriers += 1
         began = time.monotonic()
         try:
             self._storage.barrier()
+        except BadOverlay:
+            raise  # the file was cut, which says nothing of the disk; it takes nothing more
         except QedfsError as exc:
             # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
             self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")

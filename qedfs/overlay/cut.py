@@ -9,27 +9,35 @@ Where one cannot be written, nothing is allocated until it can.
 What this does not tell: entries in slices that no session has read before the file grew over them. A session that has
 counted its clusters has read all of them.
 
-Must not know when entries are read or written.
+An overlay with such entries has lost something, and is not complete whatever it needs no more: `lost` counts them, and
+those that an earlier session has marked. Must not know when entries are read or written.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 
+from qedfs.format.geometry import ENTRY_SIZE
+from qedfs.format.tables import ZERO
+
 _MARK = 2  # 0 is a missing cluster, 1 a zero cluster; every offset is a multiple of 4 KiB
+_LOW_BYTE = 0 if sys.byteorder == "little" else ENTRY_SIZE - 1  # of an entry in memory
+_SOUND = bytes((0, ZERO))  # what it is in every entry that can be
 
 
 class Cut:
     """What one overlay was like when it was opened: `end` of its last whole cluster, in bytes."""
 
     def __init__(self, end: int, cluster_size: int) -> None:
-        self._end = end
+        self.end = end
         self._cluster_size = cluster_size
         self._judged: set[int] = set()
+        self.lost = 0  # entries that lead nowhere, in the slices that have been judged
 
     def concerns(self, part: array[int]) -> bool:
-        """Whether a slice has entries behind the end of then, of whatever origin."""
-        return max(part, default=0) >= self._end
+        """Whether a slice has entries behind the end of then, of whatever origin, or marked ones."""
+        return max(part, default=0) >= self.end or bool(_marked_low_bytes(part))
 
     def marked(self, number: int, part: array[int]) -> list[int]:
         """Mark what is bad in a slice that was read from the file; the indices, which the file now needs to get.
@@ -39,7 +47,10 @@ class Cut:
         if number in self._judged:
             return []
         self._judged.add(number)
-        return mark_beyond(part, self._end, self._cluster_size)
+        bad = mark_beyond(part, self.end, self._cluster_size)
+        if low_bytes := _marked_low_bytes(part):
+            self.lost += len(low_bytes) - sum(map(low_bytes.count, _SOUND))
+        return bad
 
 
 def mark_beyond(table: array[int], limit: int, cluster_size: int) -> list[int]:
@@ -51,3 +62,8 @@ def mark_beyond(table: array[int], limit: int, cluster_size: int) -> list[int]:
     for index in bad:
         table[index] |= _MARK
     return bad
+
+
+def _marked_low_bytes(table: array[int]) -> bytes:
+    """The low bytes of the entries from the first to the last marked one; 8 us over 64 KiB."""
+    return table.tobytes()[_LOW_BYTE::ENTRY_SIZE].strip(_SOUND)

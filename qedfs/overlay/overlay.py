@@ -30,7 +30,7 @@ from pathlib import Path
 
 import trio
 
-from qedfs.errors import NoSpace, ReadOnlyOverlay
+from qedfs.errors import BadOverlay, NoSpace, ReadOnlyOverlay
 from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO
@@ -113,6 +113,11 @@ class Overlay:
     def writable(self) -> bool:
         """Whether writes and adoptions are taken."""
         return self.storage.writable and self.committer.failure is None
+
+    @property
+    def damage(self) -> BadOverlay | None:
+        """What the overlay has lost: it was cut or overwritten, while it was open or before. It is never complete."""
+        return self.storage.damage or self.clusters.damage
 
     @property
     def full(self) -> NoSpace | None:
@@ -392,6 +397,34 @@ class Overlay:
             self.clusters.set_zeros(cluster, taken - cluster)
             cluster = taken + 1
 
+    # What others do to the file.
+
+    async def inspect(self) -> None:
+        """Look whether the file is still the one that was opened; raises BadOverlay if not. Some microseconds.
+
+        To be called now and then, and before anything is said of the overlay as a whole.
+        """
+        if self.storage.damage is None and self.committer.failure is None:
+            async with self._session_lock:
+                await self._inspect()
+        if self.storage.damage is not None:
+            raise self.storage.damage.fresh()
+
+    async def _inspect(self) -> None:
+        """Have the session lock; the file is open."""
+        if self.storage.damage is not None:
+            return
+        try:
+            if self._session.is_seen():
+                self.storage.check_length()
+            else:
+                # What the page cache does not have, or a file server has to be asked for.
+                await self.storage.in_thread(self.storage.check_length)
+                await self.storage.in_thread(self._session.inspect)
+        except BadOverlay as exc:
+            if self.storage.damage is None:
+                self.storage.condemn(exc)
+
     # Commit, flush, detach, close.
 
     async def commit(self) -> None:
@@ -415,6 +448,9 @@ class Overlay:
         power cut would leave an overlay without backing whose last clusters read as zeros.
         """
         await self._ready()
+        await self.inspect()
+        if self.damage is not None:
+            raise self.damage.fresh()
         await self.committer.flush()
         async with self._session_lock:
             self._check_writable()
@@ -429,14 +465,20 @@ class Overlay:
         finally:
             # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
             async with self._session_lock, self.committer.ended():
+                if self.writable:
+                    await self._inspect()
                 if self.committer.journal is not None:
                     self.committer.journal.close(remove=not self.committer.pending)
                     self._journal = self.committer.journal = None
                 self.storage.close()
+        if self.writable and self.storage.damage is not None:
+            raise self.storage.damage.fresh()
 
     # Inside.
 
     def _check_writable(self) -> None:
+        if self.storage.damage is not None:
+            raise self.storage.damage.fresh()
         if self.committer.failure is not None:
             raise self.committer.failure.fresh()
         if not self.storage.writable:

@@ -9,6 +9,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable
 
+from qedfs.errors import BadOverlay
 from qedfs.format.header import (
     BACKING_FILE,
     HEADER_BYTES,
@@ -72,6 +73,35 @@ class Session:
         """The session that had the overlay open last, if no other program has written to it since."""
         untouched = self.header.autoclear_features & UNTOUCHED
         return self.record.session or None if untouched else None
+
+    def is_seen(self) -> bool:
+        """Whether the file is seen to hold our header and our session, without waiting for the disk.
+
+        That of nobody: it has to be looked at more closely. Not while a record or a header is being written.
+        """
+        header, slot = bytearray(HEADER_BYTES), bytearray(SLOT_BYTES)
+        if not self._storage.read_now(0, memoryview(header)) or header != self.header.encode():
+            return False
+        if self._slots is None or not self.record.session:
+            return True
+        place = self._slots[slot_index(self.record)]
+        return self._storage.read_now(place, memoryview(slot)) and self.record.session.encode() in slot
+
+    def inspect(self) -> None:
+        """Raise BadOverlay if the file holds another overlay than the one that was opened. As for `is_seen`.
+
+        Somebody may have copied one over it: it is the same file then, and what our tables lead to is foreign.
+        """
+        if not self._is_ours():
+            raise BadOverlay("was overwritten while it was open, with another overlay or an older copy")
+
+    def _is_ours(self) -> bool:
+        try:
+            header, _ = read_header(self._storage)
+            record = read_record(self._storage, header) or Record()
+        except BadOverlay:
+            return False
+        return header == self.header and record.session == self.record.session
 
     def begin(self) -> str:
         """Put a new session into the overlay and return it; "" if the overlay has no room for a record.

@@ -22,6 +22,7 @@ import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.overlay.length import Length
 from qedfs.procfs import TMPFS_TYPES, filesystem_type
 
 T = TypeVar("T")
@@ -52,6 +53,19 @@ class Storage(Protocol):
     writable: bool
     locked: bool  # whether nobody else has this very file open for writing, as long as we have it
 
+    @property
+    def damage(self) -> BadOverlay | None:
+        """What somebody has done to the file while it was open; nothing is written to it any more."""
+        ...
+
+    def condemn(self, error: BadOverlay) -> None:
+        """The file is another one's now: nothing is written to it, or read from it, any more."""
+        ...
+
+    def check_length(self) -> None:
+        """Raise BadOverlay if the file is shorter than it must be, or is damaged otherwise."""
+        ...
+
     def name(self) -> str:
         """What names the file in its file system whatever path it has; "" if it has no such name."""
         ...
@@ -73,18 +87,21 @@ class Storage(Protocol):
         ...
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view`; past the end of the file there are zeros."""
+        """Fill `view`; past the end of the file there are zeros. BadOverlay: there was more when it was opened."""
         ...
 
     def extent(self, offset: int) -> Extent:
         """What lies from `offset` on, as far as it is of one kind; behind the end of the file is a hole.
 
-        A file system that cannot tell says that all is data. May wait for the disk, as `read` may.
+        A file system that cannot tell says that all is data. May wait for the disk, and fail, as `read` may.
         """
         ...
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
-        """Write all of the buffers, one behind the other. NoSpace: some of it may have been written."""
+        """Write all of the buffers, one behind the other.
+
+        NoSpace: some of it may have been written. BadOverlay: the file was cut, and nothing was written.
+        """
         ...
 
     def resize(self, size: int) -> None:
@@ -92,7 +109,10 @@ class Storage(Protocol):
         ...
 
     def barrier(self) -> None:
-        """Return when all that was written before this call survives a power cut (fdatasync)."""
+        """Return when all that was written before this call survives a power cut (fdatasync).
+
+        BadOverlay: the file was cut.
+        """
         ...
 
     def drop_cache(self, offset: int, size: int) -> None:
@@ -117,9 +137,12 @@ class FileStorage:
         self.writable = writable
         self.locked = locked
         self._limiter: trio.CapacityLimiter | None = None
+        kind = filesystem_type(fd)
         # tmpfs refuses RWF_NOWAIT, and has no disk to wait for.
-        self._read_flags = 0 if filesystem_type(fd) in TMPFS_TYPES else os.RWF_NOWAIT
+        self._read_flags = 0 if kind in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
+        self._length = Length(fd, path, kind)
+        self._foreign: BadOverlay | None = None  # why nothing in the file can be believed
 
     @classmethod
     def open(cls, path: str, *, writable: bool, locked: bool = True, dir_fd: int | None = None) -> Self:
@@ -183,6 +206,21 @@ class FileStorage:
         except OSError as exc:
             raise self._translated("look at", exc) from exc
 
+    @property
+    def damage(self) -> BadOverlay | None:
+        """That it was cut, or is another one's."""
+        return self._length.damage
+
+    def condemn(self, error: BadOverlay) -> None:
+        """Nothing is written or read any more."""
+        self._foreign = BadOverlay(f"{self.path}: {error}")
+        self._length.condemn(self._foreign)
+        self._nowait = False
+
+    def check_length(self) -> None:
+        """One lseek."""
+        self._length.check()
+
     def size(self) -> int:
         """Length of the file."""
         return self.stat().st_size
@@ -212,11 +250,16 @@ class FileStorage:
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill `view`, waiting for the disk; zeros past the end of the file."""
+        if self._foreign is not None:
+            raise self._foreign.fresh()
         done = 0
         try:
             while done < len(view):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
                 if not count:
+                    # Whoever looks on while others write to the file knows nothing of its length.
+                    if self.locked:
+                        self._length.check()
                     view[done:] = bytes(len(view) - done)
                     return
                 done += count
@@ -232,6 +275,8 @@ class FileStorage:
             return Extent(os.lseek(self._fd, offset, os.SEEK_HOLE), hole=False)
         except OSError as exc:
             if exc.errno == errno.ENXIO:
+                if self.locked:
+                    self._length.check()
                 return Extent(MAX_FILE_SIZE, hole=True)
             if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return Extent(MAX_FILE_SIZE, hole=False)
@@ -240,6 +285,10 @@ class FileStorage:
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         """Write all of the buffers; a short write is continued, so that a full disk shows as its ENOSPC."""
         left = [memoryview(buffer) for buffer in data if len(buffer)]
+        if not left:
+            return  # it makes no file longer
+        end = offset + sum(map(len, left))
+        self._length.before_write(end)
         try:
             while left:
                 count = os.pwritev(self._fd, left[:1024], offset)
@@ -250,16 +299,19 @@ class FileStorage:
                     left[0] = left[0][count:]
         except OSError as exc:
             raise self._translated("write", exc) from exc
+        self._length.written(end)
 
     def resize(self, size: int) -> None:
         """ftruncate."""
         try:
-            os.ftruncate(self._fd, size)
+            with self._length.resizing(size):
+                os.ftruncate(self._fd, size)
         except OSError as exc:
             raise self._translated("resize", exc) from exc
 
     def barrier(self) -> None:
         """Fdatasync: it covers the data and the length of the file (POSIX: what is needed to read the data back)."""
+        self._length.check()  # it would succeed over what is no longer there
         try:
             os.fdatasync(self._fd)
         except OSError as exc:

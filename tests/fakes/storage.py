@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from qedfs.errors import QedfsError
+from qedfs.errors import BadOverlay, QedfsError
 from qedfs.format.geometry import MAX_FILE_SIZE, SECTOR_SIZE, round_down, round_up
 from qedfs.overlay.storage import Buffer, Extent
 
@@ -122,6 +122,9 @@ class MemoryStorage:
         self.closed = False
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
+        self.damage: BadOverlay | None = None
+        self._foreign: BadOverlay | None = None
+        self._length = len(self.bytes)  # that it must have
         self._name = name
         self._faults: dict[str, list[_Fault]] = {}
         self._random = None if seed is None else random.Random(seed)
@@ -149,6 +152,16 @@ class MemoryStorage:
         self._stop()
         return len(self.bytes)
 
+    def condemn(self, error: BadOverlay) -> None:
+        self.damage = self.damage or error
+        self._foreign = error
+
+    def check_length(self) -> None:
+        if self.damage is None and len(self.bytes) < self._length:
+            self.damage = BadOverlay(f"was cut to {len(self.bytes)} bytes, of {self._length}")
+        if self.damage is not None:
+            raise self.damage.fresh()
+
     def disk_usage(self) -> int:
         return len(self.bytes)
 
@@ -156,11 +169,17 @@ class MemoryStorage:
         # With a seed, one read in three is not in the page cache.
         if offset + len(view) > len(self.bytes) or (self._random is not None and self._random.random() < 0.33):
             return False
+        if self._foreign is not None:
+            return False
         view[:] = memoryview(self.bytes)[offset : offset + len(view)]
         return True
 
     def read(self, offset: int, view: memoryview) -> None:
         self._begin("read")
+        if self._foreign is not None:
+            raise self._foreign.fresh()
+        if offset + len(view) > len(self.bytes):
+            self.check_length()
         found = memoryview(self.bytes)[offset : offset + len(view)]
         view[: len(found)] = found
         view[len(found) :] = bytes(len(view) - len(found))
@@ -169,6 +188,7 @@ class MemoryStorage:
         """Pages of zeros are holes."""
         self._stop()
         if (data := _NOT_ZERO.search(self.bytes, offset)) is None:
+            self.check_length()
             return Extent(MAX_FILE_SIZE, hole=True)
         page = round_down(data.start(), _PAGE)
         if page > offset:
@@ -192,6 +212,7 @@ class MemoryStorage:
 
     def barrier(self) -> None:
         self._begin("barrier")
+        self.check_length()
 
     def drop_cache(self, offset: int, size: int) -> None:
         assert 0 <= offset <= offset + size
@@ -216,18 +237,22 @@ class MemoryStorage:
 
     def _put(self, offset: int, data: bytes) -> None:
         assert self.writable, "a write to a file that was opened for reading"
+        self.check_length()
         if not data:
             return  # POSIX: it does not grow the file either
         if len(self.bytes) < offset:
             self.bytes.extend(bytes(offset - len(self.bytes)))
         self.bytes[offset : offset + len(data)] = data
+        self._length = max(self._length, len(self.bytes))
 
     def _resized(self, size: int) -> None:
         assert self.writable, "a resize of a file that was opened for reading"
+        self.check_length()
         if size < len(self.bytes):
             del self.bytes[size:]
         else:
             self.bytes.extend(bytes(size - len(self.bytes)))
+        self._length = size
 
     def _begin(self, kind: str) -> None:
         fault = self._counted(kind)
@@ -267,7 +292,7 @@ class RecordingStorage(MemoryStorage):
         self.log.append(Marked(text))
 
     def barrier(self) -> None:
-        self._begin("barrier")
+        super().barrier()
         self._barriers += 1
         number = self._barriers
         self.log.append(BarrierBegun(number))
@@ -279,6 +304,7 @@ class RecordingStorage(MemoryStorage):
         """The same file opened anew: the log goes on."""
         again = RecordingStorage(b"", name=self._name, seed=seed)
         again.start, again.bytes, again.log, again._barriers = self.start, self.bytes, self.log, self._barriers
+        again._length = len(self.bytes)
         again.before_step = self.before_step
         return again
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -16,6 +17,7 @@ import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.overlay.length import Length
 from qedfs.overlay.storage import Extent, FileStorage, Storage
 from tests.fakes.storage import BarrierBegun, BarrierEnded, Marked, MemoryStorage, RecordingStorage, Resized, Written
 
@@ -168,7 +170,98 @@ async def test_a_call_in_a_thread_is_not_abandoned(opener: Opener) -> None:
     assert read(storage, 0, 2) in (b"ab", b"01")
 
 
+def cut(storage: Storage, size: int) -> None:
+    """Somebody else makes the file shorter."""
+    if isinstance(storage, FileStorage):
+        os.truncate(storage.path, size)
+    else:
+        assert isinstance(storage, MemoryStorage)
+        del storage.bytes[size:]
+
+
+CALLS: dict[str, Callable[[Storage], object]] = {
+    "read": lambda storage: read(storage, 8000, 8),
+    "read beyond": lambda storage: read(storage, 50_000, 8),
+    "extent": lambda storage: storage.extent(20_000),
+    "write in place": lambda storage: storage.write(12_000, [b"x"]),
+    "write at the end": lambda storage: storage.write(16_383, [b"x"]),
+    "write beyond": lambda storage: storage.write(16_384, [b"x"]),
+    "grow": lambda storage: storage.resize(20_480),
+    "barrier": lambda storage: storage.barrier(),
+    "look": lambda storage: storage.check_length(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("grown", ["write", "resize"])
+def test_a_cut_is_noticed_and_never_hidden(opener: Opener, call: str, grown: str) -> None:
+    """Whichever call meets it first: nothing is read from where the file ended, and nothing makes it longer again."""
+    storage = opener(b"a" * 8192)
+    if grown == "write":
+        storage.write(8192, [b"a" * 4096, b"a" * 4096])
+    else:
+        storage.resize(16_384)
+    storage.check_length()
+    cut(storage, 8004)
+    with pytest.raises(BadOverlay, match="was cut to 8004 bytes"):
+        CALLS[call](storage)
+    assert storage.damage is not None
+    for other in CALLS.values():
+        with pytest.raises(BadOverlay, match="was cut to 8004 bytes"):
+            other(storage)
+    assert (storage.size(), read(storage, 0, 8000)) == (8004, b"a" * 8000)
+
+
+def test_a_file_that_we_cut_ourselves_is_whole(opener: Opener) -> None:
+    storage = opener(b"a" * 8192)
+    storage.resize(4096)
+    storage.write(0, [b"b" * 4096])
+    storage.check_length()
+    storage.resize(6000)
+    storage.barrier()
+    assert read(storage, 4000, 5000) == b"b" * 96 + bytes(4904)
+
+
+def test_nothing_of_a_foreign_file_is_believed(opener: Opener) -> None:
+    storage = opener(b"a" * 8192)
+    storage.condemn(BadOverlay("another one's"))
+    calls = (lambda: read(storage, 0, 8), lambda: storage.write(0, [b"x"]), storage.barrier, lambda: storage.resize(99))
+    for call in calls:
+        with pytest.raises(BadOverlay, match="another one's"):
+            call()
+    assert not storage.read_now(0, memoryview(bytearray(8)))
+    assert storage.damage is not None
+    assert storage.size() == 8192
+
+
 # The real file alone.
+
+
+def test_looks_at_the_length_cost_no_read_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor, where a look is a question to a server, a write inside the file."""
+    monkeypatch.setattr("qedfs.overlay.length.LOCAL_TYPES", frozenset())
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 16_384)
+    with contextlib.closing(FileStorage.open(str(path), writable=True)) as storage:
+        looks: list[int] = []
+
+        def look(_: Length) -> int:
+            looks.append(0)
+            return 16_384
+
+        monkeypatch.setattr(Length, "_look", look)
+        read(storage, 0, 4096)
+        read(storage, 12_288, 4096)
+        storage.read_now(0, memoryview(bytearray(4096)))
+        storage.write(4096, [b"b" * 4096])
+        assert looks == []
+        storage.write(12_288, [b"b" * 4096])
+        storage.write(16_384, [b"b" * 4096])
+        assert len(looks) == 2
+    with contextlib.closing(FileStorage.open(str(path), writable=False, locked=False)) as onlooker:
+        looks.clear()
+        assert read(onlooker, 20_480, 4) == bytes(4)
+        assert looks == []
 
 
 @pytest.mark.parametrize("writable", [True, False])
