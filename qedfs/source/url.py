@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from qedfs.errors import UsageError
 from qedfs.source.hostname import ascii_host
 
 NBD_DEFAULT_PORT = 10809  # IANA, and the NBD URI specification
+_HOST_PORT = re.compile(r"([^:/?#@\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -39,8 +40,9 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
     """Parse a backing name.
 
     Forms: `http://`, `https://`, `nbd://host[:port]/export`, `nbds://`, `nbd+unix:///export?socket=PATH` (and
-    `nbds+unix`), and a local path, absolute or relative to the folder `relative_to` (that of the overlay, as for
-    QEMU). `./a:b` names a local file with a colon.
+    `nbds+unix`), QEMU's older `nbd:host:port[:exportname=NAME]` and `nbd:unix:PATH[:exportname=NAME]`, and a local
+    path, absolute or relative to the folder `relative_to` (that of the overlay, as for QEMU). `./a:b` names a local
+    file with a colon.
 
     Raises:
         UsageError: the text is none of these.
@@ -61,6 +63,9 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
     try:
         if scheme in ("http", "https"):
             return _parse_http(text, parts)
+        if scheme == "nbd" and not text[len("nbd:") :].startswith("//"):
+            uri = _nbd_uri(text)
+            return dataclasses.replace(_parse_nbd(uri, urlsplit(uri)), redacted=redact(text))
         if scheme in ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+tcp", "nbds+tcp"):
             return _parse_nbd(text, parts)
     except ValueError as exc:
@@ -111,6 +116,17 @@ def _parse_http(text: str, parts: SplitResult) -> Location:
     tls = parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
     return Location("http", redact(text), text, host=ascii_host(parts.hostname), port=port, tls=tls)
+
+
+def _nbd_uri(text: str) -> str:
+    """The URI for QEMU's older spelling (qemu:block/nbd.c, nbd_parse_filename), where the name is not encoded."""
+    place, _, export = text.partition(":")[2].partition(":exportname=")
+    if place.startswith("unix:"):
+        return f"nbd+unix:///{quote(export)}?socket={quote(place.removeprefix('unix:'))}"
+    found = _HOST_PORT.fullmatch(place)
+    if found is None or not 0 < int(found[2]) < 1 << 16:
+        raise ValueError("give it as nbd://host:port/export, or as QEMU does: nbd:host:port:exportname=NAME")
+    return f"nbd://{found[1]}:{found[2]}/{quote(export)}"
 
 
 def _parse_nbd(text: str, parts: SplitResult) -> Location:

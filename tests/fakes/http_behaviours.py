@@ -298,6 +298,24 @@ def _redirect(exchange: Exchange, *, code: int) -> None:
     exchange.send(f"{code} Scripted", {"Location": exchange.server.redirect_to})
 
 
+@_named("cookie-gate")
+def _cookie_gate(exchange: Exchange) -> None:
+    """Whoever comes without the cookie gets one, and is sent to `redirect_to`; with it he gets the bytes."""
+    if exchange.server.cookie in exchange.request.headers.get("cookie", ""):
+        return _ok(exchange)
+    fields = {"Location": exchange.server.redirect_to, "Set-Cookie": exchange.server.cookie + "; Path=/; HttpOnly"}
+    exchange.send("302 Found", fields)
+    return None
+
+
+@_named("cookie-wanted")
+def _cookie_wanted(exchange: Exchange) -> None:
+    if exchange.server.cookie in exchange.request.headers.get("cookie", ""):
+        return _ok(exchange)
+    exchange.send("403 Forbidden", {})
+    return None
+
+
 def _add_statuses() -> None:
     for code in (204, 304, 400, 401, 403, 404, 408, 410, 412, 416, 425, 429, 500, 501, 502, 503, 504, 507):
         BEHAVIOURS[f"status-{code}"] = partial(Exchange.send, status=f"{code} Scripted", headers={})

@@ -26,7 +26,7 @@ class FakeHttpServer:
     """Serves `content` at every path on a loopback address, until it is closed (a context manager does that).
 
     Attributes that may be changed while it runs: `content`, `etag`, `last_modified` (empty: not sent), `behaviour`,
-    `queue`, `redirect_to`. `requests` is what came in so far, `connections` the number of connections.
+    `queue`, `redirect_to`, `cookie`. `requests` is what came in so far, `connections` the number of connections.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class FakeHttpServer:
         self.behaviour = behaviour
         self.queue: collections.deque[str] = collections.deque()
         self.redirect_to = ""
+        self.cookie = "pass=canary"
         self.requests: list[Request] = []
         self.connections = 0
         self.asked = threading.Event()  # a request has come

@@ -181,7 +181,7 @@ def test_a_redirect_does_not_lead_from_https_to_http() -> None:
         "fat:/etc",
         "http://",
         "http:///a",
-        "nbd:host:1",
+        "nbd:host",
         "nbd+unix:///?socket=rel",
         "nbd+unix:///",
         "ssh://host/a",

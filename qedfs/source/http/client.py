@@ -66,7 +66,7 @@ class _Pool:
             exchange = self._idle.pop() if self._idle else Exchange(self._policy)
             self._busy.add(exchange)
             try:
-                exchange.aim(place.target, place.lines)
+                exchange.aim(place.target, place.lines, place.cookies)
                 silence.deadline = trio.current_time() + seconds
                 with silence:
                     await exchange.run(self._multi, pos, buffer, judge, place.where)
@@ -97,7 +97,7 @@ class HttpSource:
         self._urgent = urgent
         self._background = background
         self._resolving = trio.Lock()
-        self._place = self._place_of(resolved.target)
+        self._place = self._place_of(resolved)
         self._doubt = doubt
 
     @classmethod
@@ -250,12 +250,14 @@ class HttpSource:
             # The stale place may come back, and it is the one that is of our version.
             raise self._doubt.failed(error, exc) from exc
         self._identity = self._identity.joined(resolved.identity)
-        return self._place_of(resolved.target)
+        return self._place_of(resolved)
 
-    def _place_of(self, target: Target) -> Place:
+    def _place_of(self, resolved: Resolved) -> Place:
+        target = resolved.target
         return Place(
             target=target,
             lines=request_lines(target, self._identity),
+            cookies=resolved.cookies,
             where=place_name(self._origin, target),
             redirected=target is not self._origin,
         )

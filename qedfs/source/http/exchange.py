@@ -52,12 +52,16 @@ class Exchange:
         self._policy = policy
         self._target: Target | None = None
         self._lines: Sequence[str] = ()
+        self._cookies: Sequence[bytes] = ()
         self._opened: socket.socket | None = None
         self._prepare(_EMPTY, None, "")
 
-    def aim(self, target: Target, lines: Sequence[str]) -> None:
-        """Send the next requests to `target` with these header lines. Cheap when both are the ones of last time."""
-        if target is self._target and lines is self._lines:
+    def aim(self, target: Target, lines: Sequence[str], cookies: Sequence[bytes] = ()) -> None:
+        """Send the next requests to `target` with these header lines. Cheap when all are the ones of last time.
+
+        `cookies`: what `cookies` of the exchange that found the target has returned.
+        """
+        if target is self._target and lines is self._lines and cookies is self._cookies:
             return
         self.curl.setopt(pycurl.URL, target.url)
         self.curl.setopt(pycurl.PROXY, os.fsencode(target.proxy))
@@ -67,7 +71,19 @@ class Exchange:
             else:
                 self.curl.setopt(option, value.encode())
         self.curl.setopt(pycurl.HTTPHEADER, [line.encode("latin-1") for line in lines])
-        self._target, self._lines = target, lines
+        if cookies is not self._cookies:
+            for line in (b"ALL", *cookies):  # "ALL" drops those that it has
+                self.curl.setopt(pycurl.COOKIELIST, line)
+        self._target, self._lines, self._cookies = target, lines, cookies
+
+    def take_cookies(self) -> None:
+        """From now on keep the cookies that answers set, and send each to where it belongs, as RFC 6265 says."""
+        self.curl.setopt(pycurl.COOKIEFILE, "")
+
+    @property
+    def cookies(self) -> tuple[bytes, ...]:
+        """What it has taken, as lines for `aim`. They are secrets as passwords are."""
+        return tuple(self.curl.getinfo_raw(pycurl.INFO_COOKIELIST) or ())
 
     async def run(
         self, multi: Multi, pos: int, buffer: memoryview, judge: Judge, where: str, *, fresh: bool = False

@@ -29,6 +29,7 @@ class Place:
 
     target: Target
     lines: tuple[str, ...] = dataclasses.field(repr=False)
+    cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
     where: str
     redirected: bool
 

@@ -1,7 +1,7 @@
 """From the place that the user named to the place that serves the bytes, and to the identity of what is there.
 
 Owns the first request and the following of redirects: at most MAX_REDIRECTS, each target under the policy, no loop,
-never from https to http. Must not know reads, pools, or what was resolved before.
+never from https to http, with the cookies that they set. Must not know reads, pools, or what was resolved before.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ REDIRECTS = frozenset({301, 308}) | _TEMPORARY
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolved:
-    """Where the bytes are, and which version is there."""
+    """Where the bytes are, which version is there, and the cookies that were set on the way."""
 
     target: Target
     identity: Identity
+    cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
 
 
 async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float) -> Resolved:
@@ -47,20 +48,22 @@ async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Poli
     """
     target = origin
     at_mirror = False
-    seen = {origin.url}
+    exchange.take_cookies()
+    seen = {(origin.url, exchange.cookies)}
     for _hop in range(MAX_REDIRECTS + 1):
         target.check_literal(policy)
         where = place_name(origin, target)
         with passing(at_mirror):
             answer = await _ask(target, exchange, multi, where, silent_seconds if at_mirror else math.inf)
             if answer.status not in REDIRECTS:
-                return Resolved(target, judge_opening(answer, where, str(target.location)))
+                return Resolved(target, judge_opening(answer, where, str(target.location)), exchange.cookies)
         at_mirror |= answer.status in _TEMPORARY
         following = _follow(origin, target, answer, exchange.peer_address())
         policy.check_redirect(target.location, following.location)
-        if following.url in seen:
+        # With a new cookie the same place may answer otherwise.
+        if (following.url, exchange.cookies) in seen:
             raise SourceError(f"{origin.location} redirects in a loop")
-        seen.add(following.url)
+        seen.add((following.url, exchange.cookies))
         target = following
     raise SourceError(f"{origin.location} redirects more than {MAX_REDIRECTS} times")
 

@@ -37,6 +37,37 @@ async def test_credentials_are_not_sent_to_another_origin(
     assert "authorization" not in other_server.requests[0].headers
 
 
+async def test_a_cookie_of_a_redirect_is_sent_where_it_leads(
+    server: FakeHttpServer, other_server: FakeHttpServer, open_source: OpenSource
+) -> None:
+    """As for browsers and curl: the port does not count (RFC 6265, section 8.5)."""
+    server.behaviour, server.redirect_to = "cookie-gate", other_server.url("/there")
+    other_server.behaviour = "cookie-wanted"
+    source = await open_source(server.url())
+    for urgent in (True, False):
+        assert await read(source, 9, 10, urgent=urgent) == CONTENT[9:19]
+    assert [request.headers.get("cookie") for request in other_server.requests] == ["pass=canary"] * 3
+    assert "canary" not in repr(source._place)
+
+
+async def test_a_gate_that_sends_back_to_itself(server: FakeHttpServer, open_source: OpenSource) -> None:
+    server.behaviour, server.redirect_to = "cookie-gate", "/disk.raw"
+    source = await open_source(server.url())
+    assert await read(source, 9, 10) == CONTENT[9:19]
+    # What the gate does not know any more, it gives anew.
+    server.cookie = "pass=another"
+    assert await read(source, 9, 10) == CONTENT[9:19]
+
+
+async def test_a_cookie_goes_to_no_other_host(
+    server: FakeHttpServer, other_server: FakeHttpServer, open_source: OpenSource
+) -> None:
+    server.behaviour = "cookie-gate"
+    server.redirect_to = other_server.url("/there", host="localhost")
+    await read(await open_source(server.url()), 0, 10)
+    assert [request.headers.get("cookie") for request in other_server.requests] == [None] * 2
+
+
 @pytest.mark.parametrize("path", ["/disk.raw", "/disk.raw#again"])
 async def test_a_loop_of_redirects(server: FakeHttpServer, open_source: OpenSource, path: str) -> None:
     server.behaviour, server.redirect_to = "redirect-302", path
