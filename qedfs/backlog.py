@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from qedfs import room
 from qedfs.flight import Flight, Taker
+from qedfs.room import Share
 
-# Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source.
+# Of all flights of a queue, those included whose bytes wait for a disk that is slower than the source. Other queues may
+# leave it less (`room.py`).
 MOST_HELD_BYTES = 128 << 20
 
 
@@ -18,14 +21,19 @@ class Backlog:
     """The flights of one queue, counted."""
 
     def __init__(self) -> None:
-        self.held = 0  # by all flights: on the way, or here and not adopted yet
+        self._share = Share(room.FETCHED)
         self.background = 0  # on the way, and nobody waited for them when they left
         self._held_for: Counter[Taker] = Counter()
         self._here_for: Counter[Taker] = Counter()  # of those, what has arrived and was fetched in the background
 
+    @property
+    def held(self) -> int:
+        """By all flights: on the way, or here and not adopted yet."""
+        return self._share.held_bytes
+
     def start(self, flight: Flight) -> None:
         """A flight leaves."""
-        self.held += flight.size
+        self._share.take(flight.size)
         if not flight.urgent:
             self.background += flight.size
 
@@ -55,7 +63,7 @@ class Backlog:
 
     def land(self, flight: Flight) -> None:
         """A flight has no takers any more."""
-        self.held -= flight.size
+        self._share.give(flight.size)
 
     def held_for(self, taker: Taker) -> int:
         """On the way to it, or here and not kept yet."""
@@ -67,9 +75,9 @@ class Backlog:
 
     def has_room(self, size: int) -> bool:
         """Whether so much more may be held."""
-        return not self.held or self.held + size <= MOST_HELD_BYTES
+        return self._share.fits(size) and (not self.held or self.held + size <= MOST_HELD_BYTES)
 
     def is_behind(self, taker: Taker, size: int) -> bool:
         """Whether so much waits for this taker that it is offered no `size` more."""
         held = self._held_for[taker]
-        return held > 0 and held + size > MOST_HELD_BYTES // 2
+        return held > 0 and held + size > min(MOST_HELD_BYTES, self._share.limit_bytes) // 2

@@ -95,6 +95,12 @@ class NoSpace(QedfsError):
     exit_code: ClassVar[int] = 6
 
 
+class NoMemory(QedfsError):
+    """What this needs does not fit into the memory that all images of the mount may take together."""
+
+    errno: ClassVar[int] = _errno.ENOMEM
+
+
 class TimedOut(QedfsError):
     """A wait that the user bounded ran out."""
 

@@ -19,10 +19,11 @@ Concurrency protocol
 
 Order: a reader's request leaves at once. The others wait for their turn.
 
-Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has (`bring`, which a user
-asks for, may add a request). A reader that finds no room for a flight, or whose clusters are larger than
-LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight into its own buffer, and nothing is kept. Beside
-that there are free buffers (`buffers.py`) and, for each image, the rest of clusters written in part (`rests.py`).
+Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has, and less where those of
+other queues need the room (`room.py`); `bring`, which a user asks for, may add a request. A reader that finds no room
+for a flight, or whose clusters are larger than LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight
+into its own buffer, and nothing is kept. Beside that there are free buffers (`buffers.py`) and, for each image, the
+rest of clusters written in part (`rests.py`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
 from qedfs.profile import Waits
 from qedfs.readahead import Readahead
-from qedfs.rests import Rests, Share
+from qedfs.rests import Rests, Taken
 from qedfs.version import SourceVersion
 
 log = logging.getLogger(__name__)
@@ -230,25 +230,25 @@ class Image:
                 raise NoSpace(f"{self.name}: write behind the end of the image")
             data = memoryview(data)[:inside]
         if not self.overlay.write_now(pos, data):
-            share = Share(self._rests)
+            taken = Taken(self._rests)
             try:
-                await self.overlay.write(pos, data, functools.partial(self._fill, share))
+                await self.overlay.write(pos, data, functools.partial(self._fill, taken))
             finally:
-                share.give_back()
+                taken.give_back()
         self.counters.written += len(data)
         self._commit_soon()
         return len(data)
 
-    async def _fill(self, share: Share, cluster: int) -> Buffer:
+    async def _fill(self, taken: Taken, cluster: int) -> Buffer:
         """The whole content of a missing cluster, for a write that covers it in part. Errors of the source.
 
         With many such writes at once, a deadline at the most goes by until there is room for another one.
         """
         assert self.fetch is not None  # noqa: S101 - for the type checker; without a backing no cluster is missing
-        if not share.take_now():
+        if not taken.take_now():
             seconds = self.fetch.remote.deadline_seconds
             with trio.move_on_after(seconds) as scope:
-                await share.take()
+                await taken.take()
             if scope.cancelled_caught:
                 raise SourceUnreachable(f"{self.name}: other writes have waited for the backing for {seconds:g} s")
         pos = cluster * self.overlay.cluster_size
@@ -303,7 +303,7 @@ class Image:
             self.counters.kept_asked += kept
         else:
             self.counters.kept_stream += kept
-        if self.overlay.committer.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES:
+        if self.overlay.committer.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES or self.overlay.clusters.crowded:
             await self._commit()
         else:
             self._commit_soon()

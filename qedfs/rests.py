@@ -1,39 +1,55 @@
 """Room in memory for the rest of clusters that are written in part: each write holds up to two whole clusters.
 
-Owns the bound for one image, whatever clusters its overlay has. A leaf.
+Owns what one write takes of its image's share. Must not know what is done with it.
 """
 
 from __future__ import annotations
 
-import contextlib
-
 import trio
 
+from qedfs import room
+
+# Of one image. Others may leave it less.
 MOST_BYTES = 128 << 20
 
 
 class Rests:
-    """How many writes may hold the rest of their clusters at once."""
+    """What the writes of one image hold."""
 
     def __init__(self, cluster_size: int) -> None:
-        self.room = trio.Semaphore(max(1, MOST_BYTES // (2 * cluster_size)))
+        self._size = 2 * cluster_size
+        self._share = room.Share(room.RESTS)
+
+    def take_now(self) -> bool:
+        """Take room for one write, if there is any."""
+        held = self._share.held_bytes
+        if (held and held + self._size > MOST_BYTES) or not self._share.fits(self._size):
+            return False
+        self._share.take(self._size)
+        return True
+
+    async def take(self) -> None:
+        """Take room for one write as soon as there is any."""
+        while not self.take_now():
+            await self._share.change()
+
+    def give_back(self) -> None:
+        """Of one write."""
+        self._share.give(self._size)
 
 
-class Share:
+class Taken:
     """The room of one write, taken when it first needs some, for both of its clusters."""
 
     def __init__(self, rests: Rests) -> None:
-        self._room = rests.room
+        self._rests = rests
         self._begun: trio.Event | None = None
         self._taken = False
 
     def take_now(self) -> bool:
         """Take it if there is room at once; False: wait for it with `take`."""
         if not self._taken and self._begun is None:
-            # Semaphore.acquire costs a turn of the event loop even if it is free.
-            with contextlib.suppress(trio.WouldBlock):
-                self._room.acquire_nowait()
-                self._taken = True
+            self._taken = self._rests.take_now()
         return self._taken
 
     async def take(self) -> None:
@@ -42,11 +58,11 @@ class Share:
             await self._begun.wait()
             return
         self._begun = trio.Event()
-        await self._room.acquire()
+        await self._rests.take()
         self._taken = True
         self._begun.set()
 
     def give_back(self) -> None:
         """The write has ended."""
         if self._taken:
-            self._room.release()
+            self._rests.give_back()

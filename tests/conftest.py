@@ -17,6 +17,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from qedfs import room
+
 # How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
 # works, and short enough for the tests whose call hangs on purpose.
 THREAD_SECONDS = 2.0
@@ -39,6 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True)
+def room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves held is no matter of the next one's."""
+    for name in ("FETCHED", "TABLES", "RESTS"):
+        monkeypatch.setattr(room, name, room.Pool(getattr(room, name).most_bytes))
 
 
 class LogGuard(logging.Handler):

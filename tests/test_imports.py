@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "qedfs"
 # A room may import from itself and from what stands to its right.
 ORDER = (
     *("cli", "mount", "control", "stream", "image", "version", "fetch", "overlay", "source"),
-    *("turns", "backlog", "format", "errors"),
+    *("turns", "backlog", "rests", "format", "errors"),
 )
 # `overlay` is one file on disk and knows no network; `fetch` brings bytes and does not know where they are kept.
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
 LEAVES = frozenset(
-    {"buffers", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "rests", "histogram", "profile"}
+    {"buffers", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "room", "histogram", "profile"}
 )
 LEAF_ARROWS = {("runtime", "procfs")}
 # The package's own files, outside the order: the version, and `python -m qedfs`.

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import trio
 
+from qedfs import room
 from qedfs.buffers import Buffers
-from qedfs.errors import BadOverlay, InUse, QedfsError, UsageError
+from qedfs.errors import BadOverlay, InUse, NoMemory, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
@@ -33,6 +34,7 @@ from qedfs.source.remote import DEADLINE_SECONDS
 from qedfs.stream.idle import Idle, Pressure, Rules
 from qedfs.stream.job import State, StreamJob
 from qedfs.stream.replay import replay
+from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -308,6 +310,7 @@ class Folder:
     async def _serve(self, served: Served) -> None:
         overlay = await self._open(served.path)
         try:
+            self._check_clusters(served.path, overlay)
             fetch = await self._sources.fetch_for(overlay)
         except BaseException:
             # Also if cancelled: the descriptor's locks would keep the overlay in use for as long as we run.
@@ -321,6 +324,15 @@ class Folder:
             served.status = overlay.storage.stat
         served.job = StreamJob(served.image, enabled=options.stream, limit=options.limit)
         served.job.hold_off = self._idle.reason
+
+    def _check_clusters(self, path: str, overlay: Overlay) -> None:
+        """Raise NoMemory if the overlay cannot be filled: clusters are brought in, and merged with writes, whole."""
+        most = room.largest_cluster()
+        if overlay.backing is not None and overlay.writable and overlay.cluster_size > most:
+            raise NoMemory(
+                f"{path}: its clusters of {format_size(overlay.cluster_size)} are too large for the memory that this "
+                f"mount may use, which has room for clusters of {format_size(most)}"
+            )
 
     async def _open(self, path: str) -> Overlay:
         check_room(self._fd)
@@ -458,7 +470,7 @@ def _image_name(path: str) -> str:
 def _may_pass(exc: QedfsError | OSError) -> bool:
     """Whether another look may find it otherwise, without a change of the file that could be seen."""
     cause = exc if isinstance(exc, OSError) else exc.__cause__
-    return isinstance(exc, InUse) or (isinstance(cause, OSError) and cause.errno in _PASSING)
+    return isinstance(exc, (InUse, NoMemory)) or (isinstance(cause, OSError) and cause.errno in _PASSING)
 
 
 async def _closed(served: Served) -> QedfsError | None:

@@ -1,4 +1,7 @@
-"""Keeps the C library from holding memory that nothing uses. Owns the calls; without glibc they are left out."""
+"""Keeps to the memory that this process may use: bounds for what images hold, and nothing kept that nobody uses.
+
+Owns the calls to the C library, which are left out without glibc. Must not know what is held, nor who sets the limit.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import ctypes
 
 import trio
 
+from qedfs import room
 from qedfs.buffers import Buffers
+from qedfs.mount.cgroup import memory_limit
 
 INTERVAL_SECONDS = 10.0
 # mallopt(3), <malloc.h>
@@ -17,6 +22,12 @@ LARGE_BYTES = 512 << 10
 
 
 def set_up() -> None:
+    """Set the bounds, and the C library to give back what is freed."""
+    room.fit_into(memory_limit())
+    _map_large_buffers()
+
+
+def _map_large_buffers() -> None:
     """Give large buffers mappings of their own, which go back when they are freed, and all threads one heap.
 
     By itself glibc raises the size from which it maps to that of the largest buffer that was freed, up to 32 MiB; from
@@ -33,11 +44,12 @@ def set_up() -> None:
 async def give_back_memory(buffers: Buffers) -> None:
     """Forget unused buffers and trim the heap now and then, until cancelled: 0.4 ms for 100 MiB.
 
-    glibc by itself gives back its top only.
+    glibc by itself gives back its top only. The limit is looked at again, too: a service manager can change it.
     """
     trim = _function("malloc_trim")
     while True:
         await trio.sleep(INTERVAL_SECONDS)
+        room.fit_into(memory_limit())
         buffers.forget_unused()
         if trim is not None:
             trim(0)

@@ -13,7 +13,8 @@ from collections import deque
 
 import trio
 
-from qedfs.buffers import Buffers
+from qedfs import room
+from qedfs.buffers import MOST_BYTES, Buffers
 from qedfs.fetch import Fetch
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.open import allowed, remote_source
@@ -23,6 +24,7 @@ from qedfs.source.url import Location, parse_location
 
 PATIENCE_SECONDS = 1.0  # of all the first looks of one scan together
 PAST_FETCHES = 16
+FREE_SHARE = 8  # of the memory for what is fetched, that may lie free
 
 
 class Sources:
@@ -36,7 +38,7 @@ class Sources:
         self._nursery = nursery
         self._patience_seconds = PATIENCE_SECONDS
         self._remotes: dict[tuple[str, bool], Remote] = {}
-        self.buffers = Buffers()  # of all queues together
+        self.buffers = Buffers(min(MOST_BYTES, room.FETCHED.most_bytes // FREE_SHARE))  # of all queues together
         self._fetches: dict[tuple[str, bool, int], Fetch] = {}
         self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
 

@@ -28,17 +28,19 @@ import trio
 from qedfs.errors import BadOverlay
 from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
 from qedfs.format.header import Header, valid_table_offset
+from qedfs.format.sparse import SparseTable
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
 from qedfs.overlay.cut import Cut
 from qedfs.overlay.holes import Holes
-from qedfs.overlay.l1 import L1
 from qedfs.overlay.storage import Storage
+from qedfs.room import Share
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
 COUNT_AT_ONCE = 32  # slices or holes looked at between two turns of the event loop
 GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
-CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters
+CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters; less if others need the room
+LEAST_SLICES = 2  # of an overlay, however little room there is: a request may need two
 
 
 class Run(NamedTuple):
@@ -55,8 +57,11 @@ class Run(NamedTuple):
 class ClusterMap:
     """The map of one overlay."""
 
-    def __init__(self, storage: Storage, header: Header, l1: L1, file_end: int) -> None:
-        """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends."""
+    def __init__(self, storage: Storage, header: Header, l1: SparseTable, file_end: int, share: Share) -> None:
+        """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends.
+
+        `share`: of the memory for tables; it holds what L1 takes.
+        """
         geometry = header.geometry
         self._storage = storage
         self._header = header
@@ -70,6 +75,7 @@ class ClusterMap:
         self._counted_missing = 0
         self._uncountable: BadOverlay | None = None  # the first table that cannot be
         self._slices: dict[int, array[int]] = {}
+        self._share = share
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
         self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
@@ -83,7 +89,8 @@ class ClusterMap:
         self._cluster_size = geometry.cluster_size
         self._cluster_shift = geometry.cluster_size.bit_length() - 1
         self._cluster_mask = geometry.cluster_size - 1
-        self._cache_slices = max(4, CACHE_BYTES // (self.slice_entries * ENTRY_SIZE))
+        self._slice_bytes = self.slice_entries * ENTRY_SIZE
+        self._cache_slices = self._dirty_slices = max(LEAST_SLICES, CACHE_BYTES // self._slice_bytes)
 
     # Look-ups: synchronous, on the read path.
 
@@ -254,7 +261,9 @@ class ClusterMap:
 
     def add_table(self, index: int, offset: int) -> None:
         """A new L2 table of zeros at `offset` belongs to L1 entry `index`; the file has neither yet."""
+        before = self.l1.held_bytes
         self.l1[index] = offset
+        self._share.take(self.l1.held_bytes - before)
         self.unwritten.add(index)
 
     def load_now(self, cluster: int) -> None:
@@ -271,9 +280,15 @@ class ClusterMap:
         """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
         number = cluster >> self._shift
         if number not in self._slices and number // self._per_table in self.unwritten:
-            self._slices[number] = empty_table(self.slice_entries)
+            self._hold_slice(number, empty_table(self.slice_entries))
 
     # For the commit.
+
+    @property
+    def crowded(self) -> bool:
+        """Whether slices that wait for a commit take more memory than they should: others cannot go before that."""
+        count = len(self.dirty)
+        return count > self._dirty_slices or (count > LEAST_SLICES and self._share.is_over)
 
     def sector(self, number: int, sector: int) -> tuple[int, bytes]:
         """Where one sector of a loaded slice lies in the file, and its bytes now."""
@@ -294,9 +309,13 @@ class ClusterMap:
             del self._held[number]
 
     def pin_slices(self, numbers: Iterable[int]) -> None:
-        """Keep these slices in memory, beside the dirty ones, until the next call: a group writes them."""
+        """Keep these slices in memory, beside the dirty ones, until the next call: a group writes them.
+
+        Those that it has written may go now: writes to new tables never come to load any.
+        """
         self._pinned = frozenset(numbers)
         self._written |= self._pinned
+        self._evict(range(0))
 
     @property
     def damage(self) -> BadOverlay | None:
@@ -393,7 +412,7 @@ class ClusterMap:
         """Have a slice in memory that was read; what is bad in it stays bad."""
         if number in self._slices:
             return
-        self._slices[number] = part
+        self._hold_slice(number, part)
         if number in self._written:
             return
         self._follow_growth()
@@ -440,13 +459,27 @@ class ClusterMap:
 
     def _evict(self, wanted: range) -> None:
         """Forget slices until the cache is within its bound; `wanted` are about to be used."""
-        if len(self._slices) <= self._cache_slices:
+        if not self._too_many():
             return
         for number in list(self._slices):
-            if len(self._slices) <= self._cache_slices:
-                return
             if not any(number in needed for needed in (self.dirty, self._pinned, self._held, wanted)):
                 del self._slices[number]
+                self._share.give(self._slice_bytes)
+                if not self._too_many():
+                    return
+
+    def _too_many(self) -> bool:
+        count = len(self._slices)
+        return count > self._cache_slices or (count > LEAST_SLICES and self._share.is_over)
+
+    def _hold_slice(self, number: int, part: array[int]) -> None:
+        self._slices[number] = part
+        self._share.take(self._slice_bytes)
+
+    def close(self) -> None:
+        """Give the memory up: nobody uses the map any more."""
+        self._slices.clear()
+        self._share.close()
 
     def checked(self, offset: int, cluster: int) -> int:
         """The data offset of an entry, or BadOverlay if it points where no cluster can be."""

@@ -217,9 +217,9 @@ class Committer:
 
     def _put_back(self, group: _Group) -> None:
         """The entries stay in memory and dirty, whatever part of the group has reached the file."""
-        self._map.pin_slices(())
         for number, changed in group.dirty.items():
             self._map.dirty.setdefault(number, set()).update(changed)
+        self._map.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
 
     def _write(self, group: _Group, *, durable: bool) -> None:
         """Steps 2 and 3 of the module's text; runs in a worker thread."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from qedfs.errors import BadOverlay
+from qedfs import room
+from qedfs.errors import BadOverlay, NoMemory
 from qedfs.format.geometry import round_down, round_up
 from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.beginning import Beginning
@@ -22,6 +23,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.space import Space
 from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.room import Share
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +35,9 @@ async def open_overlay(
     storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
     try:
         overlay = await open_storage(storage, journal_folder=journal_folder)
-    except BadOverlay as exc:
+    except (BadOverlay, NoMemory) as exc:
         storage.close()
-        raise BadOverlay(f"{path}: {exc}") from exc
+        raise type(exc)(f"{path}: {exc}") from exc
     except BaseException:
         storage.close()
         raise
@@ -56,22 +58,28 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 
     Raises:
         BadOverlay: it cannot be served; nothing has been written to it.
+        NoMemory: its tables do not fit beside those of the others.
     """
-    return await storage.in_thread(lambda: _open(storage, journal_folder))
+    share = Share(room.TABLES)
+    try:
+        return await storage.in_thread(lambda: _open(storage, journal_folder, share))
+    except BaseException:
+        share.close()
+        raise
 
 
-def _open(storage: Storage, journal_folder: Path | None) -> Overlay:
+def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
     header, backing = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
-    l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used)
+    l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used, share)
     # Behind the read: where a mount writes to the file meanwhile, it is long enough for every table in this L1.
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
     # What lies behind the last whole cluster does not exist.
-    clusters = ClusterMap(storage, header, l1, round_down(file_end, cluster_size))
+    clusters = ClusterMap(storage, header, l1, round_down(file_end, cluster_size), share)
     committer = Committer(storage, session.header, clusters, None)
     session.barrier = committer.barrier
     space = Space(storage, clusters)

@@ -221,7 +221,7 @@ class Overlay:
             writes, entries = self._place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
             await self._write_placed(writes, entries, now=now)
-        if self._journal is None and self.committer.pending:
+        if self.committer.pending and (self._journal is None or self.clusters.crowded):
             await self.committer.commit()
 
     def _is_missing(self, cluster: int) -> bool:
@@ -383,6 +383,8 @@ class Overlay:
         await self._ready()
         for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
             await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
+            if self.clusters.crowded:
+                await self.committer.commit()
             await trio.lowlevel.checkpoint()
 
     async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
@@ -471,6 +473,7 @@ class Overlay:
                     self.committer.journal.close(remove=not self.committer.pending)
                     self._journal = self.committer.journal = None
                 self.storage.close()
+                self.clusters.close()
         if self.writable and self.storage.damage is not None:
             raise self.storage.damage.fresh()
 

@@ -10,8 +10,10 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfs.overlay.l1 import L1, PAGE_ENTRIES, read_l1
+from qedfs.format.sparse import PAGE_ENTRIES, SparseTable
+from qedfs.overlay.l1 import read_l1
 from qedfs.overlay.opening import open_storage
+from qedfs.room import Pool, Share
 from qedfs.stream.job import State, StreamJob
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
@@ -28,13 +30,13 @@ def claiming(backing: bytes) -> Built:
     return empty(cluster_size=MIB, table_size=16, image_size=SIZE, backing=backing)
 
 
-def plain(table: L1) -> list[int]:
+def plain(table: SparseTable) -> list[int]:
     return [table[index] for index in range(len(table))]
 
 
 @given(st.dictionaries(st.integers(0, LENGTH - 1), st.integers(1, (1 << 64) - 1), max_size=20))
 def test_a_table_holds_what_was_set_and_finds_it(entries: dict[int, int]) -> None:
-    table, expected = L1(LENGTH), [0] * LENGTH
+    table, expected = SparseTable(LENGTH), [0] * LENGTH
     for index, entry in entries.items():
         table[index] = expected[index] = entry
     assert plain(table) == expected
@@ -54,7 +56,7 @@ def test_a_table_is_read_whole_whatever_holes_the_file_has(entries: dict[int, in
     data = bytearray(8192 + 8 * LENGTH)
     for index, entry in entries.items():
         data[8192 + 8 * index : 8192 + 8 * index + 8] = entry.to_bytes(8, "little")
-    table = read_l1(MemoryStorage(data), 8192, LENGTH)
+    table = read_l1(MemoryStorage(data), 8192, LENGTH, Share(Pool(1 << 20)))
     assert plain(table) == [entries.get(index, 0) for index in range(LENGTH)]
 
 
@@ -62,7 +64,7 @@ def test_a_table_is_read_whole_whatever_holes_the_file_has(entries: dict[int, in
 def test_a_table_may_begin_anywhere_in_a_hole(place: int) -> None:
     data = bytearray(place + 8 * LENGTH)
     data[place + 8 * 1030 : place + 8 * 1031] = b"\7" * 8
-    table = read_l1(MemoryStorage(data), place, LENGTH)
+    table = read_l1(MemoryStorage(data), place, LENGTH, Share(Pool(1 << 20)))
     assert table.next_filled(0, LENGTH) == 1030
     assert table[1030] == 0x0707070707070707
 

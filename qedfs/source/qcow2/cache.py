@@ -16,7 +16,9 @@ from typing import Generic, TypeVar
 
 import trio
 
+from qedfs import room
 from qedfs.errors import QedfsError
+from qedfs.room import Share
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -35,16 +37,22 @@ class Cache(Generic[K, V]):
     """Least recently used values go first. `size_of` tells the bytes of a value."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
+        """`max_bytes`: kept at the most; less where others need the room (`room.py`)."""
         self._max_bytes = max_bytes
         self._size_of = size_of
         self._kept: OrderedDict[K, V] = OrderedDict()
-        self._kept_bytes = 0
+        self._share = Share(room.TABLES)
         self._flights: dict[K, _Flight[K, V]] = {}
 
     @property
     def kept_bytes(self) -> int:
         """What the values take, with an estimate of what Python adds."""
-        return self._kept_bytes
+        return self._share.held_bytes
+
+    def close(self) -> None:
+        """Forget all; nobody asks any more."""
+        self._kept.clear()
+        self._share.close()
 
     async def get(self, keys: Iterable[K], load: Callable[[list[K]], Awaitable[Mapping[K, V]]]) -> dict[K, V]:
         """The values of `keys`; `load` is given those that are neither kept nor under way, and returns all of them.
@@ -95,10 +103,10 @@ class Cache(Generic[K, V]):
         if key in self._kept:
             return
         self._kept[key] = value
-        self._kept_bytes += self._bytes(value)
-        while self._kept_bytes > self._max_bytes:
+        self._share.take(self._bytes(value))
+        while self._share.held_bytes > self._max_bytes or self._share.is_over:
             _, dropped = self._kept.popitem(last=False)
-            self._kept_bytes -= self._bytes(dropped)
+            self._share.give(self._bytes(dropped))
 
     def _bytes(self, value: V) -> int:
         return self._size_of(value) + ENTRY_OVERHEAD_BYTES

@@ -24,7 +24,10 @@ from typing import TypeVar
 
 import trio
 
+from qedfs import room
 from qedfs.errors import QedfsError, SourceError, SourceUnreachable
+from qedfs.format.sparse import SparseTable
+from qedfs.room import Share
 from qedfs.source.base import Extent, Identity, Source
 from qedfs.source.qcow2.cache import Cache
 from qedfs.source.qcow2.format import (
@@ -38,6 +41,7 @@ from qedfs.source.qcow2.format import (
 )
 from qedfs.source.qcow2.inflate import Inflate, inflater
 from qedfs.source.qcow2.plan import Batch, Compressed, Data, P, join, plan_read
+from qedfs.units import format_size
 
 SLICE_BYTES = 64 << 10  # of an L2 table: 8192 entries, 512 MiB of an image with clusters of 64 KiB
 TABLE_CACHE_BYTES = 8 << 20  # 64 GiB of such an image
@@ -66,11 +70,22 @@ class _Slice:
 class Qcow2Source:
     """The port `Source` over another one. Made by `open`; it owns the inner source and closes it."""
 
-    def __init__(self, inner: Source, name: str, header: Header, l1: array[int], inflate: Inflate, stamp: str) -> None:
+    def __init__(
+        self,
+        inner: Source,
+        name: str,
+        header: Header,
+        l1: SparseTable,
+        inflate: Inflate,
+        stamp: str,
+        share: Share,
+    ) -> None:
+        """`share`: of the memory for tables; it holds what `l1` takes."""
         self._inner = inner
         self._name = name
         self._header = header
         self._l1 = l1
+        self._l1_share = share
         self._inflate = inflate
         self._identity = _identity(inner.identity, header.size, stamp)
         self._closed = False
@@ -94,12 +109,13 @@ class Qcow2Source:
         with _faults(name):
             header = decode_header(bytes(head), file_size)
             inflate = inflater(header.compression)
-        raw = bytearray(8 * header.l1_entries)
-        view = memoryview(raw)
-        for at in range(0, len(raw), L1_READ_BYTES):
-            await inner.read(header.l1_offset + at, view[at : at + L1_READ_BYTES])
-        l1, stamp = await trio.to_thread.run_sync(_digested, bytes(head), raw)
-        return cls(inner, name, header, l1, inflate, stamp)
+        share = Share(room.TABLES)
+        try:
+            l1, stamp = await _read_l1(inner, name, header, bytes(head), share)
+        except BaseException:
+            share.close()
+            raise
+        return cls(inner, name, header, l1, inflate, stamp, share)
 
     @property
     def identity(self) -> Identity:
@@ -159,6 +175,8 @@ class Qcow2Source:
     async def aclose(self) -> None:
         """Close the file's source; reads raise SourceUnreachable."""
         self._closed = True
+        for holder in (self._tables, self._clusters, self._l1_share):
+            holder.close()
         await self._inner.aclose()
 
     def _check(self, pos: int, size: int) -> None:
@@ -213,10 +231,8 @@ class Qcow2Source:
     def _l1_hole(self, pos: int) -> int:
         """Where the L1 entries without a table end that start at `pos`, as far as one step goes."""
         bits = self._header.cluster_bits + self._header.table_bits
-        first = index = pos >> bits
-        end = min(len(self._l1), first + EXTENTS_L1_ENTRIES)
-        while index < end and self._l1[index] == 0:
-            index += 1
+        first = pos >> bits
+        index = self._l1.next_filled(first, EXTENTS_L1_ENTRIES)
         return pos if index == first else min(index << bits, self._header.size)
 
     # Clusters.
@@ -271,9 +287,21 @@ def _part(data: memoryview, batch: Batch[P], piece: P) -> memoryview:
     return data[start : start + piece.size]
 
 
-def _digested(head: bytes, raw: bytearray) -> tuple[array[int], str]:
-    """The L1 table and a digest of what was read to open the image."""
-    return decode_table(raw), hashlib.sha256(head + raw).hexdigest()[:16]
+async def _read_l1(inner: Source, name: str, header: Header, head: bytes, share: Share) -> tuple[SparseTable, str]:
+    """The L1 table, and a digest of what was read to open the image. `share` holds what the table takes."""
+    l1 = SparseTable(header.l1_entries)
+    digest = hashlib.sha256(head)
+    piece = memoryview(bytearray(min(L1_READ_BYTES, 8 * header.l1_entries)))
+    for at in range(0, 8 * header.l1_entries, L1_READ_BYTES):
+        data = piece[: 8 * header.l1_entries - at]
+        if not share.fits(len(data)):
+            room_bytes = format_size(share.held_bytes)
+            raise SourceError(f"backing {name}: its L1 table takes more than the {room_bytes} of memory left for it")
+        await inner.read(header.l1_offset + at, data)
+        l1.load(at // 8, data, decode_table)
+        share.take(l1.held_bytes - share.held_bytes)
+        await trio.to_thread.run_sync(digest.update, data)
+    return l1, digest.hexdigest()[:16]
 
 
 def _identity(inner: Identity, size: int, stamp: str) -> Identity:
