@@ -22,9 +22,16 @@ from qedfs.source.url import Location, parse_location, redact
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Networks of IPv6 that stand for an IPv4 address in their last 32 bits: through NAT64 (RFC 6052; RFC 8215, as a /96 of
-# it is used) or as "IPv4-compatible" (RFC 4291, section 2.5.5.1; ::1 becomes 0.0.0.1, which is as private).
-_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
+# Networks of IPv6 that stand for an IPv4 address in their last 32 bits: through NAT64 (RFC 6052), translated (RFC
+# 2765) or "IPv4-compatible" (RFC 4291, section 2.5.5.1; ::1 becomes 0.0.0.1, which is as private).
+_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96")))
+
+# For NAT64 of a site's own (RFC 8215), which may put the IPv4 address where any of its prefixes ends.
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+_NAT64_OCTETS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12))  # /48, /56, /64 of RFC 6052, section 2.2
+_NAT64_ZERO = 8
+
+_ISATAP = (bytes.fromhex("00005efe"), bytes.fromhex("02005efe"))  # RFC 5214, section 6.1, below any /64
 
 # Where a cloud tells a machine who it is, other than 169.254.0.0/16.
 _METADATA = tuple(
@@ -83,10 +90,10 @@ class Policy:
         `redirected_from` is the numeric address of the server that redirected here. A name there stands for a server
         whose address is not known, and counts as public.
         """
-        ip = _effective(address)
-        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or any(ip in network for network in _METADATA):
+        readings = _readings(address)
+        if any(map(_is_special, readings)):
             raise Refused(f"backing {location} leads to {address}, a link-local or special address")
-        if redirected_from is not None and not _is_inner_server(redirected_from) and _is_inner(ip):
+        if redirected_from is not None and not _is_inner_server(redirected_from) and any(map(_is_inner, readings)):
             raise Refused(f"backing {location} was redirected from {redirected_from} to the private address {address}")
 
     def check_redirect(self, source: Location, target: Location) -> None:
@@ -98,13 +105,37 @@ class Policy:
         self.check_location(target)
 
 
-def _effective(address: str) -> _Address:
+def _readings(address: str) -> list[_Address]:
+    """What a packet to this address may reach: most often one address, with IPv6 around it taken off.
+
+    Where it depends on who translates, all of them: one that is not allowed is enough to refuse it.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip
+        return [ip]
+    last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if any(ip in network for network in _EMBEDDING):
-        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.ipv4_mapped or ip.sixtofour or ip
+        return [last]
+    if ip in _LOCAL_NAT64:
+        return _nat64_readings(ip.packed) or [last]
+    if ip.packed[8:12] in _ISATAP:
+        return [ip, last]
+    if ip.teredo is not None:
+        return list(ip.teredo)  # server and client
+    return [ip.ipv4_mapped or ip.sixtofour or ip]
+
+
+def _nat64_readings(packed: bytes) -> list[_Address]:
+    """By the prefixes that are shorter than /96; what follows the IPv4 address there is zero."""
+    return [
+        ipaddress.IPv4Address(bytes(packed[octet] for octet in octets))
+        for octets in _NAT64_OCTETS
+        if packed[_NAT64_ZERO] == 0 and any(packed[6:]) and not any(packed[octets[-1] + 1 :])
+    ]
+
+
+def _is_special(ip: _Address) -> bool:
+    return ip.is_link_local or ip.is_multicast or ip.is_unspecified or any(ip in network for network in _METADATA)
 
 
 def _is_inner(ip: _Address) -> bool:
@@ -113,7 +144,7 @@ def _is_inner(ip: _Address) -> bool:
 
 def _is_inner_server(server: str) -> bool:
     try:
-        return _is_inner(_effective(server))
+        return all(map(_is_inner, _readings(server)))
     except ValueError:
         return False
 

@@ -106,6 +106,14 @@ def test_with_a_prefix_nothing_outside_is_opened(prefix: str, text: str, *, allo
         "::169.254.169.254",
         "64:ff9b::a9fe:a9fe",
         "64:ff9b:1::a9fe:a9fe",
+        "64:ff9b:1:a9fe:a9:fe00::",  # NAT64 with a prefix of /48, /56, /64
+        "64:ff9b:1:12a9:fe:a9fe::",
+        "64:ff9b:1:1234:a9:fea9:fe00:0",
+        "::ffff:0:169.254.169.254",
+        "2001:0:5db8:d822:0:0:5601:5601",  # Teredo: the client, with its bits turned
+        "2001:0:a9fe:a9fe:0:0:a247:27dd",  # its server
+        "2001:db8::5efe:169.254.169.254",  # ISATAP
+        "2001:db8::200:5efe:a9fe:a9fe",
         "2002:a9fe:a9fe::1",
         "0.0.0.0",
         "::",
@@ -143,6 +151,10 @@ def test_private_addresses_are_allowed_directly(address: str) -> None:
         "::10.0.0.1",
         "64:ff9b::10.0.0.1",
         "64:ff9b:1::127.0.0.1",
+        "64:ff9b:1:a00:0:100::",
+        "::ffff:0:10.0.0.1",
+        "2001:0:5db8:d822:0:0:f5ff:fffe",
+        "2a00::5efe:10.0.0.1",
         "2002:a00:1::1",
         "fd00::1",
         "fec0::1",
@@ -160,7 +172,14 @@ def test_a_redirect_leads_from_private_to_anywhere(source: str, target: str) -> 
     Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
 
 
-@pytest.mark.parametrize("target", ["8.8.8.8", "2606:2800::1", "64:ff9b::8.8.8.8", "64:ff9b:1::8.8.8.8"])
+# 8.8.8.8 by NAT64 with /48, SIIT, Teredo, 6to4, ISATAP.
+TUNNELLED = (
+    *("64:ff9b:1:808:8:800::", "::ffff:0:8.8.8.8", "2001:0:5db8:d822:0:0:f7f7:f7f7", "2002:808:808::1"),
+    "2a00::5efe:8.8.8.8",
+)
+
+
+@pytest.mark.parametrize("target", ["8.8.8.8", "2606:2800::1", "64:ff9b::8.8.8.8", "64:ff9b:1::8.8.8.8", *TUNNELLED])
 def test_a_redirect_leads_from_public_to_public(target: str) -> None:
     Policy().check_address(target, parse_location("http://host/a"), redirected_from="93.184.216.34")
 
