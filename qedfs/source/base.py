@@ -1,7 +1,7 @@
 """The port behind which missing bytes come from: what a source is, and nothing of how it is reached.
 
-Owns `Source`, `Identity`, `Extent`. Must not know overlays, clusters or who asks. A source judges every answer
-before it hands a byte on: when `read` returns, the caller's buffer holds exactly the bytes asked for, of the
+Owns `Source`, `KnowsZeros`, `Identity`, `Extent`. Must not know overlays, clusters or who asks. A source judges every
+answer before it hands a byte on: when `read` returns, the caller's buffer holds exactly the bytes asked for, of the
 version that `identity` names; when it raises, the buffer's content is undefined and must not be used.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,4 +105,13 @@ class Source(Protocol):
 
     async def aclose(self) -> None:
         """Drop all connections. Reads in flight raise SourceUnreachable."""
+        ...
+
+
+@runtime_checkable
+class KnowsZeros(Protocol):
+    """What a source may be besides: one that holds tables, and can tell zeros without asking anybody."""
+
+    def zeros_now(self, pos: int, size: int) -> bool:
+        """Whether the range is known to read as zeros. False may mean that it is not known."""
         ...

@@ -13,7 +13,7 @@ from typing import TypeVar
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
-from qedfs.source.base import Extent, Identity, Source
+from qedfs.source.base import Extent, Identity, KnowsZeros, Source
 from qedfs.source.url import Location
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Remote:
         self._opener = opener
         self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
+        self._knows_zeros: KnowsZeros | None = None  # the source, if it does
         self._closed = False
         self._opening = trio.Lock()
 
@@ -87,6 +88,10 @@ class Remote:
 
         return await self._retried(extents)
 
+    def zeros_now(self, pos: int, size: int) -> bool:
+        """Whether the source knows, without asking anybody, that the range reads as zeros."""
+        return self._knows_zeros is not None and self._knows_zeros.zeros_now(pos, size)
+
     async def aclose(self) -> None:
         """Drop all connections, for good: who still asks gets SourceUnreachable at once."""
         self._closed = True
@@ -106,6 +111,7 @@ class Remote:
                     await source.aclose()
                     raise
                 self._source = source
+                self._knows_zeros = source if isinstance(source, KnowsZeros) else None
             return self._source
 
     def _learn(self, told: Identity) -> None:

@@ -32,6 +32,7 @@ from qedfs.source.nbd.protocol import (
     Violation,
     describe_error,
 )
+from qedfs.source.zeros import clear
 
 SIMPLE = struct.Struct(">IIQ")  # magic, error, cookie
 STRUCTURED = struct.Struct(">IHHQI")  # magic, flags, type, cookie, size of what follows
@@ -47,8 +48,6 @@ BIN_SIZE = 64 * 1024
 MAX_ERRORS = 16  # error chunks in one reply
 MAX_STATUS_SIZE = 4 + EXTENT.size * 1024 * 1024  # nbdkit describes up to 2^20 extents at once
 MAX_EXTENTS = 8 * 1024  # as many as we look at; the asker goes on from there, and the event loop is not held up
-
-_ZEROS = memoryview(bytes(256 * 1024))
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -228,7 +227,7 @@ class Replies:
                 raise Violation("the server sent a hole that answers nothing")
             at = self._cover(request, pos, size)
             if request.view is not None:
-                _clear(request.view[at : at + size])
+                clear(request.view[at : at + size])
             return
         error, message_size = ERROR.unpack_from(body)
         tail = POSITION.size if kind == Chunk.ERROR_OFFSET else 0
@@ -318,12 +317,6 @@ class Replies:
 
 def _failure(code: int, text: bytes) -> Refusal:
     return Refusal(f"the server reported {describe_error(code, text)}", transient=code in TRANSIENT_ERRORS, code=code)
-
-
-def _clear(view: memoryview) -> None:
-    for at in range(0, len(view), len(_ZEROS)):
-        part = view[at : at + len(_ZEROS)]
-        part[:] = _ZEROS[: len(part)]
 
 
 def _nothing() -> None:

@@ -54,6 +54,10 @@ class Cache(Generic[K, V]):
         self._kept.clear()
         self._share.close()
 
+    def kept(self, key: K) -> V | None:
+        """A value that is kept, at once."""
+        return self._kept.get(key)
+
     async def get(self, keys: Iterable[K], load: Callable[[list[K]], Awaitable[Mapping[K, V]]]) -> dict[K, V]:
         """The values of `keys`; `load` is given those that are neither kept nor under way, and returns all of them.
 

@@ -30,16 +30,16 @@ _V2_BYTES = 72
 _V3_BYTES = 104  # without the compression type, which came later
 _FEATURES_AT, _LENGTH_AT, _COMPRESSION_AT = 72, 100, 104
 
-# Incompatible features. DIRTY: the reference counts may be wrong, which a reader does not need.
+# Incompatible features. DIRTY: the reference counts may be wrong, which a reader does not need. CORRUPT: somebody has
+# met a fault in it, and QEMU opens it for reading only; what is wrong with an entry shows when it is read.
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = 1, 2, 4, 8, 16
 _KNOWN = _DIRTY | _CORRUPT | _DATA_FILE | _COMPRESSION | _EXTENDED_L2
 
 _COPIED = 1 << 63  # the reference count is 1; QEMU sets it on zero clusters, too
 _COMPRESSED = 1 << 62
 _READS_ZERO = 1  # since version 3
-_OFFSET = 0x00FF_FFFF_FFFF_FE00  # bits 9 to 55
-_L1_RESERVED = ~(_COPIED | _OFFSET)
-_L2_RESERVED = ~(_COPIED | _COMPRESSED | _OFFSET | _READS_ZERO)
+# Bits 9 to 55. The reserved bits around them are to be zero, and readers pass over them, as QEMU does.
+_OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 _REMAKE = "make a plain one with qemu-img convert -O qcow2"
 
@@ -59,6 +59,7 @@ class Header:
     l1_entries: int
     compression: int  # DEFLATE or ZSTD
     file_size: int
+    corrupt: bool = False  # marked so
 
     @property
     def cluster_size(self) -> int:
@@ -101,19 +102,18 @@ def decode_header(data: bytes, file_size: int) -> Header:
         raise Fault(f"claims a size of {size} bytes")
     needed = -(-size >> (2 * cluster_bits - 3))
     _check_l1(needed, l1_size, l1_offset, cluster_bits, file_size)
-    return Header(version, cluster_bits, size, l1_offset, needed, compression, file_size)
+    corrupt = version > 2 and bool(_features(data) & _CORRUPT)
+    return Header(version, cluster_bits, size, l1_offset, needed, compression, file_size, corrupt)
 
 
 def _decode_features(data: bytes, cluster_size: int) -> int:
     """Judge what only version 3 has; returns the compression type."""
     if len(data) < _V3_BYTES:
         raise Fault("ends inside its header")
-    (features,) = struct.unpack_from(">Q", data, _FEATURES_AT)
+    features = _features(data)
     (length,) = struct.unpack_from(">I", data, _LENGTH_AT)
     if not _V3_BYTES <= length <= cluster_size:
         raise Fault(f"has a header of {length} bytes")
-    if features & _CORRUPT:
-        raise Fault("is marked as corrupt; repair it with qemu-img check -r all")
     if features & _DATA_FILE:
         raise Fault(f"keeps its data in an external file, which is never followed; {_REMAKE}")
     if features & _EXTENDED_L2:
@@ -121,6 +121,11 @@ def _decode_features(data: bytes, cluster_size: int) -> int:
     if features & ~_KNOWN:
         raise Fault(f"needs unknown features ({features & ~_KNOWN:#x})")
     return _decode_compression(data, length, marked=bool(features & _COMPRESSION))
+
+
+def _features(data: bytes) -> int:
+    features: int = struct.unpack_from(">Q", data, _FEATURES_AT)[0]
+    return features
 
 
 def _decode_compression(data: bytes, length: int, *, marked: bool) -> int:
@@ -152,14 +157,17 @@ def decode_table(data: bytes | bytearray | memoryview) -> array[int]:
     return table
 
 
+def has_table(entry: int) -> bool:
+    """Whether an L1 entry names an L2 table."""
+    return bool(entry & _OFFSET)
+
+
 def table_offset(header: Header, entry: int) -> int | None:
     """Where the L2 table of an L1 entry is; None: there is none, all of it is unallocated.
 
     Raises:
         Fault: the entry cannot be.
     """
-    if entry & _L1_RESERVED:
-        raise Fault(f"has the L1 entry {entry:#x}, with reserved bits")
     offset = entry & _OFFSET
     if offset == 0:
         return None
@@ -172,9 +180,12 @@ def table_offset(header: Header, entry: int) -> int | None:
 
 def reads_zero(header: Header, entry: int) -> bool:
     """Whether an L2 entry says, without fault, that its cluster is unallocated or zero."""
-    if header.version >= 3 and entry & _READS_ZERO:
-        return not entry & (_COMPRESSED | _L2_RESERVED)
-    return not entry & ~_COPIED
+    if entry & _COMPRESSED:
+        return False
+    offset = entry & _OFFSET
+    if entry & _READS_ZERO:
+        return header.version >= 3 and offset % header.cluster_size == 0
+    return offset == 0
 
 
 def find_cluster(header: Header, entry: int) -> int | Packed | None:
@@ -190,8 +201,8 @@ def find_cluster(header: Header, entry: int) -> int | Packed | None:
         return None
     if entry & _COMPRESSED:
         return _find_packed(header, entry)
-    if entry & _L2_RESERVED or entry & _READS_ZERO:
-        raise Fault(f"has the L2 entry {entry:#x}, with reserved bits")
+    if header.version < 3 and entry & _READS_ZERO:
+        raise Fault(f"has the L2 entry {entry:#x}: a zero cluster, which version 2 does not have")
     offset = entry & _OFFSET
     if offset % header.cluster_size:
         raise Fault(f"has a cluster at {offset:#x}, which is not at a multiple of its size")

@@ -15,6 +15,7 @@ background's. A thread that has begun is waited for, also by a cancelled read: i
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -36,12 +37,16 @@ from qedfs.source.qcow2.format import (
     Header,
     decode_header,
     decode_table,
+    has_table,
     reads_zero,
     table_offset,
 )
 from qedfs.source.qcow2.inflate import Inflate, inflater
 from qedfs.source.qcow2.plan import Batch, Compressed, Data, P, join, plan_read
+from qedfs.source.zeros import clear
 from qedfs.units import format_size
+
+log = logging.getLogger(__name__)
 
 SLICE_BYTES = 64 << 10  # of an L2 table: 8192 entries, 512 MiB of an image with clusters of 64 KiB
 TABLE_CACHE_BYTES = 8 << 20  # 64 GiB of such an image
@@ -51,7 +56,6 @@ CONCURRENT_READS = 8  # of the file, for one request whose clusters lie scattere
 # What one call of `extents` looks at, so that it holds up nobody: about a millisecond each.
 EXTENTS_ENTRIES = 1 << 14
 EXTENTS_L1_ENTRIES = 1 << 14
-
 Job = Callable[[], Awaitable[None]]
 T = TypeVar("T")
 
@@ -109,6 +113,8 @@ class Qcow2Source:
         with _faults(name):
             header = decode_header(bytes(head), file_size)
             inflate = inflater(header.compression)
+        if header.corrupt:
+            log.info("backing %s is marked as corrupt; it is read as it is, see qemu-img check", name)
         share = Share(room.TABLES)
         try:
             l1, stamp = await _read_l1(inner, name, header, bytes(head), share)
@@ -142,7 +148,7 @@ class Qcow2Source:
         with _faults(self._name):
             plan = plan_read(self._header, pos, len(view), entries)
         for zeros in plan.zeros:
-            view[zeros.at : zeros.at + zeros.size] = bytes(zeros.size)
+            clear(view[zeros.at : zeros.at + zeros.size])
         parts = [piece for piece in plan.compressed if not piece.whole]
         pieces: list[Data | Compressed] = [*plan.data, *(piece for piece in plan.compressed if piece.whole)]
         jobs: list[Job] = [partial(self._copy_part, piece, view, urgent=urgent) for piece in parts]
@@ -171,6 +177,27 @@ class Qcow2Source:
             found.append(Extent(first, stop - first, zero))
             at = stop
         return found
+
+    def zeros_now(self, pos: int, size: int) -> bool:
+        """Whether tables that are here say that the range reads as zeros; see `KnowsZeros`."""
+        end = pos + size
+        if self._closed or size <= 0 or pos < 0 or end > self._header.size:
+            return False
+        bits, slice_bits = self._header.cluster_bits, self._slice_bits
+        cluster, last = pos >> bits, (end - 1) >> bits
+        table_bits = self._header.table_bits
+        while cluster <= last:
+            if not has_table(self._l1[cluster >> table_bits]):
+                cluster = ((cluster >> table_bits) + 1) << table_bits
+                continue
+            table = self._tables.kept(cluster >> slice_bits)
+            if table is None:
+                return False
+            start = cluster & ((1 << slice_bits) - 1)
+            cluster += (stop := min(len(table), start + last - cluster + 1)) - start
+            if not all(reads_zero(self._header, entry) for entry in table[start:stop]):
+                return False
+        return True
 
     async def aclose(self) -> None:
         """Close the file's source; reads raise SourceUnreachable."""
