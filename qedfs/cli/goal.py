@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Protocol
 
 from qedfs.cli.images import BROKEN, Image, failure_of
 from qedfs.control.client import Client
@@ -13,10 +14,49 @@ from qedfs.units import parse_size
 _RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
 # These do not go on by themselves.
 _ENDED = frozenset({"failed", "source-changed", BROKEN})
+HELD_STATES = {
+    "off": "is not being streamed; qedfs stream start would begin it",
+    "paused": "is paused",
+    "waiting": "is waiting",
+}
+
+
+class Goal(Protocol):
+    """What each image has to come to. Its text fits into "not ... within the time"."""
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so. Raises the error that keeps it from ever being so."""
+        ...
+
+    def held(self, image: Image) -> str | None:
+        """What is to be said of an image that may not come there by itself: "is paused"."""
+        ...
+
+    def lacking(self, image: Image) -> str | None:
+        """How an image stands that is not there yet, for the message that the time is over."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Goal:
+class Unused:
+    """Nobody has the image open."""
+
+    def __str__(self) -> str:
+        return "unused"
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so."""
+        return not image["opens"]
+
+    def held(self, image: Image) -> str | None:
+        """That it is open."""
+        return "is open" if image["opens"] else None
+
+    lacking = held
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Local:
     """A range of bytes of each image that has to be local; `end` None: the whole image has to be complete."""
 
     start: int = 0
@@ -35,6 +75,15 @@ class Goal:
             raise ReadOnlyOverlay(f"{image['name']}: is read-only and keeps nothing, so it cannot become {self}")
         return False
 
+    def held(self, image: Image) -> str | None:
+        """Why its stream does not move by itself."""
+        held = HELD_STATES.get(image["state"])
+        return held and held + (f": {image['reason']}" if image["reason"] else "")
+
+    def lacking(self, image: Image) -> str | None:
+        """Its state."""
+        return None if image["state"] == "complete" else f"is {image['state']}"
+
     def _is_local(self, client: Client, image: Image) -> bool:
         if self.end is None or not image["served"]:
             return False
@@ -45,11 +94,13 @@ class Goal:
 def parse_goal(text: str) -> Goal:
     """The goal of `--for`. Raises UsageError."""
     if text == "complete":
-        return Goal()
+        return Local()
+    if text == "unused":
+        return Unused()
     found = _RANGE.match(text)
     if found is None:
-        raise UsageError(f"--for {text}: write complete, or populated:START-END like populated:0-64M")
+        raise UsageError(f"--for {text}: write complete, unused, or populated:START-END like populated:0-64M")
     start, end = parse_size(found[1]), parse_size(found[2])
     if end <= start:
         raise UsageError(f"--for {text}: the range is empty")
-    return Goal(start, end)
+    return Local(start, end)

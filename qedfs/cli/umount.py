@@ -4,30 +4,67 @@ from __future__ import annotations
 
 import os
 import select
+import time
 
 import click
 
 from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, missing, mounted_type
 from qedfs.cli.output import remark
-from qedfs.cli.values import PLACE
+from qedfs.cli.values import DURATION, PLACE
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.mount import lastwords
+from qedfs.units import format_seconds
 
 WORD_SECONDS = 10.0  # of silence: a flush takes less
+BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
 
 
 @click.command(short_help="Unmount and wait until the overlays are free.")
 @click.argument("mountpoint", type=PLACE)
-def umount(mountpoint: str) -> None:
+@click.option(
+    "--wait",
+    "wait_seconds",
+    type=DURATION,
+    default=0.0,
+    metavar="TIME",
+    help="If it is in use, say by whom, and wait up to TIME for that to end.",
+)
+@click.option("--if-mounted", is_flag=True, help="It is no failure if nothing is mounted there.")
+def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
     """Unmount MOUNTPOINT.
 
     Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
-    with the reason, if the last flush of one did. A mount whose server has died is cleared away.
+    with the reason, if the last flush of one did. Fails if something in it is in use, with exit code 8, and leaves it
+    as it is. A mount whose server has died is cleared away.
     """
     mountpoint = os.path.abspath(mountpoint)
     os.chdir("/")  # the user may stand in it, and so we would keep it busy
+    if if_mounted and mounted_type(mountpoint) is None:
+        return
+    _unmount_when_free(mountpoint, wait_seconds)
+
+
+def _unmount_when_free(mountpoint: str, wait_seconds: float) -> None:
+    deadline = time.monotonic() + wait_seconds
+    said = ""
+    while True:
+        try:
+            _unmount_and_wait(mountpoint)
+        except InUse as exc:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            if str(exc) != said:
+                said = str(exc)
+                remark(f"{said}; waiting for that, for {format_seconds(left)} at most")
+            time.sleep(min(BUSY_SECONDS, left))
+        else:
+            return
+
+
+def _unmount_and_wait(mountpoint: str) -> None:
     try:
         # Not a word is needed of a server that may be busy or stand still: only who it is.
         client = Client.reach(mountpoint)

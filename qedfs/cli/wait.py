@@ -9,7 +9,7 @@ import click
 
 from qedfs.cli.bars import bar_lines
 from qedfs.cli.files import overlays_at, stands_alone
-from qedfs.cli.goal import Goal, parse_goal
+from qedfs.cli.goal import Goal, Unused, parse_goal
 from qedfs.cli.images import MOST_NAMED, Image, connect, fetch
 from qedfs.cli.layout import listed
 from qedfs.cli.mounttable import mounted_type
@@ -19,13 +19,7 @@ from qedfs.cli.values import DURATION, PLACE
 from qedfs.control.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
 
-COMPLETE = "complete"
 POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
-HELD_STATES = {
-    "off": "is not being streamed; qedfs stream start would begin it",
-    "paused": "is paused",
-    "waiting": "is waiting",
-}
 
 
 @click.command(short_help="Wait until images are complete.")
@@ -37,8 +31,8 @@ HELD_STATES = {
     "goal",
     default="complete",
     show_default=True,
-    metavar="complete|populated:RANGE",
-    help="What to wait for. RANGE is START-END, like 0-64M: these bytes are local.",
+    metavar="complete|populated:RANGE|unused",
+    help="What to wait for. RANGE is START-END, like 0-64M: these bytes are local. unused: nobody has the image open.",
 )
 @click.option(
     "--overlay",
@@ -59,6 +53,8 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
         with connect(mountpoint, deadline=waiting.deadline) as client:
             waiting.run(client)
     except NotMounted as exc:
+        if isinstance(exc, Gone) and isinstance(waiting.goal, Unused):
+            return
         # --until-streamed: the mount is over as soon as there is nothing left to wait for.
         if waiting.images and all(_stands_alone(found["overlay"]) for found in waiting.images):
             return
@@ -76,7 +72,7 @@ class _Waiting:
         self.images: list[Image] = []
         self._mountpoint = mountpoint
         self._image = image
-        self._goal = goal
+        self.goal = goal
         self.deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._remarked: set[tuple[str, str]] = set()
 
@@ -100,7 +96,7 @@ class _Waiting:
             show()
             left = self.deadline - time.monotonic()
             if left <= 0:
-                raise TimedOut(f"{self._mountpoint}: not {self._goal} within the time: {self._summary()}")
+                raise TimedOut(f"{self._mountpoint}: not {self.goal} within the time: {self._summary()}")
             client.event(min(left, POLL_SECONDS))
 
     def _reached_by_all(self, client: Client) -> bool:
@@ -113,20 +109,20 @@ class _Waiting:
     def _reached(self, client: Client) -> bool:
         self.images = fetch(client, self._image, self._mountpoint)
         # Each is asked, so that the failure of one is seen though another is not there yet.
-        reached = [self._goal.reached(client, image) for image in self.images]
+        reached = [self.goal.reached(client, image) for image in self.images]
         return all(reached)
 
     def _remark_held(self) -> None:
         """Say it once when something does not move by itself."""
         for image in self.images:
-            name, state = image["name"], image["state"]
-            if state in HELD_STATES and (name, state) not in self._remarked:
-                self._remarked.add((name, state))
-                remark(f"{name} {HELD_STATES[state]}" + (f": {image['reason']}" if image["reason"] else ""))
+            held, key = self.goal.held(image), (image["name"], image["state"])
+            if held is not None and key not in self._remarked:
+                self._remarked.add(key)
+                remark(f"{image['name']} {held}")
 
     def _summary(self) -> str:
-        states = [f"{image['name']} is {image['state']}" for image in self.images if image["state"] != COMPLETE]
-        return listed(states, MOST_NAMED)
+        states = [(image["name"], self.goal.lacking(image)) for image in self.images]
+        return listed([f"{name} {state}" for name, state in states if state is not None], MOST_NAMED)
 
 
 def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:

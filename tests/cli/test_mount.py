@@ -156,6 +156,44 @@ def test_umount_tells_who_keeps_the_mount_busy_and_does_not_itself(overlay: Path
         assert not in_mount_table(mountpoint)
 
 
+def test_umount_waits_for_whom_it_names(overlay: Path, mountpoint: Path) -> None:
+    with daemon(overlay, mountpoint, "--no-stream"):
+        with (mountpoint / "disk.raw").open("rb"):
+            short = qedfs("umount", mountpoint, "--wait", "0.1s", check=False)
+            assert short.returncode == 8
+            assert short.stderr.endswith("close it there first\n")
+            assert in_mount_table(mountpoint)
+            words: list[str | Path] = [*QEDFS, "umount", mountpoint, "--wait", "1h"]
+            waiting = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+            assert waiting.stderr is not None
+            assert f"in use by pid {os.getpid()} " in waiting.stderr.readline()
+        _, rest = waiting.communicate(timeout=60)
+        assert (waiting.returncode, rest) == (0, "")  # said once
+        assert not in_mount_table(mountpoint)
+
+
+def test_umount_of_what_need_not_be_there(overlay: Path, mountpoint: Path, tmp_path: Path) -> None:
+    for place in (mountpoint, tmp_path / "none"):
+        done = qedfs("umount", "--if-mounted", place)
+        assert (done.stdout, done.stderr) == ("", "")
+    with daemon(overlay, mountpoint, "--no-stream"):
+        qedfs("umount", "--if-mounted", mountpoint)
+        assert not in_mount_table(mountpoint)
+
+
+def test_wait_until_nobody_has_an_image_open(overlay: Path, mountpoint: Path) -> None:
+    with daemon(overlay, mountpoint, "--no-stream"):
+        words = ("wait", mountpoint, "--for", "unused", "--timeout")
+        with (mountpoint / "disk.raw").open("rb"):
+            done = qedfs(*words, "0.1s", check=False)
+            assert done.returncode == 7
+            assert done.stderr.splitlines()[0] == "qedfs: disk.raw is open"
+            assert done.stderr.endswith("not unused within the time: disk.raw is open\n")
+        done = qedfs(*words, "20s")
+        assert (done.stdout, done.stderr) == ("", "")
+        qedfs("umount", mountpoint)
+
+
 def test_two_mounts_do_not_share_a_place_or_an_overlay(overlay: Path, mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with daemon(overlay, mountpoint):

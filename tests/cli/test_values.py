@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from qedfs.cli.goal import Goal, parse_goal
+from qedfs.cli.goal import Local, Unused, parse_goal
 from qedfs.cli.images import named, stem
 from qedfs.cli.mountoptions import expand
 from qedfs.cli.values import DURATION, SIZE
@@ -48,8 +48,9 @@ def test_nonsense_is_a_usage_error(kind: click.ParamType[int] | click.ParamType[
 
 
 def test_goals() -> None:
-    assert parse_goal("complete") == Goal()
-    assert parse_goal("populated:1M-64M") == Goal(1 << 20, 64 << 20)
+    assert parse_goal("complete") == Local()
+    assert parse_goal("populated:1M-64M") == Local(1 << 20, 64 << 20)
+    assert parse_goal("unused") == Unused()
     for text in ("populated", "populated:", "populated:64M-1M", "populated:5-5", "done", "populated:x-y"):
         with pytest.raises(UsageError):
             parse_goal(text)

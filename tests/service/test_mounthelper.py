@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness.mounts import Mount, is_mounted, qedfs
-from tests.harness.require import require, unavailable
+from tests.harness.require import require, require_fuse, require_root, unavailable
 from tests.mount.support import MIB, Origin, assert_same, create, origin
 
-from .machine import CONTRIB, Machine, machine
+from .machine import CONTRIB, Installed
 
 HELPER = CONTRIB / "mount.qedfs"
 PLACE = Path("/sbin/mount.qedfs")
@@ -48,7 +48,10 @@ class _Mounted(Mount):
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    with machine(tmp_path / "machine", tmp_path / "mnt") as installed, origin(tmp_path, 4 * MIB) as source:
+    require_root()
+    require_fuse()
+    installed = Installed(tmp_path / "machine")
+    with origin(tmp_path, 4 * MIB) as source:
         if PLACE.exists() or PLACE.is_symlink():
             unavailable(f"{PLACE} is there already; it is left alone")
         PLACE.symlink_to(_checkout(tmp_path / "checkout", installed) / "contrib" / "mount.qedfs")
@@ -56,14 +59,16 @@ def host(tmp_path: Path) -> Iterator[Host]:
             yield Host(tmp_path, source)
         finally:
             PLACE.unlink()
+            left: list[str | Path] = [require("umount"), "--lazy", tmp_path / "mnt"]
+            subprocess.run(left, check=False, capture_output=True, timeout=20)
 
 
-def _checkout(folder: Path, installed: Machine) -> Path:
+def _checkout(folder: Path, installed: Installed) -> Path:
     """What the helper needs of a checkout, with this interpreter's qedfs in its .venv."""
     (folder / "contrib").mkdir(parents=True)
     (folder / ".venv").mkdir()
     shutil.copy(HELPER, folder / "contrib")
-    (folder / ".venv" / "bin").symlink_to(installed.bin)
+    (folder / ".venv" / "bin").symlink_to(installed.folder / "bin")
     return folder
 
 

@@ -1,38 +1,50 @@
-"""The units: what systemd's own tools say of them, and their commands on a real mount."""
+"""The units: what systemd's own tools say of them, and what a real systemd does with them."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import signal
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.control.client import Client
-from tests.harness.mounts import mounted, qedfs
+from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require
 from tests.mount.support import MIB, assert_whole, create, origin
 
-from .machine import CONTRIB, UNITS, Machine, machine
+from .machine import CONTRIB, INSTALLED, UNITS, Machine, machine
 from .support import tool
-from .systemctl import INSTALLED, Unit
 
 # "Exposure" in tenths: 0 is a unit that may do nothing, 100 one without a single restriction. What mounts for others
 # can have no view of the file system of its own, which is worth much of it.
 MOST_EXPOSURE = {"qedfs@.service": 45, "qedfs-wait@.service": 20, "qedfs-end@.service": 20}
-
+MOUNT = CONTRIB / "systemd" / "qedfs@.service"
 
 NOBODY = 65534
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Machine]:
-    with machine(tmp_path / "machine", tmp_path / "a mnt") as found:
+    with machine(tmp_path) as found:
         yield found
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    """The settings of a unit, each as often as it stands there."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in unit.read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith(("#", ";")):
+            found[key].append(value)
+    return found
 
 
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
@@ -62,25 +74,49 @@ def test_systemd_finds_them_hardened(unit: Path) -> None:
 
 def test_nothing_hides_the_mount_from_the_machine() -> None:
     """systemd.exec(5): each of these gives the service a mount namespace of its own."""
-    unit = Unit("qedfs@vm1.service", CONTRIB / "systemd")
     apart = ("ProtectSystem", "ProtectHome", "ProtectProc", "ProtectKernel", "ProtectControlGroups", "ProtectHostname")
     private = ("PrivateTmp", "PrivateDevices", "PrivateMounts", "DynamicUser", "ReadOnlyPaths", "InaccessiblePaths")
-    assert [key for key in unit.settings if key.startswith((*apart, *private))] == []
+    assert [key for key in settings(MOUNT) if key.startswith((*apart, *private))] == []
 
 
-def test_the_commands_of_a_mount_and_of_waiting_for_it(host: Machine, tmp_path: Path) -> None:
-    mountpoint = tmp_path / "a mnt"  # with a blank, and made by the unit
+def test_a_mount_and_a_wait_for_it(host: Machine, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "new" / "a mnt"  # with a blank, and made by the unit
     with origin(tmp_path, 4 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
         host.configure("vm1", overlay, mountpoint, "--limit 512M --allow-other")
-        assert host.manager.start("qedfs-wait@vm1.service") == 0
-        status = qedfs("status", mountpoint).stdout
-        assert "complete" in status
-        assert (mountpoint / "disk.raw").stat().st_size == 4 * MIB
-        assert host.manager.stop("qedfs@vm1.service") == 0
-        assert not os.path.ismount(mountpoint)
-        assert "stopping on SIGTERM" in host.log()
+        assert host.start("qedfs-wait@vm1.service") == 0, host.log()
+        assert "complete" in host.qedfs("status", mountpoint).stdout
+        assert host.path(mountpoint / "disk.raw").stat().st_size == 4 * MIB
+        assert host.stop("qedfs@vm1.service") == 0
+        assert host.state("qedfs@vm1.service") == "inactive"
+        assert not host.is_mounted(mountpoint)
         assert_whole(overlay, source.raw)
+    lines = [line for line in host.log().splitlines() if "INFO" not in line]
+    assert lines == []  # an orderly stop is nothing to complain about
+
+
+def test_another_user_passes_through_the_folders_that_the_unit_makes(host: Machine, tmp_path: Path) -> None:
+    """A hypervisor's user, whose overlay it is."""
+    mountpoint = Path("/srv/new/vm1")  # the machine's own: into pytest's folders nobody else may look
+    with origin(tmp_path, 4 * MIB) as source:
+        (tmp_path / "vms").mkdir(mode=0o711)  # whose mode the mount takes over
+        overlay = create(tmp_path / "vms" / "disk.qed", source.url)
+        overlay.chmod(0o600)
+        os.chown(overlay, NOBODY, NOBODY)
+        host.configure("vm1", overlay, mountpoint, "--allow-other")
+        assert host.start("qedfs@vm1.service") == 0, host.log()
+        other = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+        done = host.booted.run(*other, "sha256sum", mountpoint / "disk.raw")
+        assert done.stdout.split()[:1] == [hashlib.sha256(source.data()).hexdigest()], done.stderr
+
+
+def test_a_folder_that_is_there_keeps_its_mode(host: Machine, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir(mode=0o700)
+    with origin(tmp_path, MIB) as source:
+        host.configure("vm1", create(tmp_path / "disk.qed", source.url), mountpoint)
+        assert host.start("qedfs@vm1.service") == 0, host.log()
+    assert mountpoint.stat().st_mode & 0o777 == 0o700
 
 
 def test_an_overlay_of_another_user_in_a_mount_that_ends_by_itself(host: Machine, tmp_path: Path) -> None:
@@ -92,13 +128,57 @@ def test_an_overlay_of_another_user_in_a_mount_that_ends_by_itself(host: Machine
         os.chown(overlay, NOBODY, NOBODY)
         host.configure("vm1", overlay, mountpoint, "--until-streamed")
         for _ in range(2):
-            assert host.manager.start("qedfs-wait@vm1.service") == 0, host.log()
-            wait_for(lambda: not os.path.ismount(mountpoint), "the end of the mount")
+            host.stop("qedfs-wait@vm1.service")
+            assert host.start("qedfs-wait@vm1.service") == 0, host.log()
+            host.wait_for_state("qedfs@vm1.service", "inactive")
         assert_whole(overlay, source.raw)
+    assert "nothing is mounted" not in host.log()
+
+
+def test_a_stop_waits_for_whom_it_names_and_ends_well(host: Machine, tmp_path: Path) -> None:
+    """As `qedfs umount` refuses: a stop cannot, but it can wait."""
+    mountpoint = tmp_path / "mnt"
+    with origin(tmp_path, 4 * MIB) as source:
+        host.configure("vm1", create(tmp_path / "disk.qed", source.url), mountpoint)
+        assert host.start("qedfs@vm1.service") == 0, host.log()
+        host.add_unit("guest.service", f"[Service]\nExecStart=sh -c 'exec tail -f {mountpoint}/disk.raw >/dev/null'\n")
+        assert host.start("guest.service") == 0
+        guest = host.show("guest.service", "MainPID")
+        wait_for(lambda: "(tail)" in host.qedfs("umount", mountpoint).stderr, "the guest to open its disk")
+        host.systemctl("stop", "--no-block", "qedfs@vm1.service")
+        wait_for(lambda: f"in use by pid {guest} (tail)" in host.log(), "the word of the stop")
+        assert host.state("qedfs@vm1.service") == "deactivating"
+        assert host.state("guest.service") == "active"
+        host.stop("guest.service")
+        host.wait_for_state("qedfs@vm1.service", "inactive")
+    assert "still open" not in host.log()
+
+
+def test_whoever_has_an_image_taken_away_is_told_of(host: Machine, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    with origin(tmp_path, 4 * MIB) as source:
+        host.configure("vm1", create(tmp_path / "disk.qed", source.url), mountpoint)
+        unit = host.folder / "units" / "qedfs@.service"
+        text = unit.read_text()
+        assert "--wait 90s" in text
+        unit.write_text(text.replace("--wait 90s", "--wait 1s"))
+        host.systemctl("daemon-reload")
+        assert host.start("qedfs@vm1.service") == 0, host.log()
+        image = os.open(host.path(mountpoint / "disk.raw"), os.O_RDONLY)
+        try:
+            host.stop("qedfs@vm1.service")
+            with pytest.raises(OSError, match="not connected"):
+                os.pread(image, 512, MIB)
+        finally:
+            with contextlib.suppress(OSError):  # close() is a question to the server, too
+                os.close(image)
+        assert host.state("qedfs@vm1.service") == "failed"
+        assert not host.is_mounted(mountpoint)
+    assert "disk.raw: still open; whoever has it open gets errors from now on" in host.log()
 
 
 def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> None:
-    allowed = allowed_system_calls(Unit("qedfs@vm1.service", CONTRIB / "systemd"))
+    allowed = allowed_system_calls(MOUNT)
     trace = tmp_path / "trace"
     traced: list[str | Path] = [require("strace"), "-f", "-qq", "-o", trace]
     with origin(tmp_path, 4 * MIB) as source:
@@ -119,7 +199,7 @@ def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> 
     assert used - allowed == set()
 
 
-def allowed_system_calls(unit: Unit) -> set[str]:
+def allowed_system_calls(unit: Path) -> set[str]:
     """Those of SystemCallFilter=, and the few that are always allowed (systemd.exec(5))."""
     words = [tool("systemd-analyze"), "syscall-filter", "--no-pager"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
@@ -134,7 +214,7 @@ def allowed_system_calls(unit: Unit) -> set[str]:
         return set().union(*map(calls, groups[name])) if name.startswith("@") else {name}
 
     allowed = calls("@default")
-    for setting in unit.settings["SystemCallFilter"]:
+    for setting in settings(unit)["SystemCallFilter"]:
         for name in setting.removeprefix("~").split():
             allowed = allowed - calls(name) if setting.startswith("~") else allowed | calls(name)
     return allowed
@@ -142,27 +222,19 @@ def allowed_system_calls(unit: Unit) -> set[str]:
 
 def test_a_mount_that_cannot_be_is_a_unit_that_fails(host: Machine, tmp_path: Path) -> None:
     host.configure("vm1", tmp_path / "missing.qed", tmp_path / "a mnt")
-    assert host.manager.start("qedfs@vm1.service") == 2
+    assert host.start("qedfs@vm1.service") != 0
+    assert host.state("qedfs@vm1.service") == "failed"
+    assert host.show("qedfs@vm1.service", "ExecMainStatus") == "2"
     assert "missing.qed" in host.log()
 
 
-def test_after_a_crash_nothing_is_in_the_way(host: Machine, tmp_path: Path) -> None:
+def test_after_a_crash_it_is_mounted_again(host: Machine, tmp_path: Path) -> None:
     mountpoint = tmp_path / "a mnt"
     with origin(tmp_path, 4 * MIB) as source:
         host.configure("vm1", create(tmp_path / "disk.qed", source.url), mountpoint, "--no-stream")
-        assert host.manager.start("qedfs@vm1.service") == 0
-        pid = host.manager.pid("qedfs@vm1.service")
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: _is_dead(mountpoint), "the end of the server")
-        assert host.manager.stop("qedfs@vm1.service") == 0  # systemd runs ExecStopPost= by itself
-        assert host.manager.start("qedfs@vm1.service") == 0
-        assert (mountpoint / "disk.raw").read_bytes()[:4096] == source.data()[:4096]
-
-
-def _is_dead(mountpoint: Path) -> bool:
-    try:
-        os.statvfs(mountpoint)
-    except OSError:
-        return True
-    return False
+        assert host.start("qedfs@vm1.service") == 0, host.log()
+        first = host.show("qedfs@vm1.service", "MainPID")
+        host.systemctl("kill", "--signal", str(int(signal.SIGKILL)), "qedfs@vm1.service")
+        wait_for(lambda: host.show("qedfs@vm1.service", "MainPID") not in ("0", first), "another server")
+        host.wait_for_state("qedfs@vm1.service", "active")
+        assert host.path(mountpoint / "disk.raw").read_bytes()[:4096] == source.data()[:4096]
