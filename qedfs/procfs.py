@@ -77,6 +77,19 @@ def mount_number(fd: int) -> int:
     return int(found[1]) if found else -1
 
 
+def mount_user(place: bytes) -> int | None:
+    """Whose file system is mounted at this path, by the uid that FUSE tells; None if there is none of FUSE."""
+    try:
+        found = [line for line in mounts() if line.place == place]
+    except OSError:
+        return None
+    for option in found[-1].options if found else ():
+        name, _, value = option.partition(b"=")
+        if name == b"user_id":
+            return int(value)
+    return None
+
+
 def sockets(table: bytes | None = None) -> Iterator[bytes]:
     """The paths of all Unix sockets of this network namespace. A path that holds a line feed shows as others do."""
     try:

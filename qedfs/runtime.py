@@ -1,52 +1,211 @@
 """Where qedfs keeps what dies with the machine: control sockets, logs, session journals.
 
-A leaf: imports nothing of the project but errors and procfs. Every folder is made 0700 and must belong to us; a folder
-that another user made in a shared place is refused, not used.
+A leaf: imports nothing of the project but errors and procfs. Every folder is made 0700 and must belong to us. The
+first choice is not to be had everywhere: /run may be missing or read-only, belong to the root of another user
+namespace, or be on a disk; others may have taken a name in a shared folder. So there are several places of each kind,
+tried in order, and whoever looks for something looks into all of them: the session that made it may have been another
+user's, or had another environment.
+
+Users have the numbers that the machine knows them by, also in a user namespace, where the root of a container is uid 0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from qedfs.errors import UsageError
-from qedfs.procfs import TMPFS_TYPES, filesystem_type
+from qedfs.errors import QedfsError, UsageError
+from qedfs.procfs import TMPFS_TYPES, filesystem_type, mount_user, outer_user, sockets
 
 SOCKET_NAME = "control.sock"
+_MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) and its final zero
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_LINKS = 40  # that the kernel follows on one way
 
-
-def runtime_folder() -> Path:
-    """The folder for sockets and logs: /run/qedfs for root, else $XDG_RUNTIME_DIR/qedfs, else /tmp/qedfs-UID."""
-    uid = os.getuid()
-    if uid == 0:
-        # Root's $XDG_RUNTIME_DIR is there in a login session only: a service would not be found from one, and what was
-        # started in one would lose its socket and its journals at the logout.
-        return private_folder(Path("/run/qedfs"))
-    xdg = os.environ.get("XDG_RUNTIME_DIR")
-    if xdg and os.path.isdir(xdg):
-        return private_folder(Path(xdg, "qedfs"))
-    return private_folder(Path(f"/tmp/qedfs-{uid}"))  # noqa: S108 - the owner is checked
+# The folders of the system's that ours are made in. None of them is ever made.
+RUN = Path("/run")
+USERS = Path("/run/user")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the owner is checked, here and below
+TEMPORARY = Path("/tmp")  # noqa: S108
 
 
-def journal_folder() -> Path | None:
-    """A folder on a tmpfs for session journals, or None where the machine has none that we can write to.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """A folder that belongs to one user, below one of the system's."""
 
-    A tmpfs survives the death of a process and dies with the power, as the page cache does: the pairing that a
-    session journal needs.
-    """
-    for candidate in (runtime_folder() / "journal", Path(f"/dev/shm/qedfs-{os.getuid()}")):  # noqa: S108
-        if filesystem_type(candidate.parent) in TMPFS_TYPES and os.access(candidate.parent, os.W_OK):
-            return private_folder(candidate)
-    return None
+    base: Path
+    names: tuple[str, ...] = ()
+    user: int | None = None  # None: whoever owns it; the caller vouches for it
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.base.joinpath(*self.names)
+
+    def below(self, name: str) -> Self:
+        """A folder in this one."""
+        return dataclasses.replace(self, names=(*self.names, name))
+
+    def make(self) -> Path:
+        """Make it, for our own user. Errors as of `private_folder`, and OSError where the base is not there."""
+        if not self.base.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.base))
+        path = self.base
+        for name in self.names:
+            path = private_folder(path / name)
+        return path
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor (O_PATH) of the folder as its user has made it, for calls with `dir_fd`.
+
+        No link is followed below the base. Root also looks into folders of other users, who could mount a file system
+        of their own there; its server may never answer, so it is asked nothing.
+
+        Raises:
+            OSError: FileNotFoundError if there is no such folder of this user; PermissionError if we may not look.
+        """
+        folders: list[int] = []
+        try:
+            try:
+                folders.append(os.open(self.base, _FOLDER))
+                for name in self.names:
+                    self._check_kind(folders[-1])
+                    folders.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folders[-1]))
+                    self._check_kind(folders[-1])
+                    self._check_owner(folders[-1])
+            except NotADirectoryError as exc:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path)) from exc
+            yield folders[-1]
+        finally:
+            for folder in folders:
+                os.close(folder)
+
+    def _check_kind(self, fd: int) -> None:
+        if self.user not in (None, user_number()) and filesystem_type(fd).startswith("fuse"):
+            raise PermissionError(errno.EACCES, "is on a file system of its user's", str(self.path))
+
+    def _check_owner(self, fd: int) -> None:
+        if self.user is None:
+            return
+        found = os.fstat(fd)
+        if outer_user(found.st_uid) != self.user or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise NotADirectoryError
+
+
+def user_number() -> int:
+    """Who we are."""
+    return outer_user(os.getuid())
 
 
 def mount_folder(mountpoint: str) -> Path:
-    """The folder of one mount, named after its mountpoint; the same for the daemon and for the commands."""
-    name = hashlib.sha256(os.fsencode(place_of(mountpoint))).hexdigest()[:16]
-    return runtime_folder() / name
+    """Make the folder of the mount at `mountpoint`, for its server: the first of the places that can be had.
+
+    Raises:
+        UsageError: there is none. The message names those that were tried.
+    """
+    name = _name_of(mountpoint)
+    refusals = []
+    for place in _own_places():
+        try:
+            folder = place.below(name).make()
+        except OSError as exc:
+            refusals.append(f"{place.path}: {exc.strerror}")
+        except UsageError as exc:
+            refusals.append(str(exc))
+        else:
+            if len(os.fsencode(folder / SOCKET_NAME)) <= _MOST_SOCKET_PATH:
+                return folder
+            refusals.append(f"{folder}: is too long a name for a socket")
+    raise UsageError(f"no place for a control socket ({'; '.join(refusals)}); set XDG_RUNTIME_DIR to a folder of yours")
+
+
+def mount_places(mountpoint: str) -> Iterator[Place]:
+    """All places where the server of the mount at `mountpoint` may have its folder; none is made.
+
+    Root finds the servers of other users, too.
+    """
+    path = place_of(mountpoint)
+    name = _name_of(path)
+    user = user_number()
+    for place in _own_places():
+        yield place.below(name)
+    if os.getuid() == 0 and (other := mount_user(os.fsencode(path))) is not None:
+        user = outer_user(other)
+        for place in _places_of(user):
+            yield place.below(name)
+    # It may have had an environment that we know nothing of.
+    ending = os.fsencode(f"/{name}/{SOCKET_NAME}")
+    for found in sockets():
+        if found.endswith(ending):
+            yield Place(Path(os.fsdecode(found.removesuffix(ending)) or "/"), (name,), user)
+
+
+def _name_of(mountpoint: str) -> str:
+    return hashlib.sha256(os.fsencode(place_of(mountpoint))).hexdigest()[:16]
+
+
+def _own_places() -> Iterator[Place]:
+    """Where our own sockets may be, the best first."""
+    user = user_number()
+    if os.getuid() == 0:
+        # Before root's $XDG_RUNTIME_DIR, which is there in a login session only: what was started in one would lose
+        # its socket at the logout.
+        yield Place(RUN, ("qedfs",), user)
+    xdg = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(xdg):
+        yield Place(Path(xdg), ("qedfs",), user)
+    yield from _places_of(user)
+
+
+def _places_of(user: int) -> Iterator[Place]:
+    """Where the sockets of a user may be, whatever the environment."""
+    if user == 0:
+        yield Place(RUN, ("qedfs",), user)
+    yield Place(TEMPORARY, (f"qedfs-{user}",), user)
+    yield Place(USERS / str(user), ("qedfs",), user)
+    yield Place(SHARED_MEMORY, (f"qedfs-{user}",), user)
+
+
+def journal_folder() -> Path | None:
+    """Make the folder on a tmpfs for our session journals; None where there is none that we can have.
+
+    A tmpfs survives the death of a process and dies with the power, as the page cache does: the pairing that a
+    session journal needs. Does not depend on the environment: the next session has another one.
+    """
+    for place in _journal_places():
+        if filesystem_type(place.base) in TMPFS_TYPES:
+            with contextlib.suppress(OSError, QedfsError):
+                return place.make()
+    return None
+
+
+def journal_places(user: int) -> list[Place]:
+    """Where a session of this user can have put its journal; our own places as well."""
+    return list(dict.fromkeys([*_journal_places(), *_journal_places_of(user)]))
+
+
+def _journal_places() -> Iterator[Place]:
+    user = user_number()
+    if os.getuid() == 0:
+        yield Place(RUN, ("qedfs", "journal"), user)
+    yield from _journal_places_of(user)
+
+
+def _journal_places_of(user: int) -> Iterator[Place]:
+    if user == 0:
+        yield Place(RUN, ("qedfs", "journal"), user)
+    else:
+        yield Place(USERS / str(user), ("qedfs", "journal"), user)
+    yield Place(SHARED_MEMORY, (f"qedfs-{user}",), user)
+    yield Place(TEMPORARY, (f"qedfs-{user}", "journal"), user)
 
 
 def place_of(mountpoint: str) -> str:
@@ -68,21 +227,19 @@ def place_of(mountpoint: str) -> str:
     return os.path.realpath(path)
 
 
-def socket_path(mountpoint: str) -> Path:
-    """The control socket of the mount at `mountpoint`."""
-    return mount_folder(mountpoint) / SOCKET_NAME
-
-
 def private_folder(path: Path) -> Path:
     """Make `path` a folder of ours that no other user can look into.
 
     Raises:
         UsageError: somebody else owns it, or it is no folder.
+        OSError: it cannot be made, or nothing can be made in it.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UsageError(f"{path} is not a folder of user {os.getuid()}; set XDG_RUNTIME_DIR to one that is")
+        raise UsageError(f"{path} is not a folder of user {os.getuid()}")
     if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
     return path

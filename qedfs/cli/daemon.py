@@ -19,7 +19,7 @@ import click
 
 from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
-from qedfs.runtime import mount_folder, private_folder
+from qedfs.runtime import mount_folder
 
 STOP_SECONDS = 5.0  # for a child that is no longer wanted; what it has mounted goes first
 MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one
@@ -58,7 +58,7 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
     Ends the command with the child's line and exit code if it does not. Interrupted before that, it ends the child too.
     """
     read_fd, write_fd = os.pipe()
-    log_path = private_folder(mount_folder(mountpoint)) / "log"
+    log_path = mount_folder(mountpoint) / "log"
     with _open_log(log_path) as log:
         child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
             [sys.executable, "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],

@@ -11,7 +11,6 @@ from typing import BinaryIO
 import click
 import trio
 
-from qedfs.cli.files import found_journals
 from qedfs.cli.map import whole_map
 from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
@@ -68,7 +67,7 @@ def export(
 async def _export(
     path: str, target: BinaryIO, with_backing: bool, allow_backing: tuple[str, ...], timeout_seconds: float
 ) -> dict[str, int]:
-    overlay = await open_overlay(path, writable=False, journal_folder=found_journals())
+    overlay = await open_overlay(path, writable=False)
     try:
         runs = [run async for run in whole_map(overlay)]
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []

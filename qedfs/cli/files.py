@@ -5,26 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import trio
 
 from qedfs.cli.images import stem
-from qedfs.errors import BadOverlay, QedfsError, UsageError
+from qedfs.errors import BadOverlay, UsageError
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
-from qedfs.runtime import journal_folder
 
 SUFFIX = ".qed"
-
-
-def found_journals() -> Path | None:
-    """Where a killed mount of this user has left its session journals; None: nothing can be there for us."""
-    try:
-        return journal_folder()
-    except (QedfsError, OSError):
-        return None
 
 
 @contextlib.asynccontextmanager
@@ -34,7 +24,7 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
     The order in which tables are written makes what we see sound, if perhaps of a moment ago. A mount that was killed
     has left a journal, which is looked into as well; that of a running mount is not.
     """
-    overlay = await open_overlay(path, writable=False, locked=False, journal_folder=found_journals())
+    overlay = await open_overlay(path, writable=False, locked=False)
     try:
         yield overlay
     finally:

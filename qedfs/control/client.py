@@ -27,7 +27,8 @@ from qedfs.errors import (
     TimedOut,
     UsageError,
 )
-from qedfs.runtime import socket_path
+from qedfs.procfs import mount_user
+from qedfs.runtime import SOCKET_NAME, mount_places, place_of
 
 # A step on a dead source ends after the mount's own deadline, which the user may have raised.
 ANSWER_SECONDS = 600.0
@@ -89,31 +90,48 @@ class Client:
     @classmethod
     def reach(cls, mountpoint: str, *, deadline: float = math.inf) -> Self:
         """Connect without a word, which is enough to see who the server is and when it ends. Raises as `connect`."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        client = cls(connection)
-        client.deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
-        try:
-            # Not settimeout: a connection that waits for its place in the server's queue would fail at once.
-            seconds = client._patience()
-            patience = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            connection.connect(os.fspath(socket_path(mountpoint)))
-        except (FileNotFoundError, ConnectionRefusedError) as exc:
-            connection.close()
-            raise NotServed(f"{mountpoint}: no qedfs mount answers there") from exc
-        except BlockingIOError as exc:
-            connection.close()
-            raise TimedOut(f"{mountpoint}: the server of the mount takes no client") from exc
-        except BaseException:
-            connection.close()
-            raise
-        return client
+        deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
+        for place in mount_places(mountpoint):
+            client = cls(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.deadline = deadline
+            try:
+                with place.opened() as folder:
+                    client._connect(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
+                if client._server_user in (0, os.getuid(), mount_user(os.fsencode(place_of(mountpoint)))):
+                    return client
+                client.close()
+            except BlockingIOError as exc:
+                client.close()
+                raise TimedOut(f"{mountpoint}: the server of the mount takes no client") from exc
+            except OSError:
+                # Not there, left by a server that is dead, or not ours to look into: another place may have it.
+                client.close()
+            except BaseException:
+                client.close()
+                raise
+        raise NotServed(f"{mountpoint}: no qedfs mount answers there")
+
+    def _connect(self, path: str) -> None:
+        # Not settimeout: a connection that waits for its place in the server's queue would fail at once.
+        seconds = self._patience()
+        patience = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self._socket.connect(path)
 
     @property
     def server_pid(self) -> int:
         """The process that serves the mount; 0 if it is in a place where we cannot see it."""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(credentials)[0])
+        return self._credentials()[0]
+
+    @property
+    def _server_user(self) -> int:
+        return self._credentials()[1]
+
+    def _credentials(self) -> tuple[int, int, int]:
+        pid, uid, gid = _CREDENTIALS.unpack(
+            self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        return pid, uid, gid
 
     def negotiate(self) -> None:
         """Take the greeting and begin. Raises as `execute`."""

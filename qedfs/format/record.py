@@ -24,6 +24,7 @@ from qedfs.format.header import HEADER_BYTES, Header
 SLOT_BYTES = 1536  # three sectors; two of them fit behind a maximal name in two 4 KiB clusters
 _SESSION = re.compile(r"([0-9a-f]{32})?")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+_JOURNAL = re.compile(r"[0-9a-z.]{0,40}")
 _PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequence number and text, sequence number
 _MAGIC = b"qedfs\0\1\n"
 _MAX_TEXT = SLOT_BYTES - _PREFIX.size
@@ -46,13 +47,18 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """What qedfs remembers inside the overlay. `session` is hex, empty outside a mount."""
+    """What qedfs remembers inside the overlay. `session` is hex, empty outside a mount.
+
+    `journal`: whose journal on this machine has what the session has not yet brought into the overlay; see
+    overlay/whereabouts.py.
+    """
 
     session: str = ""
     pin: Pin | None = None
     copy_on_read: bool = True
     paused: bool = False
     sequence: int = 0
+    journal: str = ""
 
 
 def digest(text: str) -> str:
@@ -115,14 +121,17 @@ def _decode_slot(slot: bytes) -> Record | None:
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
+    if not record.journal:
+        del fields["journal"]
     return fields
 
 
 def _from_json(fields: object, sequence: int) -> Record:
     match fields:
         case {"session": str(session), "pin": pin, "copy_on_read": bool(copy_on_read), "paused": bool(paused), **rest}:
-            if not rest and _SESSION.fullmatch(session):
-                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence)
+            journal = rest.pop("journal", "")
+            if not rest and _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
+                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence, journal)
     raise ValueError("not a record of this version")
 
 

@@ -32,7 +32,7 @@ from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
 from qedfs.mount.place import Standing, standing_at
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
-from qedfs.runtime import SOCKET_NAME, mount_folder, place_of, private_folder
+from qedfs.runtime import SOCKET_NAME, mount_folder, place_of
 from qedfs.stream.job import State
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Mount:
         self.settings = settings
         # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
         self.mountpoint = os.path.realpath(settings.mountpoint)
-        self.socket = private_folder(mount_folder(self.mountpoint)) / SOCKET_NAME
+        self.socket = mount_folder(self.mountpoint) / SOCKET_NAME
         self.folder = folder
         self.standing: Standing | None = None  # our file system, once it is mounted
         self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart

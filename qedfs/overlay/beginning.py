@@ -16,6 +16,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.journal import Journal, Leftover
 from qedfs.overlay.session import Session
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.whereabouts import note
 
 
 class Beginning:
@@ -57,13 +58,24 @@ class Beginning:
         return True
 
     def _begin(self) -> None:
-        """The file has what was left: only then may the new session void the journal."""
-        session = self._session.begin()
+        """The file has what was left: only then may the new session void the journal.
+
+        Its own journal is there before the record tells of it: whoever finds none knows that it was lost.
+        """
+        session, name = self._session.fresh(), self._storage.name()
+        journal: Journal | None = None
+        if self._folder and session and (noted := note(name)):
+            with contextlib.suppress(OSError):
+                journal = Journal.create(self._folder, name, session, self._storage.device())
+        try:
+            self._session.begin(session, noted if journal else "")
+        except BaseException:
+            if journal:
+                journal.close(remove=True)
+            raise
         if self._leftover:
             self._leftover.remove()
-        if self._folder and session and (name := self._storage.name()):
-            with contextlib.suppress(OSError):
-                self._committer.journal = Journal.create(self._folder, name, session, self._storage.device())
+        self._committer.journal = journal
         self.full = None
 
     def _void(self) -> None:
@@ -73,4 +85,4 @@ class Beginning:
         if self._leftover:
             self._leftover.remove()
             with contextlib.suppress(QedfsError):
-                self._session.begin()
+                self._session.begin(self._session.fresh())

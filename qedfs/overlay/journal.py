@@ -19,13 +19,15 @@ import dataclasses
 import errno
 import fcntl
 import os
+import stat
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from qedfs.procfs import boot_id
+from qedfs.procfs import boot_id, mount_number, outer_user
+from qedfs.runtime import Place
 
 Pair = tuple[int, int]  # cluster, entry
 
@@ -34,6 +36,8 @@ _HEADER = struct.Struct("<8s40s40sQ16x")  # magic, boot, session, device; the fi
 _START = _HEADER.size + _PAIR.size
 _NO_WITNESS = (0, 0)
 _MAGIC = b"qedfsj\0\2"
+# What a commit every second and a slow disk come to is a hundredth of it. Also what is read of another user's.
+MOST_BYTES = 64 << 20
 
 
 class Journal:
@@ -65,7 +69,7 @@ class Journal:
                 be committed before the write is answered.
         """
         data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
-        if os.pwrite(self._fd, data, self.end) < len(data):
+        if self.end > MOST_BYTES or os.pwrite(self._fd, data, self.end) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # Behind the write: what was removed before the answer is seen.
         if not os.fstat(self._fd).st_nlink:
@@ -109,46 +113,76 @@ class Journal:
 class Leftover:
     """What a session that was killed has left.
 
-    `pairs`: oldest first. `witness`: one that the session had brought into the overlay, as late as possible.
+    `witness`: an entry that the session had brought into the overlay, as late as possible.
     """
 
-    path: Path
+    place: Place
+    name: str  # of the file
     same_device: bool  # else it is perhaps that of the overlay that ours is a snapshot of
     witness: Pair | None
-    pairs: list[Pair]
+    data: bytes
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.place.path / self.name
+
+    @property
+    def pairs(self) -> Iterator[Pair]:
+        """Oldest first. Made one by one: there may be millions."""
+        return _PAIR.iter_unpack(self.data)
 
     def remove(self) -> None:
         """The overlay has all entries, or another session: nobody needs the journal, unless it may be another's."""
         if self.same_device:
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
-                _fresh(self.path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError), self.place.opened() as folder:
+                for name in (self.name, _fresh(Path(self.name)).name):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=folder)
 
 
-def read_journal(folder: Path, name: str, session: str, device: int, *, locked: bool) -> Leftover | None:
+def read_journal(place: Place, name: str, session: str, device: int, *, locked: bool) -> Leftover | None:
     """What `session` left behind in this boot, if it did and its process is dead.
 
     `locked`: the caller has the locks of the overlay on `device`. Then the process of a journal of the same device is
     dead, even if it has not yet come to closing this file.
+
+    Raises:
+        OSError: FileNotFoundError if there is none; else it was not read, so nobody knows what is in it.
     """
-    path = _place(folder, name, session)
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
-            header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size:
-                return None
-            magic, boot, owner, found = _HEADER.unpack(header)
-            if (magic, boot.rstrip(b"\0"), owner.rstrip(b"\0")) != (_MAGIC, boot_id().encode(), session.encode()):
-                return None
-            if not (locked and found == device) and _is_live(file.fileno()):
-                return None
-            data = file.read()
-    except OSError:
-        return None
+    file_name = _place(Path(), name, session).name
+    with place.opened() as folder, open(_opened(file_name, folder, place.user), "rb") as file:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            return None
+        magic, boot, owner, found = _HEADER.unpack(header)
+        if magic != _MAGIC:
+            raise OSError(errno.EBADMSG, "is of another version of qedfs")
+        if (boot.rstrip(b"\0"), owner.rstrip(b"\0")) != (boot_id().encode(), session.encode()):
+            return None
+        if not (locked and found == device) and _is_live(file.fileno()):
+            return None
+        data = file.read(MOST_BYTES + _PAIR.size)
     if len(data) < _PAIR.size:
         return None
-    witness, *pairs = _PAIR.iter_unpack(data[: len(data) // _PAIR.size * _PAIR.size])
-    return Leftover(path, found == device, witness if witness != _NO_WITNESS else None, pairs)
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"is larger than {MOST_BYTES >> 20} MiB")
+    witness = _PAIR.unpack_from(data)
+    pairs = data[_PAIR.size : len(data) // _PAIR.size * _PAIR.size]
+    return Leftover(place, file_name, found == device, witness if witness != _NO_WITNESS else None, pairs)
+
+
+def _opened(name: str, folder: int, user: int | None) -> int:
+    """A journal of this user, opened for reading. Asks nothing of a device, a pipe or a file system in its place."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        same = mount_number(fd) == mount_number(folder)
+        status = os.fstat(fd) if same else None
+        if status is None or not stat.S_ISREG(status.st_mode) or user not in (None, outer_user(status.st_uid)):
+            raise OSError(errno.EBADMSG, "is no journal of that user")
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
 
 
 def _place(folder: Path, name: str, session: str) -> Path:

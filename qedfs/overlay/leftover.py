@@ -15,22 +15,12 @@ kill, while a write was under way to a place that lay inside the file already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from qedfs.errors import BadOverlay
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.journal import Leftover, Pair, read_journal
-from qedfs.overlay.storage import Storage
-
-
-def find_leftover(storage: Storage, folder: Path | None, session: str | None) -> Leftover | None:
-    """The journal of the session that was killed, if that one's process is dead."""
-    name = storage.name()
-    if folder is None or not session or not name:
-        return None
-    return read_journal(folder, name, session, storage.device(), locked=storage.locked)
+from qedfs.overlay.journal import Leftover, Pair
 
 
 def fits(leftover: Leftover, header: Header, clusters: ClusterMap, file_size: int) -> bool:

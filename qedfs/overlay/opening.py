@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from qedfs import room
-from qedfs.errors import BadOverlay, NoMemory
+from qedfs.errors import BadOverlay, InUse, NoMemory
 from qedfs.format.geometry import round_down, round_up
 from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.beginning import Beginning
@@ -17,12 +17,14 @@ from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.cut import mark_beyond
+from qedfs.overlay.journal import Leftover
 from qedfs.overlay.l1 import read_l1
-from qedfs.overlay.leftover import apply, find_leftover, fits
+from qedfs.overlay.leftover import apply, fits
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.space import Space
 from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.overlay.whereabouts import Found, find
 from qedfs.room import Share
 
 log = logging.getLogger(__name__)
@@ -35,14 +37,14 @@ async def open_overlay(
     storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
     try:
         overlay = await open_storage(storage, journal_folder=journal_folder)
-    except (BadOverlay, NoMemory) as exc:
+    except (BadOverlay, InUse, NoMemory) as exc:
         storage.close()
         raise type(exc)(f"{path}: {exc}") from exc
     except BaseException:
         storage.close()
         raise
-    if overlay.stray_journal is not None:
-        log.warning("%s: %s is of another state of this overlay, and is not used", path, overlay.stray_journal)
+    if overlay.journal_remark:
+        log.warning("%s: %s", path, overlay.journal_remark)
     if overlay.full is not None:
         log.warning("%s: the file system is full; nothing is written or kept until there is space", path)
     return overlay
@@ -59,6 +61,7 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
     Raises:
         BadOverlay: it cannot be served; nothing has been written to it.
         NoMemory: its tables do not fit beside those of the others.
+        InUse: a killed session may have left answered writes where we may not look; nothing has been written either.
     """
     share = Share(room.TABLES)
     try:
@@ -71,6 +74,8 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
     header, backing = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
+    found = find(storage, journal_folder, session.record.session, session.record.journal)
+    remark = _unread(found, session, writable=storage.writable)
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
@@ -85,10 +90,9 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     space = Space(storage, clusters)
     if storage.writable:
         _mark_cut_tables(clusters, committer)
-    leftover = find_leftover(storage, journal_folder, session.previous())
-    stray = None
-    if leftover and not fits(leftover, session.header, clusters, storage.size()):
-        stray, leftover = leftover.path, None
+    leftover = found.leftover
+    if leftover and (not session.untouched or not fits(leftover, session.header, clusters, storage.size())):
+        remark, leftover = _not_used(leftover, session), None
     if storage.writable or leftover:
         # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
         clusters.file_end = round_up(file_end, cluster_size)
@@ -100,8 +104,37 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         beginning = Beginning(storage, session, committer, journal_folder, leftover)
         beginning.at_open()
     overlay = Overlay(storage, session, clusters, committer, space, beginning)
-    overlay.backing, overlay.stray_journal = backing, stray
+    overlay.backing, overlay.journal_remark = backing, remark if storage.locked else ""
     return overlay
+
+
+def _unread(found: Found, session: Session, *, writable: bool) -> str:
+    """What to say of a journal that was not read.
+
+    Raises:
+        InUse: a new session would void it.
+    """
+    if found.gone:
+        return f"{found.gone}; writes that were answered just before, and not flushed, may be lost"
+    if not found.unread or not session.untouched:
+        return ""  # another program has written since: there is nothing left to void
+    if not writable:
+        return f"{found.unread}; writes that were answered just before may be missing here"
+    raise InUse(
+        f"{found.unread}; mount it once as that user, which brings in the writes that were answered just before, or "
+        "give them up with qedfs check --drop-journal"
+    )
+
+
+def _not_used(leftover: Leftover, session: Session) -> str:
+    if session.untouched:
+        return f"{leftover.path} is of another state of this overlay, and is not used"
+    if not leftover.data:
+        return ""
+    return (
+        f"another program has written to it after a mount of it was killed; the writes that only {leftover.path} holds "
+        "are lost"
+    )
 
 
 def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:

@@ -23,14 +23,15 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import trio
 
-from qedfs.errors import BadOverlay, NoSpace, ReadOnlyOverlay
+from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO
@@ -77,7 +78,7 @@ class Overlay:
         self.clusters = clusters
         self.committer = committer
         self.backing: str | None = None
-        self.stray_journal: Path | None = None  # one that was found at the open and is of another state of the overlay
+        self.journal_remark = ""  # what the open found of a killed session's writes that is not served
         self._session = session
         self._session_lock = trio.Lock()
         self._beginning = beginning
@@ -223,6 +224,8 @@ class Overlay:
             await self._write_placed(writes, entries, now=now)
         if self.committer.pending and (self._journal is None or self.clusters.crowded):
             await self.committer.commit()
+            if self._journal is None:
+                await self._note_no_journal()
 
     def _is_missing(self, cluster: int) -> bool:
         # Without a backing a missing cluster reads as zeros, like a zero cluster.
@@ -312,6 +315,12 @@ class Overlay:
                     text = "%s: %s; writes to new clusters wait for a commit until the overlay is opened again"
                     log.warning(text, self._journal.path, exc.strerror)
                 self._journal = None
+
+    async def _note_no_journal(self) -> None:
+        """The journal was lost, and the file has all that was in it: the next session need not look for it."""
+        if self.record.journal:
+            with contextlib.suppress(QedfsError):
+                await self.change_record(lambda record: dataclasses.replace(record, journal=""))
 
     # Adopt.
 
@@ -461,14 +470,20 @@ class Overlay:
 
     async def close(self) -> None:
         """Flush if writable and give up the file. The journal goes if the overlay has all entries."""
+        in_order = False
         try:
             if self.writable:
                 await self.flush()
+                in_order = True
         finally:
             # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
             async with self._session_lock, self.committer.ended():
                 if self.writable:
                     await self._inspect()
+                if in_order and self.writable and not self.committer.pending and not self.full:
+                    with contextlib.suppress(QedfsError):  # without the note, the next session looks for a journal
+                        await self.storage.in_thread(self._session.end)
+                # After the note: a session that has not ended must not lack its journal.
                 if self.committer.journal is not None:
                     self.committer.journal.close(remove=not self.committer.pending)
                     self._journal = self.committer.journal = None

@@ -69,10 +69,10 @@ class Session:
         """Whether this overlay can carry a record at all (4 KiB clusters made elsewhere may have no room)."""
         return self._slots is not None
 
-    def previous(self) -> str | None:
-        """The session that had the overlay open last, if no other program has written to it since."""
-        untouched = self.header.autoclear_features & UNTOUCHED
-        return self.record.session or None if untouched else None
+    @property
+    def untouched(self) -> bool:
+        """Whether no other program has written to the overlay since the record was stored."""
+        return bool(self.header.autoclear_features & UNTOUCHED)
 
     def is_seen(self) -> bool:
         """Whether the file is seen to hold our header and our session, without waiting for the disk.
@@ -103,33 +103,51 @@ class Session:
             return False
         return header == self.header and record.session == self.record.session
 
-    def begin(self) -> str:
-        """Put a new session into the overlay and return it; "" if the overlay has no room for a record.
+    def fresh(self) -> str:
+        """What a new session is called; "" if the overlay has no room for a record."""
+        return secrets.token_hex(16) if self.has_room else ""
+
+    def begin(self, session: str, journal: str = "") -> None:
+        """Put a new session into the overlay; `journal`: the note of its journal (`whereabouts.py`), which is there.
 
         The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
-        durable alone would vouch for the session before.
+        durable alone would vouch for the session before. Another barrier comes first where that session has ended in
+        order (`end`): the note of it had none, this record goes into the other slot, and one power cut could tear both.
         """
-        session = secrets.token_hex(16) if self.has_room else ""
         if session:
-            self.store(dataclasses.replace(self.record, session=session))
+            if self.record.sequence and not self.record.session:
+                self.barrier()
+            self.store(dataclasses.replace(self.record, session=session, journal=journal))
         # The bits of others say what our writes make untrue: QEMU clears all that it does not know, and so do we.
         found, ours = self.header.autoclear_features, UNTOUCHED if session else 0
         if found != ours:
             self._write_header(dataclasses.replace(self.header, autoclear_features=ours))
         if found & ~UNTOUCHED:
             self.barrier()
-        return session
+
+    def end(self) -> None:
+        """Note that the session has ended in order, after its last barrier: no journal of it is to be looked for.
+
+        It needs no barrier of its own. If it is lost, so is the journal that it says is not needed.
+        """
+        if self.record.session:
+            self.record = self._numbered_and_written(dataclasses.replace(self.record, session="", journal=""))
 
     def store(self, record: Record) -> None:
         """Write a record into the slot that does not hold the present one, and wait until it is durable.
 
         The barrier keeps the two slots from being torn by one power cut, which would lose the pin.
         """
+        record = self._numbered_and_written(record)
+        if self._slots is not None:
+            self.barrier()
+        self.record = record
+
+    def _numbered_and_written(self, record: Record) -> Record:
         record = dataclasses.replace(record, sequence=self.record.sequence + 1)
         if self._slots is not None:
             self._storage.write(self._slots[slot_index(record)], [encode_record(record)])
-            self.barrier()
-        self.record = record
+        return record
 
     def clear_dirty(self, need_check: int) -> None:
         """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing."""

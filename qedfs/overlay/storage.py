@@ -23,7 +23,7 @@ import trio
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.overlay.length import Length
-from qedfs.procfs import TMPFS_TYPES, filesystem_type
+from qedfs.procfs import TMPFS_TYPES, filesystem_type, outer_user
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -72,6 +72,10 @@ class Storage(Protocol):
 
     def device(self) -> int:
         """What tells the file from one of the same name in another file system; may change while it is not open."""
+        ...
+
+    def owner(self) -> int:
+        """Whose the file is, by the number that the machine knows that user by; -1 if nobody can tell."""
         ...
 
     def size(self) -> int:
@@ -198,6 +202,10 @@ class FileStorage:
     def device(self) -> int:
         """st_dev. When the file system is mounted again, it may be another number."""
         return self.stat().st_dev
+
+    def owner(self) -> int:
+        """st_uid; inside a user namespace that of the one around it."""
+        return outer_user(self.stat().st_uid)
 
     def stat(self) -> os.stat_result:
         """The file's attributes."""

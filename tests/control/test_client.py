@@ -19,7 +19,7 @@ from qedfs.cli.main import main
 from qedfs.control import client
 from qedfs.control.client import Client, NotServed
 from qedfs.errors import TimedOut
-from qedfs.runtime import mount_folder, private_folder, socket_path
+from qedfs.runtime import SOCKET_NAME, mount_folder
 
 # Hangs up on its first client, and lives on until its input ends.
 _CURT = """
@@ -44,8 +44,8 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def listening(mountpoint: Path, backlog: int = 16) -> Iterator[socket.socket]:
     """A socket in the place of the mount's, which takes connections and says nothing."""
-    folder = private_folder(mount_folder(str(mountpoint)))
-    path = socket_path(str(mountpoint))
+    folder = mount_folder(str(mountpoint))
+    path = folder / SOCKET_NAME
     try:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
@@ -59,8 +59,8 @@ def listening(mountpoint: Path, backlog: int = 16) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def curt_server(mountpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that serves the mount, flushes at the moment, and has hung up on its clients."""
-    folder = private_folder(mount_folder(str(mountpoint)))
-    path = socket_path(str(mountpoint))
+    folder = mount_folder(str(mountpoint))
+    path = folder / SOCKET_NAME
     words = [sys.executable, "-c", _CURT, str(path)]
     try:
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:

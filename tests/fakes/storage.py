@@ -12,6 +12,7 @@ no clock in it, so it works under `trio.testing.MockClock` too.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import threading
@@ -119,6 +120,7 @@ class MemoryStorage:
         self.writable = writable
         self.locked = True
         self.device_number = 0  # of the file system that holds the file
+        self.owner_number = os.getuid()
         self.closed = False
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
@@ -147,6 +149,9 @@ class MemoryStorage:
 
     def device(self) -> int:
         return self.device_number
+
+    def owner(self) -> int:
+        return self.owner_number
 
     def size(self) -> int:
         self._stop()

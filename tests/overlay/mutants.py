@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "record: the slots are written in turn",
-        "session:Session.store",
+        "session:Session._numbered_and_written",
         "slot_index(record)",
         "0",
     ),

@@ -1,5 +1,7 @@
 """SIGKILL at any moment: every write that had returned is there, with a journal and without one.
 
+The next session is another user's, or has another environment: its own journal lies in another folder.
+
 The page cache survives the process, so all that was written is in the file; what matters is which entries were in the
 file or in the journal when a write was answered.
 """
@@ -14,15 +16,25 @@ import trio
 from qedfs.overlay.check import check
 from qedfs.overlay.opening import open_storage
 from qedfs.overlay.session import read_header
+from qedfs.runtime import Place
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.examine import read_all
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_kill
 
 
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sessions of this test may put their journals."""
+    found = [Place(tmp_path / name) for name in ("here", "there")]
+    for place in found:
+        place.path.mkdir()
+    monkeypatch.setattr("qedfs.overlay.whereabouts.journal_places", lambda _: found)
+
+
 def put_journals(kill: Kill, folder: Path) -> None:
     """Leave in the folder what the killed process left there."""
-    for path in folder.glob("disk-*"):
+    for path in folder.parent.glob("*/disk-*"):
         path.unlink()
     for name, content in kill.journals.items():
         (folder / name).write_bytes(content)
@@ -30,11 +42,11 @@ def put_journals(kill: Kill, folder: Path) -> None:
 
 async def judge(history: History, kill: Kill, folder: Path) -> str | None:
     """Open what the killed process left and compare it with the model; twice, as the second open must find the same."""
-    put_journals(kill, folder)
+    put_journals(kill, folder / "here")
     image: bytes | bytearray = kill.image
-    for _ in range(2):
+    for name in ("there", "here"):
         storage = MemoryStorage(image, name="disk")
-        overlay = await open_storage(storage, journal_folder=folder)
+        overlay = await open_storage(storage, journal_folder=folder / name)
         fault = history.model.fault(await read_all(overlay, history.scenario.base), kill.at)
         corruptions = check(storage, read_header(storage)[0]).corruptions
         if fault or corruptions:
@@ -86,6 +98,12 @@ RULES = (
         "commit:Committer._landed",
         "group.journal_end",
         "self.journal.end",
+    ),
+    Mutant(
+        "the journal is looked for where any session can have put it",
+        "whereabouts:_search",
+        "for place in places:",
+        "for place in places[:1]:",
     ),
     Mutant(
         "the journal is replayed before the new session voids it",

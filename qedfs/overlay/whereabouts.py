@@ -1,0 +1,89 @@
+"""Where the journal of a killed session is looked for, and whose journals are believed.
+
+Owns the note in the record that tells of a journal, and the search. A session puts its journal where its user can; the
+next one may be another user's. So the record notes that there is one, whose, of which file and of which boot. With it
+a session finds the journal, or knows that it has not, and says so. Without it (a session that had none) all is well.
+
+Trust: who writes a journal decides which places of the file its missing clusters lead to. That is nothing outside of
+this overlay, and so those are believed who may write to the overlay anyway, or see what is read: its owner, root, and
+the user who opens it. What others have left, or what may not be looked into, is not void for that: no session begins
+over it, unless its user says so (`check --drop-journal`).
+
+Must not know what a journal holds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from qedfs.overlay.journal import Leftover, read_journal
+from qedfs.overlay.storage import Storage
+from qedfs.procfs import boot_id
+from qedfs.runtime import Place, journal_places, user_number
+
+_NOTE = re.compile(r"([0-9]{1,10})\.([0-9a-z]{1,16})\.([0-9a-f]{8})")
+
+
+class Found(NamedTuple):
+    """What the search came to: at most one of these."""
+
+    leftover: Leftover | None = None
+    unread: str = ""  # why a journal that is there, or may be, was not read
+    gone: str = ""  # that there was one, and where it is no more
+
+
+def note(name: str) -> str:
+    """What the record says of a journal of ours for the file of this name; "" where nothing can be said."""
+    text = f"{user_number()}.{name}.{_boot()}"
+    return text if _NOTE.fullmatch(text) else ""
+
+
+def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Found:
+    """The journal of `session`, which has not ended in order. `folder`: one more place to look into, of the caller's.
+
+    May wait for the disk only where the folder does.
+    """
+    name = storage.name()
+    if not session or not name:
+        return Found()
+    user = user_number()
+    if told := _NOTE.fullmatch(noted):
+        if told[3] != _boot() or told[2] != name:
+            return Found()  # lost with the power, as what was not flushed; or ours is a copy, which has no journal
+        user = int(told[1])
+        if user not in (0, user_number(), storage.owner()):
+            return Found(unread=f"{_killed(user)}, and nobody vouches for the journal of one who does not own it")
+    places = [Place(folder)] if folder is not None else []
+    found = _search([*places, *journal_places(user)], storage, name, session, killed=_killed(user))
+    # Of one that the record does not tell of nothing needs to be left.
+    return found if told or found.leftover else Found()
+
+
+def _search(places: list[Place], storage: Storage, name: str, session: str, *, killed: str) -> Found:
+    unread = ""
+    for place in places:
+        try:
+            left = read_journal(place, name, session, storage.device(), locked=storage.locked)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            unread = unread or f"{killed}, and what it has left may be in {place.path}: {exc.strerror}"
+        else:
+            return Found(left)
+    if unread:
+        return Found(unread=unread)
+    looked = ", ".join(dict.fromkeys(str(place.path) for place in places))
+    return Found(gone=f"{killed}, and its journal is no longer in {looked}")
+
+
+def _killed(user: int) -> str:
+    return f"a mount of it by {f'user {user}' if user else 'root'} was killed"
+
+
+def _boot() -> str:
+    try:
+        return boot_id()[:8]
+    except OSError:
+        return ""
