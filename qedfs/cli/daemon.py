@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import click
 
+import qedfs
 from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
 from qedfs.runtime import mount_folder
@@ -61,7 +62,9 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
     log_path = mount_folder(mountpoint) / "log"
     with _open_log(log_path) as log:
         child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
-            [sys.executable, "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],
+            [sys.executable, "-P", "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],
+            cwd="/",
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -89,6 +92,20 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         remark(line)
     # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
     child.returncode = 0
+
+
+def _environment() -> dict[str, str]:
+    """Ours, in which Python finds the modules that we have, and none in a folder that the user just stands in.
+
+    `-m` would put that folder first (hence `-P`), and an empty entry of PYTHONPATH names it too, as in
+    "$PYTHONPATH:/opt/lib": anybody who may write to a shared folder could put a secrets.py there for root to run.
+    """
+    entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    home = os.path.dirname(os.path.dirname(qedfs.__file__))
+    if sys.path[:1] == [home] and not sys.flags.safe_path:
+        entries.append(home)  # `python -m qedfs` in a checkout that is not installed
+    path = {"PYTHONPATH": os.pathsep.join(entries)} if entries else {}
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, **path}
 
 
 def _end(child: subprocess.Popen[bytes], log_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import click
 
-from qedfs.cli.layout import printable
+from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _report_usage(exc: click.ClickException) -> int:
         return exc.exit_code
     context = exc.ctx if isinstance(exc, click.UsageError) else None
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    click.echo(f"qedfs: {printable(text.rstrip('.'))}{hint}", err=True)
+    remark(f"{text.rstrip('.')}{hint}")
     return exc.exit_code
 
 
@@ -82,7 +82,7 @@ def _report(exc: BaseException) -> int:
     # With --verbose the log shows where a fault of ours arose.
     log.debug("the command failed", exc_info=exc)
     if exit_code != INTERRUPTED:
-        click.echo(f"qedfs: {printable(line)}", err=True)
+        remark(line)
     return exit_code
 
 

@@ -19,6 +19,7 @@ from qedfs.cli.mount import mount
 from qedfs.cli.profile import profile
 from qedfs.cli.status import status
 from qedfs.cli.stream import stream
+from qedfs.cli.streams import open_closed
 from qedfs.cli.umount import umount
 from qedfs.cli.wait import wait
 
@@ -28,6 +29,7 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
         """Run the command named on the command line and exit."""
+        open_closed()
         kwargs["standalone_mode"] = False
         kwargs.setdefault("prog_name", "qedfs")  # also as `python -m qedfs`
         if isinstance(sys.stdout, io.TextIOWrapper):

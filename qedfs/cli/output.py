@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -50,8 +51,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def remark(text: str) -> None:
-    """A line for people that is not the result."""
-    click.echo(f"qedfs: {printable(text)}", err=True)
+    """A line for people that is not the result. Where it cannot be written nobody reads it, and nothing has failed."""
+    with contextlib.suppress(OSError):
+        click.echo(f"qedfs: {printable(text)}", err=True)
 
 
 def print_fields(fields: dict[str, Any]) -> None:
