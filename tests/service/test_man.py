@@ -11,6 +11,7 @@ import click
 import pytest
 
 from qedfs.cli.main import main
+from tests.harness.require import require
 
 from .machine import CONTRIB, ROOT
 from .support import tool
@@ -37,6 +38,24 @@ def test_groff_has_nothing_to_complain_about(pages: Path) -> None:
         words: list[str | Path] = [tool("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_mandoc_has_nothing_to_complain_about(pages: Path) -> None:
+    words: list[str | Path] = [require("mandoc"), "-T", "lint", "-W", "all", *sorted(pages.iterdir())]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_their_names_are_found_by_apropos(pages: Path) -> None:
+    page = pages / "qedfs.1"
+    done = subprocess.run([tool("lexgrog"), page], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.startswith(f'{page}: "qedfs - mount QED overlays')
+
+
+def test_the_same_source_makes_the_same_pages(tmp_path: Path) -> None:
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    subprocess.run([sys.executable, CONTRIB / "man", tmp_path], env=environment, check=True, timeout=60)
+    assert (tmp_path / "qedfs.1").read_text().startswith(".TH QEDFS 1 2023-11-14 ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
