@@ -364,6 +364,7 @@ class Image:
             await trio.sleep(COMMIT_SECONDS)
             if self.overlay.writable and self.overlay.committer.pending and not self._committing:
                 await self._commit()
+            await self._remember_version()
 
     async def detach(self) -> None:
         """Drop the backing: the stream has seen that nothing of it is missing. See `Overlay.detach`."""
@@ -372,6 +373,16 @@ class Image:
         self._readahead.active = False
         if self.fetch is not None and self in self.fetch.takers:
             self.fetch.takers.remove(self)
+
+    async def _remember_version(self) -> None:
+        """Let the overlay know more of the version that its clusters are of, once it holds some."""
+        if self.version is None or not (self.counters.kept or self.counters.written) or self.complete:
+            return
+        try:
+            await self.version.remember()
+        except Exception as exc:
+            # Without it the next session knows less; whatever hinders it hinders the commits too, which tell.
+            log.debug("%s: samples are not stored: %s", self.name, exc)
 
     async def close(self) -> None:
         """Flush and close the overlay; the source is its owner's matter."""
@@ -383,4 +394,5 @@ class Image:
                 # A thread may be writing into the overlay: closed now, its clusters would be lost and their place leak.
                 self._untouched = trio.Event()
                 await self._untouched.wait()
+            await self._remember_version()
             await self.overlay.close()

@@ -12,9 +12,11 @@ import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch import Fetch
-from qedfs.format.record import Pin, digest, shortened
+from qedfs.format.record import Pin, Record, digest, shortened, shortened_name
 from qedfs.overlay.overlay import Overlay
-from qedfs.source.base import Identity
+from qedfs.source.base import Identity, Sameness
+from qedfs.source.pinning import By, Pinning
+from qedfs.source.samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,18 @@ class SourceVersion:
         self._overlay = overlay
         self._fetch = fetch
         self._look: _Look | None = None  # while one is under way
+        self._agreed = False  # after a refusal: what was read before it was of the pinned version
 
     def refuse(self, error: SourceChanged) -> None:
         """Take nothing from the source any more."""
+        self._agreed = self._agrees
         self.changed = error.fresh()
         self.identity = None
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether all that has been read so far is of the pinned version."""
+        return self._agreed or (self.identity is not None and self.identity is self._fetch.remote.identity)
 
     async def check(self) -> Identity:
         """The source's identity, compared with the pin; the first time ever, it becomes the pin.
@@ -86,23 +95,61 @@ class SourceVersion:
 
     async def _pinned(self) -> Identity:
         identity = await self._fetch.identity()
-        overlay = self._overlay
+        overlay, remote = self._overlay, self._fetch.remote
         backing = digest(overlay.backing or "")
-        found = Pin(backing, identity.size, shortened(identity.etag), shortened(identity.last_modified))
         pin = overlay.record.pin
-        difference = None
-        if pin is not None and pin.backing == backing:
-            difference = _identity(pin).difference(_identity(found))
-            if difference is None:
-                found = Pin(backing, found.size, found.etag or pin.etag, found.last_modified or pin.last_modified)
+        if pin is not None and (pin.backing != backing or remote.pinning.by is By.NONE):
+            pin = None
+        found = _pin(backing, identity, remote.pinning.called)
+        if pin is not None:
+            difference = await self._difference(pin, found)
+            if difference:
+                await self._start_over_or_refuse(difference)
+            else:
+                remote.samples.take_over(pin.samples)
+                found = _joined(pin, found, remote.pinning)
                 if found == pin:
                     return identity
-        if difference is not None:
-            await self._start_over_or_refuse(difference)
         # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
         if overlay.writable:
             await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
         return identity
+
+    async def _difference(self, pin: Pin, found: Pin) -> str:
+        """Say how the source is another version than the pinned one, "" if it is the same."""
+        remote = self._fetch.remote
+        if pin.called and found.called:
+            if pin.called != found.called:
+                return f"it was called {pin.called}, is now called {found.called}"
+            if pin.size == found.size:
+                return ""
+        verdict = remote.pinning.counted(_identity(pin)).compare(_identity(found))
+        if verdict.sameness in (Sameness.SAME, Sameness.CHANGED):
+            return verdict.why
+        samples = Samples.decode(pin.samples)
+        if not samples:
+            return verdict.why
+        different = await remote.difference(samples)
+        if different is None and verdict.why:
+            log.info("%s: %s, but the bytes are the same", self._name, verdict.why)
+        return "" if different is None else ", and ".join(filter(None, (verdict.why, different)))
+
+    async def remember(self) -> None:
+        """Store samples of what has been read, for another session to compare.
+
+        Not in the way of those who read: without samples a doubt is a change.
+        """
+        samples, overlay = self._fetch.remote.samples.encode(), self._overlay
+        pin = overlay.record.pin
+        if not self._agrees or pin is None or samples == pin.samples or not overlay.writable:
+            return
+
+        def with_samples(record: Record) -> Record:
+            # The overlay may have been detached meanwhile, and has no pin then.
+            pin = None if record.pin is None else dataclasses.replace(record.pin, samples=samples)
+            return dataclasses.replace(record, pin=pin)
+
+        await overlay.change_record(with_samples)
 
     async def _start_over_or_refuse(self, difference: str) -> None:
         """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
@@ -113,12 +160,45 @@ class SourceVersion:
             kept = "nothing had been kept of that one, the new version is used"
             log.warning("%s: %s (%s); %s", self._name, what, difference, kept)
             return
-        error = SourceChanged(
-            f"{what} ({difference}); what is local is served. Bring the old version back, or start a new overlay"
-        )
+        error = SourceChanged(f"{what} ({difference}); what is local is served. {_way_out(difference)}")
         self.refuse(error)
         raise error
 
 
+def _way_out(difference: str) -> str:
+    ways = "Bring the old version back, or start a new overlay"
+    if difference.startswith(("ETag", "Last-Modified")):
+        # Several servers behind one name may have tags and dates of their own for the same file.
+        ways += "; if the bytes are the same nevertheless: mount --pin date, --pin etag or --pin size"
+    return ways
+
+
+def _pin(backing: str, identity: Identity, called: str | None) -> Pin:
+    return Pin(
+        backing,
+        identity.size,
+        shortened(identity.etag),
+        shortened(identity.last_modified),
+        identity.digest or "",
+        identity.place,
+        called=shortened_name(called or ""),
+    )
+
+
 def _identity(pin: Pin) -> Identity:
-    return Identity(pin.size, pin.etag, pin.last_modified)
+    return Identity(pin.size, pin.etag, pin.last_modified, digest=pin.published or None, place=pin.place)
+
+
+def _joined(pin: Pin, found: Pin, pinning: Pinning) -> Pin:
+    """What is pinned from now on: what is told now, and what only the pin knows of the same version."""
+    kept = dataclasses.replace(found, samples=pin.samples, called=found.called or pin.called)
+    if pin.place != found.place and pin.place and found.place:
+        return kept  # the tags of another server
+    known = pinning.counted(_identity(pin))
+    return dataclasses.replace(
+        kept,
+        etag=found.etag or known.etag,
+        last_modified=found.last_modified or known.last_modified,
+        published=found.published or known.digest or "",
+        place=found.place or pin.place,
+    )

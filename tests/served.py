@@ -10,6 +10,7 @@ import trio
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.overlay.opening import open_storage
+from qedfs.source.pinning import USUAL, Pinning
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -26,6 +27,7 @@ async def served(
     copy_on_read: bool = True,
     deadline_seconds: float = 30.0,
     cluster_size: int = CLUSTER,
+    pinning: Pinning = USUAL,
 ) -> AsyncIterator[Image]:
     """An image on `source`, counted and committing, closed at the end."""
     size = len(source.content) if image_size is None else image_size
@@ -33,7 +35,8 @@ async def served(
         empty(cluster_size=cluster_size, image_size=size, backing=b"http://fake/disk.raw").data
     )
     async with trio.open_nursery() as nursery:
-        fetch = Fetch(remote(source, deadline_seconds=deadline_seconds), cluster_size, nursery)
+        told = remote(source, deadline_seconds=deadline_seconds, pinning=pinning)
+        fetch = Fetch(told, cluster_size, nursery)
         image = Image("disk.raw", await open_storage(storage), fetch, copy_on_read=copy_on_read)
         nursery.start_soon(image.run)
         await image.overlay.clusters.count()

@@ -14,6 +14,7 @@ import trio
 from qedfs.cli.map import whole_map
 from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
+from qedfs.cli.pin import pin_options
 from qedfs.cli.values import DURATION
 from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING, ZERO
@@ -21,6 +22,7 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
+from qedfs.source.pinning import By, Pinning
 from qedfs.units import format_size
 
 COPY_BYTES = 8 << 20
@@ -36,6 +38,7 @@ ZEROS = bytes(HOLE_BYTES)
 @click.option("--with-backing", is_flag=True, help="Fetch what is missing, instead of refusing.")
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
+@pin_options
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(
@@ -44,6 +47,8 @@ def export(
     with_backing: bool,
     allow_backing: tuple[str, ...],
     source_timeout: float,
+    pin: str,
+    identity: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -57,7 +62,8 @@ def export(
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
     with new_file(file) as target:
-        written = trio.run(_export, overlay, target, with_backing, allow_backing, source_timeout)
+        pinning = Pinning(By(pin), identity)
+        written = trio.run(_export, overlay, target, with_backing, allow_backing, source_timeout, pinning)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     else:
@@ -65,7 +71,12 @@ def export(
 
 
 async def _export(
-    path: str, target: BinaryIO, with_backing: bool, allow_backing: tuple[str, ...], timeout_seconds: float
+    path: str,
+    target: BinaryIO,
+    with_backing: bool,
+    allow_backing: tuple[str, ...],
+    timeout_seconds: float,
+    pinning: Pinning,
 ) -> dict[str, int]:
     overlay = await open_overlay(path, writable=False)
     try:
@@ -81,7 +92,7 @@ async def _export(
                 await trio.to_thread.run_sync(_copy, source, run, target)
         fetched = 0
         if missing:
-            fetched = await _fetch(overlay, path, missing, target, allow_backing, timeout_seconds)
+            fetched = await _fetch(overlay, path, missing, target, allow_backing, timeout_seconds, pinning)
         return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
     finally:
         overlay.storage.close()
@@ -130,6 +141,7 @@ async def _fetch(
     target: BinaryIO,
     allow_backing: tuple[str, ...],
     timeout_seconds: float,
+    pinning: Pinning,
 ) -> int:
     """Bring the missing runs from the backing, of the version that the overlay is pinned to.
 
@@ -145,7 +157,12 @@ async def _fetch(
     location = parse_location(overlay.backing or "", relative_to=_folder(path))
     async with trio.open_nursery() as nursery:
         remote = remote_source(
-            location, Policy(allow_backing), nursery, deadline_seconds=timeout_seconds, raw=not overlay.probes_backing
+            location,
+            Policy(allow_backing),
+            nursery,
+            deadline_seconds=timeout_seconds,
+            raw=not overlay.probes_backing,
+            pinning=pinning,
         )
         image = Image(path, overlay, Fetch(remote, overlay.cluster_size, nursery), copy_on_read=False)
 

@@ -15,6 +15,7 @@ from qedfs.cli import daemon, logs
 from qedfs.cli.faults import explain
 from qedfs.cli.mountoptions import expand
 from qedfs.cli.output import console
+from qedfs.cli.pin import pin_options
 from qedfs.cli.profile import read_profile
 from qedfs.cli.progress import Bars
 from qedfs.cli.values import DURATION, SIZE, Checked
@@ -55,6 +56,8 @@ class MountArguments:
     allow_other: bool
     metrics: str | None
     source_timeout: float
+    pin: str
+    identity: str | None
     log_json: bool
     verbose: bool
 
@@ -70,6 +73,10 @@ class MountArguments:
             words.append(f"--stream-delay={self.stream_delay}")
         if self.profile is not None:
             words.append(f"--profile={self.profile}")
+        if self.pin != "all":
+            words.append(f"--pin={self.pin}")
+        if self.identity is not None:
+            words.append(f"--identity={self.identity}")
         if self.metrics is not None:
             words.append(f"--metrics={self.metrics}")
         flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
@@ -144,6 +151,7 @@ class MountArguments:
     show_default=True,
     help="A read fails when the source gives nothing in this time, retries included.",
 )
+@pin_options
 @click.option(
     "--metrics",
     type=Checked(parse_address),
@@ -231,6 +239,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
     from qedfs.mount.daemon import Settings, serve
     from qedfs.mount.folder import Options
     from qedfs.runtime import journal_folder
+    from qedfs.source.pinning import By, Pinning
     from qedfs.source.policy import Policy
 
     settings = Settings(
@@ -244,6 +253,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
             limit=arguments.limit,
             profile=() if arguments.profile is None else read_profile(arguments.profile),
             policy=Policy(arguments.allow_backing),
+            pinning=Pinning(By(arguments.pin), arguments.identity),
             deadline_seconds=arguments.source_timeout,
             journal_folder=journal_folder(),
         ),

@@ -18,6 +18,8 @@ import json
 import re
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 from qedfs.format.header import HEADER_BYTES, Header
 
@@ -25,11 +27,15 @@ SLOT_BYTES = 1536  # three sectors; two of them fit behind a maximal name in two
 _SESSION = re.compile(r"([0-9a-f]{32})?")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"[0-9a-z.]{0,40}")
+_PLACE = re.compile(r"[0-9a-f]{16}")
+_PUBLISHED = re.compile(r"[a-z0-9-]{1,12}:[0-9a-f]{1,64}")
+_SAMPLES = re.compile(r"[0-9a-f]{1,13}:[0-9a-f]{12}(?:,[0-9a-f]{1,13}:[0-9a-f]{12})*")  # see source/samples.py
 _PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequence number and text, sequence number
 _MAGIC = b"qedfs\0\1\n"
 _MAX_TEXT = SLOT_BYTES - _PREFIX.size
 _MAX_SEQUENCE = 1 << 62  # leaves room for those that follow
 _MAX_VALIDATOR = 512  # bytes of its JSON; two of them and the rest of a record fit in a slot
+_MAX_CALLED = 64  # bytes of its JSON
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,12 +43,18 @@ class Pin:
     """The stored identity of the source.
 
     `backing` is `digest` of the name it was reached by: another name voids the pin. Validators are stored `shortened`.
+    `published` is a digest of the whole file that the server tells, `place` stands for the server, `samples` are blocks
+    of the version, `called` is what the user calls it; all empty when there is none.
     """
 
     backing: str
     size: int
     etag: str | None = None
     last_modified: str | None = None
+    published: str = ""
+    place: str = ""
+    samples: str = ""
+    called: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,11 +80,20 @@ def digest(text: str) -> str:
 
 def shortened(validator: str | None) -> str | None:
     """The validator, or its digest where it is too long for a slot: a server may send kilobytes of ETag."""
-    return validator if validator is None or _fits(validator) else "sha256:" + digest(validator)
+    return validator if validator is None or _fits(validator) else _weakness(validator) + "sha256:" + digest(validator)
 
 
-def _fits(validator: str) -> bool:
-    return len(json.dumps(validator)) <= _MAX_VALIDATOR
+def _weakness(validator: str) -> str:
+    return "W/" if validator.startswith("W/") else ""
+
+
+def shortened_name(called: str) -> str:
+    """What a user calls a version, or its digest where it is too long for a slot."""
+    return called if _fits(called, _MAX_CALLED) else "sha256:" + digest(called)
+
+
+def _fits(text: str, most: int = _MAX_VALIDATOR) -> bool:
+    return len(json.dumps(text)) <= most
 
 
 def slot_offsets(header: Header) -> tuple[int, int] | None:
@@ -89,7 +110,10 @@ def slot_index(record: Record) -> int:
 
 def encode_record(record: Record) -> bytes:
     """One slot's bytes."""
-    text = json.dumps(_to_json(record), separators=(",", ":"), sort_keys=True).encode()
+    text = _text(record)
+    if len(text) > _MAX_TEXT and record.pin is not None and record.pin.samples:
+        # They are of use only where the validators leave a doubt, and these are long ones.
+        text = _text(dataclasses.replace(record, pin=dataclasses.replace(record.pin, samples="")))
     if len(text) > _MAX_TEXT:
         raise ValueError(f"record of {len(text)} bytes does not fit in {_MAX_TEXT}")
     body = struct.pack("<Q", record.sequence) + text
@@ -118,11 +142,18 @@ def _decode_slot(slot: bytes) -> Record | None:
         return None
 
 
+def _text(record: Record) -> bytes:
+    return json.dumps(_to_json(record), separators=(",", ":"), sort_keys=True).encode()
+
+
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
     if not record.journal:
         del fields["journal"]
+    if record.pin is not None:
+        pin = dataclasses.asdict(record.pin)
+        fields["pin"] = {name: value for name, value in pin.items() if value or name not in _LATER_PIN_FIELDS}
     return fields
 
 
@@ -141,9 +172,28 @@ def _pin_from_json(pin: object) -> Pin | None:
             return None
         case {"backing": str(backing), "size": int(size), "etag": etag, "last_modified": last_modified, **rest}:
             validators = _validator(etag), _validator(last_modified)
-            if not rest and _DIGEST.fullmatch(backing) and type(size) is int and 0 <= size < 1 << 64:
-                return Pin(backing, size, *validators)
+            if _DIGEST.fullmatch(backing) and type(size) is int and 0 <= size < 1 << 64:
+                return Pin(backing, size, *validators, **_later(rest))
     raise ValueError("not a pin of this version")
+
+
+def _later(fields: dict[Any, object]) -> dict[str, str]:
+    """The fields of a pin that are left out when they are empty."""
+    found: dict[str, str] = {}
+    for name, value in fields.items():
+        fits = _LATER_PIN_FIELDS.get(name)
+        if fits is None or not isinstance(value, str) or not fits(value):
+            raise ValueError(f"not a pin's {name}")
+        found[name] = value
+    return found
+
+
+_LATER_PIN_FIELDS: dict[str, Callable[[str], object]] = {
+    "published": _PUBLISHED.fullmatch,
+    "place": _PLACE.fullmatch,
+    "samples": _SAMPLES.fullmatch,
+    "called": lambda text: _fits(text, _MAX_CALLED),
+}
 
 
 def _validator(value: object) -> str | None:

@@ -29,6 +29,7 @@ from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.profile import Range
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.remote import DEADLINE_SECONDS
 from qedfs.stream.idle import Idle, Pressure, Rules
@@ -60,6 +61,7 @@ class Options:
     limit: int = 0  # bytes per second and image, 0 for none
     profile: tuple[Range, ...] = ()  # what to bring in first
     policy: Policy = dataclasses.field(default_factory=Policy)
+    pinning: Pinning = USUAL
     deadline_seconds: float = DEADLINE_SECONDS
     journal_folder: Path | None = None
 
@@ -115,7 +117,7 @@ class Folder:
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
         self._closing = 0  # images that are being closed because their overlay has left
-        self._sources = Sources(self._root, options.policy, options.deadline_seconds, nursery)
+        self._sources = Sources(self._root, options.policy, options.deadline_seconds, nursery, options.pinning)
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1

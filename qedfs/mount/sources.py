@@ -18,6 +18,7 @@ from qedfs.buffers import MOST_BYTES, Buffers
 from qedfs.fetch import Fetch
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.open import allowed, remote_source
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.remote import Remote
 from qedfs.source.url import Location, parse_location
@@ -30,11 +31,14 @@ FREE_SHARE = 8  # of the memory for what is fetched, that may lie free
 class Sources:
     """What the overlays of a mount are filled from."""
 
-    def __init__(self, root: str, policy: Policy, deadline_seconds: float, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, root: str, policy: Policy, deadline_seconds: float, nursery: trio.Nursery, pinning: Pinning = USUAL
+    ) -> None:
         """`root`: the folder of the overlays. `nursery` runs the tasks of the connections."""
         self._root = root
         self._policy = policy
         self._deadline_seconds = deadline_seconds
+        self._pinning = pinning
         self._nursery = nursery
         self._patience_seconds = PATIENCE_SECONDS
         self._remotes: dict[tuple[str, bool], Remote] = {}
@@ -65,8 +69,14 @@ class Sources:
         place = (location.secret_url, not overlay.probes_backing)
         remote = self._remotes.get(place)
         if remote is None:
-            deadline = self._deadline_seconds
-            remote = remote_source(location, self._policy, self._nursery, deadline_seconds=deadline, raw=place[1])
+            remote = remote_source(
+                location,
+                self._policy,
+                self._nursery,
+                deadline_seconds=self._deadline_seconds,
+                raw=place[1],
+                pinning=self._pinning,
+            )
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)
         if key not in self._fetches:

@@ -8,45 +8,110 @@ version that `identity` names; when it raises, the buffer's content is undefined
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
+
+WEAK = "W/"  # how a tag begins that different bytes may share
+LAYOUT = "qcow2 file of "  # how the reader of qcow2 begins what it puts in the place of a date that it was not told
+
+
+class Sameness(enum.Enum):
+    """What two looks at a source say about its version."""
+
+    SAME = enum.auto()  # a digest, a strong tag or a date says so
+    PRESUMED = enum.auto()  # nothing speaks against it, and only a length, a weak tag or the like for it
+    DOUBTED = enum.auto()  # what was told is told no longer, or by another server: a change until proved otherwise
+    CHANGED = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of a comparison; `why`: what speaks against the same version, in a few words for people."""
+
+    sameness: Sameness
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
     """Which version of which thing a source serves.
 
-    `size` in bytes. `etag` is a strong HTTP validator or None (weak ones are dropped); `last_modified` is the
-    HTTP date as the server sent it, or None. `name` is the redacted URL after redirects, for humans only: two
-    mirrors of one version have different names and are the same version.
+    `size` in bytes. `etag` is an HTTP entity tag, a weak one with its `W/`, or what another protocol has in its place;
+    `last_modified` is the HTTP date as the server sent it. `digest` is one that the server publishes of the whole file,
+    as `algorithm:hex`. `place` stands for the server that the bytes come from: tags of two servers cannot be compared.
+    None and "" say that it was not told. `name` is the redacted URL after redirects, for humans only.
     """
 
     size: int
     etag: str | None = None
     last_modified: str | None = None
     name: str = ""
+    digest: str | None = None
+    place: str = ""
 
-    def difference(self, other: Identity) -> str | None:
-        """Say in a few words how `other` is another version than self, or None if it may be the same.
+    @property
+    def strong_etag(self) -> str | None:
+        """The tag, if it stands for exactly these bytes (RFC 9110, section 8.8.1)."""
+        return None if self.etag is None or self.etag.startswith(WEAK) else self.etag
 
-        A validator that only one side has proves nothing and is not compared; the strong ETag outranks the date
-        (RFC 9110, section 8.8.1).
+    def tells_as(self, other: Identity) -> bool:
+        """Whether both tell the very same."""
+        told = (other.size, other.etag, other.last_modified, other.digest or self.digest, other.place)
+        return told == (self.size, self.etag, self.last_modified, self.digest or other.digest, self.place)
+
+    def compare(self, shown: Identity) -> Verdict:
+        """Judge whether a source that shows `shown` serves the version that self stands for.
+
+        A digest outranks a strong tag, and that one a date (RFC 9110, section 8.8.1). Weak tags that differ prove a
+        change; equal ones prove nothing. What self has and `shown` lacks leaves a doubt: the file may have been
+        replaced by one without it.
         """
-        if self.size != other.size:
-            return f"size was {self.size}, is now {other.size}"
-        if self.etag is not None and other.etag is not None:
-            return None if self.etag == other.etag else f"ETag was {self.etag}, is now {other.etag}"
-        dated = self.last_modified is not None and other.last_modified is not None
-        if dated and self.last_modified != other.last_modified:
-            return f"Last-Modified was {self.last_modified}, is now {other.last_modified}"
-        return None
+        if self.size != shown.size:
+            return Verdict(Sameness.CHANGED, f"size was {self.size}, is now {shown.size}")
+        if self.digest and shown.digest and self.digest.partition(":")[0] == shown.digest.partition(":")[0]:
+            difference = _difference("digest", self.digest, shown.digest)
+            return Verdict(Sameness.CHANGED if difference else Sameness.SAME, difference)
+        elsewhere = bool(self.place and shown.place and self.place != shown.place)
+        difference = self._difference(shown)
+        if difference:
+            return Verdict(Sameness.DOUBTED if elsewhere else Sameness.CHANGED, difference)
+        if self.strong_etag and shown.strong_etag:
+            return Verdict(Sameness.SAME)
+        lost = self._lost(shown)
+        if lost:
+            return Verdict(Sameness.DOUBTED, lost)
+        dated = self.last_modified is not None and not self.last_modified.startswith(LAYOUT)
+        return Verdict(Sameness.SAME if dated and not elsewhere else Sameness.PRESUMED)
+
+    def _difference(self, shown: Identity) -> str:
+        if self.etag and shown.etag and self.etag.startswith(WEAK) == shown.etag.startswith(WEAK):
+            difference = _difference("ETag", self.etag, shown.etag)
+            if difference or self.strong_etag:
+                return difference
+        if self.last_modified and shown.last_modified:
+            return _difference("Last-Modified", self.last_modified, shown.last_modified)
+        return ""
+
+    def _lost(self, shown: Identity) -> str:
+        """What self has to compare with and `shown` has not."""
+        if self.etag and (shown.etag is None or self.etag.startswith(WEAK) != shown.etag.startswith(WEAK)):
+            return f"ETag was {self.etag}, is now {shown.etag or 'not told'}"
+        if self.last_modified and not shown.last_modified:
+            return f"Last-Modified was {self.last_modified}, is now not told"
+        return ""
 
     def joined(self, other: Identity) -> Identity:
-        """Self with the validators that only `other` has, which may be the same version; self if there are none."""
+        """Self with what only `other` tells, which is the same version; self if that is nothing."""
         etag, last_modified = self.etag or other.etag, self.last_modified or other.last_modified
-        if (etag, last_modified) == (self.etag, self.last_modified):
+        digest = self.digest or other.digest
+        if (etag, last_modified, digest) == (self.etag, self.last_modified, self.digest):
             return self
-        return dataclasses.replace(self, etag=etag, last_modified=last_modified)
+        return dataclasses.replace(self, etag=etag, last_modified=last_modified, digest=digest)
+
+
+def _difference(what: str, old: str, new: str) -> str:
+    return "" if old == new else f"{what} was {old}, is now {new}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ from typing import Self
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.base import Extent, Identity
 from qedfs.source.path import Held, in_thread
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
+from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # what may be there again in a moment
@@ -20,15 +22,19 @@ _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # what may be th
 class LocalSource:
     """A regular file or a block device. The version is its size and, for a file, its modification time."""
 
-    def __init__(self, fd: int, location: Location, identity: Identity) -> None:
+    def __init__(self, fd: int, location: Location, identity: Identity, modified: str | None, samples: Samples) -> None:
         self._fd = fd
         self._location = location
         self._path = location.path or ""
         self._identity = identity
+        self._modified = modified  # at the opening; counts while it is open, whatever the pinning
+        self._samples = samples
         self.received = 0
 
     @classmethod
-    async def open(cls, location: Location, policy: Policy) -> Self:
+    async def open(
+        cls, location: Location, policy: Policy, *, pinning: Pinning = USUAL, samples: Samples | None = None
+    ) -> Self:
         """Open the file.
 
         Raises:
@@ -36,10 +42,11 @@ class LocalSource:
             SourceUnreachable: there is no descriptor for it now.
             SourceError: it is not there, or neither a file nor a block device.
         """
-        return await in_thread(location.path or "", lambda: cls._open(location, policy))
+        samples = Samples() if samples is None else samples
+        return await in_thread(location.path or "", lambda: cls._open(location, policy, pinning, samples))
 
     @classmethod
-    def _open(cls, location: Location, policy: Policy) -> Self:
+    def _open(cls, location: Location, policy: Policy, pinning: Pinning, samples: Samples) -> Self:
         try:
             with Held(location, policy) as held:
                 # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
@@ -52,7 +59,8 @@ class LocalSource:
             os.close(fd)
             raise SourceError(f"backing {location} is neither a file nor a block device")
         size = os.lseek(fd, 0, os.SEEK_END)
-        return cls(fd, location, Identity(size, last_modified=_modified(status), name=str(location)))
+        identity = Identity(size, last_modified=_modified(status), name=str(location))
+        return cls(fd, location, pinning.counted(identity), _modified(status), samples)
 
     @property
     def identity(self) -> Identity:
@@ -75,6 +83,7 @@ class LocalSource:
         # A private buffer: a read that was given up may still be under way in its thread.
         buffer[:] = data
         self.received += len(data)
+        self._samples.offer(pos, buffer)
 
     def _read(self, pos: int, size: int) -> bytes:
         parts = []
@@ -89,7 +98,7 @@ class LocalSource:
         size = os.lseek(self._fd, 0, os.SEEK_END)
         if size != self._identity.size:
             raise SourceChanged(f"backing {self._location} had {self._identity.size} bytes, has {size} now")
-        if _modified(os.fstat(self._fd)) != self._identity.last_modified:
+        if _modified(os.fstat(self._fd)) != self._modified:
             raise SourceChanged(f"backing {self._location} has been written to since it was opened")
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:

@@ -10,10 +10,12 @@ from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.path import in_thread
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, Found, probe
 from qedfs.source.qcow2 import Qcow2Source
 from qedfs.source.remote import DEADLINE_SECONDS, Remote
+from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 LOCAL_PATH_SECONDS = 5.0
@@ -27,20 +29,25 @@ def remote_source(
     deadline_seconds: float = DEADLINE_SECONDS,
     raw: bool = True,
     expected: str | None = None,
+    pinning: Pinning = USUAL,
 ) -> Remote:
     """A source for `location` that connects when it is first needed.
 
     `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
     whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
     files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
-    `raw` unset, a backing in another one is a SourceError when it connects.
+    `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as
+    another version.
 
     The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
     or address, is judged again before it is used.
     """
 
+    samples = Samples()
+
     async def connect() -> Source:
         source = await open_source()
+        remote.file = source
         if raw:
             return source
         try:
@@ -52,12 +59,15 @@ def remote_source(
     async def open_source() -> Source:
         await allowed(location, policy)
         if location.kind == "http":
-            return await HttpSource.open(location, policy, nursery, deadline_seconds=deadline_seconds)
+            return await HttpSource.open(
+                location, policy, nursery, deadline_seconds=deadline_seconds, pinning=pinning, samples=samples
+            )
         if location.kind == "nbd":
-            return await NbdSource.open(location, policy, nursery)
-        return await LocalSource.open(location, policy)
+            return await NbdSource.open(location, policy, nursery, pinning=pinning, samples=samples)
+        return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
-    return Remote(location, connect, deadline_seconds=deadline_seconds)
+    remote = Remote(location, connect, deadline_seconds=deadline_seconds, pinning=pinning, samples=samples)
+    return remote
 
 
 async def allowed(location: Location, policy: Policy) -> None:

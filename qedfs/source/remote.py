@@ -6,6 +6,7 @@ however many overlays use it.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -13,7 +14,9 @@ from typing import TypeVar
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
-from qedfs.source.base import Extent, Identity, KnowsZeros, Source
+from qedfs.source.base import Extent, Identity, KnowsZeros, Sameness, Source
+from qedfs.source.pinning import USUAL, Pinning
+from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 T = TypeVar("T")
@@ -29,11 +32,23 @@ Opener = Callable[[], Awaitable[Source]]
 class Remote:
     """The port `Source` with a lazy connection. `opener` connects and judges the first answer."""
 
-    def __init__(self, location: Location, opener: Opener, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    def __init__(
+        self,
+        location: Location,
+        opener: Opener,
+        *,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        pinning: Pinning = USUAL,
+        samples: Samples | None = None,
+    ) -> None:
+        """`samples`: which the sources of `opener` fill, too."""
         self.location = location
-        # What has been told so far; all else must be of the same version. Another object when more has been told.
+        self.pinning = pinning
+        self.samples = Samples() if samples is None else samples
+        # What the samples are of, if that is not the source itself; set by `opener`.
+        self.file: Source | None = None
+        # What has been told so far. Another object when more has been told, or something else that is the same version.
         self.identity: Identity | None = None
-        self._told: Identity | None = None  # by the source, lately
         self.error: QedfsError | None = None  # why the last try failed; None after a success
         # Tries that failed in a way that may pass, by what stood in the way; the last one of a deadline too.
         self.retries = dict.fromkeys(Reason, 0)
@@ -92,6 +107,17 @@ class Remote:
         """Whether the source knows, without asking anybody, that the range reads as zeros."""
         return self._knows_zeros is not None and self._knows_zeros.zeros_now(pos, size)
 
+    async def difference(self, samples: Samples) -> str | None:
+        """Say how the bytes that are served now differ from samples, or None. Errors as for `connect`."""
+
+        async def difference() -> str | None:
+            source = await self._connected()
+            file = self.file or source
+            read = functools.partial(file.read, urgent=True)
+            return await samples.difference(read, file.identity.size)
+
+        return await self._retried(difference)
+
     async def aclose(self) -> None:
         """Drop all connections, for good: who still asks gets SourceUnreachable at once."""
         self._closed = True
@@ -115,17 +141,16 @@ class Remote:
             return self._source
 
     def _learn(self, told: Identity) -> None:
-        """Compare a version with what is known, and take over what it tells besides. Raises SourceChanged.
+        """Take over what is told of the version. The source has seen to it that it is still the same one.
 
-        A validator that comes late counts from then on, or two versions could both agree with none.
+        Raises SourceChanged where another connection shows another one. What is told late counts from then on.
         """
-        if told is self._told:
+        if told is self.identity:
             return
-        known = self.identity or told
-        difference = known.difference(told)
-        if difference:
-            raise SourceChanged(f"backing {self.location} is another version: {difference}")
-        self.identity, self._told = known.joined(told), told
+        verdict = (self.identity or told).compare(told)
+        if verdict.sameness is Sameness.CHANGED:
+            raise SourceChanged(f"backing {self.location} is another version: {verdict.why}")
+        self.identity = told
 
     async def _opened(self) -> Source:
         """A new connection. Everybody queues for it, so it must not take as long as the most patient read may."""

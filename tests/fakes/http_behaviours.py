@@ -51,14 +51,16 @@ class Exchange:
 
     def send(self, status: str, headers: dict[str, str], body: bytes = b"") -> None:
         """Send an answer whose Content-Length is right unless `headers` holds another one ("" leaves it out)."""
-        fields = {"Date": email.utils.formatdate(usegmt=True), "Content-Length": str(len(body)), **headers}
+        own = {"Date": email.utils.formatdate(usegmt=True), "Content-Length": str(len(body)), **self.server.extra}
+        fields = {**own, **headers}
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields.items() if value), "", ""]
         self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
 
     def asked(self) -> tuple[int, int, dict[str, str]]:
-        """First and last byte to answer with, whatever was asked for, and the header field that tells them."""
+        """First and last byte to answer with, whatever was asked for, and the header fields that go with them."""
         first, last = self.range() or (0, 0)
-        return first, last, {"Content-Range": f"bytes {first}-{last}/{len(self.server.content)}"}
+        told = {"Content-Range": f"bytes {first}-{last}/{len(self.server.content)}", **self.validators()}
+        return first, last, told
 
     def validators(self) -> dict[str, str]:
         return {"ETag": self.server.etag, "Last-Modified": self.server.last_modified}
@@ -99,7 +101,7 @@ def _ok(exchange: Exchange) -> None:
 
 def _conditions_hold(server: FakeHttpServer, headers: dict[str, str]) -> bool:
     if "if-match" in headers:
-        return headers["if-match"] == server.etag
+        return headers["if-match"] == server.etag and not server.etag.startswith("W/")
     since = headers.get("if-unmodified-since")
     if since is None or not server.last_modified:
         return True
@@ -284,6 +286,19 @@ def _other_date(exchange: Exchange) -> None:
 @_named("weak-etag")
 def _weak_etag(exchange: Exchange) -> None:
     _send_range(exchange, ETag='W/"1"')
+
+
+@_named("unmet")
+def _unmet(exchange: Exchange) -> None:
+    """No condition is ever met."""
+    if {"if-match", "if-unmodified-since"} & exchange.request.headers.keys():
+        return exchange.send("412 Precondition Failed", exchange.validators())
+    return _ok(exchange)
+
+
+@_named("never-the-same")
+def _never_the_same(exchange: Exchange) -> None:
+    _send_range(exchange, ETag=f'W/"{len(exchange.server.requests)}"', Last_Modified="")
 
 
 @_named("no-validator")

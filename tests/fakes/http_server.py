@@ -25,8 +25,8 @@ from tests.fakes.http_behaviours import BEHAVIOURS, Exchange, Request
 class FakeHttpServer:
     """Serves `content` at every path on a loopback address, until it is closed (a context manager does that).
 
-    Attributes that may be changed while it runs: `content`, `etag`, `last_modified` (empty: not sent), `behaviour`,
-    `queue`, `redirect_to`, `cookie`. `requests` is what came in so far, `connections` the number of connections.
+    Attributes that may be changed while it runs: `content`, `etag`, `last_modified` (empty: not sent), `extra` header
+    fields, `behaviour`, `queue`, `redirect_to`, `cookie`. `requests` is what came in so far, `connections` how many.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class FakeHttpServer:
         self.content = content
         self.etag = '"version-1"'
         self.last_modified = "Mon, 01 Jan 2024 00:00:00 GMT"
+        self.extra: dict[str, str] = {}
         self.behaviour = behaviour
         self.queue: collections.deque[str] = collections.deque()
         self.redirect_to = ""

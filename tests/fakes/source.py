@@ -11,16 +11,21 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.source.base import Extent, Identity
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.remote import Remote
+from qedfs.source.samples import Samples
 from qedfs.source.url import parse_location
 
 
 class FakeSource:
     """`content` as a source. Faults: `fail` is raised by the next reads; `gate` holds them until it is set."""
 
-    def __init__(self, content: bytes, *, round_trip: float = 0.02, etag: str | None = '"v1"') -> None:
+    def __init__(
+        self, content: bytes, *, round_trip: float = 0.02, etag: str | None = '"v1"', last_modified: str | None = None
+    ) -> None:
         self.content = content
-        self.identity = Identity(len(content), etag=etag, name="http://fake/")
+        self.identity = Identity(len(content), etag, last_modified, name="http://fake/")
+        self.samples = Samples()  # of the `Remote`
         self.parallel = 64
         self.received = 0
         self.round_trip = round_trip
@@ -47,6 +52,7 @@ class FakeSource:
                 raise self.fail
             buffer[:] = self.content[pos : pos + len(buffer)]
             self.received += len(buffer)
+            self.samples.offer(pos, buffer)
         finally:
             self.in_flight -= 1
 
@@ -70,11 +76,12 @@ class FakeSource:
         return sum(size for _, size, _ in self.reads)
 
 
-def remote(source: FakeSource, *, deadline_seconds: float = 30.0) -> Remote:
+def remote(source: FakeSource, *, deadline_seconds: float = 30.0, pinning: Pinning = USUAL) -> Remote:
     """A `Remote` whose every connection leads to `source`."""
 
     async def connect() -> FakeSource:
         await trio.sleep(source.round_trip)
         return source
 
-    return Remote(parse_location("http://fake/disk.raw"), connect, deadline_seconds=deadline_seconds)
+    location = parse_location("http://fake/disk.raw")
+    return Remote(location, connect, deadline_seconds=deadline_seconds, pinning=pinning, samples=source.samples)

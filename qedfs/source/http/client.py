@@ -1,7 +1,8 @@
 """HttpSource: the Source port over HTTP and HTTPS.
 
 Owns the two connection pools and the effective URL, resolved anew when `place.py` says so. Must not know what an answer
-has to look like (`judge.py`), how redirects are followed (`resolve.py`) or how libcurl is driven (`multi.py`).
+has to look like (`judge.py`), what is of one version (`version.py`), how redirects are followed (`resolve.py`) or how
+libcurl is driven (`multi.py`).
 
 Two pools, each with a Multi of its own: urgent reads find a warm connection that no background read can take, and
 their sockets are served by a task of their own.
@@ -14,9 +15,11 @@ waits inside libcurl for a free one would run into the time limit for connecting
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 
@@ -24,17 +27,21 @@ from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceU
 from qedfs.source.base import Extent, Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
-from qedfs.source.http.judge import RangeRequest, judge_range
+from qedfs.source.http.judge import Doubted, RangeRequest, Unmet
 from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.place import Doubt, Place, passing
 from qedfs.source.http.resolve import REDIRECTS, Resolved, place_name, request_lines, resolve
 from qedfs.source.http.target import Target, first_target
+from qedfs.source.http.version import Version
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
+from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 64  # per pool
 DEADLINE_SECONDS = 30.0  # if the caller names none
+MOST_QUESTIONS = 4  # of a request, about the version it is answered with; beyond, the server contradicts itself
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +82,10 @@ class _Pool:
                 self._busy.discard(exchange)
                 self._idle.append(exchange)
 
-    async def resolve(self, origin: Target, silent_seconds: float) -> Resolved:
+    async def resolve(self, origin: Target, silent_seconds: float, pinning: Pinning) -> Resolved:
         exchange = Exchange(self._policy)
         try:
-            return await resolve(origin, exchange, self._multi, self._policy, silent_seconds)
+            return await resolve(origin, exchange, self._multi, self._policy, silent_seconds, pinning)
         finally:
             exchange.close()
 
@@ -91,9 +98,11 @@ class _Pool:
 class HttpSource:
     """A file behind an http or https URL (the `Source` port). Made by `open`, ended by `aclose`."""
 
-    def __init__(self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool, doubt: Doubt) -> None:
+    def __init__(
+        self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool, doubt: Doubt, version: Version
+    ) -> None:
         self._origin = origin
-        self._identity = resolved.identity
+        self._version = version
         self._urgent = urgent
         self._background = background
         self._resolving = trio.Lock()
@@ -109,10 +118,13 @@ class HttpSource:
         *,
         headers: Sequence[str] = (),
         deadline_seconds: float = DEADLINE_SECONDS,
+        pinning: Pinning = USUAL,
+        samples: Samples | None = None,
     ) -> HttpSource:
         """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines.
 
         `deadline_seconds`: how long readers wait, which is also how often the origin is asked about a place that fails.
+        `samples`: of what was read of this version already; they get more of it, and decide when in doubt.
 
         Two tasks run in `nursery` until `aclose`; if the nursery ends before, all reads raise SourceUnreachable.
 
@@ -131,19 +143,20 @@ class HttpSource:
         try:
             pools.extend(_Pool(policy, nursery) for _ in range(2))
             # The connection that this leaves open is there for the first urgent read.
-            resolved = await pools[0].resolve(origin, doubt.at_opening_seconds)
+            resolved = await pools[0].resolve(origin, doubt.at_opening_seconds, pinning)
         except BaseException as exc:
             for pool in pools:
                 await pool.aclose()
             if isinstance(exc, OSError):
                 raise SourceUnreachable(f"{location}: {(exc.strerror or 'system error').lower()}") from exc
             raise
-        return cls(origin, resolved, pools[0], pools[1], doubt)
+        version = Version(resolved.identity, pinning, Samples() if samples is None else samples)
+        return cls(origin, resolved, pools[0], pools[1], doubt, version)
 
     @property
     def identity(self) -> Identity:
         """The version found by `open`, with the validators that answers have told since."""
-        return self._identity
+        return self._version.identity
 
     @property
     def parallel(self) -> int:
@@ -160,8 +173,8 @@ class HttpSource:
 
         If a redirect led here and the place fails lastingly, or it redirects itself, the origin is asked for the way.
         """
-        if not 0 <= pos <= pos + buffer.nbytes <= self._identity.size:
-            raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self._identity.size} bytes")
+        if not 0 <= pos <= pos + buffer.nbytes <= self.identity.size:
+            raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self.identity.size} bytes")
         if not buffer.nbytes:
             await trio.lowlevel.checkpoint()
             return
@@ -177,6 +190,7 @@ class HttpSource:
             if not place.redirected or isinstance(exc, SourceChanged):
                 raise
             await self._fetch_again(pool, await self._resolve_failed(place, exc), pos, view)
+        self._version.samples.offer(pos, view)
         if place.redirected and place is self._place:
             self._doubt.good()
 
@@ -193,19 +207,38 @@ class HttpSource:
     async def _fetch(
         self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
     ) -> None:
+        """One request, and those that find out what an answer leaves open about the version."""
+        for _ in range(MOST_QUESTIONS):
+            try:
+                await self._request(pool, place, pos, view, silent_seconds=silent_seconds, follow=follow)
+            except Unmet:
+                place = await self._unconditional(place)
+            except Doubted as doubt:
+                await self._prove(doubt, place)
+            else:
+                return
+        raise _contradiction(place)
+
+    async def _request(
+        self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool
+    ) -> None:
         silence = trio.CancelScope()
 
         def judge(answer: Answer) -> bool:
             silence.deadline = math.inf
             if follow and answer.status in REDIRECTS:
                 raise _Moved
-            # By what is known now: two answers that both tell what the first one did not must agree as well.
-            self._identity = judge_range(answer, RangeRequest(pos, len(view), self._identity, place.where))
+            self._version.judge(answer, self._asked(place, pos, view))
             return True
 
         await pool.run(place, pos, view, judge, silence, silent_seconds)
         if silence.cancelled_caught:
             raise SourceUnreachable(f"{place.where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
+
+    def _asked(self, place: Place, pos: int, view: memoryview) -> RangeRequest:
+        return RangeRequest(
+            pos, len(view), self.identity, place.where, conditional=place.conditional, place=place.target.place
+        )
 
     async def _fetch_again(self, pool: _Pool, place: Place, pos: int, view: memoryview) -> None:
         with passing():
@@ -240,24 +273,61 @@ class HttpSource:
 
     async def _asked_for(self, stale: Place, error: SourceError | None) -> Place:
         try:
-            resolved = await self._urgent.resolve(self._origin, self._doubt.at_opening_seconds)
-            difference = self._identity.difference(resolved.identity)
-            if difference is not None:
-                raise SourceChanged(f"{self._origin.location}: {difference}")
+            resolved = await self._resolved()
         except QedfsError as exc:
             if not isinstance(error, SourceUnreachable):
                 raise  # there is nothing to go back to
             # The stale place may come back, and it is the one that is of our version.
             raise self._doubt.failed(error, exc) from exc
-        self._identity = self._identity.joined(resolved.identity)
-        return self._place_of(resolved)
+        return self._place_of(resolved, conditional=stale.conditional)
 
-    def _place_of(self, resolved: Resolved) -> Place:
-        target = resolved.target
+    async def _resolved(self) -> Resolved:
+        """The origin, asked for the way again; it leads to the same version. Called with `_resolving` held."""
+        resolved = await self._urgent.resolve(self._origin, self._doubt.at_opening_seconds, self._version.pinning)
+        place = self._place_of(resolved, conditional=False)
+        await self._version.accept(resolved.identity, place.where, partial(self._read_shown, resolved.identity, place))
+        return resolved
+
+    async def _unconditional(self, place: Place) -> Place:
+        """The place to ask without a condition, since it did not find ours met. Raises SourceChanged if it was right.
+
+        Answers are compared in any case; the condition only saves the transfer of a wrong one.
+        """
+        async with self._resolving:
+            if self._place is place:
+                self._place = self._place_of(await self._resolved(), conditional=False)
+            return self._place
+
+    async def _prove(self, doubt: Doubted, place: Place) -> None:
+        """Return if what an answer showed is the same version as before. Errors as `Version.admit`."""
+        async with self._resolving:
+            if not self._version.knows(doubt.shown):
+                bare = dataclasses.replace(place, lines=request_lines(place.target, None), conditional=False)
+                await self._version.admit(doubt, place.where, partial(self._read_shown, doubt.shown, bare))
+
+    async def _read_shown(self, shown: Identity, place: Place, pos: int, view: memoryview) -> None:
+        """Read bytes of whatever is shown."""
+
+        def judge(answer: Answer) -> bool:
+            self._version.judge_shown(answer, self._asked(place, pos, view), shown)
+            return True
+
+        try:
+            await self._urgent.run(place, pos, view, judge, trio.CancelScope(), math.inf)
+        except (Doubted, Unmet) as exc:
+            raise _contradiction(place) from exc
+
+    def _place_of(self, resolved: Resolved, *, conditional: bool = True) -> Place:
+        target, identity = resolved.target, self.identity
         return Place(
             target=target,
-            lines=request_lines(target, self._identity),
+            lines=request_lines(target, identity if conditional else None),
             cookies=resolved.cookies,
             where=place_name(self._origin, target),
             redirected=target is not self._origin,
+            conditional=conditional and bool(identity.strong_etag or identity.last_modified),
         )
+
+
+def _contradiction(place: Place) -> SourceUnreachable:
+    return SourceUnreachable(f"{place.where} contradicts itself from answer to answer", reason=Reason.ANSWER)

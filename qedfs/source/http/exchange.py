@@ -104,7 +104,10 @@ class Exchange:
         finally:
             self._prepare(_EMPTY, None, "")
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # it holds this frame, and so the buffer
 
     @property
     def filled(self) -> int:

@@ -6,7 +6,8 @@ refusal becomes. Must not know libcurl, connections or redirects.
 A wrong byte accepted here would be copied into an overlay for good, so the rule is: exactly the range that was asked
 for, of exactly the version that is pinned, or an error. Three kinds of error: `SourceChanged` (another version),
 `SourceUnreachable` (this answer, this connection; another try may do better), `SourceError` (asking again will not
-help). Section numbers are those of RFC 9110.
+help). Two things are for the caller to find out: `Doubted`, whether an answer is of the version that was asked for, and
+`Unmet`, why the server does not find our condition met. Section numbers are those of RFC 9110.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from __future__ import annotations
 import dataclasses
 import email.utils
 import re
+from collections.abc import Sequence
 from datetime import datetime
 
 from qedfs.errors import Reason, SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.base import Identity
+from qedfs.source.base import Identity, Sameness
 from qedfs.source.http.answer import Answer
+from qedfs.source.http.digests import published_digest
+from qedfs.source.pinning import USUAL, Pinning
 
 MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
 MAX_RETRY_AFTER_SECONDS = 60.0  # a server may ask for more; a reader is waiting
 MAX_VALIDATOR_CHARS = 1024  # an ETag comes back to the server in each request
+MAX_DATE_CHARS = 64  # the longest form that section 5.6.7 allows has 33
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,19})", re.ASCII | re.IGNORECASE)
-_STRONG_ETAG = re.compile('"[!#-~\x80-\xff]*"')  # section 8.8.3; a weak one begins with W/
+_ETAG = re.compile('(W/)?"[!#-~\x80-\xff]*"')  # section 8.8.3
 _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 # Section 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
@@ -43,14 +48,37 @@ _MEANING = {
 }
 
 
+class Doubted(Exception):
+    """The answer may be of another version. `shown`: what it tells; `why`: what speaks against it.
+
+    Never leaves this package.
+    """
+
+    def __init__(self, shown: Identity, why: str) -> None:
+        super().__init__(why)
+        self.shown = shown
+        self.why = why
+
+
+class Unmet(Exception):
+    """412: the condition of the request is not met, says the server. Never leaves this package."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RangeRequest:
-    """What was asked: `size` bytes at `pos` of the version `identity`. `where` names the source in messages."""
+    """What was asked: `size` bytes at `pos` of the version `identity`. `where` names the source in messages.
+
+    `also`: what else has been proved to be shown with that version. `conditional`: the version was sent as a condition.
+    """
 
     pos: int
     size: int
     identity: Identity
     where: str
+    also: Sequence[Identity] = ()
+    pinning: Pinning = USUAL
+    conditional: bool = True
+    place: str = ""  # see `Identity`
 
 
 def judge_range(answer: Answer, request: RangeRequest) -> Identity:
@@ -59,31 +87,31 @@ def judge_range(answer: Answer, request: RangeRequest) -> Identity:
     What is returned is the version that was asked for, with what the answer tells of it besides.
 
     Raises:
-        SourceChanged: another version: other total size, ETag or Last-Modified, or 412 to our condition.
+        SourceChanged: another version: other total size, digest, ETag or Last-Modified.
+        Doubted, Unmet: see there.
         SourceUnreachable: wrong or garbled range, wrong length, multipart, or a status worth another try.
         SourceError: encoded content, ranges ignored, or a status that says no for good.
     """
     try:
         if answer.status == 206:
-            _judge_partial(answer, request)
-            return _with_validators_of(answer, request.identity)
+            return _judge_partial(answer, request)
         if answer.status == 200:
             # The whole file instead of a range. If its validator differs the version is the better thing to tell.
-            _compare_validators(answer, request)
+            _judge_version(answer, request)
             raise _ignores_ranges(request.where)
     except ValueError as exc:
         raise SourceUnreachable(
             f"{request.where}: answer to a range request refused: {exc}", reason=Reason.ANSWER
         ) from exc
-    if answer.status == 412 and (request.identity.etag or request.identity.last_modified):
-        raise SourceChanged(f"{request.where}: the file was replaced by another version (412)")
+    if answer.status == 412 and request.conditional:
+        raise Unmet
     if answer.status == 416:
         _compare_unsatisfied(answer, request)
     raise refused_status(answer, request.where)
 
 
-def judge_opening(answer: Answer, where: str, name: str) -> Identity:
-    """The identity that the answer to the first request, for `bytes=0-0`, shows.
+def judge_opening(answer: Answer, where: str, name: str, pinning: Pinning = USUAL) -> Identity:
+    """The identity that the answer to the first request, for `bytes=0-0`, shows, as far as it counts.
 
     416 with `bytes */0` and 200 with `Content-Length: 0` are an empty file: no range of it exists (section 14.4).
     `name` becomes `Identity.name`.
@@ -102,10 +130,9 @@ def judge_opening(answer: Answer, where: str, name: str) -> Identity:
             size = 0
         else:
             raise refused_status(answer, where)
-        etag, last_modified = _validators(answer)
+        return pinning.counted(Identity(size, *_validators(answer), name, published_digest(answer)))
     except ValueError as exc:
         raise SourceUnreachable(f"{where}: answer to the first request refused: {exc}", reason=Reason.ANSWER) from exc
-    return Identity(size, etag, last_modified, name)
 
 
 def refused_status(answer: Answer, where: str) -> SourceError:
@@ -123,17 +150,18 @@ def is_http_date(text: str) -> bool:
     return _http_date(text) is not None
 
 
-def _judge_partial(answer: Answer, request: RangeRequest) -> None:
+def _judge_partial(answer: Answer, request: RangeRequest) -> Identity:
     _refuse_encoded(answer, request.where)
     start, end, total = _content_range(answer)
     if total is None:
         raise ValueError("Content-Range without the total size")
     if total != request.identity.size:
         raise SourceChanged(f"{request.where}: size was {request.identity.size}, is now {total}")
-    _compare_validators(answer, request)
+    identity = _judge_version(answer, request)
     if (start, end) != (request.pos, request.pos + request.size - 1):
         raise ValueError(f"asked for {request.pos}-{request.pos + request.size - 1}, got {start}-{end}")
     _check_length(answer, request.size)
+    return identity
 
 
 def _opening_size(answer: Answer, where: str) -> int:
@@ -178,18 +206,24 @@ def _check_length(answer: Answer, size: int) -> None:
             raise ValueError(f"Content-Length {length} for a range of {size} bytes")
 
 
-def _compare_validators(answer: Answer, request: RangeRequest) -> None:
-    # Compared as text: the date is parsed once, at opening, and a server that sends the same version sends the same
-    # text. A weak ETag says nothing about single bytes (section 8.8.1).
-    etag = answer.sole("etag")
-    seen = Identity(
-        request.identity.size,
-        etag if etag is not None and not etag.startswith("W/") else None,
-        answer.sole("last-modified"),
+def _judge_version(answer: Answer, request: RangeRequest) -> Identity:
+    """The version that was asked for, with what the answer tells of it besides.
+
+    Compared as text: the date is parsed once, at opening, and a server that sends the same version sends the same text.
+    """
+    identity = request.identity
+    told = Identity(
+        identity.size, *_validators(answer), identity.name, published_digest(answer), request.place or identity.place
     )
-    difference = request.identity.difference(seen)
-    if difference is not None:
-        raise SourceChanged(f"{request.where}: {difference}")
+    shown = request.pinning.counted(told)
+    verdict = identity.compare(shown)
+    if verdict.sameness is Sameness.SAME or identity.tells_as(shown):
+        return identity.joined(shown)
+    if any(known.compare(shown).sameness is Sameness.SAME or known.tells_as(shown) for known in request.also):
+        return identity
+    if verdict.sameness is Sameness.CHANGED:
+        raise SourceChanged(f"{request.where}: {verdict.why}")
+    raise Doubted(shown, verdict.why)
 
 
 def _compare_unsatisfied(answer: Answer, request: RangeRequest) -> None:
@@ -204,17 +238,11 @@ def _unsatisfied_total(answer: Answer) -> int | None:
     return int(found[1]) if found else None
 
 
-def _with_validators_of(answer: Answer, identity: Identity) -> Identity:
-    if identity.etag is not None and identity.last_modified is not None:
-        return identity
-    return identity.joined(Identity(identity.size, *_validators(answer)))
-
-
 def _validators(answer: Answer) -> tuple[str | None, str | None]:
     etag, last_modified = answer.sole("etag"), answer.sole("last-modified")
-    if etag is not None and (_STRONG_ETAG.fullmatch(etag) is None or len(etag) > MAX_VALIDATOR_CHARS):
+    if etag is not None and (_ETAG.fullmatch(etag) is None or len(etag) > MAX_VALIDATOR_CHARS):
         etag = None
-    if last_modified is not None and not is_http_date(last_modified):
+    if last_modified is not None and (len(last_modified) > MAX_DATE_CHARS or not is_http_date(last_modified)):
         last_modified = None
     return etag, last_modified
 

@@ -32,6 +32,7 @@ class Place:
     cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
     where: str
     redirected: bool
+    conditional: bool = True  # the version goes along as a condition
 
 
 class Doubt:

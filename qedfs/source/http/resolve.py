@@ -14,11 +14,13 @@ import trio
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
+from qedfs.source.http.digests import published_digest
 from qedfs.source.http.exchange import Exchange
 from qedfs.source.http.judge import judge_opening
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.place import passing
 from qedfs.source.http.target import Target, next_target
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 
 MAX_REDIRECTS = 5
@@ -35,7 +37,9 @@ class Resolved:
     cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
 
 
-async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float) -> Resolved:
+async def resolve(
+    origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float, pinning: Pinning = USUAL
+) -> Resolved:
     """Ask `origin` for the file's first byte, follow redirects, and learn size, validators and effective URL.
 
     A GET of one byte and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
@@ -48,6 +52,7 @@ async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Poli
     """
     target = origin
     at_mirror = False
+    digest: str | None = None
     exchange.take_cookies()
     seen = {(origin.url, exchange.cookies)}
     for _hop in range(MAX_REDIRECTS + 1):
@@ -56,7 +61,11 @@ async def resolve(origin: Target, exchange: Exchange, multi: Multi, policy: Poli
         with passing(at_mirror):
             answer = await _ask(target, exchange, multi, where, silent_seconds if at_mirror else math.inf)
             if answer.status not in REDIRECTS:
-                return Resolved(target, judge_opening(answer, where, str(target.location)), exchange.cookies)
+                found = judge_opening(answer, where, str(target.location), pinning)
+                # What a redirect says of the file goes with it (RFC 6249, section 6).
+                told = dataclasses.replace(found, digest=found.digest or digest, place=target.place)
+                return Resolved(target, pinning.counted(told), exchange.cookies)
+        digest = published_digest(answer) or digest
         at_mirror |= answer.status in _TEMPORARY
         following = _follow(origin, target, answer, exchange.peer_address())
         policy.check_redirect(target.location, following.location)
@@ -104,13 +113,13 @@ def _follow(origin: Target, target: Target, answer: Answer, address: str | None)
 def request_lines(target: Target, pinned: Identity | None) -> tuple[str, ...]:
     """The header lines of a request to `target`, with the condition that the file is still the pinned version.
 
-    Without an ETag, If-Unmodified-Since with the date that the server sent can only turn a wrong answer into a 412:
-    the same version has the same date, and a server that does not understand it ignores it (RFC 9110, section
+    Without a strong ETag, If-Unmodified-Since with the date that the server sent can only turn a wrong answer into a
+    412: the same version has the same date, and a server that does not understand it ignores it (RFC 9110, section
     13.1.4). It does not notice a file replaced by one with an older date; the judge compares the date as well.
     """
     lines = ["Accept-Encoding: identity", *target.headers]
-    if pinned is not None and pinned.etag is not None:
-        lines.append(f"If-Match: {pinned.etag}")
+    if pinned is not None and pinned.strong_etag is not None:
+        lines.append(f"If-Match: {pinned.strong_etag}")
     elif pinned is not None and pinned.last_modified is not None:
         lines.append(f"If-Unmodified-Since: {pinned.last_modified}")
     return tuple(lines)

@@ -11,6 +11,7 @@ pieces. Two parsers that read one odd URL differently would let it past the poli
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import ipaddress
 import os
 import re
@@ -40,6 +41,11 @@ class Target:
     headers: tuple[str, ...] = dataclasses.field(repr=False)
     proxy: str = dataclasses.field(repr=False)
     redirected_from: str | None = None  # numeric address of the server that sent us here; its name behind a proxy
+
+    @property
+    def place(self) -> str:
+        """Stands for the server, as `Identity.place`: its scheme, host and port."""
+        return hashlib.sha256(repr(_origin(self.location)).encode()).hexdigest()[:16]
 
     def check_address(self, address: str, policy: Policy) -> None:
         """Raise Refused unless a connection may go to this numeric address.

@@ -7,22 +7,28 @@ The first of the live connections is kept for urgent reads (and questions about 
 one. Further ones are opened in the background, while reads go on over those that exist: a server that promises
 several connections and then does not accept them (`qemu-nbd --shared=1`) costs nobody any time.
 
+A further connection may lead to another version than the ones before: the server may have been started anew, or starts
+a process for each. Blocks that have been read are compared before it is used (`samples.py`); NBD tells but a size.
+
 Shared state is touched only between awaits; `_attempt` makes readers that find no connection wait for one attempt
 to connect together, in a task of its own, so that none of them loses it when another one is cancelled.
 """
 
 from __future__ import annotations
 
+import json
 import ssl
 from collections.abc import Sequence
 
 import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
-from qedfs.source.base import Extent, Identity
+from qedfs.source.base import WEAK, Extent, Identity, Sameness
 from qedfs.source.nbd import faults
 from qedfs.source.nbd.connection import Connection
+from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
+from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 4
@@ -51,6 +57,8 @@ class NbdSource:
         tls: ssl.SSLContext | None,
         nursery: trio.Nursery,
         connection: Connection,
+        pinning: Pinning,
+        samples: Samples,
     ) -> None:
         """Take over the first connection; callers use `open`."""
         self._location = location
@@ -58,7 +66,9 @@ class NbdSource:
         self._tls = tls
         self._nursery = nursery
         self.received = 0
-        self._identity = Identity(connection.negotiated.size, name=str(location))
+        self._pinning = pinning
+        self._samples = samples
+        self._identity = self._identity_of(connection)
         self._multi_conn = connection.negotiated.multi_conn
         self._connections = [connection]
         self._opening: set[trio.CancelScope] = set()
@@ -68,8 +78,18 @@ class NbdSource:
         self._closed = False
 
     @classmethod
-    async def open(cls, location: Location, policy: Policy, nursery: trio.Nursery) -> NbdSource:
+    async def open(
+        cls,
+        location: Location,
+        policy: Policy,
+        nursery: trio.Nursery,
+        *,
+        pinning: Pinning = USUAL,
+        samples: Samples | None = None,
+    ) -> NbdSource:
         """Connect, and learn the size of the export. Connections live in `nursery` until `aclose`.
+
+        `samples`: of what was read of this version already; they get more of it.
 
         Raises:
             Refused: `policy` does not allow the server's address.
@@ -78,11 +98,11 @@ class NbdSource:
         """
         tls = ssl.create_default_context() if location.tls else None
         connection = await Connection.open(location, policy, tls, nursery)
-        return cls(location, policy, tls, nursery, connection)
+        return cls(location, policy, tls, nursery, connection, pinning, Samples() if samples is None else samples)
 
     @property
     def identity(self) -> Identity:
-        """The size of the export; NBD knows no version."""
+        """The size of the export, and its description as a weak tag; NBD knows no version."""
         return self._identity
 
     @property
@@ -99,6 +119,7 @@ class NbdSource:
             connection = await self._pick(urgent=urgent)
             await connection.read(pos, view)
             self.received += len(view)
+            self._samples.offer(pos, view)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Tell the zero parts of a range, where the server has base:allocation; see `Source.extents`."""
@@ -187,11 +208,17 @@ class NbdSource:
     async def _connect(self) -> Connection:
         """Open one more connection, and see that it leads to the export that we know."""
         connection: Connection | None = None
+        change = ""
         with trio.CancelScope() as scope:
             self._opening.add(scope)
             try:
                 if not self._closed:
                     connection = await Connection.open(self._location, self._policy, self._tls, self._nursery)
+                    change = await self._change(connection)
+            except BaseException:
+                if connection is not None:
+                    connection.drop("not wanted")
+                raise
             finally:
                 self._opening.discard(scope)
         # `aclose` may have come before this task began, or just after the last answer of the handshake.
@@ -199,8 +226,7 @@ class NbdSource:
             connection.drop("closed")
         if connection is None or self._closed:
             raise SourceUnreachable(f"{self._location}: closed while connecting")
-        change = self._identity.difference(Identity(connection.negotiated.size))
-        if change is not None:
+        if change:
             connection.drop("not wanted")
             # What the other connections bring may be of either version.
             for each in self._connections:
@@ -208,3 +234,20 @@ class NbdSource:
             raise SourceChanged(f"{self._location}: the export changed: {change}")
         self._connections.append(connection)
         return connection
+
+    def _identity_of(self, connection: Connection) -> Identity:
+        told = connection.negotiated
+        # What differs is another export; what is the same may be what this server calls all of them.
+        tag = f"{WEAK}description {json.dumps(told.description)}" if told.description else None
+        return self._pinning.counted(Identity(told.size, tag, name=str(self._location)))
+
+    async def _change(self, connection: Connection) -> str:
+        """Say how the export behind a connection is another one than we know, "" if it is the same."""
+        shown = self._identity_of(connection)
+        verdict = self._identity.compare(shown)
+        if verdict.sameness is Sameness.CHANGED:
+            return verdict.why
+        different = await self._samples.difference(connection.read, shown.size)
+        if different is None and verdict.sameness is Sameness.DOUBTED and not self._samples:
+            return verdict.why
+        return different or ""

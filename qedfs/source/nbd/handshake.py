@@ -69,6 +69,7 @@ _ERROR_NAMES = {
 }
 
 INFO_EXPORT = 0
+INFO_DESCRIPTION = 2
 INFO_BLOCK_SIZE = 3
 
 CONTEXT = b"base:allocation"
@@ -156,7 +157,7 @@ def _allocation_context(name: bytes) -> Generator[Action, bytes, int | None]:
 
 
 def _go(name: bytes, structured: bool, context: int | None) -> Dialogue:
-    infos = struct.pack(">HH", 1, INFO_BLOCK_SIZE)
+    infos = struct.pack(">HHH", 2, INFO_BLOCK_SIZE, INFO_DESCRIPTION)
     yield _option(OPTION_GO, struct.pack(">I", len(name)) + name + infos)
     found: dict[int, bytes] = {}
     for _ in range(MAX_REPLIES):
@@ -184,7 +185,8 @@ def _agreed(found: dict[int, bytes], structured: bool, context: int | None) -> N
     minimum, maximum = _block_sizes(found[INFO_BLOCK_SIZE]) if INFO_BLOCK_SIZE in found else (1, MAX_REQUEST_SIZE)
     if size % minimum:
         raise Violation(f"the size of the export, {size}, is no multiple of its minimum block size {minimum}")
-    return Negotiated(size, flags, structured, context, minimum, maximum)
+    description = printable(found.get(INFO_DESCRIPTION, b""))
+    return Negotiated(size, flags, structured, context, minimum, maximum, description)
 
 
 def _block_sizes(info: bytes) -> tuple[int, int]:

@@ -94,6 +94,7 @@ class Negotiated:
     context: int | None  # the id of base:allocation in block status replies; None: the server does not tell holes
     minimum_block: int = 1  # requests are multiples of it, in position and size
     maximum_request: int = MAX_REQUEST_SIZE
+    description: str = ""  # of the export, for people
 
     @property
     def multi_conn(self) -> bool:

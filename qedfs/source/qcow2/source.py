@@ -29,7 +29,7 @@ from qedfs import room
 from qedfs.errors import QedfsError, SourceError, SourceUnreachable
 from qedfs.format.sparse import SparseTable
 from qedfs.room import Share
-from qedfs.source.base import Extent, Identity, Source
+from qedfs.source.base import LAYOUT, Extent, Identity, Source
 from qedfs.source.qcow2.cache import Cache
 from qedfs.source.qcow2.format import (
     HEADER_BYTES,
@@ -338,10 +338,10 @@ def _identity(inner: Identity, size: int, stamp: str) -> Identity:
     the digest of its header and L1 table stand in the place of the date, so that they are compared where nothing else
     is. A server that tells a date only now and then, and no ETag, looks like a change: the safe side.
     """
-    mark = f"qcow2 file of {inner.size} bytes, tables {stamp}"
+    mark = f"{LAYOUT}{inner.size} bytes, tables {stamp}"
     etag = None if inner.etag is None else f"{inner.etag} of {mark}"
     dated = mark if inner.last_modified is None else f"{inner.last_modified} of {mark}"
-    return Identity(size, etag, dated, inner.name)
+    return Identity(size, etag, dated, inner.name, inner.digest, inner.place)
 
 
 @contextmanager

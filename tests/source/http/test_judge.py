@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from qedfs.errors import QedfsError, SourceChanged, SourceError, SourceUnreachable
@@ -9,7 +11,9 @@ from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.judge import (
     MAX_VALIDATOR_CHARS,
+    Doubted,
     RangeRequest,
+    Unmet,
     is_http_date,
     judge_opening,
     judge_range,
@@ -19,6 +23,7 @@ DATE = "Mon, 01 Jan 2024 00:00:00 GMT"
 LATER = "Tue, 02 Jan 2024 00:00:00 GMT"
 PINNED = Identity(1000, '"v1"', DATE)
 DATED = Identity(1000, None, DATE)
+WEAK = Identity(1000, 'W/"v1"')
 BARE = Identity(1000)
 
 GOOD = {"Content-Range": "bytes 100-199/1000", "Content-Length": "100", "ETag": '"v1"', "Last-Modified": DATE}
@@ -53,16 +58,41 @@ def verdict(given: Answer, pinned: Identity = PINNED) -> type[QedfsError] | None
         (answer(Content_Encoding="identity"), PINNED),
         (answer(Transfer_Encoding="chunked", Content_Length=None), PINNED),
         (answer(Content_Type="application/octet-stream"), PINNED),
-        # A validator that only one side has proves nothing; the ETag outranks the date.
-        (answer(ETag=None, Last_Modified=None), PINNED),
-        (answer(ETag='W/"v2"'), PINNED),
+        # The ETag outranks the date.
         (answer(Last_Modified=LATER), PINNED),
+        (answer(Last_Modified=None), PINNED),
         (answer(ETag='"v2"'), DATED),
-        (answer(ETag='"v2"', Last_Modified=LATER), BARE),
+        (answer(ETag=None, Last_Modified=None), BARE),
+        (answer(ETag='W/"v1"', Last_Modified=None), WEAK),
+        # And a digest the ETag.
+        (answer(ETag='"v2"', X_Checksum_MD5="00" * 16), dataclasses.replace(PINNED, digest="md5:" + "00" * 16)),
     ],
 )
 def test_the_right_range_of_the_right_version_is_accepted(given: Answer, pinned: Identity) -> None:
     assert verdict(given, pinned) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "pinned", "why"),
+    [
+        (answer(ETag=None, Last_Modified=None), PINNED, 'ETag was "v1", is now not told'),
+        (answer(ETag=None), PINNED, 'ETag was "v1", is now not told'),
+        (answer(ETag='W/"v1"'), PINNED, 'ETag was "v1", is now W/"v1"'),
+        (answer(ETag="v1"), PINNED, 'ETag was "v1", is now not told'),
+        (answer(Last_Modified=None), DATED, f"Last-Modified was {DATE}, is now not told"),
+        (answer(), WEAK, 'ETag was W/"v1", is now "v1"'),
+        # Nothing speaks against it, but nothing had been told before.
+        (answer(ETag='"v2"', Last_Modified=LATER), BARE, ""),
+        (answer(ETag='W/"v1"'), WEAK, ""),
+    ],
+)
+def test_a_doubt_is_for_the_caller_to_prove(given: Answer, pinned: Identity, why: str) -> None:
+    with pytest.raises(Doubted) as caught:
+        judge_range(given, RangeRequest(100, 100, pinned, "here"))
+    assert caught.value.why == why
+    assert caught.value.shown.size == 1000
+    # What has been proved before is no doubt any more.
+    judge_range(given, RangeRequest(100, 100, pinned, "here", also=(caught.value.shown,)))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +166,8 @@ def test_asking_again_will_not_help(given: Answer) -> None:
         (answer(ETag=None, Last_Modified=LATER), PINNED),
         (answer(Last_Modified=LATER), DATED),
         (answer(200, ETag='"v2"'), PINNED),
-        (answer(412), PINNED),
-        (answer(412), DATED),
+        (answer(X_Checksum_MD5="01" * 16), dataclasses.replace(PINNED, digest="md5:" + "00" * 16)),
+        (answer(ETag='W/"v2"'), WEAK),
         (answer(416, Content_Range="bytes */50"), PINNED),
     ],
 )
@@ -145,8 +175,11 @@ def test_another_version_is_told_apart(given: Answer, pinned: Identity) -> None:
     assert verdict(given, pinned) is SourceChanged
 
 
-def test_412_without_a_condition_is_no_change() -> None:
-    assert verdict(answer(412), BARE) is SourceError
+def test_412_is_no_change_but_a_question() -> None:
+    with pytest.raises(Unmet):
+        judge_range(answer(412), RangeRequest(100, 100, PINNED, "here"))
+    with pytest.raises(SourceError, match="answered with status 412"):
+        judge_range(answer(412), RangeRequest(100, 100, BARE, "here", conditional=False))
 
 
 def test_ignored_ranges_are_named_with_the_way_out() -> None:
@@ -193,7 +226,11 @@ OPENING = {"Content_Range": "bytes 0-0/1000", "Content_Length": "1"}
     [
         (answer(**OPENING), Identity(1000, '"v1"', DATE, "name")),
         (answer(Content_Range="bytes 0-0/1", Content_Length=None), Identity(1, '"v1"', DATE, "name")),
-        (answer(**OPENING, ETag='W/"v1"'), Identity(1000, None, DATE, "name")),
+        (answer(**OPENING, ETag='W/"v1"'), Identity(1000, 'W/"v1"', DATE, "name")),
+        (
+            answer(**OPENING, Last_Modified="Mon, 01 Jan 2024 00:00:00" + " " * 60 + " GMT"),
+            Identity(1000, '"v1"', None, "name"),
+        ),
         (answer(**OPENING, ETag="unquoted"), Identity(1000, None, DATE, "name")),
         (answer(**OPENING, ETag='"a b"'), Identity(1000, None, DATE, "name")),
         (answer(**OPENING, ETag='"' + "a" * MAX_VALIDATOR_CHARS + '"'), Identity(1000, None, DATE, "name")),

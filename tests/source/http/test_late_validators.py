@@ -34,11 +34,20 @@ async def test_what_an_answer_tells_is_held_to(server: FakeHttpServer, open_sour
         await read(source, 200, 100)
 
 
-async def test_a_weak_or_garbled_validator_is_not_taken_over(server: FakeHttpServer, open_source: OpenSource) -> None:
+async def test_a_garbled_validator_is_not_taken_over(server: FakeHttpServer, open_source: OpenSource) -> None:
     source = await opened_blind(server, open_source)
-    server.etag, server.last_modified = 'W/"version-1"', "yesterday"
+    server.etag, server.last_modified = "W/version-1", "yesterday"
     await read(source, 100, 100)
     assert (source.identity.etag, source.identity.last_modified) == (None, None)
+
+
+async def test_a_weak_one_is(server: FakeHttpServer, open_source: OpenSource) -> None:
+    source = await opened_blind(server, open_source)
+    server.etag, server.last_modified = 'W/"version-1"', ""
+    await read(source, 100, 100)
+    server.etag = 'W/"version-2"'
+    with pytest.raises(SourceChanged):
+        await read(source, 200, 100)
 
 
 async def test_the_remote_knows_what_its_source_has_learnt(server: FakeHttpServer, open_source: OpenSource) -> None:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from qedfs.errors import SourceUnreachable
-from qedfs.source.http import client
+from qedfs.source.http import version
 from qedfs.source.policy import Policy
 from tests.fakes.http_server import FakeHttpServer
 from tests.source.http.conftest import CONTENT, OpenSource, read
@@ -58,7 +58,7 @@ async def test_a_bug_in_the_judge_is_raised_by_the_read_that_met_it(
         raise ZeroDivisionError("bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "judge_range", broken)
+        patch.setattr(version, "judge_range", broken)
         with pytest.raises(ZeroDivisionError, match="bug"):
             await read(source, 0, 10)
     assert await read(source, 0, 10) == CONTENT[:10]

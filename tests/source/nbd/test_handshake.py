@@ -63,7 +63,7 @@ def test_everything_offered_is_agreed_on() -> None:
     assert (
         said[2] == b"IHAVEOPT" + struct.pack(">III", 10, 32, 5) + name + struct.pack(">II", 1, 15) + b"base:allocation"
     )
-    assert said[3] == b"IHAVEOPT" + struct.pack(">III", 7, 13, 5) + name + struct.pack(">HH", 1, 3)
+    assert said[3] == b"IHAVEOPT" + struct.pack(">III", 7, 15, 5) + name + struct.pack(">HHH", 2, 3, 2)
     assert len(said) == 4
 
 

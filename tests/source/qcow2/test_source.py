@@ -10,7 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.base import Identity
+from qedfs.source.base import Identity, Sameness
 from qedfs.source.qcow2 import Qcow2Source
 from tests.source.qcow2.build import deflated, image, packed_entry
 from tests.source.qcow2.support import KiB, MemorySource, MiB, convert, opened, qemu_img, qemu_io, read
@@ -144,30 +144,33 @@ async def identity_of(file: bytes, **validators: str) -> Identity:
 
 
 async def test_identity_is_the_disks_size_and_the_files_version(file: bytes) -> None:
-    identity = await identity_of(file, etag='"1"', last_modified="Mon")
+    identity = await identity_of(file, etag='"1"', last_modified="Mon", digest="md5:00", place="there")
     assert (identity.size, identity.name) == (SIZE, "http://host/disk.qcow2")
-    assert identity.difference(await identity_of(file, etag='"1"', last_modified="Mon")) is None
+    assert (identity.digest, identity.place) == ("md5:00", "there")
+    assert identity.compare(await identity_of(file, etag='"1"', last_modified="Mon")).sameness is Sameness.SAME
     # As for any other source: another date is no change while the ETag is the same.
-    assert identity.difference(await identity_of(file, etag='"1"', last_modified="Tue")) is None
-    assert 'ETag was "1" of qcow2' in str(identity.difference(await identity_of(file, etag='"2"')))
+    assert identity.compare(await identity_of(file, etag='"1"', last_modified="Tue")).sameness is Sameness.SAME
+    assert identity.compare(await identity_of(file, etag='"2"')).why.startswith('ETag was "1" of qcow2')
+    weak = await identity_of(file, etag='W/"1"')
+    assert weak.compare(await identity_of(file, etag='W/"2"')).sameness is Sameness.CHANGED
     dated = await identity_of(file, last_modified="Mon")
-    assert identity.difference(dated) is None
-    assert "Last-Modified was Mon of qcow2" in str(dated.difference(await identity_of(file, last_modified="Tue")))
+    assert identity.compare(dated).sameness is Sameness.DOUBTED
+    assert "Last-Modified was Mon of qcow2" in dated.compare(await identity_of(file, last_modified="Tue")).why
+    # The tables alone do not stand for the data.
     bare = await identity_of(file)
-    assert bare.difference(await identity_of(file)) is None
+    assert bare.compare(await identity_of(file)).sameness is Sameness.PRESUMED
 
 
 @pytest.mark.parametrize("validators", [{}, {"etag": '"1"'}, {"last_modified": "Mon"}])
 async def test_another_file_with_the_same_virtual_size_is_noticed(file: bytes, validators: dict[str, str]) -> None:
     identity = await identity_of(file, **validators)
     longer = await identity_of(file + bytes(512), **validators)
-    assert f"now {validators.get('etag', validators.get('last_modified', 'qcow2 file'))}" in str(
-        identity.difference(longer)
-    )
+    told = validators.get("etag", validators.get("last_modified", "qcow2 file"))
+    assert f"now {told}" in identity.compare(longer).why
     l1_offset = int.from_bytes(file[40:48], "big")
     moved = bytearray(file)
     moved[l1_offset + 5] ^= 1
-    assert identity.difference(await identity_of(bytes(moved), **validators)) is not None
+    assert identity.compare(await identity_of(bytes(moved), **validators)).sameness is Sameness.CHANGED
 
 
 async def test_parallel_is_that_of_the_file(file: bytes) -> None:
