@@ -30,13 +30,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import trio
 
 from qedfs.backlog import Backlog
 from qedfs.buffers import Buffers
-from qedfs.errors import QedfsError, Reason, SourceUnreachable
+from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.flight import Flight, Taker
 from qedfs.histogram import Histogram
 from qedfs.source.base import Extent, Identity
@@ -52,7 +52,6 @@ Part = tuple[int, memoryview, Flight | None]  # position, bytes of a reader's re
 LATE_DEADLINES = 1 / 3  # that a reader waits at the most for a flight of the background
 # A reader does not wait until a larger one has come; such clusters are for the background to bring in.
 LARGE_CLUSTER_BYTES = 4 << 20
-GRACE_SECONDS = 1.0
 
 
 class Fetch:
@@ -104,27 +103,24 @@ class Fetch:
 
     # For readers.
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def waiting(self) -> AsyncIterator[None]:
         """Around all that a reader waits for: the first connection and the look at the version too.
 
         As long as it lasts, and for a moment after, the background holds back. It ends with the deadline, whatever it
-        is that still waits: each of the steps may have one of its own, and a flight of the background has more time.
+        is that still waits: each of the steps may have one of its own, and a flight of the background has more time. It
+        ends sooner if the source is dead (`Remote.reader`).
 
         Raises:
-            SourceUnreachable: the deadline is over.
+            SourceUnreachable: it has ended so.
         """
         started = trio.current_time()
-        seconds = self.remote.deadline_seconds
         try:
-            # A little more: the error of the step, if there is one, says better what has happened.
-            with self._turns.reading(), trio.move_on_after(seconds + GRACE_SECONDS) as scope:
-                yield
+            with self._turns.reading():
+                async with self.remote.reader():
+                    yield
         finally:
             self.waits.note(trio.current_time() - started)
-        if scope.cancelled_caught:
-            text = f"backing {self.remote.location} gave no answer within {seconds:g} s"
-            raise SourceUnreachable(text, reason=Reason.TIMEOUT)
 
     async def read(self, pieces: Sequence[tuple[int, memoryview]], *, taker: Taker | None) -> None:
         """Fill each view with the image's bytes at its position; called inside `waiting`. Errors of the source."""

@@ -148,7 +148,7 @@ class Image:
         if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
             return True  # there is nothing to wait for
         try:
-            with self.fetch.waiting():
+            async with self.fetch.waiting():
                 source_size = (await self.version.check()).size
                 inside = [(pos, view) for pos, view in pieces if pos < source_size]
                 for pos, view in inside:

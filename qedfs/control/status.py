@@ -109,6 +109,7 @@ def _source_status(fetches: Sequence[Fetch]) -> dict[str, Any]:
         "backing": str(remote.location),
         "size": None if remote.identity is None else remote.identity.size,
         "fetched": sum(fetch.fetched_bytes for fetch in fetches),
+        "readers": sum(fetch.readers for fetch in fetches),
         "window": sum(fetch.window.bytes for fetch in fetches),
         "retries": sum(remote.retries.values()),
         "retries_by_reason": {str(reason): count for reason, count in remote.retries.items()},

@@ -26,6 +26,7 @@ from qedfs.fetch import Fetch
 from qedfs.mount import lastwords, loop, memory
 from qedfs.mount.arrival import BeingWritten
 from qedfs.mount.folder import Folder, Options, Served
+from qedfs.mount.handshake import MAX_BACKGROUND
 from qedfs.mount.kernel import tune
 from qedfs.mount.limits import raise_open_files
 from qedfs.mount.notify import Notifier
@@ -39,9 +40,9 @@ log = logging.getLogger(__name__)
 
 RESCAN_SECONDS = 1.0
 FORCED_SECONDS = 0.2  # from the cut of the connection to the end of the mount by umount -f
-# Requests in work at once over all images: one that waits for a dead source must not keep others from being read.
-# An idle worker costs a task; pyfuse3's default of 99 is filled by one black-holed source with 99 readers.
-MAX_TASKS = 4096
+# Requests in work at once over all images: those that wait for a dead source must not keep others from being read. More
+# than the kernel has of reads in flight: the others, like names, attributes and writes, it sends without a bound.
+MAX_TASKS = 2 * MAX_BACKGROUND
 MIN_TASKS = 16  # idle workers kept: below, pyfuse3 starts and ends a task per request
 
 

@@ -6,18 +6,24 @@ attribute). Most of pyfuse3's cost per request is the scheduler: once for the lo
 waits. Random 4 KiB reads at depth 16, in one run: 63 k a second with trio.Lock, 118 k with this one; at depth 1,
 polling for a moment, 38 k against 22 k.
 
+The first request of all passes through `handshake.py`.
+
 Fairness: at the latest after `REQUESTS_PER_YIELD` requests the scheduler runs, so that timers, sockets and worker
 threads get their turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import pyfuse3
 import trio
+
+from qedfs.mount.handshake import Handshake
 
 REQUESTS_PER_YIELD = 16
 # Before a wait in trio's epoll, which takes about 20 us: as long again, at 0.3 us each. A reader at depth 1 sends its
@@ -83,10 +89,12 @@ class Patience:
 class _Lowlevel:
     """`trio.lowlevel` with a `wait_readable` of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Callable[[int], Handshake] | None) -> None:
+        self._first = first
         self._fd = -1
         self._patience: Patience
         self._left = REQUESTS_PER_YIELD
+        self._handshake: Handshake | None = None
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a stand-in for a whole module
         return getattr(trio.lowlevel, name)
@@ -94,7 +102,11 @@ class _Lowlevel:
     async def wait_readable(self, fd: int) -> None:
         """Return when `fd` is readable, mostly without a turn of the scheduler if it is so already."""
         if fd != self._fd:
-            self._patience, self._fd = Patience(fd), fd
+            await self._begin(fd)
+            return
+        if self._handshake is not None:
+            self._handshake.finish()
+            self._handshake = None
         if not self._patience.readable():
             self._left = REQUESTS_PER_YIELD
             await trio.lowlevel.wait_readable(fd)
@@ -104,14 +116,23 @@ class _Lowlevel:
             self._left = REQUESTS_PER_YIELD
             await trio.lowlevel.checkpoint()
 
+    async def _begin(self, fd: int) -> None:
+        """Return when the kernel's first request is there."""
+        self._patience, self._fd = Patience(fd), fd
+        await trio.lowlevel.wait_readable(fd)
+        if self._first is not None:
+            with contextlib.suppress(OSError):  # the mount has ended before it began; libfuse will see
+                self._handshake = self._first(fd)
+
 
 class Trio:
     """The module `trio` as pyfuse3 sees it."""
 
     Lock = Lock
 
-    def __init__(self) -> None:
-        self.lowlevel = _Lowlevel()
+    def __init__(self, first: Callable[[int], Handshake] | None = None) -> None:
+        """`first`: what the first request, which is there, passes through."""
+        self.lowlevel = _Lowlevel(first)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a stand-in for a whole module
         return getattr(trio, name)
@@ -119,4 +140,4 @@ class Trio:
 
 def install() -> None:
     """Let pyfuse3 wait our way from now on."""
-    pyfuse3.trio = Trio()  # type: ignore[attr-defined]
+    pyfuse3.trio = Trio(Handshake)  # type: ignore[attr-defined]

@@ -16,8 +16,10 @@ import trio
 from qedfs import room
 from qedfs.buffers import MOST_BYTES, Buffers
 from qedfs.fetch import Fetch
+from qedfs.mount.handshake import background_limit
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.open import allowed, remote_source
+from qedfs.source.patience import Places
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.remote import Remote
@@ -42,6 +44,7 @@ class Sources:
         self._nursery = nursery
         self._patience_seconds = PATIENCE_SECONDS
         self._remotes: dict[tuple[str, bool], Remote] = {}
+        self._places = Places(background_limit())  # of the readers of all sources together
         self.buffers = Buffers(min(MOST_BYTES, room.FETCHED.most_bytes // FREE_SHARE))  # of all queues together
         self._fetches: dict[tuple[str, bool, int], Fetch] = {}
         self._past_fetches: deque[Fetch] = deque(maxlen=PAST_FETCHES)
@@ -76,6 +79,7 @@ class Sources:
                 deadline_seconds=self._deadline_seconds,
                 raw=place[1],
                 pinning=self._pinning,
+                places=self._places,
             )
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)

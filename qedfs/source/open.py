@@ -10,6 +10,7 @@ from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.path import in_thread
+from qedfs.source.patience import Places
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, Found, probe
@@ -30,6 +31,7 @@ def remote_source(
     raw: bool = True,
     expected: str | None = None,
     pinning: Pinning = USUAL,
+    places: Places | None = None,
 ) -> Remote:
     """A source for `location` that connects when it is first needed.
 
@@ -37,7 +39,7 @@ def remote_source(
     whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
     files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
     `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as
-    another version.
+    another version. `places`: see `Remote`.
 
     The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
     or address, is judged again before it is used.
@@ -66,7 +68,9 @@ def remote_source(
             return await NbdSource.open(location, policy, nursery, pinning=pinning, samples=samples)
         return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
-    remote = Remote(location, connect, deadline_seconds=deadline_seconds, pinning=pinning, samples=samples)
+    remote = Remote(
+        location, connect, deadline_seconds=deadline_seconds, places=places, pinning=pinning, samples=samples
+    )
     return remote
 
 

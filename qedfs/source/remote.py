@@ -1,23 +1,28 @@
 """A source that may be away: opened on first need, asked again within a deadline, held to the version it first showed.
 
-Owns retry, back-off and the comparison of versions. Must not know who asks. One `Remote` stands for one backing
-however many overlays use it.
+Owns retry, back-off and the comparison of versions; how long readers wait is in `patience.py`. Must not know who asks.
+One `Remote` stands for one backing however many overlays use it.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
 from qedfs.source.base import Extent, Identity, KnowsZeros, Sameness, Source
+from qedfs.source.patience import Patience, Places
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -25,6 +30,7 @@ DEADLINE_SECONDS = 30.0  # of one read with all its retries; a guest's own disk 
 PATIENCE = 10.0  # deadlines that one background read may take: 4 MiB at 14 KiB/s
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
+ALONE = 1 << 20  # more than ever come, where there is no kernel that counts
 
 Opener = Callable[[], Awaitable[Source]]
 
@@ -40,8 +46,9 @@ class Remote:
         deadline_seconds: float = DEADLINE_SECONDS,
         pinning: Pinning = USUAL,
         samples: Samples | None = None,
+        places: Places | None = None,
     ) -> None:
-        """`samples`: which the sources of `opener` fill, too."""
+        """`samples`: which the sources of `opener` fill, too. `places`: for the readers of all sources together."""
         self.location = location
         self.pinning = pinning
         self.samples = Samples() if samples is None else samples
@@ -58,6 +65,7 @@ class Remote:
         self._knows_zeros: KnowsZeros | None = None  # the source, if it does
         self._closed = False
         self._opening = trio.Lock()
+        self._patience = Patience(deadline_seconds, lambda: self.received, places or Places(ALONE))
 
     @property
     def parallel(self) -> int:
@@ -118,6 +126,14 @@ class Remote:
 
         return await self._retried(difference)
 
+    def reader(self) -> AbstractAsyncContextManager[None]:
+        """Around all that a reader waits for: it ends with the deadline, and sooner where waiting is in vain.
+
+        Raises:
+            SourceUnreachable: one of these.
+        """
+        return self._patience.reader(self._no_answer)
+
     async def aclose(self) -> None:
         """Drop all connections, for good: who still asks gets SourceUnreachable at once."""
         self._closed = True
@@ -176,10 +192,10 @@ class Remote:
 
         `patience`: how many times the deadline a single try may take.
         """
-        last = self._no_answer()
+        last, signs = self._no_answer(), self._patience.signs
         give_up = trio.current_time() + self.deadline_seconds
         trying = True  # and not between two tries
-        with trio.move_on_after(patience * self.deadline_seconds):
+        with self._patience.wait(patience * self.deadline_seconds) as scope:
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
@@ -194,16 +210,25 @@ class Remote:
                     wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
                     await trio.sleep(min(wait, max(0.0, give_up - trio.current_time())))
                     if trio.current_time() >= give_up:
+                        await self._patience.end(scope)
                         break
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                     trying = True
                 except QedfsError as exc:
                     self.error = exc.fresh()
+                    self._answered()
                     raise
                 else:
                     self.error = None
+                    self._answered()
                     return result
         if trying:
             self.retries[Reason.TIMEOUT] += 1
         self.error = last.fresh()
+        if self._patience.exhausted(signs, last):
+            log.info("%s; until it answers, its readers get this error after a moment", last)
         raise last
+
+    def _answered(self) -> None:
+        if self._patience.answered():
+            log.info("backing %s answers again", self.location)

@@ -160,7 +160,7 @@ class StreamJob:
         first, count = run
         start = first * cluster_size
         size = min(count * cluster_size, image.size - start)
-        with fetch.waiting():
+        async with fetch.waiting():
             flights = await fetch.bring(first, count, taker=image)
         await fetch.adopted(flights, taker=image)
         self._raise_loss()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,3 +309,25 @@ def _nbdkit_listen(address: Address) -> list[str | Path]:
 
 def _export_path(export: str) -> str:
     return f"/{export}" if export else ""
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[str]:
+    """The URL of a server that takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        taken: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/disk"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in taken:
+                connection.close()

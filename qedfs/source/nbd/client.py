@@ -65,7 +65,7 @@ class NbdSource:
         self._policy = policy
         self._tls = tls
         self._nursery = nursery
-        self.received = 0
+        self._received = 0  # over connections that are no more
         self._pinning = pinning
         self._samples = samples
         self._identity = self._identity_of(connection)
@@ -106,6 +106,11 @@ class NbdSource:
         return self._identity
 
     @property
+    def received(self) -> int:
+        """Bytes that have come, those of reads under way included."""
+        return self._received + sum(each.received for each in self._connections)
+
+    @property
     def parallel(self) -> int:
         """How many background reads are worth having in flight."""
         return PARALLEL_TOGETHER if self._multi_conn else PARALLEL_ALONE
@@ -118,7 +123,6 @@ class NbdSource:
         if view:
             connection = await self._pick(urgent=urgent)
             await connection.read(pos, view)
-            self.received += len(view)
             self._samples.offer(pos, view)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
@@ -158,7 +162,10 @@ class NbdSource:
     async def _pick(self, *, urgent: bool) -> Connection:
         if self._closed:
             raise faults.dropped(self._location, "closed")
-        live = self._connections = [each for each in self._connections if each.broken is None]
+        live = [each for each in self._connections if each.broken is None]
+        if len(live) < len(self._connections):
+            self._received += sum(each.received for each in self._connections if each.broken is not None)
+        self._connections = live
         if not live:
             return await self._reconnect()
         if urgent or not self._multi_conn:

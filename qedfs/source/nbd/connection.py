@@ -70,6 +70,7 @@ class Connection:
     def __init__(self, location: Location, transport: Transport, negotiated: Negotiated) -> None:
         self.negotiated = negotiated
         self.broken: str | None = None
+        self.received = 0  # bytes, those of replies under way included
         self._broken_by = Reason.CUT
         self._location = location
         self._transport = transport
@@ -252,6 +253,7 @@ class Connection:
         arrived, finished = 0, self._replies.finished
         while count := await self._transport.receive(self._replies):
             arrived += count
+            self.received += count
             if arrived >= PROGRESS_SIZE or self._replies.finished != finished:
                 arrived, finished = 0, self._replies.finished
                 self._progress_at = trio.current_time()
