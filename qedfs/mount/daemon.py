@@ -169,9 +169,7 @@ def _end(mount: Mount) -> None:
     pyfuse3.close(unmount=mount.standing is None or _stands(mount))
     # libfuse takes a connection that was cut for a mount that is gone.
     if _stands(mount) and _is_left_over(mount.mountpoint):
-        done = unmount(mount.mountpoint, lazy=True)
-        if done.returncode:
-            log.error("%s: cannot be unmounted: %s", mount.mountpoint, done.stderr.strip())
+        _take_away(mount)
 
 
 async def _answer_kernel(mount: Mount) -> None:
@@ -245,12 +243,25 @@ def _mount(mount: Mount) -> None:
         options.add("allow_other")
     if mount.settings.options.read_only:
         options.add("ro")
+    before = _standing_at(mount.mountpoint)
     try:
         pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
-    except RuntimeError as exc:
+        mount.standing = _standing_at(mount.mountpoint)
+    except BaseException as exc:
+        # The kernel may have mounted it all the same: fusermount3 has, when we cannot take its descriptor. Without us
+        # it would be a dead mount, and with us one that hangs: hence no question to it.
+        if _standing_at(mount.mountpoint) != before:
+            _take_away(mount)
+        if not isinstance(exc, RuntimeError):
+            raise
         why = why_not_mounted(mount.mountpoint, allow_other=mount.settings.allow_other)
         raise QedfsError(f"cannot mount on {mount.mountpoint}: {why}") from exc
-    mount.standing = _standing_at(mount.mountpoint)
+
+
+def _take_away(mount: Mount) -> None:
+    done = unmount(mount.mountpoint, lazy=True)
+    if done.returncode:
+        log.error("%s: cannot be unmounted: %s", mount.mountpoint, done.stderr.strip())
 
 
 def _stands(mount: Mount) -> bool:
@@ -261,7 +272,7 @@ def _stands(mount: Mount) -> bool:
 def _standing_at(place: str) -> Standing | None:
     try:
         return standing_at(place)
-    except OSError as exc:
+    except (OSError, ValueError, LookupError) as exc:  # whatever is in the table, a mount must come to its end
         log.warning("cannot look what is mounted at %s: %s", place, exc)
         return None
 
@@ -320,6 +331,9 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProce
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
     # "busy" is looked for in what it says; the path in there may be in no encoding.
     environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(  # noqa: S603 - no shell
-        command, capture_output=True, text=True, errors="surrogateescape", env=environment, check=False
-    )
+    try:
+        return subprocess.run(  # noqa: S603 - no shell
+            command, capture_output=True, text=True, errors="surrogateescape", env=environment, check=False
+        )
+    except OSError as exc:  # no such program, or nothing left to start one with
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: {exc.strerror}")

@@ -1,0 +1,100 @@
+"""A mount that fails while it begins leaves nothing behind, however far it has come."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qedfs.mount.place import standing_at
+from tests.harness.mounts import COMMAND_SECONDS
+from tests.harness.require import require, require_fuse, require_root
+
+from .test_options import NOBODY, user
+
+# Read by every Python that starts with it in its PYTHONPATH: what comes after the kernel has mounted goes wrong.
+AFTER_INIT = """
+import sys
+if "mount" in sys.argv or "mount" in sys.orig_argv:
+    import pyfuse3
+    init = pyfuse3.init
+    def failing(*args):
+        init(*args)
+        raise {error}
+    pyfuse3.init = failing
+"""
+IN_THE_TABLE = """
+import sys
+if "mount" in sys.orig_argv:
+    import qedfs.mount.daemon as daemon
+    look = daemon.standing_at
+    def failing(place):
+        raise {error}
+    daemon.standing_at = failing
+"""
+
+
+@pytest.mark.parametrize("way", [(), ("--daemon",)])
+@pytest.mark.parametrize("error", ["MemoryError()", "RuntimeError('from libfuse')", "KeyboardInterrupt()"])
+def test_a_mount_that_fails_once_the_kernel_has_mounted_leaves_none(
+    tmp_path: Path, error: str, way: tuple[str, ...]
+) -> None:
+    require_root()
+    require_fuse()
+    done = _mount_with(tmp_path, AFTER_INIT.format(error=error), *way)
+    assert done.returncode in (1, 130)
+    assert "Traceback" not in done.stderr
+    assert standing_at(str(tmp_path / "mnt")) is None
+
+
+@pytest.mark.parametrize("error", ["OSError(24, 'Too many open files')", "ValueError('garbled')", "IndexError()"])
+def test_a_table_of_mounts_that_cannot_be_read_keeps_no_mount_from_its_end(tmp_path: Path, error: str) -> None:
+    require_root()
+    require_fuse()
+    done = _mount_with(tmp_path, IN_THE_TABLE.format(error=error), "--until-streamed")
+    assert done.returncode == 0, done
+    assert "cannot look what is mounted at" in done.stderr
+    assert standing_at(str(tmp_path / "mnt")) is None
+
+
+def test_a_mount_of_a_user_for_whom_no_descriptor_is_left_leaves_none(tmp_path: Path) -> None:
+    """fusermount3 has mounted when we cannot take the descriptor that it hands over."""
+    failed = 0
+    with user(NOBODY) as nobody:
+        overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
+        nobody.run("mkdir", mountpoint)
+        nobody.qedfs("create", overlay, "--size", "1M")
+        for limit in range(8, 20):
+            python = nobody._python
+            command = (python, "-m", "qedfs", "mount", overlay, mountpoint, "--until-streamed")
+            done = nobody.run(require("prlimit"), f"--nofile={limit}", *command, check=False)
+            failed += done.returncode != 0
+            assert standing_at(str(mountpoint)) is None, (limit, done)
+    assert 0 < failed < 12
+
+
+def _mount_with(folder: Path, site: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Mounts a complete overlay at `folder`/mnt, with this sitecustomize."""
+    (folder / "site").mkdir()
+    (folder / "mnt").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(site)
+    overlay = folder / "disk.qed"
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    qedfs = [sys.executable, "-m", "qedfs"]
+    subprocess.run([*qedfs, "create", overlay, "--size", "1M"], check=True, capture_output=True)
+    try:
+        return subprocess.run(
+            [*qedfs, "mount", str(overlay), str(folder / "mnt"), *options],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+        )
+    finally:
+        if standing_at(str(folder / "mnt")) is not None:
+            subprocess.run([require("umount"), "--lazy", folder / "mnt"], check=False)
+            raise AssertionError("a mount is left behind")
