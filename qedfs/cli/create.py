@@ -7,10 +7,13 @@ import os
 import click
 import trio
 
+from qedfs.cli.credentials import credentials as read
+from qedfs.cli.credentials import credentials_option
 from qedfs.cli.output import print_json, remark
 from qedfs.cli.values import DURATION, SIZE
 from qedfs.errors import UsageError
 from qedfs.overlay.create import create_overlay, encode_backing_name
+from qedfs.source.credentials import Credentials
 from qedfs.source.url import Location, parse_location
 from qedfs.units import format_size
 
@@ -37,6 +40,7 @@ FORMATS = ("raw", "qcow2", "qed")
 @click.option(
     "--source-timeout", type=DURATION, default="10s", show_default=True, help="How long to try to reach the backing."
 )
+@credentials_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def create(
     overlay: str,
@@ -47,6 +51,7 @@ def create(
     table_size: int,
     no_copy_on_read: bool,
     source_timeout: float,
+    credentials: str | None,
     as_json: bool,
 ) -> None:
     """Make OVERLAY, an empty QED file over a backing image.
@@ -65,7 +70,7 @@ def create(
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
         _check_scheme(backing or "", location)
-        size, looked_at = trio.run(_size, location, backing_format, source_timeout), True
+        size, looked_at = trio.run(_size, location, backing_format, source_timeout, read(credentials)), True
     header = create_overlay(
         overlay,
         image_size=size or 0,
@@ -82,8 +87,16 @@ def create(
         print_json({"overlay": os.path.abspath(overlay), "size": made, "backing": shown, "cluster_size": cluster_size})
     else:
         click.echo(f"{overlay}: {format_size(made)}" + ("" if location is None else f" over {location}"))
-    if location is not None and location.path is not None:
+    if location is not None:
+        _remark_on_local_files(location)
+
+
+def _remark_on_local_files(location: Location) -> None:
+    if location.path is not None:
         remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
+    elif location.tls_files:
+        words = " ".join(f"--allow-backing {path}" for path in (*location.tls_files, str(location).partition("?")[0]))
+        remark(f"the key has to be allowed when it is mounted, and then the server too: {words}")
 
 
 def _check_scheme(text: str, location: Location) -> None:
@@ -95,13 +108,15 @@ def _check_scheme(text: str, location: Location) -> None:
         raise UsageError(f"backing {location}: there is no such file; a URL begins with its scheme, like http://")
 
 
-async def _size(location: Location, backing_format: str | None, timeout_seconds: float) -> int:
+async def _size(location: Location, backing_format: str | None, timeout_seconds: float, shown: Credentials) -> int:
     """Bytes of the disk in the backing. The user has typed the URL, which allows it."""
     # Imported here: libcurl takes its time.
     from qedfs.source.open import remote_source
     from qedfs.source.policy import Policy
 
-    policy = Policy(() if location.path is None else (location.path,))
+    local = tuple(filter(None, (location.path, *location.tls_files)))
+    # A prefix that allows a local file forbids what is not named besides.
+    policy = Policy((*local, location.secret_url) if local else ())
     async with trio.open_nursery() as nursery:
         remote = remote_source(
             location,
@@ -110,6 +125,7 @@ async def _size(location: Location, backing_format: str | None, timeout_seconds:
             deadline_seconds=timeout_seconds,
             raw=backing_format == "raw",  # said so: then whatever its first bytes are
             expected=backing_format or "raw",
+            credentials=shown,
         )
         try:
             return (await remote.connect()).size

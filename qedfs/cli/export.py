@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import BinaryIO
 import click
 import trio
 
+from qedfs.cli.credentials import credentials as read
+from qedfs.cli.credentials import credentials_option
 from qedfs.cli.map import whole_map
 from qedfs.cli.newfile import new_file
 from qedfs.cli.output import print_json
@@ -22,6 +25,7 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
+from qedfs.source.credentials import Credentials
 from qedfs.source.pinning import By, Pinning
 from qedfs.units import format_size
 
@@ -39,6 +43,7 @@ ZEROS = bytes(HOLE_BYTES)
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
 @pin_options
+@credentials_option
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(
@@ -49,6 +54,7 @@ def export(
     source_timeout: float,
     pin: str,
     identity: str | None,
+    credentials: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -61,23 +67,26 @@ def export(
         raise UsageError(f"{file}: is no regular file, which is what an export makes; mount OVERLAY and copy its image")
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
+    asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity))
     with new_file(file) as target:
-        pinning = Pinning(By(pin), identity)
-        written = trio.run(_export, overlay, target, with_backing, allow_backing, source_timeout, pinning)
+        written = trio.run(_export, overlay, target, with_backing, asking)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     else:
         click.echo(f"{file}: {format_size(written['size'])}, of them {format_size(written['data'])} data")
 
 
-async def _export(
-    path: str,
-    target: BinaryIO,
-    with_backing: bool,
-    allow_backing: tuple[str, ...],
-    timeout_seconds: float,
-    pinning: Pinning,
-) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asking:
+    """How the backing may be asked."""
+
+    allow_backing: tuple[str, ...]
+    credentials: Credentials
+    timeout_seconds: float
+    pinning: Pinning
+
+
+async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Asking) -> dict[str, int]:
     overlay = await open_overlay(path, writable=False)
     try:
         runs = [run async for run in whole_map(overlay)]
@@ -92,7 +101,7 @@ async def _export(
                 await trio.to_thread.run_sync(_copy, source, run, target)
         fetched = 0
         if missing:
-            fetched = await _fetch(overlay, path, missing, target, allow_backing, timeout_seconds, pinning)
+            fetched = await _fetch(overlay, path, missing, target, asking)
         return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
     finally:
         overlay.storage.close()
@@ -139,9 +148,7 @@ async def _fetch(
     path: str,
     missing: list[Run],
     target: BinaryIO,
-    allow_backing: tuple[str, ...],
-    timeout_seconds: float,
-    pinning: Pinning,
+    asking: _Asking,
 ) -> int:
     """Bring the missing runs from the backing, of the version that the overlay is pinned to.
 
@@ -158,11 +165,12 @@ async def _fetch(
     async with trio.open_nursery() as nursery:
         remote = remote_source(
             location,
-            Policy(allow_backing),
+            Policy(asking.allow_backing),
             nursery,
-            deadline_seconds=timeout_seconds,
+            deadline_seconds=asking.timeout_seconds,
             raw=not overlay.probes_backing,
-            pinning=pinning,
+            credentials=asking.credentials,
+            pinning=asking.pinning,
         )
         image = Image(path, overlay, Fetch(remote, overlay.cluster_size, nursery), copy_on_read=False)
 

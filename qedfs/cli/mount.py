@@ -12,6 +12,7 @@ import trio
 from rich.console import Console
 
 from qedfs.cli import daemon, logs
+from qedfs.cli.credentials import credentials, credentials_option
 from qedfs.cli.faults import explain
 from qedfs.cli.mountoptions import expand
 from qedfs.cli.output import console
@@ -53,6 +54,7 @@ class MountArguments:
     profile: str | None
     until_streamed: bool
     allow_backing: tuple[str, ...]
+    credentials: str | None
     allow_other: bool
     metrics: str | None
     source_timeout: float
@@ -77,6 +79,8 @@ class MountArguments:
             words.append(f"--pin={self.pin}")
         if self.identity is not None:
             words.append(f"--identity={self.identity}")
+        if self.credentials is not None:
+            words.append(f"--credentials={self.credentials}")
         if self.metrics is not None:
             words.append(f"--metrics={self.metrics}")
         flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
@@ -143,6 +147,7 @@ class MountArguments:
     help="Allow backings below this URL, folder or socket, and no others; repeatable. Without it: any http, https and "
     "nbd server, no local files.",
 )
+@credentials_option
 @click.option("--allow-other", is_flag=True, help="Let other users read the images, as their modes say.")
 @click.option(
     "--source-timeout",
@@ -198,7 +203,7 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
-    named = ("source", "mountpoint", "profile")
+    named = ("source", "mountpoint", "profile", "credentials")
     places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
     metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
     return {**options, **places, "allow_backing": prefixes, "metrics": metrics}
@@ -254,6 +259,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
             profile=() if arguments.profile is None else read_profile(arguments.profile),
             policy=Policy(arguments.allow_backing),
             pinning=Pinning(By(arguments.pin), arguments.identity),
+            credentials=credentials(arguments.credentials),
             deadline_seconds=arguments.source_timeout,
             journal_folder=journal_folder(),
         ),

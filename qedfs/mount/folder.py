@@ -29,6 +29,7 @@ from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.profile import Range
+from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.remote import DEADLINE_SECONDS
@@ -62,6 +63,7 @@ class Options:
     profile: tuple[Range, ...] = ()  # what to bring in first
     policy: Policy = dataclasses.field(default_factory=Policy)
     pinning: Pinning = USUAL
+    credentials: Credentials = NO_CREDENTIALS
     deadline_seconds: float = DEADLINE_SECONDS
     journal_folder: Path | None = None
 
@@ -117,7 +119,14 @@ class Folder:
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
         self._closing = 0  # images that are being closed because their overlay has left
-        self._sources = Sources(self._root, options.policy, options.deadline_seconds, nursery, options.pinning)
+        self._sources = Sources(
+            self._root,
+            options.policy,
+            options.deadline_seconds,
+            nursery,
+            pinning=options.pinning,
+            credentials=options.credentials,
+        )
         self._idle = Idle(options.rules, Pressure(self._barrier_seconds), self._activity)
         self._scanning = trio.Lock()
         self._scanned_mtime = -1

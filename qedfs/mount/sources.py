@@ -18,6 +18,7 @@ from qedfs.buffers import MOST_BYTES, Buffers
 from qedfs.fetch import Fetch
 from qedfs.mount.handshake import background_limit
 from qedfs.overlay.overlay import Overlay
+from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.open import allowed, remote_source
 from qedfs.source.patience import Places
 from qedfs.source.pinning import USUAL, Pinning
@@ -34,11 +35,18 @@ class Sources:
     """What the overlays of a mount are filled from."""
 
     def __init__(
-        self, root: str, policy: Policy, deadline_seconds: float, nursery: trio.Nursery, pinning: Pinning = USUAL
+        self,
+        root: str,
+        policy: Policy,
+        deadline_seconds: float,
+        nursery: trio.Nursery,
+        pinning: Pinning = USUAL,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """`root`: the folder of the overlays. `nursery` runs the tasks of the connections."""
         self._root = root
         self._policy = policy
+        self._credentials = credentials
         self._deadline_seconds = deadline_seconds
         self._pinning = pinning
         self._nursery = nursery
@@ -80,6 +88,7 @@ class Sources:
                 raw=place[1],
                 pinning=self._pinning,
                 places=self._places,
+                credentials=self._credentials,
             )
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)

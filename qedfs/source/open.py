@@ -6,6 +6,7 @@ import trio
 
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Source
+from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
@@ -32,20 +33,22 @@ def remote_source(
     expected: str | None = None,
     pinning: Pinning = USUAL,
     places: Places | None = None,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> Remote:
     """A source for `location` that connects when it is first needed.
 
     `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
     whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
     files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
-    `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as
-    another version. `places`: see `Remote`.
+    `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as another version.
+    `places`: see `Remote`. `credentials`: what is shown to which place.
 
     The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
     or address, is judged again before it is used.
     """
 
     samples = Samples()
+    shown = credentials.entry_for(location)
 
     async def connect() -> Source:
         source = await open_source()
@@ -62,10 +65,17 @@ def remote_source(
         await allowed(location, policy)
         if location.kind == "http":
             return await HttpSource.open(
-                location, policy, nursery, deadline_seconds=deadline_seconds, pinning=pinning, samples=samples
+                location,
+                policy,
+                nursery,
+                headers=shown.headers,
+                tls=shown.tls,
+                deadline_seconds=deadline_seconds,
+                pinning=pinning,
+                samples=samples,
             )
         if location.kind == "nbd":
-            return await NbdSource.open(location, policy, nursery, pinning=pinning, samples=samples)
+            return await NbdSource.open(location, policy, nursery, tls=shown.tls, pinning=pinning, samples=samples)
         return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
     remote = Remote(
@@ -79,11 +89,12 @@ async def allowed(location: Location, policy: Policy) -> None:
 
     That may wait for a dead file server, or for ourselves: hence not on the event loop.
     """
-    if location.path is None:
+    path = next(filter(None, (location.path, *location.tls_files)), None)
+    if path is None:
         policy.check_location(location)
         return
     with trio.move_on_after(LOCAL_PATH_SECONDS):
-        await in_thread(location.path, lambda: policy.check_location(location))
+        await in_thread(path, lambda: policy.check_location(location))
         return
     raise SourceUnreachable(
         f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s", reason=Reason.TIMEOUT

@@ -66,6 +66,7 @@ class Policy:
 
     def check_location(self, location: Location) -> None:
         """Raise Refused unless a backing may be at this place at all. Links on the way to a local path are followed."""
+        self._check_tls_files(location)
         if location.path is None:
             if self.prefixes and not any(_covers(prefix, location) for prefix in self.prefixes):
                 raise Refused(f"backing {location} is outside every --allow-backing prefix")
@@ -75,6 +76,15 @@ class Policy:
             path = redact(location.path)
             raise Refused(f"backing {location} names {what} {path}; --allow-backing {path} would allow it")
         self.check_path(os.path.realpath(location.path), location)
+
+    def _check_tls_files(self, location: Location) -> None:
+        """Keys that a backing's name leads to are local files like any other."""
+        for path in location.tls_files:
+            if not any(_holds(prefix, os.path.realpath(path)) for prefix in self.prefixes):
+                raise Refused(
+                    f"backing {location} names the local file {path}; --allow-backing {path} would allow it,"
+                    " or name the key in --credentials"
+                )
 
     def check_path(self, path: str, location: Location) -> None:
         """Raise Refused unless what is at `path`, which holds no links, may be the backing at `location`.
@@ -156,17 +166,16 @@ def _holds(prefix: str, path: str) -> bool:
 
 def _covers(prefix: str, location: Location) -> bool:
     try:
-        allowed = parse_location(prefix)
+        return below(parse_location(prefix), location)
     except UsageError:
         return False
-    if (allowed.kind, allowed.tls, allowed.host, allowed.port) != (
-        location.kind,
-        location.tls,
-        location.host,
-        location.port,
-    ):
+
+
+def below(allowed: Location, location: Location) -> bool:
+    """Whether a location is at the prefix `allowed` or below it, as `Policy` says."""
+    if _server(allowed) != _server(location):
         return False
-    query = urlsplit(allowed.secret_url).query
+    query = urlsplit(allowed.secret_url).query if allowed.kind == "http" else ""
     covered, asked = _segments(allowed), _segments(location)
     if covered is None or asked is None:
         return False
@@ -176,6 +185,10 @@ def _covers(prefix: str, location: Location) -> bool:
     while covered and not covered[-1]:
         covered.pop()
     return asked[: len(covered)] == covered
+
+
+def _server(location: Location) -> tuple[str, bool, str | None, int | None, str | None]:
+    return location.kind, location.tls, location.host, location.port, location.path
 
 
 def _segments(location: Location) -> list[str] | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from qedfs.errors import UsageError
@@ -31,9 +33,17 @@ class Location:
     tls: bool = False
     export: str = ""  # NBD export name
     path: str | None = dataclasses.field(default=None, repr=False)  # of the local file, or of the NBD server's socket
+    user: str | None = dataclasses.field(default=None, repr=False)  # that an NBD server knows the pre-shared key by
+    psk_file: str | None = None
+    tls_folder: str | None = None  # with ca-cert.pem, client-cert.pem and client-key.pem
 
     def __str__(self) -> str:
         return self.redacted
+
+    @property
+    def tls_files(self) -> tuple[str, ...]:
+        """Local files and folders that the name leads to besides the backing itself."""
+        return tuple(filter(None, (self.psk_file, self.tls_folder)))
 
 
 def parse_location(text: str, *, relative_to: str | None = None) -> Location:
@@ -131,14 +141,40 @@ def _nbd_uri(text: str) -> str:
 
 def _parse_nbd(text: str, parts: SplitResult) -> Location:
     export = unquote(parts.path.removeprefix("/"))
-    tls = parts.scheme.startswith("nbds")
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    found = Location("nbd", redact(text), text, export=export, **_tls_of_nbd(parts, query))
     if parts.scheme.endswith("+unix"):
-        socket_path = dict(parse_qsl(parts.query)).get("socket", "")
+        socket_path = query.get("socket", "")
         if not socket_path.startswith("/"):
             raise ValueError("give the server's socket as an absolute path: nbd+unix:///export?socket=PATH")
         host = ascii_host(parts.hostname) if parts.hostname else None
-        return Location("nbd", redact(text), text, host=host, tls=tls, export=export, path=socket_path)
+        return dataclasses.replace(found, host=host, path=socket_path)
     if not parts.hostname:
         raise ValueError("no host in the URL")
-    port = parts.port or NBD_DEFAULT_PORT
-    return Location("nbd", redact(text), text, host=ascii_host(parts.hostname), port=port, tls=tls, export=export)
+    return dataclasses.replace(found, host=ascii_host(parts.hostname), port=parts.port or NBD_DEFAULT_PORT)
+
+
+def _tls_of_nbd(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
+    """What the URI says about TLS (the NBD URI specification, and `tls-certificates` as libnbd has it).
+
+    Parameters that we do not know are passed over, as the specification says, unless they are about TLS: somebody who
+    names a key, or says what to verify, must not get something else.
+    """
+    tls = parts.scheme.startswith("nbds")
+    named = {name: value for name, value in query.items() if name.startswith("tls-")}
+    for name, value in named.items():
+        if name not in ("tls-psk-file", "tls-certificates"):
+            raise ValueError(f"{name}= is not supported; there are tls-psk-file= and tls-certificates=")
+        if not tls:
+            raise ValueError(f"{name}= is for nbds://, which uses TLS")
+        if not value.startswith("/"):
+            raise ValueError(f"give {name}= as an absolute path")
+    if len(named) > 1:
+        raise ValueError("give tls-psk-file= or tls-certificates=, not both")
+    user = unquote(parts.username) if parts.username else None
+    return {
+        "tls": tls,
+        "user": user,
+        "psk_file": named.get("tls-psk-file"),
+        "tls_folder": named.get("tls-certificates"),
+    }

@@ -331,6 +331,14 @@ def _cookie_wanted(exchange: Exchange) -> None:
     return None
 
 
+@_named("token-wanted")
+def _token_wanted(exchange: Exchange) -> None:
+    if exchange.request.headers.get("private-token") == exchange.server.cookie:
+        return _ok(exchange)
+    exchange.send("404 Not Found", {})  # as GitLab says it
+    return None
+
+
 def _add_statuses() -> None:
     for code in (204, 304, 400, 401, 403, 404, 408, 410, 412, 416, 425, 429, 500, 501, 502, 503, 504, 507):
         BEHAVIOURS[f"status-{code}"] = partial(Exchange.send, status=f"{code} Scripted", headers={})

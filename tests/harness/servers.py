@@ -201,6 +201,8 @@ def nbdkit(
     tcp: bool = False,
     export: str = "",
     tls: Certificate | None = None,
+    verify_peer: bool = False,
+    psk: Path | None = None,
 ) -> Iterator[Server]:
     """Serves an nbdkit plugin with its arguments: `nbdkit("memory", "1G")`, `nbdkit("file", path, filters=["delay"])`.
 
@@ -212,7 +214,11 @@ def nbdkit(
         argv += [f"--filter={name}" for name in filters]
         if tls is not None:
             argv += ["--tls=require", f"--tls-certificates={tls.folder}"]
-        running = Server([*argv, *plugin], address, "nbds" if tls else "nbd", _export_path(export), folder)
+        if verify_peer:
+            argv.append("--tls-verify-peer")
+        if psk is not None:
+            argv += ["--tls=require", f"--tls-psk={psk}"]
+        running = Server([*argv, *plugin], address, "nbds" if tls or psk else "nbd", _export_path(export), folder)
         with _stopping(running):
             yield running
 
@@ -227,6 +233,8 @@ def qemu_nbd(
     export: str = "",
     writable: bool = False,
     tls: Certificate | None = None,
+    verify_peer: bool = False,
+    psk: Path | None = None,
 ) -> Iterator[Server]:
     """Serves an image file of format `fmt` to at most `shared` clients at once, and stays when they have gone."""
     with _folder() as folder:
@@ -236,9 +244,12 @@ def qemu_nbd(
         if not writable:
             argv.append("--read-only")
         if tls is not None:
-            argv += ["--object", f"tls-creds-x509,id=tls,endpoint=server,dir={tls.folder},verify-peer=off"]
+            verify = "on" if verify_peer else "off"
+            argv += ["--object", f"tls-creds-x509,id=tls,endpoint=server,dir={tls.folder},verify-peer={verify}"]
             argv += ["--tls-creds", "tls"]
-        running = Server([*argv, file], address, "nbds" if tls else "nbd", _export_path(export), folder)
+        if psk is not None:
+            argv += ["--object", f"tls-creds-psk,id=tls,endpoint=server,dir={psk.parent}", "--tls-creds", "tls"]
+        running = Server([*argv, file], address, "nbds" if tls or psk else "nbd", _export_path(export), folder)
         with _stopping(running):
             yield running
 

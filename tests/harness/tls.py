@@ -1,4 +1,4 @@
-"""A throw-away certificate authority and one server certificate for 127.0.0.1 and localhost.
+"""A throw-away certificate authority, one server certificate for 127.0.0.1 and localhost, and one of a client.
 
 The files carry the names that QEMU and nbdkit look for in a credentials folder, so one folder serves nginx, both NBD
 servers and their clients.
@@ -28,6 +28,10 @@ basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
 subjectAltName = DNS:localhost, IP:127.0.0.1
+[client]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = clientAuth
 """
 
 
@@ -38,14 +42,19 @@ class Certificate(NamedTuple):
     ca: Path
     cert: Path
     key: Path
+    client_cert: Path
+    client_key: Path
 
 
 def certificate(folder: Path) -> Certificate:
-    """Makes the authority and the certificate in `folder`, valid for two days."""
-    made = Certificate(folder, folder / "ca-cert.pem", folder / "server-cert.pem", folder / "server-key.pem")
+    """Makes the authority, and one certificate each for a server and a client, in `folder`, valid for two days."""
+    names = ("ca-cert", "server-cert", "server-key", "client-cert", "client-key")
+    made = Certificate(folder, *(folder / f"{name}.pem" for name in names))
     authority_key = folder / "ca-key.pem"
     _openssl_req(folder, "qedfs test authority", "ca", authority_key, made.ca)
-    _openssl_req(folder, "localhost", "server", made.key, made.cert, "-CA", str(made.ca), "-CAkey", str(authority_key))
+    signer = ("-CA", str(made.ca), "-CAkey", str(authority_key))
+    _openssl_req(folder, "localhost", "server", made.key, made.cert, *signer)
+    _openssl_req(folder, "qedfs test client", "client", made.client_key, made.client_cert, *signer)
     return made
 
 

@@ -25,6 +25,7 @@ import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable, UsageError
 from qedfs.source.base import Extent, Identity
+from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
 from qedfs.source.http.judge import Doubted, RangeRequest, Unmet
@@ -34,9 +35,11 @@ from qedfs.source.http.place import Doubt, Place, passing
 from qedfs.source.http.resolve import REDIRECTS, Resolved, place_name, request_lines, resolve
 from qedfs.source.http.target import Target, first_target
 from qedfs.source.http.version import Version
+from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
+from qedfs.source.trust import read_files
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 64  # per pool
@@ -117,11 +120,13 @@ class HttpSource:
         nursery: trio.Nursery,
         *,
         headers: Sequence[str] = (),
+        tls: TlsFiles = NO_TLS_FILES,
         deadline_seconds: float = DEADLINE_SECONDS,
         pinning: Pinning = USUAL,
         samples: Samples | None = None,
     ) -> HttpSource:
-        """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines.
+        """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines, `tls` what is
+        shown to the origin.
 
         `deadline_seconds`: how long readers wait, which is also how often the origin is asked about a place that fails.
         `samples`: of what was read of this version already; they get more of it, and decide when in doubt.
@@ -137,7 +142,9 @@ class HttpSource:
         if location.kind != "http":
             raise UsageError(f"backing {location} is not an http or https URL")
         policy.check_location(location)
-        origin = await with_login(first_target(location, headers))
+        if paths := tls.paths:
+            await in_thread(paths[0], lambda: read_files(location, *paths))  # libcurl would not say which is missing
+        origin = await with_login(first_target(location, headers, tls=tls))
         doubt = Doubt(deadline_seconds)
         pools: list[_Pool] = []
         try:

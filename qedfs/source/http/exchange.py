@@ -17,9 +17,10 @@ from typing import Protocol
 import pycurl
 
 from qedfs.errors import Reason, Refused, SourceUnreachable
+from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer, parse_answer
 from qedfs.source.http.failure import TransferFailed, source_error
-from qedfs.source.http.handle import new_handle
+from qedfs.source.http.handle import new_handle, show_tls_files
 from qedfs.source.http.multi import Multi, MultiClosed
 from qedfs.source.http.target import Target
 from qedfs.source.policy import Policy
@@ -44,17 +45,22 @@ class Exchange:
     """An easy handle and the request that it is busy with."""
 
     def __init__(self, policy: Policy) -> None:
-        self.curl = new_handle()
-        self.curl.setopt(pycurl.HEADERFUNCTION, self._on_header)
-        self.curl.setopt(pycurl.WRITEFUNCTION, self._on_body)
-        self.curl.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open_socket)
-        self.curl.setopt(pycurl.SOCKOPTFUNCTION, self._on_socket_opened)
+        self.curl = self._new_handle()
         self._policy = policy
+        self._tls = NO_TLS_FILES
         self._target: Target | None = None
         self._lines: Sequence[str] = ()
         self._cookies: Sequence[bytes] = ()
         self._opened: socket.socket | None = None
         self._prepare(_EMPTY, None, "")
+
+    def _new_handle(self) -> pycurl.Curl:
+        curl = new_handle()
+        curl.setopt(pycurl.HEADERFUNCTION, self._on_header)
+        curl.setopt(pycurl.WRITEFUNCTION, self._on_body)
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open_socket)
+        curl.setopt(pycurl.SOCKOPTFUNCTION, self._on_socket_opened)
+        return curl
 
     def aim(self, target: Target, lines: Sequence[str], cookies: Sequence[bytes] = ()) -> None:
         """Send the next requests to `target` with these header lines. Cheap when all are the ones of last time.
@@ -63,6 +69,8 @@ class Exchange:
         """
         if target is self._target and lines is self._lines and cookies is self._cookies:
             return
+        if target.tls != self._tls:
+            self._show(target.tls)
         self.curl.setopt(pycurl.URL, target.url)
         self.curl.setopt(pycurl.PROXY, os.fsencode(target.proxy))
         for option, value in ((pycurl.USERNAME, target.user), (pycurl.PASSWORD, target.password)):
@@ -75,6 +83,16 @@ class Exchange:
             for line in (b"ALL", *cookies):  # "ALL" drops those that it has
                 self.curl.setopt(pycurl.COOKIELIST, line)
         self._target, self._lines, self._cookies = target, lines, cookies
+
+    def _show(self, tls: TlsFiles) -> None:
+        if self._tls.certificate is not None:
+            cookies = self.cookies
+            self.curl.close()
+            self.curl = self._new_handle()
+            for line in cookies:
+                self.curl.setopt(pycurl.COOKIELIST, line)
+        show_tls_files(self.curl, tls)
+        self._tls = tls
 
     def take_cookies(self) -> None:
         """From now on keep the cookies that answers set, and send each to where it belongs, as RFC 6265 says."""
@@ -157,7 +175,7 @@ class Exchange:
         elif self._refusal is not None and cause.code == pycurl.E_COULDNT_CONNECT:
             error = self._refusal
         else:
-            error = source_error(cause.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where)
+            error = source_error(cause.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where, cause.said)
         error.__cause__ = cause
         return error
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import ssl
-from collections.abc import Mapping
 
 import pycurl
 
 from qedfs import __version__
+from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
+from qedfs.source.trust import find_ca_file, find_ca_folder
 
 CONNECT_SECONDS = 10  # name look-up, TCP and TLS together
 STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for so long is given up
@@ -24,14 +24,6 @@ RECEIVE_BUFFER_SIZE = 64 * 1024
 
 _SUPPRESS_CONNECT_HEADERS = 265  # CURLOPT_SUPPRESS_CONNECT_HEADERS; pycurl has no name for it
 _QUICK_EXIT = 322  # CURLOPT_QUICK_EXIT; the same
-
-# The pycurl wheel brings an OpenSSL of its own, which does not know where this system keeps its CA certificates.
-_CA_FILES = (
-    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Arch
-    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
-    "/etc/ssl/ca-bundle.pem",  # SUSE
-    "/etc/ssl/cert.pem",  # Alpine
-)
 
 
 def new_handle() -> pycurl.Curl:
@@ -54,20 +46,26 @@ def new_handle() -> pycurl.Curl:
         curl.setopt(_QUICK_EXIT, 1)
     ca_file = find_ca_file(os.environ)
     if ca_file is not None:
-        curl.setopt(pycurl.CAINFO, ca_file)
         curl.setopt(pycurl.PROXY_CAINFO, ca_file)
-    if os.environ.get("SSL_CERT_DIR"):
-        curl.setopt(pycurl.CAPATH, os.environ["SSL_CERT_DIR"])
+    show_tls_files(curl, NO_TLS_FILES)
     return curl
 
 
-def find_ca_file(environ: Mapping[str, str]) -> str | None:
-    """The file of CA certificates to trust: what the user names, else where this kind of system keeps it."""
-    named = environ.get("CURL_CA_BUNDLE") or environ.get("SSL_CERT_FILE")
-    if named:
-        return named  # not looked at here: if it is missing, that has to be an error and not other trust
-    candidates = (ssl.get_default_verify_paths().cafile, *_CA_FILES)
-    return next((path for path in candidates if path and os.path.exists(path)), None)
+def show_tls_files(curl: pycurl.Curl, files: TlsFiles) -> None:
+    """Trust and show the certificates of a place; without any, trust what the user or the system trusts.
+
+    pycurl cannot take a client certificate away again: a place without one needs another handle.
+    """
+    ca_file = files.ca or find_ca_file(os.environ)
+    ca_folder = None if files.ca else find_ca_folder(os.environ)
+    for option, path in ((pycurl.CAINFO, ca_file), (pycurl.CAPATH, ca_folder)):
+        if path is None:
+            curl.unsetopt(option)
+        else:
+            curl.setopt(option, os.fsencode(path))
+    if files.certificate is not None:
+        curl.setopt(pycurl.SSLCERT, os.fsencode(files.certificate))
+        curl.setopt(pycurl.SSLKEY, os.fsencode(files.key or files.certificate))
 
 
 _FIXED_OPTIONS = {
@@ -83,6 +81,7 @@ _FIXED_OPTIONS = {
     pycurl.PATH_AS_IS: 1,  # the path that the policy saw is the path that is sent
     pycurl.SSL_VERIFYPEER: 1,
     pycurl.SSL_VERIFYHOST: 2,
+    pycurl.KEYPASSWD: "",  # or OpenSSL asks at the terminal for the passphrase of a key
     pycurl.BUFFERSIZE: RECEIVE_BUFFER_SIZE,
     pycurl.NOSIGNAL: 1,  # libcurl must not touch SIGALRM and SIGPIPE of the process
     pycurl.NOPROGRESS: 1,

@@ -26,7 +26,7 @@ import threading
 import pycurl
 import trio
 
-from qedfs.source.http.failure import TransferFailed
+from qedfs.source.http.failure import TransferFailed, said
 
 # At most so many ready sockets are served before other tasks get their turn; each may bring some MiB.
 _SOCKETS_PER_TURN = 8
@@ -176,8 +176,8 @@ class Multi:
             more, good, bad = self._multi.info_read()
             for curl in good:
                 self._land(curl, None)
-            for curl, code, _text in bad:
-                self._land(curl, TransferFailed(code))
+            for curl, code, text in bad:
+                self._land(curl, TransferFailed(code, said(text)))
         if self._fault is not None:
             # libcurl does not tell for which transfer it wanted the socket, so all of them have to go.
             self._land_all(self._fault)

@@ -27,6 +27,12 @@ MAX_REDIRECTS = 5
 _TEMPORARY = frozenset({302, 303, 307})  # RFC 9110, section 15.4: the next look at the origin may lead elsewhere
 REDIRECTS = frozenset({301, 308}) | _TEMPORARY
 
+# nginx says so to a client without a certificate, or with a wrong one, after a handshake that went well.
+_BAD_REQUEST = {
+    False: "answered with status 400; it may want a client certificate (see --credentials)",
+    True: "answered with status 400; it may not accept our client certificate",
+}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolved:
@@ -60,6 +66,8 @@ async def resolve(
         where = place_name(origin, target)
         with passing(at_mirror):
             answer = await _ask(target, exchange, multi, where, silent_seconds if at_mirror else math.inf)
+            if answer.status == 400 and target.location.tls:
+                raise SourceError(f"{where} {_BAD_REQUEST[target.tls.certificate is not None]}")
             if answer.status not in REDIRECTS:
                 found = judge_opening(answer, where, str(target.location), pinning)
                 # What a redirect says of the file goes with it (RFC 6249, section 6).

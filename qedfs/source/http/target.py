@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from qedfs.errors import SourceError, UsageError
+from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.hostname import ascii_host
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
@@ -40,6 +41,7 @@ class Target:
     password: str | None = dataclasses.field(repr=False)
     headers: tuple[str, ...] = dataclasses.field(repr=False)
     proxy: str = dataclasses.field(repr=False)
+    tls: TlsFiles = NO_TLS_FILES
     redirected_from: str | None = None  # numeric address of the server that sent us here; its name behind a proxy
 
     @property
@@ -63,8 +65,14 @@ class Target:
             policy.check_address(address, self.location, redirected_from=self.redirected_from)
 
 
-def first_target(location: Location, headers: Sequence[str], environ: Mapping[str, str] = os.environ) -> Target:
-    """The target that the user named. `headers` are "Name: value" lines for its origin.
+def first_target(
+    location: Location,
+    headers: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    *,
+    tls: TlsFiles = NO_TLS_FILES,
+) -> Target:
+    """The target that the user named. `headers` are "Name: value" lines for its origin, and `tls` is for it alone too.
 
     Raises:
         UsageError: a header line that is none, or a host name that is none.
@@ -73,7 +81,7 @@ def first_target(location: Location, headers: Sequence[str], environ: Mapping[st
         if _HEADER_LINE.fullmatch(line) is None:
             # Not quoted: it may hold a token.
             raise UsageError(f"backing {location}: extra header {number} is not of the form 'Name: value'")
-    return _target(location, tuple(headers), environ, redirected_from=None)
+    return dataclasses.replace(_target(location, tuple(headers), environ, redirected_from=None), tls=tls)
 
 
 def next_target(
@@ -81,9 +89,10 @@ def next_target(
 ) -> Target:
     """Where an answer of `current` with `Location: reference` sends us.
 
-    Credentials and header lines of `origin`, the place that the user named, come along only if the new place is of
-    the same origin: scheme, host and port (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091 are what happens
-    otherwise). `address` is the numeric address of the server that answered, or of the proxy that spoke for it.
+    What `origin`, the place that the user named, gets (credentials, header lines, certificates) comes along only if the
+    new place is of the same origin: scheme, host and port (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091
+    are what happens otherwise). `address` is the numeric address of the server that answered, or of the proxy that
+    spoke for it.
 
     Raises:
         SourceError: the reference is not a URL that can be followed.
@@ -98,9 +107,12 @@ def next_target(
     except (ValueError, UsageError):
         # Not chained: urllib's text may quote a login, and tracebacks are logged.
         raise SourceError(f"{current.location} redirects to something that is not a usable URL") from None
-    if same and target.user is None:
-        return dataclasses.replace(target, user=origin.user, password=origin.password)
-    return target
+    if not same:
+        return target
+    target = dataclasses.replace(target, tls=origin.tls)
+    return (
+        target if target.user is not None else dataclasses.replace(target, user=origin.user, password=origin.password)
+    )
 
 
 def choose_proxy(location: Location, environ: Mapping[str, str]) -> str:

@@ -24,8 +24,11 @@ import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.source.base import WEAK, Extent, Identity, Sameness
+from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.nbd import faults
 from qedfs.source.nbd.connection import Connection
+from qedfs.source.nbd.tls import client_context
+from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
@@ -84,21 +87,26 @@ class NbdSource:
         policy: Policy,
         nursery: trio.Nursery,
         *,
+        tls: TlsFiles = NO_TLS_FILES,
         pinning: Pinning = USUAL,
         samples: Samples | None = None,
     ) -> NbdSource:
         """Connect, and learn the size of the export. Connections live in `nursery` until `aclose`.
 
-        `samples`: of what was read of this version already; they get more of it.
+        `tls`: what is shown to the server and trusted, unless the location names that itself. `samples`: of what was
+        read of this version already; they get more of it.
 
         Raises:
             Refused: `policy` does not allow the server's address.
             SourceUnreachable: no answer within 10 s, or none that can be used now.
             SourceError: the server will not serve this export to us (unknown, TLS, no NBD at all).
         """
-        tls = ssl.create_default_context() if location.tls else None
-        connection = await Connection.open(location, policy, tls, nursery)
-        return cls(location, policy, tls, nursery, connection, pinning, Samples() if samples is None else samples)
+        context = None
+        if location.tls:
+            path = next(iter((*location.tls_files, *tls.paths)), "")
+            context = await in_thread(path, lambda: client_context(location, tls))
+        connection = await Connection.open(location, policy, context, nursery)
+        return cls(location, policy, context, nursery, connection, pinning, Samples() if samples is None else samples)
 
     @property
     def identity(self) -> Identity:

@@ -295,14 +295,19 @@ async def _shake_hands(
     answer = b""
     step = next(dialogue)
     while True:
-        if isinstance(step, int):
-            answer = await current.receive_exactly(step)
-        elif isinstance(step, bytes):
-            await current.send(step)
-        elif tls is not None:  # START_TLS, which the dialogue asks for only then
-            # A Unix socket has no name of its own to verify; libnbd expects "localhost" there, too.
-            current = secure = TlsTransport(transport, tls, location.host or "localhost")
-            await secure.handshake()
+        try:
+            if isinstance(step, int):
+                answer = await current.receive_exactly(step)
+            elif isinstance(step, bytes):
+                await current.send(step)
+            elif tls is not None:  # START_TLS, which the dialogue asks for only then
+                # A Unix socket has no name of its own to verify; libnbd expects "localhost" there, too.
+                current = secure = TlsTransport(transport, tls, location.host or "localhost")
+                await secure.handshake()
+        except (EOFError, trio.BrokenResourceError) as exc:
+            if current is not transport and faults.is_end(exc):
+                raise faults.EndedUnderTls from exc
+            raise
         try:
             step = dialogue.send(answer)
         except StopIteration as end:

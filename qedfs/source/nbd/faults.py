@@ -13,8 +13,19 @@ import ssl
 import trio
 
 from qedfs.errors import Reason, SourceError, SourceUnreachable
+from qedfs.source.alerts import Said, explain_alert
 from qedfs.source.nbd.protocol import Refusal, Violation, printable
 from qedfs.source.url import Location
+
+
+class EndedUnderTls(Exception):
+    """The peer hung up between the beginning of the TLS handshake and the end of NBD's. Never leaves this package."""
+
+
+def is_end(exc: Exception) -> bool:
+    """Whether the peer has just hung up."""
+    cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) else exc
+    return isinstance(cause, (EOFError, ssl.SSLEOFError, ConnectionError))
 
 
 def opening_fault(location: Location, exc: Exception) -> SourceError:
@@ -22,6 +33,15 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
     certificate = _certificate_fault(exc)
     if certificate is not None:
         return SourceError(f"{location}: the server's certificate is not trusted: {certificate}")
+    alert = _alert(exc)
+    if alert is not None:
+        text = f"{location}: {alert.words}"
+        return SourceError(text) if alert.lasting else SourceUnreachable(text, reason=Reason.CONNECT)
+    if isinstance(exc, EndedUnderTls):
+        # GnuTLS of nbdkit and QEMU verifies after the handshake, and then just closes.
+        words = "the server closed the connection at the TLS handshake; it may want a client certificate"
+        text = f"{location}: {words} or a pre-shared key that it knows (see --credentials)"
+        return SourceUnreachable(text, reason=Reason.CONNECT)
     if isinstance(exc, Violation):
         return SourceError(f"{location}: {exc}")
     if isinstance(exc, Refusal):
@@ -60,6 +80,16 @@ def reason(exc: Exception) -> str:
     if isinstance(exc, OSError) and exc.errno is not None:
         return os.strerror(exc.errno)
     return str(exc) if isinstance(exc, Violation) else f"{type(exc).__name__}: {printable(str(exc).encode())}"
+
+
+def _alert(exc: Exception) -> Said | None:
+    """What the server objected to in the TLS handshake, if it has said so."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError) and (said := explain_alert(cause.reason or "")):
+            return said
+        cause = cause.__cause__
+    return None
 
 
 def _certificate_fault(exc: Exception) -> str | None:

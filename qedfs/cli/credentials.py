@@ -1,0 +1,25 @@
+"""`--credentials FILE`, of every command that asks servers. What the file holds is `source/credentials.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from qedfs.source.credentials import Credentials
+
+credentials_option = click.option(
+    "--credentials",
+    type=click.Path(),
+    metavar="FILE",
+    help="What is shown to which server: header fields, client certificates, pre-shared keys; see README.",
+)
+
+
+def credentials(path: str | None) -> Credentials:
+    """What is in the file; nothing without one. Raises UsageError as `read_credentials`."""
+    # Imported here: not every command needs it.
+    from qedfs.source.credentials import NO_CREDENTIALS, read_credentials
+
+    return NO_CREDENTIALS if path is None else read_credentials(path)

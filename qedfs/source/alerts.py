@@ -1,0 +1,44 @@
+"""A TLS alert in a library's words -> ours, that say what the server wants.
+
+Owns the words. Pure: the text of a library is looked at, and nothing of it is handed on, since it may hold a URL.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Said(NamedTuple):
+    """What an error says, and whether another try is of no use."""
+
+    words: str
+    lasting: bool = True
+
+
+_ALERT = re.compile(r"alert ([a-z ]+)")
+_MEANING = {
+    "certificate required": Said("the server wants a client certificate (see --credentials)"),
+    "handshake failure": Said(
+        "the server refuses the TLS handshake; it may want a client certificate (see --credentials)", lasting=False
+    ),
+    "unknown psk identity": Said("the server does not know the user of our pre-shared key"),
+    "decrypt error": Said("the server finds our certificate or key wrong", lasting=False),
+    "bad record mac": Said("the server finds our pre-shared key wrong", lasting=False),
+    **dict.fromkeys(
+        ("bad certificate", "unknown ca", "certificate unknown", "certificate revoked", "access denied"),
+        Said("the server does not accept our client certificate"),
+    ),
+    "certificate expired": Said("the server finds our client certificate expired"),
+    "unsupported certificate": Said("the server does not accept this kind of client certificate"),
+    "protocol version": Said("the server speaks no version of TLS that we accept"),
+}
+
+
+def explain_alert(text: str) -> Said | None:
+    """What the alert in OpenSSL's text of an error means; None if there is none that we know.
+
+    Alerts come from the other side: what is wrong with the server's own certificate, we find and say ourselves.
+    """
+    found = _ALERT.search(text.replace("_", " ").lower())
+    return None if found is None else _MEANING.get(found[1].strip())
