@@ -23,6 +23,7 @@ from qedfs.cli.values import DURATION, SIZE, Checked
 from qedfs.control.metricsserver import parse_address
 from qedfs.control.port import Mounted
 from qedfs.errors import UsageError
+from qedfs.mount.clock import LoopClock
 from qedfs.stream.idle import Rules, parse_between, parse_delay
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
     terminal = console(stderr=True)
     bars = terminal if terminal.is_terminal and not arguments.log_json else None
     logs.set_up(verbose=arguments.verbose, as_json=arguments.log_json, bars=bars)
-    trio.run(_serve_with_bars, arguments, readiness, bars)
+    trio.run(_serve_with_bars, arguments, readiness, bars, clock=LoopClock())
 
 
 def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
