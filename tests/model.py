@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 SECTOR = 512
 
@@ -69,6 +70,17 @@ class SectorModel:
             if version.returned < since:
                 version.committed_at = at
         self._open = [version for version in self._open if version.committed_at == math.inf]
+
+    def has_begun(self, at: float) -> bool:
+        """Whether a write had been called by position `at`."""
+        return any(version.begun >= 0 and version.begun_at <= at for version in self._versions())
+
+    def has_committed(self, at: float) -> bool:
+        """Whether a write survives a crash at position `at`."""
+        return any(version.begun >= 0 and version.committed_at <= at for version in self._versions())
+
+    def _versions(self) -> Iterator[Version]:
+        return (version for known in self._sectors.values() for version, _ in known)
 
     def base_of(self, sector: int) -> bytes:
         """A sector before anybody wrote to it."""

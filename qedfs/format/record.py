@@ -1,8 +1,8 @@
 """The private record that qedfs keeps in the header clusters, where QEMU never looks.
 
 Owns the two slots, their checksum, and what the record says: which session has the overlay open, which version of the
-source its clusters come from (the pin), and the user's wishes that outlive a mount. A record that is missing, torn or
-from elsewhere is never an error; it is no record.
+source its clusters come from (the pin), the times of the image, and the user's wishes that outlive a mount. A record
+that is missing, torn or from elsewhere is never an error; it is no record.
 
 There are two slots, written in turn, so that a record torn by a power cut leaves the one before: losing the pin would
 let the overlay be filled from two versions of a source. The slots end where the header clusters end. QEMU keeps those
@@ -18,7 +18,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qedfs.format.header import HEADER_BYTES, Header
@@ -34,6 +34,7 @@ _PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequen
 _MAGIC = b"qedfs\0\1\n"
 _MAX_TEXT = SLOT_BYTES - _PREFIX.size
 _MAX_SEQUENCE = 1 << 62  # leaves room for those that follow
+MAX_TIME = 1 << 62  # nanoseconds, of either sign: the years 1823 to 2116
 _MAX_VALIDATOR = 512  # bytes of its JSON; two of them and the rest of a record fit in a slot
 _MAX_CALLED = 64  # bytes of its JSON
 
@@ -63,6 +64,7 @@ class Record:
 
     `journal`: whose journal on this machine has what the session has not yet brought into the overlay; see
     overlay/whereabouts.py.
+    `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have moved them since.
     """
 
     session: str = ""
@@ -71,6 +73,8 @@ class Record:
     paused: bool = False
     sequence: int = 0
     journal: str = ""
+    times: tuple[int, int] | None = None
+    written: bool = False
 
 
 def digest(text: str) -> str:
@@ -110,12 +114,9 @@ def slot_index(record: Record) -> int:
 
 def encode_record(record: Record) -> bytes:
     """One slot's bytes."""
-    text = _text(record)
-    if len(text) > _MAX_TEXT and record.pin is not None and record.pin.samples:
-        # They are of use only where the validators leave a doubt, and these are long ones.
-        text = _text(dataclasses.replace(record, pin=dataclasses.replace(record.pin, samples="")))
-    if len(text) > _MAX_TEXT:
-        raise ValueError(f"record of {len(text)} bytes does not fit in {_MAX_TEXT}")
+    text = next((text for text in _texts(record) if len(text) <= _MAX_TEXT), None)
+    if text is None:
+        raise ValueError(f"record of {len(_text(record))} bytes does not fit in {_MAX_TEXT}")
     body = struct.pack("<Q", record.sequence) + text
     return (_PREFIX.pack(_MAGIC, len(text), zlib.crc32(body), record.sequence) + text).ljust(SLOT_BYTES, b"\0")
 
@@ -142,6 +143,18 @@ def _decode_slot(slot: bytes) -> Record | None:
         return None
 
 
+def _texts(record: Record) -> Iterator[bytes]:
+    """The record, then what can be left out of it beside long validators, the most dispensable first."""
+    timeless = dataclasses.replace(record, times=None)  # the image has the times of its file then
+    yield _text(record)
+    yield _text(timeless)
+    if record.pin is not None and record.pin.samples:
+        # They are of use only where the validators leave a doubt, and these are long ones.
+        pin = dataclasses.replace(record.pin, samples="")
+        yield _text(dataclasses.replace(record, pin=pin))
+        yield _text(dataclasses.replace(timeless, pin=pin))
+
+
 def _text(record: Record) -> bytes:
     return json.dumps(_to_json(record), separators=(",", ":"), sort_keys=True).encode()
 
@@ -149,8 +162,9 @@ def _text(record: Record) -> bytes:
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
-    if not record.journal:
-        del fields["journal"]
+    for name in ("journal", "times", "written"):  # versions before they came read records without them
+        if not fields[name]:
+            del fields[name]
     if record.pin is not None:
         pin = dataclasses.asdict(record.pin)
         fields["pin"] = {name: value for name, value in pin.items() if value or name not in _LATER_PIN_FIELDS}
@@ -161,9 +175,22 @@ def _from_json(fields: object, sequence: int) -> Record:
     match fields:
         case {"session": str(session), "pin": pin, "copy_on_read": bool(copy_on_read), "paused": bool(paused), **rest}:
             journal = rest.pop("journal", "")
-            if not rest and _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
-                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence, journal)
+            times, written = _times_from_json(rest.pop("times", None)), rest.pop("written", False)
+            if rest or not isinstance(written, bool):
+                raise ValueError("not a record of this version")
+            if _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
+                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence, journal, times, written)
     raise ValueError("not a record of this version")
+
+
+def _times_from_json(times: object) -> tuple[int, int] | None:
+    match times:
+        case None:
+            return None
+        case [int(modified), int(changed)] if max(abs(modified), abs(changed)) <= MAX_TIME:
+            if bool not in (type(modified), type(changed)):
+                return modified, changed
+    raise ValueError("not times")
 
 
 def _pin_from_json(pin: object) -> Pin | None:

@@ -101,19 +101,22 @@ class Operations(pyfuse3.Operations):
 
     @total
     async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
-        """Size, owner and mode: those of the overlay file; st_blocks is what it takes on disk."""
+        """Owner and mode: those of the overlay file; st_blocks is what it takes on disk. Times are the image's own."""
         return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._served(inode))
 
     @total
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Nothing can be set, except what is so already: an image has the size that its overlay says."""
+        """The mtime; of the rest nothing but what is so already: an image is what its overlay says.
+
+        An atime is passed over: it is that of the overlay file.
+        """
         served = self._served(inode)
-        if fields.update_size and (served.image is None or attr.st_size != served.image.size):
+        if served.image is None or _changes(self._attributes(served), attr, fields):
             raise FUSEError(errno.EPERM)
-        if fields.update_mode or fields.update_uid or fields.update_gid:
-            raise FUSEError(errno.EPERM)
+        if fields.update_mtime:
+            await served.image.overlay.set_modified(attr.st_mtime_ns)
         return await self.getattr(inode)
 
     @total
@@ -235,7 +238,10 @@ class Operations(pyfuse3.Operations):
         attributes.st_mode = pyfuse3.ModeT(stat.S_IFREG | (stat.S_IMODE(status.st_mode) & 0o666 & ~write))
         attributes.st_size = served.image.size
         attributes.st_blocks = status.st_blocks
-        return _with_owner(attributes, status)
+        _with_owner(attributes, status)
+        times = served.image.overlay.times
+        attributes.st_mtime_ns, attributes.st_ctime_ns = times.modified_ns, times.changed_ns
+        return attributes
 
     def _root_attributes(self) -> EntryAttributes:
         status = self._folder.stat()
@@ -269,6 +275,16 @@ class Operations(pyfuse3.Operations):
             self._logged.clear()
         self._logged[name, text] = now
         log.log(level, "%s: %s", name, text)
+
+
+def _changes(now: EntryAttributes, wanted: EntryAttributes, fields: SetattrFields) -> bool:
+    """Whether anything but a time would become different. `cp -p`, `rsync -a` and `tar -x` set what is so already."""
+    return (
+        (fields.update_size and wanted.st_size != now.st_size)
+        or (fields.update_mode and stat.S_IMODE(wanted.st_mode) != stat.S_IMODE(now.st_mode))
+        or (fields.update_uid and wanted.st_uid != now.st_uid)
+        or (fields.update_gid and wanted.st_gid != now.st_gid)
+    )
 
 
 def _with_owner(attributes: EntryAttributes, status: os.stat_result) -> EntryAttributes:

@@ -79,6 +79,7 @@ class Overlay:
         self.committer = committer
         self.backing: str | None = None
         self.journal_remark = ""  # what the open found of a killed session's writes that is not served
+        self.times = session.times  # of the image
         self._session = session
         self._session_lock = trio.Lock()
         self._beginning = beginning
@@ -186,14 +187,18 @@ class Overlay:
 
         Errors as for `write`.
         """
-        if len(data) > WRITE_NOW_BYTES or not self.writable or dirty_pages.crowded():
+        if len(data) > WRITE_NOW_BYTES or not self.writable or not self.times.may_move or dirty_pages.crowded():
             return False
         if self._journal is None and (self.committer.pending or self.full):
             return False  # the cluster's entry may be among the pending ones, and has to be committed first
         offset = self.clusters.data_offset(pos, len(data))
         if not offset:
             return False
-        self.storage.write(offset, (data,))
+        try:
+            self.storage.write(offset, (data,))
+        finally:
+            # Behind the write, whatever has come of it: who sees the new bytes, or what was there, sees a later time.
+            self.times.move()
         return True
 
     async def write(self, pos: int, data: Buffer, fill: Fill) -> None:
@@ -208,6 +213,7 @@ class Overlay:
             QedfsError: whatever `fill` raised; nothing was written.
         """
         await self._ready()
+        await self._let_times_move()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
         with self._claims.merging(self._partial_clusters(pos, len(view))):
@@ -221,11 +227,37 @@ class Overlay:
                 rest |= await filled(lacking, fill)
             writes, entries = self._place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
-            await self._write_placed(writes, entries, now=now)
+            try:
+                await self._write_placed(writes, entries, now=now)
+            finally:
+                self.times.move()
         if self.committer.pending and (self._journal is None or self.clusters.crowded):
             await self.committer.commit()
             if self._journal is None:
                 await self._note_no_journal()
+
+    async def set_modified(self, modified_ns: int) -> None:
+        """Give the image this mtime. Errors as for `write`."""
+        await self._ready()
+        await self._let_times_move()
+        self.times.set(modified_ns)
+
+    async def _let_times_move(self) -> None:
+        """Once in a session, before the first write, the record has to say that it comes."""
+        if not self.times.may_move:
+            async with self._session_lock:
+                await self._note_first_write()
+
+    async def _note_first_write(self) -> None:
+        """Have the session lock."""
+        if self.times.may_move:
+            return
+        # On a full disk that takes no write to an old place either (btrfs) the next write tries again.
+        with contextlib.suppress(NoSpace):
+            if dirty_pages.crowded():
+                await self.storage.in_thread(self._session.let_times_move)
+            else:
+                self._session.let_times_move()
 
     def _is_missing(self, cluster: int) -> bool:
         # Without a backing a missing cluster reads as zeros, like a zero cluster.

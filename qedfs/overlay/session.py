@@ -20,6 +20,7 @@ from qedfs.format.header import (
 )
 from qedfs.format.record import SLOT_BYTES, Record, decode_record, encode_record, slot_index, slot_offsets
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.times import times_at_open
 
 
 def read_bytes(storage: Storage, offset: int, size: int) -> bytes:
@@ -63,6 +64,16 @@ class Session:
         self._storage = storage
         self._slots = slot_offsets(header)
         self.record = record or Record()
+        # Whether the slot that was written last has no barrier behind it, as far as we know: an earlier session may
+        # have ended, or been killed, before there was one.
+        self._unordered = self.record.sequence > 0
+        self.times = times_at_open(
+            self.record,
+            trusted=bool(header.autoclear_features & UNTOUCHED),
+            file_ns=storage.modified_ns(),
+            writable=storage.writable,
+        )
+        self.record = dataclasses.replace(self.record, times=self._pair(), written=False)
 
     @property
     def has_room(self) -> bool:
@@ -111,12 +122,9 @@ class Session:
         """Put a new session into the overlay; `journal`: the note of its journal (`whereabouts.py`), which is there.
 
         The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
-        durable alone would vouch for the session before. Another barrier comes first where that session has ended in
-        order (`end`): the note of it had none, this record goes into the other slot, and one power cut could tear both.
+        durable alone would vouch for the session before.
         """
         if session:
-            if self.record.sequence and not self.record.session:
-                self.barrier()
             self.store(dataclasses.replace(self.record, session=session, journal=journal))
         # The bits of others say what our writes make untrue: QEMU clears all that it does not know, and so do we.
         found, ours = self.header.autoclear_features, UNTOUCHED if session else 0
@@ -128,26 +136,46 @@ class Session:
     def end(self) -> None:
         """Note that the session has ended in order, after its last barrier: no journal of it is to be looked for.
 
-        It needs no barrier of its own. If it is lost, so is the journal that it says is not needed.
+        It also tells what the image's times have come to. It needs no barrier of its own. If it is lost, so is the
+        journal that it says is not needed, and the image gets a later time.
         """
         if self.record.session:
-            self.record = self._numbered_and_written(dataclasses.replace(self.record, session="", journal=""))
+            self._unordered = False  # the last barrier was behind all records
+            ended = dataclasses.replace(self.record, session="", journal="", times=self._pair(), written=False)
+            self.record = self._write_slot(ended)
+            self._unordered = True
 
     def store(self, record: Record) -> None:
-        """Write a record into the slot that does not hold the present one, and wait until it is durable.
-
-        The barrier keeps the two slots from being torn by one power cut, which would lose the pin.
-        """
-        record = self._numbered_and_written(record)
+        """Write a record into the slot that does not hold the present one, and wait until it is durable."""
+        record = self._write_slot(record)
         if self._slots is not None:
             self.barrier()
+        self._unordered = False
         self.record = record
 
-    def _numbered_and_written(self, record: Record) -> Record:
+    def let_times_move(self) -> None:
+        """Note that a guest is about to write.
+
+        There is no barrier: the note is in the page cache before the guest's bytes are, so a kill leaves both, and the
+        guest's own flush covers both.
+        """
+        self.record = self._write_slot(dataclasses.replace(self.record, written=True))
+        self._unordered = self.times.may_move = True
+
+    def _write_slot(self, record: Record) -> Record:
+        """Write a record into the slot that does not hold the present one, which the disk has by then.
+
+        Otherwise one power cut could tear both, and lose the pin.
+        """
         record = dataclasses.replace(record, sequence=self.record.sequence + 1)
         if self._slots is not None:
+            if self._unordered:
+                self.barrier()
             self._storage.write(self._slots[slot_index(record)], [encode_record(record)])
         return record
+
+    def _pair(self) -> tuple[int, int]:
+        return self.times.modified_ns, self.times.changed_ns
 
     def clear_dirty(self, need_check: int) -> None:
         """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing."""

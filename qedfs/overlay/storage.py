@@ -82,6 +82,10 @@ class Storage(Protocol):
         """Length of the file."""
         ...
 
+    def modified_ns(self) -> int:
+        """When the file was written to last, in nanoseconds since 1970."""
+        ...
+
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk, 0 if the file system does not tell. Raises nothing: it is shown only."""
         ...
@@ -232,6 +236,10 @@ class FileStorage:
     def size(self) -> int:
         """Length of the file."""
         return self.stat().st_size
+
+    def modified_ns(self) -> int:
+        """st_mtime_ns."""
+        return self.stat().st_mtime_ns
 
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk (st_blocks counts units of 512 whatever the file system's block).

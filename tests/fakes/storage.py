@@ -121,6 +121,7 @@ class MemoryStorage:
         self.locked = True
         self.device_number = 0  # of the file system that holds the file
         self.owner_number = os.getuid()
+        self.written_ns = 10**18  # the mtime of the file, which nobody moves here
         self.closed = False
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
@@ -166,6 +167,9 @@ class MemoryStorage:
             self.damage = BadOverlay(f"was cut to {len(self.bytes)} bytes, of {self._length}")
         if self.damage is not None:
             raise self.damage.fresh()
+
+    def modified_ns(self) -> int:
+        return self.written_ns
 
     def disk_usage(self) -> int:
         return len(self.bytes)

@@ -53,6 +53,8 @@ records = st.builds(
     st.booleans(),
     st.booleans(),
     st.integers(0, 1 << 62),
+    times=st.none() | st.tuples(*[st.integers(-(1 << 62), 1 << 62)] * 2),
+    written=st.booleans(),
 )
 
 
@@ -133,6 +135,8 @@ def each(key: str, *values: object) -> list[dict[str, object]]:
         *each("copy_on_read", None, 1, "yes", []),
         *each("paused", None, 0, {}),
         *each("pin", 0, [], {}, "pin"),
+        *each("times", 0, [], [1], [1, 2, 3], [1.5, 2], ["1", "2"], [True, False], [0, 1 << 63], {}),
+        *each("written", None, 0, 1, "yes"),
         {"later": 1},
     ],
 )

@@ -202,9 +202,16 @@ def test_names_and_modes_are_those_of_the_overlays(disk: Disk, change: str) -> N
     assert os.listdir(disk.mount.mountpoint) == ["disk.raw"]
 
 
-def test_touch_changes_nothing_and_succeeds(disk: Disk) -> None:
-    os.utime(disk.path)
-    assert disk.path.stat().st_size == SIZE
+def test_what_is_so_already_can_be_set(disk: Disk) -> None:
+    """As `cp -p`, `rsync -a` and configuration tools do it."""
+    before = disk.path.stat()
+    disk.path.chmod(stat.S_IMODE(before.st_mode))
+    os.chown(disk.path, before.st_uid, before.st_gid)
+    os.chown(disk.path, -1, before.st_gid)
+    os.truncate(disk.path, before.st_size)
+    after = disk.path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
 
 
 def test_what_is_not_there(disk: Disk) -> None:

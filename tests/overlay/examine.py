@@ -31,6 +31,7 @@ async def examine(image: bytes | bytearray, history: History, at: float, rng: ra
         storage = MemoryStorage(image)
         overlay = await open_storage(storage)
         _judge_header(overlay, history, at)
+        judge_times(overlay, history, at)
         content = await read_all(overlay, scenario.base)
         fault = history.model.fault(content, at)
         if fault:
@@ -63,6 +64,18 @@ def _judge_header(overlay: Overlay, history: History, at: float) -> None:
         raise Broken("the detach was reported and the backing is still there")
     if history.pinned_at <= at and overlay.backing is not None and overlay.record.pin != PIN:
         raise Broken("the pin was stored and is gone, while the overlay still has its backing")
+
+
+def judge_times(overlay: Overlay, history: History, at: float) -> None:
+    """The image's mtime is another one if a write has survived, and the old one if nobody had begun to write."""
+    storage = overlay.storage
+    assert isinstance(storage, MemoryStorage)
+    moved = overlay.times.modified_ns != storage.written_ns
+    # The note may find no room where the write finds some.
+    if history.model.has_committed(at) and not moved and not history.scenario.full_disk:
+        raise Broken("a write has survived, and the image has the mtime from before")
+    if moved and history.fresh and not history.model.has_begun(at):
+        raise Broken("nobody has written, and the image has another mtime")
 
 
 async def read_all(overlay: Overlay, base: bytes) -> bytearray:

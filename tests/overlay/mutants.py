@@ -89,10 +89,22 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
+        "record: a barrier between two slots, also where the first one was written without",
+        "session:Session._write_slot",
+        "if self._unordered:",
+        "if False:",
+    ),
+    Mutant(
         "record: the slots are written in turn",
-        "session:Session._numbered_and_written",
+        "session:Session._write_slot",
         "slot_index(record)",
         "0",
+    ),
+    Mutant(
+        "times: the record says that a guest writes, before it does",
+        "overlay:Overlay.write",
+        "await self._let_times_move()",
+        "self.times.may_move = True",
     ),
     Mutant(
         "repair: a barrier before NEED_CHECK is cleared",

@@ -97,6 +97,7 @@ class History:
     model: SectorModel
     pinned_at: float = float("inf")  # position from which on the pin must be there
     detached_at: float = float("inf")
+    fresh: bool = True  # whether the image had never been written to before
     misreads: list[str] = dataclasses.field(default_factory=list)  # what was wrong before any crash
 
 
@@ -186,7 +187,7 @@ async def _all_of_it(actors: Actors) -> None:
 async def run_again(image: bytes | bytearray, content: bytes, scenario: Scenario, seed: int) -> History:
     """Go on with what a crash has left, and what was read from it: the history of the time until a second crash."""
     storage = RecordingStorage(image, seed=seed)
-    history = History(scenario, storage, SectorModel(content))
+    history = History(scenario, storage, SectorModel(content), fresh=False)
     actors = Actors(history, random.Random(seed))
     await actors.open()
     await actors.together()

@@ -18,7 +18,7 @@ from qedfs.overlay.opening import open_storage
 from qedfs.overlay.session import read_header
 from qedfs.runtime import Place
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.examine import read_all
+from tests.overlay.examine import Broken, judge_times, read_all
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_kill
 
@@ -51,6 +51,10 @@ async def judge(history: History, kill: Kill, folder: Path) -> str | None:
         corruptions = check(storage, read_header(storage)[0]).corruptions
         if fault or corruptions:
             return fault or f"{corruptions} corruptions"
+        try:
+            judge_times(overlay, history, kill.at)
+        except Broken as exc:
+            return str(exc)
         await overlay.close()
         image = storage.bytes
     return None
@@ -75,6 +79,12 @@ def test_no_returned_write_is_lost(first: int, tmp_path: Path) -> None:
 
 
 RULES = (
+    Mutant(
+        "the record says that a guest writes, before it does",
+        "overlay:Overlay.write",
+        "await self._let_times_move()",
+        "self.times.may_move = True",
+    ),
     Mutant(
         "a write is answered after its entries are in the journal",
         "overlay:Overlay._publish",
