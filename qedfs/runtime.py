@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,12 @@ from typing import Self
 from qedfs.errors import QedfsError, UsageError
 from qedfs.procfs import TMPFS_TYPES, filesystem_type, mount_user, outer_user, sockets
 
+# What is in the folder of a mount.
 SOCKET_NAME = "control.sock"
+LOG_NAME = "log"
+LAST_WORDS_NAME = "failure"
+KEPT_ENDED = 16  # folders of mounts that have not ended well
+_FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
 _MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) and its final zero
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_LINKS = 40  # that the kernel follows on one way
@@ -113,7 +120,7 @@ def mount_folder(mountpoint: str) -> Path:
     """
     name = _name_of(mountpoint)
     refusals = []
-    for place in _own_places():
+    for place in dict.fromkeys(_own_places()):
         try:
             folder = place.below(name).make()
         except OSError as exc:
@@ -122,9 +129,80 @@ def mount_folder(mountpoint: str) -> Path:
             refusals.append(str(exc))
         else:
             if len(os.fsencode(folder / SOCKET_NAME)) <= _MOST_SOCKET_PATH:
+                os.utime(folder)  # of those that nobody serves in the oldest are swept
                 return folder
             refusals.append(f"{folder}: is too long a name for a socket")
     raise UsageError(f"no place for a control socket ({'; '.join(refusals)}); set XDG_RUNTIME_DIR to a folder of yours")
+
+
+@contextlib.contextmanager
+def serving_folder(mountpoint: str) -> Iterator[Path]:
+    """The folder of a mount, for the life of its server; what earlier mounts have left behind is bounded.
+
+    After a good end it goes, with its log. After an error it stays, since the log and the last words are wanted then,
+    until KEPT_ENDED later mounts have ended so. Errors as of `mount_folder`.
+    """
+    with held_folder(mountpoint) as folder:
+        _sweep(folder.parent)
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise
+    remove_unless_served(folder)  # the next server of this mountpoint may be there already
+
+
+@contextlib.contextmanager
+def held_folder(mountpoint: str) -> Iterator[Path]:
+    """The folder of a mount, which nobody removes within the block. Errors as of `mount_folder`."""
+    while True:
+        folder = mount_folder(mountpoint)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: the kernel's table of sockets has us
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            if os.fstat(fd).st_nlink:  # else it was removed just now
+                yield folder
+                return
+        finally:
+            os.close(fd)
+
+
+def _sweep(parent: Path) -> None:
+    serving = _serving()
+    ended: list[tuple[int, Path]] = []
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if _FOLDER_NAME.fullmatch(folder.name) and folder not in serving:
+                ended.append((folder.stat().st_mtime_ns, folder))
+    for _, folder in sorted(ended, reverse=True)[KEPT_ENDED:]:
+        remove_unless_served(folder)
+
+
+def _serving() -> set[Path]:
+    """The folders of all sockets of this network namespace."""
+    return {Path(os.fsdecode(os.path.dirname(path))) for path in sockets()}
+
+
+def remove_unless_served(folder: Path) -> None:
+    """Remove the folder of a mount if no server lives there."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder not in _serving():
+                _remove(folder)
+        finally:
+            os.close(fd)
+
+
+def _remove(folder: Path) -> None:
+    """Unless something is in it that is not a mount's."""
+    with contextlib.suppress(OSError):
+        for name in (SOCKET_NAME, LOG_NAME, f"{LOG_NAME}.old", LAST_WORDS_NAME):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def mount_places(mountpoint: str) -> Iterator[Place]:

@@ -20,7 +20,7 @@ import click
 import qedfs
 from qedfs.cli.output import remark
 from qedfs.errors import QedfsError
-from qedfs.runtime import mount_folder
+from qedfs.runtime import LOG_NAME, held_folder, remove_unless_served
 
 STOP_SECONDS = 5.0  # for a child that is no longer wanted; what it has mounted goes first
 MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one
@@ -58,8 +58,29 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
 
     Ends the command with the child's line and exit code if it does not. Interrupted before that, it ends the child too.
     """
+    with held_folder(mountpoint) as folder:
+        log_path = folder / LOG_NAME
+        answer, child = _started(arguments, log_path)
+    if not answer:
+        raise QedfsError(f"the daemon ended with {child.wait()} before it served, see {log_path}")
+    message = json.loads(answer)
+    if message["exit_code"]:
+        child.wait()
+        # A fault that is none of the user's may have said more there.
+        hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
+        if not hint:
+            remove_unless_served(log_path.parent)
+        remark(message["error"] + hint)
+        raise click.exceptions.Exit(message["exit_code"])
+    for line in message["remarks"]:
+        remark(line)
+    # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
+    child.returncode = 0
+
+
+def _started(arguments: Sequence[str], log_path: Path) -> tuple[bytes, subprocess.Popen[bytes]]:
+    """What the child says once it serves or will not, and the child."""
     read_fd, write_fd = os.pipe()
-    log_path = mount_folder(mountpoint) / "log"
     with _open_log(log_path) as log:
         child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
             [sys.executable, "-P", "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],
@@ -79,19 +100,7 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         # Ctrl-C reaches us only: the child has a session of its own, and would mount all the same.
         _end(child, log_path)
         raise
-    if not answer:
-        raise QedfsError(f"the daemon ended with {child.wait()} before it served, see {log_path}")
-    message = json.loads(answer)
-    if message["exit_code"]:
-        child.wait()
-        # A fault that is none of the user's may have said more there.
-        hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
-        remark(message["error"] + hint)
-        raise click.exceptions.Exit(message["exit_code"])
-    for line in message["remarks"]:
-        remark(line)
-    # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
-    child.returncode = 0
+    return answer, child
 
 
 def _environment() -> dict[str, str]:

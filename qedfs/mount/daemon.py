@@ -14,6 +14,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pyfuse3
 import trio
@@ -33,7 +34,7 @@ from qedfs.mount.notify import Notifier
 from qedfs.mount.operations import Operations
 from qedfs.mount.place import Standing, standing_at
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
-from qedfs.runtime import SOCKET_NAME, mount_folder, place_of
+from qedfs.runtime import SOCKET_NAME, place_of, serving_folder
 from qedfs.stream.job import State
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,11 @@ class Settings:
 class Mount:
     """The running mount, as the control side sees it."""
 
-    def __init__(self, settings: Settings, folder: Folder) -> None:
+    def __init__(self, settings: Settings, folder: Folder, socket: Path) -> None:
         self.settings = settings
         # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
         self.mountpoint = os.path.realpath(settings.mountpoint)
-        self.socket = mount_folder(self.mountpoint) / SOCKET_NAME
+        self.socket = socket
         self.folder = folder
         self.standing: Standing | None = None  # our file system, once it is mounted
         self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart
@@ -102,6 +103,11 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
             connection to the kernel was cut; or the last flush of an overlay failed (NoSpace: for want of room).
     """
     _check_mountpoint(settings)
+    with serving_folder(settings.mountpoint) as home:
+        await _serve(settings, ready, home)
+
+
+async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path) -> None:
     raise_open_files()
     memory.set_up()
     lastwords.take(settings.mountpoint)  # those of an earlier mount, which nobody has asked for
@@ -112,7 +118,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
         folder = Folder(settings.source, settings.options, nursery)
         try:
             await folder.scan()
-            mount = Mount(settings, folder)
+            mount = Mount(settings, folder, home / SOCKET_NAME)
             folder.on_gone = _forget_name
             await nursery.start(stop_on_signal, mount.quit)
             nursery.start_soon(dump_on_signal, mount.fetches)

@@ -11,9 +11,8 @@ import json
 import os
 
 from qedfs.errors import QedfsError
-from qedfs.runtime import Place, mount_folder, mount_places
+from qedfs.runtime import LAST_WORDS_NAME, Place, mount_folder, mount_places
 
-_NAME = "failure"
 MOST_BYTES = 1 << 16
 
 
@@ -21,7 +20,7 @@ def leave(mountpoint: str, error: QedfsError) -> None:
     """Tell whoever waits for the end of the mount why it did not end well. Without a place for it, the log has it."""
     with contextlib.suppress(OSError, QedfsError):
         words = {"error": str(error), "exit_code": error.exit_code}
-        (mount_folder(mountpoint) / _NAME).write_text(json.dumps(words))
+        (mount_folder(mountpoint) / LAST_WORDS_NAME).write_text(json.dumps(words))
 
 
 def take(mountpoint: str) -> tuple[str, int] | None:
@@ -38,8 +37,8 @@ def take(mountpoint: str) -> tuple[str, int] | None:
 def _taken(place: Place) -> bytes:
     """The content of the file in this folder, which is another user's if root asks; the file is removed."""
     with place.opened() as folder:
-        fd = os.open(_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(LAST_WORDS_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with open(fd, "rb") as file:
             words = file.read(MOST_BYTES)
-        os.unlink(_NAME, dir_fd=folder)
+        os.unlink(LAST_WORDS_NAME, dir_fd=folder)
     return words
