@@ -89,7 +89,7 @@ class SourceChanged(SourceError):
 
 
 class NoSpace(QedfsError):
-    """The file system that holds the overlay is full (ENOSPC or EDQUOT)."""
+    """The overlay cannot grow: its file system is full (ENOSPC, EDQUOT) or takes no larger file (EFBIG)."""
 
     errno: ClassVar[int] = _errno.ENOSPC
     exit_code: ClassVar[int] = 6

@@ -45,6 +45,8 @@ def new_file(path: str) -> Iterator[BinaryIO]:
             raise
         if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{path}: the file system is full") from exc
+        if cause.errno == errno.EFBIG:
+            raise NoSpace(f"{path}: the file system, or a limit of this process, allows no file of that size") from exc
         raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
 
 

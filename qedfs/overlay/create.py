@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 
@@ -30,7 +31,7 @@ def create_overlay(
 
     Raises:
         UsageError: the file exists, the folder takes no file, or the numbers or the backing's name cannot be.
-        NoSpace: the file system is full.
+        NoSpace: the file system is full, or takes no file of that size.
     """
     name = encode_backing_name(backing or "")
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
@@ -40,7 +41,7 @@ def create_overlay(
     except FileExistsError as exc:
         raise UsageError(f"{path}: exists already; remove it or choose another name") from exc
     except OSError as exc:
-        if exc.errno == NoSpace.errno:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpace(f"{path}: no space left to create it") from exc
         raise UsageError(f"{path}: cannot be created: {exc.strerror}") from exc
     return header

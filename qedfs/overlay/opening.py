@@ -46,7 +46,7 @@ async def open_overlay(
     if overlay.journal_remark:
         log.warning("%s: %s", path, overlay.journal_remark)
     if overlay.full is not None:
-        log.warning("%s: the file system is full; nothing is written or kept until there is space", path)
+        log.warning("%s; nothing is written or kept until there is space", overlay.full)
     return overlay
 
 

@@ -353,6 +353,11 @@ class FileStorage:
     def _translated(self, action: str, exc: OSError) -> QedfsError:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpace(f"{self.path}: the file system is full; free some space, the overlay is intact")
+        if exc.errno == errno.EFBIG:
+            # 4 GiB on FAT, `ulimit -f`, LimitFSIZE=: there is room for no more, as on a full disk. What is there stays.
+            return NoSpace(
+                f"{self.path}: cannot grow: the file system, or a limit of this process, allows no larger file"
+            )
         if exc.errno in (errno.EROFS, errno.EBADF):
             return ReadOnlyOverlay(f"{self.path}: cannot {action}: {os.strerror(exc.errno)}")
         return QedfsError(f"{self.path}: cannot {action}: {exc.strerror}")

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,3 +158,39 @@ def test_an_unmount_whose_last_flush_fails_says_so(tmp_path: Path) -> None:
         again = qedfs("umount", mount.mountpoint, check=False)
         assert again.returncode == 10
         assert "nothing is mounted" in again.stderr
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
+    """FAT takes 4 GiB, `ulimit -f` and LimitFSIZE= what they say: EFBIG, and a signal."""
+    limited = [require("prlimit"), f"--fsize={6 * MIB}:"]  # the soft limit
+    with origin(tmp_path, SIZE) as source:
+        overlay = create(tmp_path / "disk.qed", source.url)
+        with mounted(overlay, tmp_path / "mnt", through=limited) as mount:
+            wait_for(lambda: mount.image()["state"] == "paused", "the pause")
+            assert "allows no larger file" in mount.image()["reason"]
+            assert_same(mount.path("disk.raw"), source.raw)
+            data = source.data()
+            with opened(mount.path("disk.raw")) as fd:
+                with pytest.raises(OSError, match="No space left") as failed:
+                    _write_synced(fd, data)
+                assert failed.value.errno == errno.ENOSPC
+            subprocess.run([require("prlimit"), f"--pid={mount.pid}", "--fsize=unlimited:"], check=True)
+            mount.wait()
+            assert mount.unmount() == 0
+        assert qemu_check(overlay) == (0, 0)
+        assert qemu_same(overlay, source.raw)
+
+
+def _write_synced(fd: int, data: bytes) -> None:
+    for pos in range(0, len(data), CLUSTER_SIZE):
+        assert os.pwrite(fd, data[pos : pos + CLUSTER_SIZE], pos) == CLUSTER_SIZE
+        os.fsync(fd)
+
+
+def test_create_names_what_keeps_a_file_from_growing(tmp_path: Path) -> None:
+    limited = [require("prlimit"), "--fsize=4096", sys.executable, "-m", "qedfs"]
+    done = subprocess.run(
+        [*limited, "create", tmp_path / "disk.qed", "--size", "1G"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (6, [])
+    assert "no space left to create it" in done.stderr
