@@ -18,6 +18,7 @@ from pathlib import Path
 
 import trio
 
+from qedfs.control.metricshost import hosts_of, is_ours
 from qedfs.control.port import Mounted
 from qedfs.control.socketfile import mark_of, remove_own
 from qedfs.errors import InUse, UsageError
@@ -87,7 +88,7 @@ async def serve_metrics(
             await trio.aclose_forcefully(stream)
             return
         try:
-            await _serve_client(stream, mount)
+            await _serve_client(stream, mount, address)
         finally:
             clients.release()
 
@@ -100,13 +101,13 @@ async def serve_metrics(
             remove_own(address.path, mark)
 
 
-async def _serve_client(stream: trio.SocketStream, mount: Mounted) -> None:
+async def _serve_client(stream: trio.SocketStream, mount: Mounted, address: Address) -> None:
     async with stream:
         with trio.move_on_after(CLIENT_SECONDS):
             try:
                 head = await _request_head(stream)
                 if head is not None:
-                    await stream.send_all(_answer(head, mount))
+                    await stream.send_all(_answer(head, mount, address))
             except trio.BrokenResourceError:
                 return  # it has gone away
 
@@ -122,7 +123,7 @@ async def _request_head(stream: trio.SocketStream) -> bytes | None:
     return head
 
 
-def _answer(head: bytes, mount: Mounted) -> bytes:
+def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
     # RFC 9112, section 3: the request line.
     method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
     target, _, version = rest.partition(b" ")
@@ -134,6 +135,12 @@ def _answer(head: bytes, mount: Mounted) -> bytes:
         return _response(HTTPStatus.NOT_FOUND)
     if method != b"GET":
         return _response(HTTPStatus.METHOD_NOT_ALLOWED, extra="Allow: GET\r\n")
+    hosts = hosts_of(head)
+    if len(hosts) > 1:  # RFC 9112, section 3.2
+        return _response(HTTPStatus.BAD_REQUEST)
+    # No browser sends a request to a Unix socket, nor one without a Host.
+    if address.path is None and hosts and not is_ours(hosts[0], address.host, socket.gethostname()):
+        return _response(HTTPStatus.MISDIRECTED_REQUEST, hint=f"; ask for http://{address}{PATH}")
     try:
         # Imported here: an extra, which parse_address has looked for.
         from qedfs.control.metrics import exposition
@@ -145,10 +152,10 @@ def _answer(head: bytes, mount: Mounted) -> bytes:
         return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _response(status: HTTPStatus, body: bytes | None = None, *, extra: str = "") -> bytes:
-    """An answer with the metrics, or with the name of its status."""
+def _response(status: HTTPStatus, body: bytes | None = None, *, extra: str = "", hint: str = "") -> bytes:
+    """An answer with the metrics, or with the name of its status and a hint."""
     content_type = CONTENT_TYPE if body is not None else "text/plain"
-    body = body if body is not None else f"{status.phrase}\n".encode()
+    body = body if body is not None else f"{status.phrase}{hint}\n".encode()
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         f"{extra}Connection: close\r\n\r\n"

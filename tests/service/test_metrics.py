@@ -20,6 +20,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from qedfs.control.metrics import STATES
+from qedfs.control.metricshost import is_ours
 from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address, serve_metrics
 from qedfs.errors import UsageError
 from qedfs.histogram import BOUNDS
@@ -45,7 +46,7 @@ class Scraped:
         self.url = url  # of the source
 
     def scrape(self) -> str:
-        answer = _exchange(self.address, b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")
+        answer = _exchange(self.address, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4")
         assert f"Content-Length: {len(body)}".encode() in head
@@ -312,3 +313,52 @@ def _works(scraped: Scraped) -> bool:
         return bool(scraped.samples())
     except (AssertionError, OSError):
         return False
+
+
+@pytest.mark.parametrize(
+    ("field", "bound", "ours"),
+    [
+        *(
+            (name, "127.0.0.1", True)
+            for name in ("127.0.0.1", "127.0.0.1:9188", "localhost", "LocalHost.:1", "a.localhost")
+        ),
+        *((name, "127.0.0.1", True) for name in ("[::1]:9188", "127.9.9.9")),
+        *(
+            (name, "127.0.0.1", False)
+            for name in ("evil.example", "evil.example:9188", "vm1", "10.0.0.1", "2130706433")
+        ),
+        *(
+            (name, "127.0.0.1", False)
+            for name in ("", ":9188", "localhost.evil.example", "127.0.0.1.evil.example", "a b:c")
+        ),
+        *((name, "::1", True) for name in ("[::1]", "[0:0:0:0:0:0:0:1]:80", "localhost")),
+        *((name, "localhost", ours) for name, ours in (("localhost:1", True), ("vm1", False), ("127.0.0.1", True))),
+        *((name, "10.0.0.1", True) for name in ("10.0.0.1:9188", "vm1", "VM1.lan:9188", "localhost", "127.0.0.1")),
+        *((name, "10.0.0.1", False) for name in ("10.0.0.2", "evil.example", "vm12", "vm1evil.example")),
+        *((name, "0.0.0.0", True) for name in ("10.0.0.2", "[fe80::1]", "vm1.lan")),
+        *((name, "::", True) for name in ("10.0.0.2", "[2001:db8::1]:9188")),
+        ("evil.example", "::", False),
+        *(
+            (name, "metrics.lan", ours)
+            for name, ours in (("metrics.lan:1", True), ("vm1", True), ("evil.example", False))
+        ),
+    ],
+)
+def test_only_names_of_this_server_are_answered(field: str, bound: str, ours: bool) -> None:
+    assert is_ours(field, bound, "vm1") is ours
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (b"GET /metrics HTTP/1.1\r\nHost: evil.example\r\n", b"421 Misdirected Request"),
+        (b"GET /metrics HTTP/1.1\r\nhOST:\t127.0.0.1:1 \r\n", b"200 OK"),
+        (b"GET /metrics HTTP/1.1\r\n", b"200 OK"),  # no browser
+        (b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", b"400 Bad Request"),
+        (b"GET /metrics HTTP/1.0\r\n", b"200 OK"),
+    ],
+)
+def test_a_page_that_rebinds_its_name_reads_no_metrics(scraped: Scraped, lines: bytes, status: bytes) -> None:
+    answer = _exchange(scraped.address, lines + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 " + status + b"\r\n")
+    assert (b"qedfs_" in answer) is (status == b"200 OK")
