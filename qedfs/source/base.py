@@ -55,6 +55,11 @@ class Identity:
         """The tag, if it stands for exactly these bytes (RFC 9110, section 8.8.1)."""
         return None if self.etag is None or self.etag.startswith(WEAK) else self.etag
 
+    @property
+    def validators(self) -> tuple[str | None, str | None]:
+        """Tag and date."""
+        return self.etag, self.last_modified
+
     def tells_as(self, other: Identity) -> bool:
         """Whether both tell the very same."""
         told = (other.size, other.etag, other.last_modified, other.digest or self.digest, other.place)

@@ -54,7 +54,7 @@ class Exchange:
         own = {"Date": email.utils.formatdate(usegmt=True), "Content-Length": str(len(body)), **self.server.extra}
         fields = {**own, **headers}
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields.items() if value), "", ""]
-        self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+        self.sock.sendall("\r\n".join(lines).encode("latin-1") + (b"" if self.request.method == "HEAD" else body))
 
     def asked(self) -> tuple[int, int, dict[str, str]]:
         """First and last byte to answer with, whatever was asked for, and the header fields that go with them."""
@@ -203,6 +203,64 @@ def _ignore_range(exchange: Exchange) -> None:
 @_named("ignore-range-other-version")
 def _ignore_range_other_version(exchange: Exchange) -> None:
     exchange.send("200 OK", {**exchange.validators(), "ETag": '"other"'}, exchange.server.content)
+
+
+@_named("ignore-whole-range")
+def _ignore_whole_range(exchange: Exchange) -> None:
+    """200 where the range is the whole file, as some servers answer; otherwise right."""
+    if exchange.range() == (0, len(exchange.server.content) - 1):
+        return _ignore_range(exchange)
+    return _ok(exchange)
+
+
+@_named("ignore-range-chunked")
+def _ignore_range_chunked(exchange: Exchange) -> None:
+    body = exchange.server.content
+    exchange.send("200 OK", {**exchange.validators(), "Transfer-Encoding": "chunked", "Content-Length": ""})
+    exchange.sock.sendall(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+
+
+@_named("ignore-range-short")
+def _ignore_range_short(exchange: Exchange) -> None:
+    """The whole file, cut at its end."""
+    size = len(exchange.server.content)
+    exchange.send("200 OK", {**exchange.validators(), "Content-Length": str(size)}, exchange.server.content[:-1])
+    exchange.close()
+
+
+@_named("ignore-range-resized")
+def _ignore_range_resized(exchange: Exchange) -> None:
+    exchange.send("200 OK", exchange.validators(), exchange.server.content + b"x")
+
+
+@_named("busybox")
+def _busybox(exchange: Exchange) -> None:
+    """busybox httpd takes the end 0 of a range for none."""
+    if exchange.request.headers.get("range") == "bytes=0-0":
+        size = len(exchange.server.content)
+        fields = {**exchange.validators(), "Content-Range": f"bytes 0-{size - 1}/{size}"}
+        return exchange.send("206 Partial Content", fields, exchange.server.content)
+    return _ok(exchange)
+
+
+@_named("aws-chunked")
+def _aws_chunked(exchange: Exchange) -> None:
+    _send_range(exchange, Content_Encoding="aws-chunked")
+
+
+@_named("hidden-total")
+def _hidden_total(exchange: Exchange) -> None:
+    """The total is told by HEAD only."""
+    if exchange.request.method == "HEAD":
+        return exchange.send("200 OK", exchange.validators(), exchange.server.content)
+    return _unknown_total(exchange)
+
+
+@_named("hidden-total-no-head")
+def _hidden_total_no_head(exchange: Exchange) -> None:
+    if exchange.request.method == "HEAD":
+        return exchange.send("403 Forbidden", {})
+    return _unknown_total(exchange)
 
 
 # ---- bodies of the wrong length ----

@@ -72,10 +72,10 @@ class WithoutLength(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.send_response(206)
-        self.send_header("Content-Range", "bytes 0-0/*")
-        self.send_header("Content-Length", "1")
+        self.send_header("Content-Range", "bytes 0-1/*")
+        self.send_header("Content-Length", "2")
         self.end_headers()
-        self.wfile.write(b"x")
+        self.wfile.write(b"xx")
 
     def do_HEAD(self) -> None:
         self.send_response(200)

@@ -28,11 +28,11 @@ from qedfs.source.base import Extent, Identity
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
-from qedfs.source.http.judge import Doubted, RangeRequest, Unmet
+from qedfs.source.http.judge import Doubted, Part, RangeIgnored, RangeRequest, Unmet, ignores_ranges
 from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.place import Doubt, Place, passing
-from qedfs.source.http.resolve import REDIRECTS, Resolved, place_name, request_lines, resolve
+from qedfs.source.http.resolve import IGNORED_SECONDS, REDIRECTS, Resolved, place_name, request_lines, resolve
 from qedfs.source.http.target import Target, first_target
 from qedfs.source.http.version import Version
 from qedfs.source.path import in_thread
@@ -186,6 +186,12 @@ class HttpSource:
             await trio.lowlevel.checkpoint()
             return
         view = buffer.cast("B")
+        if pos == 0 and len(view) == 1 and self.identity.size > 1:
+            # `bytes=0-0` means `bytes=0-` to busybox httpd.
+            first_two = memoryview(bytearray(2))
+            await self.read(0, first_two, urgent=urgent)
+            view[:] = first_two[:1]
+            return
         pool = self._urgent if urgent else self._background
         place = self._place
         try:
@@ -214,7 +220,11 @@ class HttpSource:
     async def _fetch(
         self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
     ) -> None:
-        """One request, and those that find out what an answer leaves open about the version."""
+        """One request, and those that find out what an answer leaves open.
+
+        A single 200 may be of a cache that is just being filled; it is worth another try, once.
+        """
+        ignored = False
         for _ in range(MOST_QUESTIONS):
             try:
                 await self._request(pool, place, pos, view, silent_seconds=silent_seconds, follow=follow)
@@ -222,6 +232,11 @@ class HttpSource:
                 place = await self._unconditional(place)
             except Doubted as doubt:
                 await self._prove(doubt, place)
+            except RangeIgnored as exc:
+                if ignored:
+                    raise ignores_ranges(place.where) from exc
+                ignored = True
+                await trio.sleep(IGNORED_SECONDS)
             else:
                 return
         raise _contradiction(place)
@@ -231,12 +246,11 @@ class HttpSource:
     ) -> None:
         silence = trio.CancelScope()
 
-        def judge(answer: Answer) -> bool:
+        def judge(answer: Answer) -> Part:
             silence.deadline = math.inf
             if follow and answer.status in REDIRECTS:
                 raise _Moved
-            self._version.judge(answer, self._asked(place, pos, view))
-            return True
+            return self._version.judge(answer, self._asked(place, pos, view))
 
         await pool.run(place, pos, view, judge, silence, silent_seconds)
         if silence.cancelled_caught:
@@ -315,13 +329,12 @@ class HttpSource:
     async def _read_shown(self, shown: Identity, place: Place, pos: int, view: memoryview) -> None:
         """Read bytes of whatever is shown."""
 
-        def judge(answer: Answer) -> bool:
-            self._version.judge_shown(answer, self._asked(place, pos, view), shown)
-            return True
+        def judge(answer: Answer) -> Part:
+            return self._version.judge_shown(answer, self._asked(place, pos, view), shown)
 
         try:
             await self._urgent.run(place, pos, view, judge, trio.CancelScope(), math.inf)
-        except (Doubted, Unmet) as exc:
+        except (Doubted, Unmet, RangeIgnored) as exc:
             raise _contradiction(place) from exc
 
     def _place_of(self, resolved: Resolved, *, conditional: bool = True) -> Place:

@@ -21,6 +21,7 @@ from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer, parse_answer
 from qedfs.source.http.failure import TransferFailed, source_error
 from qedfs.source.http.handle import new_handle, show_tls_files
+from qedfs.source.http.judge import Part
 from qedfs.source.http.multi import Multi, MultiClosed
 from qedfs.source.http.target import Target
 from qedfs.source.policy import Policy
@@ -30,8 +31,8 @@ MAX_HEADER_SIZE = 64 * 1024  # bytes of all header lines of one request's answer
 _ABORT = -1  # returned by a callback, makes libcurl end the transfer
 _EMPTY = memoryview(b"")
 
-Judge = Callable[[Answer], bool]
-"""Says whether the body is wanted; raises a QedfsError to refuse the answer."""
+Judge = Callable[[Answer], Part | None]
+"""Says which part of the body is wanted, None if nothing; raises an error to refuse the answer."""
 
 
 class _SocketAddress(Protocol):
@@ -114,9 +115,21 @@ class Exchange:
         Raises:
             QedfsError: what `judge` raised; Refused, by the policy; else SourceUnreachable or SourceError.
         """
-        self._prepare(buffer, judge, where)
         self.curl.setopt(pycurl.RANGE, f"{pos}-{pos + len(buffer) - 1}")
         self.curl.setopt(pycurl.FRESH_CONNECT, fresh)
+        await self._run(multi, buffer, judge, where)
+
+    async def head(self, multi: Multi, judge: Judge, where: str) -> None:
+        """Ask with HEAD for what a whole answer would tell. Errors as `run`."""
+        self.curl.unsetopt(pycurl.RANGE)
+        self.curl.setopt(pycurl.NOBODY, 1)
+        try:
+            await self._run(multi, _EMPTY, judge, where)
+        finally:
+            self.curl.setopt(pycurl.HTTPGET, 1)
+
+    async def _run(self, multi: Multi, buffer: memoryview, judge: Judge, where: str) -> None:
+        self._prepare(buffer, judge, where)
         try:
             failure = await self._transfer(multi)
         finally:
@@ -149,6 +162,7 @@ class Exchange:
         self._header: list[bytes] = []
         self._header_size = 0
         self._unwanted = False
+        self._before = self._after = 0  # bytes of the body around those that are wanted, still to come
         self._error: Exception | None = None
         self._refusal: Refused | None = None
 
@@ -159,7 +173,7 @@ class Exchange:
             return None if self._unwanted else self._explain(exc)
         if self._judge is not None:
             return self._bad("the answer has no complete header")
-        if self._filled != len(self._buffer) and not self._unwanted:
+        if (self._filled != len(self._buffer) or self._after) and not self._unwanted:
             return self._bad(f"the answer ends after {self._filled} of {len(self._buffer)} bytes")
         return None
 
@@ -203,11 +217,17 @@ class Exchange:
         if answer.status < 200:
             return None  # an interim answer (RFC 9110, section 15.2); the final one follows
         self._judge = None
-        self._unwanted = not judge(answer)
-        return _ABORT if self._unwanted else None
+        part = judge(answer)
+        if part is None:
+            self._unwanted = True
+            return _ABORT
+        self._before, self._after = part.before, part.after
+        return None
 
     def _on_body(self, data: bytes) -> int | None:
         try:
+            if self._before or self._after:
+                data = self._wanted_of(data)
             end = self._filled + len(data)
             if self._judge is not None or end > len(self._buffer):
                 raise self._bad("the answer's body is longer than the range")
@@ -217,6 +237,16 @@ class Exchange:
             self._error = exc
             return _ABORT
         return None
+
+    def _wanted_of(self, data: bytes) -> bytes:
+        """What is wanted of a piece of a whole file."""
+        skipped = min(self._before, len(data))
+        self._before -= skipped
+        wanted = data[skipped : skipped + len(self._buffer) - self._filled]
+        self._after -= len(data) - skipped - len(wanted)
+        if self._after < 0:
+            raise self._bad("the answer's body is longer than the file")
+        return wanted
 
     def _on_open_socket(self, _purpose: int, address: _SocketAddress) -> socket.socket | int:
         """Check an address right before libcurl connects to it. One refused, libcurl tries the host's next one."""

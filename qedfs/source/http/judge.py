@@ -1,13 +1,14 @@
 """May the body of this HTTP answer be used? Decided from status and header alone, before the first body byte.
 
 Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, and the class of error that a
-refusal becomes. Must not know libcurl, connections or redirects.
+refusal becomes, and which part of a body was asked for. Must not know libcurl, connections or redirects.
 
 A wrong byte accepted here would be copied into an overlay for good, so the rule is: exactly the range that was asked
 for, of exactly the version that is pinned, or an error. Three kinds of error: `SourceChanged` (another version),
 `SourceUnreachable` (this answer, this connection; another try may do better), `SourceError` (asking again will not
-help). Two things are for the caller to find out: `Doubted`, whether an answer is of the version that was asked for, and
-`Unmet`, why the server does not find our condition met. Section numbers are those of RFC 9110.
+help). Three things are for the caller to find out: `Doubted`, whether an answer is of the version that was asked for,
+`Unmet`, why the server does not find our condition met, and `RangeIgnored`, whether it always sends the whole file.
+Section numbers are those of RFC 9110.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from qedfs.source.http.digests import published_digest
 from qedfs.source.pinning import USUAL, Pinning
 
 MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
+# Asked for at first. Not one byte: `bytes=0-0` means `bytes=0-` to busybox httpd.
+OPENING_BYTES = 2
+# A file up to this size is cut out of an answer that brings the whole of it: a seed ISO on a server without ranges.
+SMALL_FILE_BYTES = 512 << 10
 MAX_RETRY_AFTER_SECONDS = 60.0  # a server may ask for more; a reader is waiting
 MAX_VALIDATOR_CHARS = 1024  # an ETag comes back to the server in each request
 MAX_DATE_CHARS = 64  # the longest form that section 5.6.7 allows has 33
@@ -32,6 +37,7 @@ MAX_DATE_CHARS = 64  # the longest form that section 5.6.7 allows has 33
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,19})", re.ASCII | re.IGNORECASE)
 _ETAG = re.compile('(W/)?"[!#-~\x80-\xff]*"')  # section 8.8.3
+_PLAIN = frozenset({"", "identity", "none", "aws-chunked"})  # codings of a body that is as it is; the last one, S3's
 _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 # Section 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
@@ -64,6 +70,21 @@ class Unmet(Exception):
     """412: the condition of the request is not met, says the server. Never leaves this package."""
 
 
+class RangeIgnored(Exception):
+    """200 with the whole file, which is a large one. Never leaves this package."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Which bytes of a body are the range: all but so many `before` them and `after` them."""
+
+    before: int = 0
+    after: int = 0
+
+
+ALL = Part()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RangeRequest:
     """What was asked: `size` bytes at `pos` of the version `identity`. `where` names the source in messages.
@@ -81,24 +102,23 @@ class RangeRequest:
     place: str = ""  # see `Identity`
 
 
-def judge_range(answer: Answer, request: RangeRequest) -> Identity:
-    """Return if the body of `answer` is exactly what `request` asked for (its length is still to be counted).
+def judge_range(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]:
+    """Return if the body of `answer` holds exactly what `request` asked for (its length is still to be counted).
 
-    What is returned is the version that was asked for, with what the answer tells of it besides.
+    What is returned is the version that was asked for, with what the answer tells of it besides, and where the range
+    is: a server may send the whole file instead (section 14.2).
 
     Raises:
         SourceChanged: another version: other total size, digest, ETag or Last-Modified.
-        Doubted, Unmet: see there.
+        Doubted, Unmet, RangeIgnored: see there.
         SourceUnreachable: wrong or garbled range, wrong length, multipart, or a status worth another try.
         SourceError: encoded content, ranges ignored, or a status that says no for good.
     """
     try:
         if answer.status == 206:
-            return _judge_partial(answer, request)
+            return _judge_partial(answer, request), ALL
         if answer.status == 200:
-            # The whole file instead of a range. If its validator differs the version is the better thing to tell.
-            _judge_version(answer, request)
-            raise _ignores_ranges(request.where)
+            return _judge_whole(answer, request)
     except ValueError as exc:
         raise SourceUnreachable(
             f"{request.where}: answer to a range request refused: {exc}", reason=Reason.ANSWER
@@ -110,22 +130,23 @@ def judge_range(answer: Answer, request: RangeRequest) -> Identity:
     raise refused_status(answer, request.where)
 
 
-def judge_opening(answer: Answer, where: str, name: str, pinning: Pinning = USUAL) -> Identity:
-    """The identity that the answer to the first request, for `bytes=0-0`, shows, as far as it counts.
+def judge_opening(
+    answer: Answer, where: str, name: str, pinning: Pinning = USUAL, *, head: Answer | None = None
+) -> Identity:
+    """The identity that the answer to the first request, for OPENING_BYTES, shows, as far as it counts.
 
     416 with `bytes */0` and 200 with `Content-Length: 0` are an empty file: no range of it exists (section 14.4).
-    `name` becomes `Identity.name`.
+    `name` becomes `Identity.name`. `head`: the answer to a HEAD request, where the first one `hides_size`.
 
     Raises:
+        RangeIgnored: see there.
         SourceUnreachable, SourceError: as `judge_range`; also if the server does not tell the size.
     """
     try:
         if answer.status == 206:
-            size = _opening_size(answer, where)
+            size = _opening_size(answer, where, head)
         elif answer.status == 200:
-            if answer.sole("content-length") != "0":
-                raise _ignores_ranges(where)
-            size = 0
+            size = _whole_size(answer, where)
         elif answer.status == 416 and _unsatisfied_total(answer) == 0:
             size = 0
         else:
@@ -133,6 +154,21 @@ def judge_opening(answer: Answer, where: str, name: str, pinning: Pinning = USUA
         return pinning.counted(Identity(size, *_validators(answer), name, published_digest(answer)))
     except ValueError as exc:
         raise SourceUnreachable(f"{where}: answer to the first request refused: {exc}", reason=Reason.ANSWER) from exc
+
+
+def hides_size(answer: Answer) -> bool:
+    """Whether it is a part of a file whose size it does not tell."""
+    return answer.status == 206 and any(
+        value.strip().endswith("/*") for value in answer.fields.get("content-range", ())
+    )
+
+
+def ignores_ranges(where: str) -> SourceError:
+    """The error for a server that sends the whole file again and again."""
+    return SourceError(
+        f"{where} ignores range requests (answered 200 with the whole file);"
+        " put the file on a server that supports ranges, or download it and use the local copy"
+    )
 
 
 def refused_status(answer: Answer, where: str) -> SourceError:
@@ -153,26 +189,67 @@ def is_http_date(text: str) -> bool:
 def _judge_partial(answer: Answer, request: RangeRequest) -> Identity:
     _refuse_encoded(answer, request.where)
     start, end, total = _content_range(answer)
-    if total is None:
-        raise ValueError("Content-Range without the total size")
-    if total != request.identity.size:
+    if total is not None and total != request.identity.size:
         raise SourceChanged(f"{request.where}: size was {request.identity.size}, is now {total}")
     identity = _judge_version(answer, request)
+    if total is None and not (any(identity.validators) or identity.digest):
+        raise ValueError("neither total size nor ETag nor date")
     if (start, end) != (request.pos, request.pos + request.size - 1):
         raise ValueError(f"asked for {request.pos}-{request.pos + request.size - 1}, got {start}-{end}")
     _check_length(answer, request.size)
     return identity
 
 
-def _opening_size(answer: Answer, where: str) -> int:
+def _judge_whole(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]:
+    """The whole file in place of a range; its length and version must be the ones that were asked for."""
+    # If its validator differs the version is the better thing to tell.
+    identity = _judge_version(answer, request)
+    part = Part(request.pos, identity.size - request.pos - request.size)
+    if part != ALL and identity.size > SMALL_FILE_BYTES:
+        raise RangeIgnored
+    _refuse_encoded(answer, request.where)
+    _refuse_range(answer)
+    _check_length(answer, identity.size)
+    return identity, part
+
+
+def _opening_size(answer: Answer, where: str, head: Answer | None) -> int:
     _refuse_encoded(answer, where)
     start, end, total = _content_range(answer)
     if total is None:
-        raise SourceError(f"{where} does not tell the size of the file (Content-Range ends in /*)")
-    if (start, end) != (0, 0) or not 1 <= total <= MAX_SIZE:
-        raise ValueError(f"asked for 0-0, got {start}-{end}/{total}")
-    _check_length(answer, 1)
+        total = _hidden_size(answer, where, head)
+    if not 1 <= total <= MAX_SIZE or (start, end) != (0, min(OPENING_BYTES, total) - 1):
+        raise ValueError(f"asked for 0-{OPENING_BYTES - 1}, got {start}-{end}/{total}")
+    _check_length(answer, end + 1)
     return total
+
+
+def _hidden_size(answer: Answer, where: str, head: Answer | None) -> int:
+    """The size that HEAD tells of the same version."""
+    hidden = f"{where} does not tell the size of the file (Content-Range ends in /*)"
+    told = Identity(0, *_validators(answer))
+    if not any(told.validators):
+        raise SourceError(f"{hidden}, nor a version of it that could be compared")
+    if head is None or head.status != 200 or not head.fields.get("content-length"):
+        raise SourceError(f"{hidden}, and HEAD does not tell it either")
+    _refuse_encoded(head, where)
+    if not told.tells_as(Identity(0, *_validators(head))):
+        raise ValueError("HEAD tells of another version than GET")
+    return _length(head) or 0
+
+
+def _refuse_range(answer: Answer) -> None:
+    if answer.fields.get("content-range"):
+        raise ValueError("Content-Range in an answer with the whole file")
+
+
+def _whole_size(answer: Answer, where: str) -> int:
+    _refuse_encoded(answer, where)
+    _refuse_range(answer)
+    size = _length(answer)
+    if size is None or size > SMALL_FILE_BYTES:
+        raise RangeIgnored
+    return size
 
 
 def _content_range(answer: Answer) -> tuple[int, int, int | None]:
@@ -187,8 +264,8 @@ def _content_range(answer: Answer) -> tuple[int, int, int | None]:
 
 def _refuse_encoded(answer: Answer, where: str) -> None:
     """Refuse a body that is not the plain bytes of one range."""
-    for coding in answer.fields.get("content-encoding", ()):
-        if coding.lower() not in ("", "identity"):
+    for codings in answer.fields.get("content-encoding", ()):
+        if any(coding.strip().lower() not in _PLAIN for coding in codings.split(",")):
             raise SourceError(f"{where} encodes its answers (Content-Encoding) although identity was asked for")
     for coding in answer.fields.get("transfer-encoding", ()):
         if coding.lower() not in ("", "identity", "chunked"):
@@ -199,11 +276,17 @@ def _refuse_encoded(answer: Answer, where: str) -> None:
 
 
 def _check_length(answer: Answer, size: int) -> None:
-    for length in answer.fields.get("content-length", ()):
-        if _DIGITS.fullmatch(length) is None:
-            raise ValueError("garbled Content-Length")
-        if int(length) != size:
-            raise ValueError(f"Content-Length {length} for a range of {size} bytes")
+    length = _length(answer)
+    if length is not None and length != size:
+        raise ValueError(f"Content-Length {length} for a range of {size} bytes")
+
+
+def _length(answer: Answer) -> int | None:
+    """The Content-Length, if there is one (section 8.6: a repeated one must be the same)."""
+    length = answer.sole("content-length")
+    if length is not None and _DIGITS.fullmatch(length) is None:
+        raise ValueError("garbled Content-Length")
+    return None if length is None else int(length)
 
 
 def _judge_version(answer: Answer, request: RangeRequest) -> Identity:
@@ -271,10 +354,3 @@ def _http_date(text: str) -> datetime | None:
         return email.utils.parsedate_to_datetime(text)
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
-
-
-def _ignores_ranges(where: str) -> SourceError:
-    return SourceError(
-        f"{where} ignores range requests (answered 200 with the whole file);"
-        " put the file on a server that supports ranges, or download it and use the local copy"
-    )

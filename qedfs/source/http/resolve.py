@@ -6,8 +6,10 @@ never from https to http, with the cookies that they set. Must not know reads, p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import trio
 
@@ -16,7 +18,15 @@ from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.digests import published_digest
 from qedfs.source.http.exchange import Exchange
-from qedfs.source.http.judge import judge_opening
+from qedfs.source.http.judge import (
+    ALL,
+    OPENING_BYTES,
+    Part,
+    RangeIgnored,
+    hides_size,
+    ignores_ranges,
+    judge_opening,
+)
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.place import passing
 from qedfs.source.http.target import Target, next_target
@@ -24,6 +34,7 @@ from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 
 MAX_REDIRECTS = 5
+IGNORED_SECONDS = 1.0  # until a range is asked for once more that was answered with the whole file
 _TEMPORARY = frozenset({302, 303, 307})  # RFC 9110, section 15.4: the next look at the origin may lead elsewhere
 REDIRECTS = frozenset({301, 308}) | _TEMPORARY
 
@@ -46,9 +57,9 @@ class Resolved:
 async def resolve(
     origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float, pinning: Pinning = USUAL
 ) -> Resolved:
-    """Ask `origin` for the file's first byte, follow redirects, and learn size, validators and effective URL.
+    """Ask `origin` for the file's first bytes, follow redirects, and learn size, validators and effective URL.
 
-    A GET of one byte and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
+    A GET of two bytes and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
     not tell whether ranges work. A mirror is given up after `silent_seconds` without an answer.
 
     Raises:
@@ -65,11 +76,12 @@ async def resolve(
         target.check_literal(policy)
         where = place_name(origin, target)
         with passing(at_mirror):
-            answer = await _ask(target, exchange, multi, where, silent_seconds if at_mirror else math.inf)
+            with _in_time(where, silent_seconds if at_mirror else math.inf):
+                answer, head = await _ask(target, exchange, multi, where)
             if answer.status == 400 and target.location.tls:
                 raise SourceError(f"{where} {_BAD_REQUEST[target.tls.certificate is not None]}")
             if answer.status not in REDIRECTS:
-                found = judge_opening(answer, where, str(target.location), pinning)
+                found = judge_opening(answer, where, str(target.location), pinning, head=head)
                 # What a redirect says of the file goes with it (RFC 6249, section 6).
                 told = dataclasses.replace(found, digest=found.digest or digest, place=target.place)
                 return Resolved(target, pinning.counted(told), exchange.cookies)
@@ -90,22 +102,53 @@ def place_name(origin: Target, target: Target) -> str:
     return str(origin.location) if target is origin else f"{origin.location} (redirected to {target.location})"
 
 
-async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str, silent_seconds: float) -> Answer:
+@contextlib.contextmanager
+def _in_time(where: str, silent_seconds: float) -> Iterator[None]:
+    with trio.move_on_after(silent_seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise SourceUnreachable(f"{where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
+
+
+async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> tuple[Answer, Answer | None]:
+    """The answer to the first request, and to a HEAD request where that hides the size."""
+    exchange.aim(target, request_lines(target, None))
+    try:
+        answer = await _ask_for_range(exchange, multi, where)
+    except RangeIgnored:
+        # It may be a cache that is just being filled.
+        await trio.sleep(IGNORED_SECONDS)
+        try:
+            answer = await _ask_for_range(exchange, multi, where)
+        except RangeIgnored as exc:
+            raise ignores_ranges(where) from exc
+    return answer, await _ask_for_head(exchange, multi, where) if hides_size(answer) else None
+
+
+async def _ask_for_range(exchange: Exchange, multi: Multi, where: str) -> Answer:
     answers: list[Answer] = []
 
-    def keep(answer: Answer) -> bool:
+    def keep(answer: Answer) -> Part | None:
         answers.append(answer)
-        if answer.status != 206:
-            return False
-        judge_opening(answer, where, "")  # before its body is taken
-        return True
+        if answer.status not in (200, 206) or hides_size(answer):
+            return None
+        found = judge_opening(answer, where, "")  # before its body is taken
+        return ALL if answer.status == 206 and found.size >= OPENING_BYTES else None
 
-    exchange.aim(target, request_lines(target, None))
     # Not on a warm connection: this hop's address is checked when it is connected, under this hop's rule.
-    with trio.move_on_after(silent_seconds):
-        await exchange.run(multi, 0, memoryview(bytearray(1)), keep, where, fresh=True)
-        return answers[0]
-    raise SourceUnreachable(f"{where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
+    await exchange.run(multi, 0, memoryview(bytearray(OPENING_BYTES)), keep, where, fresh=True)
+    return answers[0]
+
+
+async def _ask_for_head(exchange: Exchange, multi: Multi, where: str) -> Answer:
+    answers: list[Answer] = []
+
+    def keep(answer: Answer) -> Part:
+        answers.append(answer)
+        return ALL
+
+    await exchange.head(multi, keep, where)
+    return answers[0]
 
 
 def _follow(origin: Target, target: Target, answer: Answer, address: str | None) -> Target:

@@ -14,7 +14,7 @@ import logging
 from qedfs.errors import SourceChanged
 from qedfs.source.base import Identity, Sameness
 from qedfs.source.http.answer import Answer
-from qedfs.source.http.judge import Doubted, RangeRequest, judge_range
+from qedfs.source.http.judge import Doubted, Part, RangeRequest, judge_range
 from qedfs.source.pinning import Pinning
 from qedfs.source.samples import Read, Samples
 
@@ -33,17 +33,19 @@ class Version:
         self._also: tuple[Identity, ...] = ()  # what else is shown with this version
         self._used = False  # an answer of this version was taken
 
-    def judge(self, answer: Answer, request: RangeRequest) -> None:
-        """Return if the body of the answer is what was asked for. Errors as `judge_range`."""
+    def judge(self, answer: Answer, request: RangeRequest) -> Part:
+        """Which part of the answer's body is what was asked for. Errors as `judge_range`."""
         # By what is known now: two answers that both tell what the first one did not must agree as well.
         request = dataclasses.replace(request, identity=self.identity, also=self._also, pinning=self.pinning)
-        self.identity = judge_range(answer, request)
+        self.identity, part = judge_range(answer, request)
         self._used = True
+        return part
 
-    def judge_shown(self, answer: Answer, request: RangeRequest, shown: Identity) -> None:
+    def judge_shown(self, answer: Answer, request: RangeRequest, shown: Identity) -> Part:
         """The same for bytes that are to prove that `shown` is this version."""
         also = (*self._also, shown)
-        judge_range(answer, dataclasses.replace(request, identity=self.identity, also=also, pinning=self.pinning))
+        request = dataclasses.replace(request, identity=self.identity, also=also, pinning=self.pinning)
+        return judge_range(answer, request)[1]
 
     def knows(self, shown: Identity) -> bool:
         """Whether this version is known to be told of like that."""

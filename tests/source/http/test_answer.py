@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer, parse_answer
-from qedfs.source.http.judge import RangeRequest, judge_opening, judge_range
+from qedfs.source.http.judge import Doubted, RangeIgnored, RangeRequest, Unmet, judge_opening, judge_range
 
 STATUS = b"HTTP/1.1 206 Partial Content\r\n"
 
@@ -58,7 +58,7 @@ def test_any_lines_are_parsed_or_refused(lines: list[bytes]) -> None:
 
 
 NAMES = ("Content-Range", "Content-Length", "ETag", "Last-Modified", "Retry-After", "Date", "Content-Encoding", "X")
-VALUES = ("bytes 0-0/9", "bytes 0-8/9", "bytes */9", "1", "9", '"a"', 'W/"a"', "Mon, 01 Jan 2024 00:00:00 GMT", "gzip")
+VALUES = ("bytes 0-1/9", "bytes 0-8/9", "bytes */9", "1", "9", '"a"', 'W/"a"', "Mon, 01 Jan 2024 00:00:00 GMT", "gzip")
 
 
 @given(
@@ -84,11 +84,11 @@ def _parse_and_judge(lines: list[bytes]) -> None:
     for judge in judges:
         try:
             judge()
-        except QedfsError:
+        except (QedfsError, Doubted, Unmet, RangeIgnored):
             continue
         # What is accepted says in so many words that it is the right range.
         assert answer.status in (200, 206, 416)
         ranges = answer.fields.get("content-range", [])
-        assert [value.lower() for value in ranges] in ([], ["bytes 0-8/9"], ["bytes 0-0/9"], ["bytes */0"]) or (
-            ranges[0].lower().startswith("bytes 0-0/")
+        assert [value.lower() for value in ranges] in ([], ["bytes 0-8/9"], ["bytes */0"], ["bytes 0-0/1"]) or (
+            ranges[0].lower().startswith(("bytes 0-1/", "bytes 0-8/*"))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -12,8 +13,12 @@ from qedfs.source.http.answer import Answer
 from qedfs.source.http.judge import (
     MAX_VALIDATOR_CHARS,
     Doubted,
+    Part,
+    RangeIgnored,
     RangeRequest,
     Unmet,
+    hides_size,
+    ignores_ranges,
     is_http_date,
     judge_opening,
     judge_range,
@@ -103,7 +108,6 @@ def test_a_doubt_is_for_the_caller_to_prove(given: Answer, pinned: Identity, why
         answer(Content_Range="bytes 100-198/1000"),
         answer(Content_Range="bytes 100-200/1000"),
         answer(Content_Range="bytes 199-100/1000"),
-        answer(Content_Range="bytes 100-199/*"),
         answer(Content_Range="bytes */1000"),
         answer(Content_Range="bytes 100-199"),
         answer(Content_Range="bytes=100-199/1000"),
@@ -140,6 +144,13 @@ def test_another_try_may_help(given: Answer) -> None:
     assert verdict(given) is SourceUnreachable
 
 
+def test_without_the_total_the_version_has_to_tell() -> None:
+    hidden = answer(Content_Range="bytes 100-199/*")
+    assert verdict(hidden) is None
+    assert verdict(answer(Content_Range="bytes 100-199/*", ETag='"v2"')) is SourceChanged
+    assert verdict(answer(Content_Range="bytes 100-199/*", ETag=None, Last_Modified=None), BARE) is SourceUnreachable
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -147,8 +158,6 @@ def test_another_try_may_help(given: Answer) -> None:
         answer(Content_Encoding="BR"),
         answer(Content_Encoding=["identity", "gzip"]),
         answer(Transfer_Encoding="gzip, chunked"),
-        answer(200),
-        answer(200, Content_Range=None, Content_Length="1000"),
         *(answer(status) for status in (201, 203, 204, 301, 302, 304, 400, 401, 403, 404, 407, 410, 416, 501, 505)),
     ],
 )
@@ -183,8 +192,7 @@ def test_412_is_no_change_but_a_question() -> None:
 
 
 def test_ignored_ranges_are_named_with_the_way_out() -> None:
-    with pytest.raises(SourceError, match=r"here ignores range requests .* download it"):
-        judge_range(answer(200), RangeRequest(100, 100, PINNED, "here"))
+    assert re.search(r"here ignores range requests .* download it", str(ignores_ranges("here")))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,8 @@ def test_a_retry_date_without_the_servers_own_date_is_no_wish() -> None:
     assert caught.value.retry_after_seconds is None
 
 
-OPENING = {"Content_Range": "bytes 0-0/1000", "Content_Length": "1"}
+OPENING = {"Content_Range": "bytes 0-1/1000", "Content_Length": "2"}
+HIDDEN = {"Content_Range": "bytes 0-1/*", "Content_Length": "2"}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +246,12 @@ OPENING = {"Content_Range": "bytes 0-0/1000", "Content_Length": "1"}
         (answer(**OPENING, ETag=None, Last_Modified="yesterday"), Identity(1000, None, None, "name")),
         (answer(416, Content_Range="bytes */0"), Identity(0, '"v1"', DATE, "name")),
         (answer(200, Content_Range=None, Content_Length="0"), Identity(0, '"v1"', DATE, "name")),
+        # Two bytes, or a small file: the whole of it is as good as a part.
+        (answer(200, Content_Range=None, Content_Length="2"), Identity(2, '"v1"', DATE, "name")),
+        (answer(200, Content_Range=None, Content_Length=f"{512 << 10}"), Identity(512 << 10, '"v1"', DATE, "name")),
+        (answer(**OPENING, Content_Encoding="aws-chunked"), Identity(1000, '"v1"', DATE, "name")),
+        (answer(**OPENING, Content_Encoding="aws-chunked,"), Identity(1000, '"v1"', DATE, "name")),
+        (answer(**OPENING, Content_Encoding="None"), Identity(1000, '"v1"', DATE, "name")),
     ],
 )
 def test_opening_shows_the_identity(given: Answer, identity: Identity) -> None:
@@ -246,14 +261,18 @@ def test_opening_shows_the_identity(given: Answer, identity: Identity) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (answer(200), SourceError, "ignores range requests"),
-        (answer(200, Content_Length=None), SourceError, "ignores range requests"),
-        (answer(Content_Range="bytes 0-0/*", Content_Length="1"), SourceError, "does not tell the size"),
+        (answer(200), SourceUnreachable, "Content-Range in an answer with the whole file"),
+        (answer(**HIDDEN), SourceError, "does not tell the size of the file .* and HEAD does not tell it either"),
+        (answer(**HIDDEN, ETag=None, Last_Modified=None), SourceError, "nor a version of it"),
         (answer(**{**OPENING, "Content_Range": "bytes 0-0/0"}), SourceUnreachable, "got 0-0/0"),
-        (answer(**{**OPENING, "Content_Range": "bytes 1-1/1000"}), SourceUnreachable, "got 1-1/1000"),
-        (answer(**{**OPENING, "Content_Range": f"bytes 0-0/{2**63}"}), SourceUnreachable, "got 0-0"),
-        (answer(**{**OPENING, "Content_Length": "2"}), SourceUnreachable, "Content-Length 2"),
+        (answer(**{**OPENING, "Content_Range": "bytes 0-0/2"}), SourceUnreachable, "got 0-0/2"),
+        (answer(**{**OPENING, "Content_Range": "bytes 1-2/1000"}), SourceUnreachable, "got 1-2/1000"),
+        (answer(**{**OPENING, "Content_Range": "bytes 0-999/1000"}), SourceUnreachable, "got 0-999/1000"),
+        (answer(**{**OPENING, "Content_Range": f"bytes 0-1/{2**63}"}), SourceUnreachable, "got 0-1"),
+        (answer(**{**OPENING, "Content_Length": "1"}), SourceUnreachable, "Content-Length 1"),
         (answer(**OPENING, Content_Encoding="gzip"), SourceError, "Content-Encoding"),
+        (answer(**OPENING, Content_Encoding="gzip, aws-chunked"), SourceError, "Content-Encoding"),
+        (answer(200, Content_Range=None, Content_Length="9", Content_Encoding="gzip"), SourceError, "Content-Encoding"),
         (answer(**OPENING, ETag=['"a"', '"b"']), SourceUnreachable, "several different etag"),
         (answer(416, Content_Range="bytes */10"), SourceError, "no such range"),
         (answer(412), SourceError, "status 412"),
@@ -265,6 +284,76 @@ def test_opening_refuses(given: Answer, error: type[QedfsError], message: str) -
     with pytest.raises(error, match=message) as caught:
         judge_opening(given, "here", "name")
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        answer(200, Content_Range=None, Content_Length=f"{(512 << 10) + 1}"),
+        answer(200, Content_Range=None, Content_Length=None),
+    ],
+)
+def test_a_large_file_in_place_of_a_range_is_asked_for_once_more(given: Answer) -> None:
+    with pytest.raises(RangeIgnored):
+        judge_opening(given, "here", "name")
+
+
+def test_a_size_that_only_head_tells() -> None:
+    hidden, head = answer(**HIDDEN), answer(200, Content_Range=None, Content_Length="1000")
+    assert hides_size(hidden)
+    assert not hides_size(answer(**OPENING))
+    assert judge_opening(hidden, "here", "name", head=head) == Identity(1000, '"v1"', DATE, "name")
+    other = answer(200, Content_Range=None, Content_Length="1000", ETag='"v2"')
+    with pytest.raises(SourceUnreachable, match="HEAD tells of another version"):
+        judge_opening(hidden, "here", "name", head=other)
+    for useless in (answer(403), answer(200, Content_Range=None, Content_Length=None)):
+        with pytest.raises(SourceError, match="HEAD does not tell it either"):
+            judge_opening(hidden, "here", "name", head=useless)
+
+
+# The whole file in place of a range.
+
+
+WHOLE = answer(200, Content_Range=None, Content_Length="1000")
+
+
+@pytest.mark.parametrize(
+    ("given", "pos", "size", "part"),
+    [
+        (WHOLE, 0, 1000, Part()),
+        (answer(200, Content_Range=None, Content_Length=None), 0, 1000, Part()),
+        (WHOLE, 0, 100, Part(0, 900)),
+        (WHOLE, 100, 100, Part(100, 800)),
+        (WHOLE, 900, 100, Part(900, 0)),
+    ],
+)
+def test_the_range_is_cut_out_of_a_whole_file(given: Answer, pos: int, size: int, part: Part) -> None:
+    assert judge_range(given, RangeRequest(pos, size, PINNED, "here")) == (PINNED, part)
+
+
+def test_of_a_large_file_the_whole_is_taken_only_if_it_was_asked_for() -> None:
+    large = 1 << 30
+    given, pinned = answer(200, Content_Range=None, Content_Length=f"{large}"), dataclasses.replace(PINNED, size=large)
+    assert judge_range(given, RangeRequest(0, large, pinned, "here")) == (pinned, Part())
+    with pytest.raises(RangeIgnored):
+        judge_range(given, RangeRequest(0, large - 1, pinned, "here"))
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (answer(200, Content_Range=None, Content_Length="999"), SourceUnreachable),
+        (answer(200, Content_Range=None, Content_Length="1001"), SourceUnreachable),
+        (answer(200, Content_Range=None, Content_Length="1000", Content_Encoding="gzip"), SourceError),
+        (answer(200, Content_Range=None, Content_Length="1000", ETag='"v2"'), SourceChanged),
+        (answer(200, Content_Length="1000"), SourceUnreachable),
+    ],
+)
+def test_a_whole_file_must_be_the_right_one(given: Answer, error: type[QedfsError]) -> None:
+    for pos, size in ((0, 1000), (100, 100)):
+        with pytest.raises(error) as caught:
+            judge_range(given, RangeRequest(pos, size, PINNED, "here"))
+        assert type(caught.value) is error
 
 
 @pytest.mark.parametrize(

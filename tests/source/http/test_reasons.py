@@ -14,7 +14,7 @@ from tests.source.http.conftest import OpenSource, read
 
 REASONS = {
     Reason.ANSWER: [
-        *("wrong-start", "wrong-end", "unknown-total", "no-content-range", "garbled-content-range", "multipart"),
+        *("wrong-start", "wrong-end", "no-content-range", "garbled-content-range", "multipart"),
         *("short-content-length", "long-content-length", "short-chunked-clean", "long-chunked", "until-close"),
         *("garbage", "garbled-header", "huge-header", "endless-header"),
     ],
