@@ -23,7 +23,10 @@ ORDER = (
 FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
 LEAVES = frozenset(
-    {"buffers", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "room", "histogram", "profile"}
+    {
+        *("buffers", "durable", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "room"),
+        *("histogram", "profile"),
+    }
 )
 LEAF_ARROWS = {("runtime", "procfs")}
 # The package's own files, outside the order: the version, and `python -m qedfs`.
@@ -31,12 +34,10 @@ ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 
 PYFUSE3 = "mount/"
 WRITER_CALLS = frozenset({"pwrite", "pwritev", "fdatasync", "ftruncate"})
-# Only storage.py holds the fd of an overlay. The two others write files that are none: the journal on tmpfs, and a
-# new file that has no name yet.
+# Only storage.py holds the fd of an overlay. The other one writes a file that is none: the journal on tmpfs.
 WRITERS = {
     "overlay/storage.py": WRITER_CALLS,
     "overlay/journal.py": {"pwrite"},
-    "overlay/create.py": {"fdatasync"},
 }
 NETWORK_MODULES = frozenset({"socket", "ssl", "pycurl"})
 # The daemon's control socket is a Unix socket, and so is the service manager's; everything else that connects is a

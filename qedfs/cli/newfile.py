@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qedfs.cli.faults import cause_of
+from qedfs.durable import sync_folder
 from qedfs.errors import NoSpace, UsageError
 
 
@@ -25,17 +26,21 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         UsageError: the folder is missing or takes no file.
         NoSpace: the file system is full.
     """
+    folder = os.path.dirname(os.path.abspath(path))
     try:
-        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=os.path.dirname(os.path.abspath(path)))
+        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=folder)
         try:
             with os.fdopen(fd, "wb") as target:
                 yield target
                 target.flush()
-                os.fsync(fd)
                 umask = os.umask(0)
                 os.umask(umask)
                 os.fchmod(fd, 0o666 & ~umask)
+                # Before the name leads to it: a power cut must leave the file before or this one, whole.
+                os.fsync(fd)
             os.replace(temporary, path)
+            # Behind the rename: otherwise a power cut could bring the file before back, or none, after we ended well.
+            sync_folder(folder)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)

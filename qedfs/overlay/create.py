@@ -7,6 +7,7 @@ import errno
 import os
 import tempfile
 
+from qedfs.durable import sync_folder
 from qedfs.errors import BadOverlay, NoSpace, UsageError
 from qedfs.format.geometry import Geometry, round_up
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, MAX_BACKING_NAME, NO_PROBE, Header
@@ -26,8 +27,8 @@ def create_overlay(
     """Write an empty overlay at `path`, which must not exist. Sizes in bytes, `table_size` in clusters.
 
     The image size is rounded up to a multiple of 512, as QEMU does. The file appears whole or not at all: a folder that
-    is mounted never shows half of one. The default geometry is QEMU's; table sizes 8 and 16 make QEMU corrupt images,
-    and 1 it cannot open.
+    is mounted never shows half of one. It survives a power cut from the return on. The default geometry is QEMU's;
+    table sizes 8 and 16 make QEMU corrupt images, and 1 it cannot open.
 
     Raises:
         UsageError: the file exists, the folder takes no file, or the numbers or the backing's name cannot be.
@@ -89,12 +90,21 @@ def _write_new(path: str, header: Header, name: bytes, record: bytes) -> None:
             file.write(record)
             file.truncate(header.l1_table_offset + header.geometry.table_bytes)
             file.flush()
-            os.fdatasync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(fd, 0o666 & ~umask)
+            # Before the name is there: a power cut must leave no overlay without its bytes. Not fdatasync, which leaves
+            # the mode to chance.
+            os.fsync(fd)
         # link, not rename: it fails where the name is taken.
         os.link(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+    try:
+        # Behind the link: otherwise a power cut could take away an overlay that we said was made.
+        sync_folder(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
