@@ -50,6 +50,8 @@ exec unshare --cgroup -- sh -euc '
     mkdir -p .outside
     pivot_root . .outside
     umount -l .outside
+    # As systemd has it where it is not in a container: a mount is one for all namespaces of the machine.
+    mount --make-rshared /
     for systemd in /lib/systemd/systemd /usr/lib/systemd/systemd; do
         [ ! -x "$systemd" ] || exec env -i container=qedfs-test SYSTEMD_UNIT_PATH="$2/units" \
             "$systemd" --unit=multi-user.target --show-status=no --log-target=null

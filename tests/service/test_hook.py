@@ -65,6 +65,19 @@ def test_a_mount_whose_image_somebody_else_reads_does_not_end(host: Machine, tmp
         host.wait_for_state(MOUNT, "inactive")
 
 
+def test_a_mount_that_was_stopped_under_its_guest_stays_so(host: Machine, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    with origin(tmp_path, MIB) as source:
+        host.configure("vm1", create(tmp_path / "disk.qed", source.url), mountpoint)
+        assert _hook(host, "prepare", "begin") == 0
+        with host.path(mountpoint / "disk.raw").open("rb"):
+            host.systemctl("stop", "--no-block", MOUNT)
+            wait_for(lambda: "in use" in host.log(), "the word of the stop")
+            assert _hook(host, "release", "end") == 0
+        wait_for(lambda: host.systemctl("list-jobs", "--no-legend").stdout == "", "the end of all jobs")
+    assert host.log().count("INFO serving") == 1
+
+
 def test_a_guest_may_be_restarted_as_often_as_it_likes(host: Machine, tmp_path: Path) -> None:
     with origin(tmp_path, MIB) as source:
         host.configure("vm1", create(tmp_path / "disk.qed", source.url), tmp_path / "mnt")

@@ -13,7 +13,7 @@ from tests.harness.mounts import qedfs
 from tests.harness.process import wait_for
 from tests.mount.support import MIB, create, origin
 
-from .machine import Machine, machine
+from .machine import CONTRIB, Machine, machine
 
 MOUNT = "qedfs@vm1.service"
 SECTORS = 20
@@ -37,6 +37,9 @@ SCOPES = {
 }
 
 
+FSTAB = "[Mount]\nWhat={source}\nWhere={mountpoint}\nType=qedfs\nOptions=_netdev,nofail,limit=512M\n"
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Machine]:
     with machine(tmp_path) as found, origin(tmp_path, 4 * MIB) as source:
@@ -48,11 +51,26 @@ def host(tmp_path: Path) -> Iterator[Machine]:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_guest_keeps_its_disk_while_it_ends(host: Machine, tmp_path: Path, scope: str) -> None:
     assert host.start(MOUNT) == 0, host.log()
+    _start_guest(host, tmp_path, scope)
+    _assert_the_last_words_are_kept(host, tmp_path)
+
+
+def test_a_guest_on_a_mount_of_fstab_keeps_it_while_it_ends(host: Machine, tmp_path: Path) -> None:
+    """The unit is what systemd-fstab-generator(8) makes of a line."""
+    host.booted.run("ln", "-s", CONTRIB / "mount.qedfs", "/sbin/mount.qedfs")
+    mountpoint = tmp_path / "mnt"
+    name = host.booted.run("systemd-escape", "--path", "--suffix=mount", mountpoint).stdout.strip()
+    host.add_unit(name, FSTAB.format(source=tmp_path / "disk.qed", mountpoint=mountpoint))
+    assert host.start(name) == 0, host.log()
+    _start_guest(host, tmp_path, next(iter(SCOPES)))
+    _assert_the_last_words_are_kept(host, tmp_path)
+
+
+def _start_guest(host: Machine, tmp_path: Path, scope: str) -> None:
     words = ["systemd-run", "--scope", f"--unit={scope}", *SCOPES[scope], *_guest(tmp_path), "--wait"]
     host.booted.run("sh", "-c", f"{shlex.join(words)} >/dev/null 2>{shlex.quote(str(tmp_path / 'error'))} &")
     wait_for((tmp_path / "up").exists, "the guest")
     assert host.state(scope) == "active"
-    _assert_the_last_words_are_kept(host, tmp_path)
 
 
 def test_libvirt_guests_finds_the_disks_of_the_guests_that_it_shuts_down(host: Machine, tmp_path: Path) -> None:
