@@ -37,8 +37,8 @@ def missing(mountpoint: str) -> QedfsError:
         if is_dead(mountpoint):
             return NotMounted(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}")
         return NotMounted(
-            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or with "
-            "another XDG_RUNTIME_DIR?"
+            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or in a "
+            "container?"
         )
     if kind is not None:
         return UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")

@@ -50,9 +50,11 @@ def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Fou
         return Found()
     user = user_number()
     if told := _NOTE.fullmatch(noted):
-        if told[3] != _boot() or told[2] != name:
-            return Found()  # lost with the power, as what was not flushed; or ours is a copy, which has no journal
+        if told[3] != _boot():
+            return Found()  # lost with the power, as what was not flushed
         user = int(told[1])
+        if told[2] != name:
+            return Found(gone=f"it is a copy, made while a mount of it by {_called(user)} was not at its end")
         if user not in (0, user_number(), storage.owner()):
             return Found(unread=f"{_killed(user)}, and nobody vouches for the journal of one who does not own it")
     places = [Place(folder)] if folder is not None else []
@@ -79,7 +81,11 @@ def _search(places: list[Place], storage: Storage, name: str, session: str, *, k
 
 
 def _killed(user: int) -> str:
-    return f"a mount of it by {f'user {user}' if user else 'root'} was killed"
+    return f"a mount of it by {_called(user)} was killed"
+
+
+def _called(user: int) -> str:
+    return f"user {user}" if user else "root"
 
 
 def _boot() -> str:

@@ -55,6 +55,7 @@ records = st.builds(
     st.integers(0, 1 << 62),
     times=st.none() | st.tuples(*[st.integers(-(1 << 62), 1 << 62)] * 2),
     written=st.booleans(),
+    journal=st.sampled_from(["", "0.1.00000000", "4294967295.ffffffffffffffff.ffffffff"]),
 )
 
 
@@ -137,6 +138,7 @@ def each(key: str, *values: object) -> list[dict[str, object]]:
         *each("pin", 0, [], {}, "pin"),
         *each("times", 0, [], [1], [1, 2, 3], [1.5, 2], ["1", "2"], [True, False], [0, 1 << 63], {}),
         *each("written", None, 0, 1, "yes"),
+        *each("journal", None, 0, "A", "x" * 41, "a b", []),
         {"later": 1},
     ],
 )

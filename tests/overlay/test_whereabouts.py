@@ -108,11 +108,25 @@ async def test_a_lost_journal_is_told_once(places: Path) -> None:
     assert (await open_storage(MemoryStorage(storage.bytes, name="disk"))).journal_remark == ""
 
 
-@pytest.mark.parametrize("kind", ["without a journal", "a copy", "another boot", "looked at while it runs", "closed"])
+async def test_a_copy_is_told_to_lack_what_was_not_flushed(places: Path) -> None:
+    """Made while the original was in use, or after it was killed: nobody can tell, and its journal is not for it."""
+    (places / "SHARED_MEMORY").mkdir()
+    left = await killed(journal_folder())
+    storage = MemoryStorage(left, name="another")
+    copy = await open_storage(storage, journal_folder=journal_folder())
+    assert "it is a copy, made while a mount of it by root was not at its end; writes that" in copy.journal_remark
+    assert await seen(copy) == b"\0"
+    await copy.close()
+    assert (await open_storage(MemoryStorage(storage.bytes, name="another"))).journal_remark == ""
+    again = await open_storage(MemoryStorage(left, name="disk"), journal_folder=journal_folder())
+    assert await seen(again) == b"1"
+
+
+@pytest.mark.parametrize("kind", ["without a journal", "another boot", "looked at while it runs", "closed"])
 async def test_nothing_is_told_where_nothing_was_lost(places: Path, kind: str) -> None:
     (places / "SHARED_MEMORY").mkdir()
     left = await killed(None if kind == "without a journal" else journal_folder())
-    reader = MemoryStorage(left, name="another" if kind == "a copy" else "disk", writable=False)
+    reader = MemoryStorage(left, name="disk", writable=False)
     if kind == "another boot":
         reader = MemoryStorage(with_note(left, f"{os.getuid()}.disk.00000000"), name="disk", writable=False)
     elif kind == "closed":
