@@ -41,6 +41,14 @@ class SourceVersion:
         self._look: _Look | None = None  # while one is under way
         self._agreed = False  # after a refusal: what was read before it was of the pinned version
 
+    @property
+    def size(self) -> int | None:
+        """Bytes of the version that the overlay's clusters are of; None as long as there is none."""
+        if self.identity is not None:
+            return self.identity.size
+        pin = self._overlay.record.pin
+        return pin.size if pin is not None and pin.backing == digest(self._overlay.backing or "") else None
+
     def refuse(self, error: SourceChanged) -> None:
         """Take nothing from the source any more."""
         self._agreed = self._agrees

@@ -79,6 +79,7 @@ class StreamJob:
         self._cursor = 0  # the cluster at which the walk goes on
         self._ignored: QedfsError | None = None
         self._ignored_at = 0  # the cursor then
+        self._looked_at = -1  # bytes that had been kept and written when a stream that failed was last looked at
         self._known_failures = 0  # of the image, that have been dealt with
         self._hindered: tuple[State, str] | None = None  # what it is still in for, until bytes are brought in again
         self._trying = False  # after a failure: go carefully
@@ -314,12 +315,17 @@ class StreamJob:
         return self._enabled and not self._paused and self._held is None
 
     async def _gate(self) -> bool:
-        """Return True when the job may run; False if the image has become complete without it (`step`)."""
+        """Return True when the job may run; False if the image has become complete without it.
+
+        That may be by `step`, or because readers and guests have brought in what a stream that failed could not.
+        """
         while not self.image.complete:
             if not self._allowed:
                 self.image.streaming = False
                 self._change(State.PAUSED if self._enabled else State.OFF, self._why_not())
-                await self._sleep(None)
+                await self._sleep(None if self.error is None else LOOK_SECONDS)
+                if self.error is not None:
+                    await self._detach_if_local()
             elif reason := self.hold_off():
                 self.image.streaming = False
                 self._change(State.WAITING, reason)
@@ -327,6 +333,23 @@ class StreamJob:
             else:
                 return True
         return False
+
+    async def _detach_if_local(self) -> None:
+        """Let the image be complete if nothing of it is missing any more."""
+        image, fetch = self.image, self.image.fetch
+        brought = image.counters.kept + image.counters.written
+        if brought == self._looked_at or fetch is None or image.version is None:
+            return
+        self._looked_at = brought
+        source_size = image.version.size
+        try:
+            pos = await self._missing.first_from(0)
+            if pos is None or (source_size is not None and pos >= source_size):
+                await fetch.landed(image)
+                await image.detach()
+                log.info("%s: complete all the same, by what readers have brought in", image.name)
+        except QedfsError as exc:
+            log.debug("%s: still failed: %s", image.name, exc)
 
     def _why_not(self) -> str:
         if self._paused:
