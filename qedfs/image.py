@@ -9,10 +9,11 @@ by age. Fetched bytes come in through `take`, from the flight's task.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -76,6 +77,7 @@ class Image:
         self._rests = Rests(overlay.cluster_size)
         self._committing = False
         self._closed = False
+        self._reads: dict[trio.CancelScope, float] = {}  # that wait for the source, and since when
         self._takes = 0  # adoptions under way
         self._untouched = trio.Event()  # set when the last of them has ended
 
@@ -147,23 +149,46 @@ class Image:
             raise self.version.changed.fresh()
         if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
             return True  # there is nothing to wait for
-        try:
-            async with self.fetch.waiting():
-                source_size = (await self.version.check()).size
-                inside = [(pos, view) for pos, view in pieces if pos < source_size]
-                for pos, view in inside:
-                    self.counters.missed += len(view)
-                    self.waits.note(pos, len(view))
-                if inside:
-                    await self.fetch.read(inside, taker=self if self.copy_on_read else None)
-                    await self.version.check()
-        except QedfsError as exc:
-            if self.complete:
-                return False
-            self._failed(exc)
-            raise
+        with self._reading() as scope:
+            try:
+                async with self.fetch.waiting():
+                    source_size = (await self.version.check()).size
+                    inside = [(pos, view) for pos, view in pieces if pos < source_size]
+                    for pos, view in inside:
+                        self.counters.missed += len(view)
+                        self.waits.note(pos, len(view))
+                    if inside:
+                        await self.fetch.read(inside, taker=self if self.copy_on_read else None)
+                        await self.version.check()
+            except QedfsError as exc:
+                if self.complete:
+                    return False
+                self._failed(exc)
+                raise
+        if scope.cancelled_caught:
+            raise SourceUnreachable(f"{self.name}: nobody waits for this read any more")
         self.error = None
         return True
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope:
+            self._reads[scope] = trio.current_time()
+            try:
+                yield scope
+            finally:
+                del self._reads[scope]
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest read came that waits for the source, by trio's clock."""
+        return next(iter(self._reads.values()), None)
+
+    def give_up(self, *, since: float) -> None:
+        """End the reads that have waited for the source since then, with an error. What is on the way is kept."""
+        for scope, began in self._reads.items():
+            if began <= since:
+                scope.cancel()
 
     def _failed(self, error: QedfsError) -> None:
         if isinstance(error, SourceChanged) and self.version is not None:

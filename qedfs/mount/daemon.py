@@ -26,6 +26,7 @@ from qedfs.errors import InUse, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.fetch import Fetch
 from qedfs.mount import lastwords, loop, memory
 from qedfs.mount.arrival import BeingWritten
+from qedfs.mount.deserted import let_go
 from qedfs.mount.folder import Folder, Options, Served
 from qedfs.mount.handshake import MAX_BACKGROUND
 from qedfs.mount.kernel import tune
@@ -142,6 +143,7 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
             nursery.start_soon(memory.give_back_memory, mount.folder.buffers)
+            nursery.start_soon(let_go, mount.folder.images, mount.mountpoint, lambda: _stands(mount))
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)

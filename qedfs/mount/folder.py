@@ -83,6 +83,7 @@ class Served:
     job: StreamJob | None = None
     error: QedfsError | None = None
     opens: int = 0
+    closes: int = 0  # of descriptors of these opens; one open may have several
     gone: bool = False  # the overlay has left the folder
     passing: bool = False  # what `error` says may pass though the file stays as it is
     status: Callable[[], os.stat_result] | None = None

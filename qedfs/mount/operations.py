@@ -83,6 +83,9 @@ class Operations(pyfuse3.Operations):
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor: promises nothing."""
+        served = self._folder.by_inode(fh)
+        if served is not None:
+            served.closes += 1
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """The folder has nothing of its own."""
@@ -144,6 +147,7 @@ class Operations(pyfuse3.Operations):
             del self._opens[fh], self._images[fh]
         if served is not None:
             served.opens = left
+            served.closes = max(0, served.closes - 1) if left else 0
             await self._folder.drop_if_unused(served)
 
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
