@@ -92,11 +92,14 @@ def create(
 
 
 def _remark_on_local_files(location: Location) -> None:
+    local = [*filter(None, (location.path, *location.tls_files))]
     if location.path is not None:
-        remark(f"a local backing has to be allowed when it is mounted: --allow-backing {location.path}")
-    elif location.tls_files:
-        words = " ".join(f"--allow-backing {path}" for path in (*location.tls_files, str(location).partition("?")[0]))
-        remark(f"the key has to be allowed when it is mounted, and then the server too: {words}")
+        what = "a local backing has to be allowed when it is mounted"
+    else:
+        what = "the key has to be allowed when it is mounted, and then the server too"
+        local.append(str(location).partition("?")[0])
+    if location.path is not None or location.tls_files:
+        remark(f"{what}: {' '.join(f'--allow-backing {path}' for path in local)}")
 
 
 def _check_scheme(text: str, location: Location) -> None:

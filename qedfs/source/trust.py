@@ -24,6 +24,17 @@ _CA_FILES = (
 )
 
 
+# OpenSSL's words for an authority that is not known here; what to do about it is the same everywhere.
+_UNKNOWN = frozenset(
+    {
+        "unable to get local issuer certificate",
+        "unable to get issuer certificate",
+        "self-signed certificate",
+        "self-signed certificate in certificate chain",
+        "self signed certificate",
+        "self signed certificate in certificate chain",
+    }
+)
 _VARIABLES = ("CURL_CA_BUNDLE", "SSL_CERT_FILE")  # in curl's order
 
 
@@ -60,3 +71,10 @@ def read_files(location: Location, *paths: str) -> list[bytes]:
         except OSError as exc:
             raise SourceError(f"{location}: {path}: {exc.strerror}") from exc
     return contents
+
+
+def with_advice(objection: str) -> str:
+    """OpenSSL's objection to a certificate, with the way out if its authority is not known."""
+    return objection + (
+        " (an authority of your own: SSL_CERT_FILE, or `ca` in --credentials)" if objection in _UNKNOWN else ""
+    )

@@ -77,3 +77,12 @@ def test_a_daemon_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert f"{file}: [https://h/] has 'token'" in done.stderr
         assert CANARY not in done.stderr
+
+
+def test_create_says_what_a_mount_will_ask_for(tmp_path: Path) -> None:
+    for url, says in [
+        ("nbds://host/disk?tls-psk-file=/k", "--allow-backing /k --allow-backing nbds://host/disk"),
+        ("nbds+unix:///d?socket=/s&tls-certificates=/c", "--allow-backing /s --allow-backing /c"),
+    ]:
+        done = qedfs("create", tmp_path / f"{len(url)}.qed", "--backing", url, "--size", "1M")
+        assert done.stderr.rstrip().endswith(says)

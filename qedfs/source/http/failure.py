@@ -13,6 +13,7 @@ import pycurl
 
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.alerts import Said, explain_alert
+from qedfs.source.trust import with_advice
 
 _E_PROXY = 97  # CURLE_PROXY; pycurl has no name for it
 
@@ -39,14 +40,6 @@ _TRANSIENT = {
 }
 # X509_verify_cert_error_string(3): fixed texts.
 _VERIFY_RESULT = re.compile(r"verify result: ([a-zA-Z ,'-]+) \(\d+\)")
-_UNKNOWN_ISSUER = frozenset(
-    {
-        "unable to get local issuer certificate",
-        "self-signed certificate",
-        "self-signed certificate in certificate chain",
-    }
-)
-_PRIVATE = " (an authority of your own: SSL_CERT_FILE, or `ca` in --credentials)"
 _SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
 
 
@@ -71,8 +64,7 @@ def said(text: str) -> Said | None:
         return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: it has other names")
     found = _VERIFY_RESULT.search(text)
     if found is not None:
-        hint = _PRIVATE if found[1] in _UNKNOWN_ISSUER else ""
-        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: {found[1]}{hint}")
+        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: {with_advice(found[1])}")
     return None
 
 

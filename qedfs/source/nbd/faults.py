@@ -15,6 +15,7 @@ import trio
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.alerts import Said, explain_alert
 from qedfs.source.nbd.protocol import Refusal, Violation, printable
+from qedfs.source.trust import with_advice
 from qedfs.source.url import Location
 
 
@@ -32,7 +33,7 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
     """Translate what ended an attempt to connect and shake hands. A broken protocol is permanent here."""
     certificate = _certificate_fault(exc)
     if certificate is not None:
-        return SourceError(f"{location}: the server's certificate is not trusted: {certificate}")
+        return SourceError(f"{location}: the server's certificate is not trusted: {with_advice(certificate)}")
     alert = _alert(exc)
     if alert is not None:
         text = f"{location}: {alert.words}"

@@ -98,6 +98,7 @@ async def test_an_unknown_authority_is_not_trusted(start: Start, tls: Certificat
     with start(file, tls, True) as server:
         error = await _error(server.url)
     assert "certificate is not trusted" in str(error)
+    assert "(an authority of your own: SSL_CERT_FILE, or `ca` in --credentials)" in str(error)
     assert not isinstance(error, SourceUnreachable)
 
 
