@@ -50,6 +50,7 @@ class Place:
     base: Path
     names: tuple[str, ...] = ()
     user: int | None = None  # None: whoever owns it; the caller vouches for it
+    told: bool = False  # the way to the base is somebody else's word: nothing on it is believed
 
     @property
     def path(self) -> Path:
@@ -73,8 +74,8 @@ class Place:
     def opened(self) -> Iterator[int]:
         """A descriptor (O_PATH) of the folder as its user has made it, for calls with `dir_fd`.
 
-        No link is followed below the base. Root also looks into folders of other users, who could mount a file system
-        of their own there; its server may never answer, so it is asked nothing.
+        No link is followed below the base. Others could mount a file system of their own in a folder of theirs, or on
+        the way to a base that we were told of; its server may never answer, so it is asked nothing.
 
         Raises:
             OSError: FileNotFoundError if there is no such folder of this user; PermissionError if we may not look.
@@ -82,7 +83,10 @@ class Place:
         folders: list[int] = []
         try:
             try:
-                folders.append(os.open(self.base, _FOLDER))
+                folders.append(os.open("/" if self.told else self.base, _FOLDER))
+                for name in self.base.parts[1:] if self.told else ():
+                    folders.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folders[-1]))
+                    self._check_kind(folders[-1])
                 for name in self.names:
                     self._check_kind(folders[-1])
                     folders.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folders[-1]))
@@ -96,7 +100,7 @@ class Place:
                 os.close(folder)
 
     def _check_kind(self, fd: int) -> None:
-        if self.user not in (None, user_number()) and filesystem_type(fd).startswith("fuse"):
+        if (self.told or self.user not in (None, user_number())) and filesystem_type(fd).startswith("fuse"):
             raise PermissionError(errno.EACCES, "is on a file system of its user's", str(self.path))
 
     def _check_owner(self, fd: int) -> None:
@@ -223,7 +227,7 @@ def mount_places(mountpoint: str) -> Iterator[Place]:
     ending = os.fsencode(f"/{name}/{SOCKET_NAME}")
     for found in sockets():
         if found.endswith(ending):
-            yield Place(Path(os.fsdecode(found.removesuffix(ending)) or "/"), (name,), user)
+            yield Place(Path(os.fsdecode(found.removesuffix(ending)) or "/"), (name,), user, told=True)
 
 
 def _name_of(mountpoint: str) -> str:
@@ -239,7 +243,8 @@ def _own_places() -> Iterator[Place]:
         yield Place(RUN, ("qedfs",), user)
     xdg = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(xdg):
-        yield Place(Path(xdg), ("qedfs",), user)
+        # What the kernel's table of sockets shows then leads there without links (`Place.told`).
+        yield Place(Path(os.path.realpath(xdg)), ("qedfs",), user)
     yield from _places_of(user)
 
 

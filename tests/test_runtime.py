@@ -14,6 +14,7 @@ from qedfs.runtime import (
     KEPT_ENDED,
     LOG_NAME,
     SOCKET_NAME,
+    Place,
     held_folder,
     journal_folder,
     mount_folder,
@@ -142,6 +143,54 @@ def test_the_root_of_a_user_namespace_has_the_places_of_its_user(system: Path, m
     assert journal_folder() == system / "SHARED_MEMORY" / f"qedfs-{ALICE}"
     (system / "USERS" / str(ALICE)).mkdir()
     assert journal_folder() == system / "USERS" / str(ALICE) / "qedfs" / "journal"
+
+
+# Where we were told to look.
+
+
+def looked(place: Place) -> str:
+    """What is at the end of the way."""
+    with place.opened() as fd:
+        return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def test_nothing_on_the_way_to_a_place_that_others_tell_of_is_followed_or_asked(
+    system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can bind a socket whose path ends like that of a mount, below a file system whose server is theirs."""
+    folder = system / "home" / "qedfs" / "mount"
+    folder.mkdir(parents=True, mode=0o700)
+    (system / "link").symlink_to("home")
+    asked: list[str] = []
+
+    def kind(fd: int) -> str:
+        asked.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return "fuse.theirs" if asked[-1].endswith("/home") else "ext4"
+
+    assert looked(Place(system / "link" / "qedfs", ("mount",), 0)) == str(folder)
+    with pytest.raises(FileNotFoundError):
+        looked(Place(system / "link" / "qedfs", ("mount",), 0, told=True))
+    assert looked(Place(system / "home" / "qedfs", ("mount",), 0, told=True)) == str(folder)
+    monkeypatch.setattr(runtime, "filesystem_type", kind)
+    with pytest.raises(PermissionError, match="a file system of its user's"):
+        looked(Place(system / "home" / "qedfs", ("mount",), 0, told=True))
+    assert asked[-1] == str(system / "home")
+
+
+def test_a_server_with_another_environment_is_found_by_the_kernel_s_table(
+    system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_MOST_SOCKET_PATH", 1000)
+    (system / "RUN").rmdir()
+    (system / "session").mkdir()
+    (system / "link").symlink_to("session")
+    with monkeypatch.context() as patched:
+        patched.setenv("XDG_RUNTIME_DIR", str(system / "link"))
+        folder = mount_folder("/mnt")
+    strangers = [b"/tmp/x", b"/tmp/0123456789abcdef/control.sock"]
+    monkeypatch.setattr(runtime, "sockets", lambda: [*strangers, os.fsencode(folder / SOCKET_NAME)])
+    (found,) = [place for place in mount_places("/mnt") if place.told]
+    assert looked(found) == str(folder) == f"{system}/session/qedfs/{folder.name}"
 
 
 # What is left.
