@@ -24,8 +24,8 @@ FORBIDDEN = {("overlay", "source"), ("fetch", "overlay")}
 # Leaves: anyone may import them, they import at most `errors`. From `flight` on they are parts of fetch and image.
 LEAVES = frozenset(
     {
-        *("buffers", "durable", "log", "units", "procfs", "runtime", "flight", "window", "readahead", "room"),
-        *("histogram", "profile"),
+        *("buffers", "descriptors", "durable", "log", "units", "procfs", "runtime", "flight", "window", "readahead"),
+        *("room", "ranges", "histogram", "profile"),
     }
 )
 LEAF_ARROWS = {("runtime", "procfs")}

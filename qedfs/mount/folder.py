@@ -19,11 +19,11 @@ import trio
 
 from qedfs import room
 from qedfs.buffers import Buffers
+from qedfs.descriptors import check_room
 from qedfs.errors import BadOverlay, InUse, NoMemory, QedfsError, UsageError
 from qedfs.fetch import Fetch
 from qedfs.image import Image
 from qedfs.mount.arrival import check_arrived, settling
-from qedfs.mount.limits import check_room
 from qedfs.mount.sources import Sources
 from qedfs.overlay.opening import open_overlay
 from qedfs.overlay.overlay import Overlay
@@ -157,6 +157,11 @@ class Folder:
     def in_use(self) -> bool:
         """Whether anybody has an image open, or one is being closed; also of an overlay that has left the folder."""
         return bool(self._closing) or any(served.opens for served in self._by_inode.values())
+
+    @property
+    def _opened(self) -> int:
+        """How many overlays we have open; also those that have left the folder."""
+        return sum(served.image is not None for served in self._by_inode.values()) + self._closing
 
     def fetches(self) -> list[Fetch]:
         """The fetch queues in use, and the last ones that were: their counts are still of interest."""
@@ -323,7 +328,7 @@ class Folder:
         overlay = await self._open(served.path)
         try:
             self._check_clusters(served.path, overlay)
-            fetch = await self._sources.fetch_for(overlay)
+            fetch = await self._sources.fetch_for(overlay, overlays=self._opened + 1)
         except BaseException:
             # Also if cancelled: the descriptor's locks would keep the overlay in use for as long as we run.
             with trio.CancelScope(shield=True):
@@ -347,7 +352,7 @@ class Folder:
             )
 
     async def _open(self, path: str) -> Overlay:
-        check_room(self._fd)
+        check_room(self._opened + 1, self._sources.count)
         name = os.path.basename(path)
         if stat.S_ISLNK(os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")

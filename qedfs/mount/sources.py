@@ -15,6 +15,7 @@ import trio
 
 from qedfs import room
 from qedfs.buffers import MOST_BYTES, Buffers
+from qedfs.descriptors import check_room
 from qedfs.fetch import Fetch
 from qedfs.mount.handshake import background_limit
 from qedfs.overlay.overlay import Overlay
@@ -65,12 +66,18 @@ class Sources:
         """A scan begins."""
         self._patience_seconds = PATIENCE_SECONDS
 
-    async def fetch_for(self, overlay: Overlay) -> Fetch | None:
+    @property
+    def count(self) -> int:
+        """Of sources that overlays need."""
+        return len(self._remotes)
+
+    async def fetch_for(self, overlay: Overlay, *, overlays: int) -> Fetch | None:
         """The queue for an overlay's backing, shared by all overlays on the same source; None without a backing.
 
         Raises:
             Refused: the policy does not allow the place.
             UsageError: it is none.
+            OSError: EMFILE, it would be a source too many beside so many open `overlays`.
         """
         if overlay.backing is None:
             return None
@@ -80,6 +87,7 @@ class Sources:
         place = (location.secret_url, not overlay.probes_backing)
         remote = self._remotes.get(place)
         if remote is None:
+            check_room(overlays, self.count + 1)
             remote = remote_source(
                 location,
                 self._policy,

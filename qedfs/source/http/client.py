@@ -23,6 +23,7 @@ from functools import partial
 
 import trio
 
+from qedfs.descriptors import connections
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable, UsageError
 from qedfs.source.base import Extent, Identity
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
@@ -57,8 +58,9 @@ class _Pool:
     """Connections of one urgency, and the idle handles that go with them."""
 
     def __init__(self, policy: Policy, nursery: trio.Nursery) -> None:
-        self._multi = Multi(nursery, max_connections=MAX_CONNECTIONS)
-        self._slots = trio.Semaphore(MAX_CONNECTIONS)
+        self.connections = connections()
+        self._multi = Multi(nursery, max_connections=self.connections)
+        self._slots = trio.Semaphore(self.connections)
         self._policy = policy
         self._idle: list[Exchange] = []
         self._busy: set[Exchange] = set()
@@ -168,7 +170,7 @@ class HttpSource:
     @property
     def parallel(self) -> int:
         """As many background reads as the pool has connections."""
-        return MAX_CONNECTIONS
+        return self._background.connections
 
     @property
     def received(self) -> int:
