@@ -9,9 +9,16 @@ from pathlib import Path
 
 from qedfs.errors import NotMounted, QedfsError, UsageError
 from qedfs.mount.place import standing_at
+from qedfs.procfs import mounts
 from qedfs.runtime import place_of
 
 FILESYSTEM = "fuse.qedfs"
+
+
+def device_of(mountpoint: str) -> str:
+    """What names the file system that is mounted at this path, wherever else it is; "" if there is none."""
+    standing = standing_at(place_of(mountpoint))
+    return "" if standing is None else standing.device
 
 
 def mounted_type(mountpoint: str) -> str | None:
@@ -54,13 +61,49 @@ def holders(mountpoint: str) -> list[str]:
     return [*_processes(folder), *_loops(folder)]
 
 
+def copies(device: str) -> tuple[list[str], list[str]]:
+    """Where a file system is mounted besides: the places that we see, and who holds it in other mount namespaces.
+
+    A copy is made by `mount --bind`, and by whatever starts a namespace of its own: unshare, a container, a sandboxed
+    service. Of those we see what /proc shows us; each is named by its oldest process, as "pid 123 (sleep)".
+    """
+    places = [os.fsdecode(line.place) for line in mounts() if line.device == device]
+    found = {_namespace(Path("/proc/self"))}
+    holders = []
+    for process in sorted((path for path in Path("/proc").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)):
+        namespace = _namespace(process)
+        if namespace and namespace not in found:
+            found.add(namespace)
+            if any(line.device == device for line in mounts(_table(process))):
+                holders.append(_named(process))
+    return places, holders
+
+
+def _namespace(process: Path) -> str:
+    try:
+        return os.readlink(process / "ns" / "mnt")
+    except OSError:
+        return ""  # it has ended, or is not for us to look at
+
+
+def _table(process: Path) -> bytes:
+    try:
+        return (process / "mountinfo").read_bytes()
+    except OSError:
+        return b""
+
+
+def _named(process: Path) -> str:
+    return f"pid {process.name} ({_line(process / 'comm').decode(errors='replace')})"
+
+
 def _processes(folder: str) -> Iterator[str]:
     ours = str(os.getpid())  # started where the user stands, which the line of the shell tells
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or process.name == ours:
             continue
         if any(_is_below(place, folder) for place in _places(process)):
-            yield f"pid {process.name} ({_line(process / 'comm').decode(errors='replace')})"
+            yield _named(process)
 
 
 def _places(process: Path) -> Iterator[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
+from typing import Any
 
 import click
 
 from qedfs.cli.layout import listed
-from qedfs.cli.mounttable import FILESYSTEM, holders, is_dead, missing, mounted_type
+from qedfs.cli.mounttable import FILESYSTEM, copies, device_of, holders, is_dead, missing, mounted_type
 from qedfs.cli.output import remark
 from qedfs.cli.values import DURATION, PLACE
 from qedfs.control.client import Client, Gone, NotServed
@@ -18,6 +20,7 @@ from qedfs.mount import lastwords
 from qedfs.units import format_seconds
 
 WORD_SECONDS = 10.0  # of silence: a flush takes less
+GRACE_SECONDS = 1.0  # until the server is asked why it has not ended; most have in a few hundredths
 BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
 
 
@@ -37,7 +40,8 @@ def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
 
     Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
     with the reason, if the last flush of one did. Fails if something in it is in use, with exit code 8, and leaves it
-    as it is. A mount whose server has died is cleared away.
+    as it is. A mount whose server has died is cleared away. A copy of the mount in another mount namespace, such as a
+    container's, ends too, unless an image is open there.
     """
     mountpoint = os.path.abspath(mountpoint)
     os.chdir("/")  # the user may stand in it, and so we would keep it busy
@@ -51,7 +55,7 @@ def _unmount_when_free(mountpoint: str, wait_seconds: float) -> None:
     said = ""
     while True:
         try:
-            _unmount_and_wait(mountpoint)
+            _unmount_and_wait(mountpoint, deadline)
         except InUse as exc:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -64,7 +68,7 @@ def _unmount_when_free(mountpoint: str, wait_seconds: float) -> None:
             return
 
 
-def _unmount_and_wait(mountpoint: str) -> None:
+def _unmount_and_wait(mountpoint: str, deadline: float) -> None:
     try:
         # Not a word is needed of a server that may be busy or stand still: only who it is.
         client = Client.reach(mountpoint)
@@ -79,7 +83,11 @@ def _unmount_and_wait(mountpoint: str) -> None:
     with client:
         process = _process(client)
         try:
-            _unmount(mountpoint, served=True)
+            device = device_of(mountpoint)
+            if device:  # else a copy has kept its server from ending, or it is about to
+                _unmount(mountpoint, served=True)
+            if not _has_ended(process, GRACE_SECONDS):
+                _ask_to_end(mountpoint, client, device, deadline)
             _wait_for_end(mountpoint, client, process)
         finally:
             if process is not None:
@@ -115,10 +123,58 @@ def _unmount(mountpoint: str, *, served: bool = False) -> None:
     raise QedfsError(f"{mountpoint}: cannot be unmounted: {done.stderr.strip()}")
 
 
+def _has_ended(process: int | None, seconds: float) -> bool:
+    return process is not None and bool(select.select([process], [], [], seconds)[0])
+
+
+def _ask_to_end(mountpoint: str, client: Client, device: str, deadline: float) -> None:
+    """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
+
+    One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
+    those of containers and of sandboxed services, which got them unasked. The server lets go of these.
+
+    Raises:
+        InUse: the mount goes on for the sake of a copy.
+    """
+    try:
+        client.deadline = time.monotonic() + WORD_SECONDS
+        client.negotiate()
+        said = ""
+        while used := _use_of_copies(client, device):
+            if (left := deadline - time.monotonic()) <= 0:
+                raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
+            if used != said:
+                said = used
+                remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
+            time.sleep(BUSY_SECONDS)
+            client.deadline = time.monotonic() + WORD_SECONDS
+        _, holders = copies(device)
+        client.execute("quit")
+    except (Gone, TimedOut):
+        return  # it comes to its end already, or stands still: there is nothing to do but to wait for it
+    finally:
+        client.deadline = math.inf
+    whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
+    remark(f"{mountpoint}: a mount namespace {whose} has a copy of it, which ends with the server")
+
+
+def _use_of_copies(client: Client, device: str) -> str:
+    """Who needs the copies of a mount, in words; "" if nobody does."""
+    places, holders = copies(device)
+    if places:
+        return f"is still mounted at {listed(places)}"
+    images: list[dict[str, Any]] = client.execute("x-qedfs-status")["images"]
+    names = [image["name"] for image in images if image.get("opens")]
+    if not names:
+        return ""
+    whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
+    return f"{listed(names)} is open in a copy of it, in a mount namespace {whose}"
+
+
 def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
     """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
     if process is not None:
-        if not select.select([process], [], [], WORD_SECONDS)[0]:
+        if not _has_ended(process, WORD_SECONDS):
             remark(f"{mountpoint}: is unmounted; its server, pid {client.server_pid}, is still to close the overlays")
             select.select([process], [], [])
         return
