@@ -7,6 +7,7 @@ line, and lines of remarks that begin with `#`. It is a hint. A wrong one costs 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 
 from qedfs.errors import UsageError
@@ -25,17 +26,21 @@ class Waits:
     """What readers of one image have waited for since it was opened."""
 
     def __init__(self) -> None:
-        self.ranges: list[Range] = []
+        # Of many images together: two numbers take 16 bytes here, and 130 as objects.
+        self._starts, self._sizes = array("Q"), array("Q")
+
+    @property
+    def ranges(self) -> list[Range]:
+        """In their order."""
+        return list(zip(self._starts, self._sizes, strict=True))
 
     def note(self, pos: int, size: int) -> None:
         """A reader waits for these bytes."""
-        if self.ranges:
-            last_pos, last_size = self.ranges[-1]
-            if last_pos + last_size == pos:
-                self.ranges[-1] = last_pos, last_size + size
-                return
-        if len(self.ranges) < MOST_RANGES:
-            self.ranges.append((pos, size))
+        if self._starts and self._starts[-1] + self._sizes[-1] == pos:
+            self._sizes[-1] += size
+        elif len(self._starts) < MOST_RANGES:
+            self._starts.append(pos)
+            self._sizes.append(size)
 
 
 def written(ranges: Iterable[Range], remark: str) -> str:

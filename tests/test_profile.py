@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,8 +28,13 @@ def test_what_follows_at_once_is_one_range() -> None:
 
 def test_the_list_is_bounded_and_keeps_the_beginning() -> None:
     waits = Waits()
-    for number in range(MOST_RANGES + 10):
-        waits.note(2 * number, 1)
+    tracemalloc.start()
+    try:
+        for number in range(MOST_RANGES + 10):
+            waits.note(2 * number, 1)
+        assert tracemalloc.get_traced_memory()[0] < 24 * MOST_RANGES  # each of the images of a mount has one
+    finally:
+        tracemalloc.stop()
     assert len(waits.ranges) == MOST_RANGES
     assert waits.ranges[0] == (0, 1)
     assert parsed(written(waits.ranges, ""), "p") == tuple(waits.ranges)

@@ -88,6 +88,14 @@ async def test_slices_of_all_overlays_together_are_bounded() -> None:
     assert room.TABLES.used_bytes == 0
 
 
+async def test_what_is_remembered_of_the_slices_of_a_cut_overlay_is_bounded() -> None:
+    """A count goes through all that is claimed, and a table may be claimed any number of times."""
+    overlay = await open_storage(MemoryStorage(with_shared_table(64, entry=1 << 40).data, writable=False))
+    await overlay.clusters.count()
+    assert len(overlay.clusters._cut._judged._starts) == 1
+    await overlay.close()
+
+
 async def test_writes_all_over_a_large_image_do_not_pile_up_slices() -> None:
     room.TABLES.most_bytes = 4 * MIB
     tables = 200

@@ -20,6 +20,7 @@ from array import array
 
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.tables import ZERO
+from qedfs.ranges import Ranges
 
 _MARK = 2  # 0 is a missing cluster, 1 a zero cluster; every offset is a multiple of 4 KiB
 _LOW_BYTE = 0 if sys.byteorder == "little" else ENTRY_SIZE - 1  # of an entry in memory
@@ -32,7 +33,7 @@ class Cut:
     def __init__(self, end: int, cluster_size: int) -> None:
         self.end = end
         self._cluster_size = cluster_size
-        self._judged: set[int] = set()
+        self._judged = Ranges()  # of slices: a claim may have 2^29 of them, which a count goes through
         self.lost = 0  # entries that lead nowhere, in the slices that have been judged
 
     def concerns(self, part: array[int]) -> bool:
@@ -44,9 +45,9 @@ class Cut:
 
         At the first reading only: a later one may find entries of this session.
         """
-        if number in self._judged:
+        if self._judged.end_of(number) is not None:
             return []
-        self._judged.add(number)
+        self._judged.add(number, number + 1)
         bad = mark_beyond(part, self.end, self._cluster_size)
         if low_bytes := _marked_low_bytes(part):
             self.lost += len(low_bytes) - sum(map(low_bytes.count, _SOUND))

@@ -13,10 +13,11 @@ from collections import deque
 import trio
 
 from qedfs.image import Image
+from qedfs.ranges import Ranges
 from qedfs.source.base import Extent
-from qedfs.stream.ranges import Ranges
 
 EXTENTS_BYTES = 1 << 30  # of the source asked about at once
+MOST_EXTENTS = 1024  # kept of what it tells, 0.2 MiB: the rest is asked for again
 STEPS_PER_TURN = 32  # of a walk over holes, up to 0.5 ms each, until other tasks get their turn
 
 
@@ -115,7 +116,7 @@ class Missing:
             span = self._image.overlay.geometry.l2_span
             size = min(max(EXTENTS_BYTES, 2 * span - pos % span), source_size - pos)
             told = await self._image.fetch.extents(pos, size)
-            self._extents = deque(told or [Extent(pos, size, zero=False)])
+            self._extents = deque((told or [Extent(pos, size, zero=False)])[:MOST_EXTENTS])
         extent = self._extents[0]
         while extent.zero and len(self._extents) > 1 and self._extents[1].zero:
             following = self._extents[1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
+import pytest
 import trio
 
 from qedfs.format.tables import ZERO
+from qedfs.source.base import Extent
 from qedfs.stream.job import State, StreamJob
 from qedfs.stream.missing import Missing
 from tests.fakes.source import FakeSource
@@ -95,3 +97,24 @@ async def test_what_two_walks_pass_over_counts_once() -> None:
         assert missing.skipped == size - 2 * MIB
         assert await missing.first_from(7) == 7
         assert image.populated == 2 * MIB - 4096
+
+
+class Fragmented(FakeSource):
+    """Tells of every second cluster that it is a hole, however many it is asked about."""
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        clusters = range(pos // CLUSTER, (pos + size) // CLUSTER)
+        return [Extent(number * CLUSTER, CLUSTER, zero=number % 2 == 1) for number in clusters]
+
+
+async def test_what_a_source_tells_of_its_holes_is_kept_in_part_only(autojump_clock: trio.testing.MockClock) -> None:
+    content = (b"x" * CLUSTER + bytes(CLUSTER)) * 1000
+    async with served(source := Fragmented(content)) as image:
+        job = StreamJob(image)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qedfs.stream.missing.MOST_EXTENTS", 100)
+            await job._missing.next_run(0, len(content))
+            assert len(job._missing._extents) <= 100
+            await job.run()
+        assert source.bytes_read == len(content) // 2
+        assert await image.read(0, 2 * CLUSTER) == content[: 2 * CLUSTER]

@@ -1,4 +1,4 @@
-"""Ranges of numbers that were marked, joined where they meet: it takes memory for gaps and not for numbers. Pure."""
+"""Ranges of numbers that were marked, joined where they meet: it takes memory for gaps and not for numbers. A leaf."""
 
 from __future__ import annotations
 
