@@ -325,6 +325,7 @@ class Folder:
             log.error("not served: %s", text if text.startswith(served.path) else f"{served.path}: {text}")
 
     async def _serve(self, served: Served) -> None:
+        self._check_not_ours(served.path)
         overlay = await self._open(served.path)
         try:
             self._check_clusters(served.path, overlay)
@@ -350,6 +351,19 @@ class Folder:
                 f"{path}: its clusters of {format_size(overlay.cluster_size)} are too large for the memory that this "
                 f"mount may use, which has room for clusters of {format_size(most)}"
             )
+
+    def _check_not_ours(self, path: str) -> None:
+        """Raise InUse if this mount has the file open under another name: one inode is one image."""
+        found = os.stat(os.path.basename(path), dir_fd=self._fd, follow_symlinks=False)
+        for other in self._by_inode.values():
+            if not _is_file_of(other, found):
+                continue
+            name = os.path.basename(other.path)
+            if other.gone:
+                text = f"was {name}, whose image {other.name} somebody still has open; it is served when that is closed"
+            else:
+                text = f"is the same file as {name}, which is served as {other.name}"
+            raise InUse(f"{path}: {text}")
 
     async def _open(self, path: str) -> Overlay:
         check_room(self._opened + 1, self._sources.count)
@@ -402,14 +416,18 @@ class Folder:
 
     async def _inspect(self, image: Image, job: StreamJob, served: Served) -> None:
         """Notice what others do to the file, until it is no longer what was opened; then it is not complete either."""
-        try:
-            while True:
-                await trio.sleep(INSPECT_SECONDS)
+        while True:
+            await trio.sleep(INSPECT_SECONDS)
+            try:
                 await image.overlay.inspect()
                 self._check_place(served)
-        except QedfsError as exc:
-            served.error = exc.fresh()
-            job.fail(exc)
+            except BadOverlay as exc:
+                served.error = exc.fresh()
+                job.fail(exc)
+                return
+            except QedfsError as exc:
+                # The disk, or a file server that is away: it proves nothing, and whoever reads meets it too.
+                log.debug("%s: cannot be looked at: %s", image.name, exc)
 
     def _check_place(self, served: Served) -> None:
         """Raise BadOverlay if the single overlay's path leads to another file. (A folder takes that one up instead.)
@@ -423,10 +441,10 @@ class Folder:
             found = os.stat(os.path.basename(self.source), dir_fd=self._fd, follow_symlinks=False)
         except OSError:
             return
-        if (found.st_dev, found.st_ino) != ((ours := served.status()).st_dev, ours.st_ino):
+        if not _is_file_of(served, found):
+            fate = "has another name" if served.status().st_nlink else "ends with the mount"
             raise BadOverlay(
-                f"{served.path}: is another file now; what is mounted is the one that was there, which "
-                + ("ends with the mount" if not ours.st_nlink else "has another name")
+                f"{served.path}: is another file now; what is mounted is the one that was there, which {fate}"
             )
 
     async def _let_go(self, image: Image) -> None:
@@ -482,6 +500,15 @@ class Folder:
 
 def _image_name(path: str) -> str:
     return os.path.basename(path).removesuffix(SUFFIX) + ".raw"
+
+
+def _is_file_of(served: Served, found: os.stat_result) -> bool:
+    """Whether this is the file that an image is open on."""
+    try:
+        ours = served.status() if served.status is not None else None
+    except QedfsError:
+        return False  # its file server is gone, say: that is its own trouble
+    return ours is not None and (ours.st_dev, ours.st_ino) == (found.st_dev, found.st_ino)
 
 
 def _may_pass(exc: QedfsError | OSError) -> bool:

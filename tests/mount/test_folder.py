@@ -271,3 +271,31 @@ def test_qemu_reads_what_was_unmounted_half_way(tmp_path: Path) -> None:
         assert mount.unmount() == 0
         for name in "abc":
             assert qemu_same(overlays / f"{name}.qed", source.raw)
+
+
+def test_another_name_of_a_served_overlay_is_told_as_that(tmp_path: Path) -> None:
+    """Nobody else has it: a hard link, or a rename under a guest, which is served when the guest has ended."""
+    with folder_of(tmp_path, "--no-stream") as (source, overlays, mount):
+
+        def error(name: str) -> str | None:
+            found: dict[str, str | None] = {image["name"]: image["error"] for image in mount.status()["images"]}
+            return found.get(name, "is not there")
+
+        (overlays / "link.qed").hardlink_to(overlays / "b.qed")
+        wait_for(lambda: error("link.raw") != "is not there", "notice of the link")
+        assert error("link.raw") == f"{overlays}/link.qed: is the same file as b.qed, which is served as b.raw"
+        with opened(mount.path("a.raw")) as fd:
+            (overlays / "a.qed").rename(overlays / "new.qed")
+            wait_for(lambda: error("new.raw") != "is not there", "notice of the new name")
+            expected = "was a.qed, whose image a.raw somebody still has open; it is served when that is closed"
+            assert error("new.raw") == f"{overlays}/new.qed: {expected}"
+            assert os.pwrite(fd, b"guest", 0) == 5
+        wait_for(lambda: error("new.raw") is None, "the image under its new name")
+        assert mount.path("new.raw").read_bytes() == b"guest" + source.data()[5:]
+        (overlays / "b.qed").unlink()
+        wait_for(lambda: error("link.raw") is None, "the image of the link")
+        assert_same(mount.path("link.raw"), source.raw)
+        # Each is told once.
+        assert mount.output().count("is the same file as") == mount.output().count("was a.qed") == 1
+        assert "in use by another program" not in mount.output()
+        assert mount.unmount() == 0

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfs.errors import BadOverlay, QedfsError
 from qedfs.mount import sources
 from qedfs.mount.folder import Folder, Options
 from qedfs.overlay.create import create_overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
+from qedfs.stream.job import State
 
 
 def create(overlay: Path) -> None:
@@ -108,3 +111,32 @@ async def test_what_has_passed_is_looked_for_again(
         (served,) = folder.everything()
         assert served.image is not None
         assert not await folder.rescan(broken=True)
+
+
+@pytest.mark.expect_log("the stream has stopped: was cut")
+async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server is away for a while; a file that was cut stays so."""
+    monkeypatch.setattr("qedfs.mount.folder.INSPECT_SECONDS", 0.01)
+    overlay = tmp_path / "o" / "new.qed"
+    answers = [QedfsError("Stale file handle"), QedfsError("Stale file handle"), None, BadOverlay("was cut")]
+    states: list[tuple[State, QedfsError | None]] = []
+    failed = trio.Event()
+
+    async def inspect(_: Overlay) -> None:
+        (served,) = folder.everything()
+        assert served.job is not None
+        states.append((served.job.state, served.error))
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(Overlay, "inspect", inspect)
+    async with empty_folder(overlay.parent) as folder:
+        create(overlay)
+        assert await folder.rescan()
+        (served,) = folder.everything()
+        assert served.job is not None
+        served.job.listeners.append(lambda job: failed.set() if job.state is State.FAILED else None)
+        await failed.wait()
+        assert states == [(State.OFF, None)] * 4
+        assert (served.job.state, str(served.error)) == (State.FAILED, "was cut")
+        assert answers == []
