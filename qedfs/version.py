@@ -21,6 +21,9 @@ from qedfs.source.samples import Samples
 log = logging.getLogger(__name__)
 
 
+_WAY_OUT = "Bring the old version back, or start a new overlay"
+
+
 class _Look:
     """One look at the version of the source. `error` is there, or the version is known, when `done` is set."""
 
@@ -52,7 +55,10 @@ class SourceVersion:
     def refuse(self, error: SourceChanged) -> None:
         """Take nothing from the source any more."""
         self._agreed = self._agrees
-        self.changed = error.fresh()
+        text = str(error)
+        self.changed = (
+            error.fresh() if _WAY_OUT in text else SourceChanged(f"{text}; what is local is served. {_way_out(text)}")
+        )
         self.identity = None
 
     @property
@@ -174,8 +180,8 @@ class SourceVersion:
 
 
 def _way_out(difference: str) -> str:
-    ways = "Bring the old version back, or start a new overlay"
-    if difference.startswith(("ETag", "Last-Modified")):
+    ways = _WAY_OUT
+    if "ETag was" in difference or "Last-Modified was" in difference:
         # Several servers behind one name may have tags and dates of their own for the same file.
         ways += "; if the bytes are the same nevertheless: mount --pin date, --pin etag or --pin size"
     return ways

@@ -283,6 +283,22 @@ async def test_the_user_has_a_name_for_the_version(autojump_clock: trio.testing.
     assert await is_same(MemoryStorage(overlay.bytes), OLD, OTHERS["strong"], long)
 
 
+async def test_a_refusal_says_what_helps(autojump_clock: trio.testing.MockClock) -> None:
+    overlay = await started(KINDS["strong"])
+    for shown, says in ((OTHERS["strong"], "--pin date"), (Identity(SIZE - 512), "or start a new overlay")):
+        async with served(source(OLD, shown), storage=MemoryStorage(overlay.bytes)) as image:
+            with pytest.raises(SourceChanged, match=says):
+                await image.read(CLUSTER, 1)
+    # In the middle of a session too, where it is the source that notices.
+    noticing = source(OLD, KINDS["strong"])
+    async with served(noticing, storage=overlay) as image:
+        noticing.fail = SourceChanged('here: ETag was "a", is now "b"')
+        with pytest.raises(SourceChanged):
+            await image.read(CLUSTER, 1)
+        with pytest.raises(SourceChanged, match=r"what is local is served.*start a new overlay.*--pin date"):
+            await image.read(2 * CLUSTER, 1)
+
+
 # Samples.
 
 

@@ -12,6 +12,7 @@ from qedfs.cli.files import peeked
 from qedfs.cli.output import print_fields, print_json
 from qedfs.format.record import Record
 from qedfs.overlay.overlay import Overlay
+from qedfs.source.samples import Samples
 from qedfs.source.url import redact
 from qedfs.units import format_size
 
@@ -60,13 +61,21 @@ def _pin(record: Record) -> dict[str, Any] | None:
     """The version of the source that the overlay's clusters are of."""
     if record.pin is None:
         return None
-    return {"size": record.pin.size, "etag": record.pin.etag, "last_modified": record.pin.last_modified}
+    pin = record.pin
+    return {
+        "size": pin.size,
+        "etag": pin.etag,
+        "last_modified": pin.last_modified,
+        "digest": pin.published or None,
+        "identity": pin.called or None,
+        "sampled_blocks": len(Samples.decode(pin.samples)),
+    }
 
 
 def _for_people(found: dict[str, Any]) -> dict[str, Any]:
     size, populated, pin = found["size"], found["populated"], found["pin"]
     percent = 100 * populated // size if size else 100
-    version = [] if pin is None else [f"{pin['size']} bytes", pin["etag"], pin["last_modified"]]
+    version = [] if pin is None else _version(pin)
     return {
         "overlay": found["overlay"],
         "size": f"{format_size(size)} ({size} bytes)",
@@ -80,3 +89,16 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
         "stream": "paused by the user" if found["paused"] else None,
     }
+
+
+def _version(pin: dict[str, Any]) -> list[str | None]:
+    """What the source has told of the version, and what else it can be known by."""
+    blocks = pin["sampled_blocks"]
+    return [
+        f"{pin['size']} bytes",
+        pin["etag"],
+        pin["last_modified"],
+        pin["digest"],
+        f"called {pin['identity']}" if pin["identity"] else None,
+        f"{blocks} sampled block{'s' if blocks != 1 else ''}" if blocks else None,
+    ]

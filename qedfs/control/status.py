@@ -108,6 +108,9 @@ def _source_status(fetches: Sequence[Fetch]) -> dict[str, Any]:
     return {
         "backing": str(remote.location),
         "size": None if remote.identity is None else remote.identity.size,
+        "etag": None if remote.identity is None else remote.identity.etag,
+        "last_modified": None if remote.identity is None else remote.identity.last_modified,
+        "digest": None if remote.identity is None else remote.identity.digest,
         "fetched": sum(fetch.fetched_bytes for fetch in fetches),
         "readers": sum(fetch.readers for fetch in fetches),
         "window": sum(fetch.window.bytes for fetch in fetches),

@@ -45,8 +45,8 @@ class Samples:
         self._reads = 0
         self._every = 1  # one read in so many is sampled
 
-    def __bool__(self) -> bool:
-        return bool(self._samples)
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def offer(self, pos: int, data: memoryview) -> None:
         """These bytes of the version have just been read."""
@@ -80,12 +80,14 @@ class Samples:
         return made
 
     def take_over(self, text: str) -> None:
-        """Begin with samples that an earlier session has written down, unless there are some already."""
-        if self._samples or not text:
-            return
-        parts = (part.split(":") for part in text.split(","))
-        self._samples = [Sample(int(block, 16) * BLOCK_BYTES, digest) for block, digest in parts][:MOST_SAMPLES]
-        self._reads = len(self._samples)
+        """Add samples of the same version that an earlier session has written down, as far as there is room."""
+        known = {sample.pos for sample in self._samples}
+        parts = (part.split(":") for part in filter(None, text.split(",")))
+        found = [Sample(int(block, 16) * BLOCK_BYTES, digest) for block, digest in parts]
+        earlier = [sample for sample in found if sample.pos not in known]
+        room = MOST_SAMPLES - len(self._samples)
+        if earlier and room:
+            self._samples = [*earlier[:: -(-len(earlier) // room)], *self._samples]
 
     async def difference(self, read: Read, size: int) -> str | None:
         """Read the blocks again, from a file of `size` bytes; say which one differs, or None. Errors of `read`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,9 +15,13 @@ from typing import Any
 
 import click
 import pytest
+import trio
 
 from qedfs.cli import export
 from qedfs.cli.main import main
+from qedfs.format.record import Pin, digest
+from qedfs.overlay.create import create_overlay
+from qedfs.overlay.opening import open_overlay
 
 from ..harness.images import qemu_check, qemu_create, qemu_info, qemu_io, qemu_same, sparse_image
 from ..harness.mounts import qedfs
@@ -370,3 +375,27 @@ def test_nobody_reads_on(overlay: Path) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_info_tells_what_the_version_is_known_by(tmp_path: Path) -> None:
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=SIZE, backing="nbd://host/")
+    pin = Pin(digest("nbd://host/"), SIZE, 'W/description "build 1"', None, "md5:00", "", "0:0123456789ab", "mine")
+
+    async def store() -> None:
+        opened = await open_overlay(str(overlay), writable=True)
+        await opened.change_record(lambda record: dataclasses.replace(record, pin=pin))
+        await opened.close()
+
+    trio.run(store)
+    told = json.loads(qedfs("info", overlay, "--json").stdout)["pin"]
+    assert told == {
+        "size": SIZE,
+        "etag": 'W/description "build 1"',
+        "last_modified": None,
+        "digest": "md5:00",
+        "identity": "mine",
+        "sampled_blocks": 1,
+    }
+    shown = qedfs("info", overlay).stdout
+    assert f'pinned to {SIZE} bytes, W/description "build 1", md5:00, called mine, 1 sampled block' in shown

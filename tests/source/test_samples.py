@@ -124,15 +124,23 @@ async def test_garbled_ones_are_no_record(text: str) -> None:
     assert decode_record((bad, bad)) is None
 
 
-async def test_only_an_empty_beginning_takes_over_earlier_ones() -> None:
-    first, second = offered((0, 4 * KIB)), offered((8 * KIB, 4 * KIB))
+async def test_earlier_ones_are_taken_over_as_far_as_there_is_room() -> None:
+    first, second = offered((0, 4 * KIB), (8 * KIB, 4 * KIB)), offered((8 * KIB, 4 * KIB))
     second.take_over(first.encode())
-    assert positions(second) == [8 * KIB]
+    assert positions(second) == [0, 8 * KIB]
     third = Samples()
     third.take_over("")
     assert not third
     third.take_over(first.encode())
-    assert positions(third) == [0]
+    assert positions(third) == [0, 8 * KIB]
+    # Of more of them than there is room for, those that lie far apart.
+    many = offered(*((pos * 4 * KIB, 4 * KIB) for pos in range(MOST_SAMPLES)))
+    few = offered(*((512 * KIB + pos * 4 * KIB, 4 * KIB) for pos in range(MOST_SAMPLES - 3)))
+    few.take_over(many.encode())
+    assert positions(few)[:3] == [0, 16 * KIB, 32 * KIB]
+    assert len(positions(few)) == MOST_SAMPLES
+    few.take_over(first.encode())
+    assert len(positions(few)) == MOST_SAMPLES
 
 
 async def test_what_they_notice() -> None:
