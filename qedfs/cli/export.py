@@ -102,6 +102,8 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
         fetched = 0
         if missing:
             fetched = await _fetch(overlay, path, missing, target, asking)
+        # Behind all reads: what somebody has cut off meanwhile was taken for zeros.
+        await overlay.inspect()
         return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
     finally:
         overlay.storage.close()

@@ -255,6 +255,31 @@ def test_export_of_a_file_whose_name_goes_to_another(
         assert "has become another file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("harm", ["cut", "overwritten"])
+def test_export_of_a_file_that_is_harmed_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    path = qemu_create(folder / "disk.qed", size=SIZE)
+    qemu_io(path, "write -P 7 0 64K", "write -P 8 512K 64K")
+    other = qemu_create(folder / "other.qed", size=2 * SIZE)
+    os.truncate(other, 4 * SIZE)
+    copy = export._copy
+
+    def copy_and_harm(*args: Any) -> None:
+        if harm == "cut":
+            os.truncate(path, path.stat().st_size - 65536)
+        else:
+            path.write_bytes(other.read_bytes())
+        copy(*args)
+
+    monkeypatch.setattr(export, "_copy", copy_and_harm)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(path), str(folder / "disk.raw")])
+    assert ended.value.code == 3
+    assert f"was {harm}" in capsys.readouterr().err
+    assert not (folder / "disk.raw").exists()
+
+
 def test_export_of_an_odd_size(folder: Path) -> None:
     path = qemu_create(folder / "disk.qed", size=(1 << 20) + 512)
     qemu_io(path, f"write -P 7 {(1 << 20) - 512} 1k")
