@@ -19,7 +19,7 @@ from qedfs.cli.mount import mount
 from qedfs.cli.profile import profile
 from qedfs.cli.status import status
 from qedfs.cli.stream import stream
-from qedfs.cli.streams import open_closed
+from qedfs.cli.streams import drop_unwritten, open_closed
 from qedfs.cli.umount import umount
 from qedfs.cli.wait import wait
 
@@ -35,7 +35,10 @@ class Group(click.Group):
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A name that the terminal's encoding lacks, or that is no UTF-8, must not end a command.
             sys.stdout.reconfigure(errors="backslashreplace")
-        sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))
+        try:
+            sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))
+        finally:
+            drop_unwritten()
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

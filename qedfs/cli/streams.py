@@ -5,6 +5,7 @@ Owns the first three descriptors. Must not know what is printed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -26,3 +27,19 @@ def open_closed() -> None:
         name = ("stdin", "stdout", "stderr")[number]
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
+def drop_unwritten() -> None:
+    """Put /dev/null in the place of an output that cannot be written (full, gone), at the end of a command.
+
+    The command has told that already, or had nothing to say but remarks. Python 3.13.5 writes what is left in a buffer
+    once more at its end, and ends with 120 if that fails, whatever the command's own code is; 3.11 does not.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)

@@ -118,3 +118,8 @@ def test_a_daemon_finds_modules_where_its_caller_does_but_for_the_present_folder
     checkout = str(Path(__file__).parents[2])
     monkeypatch.setattr(sys, "path", [checkout, *sys.path[1:]])
     assert _environment()["PYTHONPATH"] == checkout
+
+
+def test_a_result_that_cannot_be_written_is_a_failure_of_one_line(overlay: Path) -> None:
+    done = run(">/dev/full", "info", overlay)
+    assert (done.returncode, done.stderr) == (1, "qedfs: No space left on device\n")

@@ -181,8 +181,9 @@ def test_an_overlay_that_cannot_be_looked_at_any_more_costs_itself_only(tmp_path
     for name in "ab":
         qemu_create(overlays / f"{name}.qed", size=MIB)
     (tmp_path / "sitecustomize.py").write_text(STALE.format(flag=str(tmp_path / "stale")))
+    environment = {"PYTHONPATH": str(tmp_path), "TERM": "xterm"}
     # On a terminal the bars look at every image too.
-    with mounted(overlays, tmp_path / "mnt", env={"PYTHONPATH": str(tmp_path)}, through=ON_A_TERMINAL) as mount:
+    with mounted(overlays, tmp_path / "mnt", env=environment, through=ON_A_TERMINAL) as mount:
         wait_for(lambda: "100%" in mount.output(), "bars")
         (tmp_path / "stale").touch()
         time.sleep(1)  # in which the bars are drawn
