@@ -22,8 +22,8 @@ Order: a reader's request leaves at once. The others wait for their turn.
 Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has, and less where those of
 other queues need the room (`room.py`); `bring`, which a user asks for, may add a request. A reader that finds no room
 for a flight, or whose clusters are larger than LARGE_CLUSTER_BYTES, gets only the bytes that it asked for, straight
-into its own buffer, and nothing is kept. Beside that there are free buffers (`buffers.py`) and, for each image, the
-rest of clusters written in part (`rests.py`).
+into its own buffer, and nothing is kept; there is a bound for all such readers. Beside that there are free buffers
+(`buffers.py`) and, for each image, the rest of clusters written in part (`rests.py`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import trio
 
+from qedfs import room
 from qedfs.backlog import Backlog
 from qedfs.buffers import Buffers
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.flight import Flight, Taker
 from qedfs.histogram import Histogram
+from qedfs.room import Share
 from qedfs.source.base import Extent, Identity
 from qedfs.source.remote import Remote
 from qedfs.source.zeros import clear
@@ -72,6 +74,7 @@ class Fetch:
         self._buffers = buffers or Buffers()
         self._large = cluster_size > LARGE_CLUSTER_BYTES
         self._backlog = Backlog()
+        self._alone = Share(room.ALONE)
         self._turns = Turns(self.window, self._backlog)
 
     @property
@@ -178,7 +181,15 @@ class Fetch:
         """Fetch bytes for one reader, and nobody else."""
         wanted = max(0, min(len(view), source_size - pos))
         if wanted:
-            await self.remote.read(pos, view[:wanted], urgent=True)
+            # A reader's buffer takes no memory before there are bytes in it: a server that sends half of each answer
+            # could fill those of all readers.
+            while not self._alone.fits(wanted):
+                await self._alone.change()
+            self._alone.take(wanted)
+            try:
+                await self.remote.read(pos, view[:wanted], urgent=True)
+            finally:
+                self._alone.give(wanted)
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
 

@@ -19,6 +19,7 @@ MIB = 1 << 20
 MOST_FETCHED_BYTES = 512 * MIB
 MOST_TABLES_BYTES = 128 * MIB  # a group commit has two copies of what it writes beside it
 MOST_RESTS_BYTES = 256 * MIB
+MOST_ALONE_BYTES = 256 * MIB
 # What a mount takes without an overlay, libraries included: 30 MiB by itself, and pages of files that it shares.
 BASE_BYTES = 48 * MIB
 LEAST_BYTES = 16 * MIB  # to be shared out, whatever the limit: with less nothing works
@@ -99,14 +100,16 @@ class Share:
 FETCHED = Pool(MOST_FETCHED_BYTES)  # in flight from a source, or here and not yet adopted
 TABLES = Pool(MOST_TABLES_BYTES)  # of overlays and of qcow2 images
 RESTS = Pool(MOST_RESTS_BYTES)  # of clusters that are written in part
+ALONE = Pool(MOST_ALONE_BYTES)  # in flight into the buffers of readers for whom there was no room in FETCHED
 
 
 def fit_into(limit_bytes: int) -> None:
-    """Share out what the process may use of memory. The rest is for readers, threads, sockets and the interpreter."""
+    """Share out what the process may use of memory. The rest is for replies, threads, sockets and the interpreter."""
     spare = max(LEAST_BYTES, limit_bytes - BASE_BYTES)
     FETCHED.most_bytes = min(MOST_FETCHED_BYTES, spare // 3)
     TABLES.most_bytes = min(MOST_TABLES_BYTES, spare // 6)
     RESTS.most_bytes = min(MOST_RESTS_BYTES, spare // 6)
+    ALONE.most_bytes = min(MOST_ALONE_BYTES, spare // 6)
 
 
 def largest_cluster() -> int:

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test leaves held is no matter of the next one's."""
-    for name in ("FETCHED", "TABLES", "RESTS"):
+    for name in ("FETCHED", "TABLES", "RESTS", "ALONE"):
         monkeypatch.setattr(room, name, room.Pool(getattr(room, name).most_bytes))
 
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from qedfs import room
-from qedfs.errors import NoMemory, SourceError
+from qedfs.errors import NoMemory, SourceError, SourceUnreachable
 from qedfs.fetch import Fetch
 from qedfs.format.tables import ZERO
 from qedfs.image import Image
@@ -53,9 +53,9 @@ def test_who_holds_nothing_may_take_all_that_is_free() -> None:
 @pytest.mark.parametrize("limit", [0, 100 * MIB, 1 << 30, 1 << 50])
 def test_the_pools_fit_into_the_limit_beside_the_rest(limit: int) -> None:
     room.fit_into(limit)
-    pools = (room.FETCHED, room.TABLES, room.RESTS)
+    pools = (room.FETCHED, room.TABLES, room.RESTS, room.ALONE)
     spare = max(room.LEAST_BYTES, limit - room.BASE_BYTES)
-    assert sum(pool.most_bytes for pool in pools) <= spare * 2 // 3
+    assert sum(pool.most_bytes for pool in pools) <= spare * 5 // 6
     assert all(pool.most_bytes >= 2 * MIB for pool in pools)
     assert room.largest_cluster() >= MIB
 
@@ -223,6 +223,38 @@ async def test_sources_that_do_not_answer_leave_room_to_one_that_does(autojump_c
             assert room.FETCHED.used_bytes <= 8 * MIB
         assert room.FETCHED.used_bytes <= held + MIB
         nursery.cancel_scope.cancel()
+
+
+async def test_readers_who_are_served_alone_are_bounded_together(autojump_clock: trio.testing.MockClock) -> None:
+    """Of clusters so large that none is fetched for them. A source that does not answer leaves room to the others."""
+    room.ALONE.most_bytes = 4 * MIB
+    content = os.urandom(64) * (16 * MIB // 64)
+    async with trio.open_nursery() as nursery:
+
+        async def image_over(source: FakeSource) -> Image:
+            data = empty(cluster_size=8 * MIB, image_size=len(content), backing=b"http://fake/disk.raw").data
+            fetch = Fetch(remote(source), 8 * MIB, nursery)
+            await fetch.identity()
+            return Image("disk.raw", await open_storage(MemoryStorage(data)), fetch)
+
+        dead_source = FakeSource(content)
+        dead, well = await image_over(dead_source), await image_over(FakeSource(content))
+        await dead.source_size()
+        dead_source.gate = trio.Event()
+        for number in range(30):
+            nursery.start_soon(_read_in_vain, dead, number * (MIB // 2))
+        await trio.testing.wait_all_tasks_blocked()
+        assert room.ALONE.used_bytes == 2 * MIB
+        for number in range(8):
+            assert await well.read(number * MIB, MIB) == content[number * MIB :][:MIB]
+        await trio.sleep(60)
+        assert room.ALONE.used_bytes == 0
+        nursery.cancel_scope.cancel()
+
+
+async def _read_in_vain(image: Image, pos: int) -> None:
+    with pytest.raises(SourceUnreachable):
+        await image.read(pos, MIB // 2)
 
 
 # Writes in part.
