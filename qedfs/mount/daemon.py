@@ -147,7 +147,9 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)
-            await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(
+                tune, mount.mountpoint, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
             log.info("serving %s at %s", mount.folder.source, mount.mountpoint)
             ready(mount)
             notifier.ready()

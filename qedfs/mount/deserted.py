@@ -31,6 +31,7 @@ _PF_EXITING = 0x4  # <linux/sched.h>, in the flags of /proc/PID/stat
 
 async def let_go(images: Callable[[], Sequence[Served]], mountpoint: str, stands: Callable[[], bool]) -> None:
     """Give up the reads that nobody waits for, until cancelled. `stands`: whether the mount is still there."""
+    limiter = trio.CapacityLimiter(1)
     while True:
         await trio.sleep(LOOK_SECONDS)
         began = trio.current_time()
@@ -40,11 +41,11 @@ async def let_go(images: Callable[[], Sequence[Served]], mountpoint: str, stands
         if stands():
             # One that was closed and not released yet is read-ahead of somebody who has gone.
             opens = {os.path.join(mountpoint, one.name): max(1, one.opens - one.closes) for one in waiting}
-            deserted = await trio.to_thread.run_sync(held_by_the_dying, opens, abandon_on_cancel=True)
+            deserted = await trio.to_thread.run_sync(held_by_the_dying, opens, abandon_on_cancel=True, limiter=limiter)
             left = [served for served in waiting if os.path.join(mountpoint, served.name) in deserted]
         else:
             inodes = {one.name: one.inode for one in waiting if one.closes >= one.opens}
-            held = await trio.to_thread.run_sync(held_by_the_living, inodes, abandon_on_cancel=True)
+            held = await trio.to_thread.run_sync(held_by_the_living, inodes, abandon_on_cancel=True, limiter=limiter)
             left = [one for one in waiting if one.name in inodes and one.name not in held]
         for served in left:
             if served.image is not None:

@@ -8,21 +8,15 @@ the file or socket.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
 from typing import Self, TypeVar
 
-import trio
-
 from qedfs.source.policy import Policy
+from qedfs.source.threads import in_own_thread
 from qedfs.source.url import Location
 
 T = TypeVar("T")
 THREADS = 16  # for each path
-
-# A limiter lives as long as a thread or a task has it. Not one for all paths: those that wait for one dead server
-# would take every other backing down.
-_limiters: weakref.WeakValueDictionary[str, trio.CapacityLimiter] = weakref.WeakValueDictionary()
 
 
 class Held:
@@ -74,5 +68,4 @@ async def in_thread(path: str, function: Callable[[], T]) -> T:
     Such a thread is abandoned at the deadline and stays until the server is back; it takes its place from nobody but
     others at the same path. Never on the event loop: a path may lead into a mount of our own, which would wait for us.
     """
-    limiter = _limiters.setdefault(path, trio.CapacityLimiter(THREADS))
-    return await trio.to_thread.run_sync(function, limiter=limiter, abandon_on_cancel=True)
+    return await in_own_thread(path, function, threads=THREADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,13 @@ async def test_the_owner_of_the_name_is_asked(monkeypatch: pytest.MonkeyPatch, t
 async def test_nbd_asks_for_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    async def look_up(host: str, *_: object, **__: object) -> list[object]:
+    def look_up(host: str, *_: object, flags: int = 0, **__: object) -> list[object]:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror
         asked.append(host)
         return []
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     location = parse_location("nbds://straße.example/disk")
     with pytest.raises(OSError, match="has no address"):
         await connect(location, Policy(), seconds=60)

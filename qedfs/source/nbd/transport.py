@@ -16,6 +16,7 @@ from typing import Protocol
 
 import trio
 
+from qedfs.source.names import addresses
 from qedfs.source.nbd.reply import Replies
 from qedfs.source.path import Held, in_thread
 from qedfs.source.policy import Policy
@@ -146,13 +147,12 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
             return await _connect_to(socket.AF_UNIX, held.path)
     give_up_at = trio.current_time() + seconds
     with trio.fail_after(seconds):
-        found = await trio.socket.getaddrinfo(location.host, location.port, type=socket.SOCK_STREAM)
-    addresses = [(family, address) for family, _, _, _, address in found]
+        found = await addresses(location.host or "", location.port or 0)
     failure: Exception | None = None
-    for tried, (family, address) in enumerate(addresses):
+    for tried, (family, address) in enumerate(found):
         policy.check_address(str(address[0]), location)
         # A black hole at the first address must leave time for the others.
-        share = (give_up_at - trio.current_time()) / (len(addresses) - tried)
+        share = (give_up_at - trio.current_time()) / (len(found) - tried)
         try:
             with trio.fail_after(max(share, 0)):
                 return await _connect_to(family, address)
