@@ -30,12 +30,18 @@ _SOLE = {
     "x-cos-hash-crc64ecma": "crc64ecma",  # Tencent; a decimal number, as the next one
     "x-oss-hash-crc64ecma": "crc64ecma",  # Alibaba
 }
+_PREFIXED = ("docker-content-digest", "oc-checksum")  # registries: sha256:HEX; ownCloud and others: SHA1:HEX
+# RFC 9530, RFC 3230 (of the whole "instance", for a range too), Google Cloud Storage.
+_LISTS = ("repr-digest", "digest", "x-goog-hash")
+_FIELDS = frozenset((*_SOLE, *_PREFIXED, *_LISTS))
 _HEX = re.compile(r"(?:[0-9a-fA-F]{2})+", re.ASCII)
 _DECIMAL = re.compile(r"[0-9]{1,20}", re.ASCII)
 
 
 def published_digest(answer: Answer) -> str | None:
     """The best digest of the whole file that the answer tells, as `algorithm:hex`, or None."""
+    if _FIELDS.isdisjoint(answer.fields):  # as in nearly all answers
+        return None
     told: dict[str, set[str]] = {}
     for algorithm, text in _told(answer):
         name = _ALIASES.get(algorithm.lower(), algorithm.lower())
@@ -51,14 +57,11 @@ def _told(answer: Answer) -> Iterator[tuple[str, str]]:
     for name, algorithm in _SOLE.items():
         for value in answer.fields.get(name, ()):
             yield algorithm, value
-    for value in answer.fields.get("docker-content-digest", ()):  # container registries: sha256:HEX
-        algorithm, _, text = value.partition(":")
-        yield algorithm, text
-    for value in answer.fields.get("oc-checksum", ()):  # ownCloud and others: SHA1:HEX
-        algorithm, _, text = value.partition(":")
-        yield algorithm, text
-    # RFC 9530, RFC 3230 (of the whole "instance", for a range too), Google Cloud Storage.
-    for name in ("repr-digest", "digest", "x-goog-hash"):
+    for name in _PREFIXED:
+        for value in answer.fields.get(name, ()):
+            algorithm, _, text = value.partition(":")
+            yield algorithm, text
+    for name in _LISTS:
         for value in answer.fields.get(name, ()):
             for member in value.split(","):
                 algorithm, _, text = member.strip().partition("=")
