@@ -182,6 +182,7 @@ def refused_status(answer: Answer, where: str) -> SourceError:
     return SourceError(f"{where} {meaning}")
 
 
+@functools.lru_cache(maxsize=64)  # each answer has one, most often the same
 def is_http_date(text: str) -> bool:
     """Whether `text` is an HTTP date (section 5.6.7), so that it may go back in If-Unmodified-Since."""
     return _http_date(text) is not None
