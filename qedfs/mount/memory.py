@@ -6,6 +6,7 @@ Owns the calls to the C library, which are left out without glibc. Must not know
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import trio
 
@@ -25,6 +26,7 @@ def set_up() -> None:
     """Set the bounds, and the C library to give back what is freed."""
     room.fit_into(memory_limit())
     _map_large_buffers()
+    gc.freeze()  # what is there by now lives as long as the mount: no collection needs to go through it
 
 
 def _map_large_buffers() -> None:

@@ -27,10 +27,13 @@ import trio
 from qedfs.errors import QedfsError, SourceUnreachable
 
 PROBE_SECONDS = 1.0  # from one reader that asks a dead source to the next one
-# That a reader of a dead source waits for its error, and at the most so many deadlines. A source that is just coming
-# back may need some of it, and readers that come again at once, as many do, must not take the processor.
+# That a reader of a dead source waits for its error, and at the most so many deadlines: a source that is just coming
+# back may need some of it. It is more where many wait, up to MOST_HOLD_SECONDS, for about so many errors a second and
+# no more: readers that come again at once, as many do, must not take the processor.
 HOLD_SECONDS = 3.0
 HOLD_DEADLINES = 1 / 3
+MOST_HOLD_SECONDS = 4.0
+ERRORS_PER_SECOND = 250
 CROWD = 16  # so many may be answered at once
 GRACE_SECONDS = 1.0  # more than the deadline: the error of the step, if there is one, says better what has happened
 LEAST_PLACES = 64
@@ -55,7 +58,6 @@ class Patience:
     def __init__(self, deadline_seconds: float, received: Callable[[], int], places: Places) -> None:
         self.dead: QedfsError | None = None  # why, from its death to its next sign of life
         self._deadline_seconds = deadline_seconds
-        self._hold_seconds = min(HOLD_SECONDS, HOLD_DEADLINES * deadline_seconds)
         self._received = received
         self._places = places
         self._inside = 0  # readers that have a place
@@ -85,16 +87,16 @@ class Patience:
         if self.dead is not None or self.signs != signs:
             return False
         self.dead = error.fresh()
-        now = trio.current_time()
+        now, hold = trio.current_time(), self._hold_seconds()
         for scope in self._waits:
             # Also if that is later: those who came together would all be answered at once, while others wait for that.
-            scope.deadline = now + self._hold_seconds * random.random()  # noqa: S311 - no secret
+            scope.deadline = now + hold * random.random()  # noqa: S311 - no secret
         return True
 
     async def end(self, scope: trio.CancelScope) -> None:
         """Return at once unless many wait for a dead source; then wait for the end of `scope`, which is soon."""
         if self.dead is not None and len(self._waits) > CROWD:
-            soon = trio.current_time() + self._hold_seconds * random.random()  # noqa: S311 - no secret
+            soon = trio.current_time() + self._hold_seconds() * random.random()  # noqa: S311 - no secret
             scope.deadline = min(scope.deadline, soon)
             await trio.sleep_forever()
 
@@ -133,7 +135,7 @@ class Patience:
     async def _ask_or_wait(self, scope: trio.CancelScope) -> None:
         """Return if the source is back, or is to be asked again; else wait until the scope is over."""
         now, whole = trio.current_time(), scope.deadline
-        scope.deadline = min(whole, now + self._hold_seconds * random.uniform(0.5, 1))  # noqa: S311 - no secret
+        scope.deadline = min(whole, now + self._hold_seconds() * random.uniform(0.5, 1))  # noqa: S311 - no secret
         if now >= self._next_probe:
             self._next_probe = now + PROBE_SECONDS
             return
@@ -143,8 +145,13 @@ class Patience:
     async def _find_place(self, no_answer: Callable[[], QedfsError]) -> None:
         while self._inside >= self._places.share:
             signs = self.signs
-            with trio.move_on_after(self._hold_seconds * random.uniform(0.5, 1)):  # noqa: S311 - no secret
+            with trio.move_on_after(self._hold_seconds() * random.uniform(0.5, 1)):  # noqa: S311 - no secret
                 await self._room.park()
                 continue
             if signs == self.signs:
                 raise no_answer()
+
+    def _hold_seconds(self) -> float:
+        least = min(HOLD_SECONDS, HOLD_DEADLINES * self._deadline_seconds)
+        most = min(MOST_HOLD_SECONDS, self._deadline_seconds)
+        return max(least, min(most, len(self._waits) / ERRORS_PER_SECOND))

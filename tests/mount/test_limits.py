@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,9 @@ def test_connections_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for overlays, sources in ((500, 1), (1, 50), (250, 25)):
         with pytest.raises(OSError, match="Too many open files"):
             descriptors.check_room(overlays, sources)
+
+
+def test_collections_pass_over_what_was_there_before_the_mount() -> None:
+    program = "import gc; from qedfs.mount.memory import set_up; set_up(); print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000
