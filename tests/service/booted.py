@@ -90,7 +90,8 @@ def booted(shared: Path, folder: Path) -> Iterator[Booted]:
         yield machine
     finally:
         child.kill()
-        _remove_cgroup(work)
+        # Its namespace ends with it, but not at the same moment.
+        wait_for(lambda: _remove_cgroup(work), "the end of all that ran in the machine")
         shutil.rmtree(work)
 
 
@@ -107,11 +108,15 @@ def _is_up(machine: Booted) -> bool:
     return machine.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
 
 
-def _remove_cgroup(work: Path) -> None:
-    """The groups stay when their processes have ended. They are seen only where the hierarchy is mounted."""
-    script = 'mount -t cgroup2 cgroup2 "$1" && find "$1/$2" -depth -type d -exec rmdir {} +'
+def _remove_cgroup(work: Path) -> bool:
+    """Whether the groups are gone: they stay when their processes end, and are seen only where they are mounted."""
+    script = """
+        mount -t cgroup2 cgroup2 "$1"
+        [ ! -d "$1/$2" ] || find "$1/$2" -depth -type d -exec rmdir {} +
+        [ ! -d "$1/$2" ]
+    """
     place = work / "cgroup"
-    if place.is_dir():
-        unshare = (require("unshare"), "--mount", "sh", "-c", script, "sh")
-        words: list[str | Path] = [*unshare, place, f"qedfs-test-{work.name}"]
-        subprocess.run(words, check=False, capture_output=True, timeout=COMMAND_SECONDS)
+    place.mkdir(exist_ok=True)
+    unshare = (require("unshare"), "--mount", "sh", "-c", script, "sh")
+    words: list[str | Path] = [*unshare, place, f"qedfs-test-{work.name}"]
+    return subprocess.run(words, check=False, capture_output=True, timeout=COMMAND_SECONDS).returncode == 0
