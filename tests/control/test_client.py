@@ -142,6 +142,7 @@ def test_status_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_umount_waits_for_the_end_of_a_server_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmounted = threading.Event()
+    monkeypatch.setattr(umount, "device_of", lambda _: "0:0")  # something is mounted there
     monkeypatch.setattr(umount, "_unmount", lambda _, **__: unmounted.set())
     codes: list[int | str | None] = []
     command = threading.Thread(target=lambda: codes.append(run("umount", tmp_path)))
