@@ -358,7 +358,9 @@ async def test_another_version_of_the_source_ends_the_job_of_the_mount(tmp_path:
         events = await talk.events_until("null", "disk")
         assert events[-5:] == FAILED
         (image,) = (await talk.get("x-qedfs-status"))["images"]
-        assert (image["state"], image["error"], image["exit_code"]) == ("source-changed", "another version", 5)
+        advice = "what is local is served. Bring the old version back, or start a new overlay"
+        assert (image["state"], image["exit_code"]) == ("source-changed", 5)
+        assert image["error"] == f"another version; {advice}"
 
 
 async def test_the_job_of_the_mount_waits_for_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
