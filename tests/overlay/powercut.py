@@ -16,7 +16,7 @@ import trio
 
 from tests.overlay.cuts import Cut, Disk, Piece
 from tests.overlay.examine import Broken, examine, read_content
-from tests.overlay.scenario import History, repeatable, run_again, run_seed
+from tests.overlay.scenario import History, process, repeatable, run_again, run_seed
 
 
 class Failure(NamedTuple):
@@ -93,7 +93,8 @@ async def _replay(history: History, most: int, per_position: int, stop: bool, tw
             break
         count += 1
         try:
-            await examine(image, history, cut.position, rng)
+            with process():
+                await examine(image, history, cut.position, rng)
             if twice and rng.randrange(twice) == 0:
                 count += await _crash_again(image, history, rng)
         except Broken as broken:
@@ -110,7 +111,8 @@ async def _crash_again(image: bytearray, history: History, rng: random.Random) -
     for cut, again in states(second, 1, rng):
         count += 1
         try:
-            await examine(again, second, cut.position, rng)
+            with process():
+                await examine(again, second, cut.position, rng)
         except Broken as broken:
             raise Broken(f"{broken} (after a second crash at position {cut.position})") from broken
     return count
