@@ -87,7 +87,7 @@ def _unmount_and_wait(mountpoint: str, deadline: float) -> None:
             if device:  # else a copy has kept its server from ending, or it is about to
                 _unmount(mountpoint, served=True)
             if not _has_ended(process, GRACE_SECONDS):
-                _ask_to_end(mountpoint, client, device, deadline)
+                _ask_to_end(mountpoint, client, process, device, deadline)
             _wait_for_end(mountpoint, client, process)
         finally:
             if process is not None:
@@ -127,7 +127,7 @@ def _has_ended(process: int | None, seconds: float) -> bool:
     return process is not None and bool(select.select([process], [], [], seconds)[0])
 
 
-def _ask_to_end(mountpoint: str, client: Client, device: str, deadline: float) -> None:
+def _ask_to_end(mountpoint: str, client: Client, process: int | None, device: str, deadline: float) -> None:
     """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
 
     One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
@@ -139,15 +139,8 @@ def _ask_to_end(mountpoint: str, client: Client, device: str, deadline: float) -
     try:
         client.deadline = time.monotonic() + WORD_SECONDS
         client.negotiate()
-        said = ""
-        while used := _use_of_copies(client, device):
-            if (left := deadline - time.monotonic()) <= 0:
-                raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
-            if used != said:
-                said = used
-                remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
-            time.sleep(BUSY_SECONDS)
-            client.deadline = time.monotonic() + WORD_SECONDS
+        if _wait_for_users(mountpoint, client, device, deadline) and _has_ended(process, GRACE_SECONDS):
+            return
         _, holders = copies(device)
         client.execute("quit")
     except (Gone, TimedOut):
@@ -156,6 +149,26 @@ def _ask_to_end(mountpoint: str, client: Client, device: str, deadline: float) -
         client.deadline = math.inf
     whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
     remark(f"{mountpoint}: a mount namespace {whose} has a copy of it, which ends with the server")
+
+
+def _wait_for_users(mountpoint: str, client: Client, device: str, deadline: float) -> bool:
+    """Whether anybody has used a copy of the mount; nobody does any more. Raises InUse after the deadline.
+
+    Where no copy is seen an image may be open for a moment all the same: its reader was killed, and the server is about
+    to give up what it waited for.
+    """
+    begun, said = time.monotonic(), ""
+    while used := _use_of_copies(client, device):
+        sure = not device or any(copies(device))  # it goes on for longer than any killed reader
+        left = (deadline if sure else max(deadline, begun + WORD_SECONDS)) - time.monotonic()
+        if left <= 0:
+            raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
+        if sure and used != said:
+            remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
+        said = used
+        time.sleep(BUSY_SECONDS)
+        client.deadline = time.monotonic() + WORD_SECONDS
+    return bool(said)
 
 
 def _use_of_copies(client: Client, device: str) -> str:
