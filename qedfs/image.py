@@ -117,6 +117,7 @@ class Image:
         if not size:
             return b""
         runs = await self.overlay.map(pos, size)
+        epoch = self.overlay.epoch
         if len(runs) == 1 and runs[0].offset > ZERO and size <= MAX_READ_BYTES:
             fast = self.overlay.read_data_now(runs[0].offset, size)
             if fast is not None:
@@ -135,7 +136,7 @@ class Image:
         for run in runs:
             if run.offset > ZERO:
                 await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
-        return buffer
+        return buffer if epoch == self.overlay.epoch else await self._read_runs(pos, size)
 
     async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Fill each view with the image's bytes at its position, which only the source has; zeros behind its end.
@@ -387,6 +388,9 @@ class Image:
         """Commit what has become old; runs until cancelled."""
         while not self._closed:
             await trio.sleep(COMMIT_SECONDS)
+            if self.overlay.clusters.missing is None and not self.overlay.writable:
+                with contextlib.suppress(QedfsError):  # of a bad table, which the first count has told
+                    await self.overlay.clusters.count()  # again, since a failed barrier has taken entries back
             if self.overlay.writable and self.overlay.committer.pending and not self._committing:
                 await self._commit()
             await self._remember_version()

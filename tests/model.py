@@ -82,6 +82,19 @@ class SectorModel:
     def _versions(self) -> Iterator[Version]:
         return (version for known in self._sectors.values() for version, _ in known)
 
+    def lost(self) -> None:
+        """A barrier has failed: no write that has returned and was not flushed is ever sure to be there any more."""
+        self._event()
+        for version in self._open:
+            version.returned = math.inf
+        self._open.clear()
+
+    def settled(self, content: bytes | bytearray, at: int) -> None:
+        """Whoever opened the image after a loss has read this, at position `at`: the disk has it."""
+        for sector, known in self._sectors.items():
+            now = self._event()
+            known.append((Version(at, now, now, at), bytes(content[sector * SECTOR : (sector + 1) * SECTOR])))
+
     def base_of(self, sector: int) -> bytes:
         """A sector before anybody wrote to it."""
         return self.base[sector * SECTOR : (sector + 1) * SECTOR]

@@ -98,3 +98,5 @@ async def test_requests_after_a_failed_barrier_hold_nothing(autojump_clock: trio
         failure = image.overlay.committer.failure
         assert failure is not None
         assert failure.__traceback__ is None
+        with pytest.raises(ReadOnlyOverlay):
+            await image.close()

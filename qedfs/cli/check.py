@@ -15,6 +15,7 @@ from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.trust import settle
 from qedfs.overlay.whereabouts import find
 
 
@@ -32,9 +33,10 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
     another user, only this user's and root's mounts can; --drop-journal lets others mount the overlay without it.
     """
     with locked_file(overlay, writable=repair or drop_journal) as storage:
-        report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
         if drop_journal:
             _drop_journal(storage)
+        settle(storage, None)
+        report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
         waiting, remark = _waiting(storage)
     if as_json:
         told = {"in_journal": waiting, "journal_remark": remark or None}
@@ -58,7 +60,8 @@ def _repair(storage: Storage) -> Report:
 
 
 def _drop_journal(storage: Storage) -> None:
-    """Let the record tell of no session that was killed."""
+    """Let the record tell of no session that was killed, which is to say that the disk has all that we read."""
+    storage.refresh()
     header, _ = read_header(storage)
     if (record := read_record(storage, header)) is not None:
         Session(storage, header, record).store(dataclasses.replace(record, session="", journal=""))

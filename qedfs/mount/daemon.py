@@ -129,10 +129,18 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
                 lost = await folder.close()
         nursery.cancel_scope.cancel()
     if lost:
-        lastwords.leave(settings.mountpoint, lost[0])
-        raise lost[0]
+        error = _summed_up(lost)
+        lastwords.leave(settings.mountpoint, error)
+        raise error
     if mount.failure is not None:
         raise mount.failure.fresh()
+
+
+def _summed_up(errors: list[QedfsError]) -> QedfsError:
+    """One error for all: whoever ends a mount gets one line and one exit code."""
+    if len(errors) == 1:
+        return errors[0]
+    return type(errors[0])(f"{errors[0]}; and {len(errors) - 1} more overlays, which the log names")
 
 
 async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifier: Notifier) -> None:

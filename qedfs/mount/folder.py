@@ -119,6 +119,7 @@ class Folder:
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
+        self._lost: list[QedfsError] = []  # why answered writes may not be in an overlay that was closed
         self._closing = 0  # images that are being closed because their overlay has left
         self._sources = Sources(
             self._root,
@@ -473,29 +474,33 @@ class Folder:
         served.scope.cancel()
         self._closing += 1
         try:
-            await _closed(served)
+            deleted = _is_deleted(served)
+            if (error := await _closed(served)) and not deleted:
+                self._lost.append(error)
             if served.image is not None:
                 await self._let_go(served.image)
         finally:
             self._closing -= 1
 
     async def close(self) -> list[QedfsError]:
-        """Flush and close every overlay, then drop the connections; returns what went wrong with any of them."""
-        failures: list[QedfsError] = []
+        """Flush and close every overlay, then drop the connections.
+
+        Returns why what was written may not be in the overlays, for each that was closed in this mount, now or before.
+        """
         places = trio.CapacityLimiter(CLOSING)
 
         async def close(served: Served) -> None:
             async with places:
                 served.scope.cancel()
                 if error := await _closed(served):
-                    failures.append(error)
+                    self._lost.append(error)
 
         async with trio.open_nursery() as nursery:
             for served in {*self._by_path.values(), *self._by_inode.values()}:
                 nursery.start_soon(close, served)
         await self._sources.aclose()
         os.close(self._fd)
-        return failures
+        return self._lost
 
 
 def _image_name(path: str) -> str:
@@ -515,6 +520,14 @@ def _may_pass(exc: QedfsError | OSError) -> bool:
     """Whether another look may find it otherwise, without a change of the file that could be seen."""
     cause = exc if isinstance(exc, OSError) else exc.__cause__
     return isinstance(exc, (InUse, NoMemory)) or (isinstance(cause, OSError) and cause.errno in _PASSING)
+
+
+def _is_deleted(served: Served) -> bool:
+    """Whether nobody can want what an overlay holds: its file has no name any more."""
+    try:
+        return served.status is not None and served.status().st_nlink == 0
+    except QedfsError:
+        return False
 
 
 async def _closed(served: Served) -> QedfsError | None:

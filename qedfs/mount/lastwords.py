@@ -1,4 +1,4 @@
-"""What a mount has to say after its socket is closed: that the last flush of an overlay has failed.
+"""What a mount has to say after its socket is closed: that it could not make everything durable.
 
 Owns the file that holds it, in the mount's runtime folder. The server writes it while it ends, `qedfs umount` reads it
 once the server has ended; a process learns the exit code of its own children only.

@@ -35,13 +35,13 @@ class Beginning:
     def at_open(self) -> None:
         """Begin if there is room, while nobody else uses the overlay; waits for the disk."""
         try:
-            if self._committer.pending:
-                try:
+            try:
+                if self._committer.pending:
                     self._committer.commit_now()
-                except ReadOnlyOverlay:
-                    self._void()
-                    raise
-            self._begin()
+                self._begin()
+            except ReadOnlyOverlay:
+                self._void()
+                raise
         except NoSpace as exc:
             self.full = exc.fresh()
 
@@ -54,7 +54,7 @@ class Beginning:
         except ReadOnlyOverlay:
             await self._storage.in_thread(self._void)
             raise
-        await self._storage.in_thread(self._begin)
+        await self._committer.durably(self._begin)
         return True
 
     def _begin(self) -> None:
@@ -86,3 +86,5 @@ class Beginning:
             self._leftover.remove()
             with contextlib.suppress(QedfsError):
                 self._session.begin(self._session.fresh())
+        with contextlib.suppress(QedfsError):
+            self._storage.refresh()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import trio
@@ -81,6 +81,8 @@ class ClusterMap:
         self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
         self._cut = Cut(file_end, geometry.cluster_size)
         self._pinned: frozenset[int] = frozenset()
+        self.epoch = 0  # counts the times that entries were taken back, after a failed barrier
+        self._rereading: trio.Event | None = None  # until look-ups may go on
         self._held: dict[int, int] = {}  # slice -> how many hold it
         self._per_table = max(1, geometry.entries // SLICE_ENTRIES)
         self.slice_entries = min(geometry.entries, SLICE_ENTRIES)  # clusters that one slice describes
@@ -326,6 +328,28 @@ class ClusterMap:
             return None
         return BadOverlay(f"{self._cut.lost} clusters point to where none can be: the file was cut; run qedfs check")
 
+    def begin_reread(self) -> None:
+        """A barrier has failed: forget every entry that the file may lack. `load` waits for `end_reread`.
+
+        No entry may be set any more: whoever was about to finds out with the error of the barrier.
+        """
+        self.epoch += 1
+        self._rereading = trio.Event()
+        self._share.give(len(self._slices) * self._slice_bytes)
+        self._slices.clear()
+        self.dirty.clear()
+        self._pinned = frozenset()
+        self.missing, self._counted_to, self._counted_missing = None, 0, 0
+
+    def end_reread(self, l1: Mapping[int, int]) -> None:
+        """Go on with these L1 entries of the tables that were unwritten; without one, its clusters are missing."""
+        for index in self.unwritten:
+            self.l1[index] = l1.get(index, MISSING)
+        self.unwritten.clear()
+        if self._rereading is not None:
+            self._rereading.set()
+            self._rereading = None
+
     # Counting.
 
     async def count(self) -> None:
@@ -437,18 +461,22 @@ class ClusterMap:
 
     async def _read_slice(self, number: int) -> array[int]:
         """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""
-        if number // self._per_table in self.unwritten:
+        while self._rereading is not None:
+            await self._rereading.wait()
+        if self._is_blank(number):
             return empty_table(self.slice_entries)
         self._check_table(number)
         view = memoryview(bytearray(self.slice_entries * ENTRY_SIZE))
         offset = self._slice_place(number)
         if not self._storage.read_now(offset, view):
-            first = number << self._shift
+            epoch, first = self.epoch, number << self._shift
             self.hold(first)
             try:
                 await self._storage.in_thread(lambda: self._storage.read(offset, view))
             finally:
                 self.release(first)
+            if epoch != self.epoch:
+                return await self._read_slice(number)
         found = self._slices.get(number)
         return decode_table(view) if found is None else found
 

@@ -23,14 +23,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 import trio
 
 from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
-from qedfs.format.tables import encode_table
+from qedfs.format.tables import decode_table, encode_table
 from qedfs.overlay.clustermap import SECTOR_ENTRIES, ClusterMap
 from qedfs.overlay.journal import Journal
 from qedfs.overlay.storage import Storage
@@ -62,11 +62,13 @@ class Committer:
         self._header = header
         self._map = clusters
         self._lock = trio.Lock()
+        self._barrier_lock = trio.Lock()  # taken last
         self._started = 0  # number of the group that was started last
         self._committed = 0  # number of the last group that ended well
         self._flushed = 0  # the same, of those with the second barrier
         self._running = False
         self._closed = False
+        self._reread = False  # after a failed barrier
         self._marks = 0  # times that marks were written (`cut.py`)
         self._durable_marks = 0  # of these, those behind which a barrier was
         self._owed_marks: list[Write] = []  # that could not be written, as they were then
@@ -143,7 +145,7 @@ class Committer:
             return False
         self._check()
         self._write_owed_marks()
-        await self._storage.in_thread(self.barrier)
+        await self.durably(self.barrier)
         self._durable_marks = max(self._durable_marks, marks)
         return True
 
@@ -176,7 +178,7 @@ class Committer:
         group = self._take()
         self._running = True
         try:
-            await self._storage.in_thread(lambda: self._write(group, durable=durable))
+            await self.durably(lambda: self._write(group, durable=durable))
         except BaseException:
             self._put_back(group)
             raise
@@ -217,6 +219,8 @@ class Committer:
 
     def _put_back(self, group: _Group) -> None:
         """The entries stay in memory and dirty, whatever part of the group has reached the file."""
+        if self._reread:
+            return  # the map has what the disk has, and nothing is written any more
         for number, changed in group.dirty.items():
             self._map.dirty.setdefault(number, set()).update(changed)
         self._map.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
@@ -248,7 +252,9 @@ class Committer:
             raise  # the file was cut, which says nothing of the disk; it takes nothing more
         except QedfsError as exc:
             # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
-            self.failure = ReadOnlyOverlay(f"{exc}; it is read-only until it is opened again")
+            self.failure = ReadOnlyOverlay(
+                f"{exc}; it is read-only until it is opened again, and writes since its last flush may be lost"
+            )
             if (journal := self.journal) is not None:
                 # Nobody knows which data the disk has: entries that were never committed must not be brought back by
                 # the next session, or clusters could read as garbage.
@@ -257,9 +263,53 @@ class Committer:
         finally:
             self.barrier_seconds += time.monotonic() - began
 
-    def _check(self) -> None:
+    async def durably(self, call: Callable[[], None]) -> None:
+        """Run a call with barriers in a thread. ReadOnlyOverlay: one failed; the map now shows what the disk has."""
+        # One at a time: Linux tells one caller of a lost page, and to a second fdatasync beside it all is well.
+        async with self._barrier_lock:
+            self._check_failure()
+            try:
+                await self._storage.in_thread(call)
+            except ReadOnlyOverlay:
+                if self.failure is not None:
+                    self._reread = True
+                    await self._read_again()
+                raise
+
+    async def _read_again(self) -> None:
+        """After a failed barrier: believe no entry and no page of which the disk may know nothing.
+
+        What waits for a commit may point to data that was never written, and the kernel may forget any page that it
+        could not write: a reader would get bytes that nobody wrote. So from here on this session shows what a power cut
+        would leave, and so does whoever opens the overlay next. The entries go first: no look-up may find one of them
+        once its pages are gone.
+        """
+        self._map.begin_reread()
+        unwritten = sorted(self._map.unwritten)
+        l1: dict[int, int] = {}
+        try:
+            with trio.CancelScope(shield=True):
+                l1 = await self._storage.in_thread(lambda: self._l1_of_the_disk(unwritten))
+        finally:
+            self._map.end_reread(l1)
+
+    def _l1_of_the_disk(self, indices: Iterable[int]) -> dict[int, int]:
+        with contextlib.suppress(QedfsError):  # the disk may not be well yet; what it has is all the same what it has
+            self._storage.refresh()
+        found: dict[int, int] = {}
+        with contextlib.suppress(QedfsError):
+            for index in indices:
+                entry = bytearray(ENTRY_SIZE)
+                self._storage.read(self._header.l1_table_offset + index * ENTRY_SIZE, memoryview(entry))
+                found[index] = decode_table(entry)[0]
+        return found
+
+    def _check_failure(self) -> None:
         if self.failure is not None:
             raise self.failure.fresh()
+
+    def _check(self) -> None:
+        self._check_failure()
         if self._closed:
             raise ReadOnlyOverlay("the overlay is closed")
 

@@ -24,6 +24,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.space import Space
 from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.overlay.trust import settle
 from qedfs.overlay.whereabouts import Found, find
 from qedfs.room import Share
 
@@ -72,6 +73,8 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 
 
 def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
+    if storage.locked:  # else somebody may be writing to it, and has the last word
+        settle(storage, journal_folder)
     header, backing = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
     found = find(storage, journal_folder, session.record.session, session.record.journal)

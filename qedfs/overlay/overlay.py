@@ -112,6 +112,11 @@ class Overlay:
         return self.backing is not None and not self._session.header.features & NO_PROBE
 
     @property
+    def epoch(self) -> int:
+        """Another value than at the time of a `map` means that its runs may have been taken back (a failed barrier)."""
+        return self.clusters.epoch
+
+    @property
     def writable(self) -> bool:
         """Whether writes and adoptions are taken."""
         return self.storage.writable and self.committer.failure is None
@@ -146,7 +151,7 @@ class Overlay:
                 except NoSpace:
                     self._session.record = change(self._session.record)
                 else:
-                    await self.storage.in_thread(lambda: self._session.store(change(self._session.record)))
+                    await self.committer.durably(lambda: self._session.store(change(self._session.record)))
         finally:
             self._changes.remove(change)
 
@@ -328,6 +333,8 @@ class Overlay:
         except BaseException:
             self._space.give_back(offset for _, offset in entries)
             raise
+        # After a barrier that failed meanwhile nobody answers for these bytes, nor takes their entries.
+        self._check_writable()
         self._publish(entries)
 
     def _publish(self, entries: Sequence[tuple[int, int]]) -> None:
@@ -393,6 +400,7 @@ class Overlay:
         """Return, without a further await, when the slices are loaded and the file may grow."""
         while not self.clusters.is_loaded(pos, size) or await self.committer.secure_marks():
             await self.clusters.load(pos, size)
+        self._check_writable()
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
@@ -497,11 +505,17 @@ class Overlay:
         await self.committer.flush()
         async with self._session_lock:
             self._check_writable()
-            await self.storage.in_thread(self._session.detach)
+            await self.committer.durably(self._session.detach)
         self.backing = None
 
     async def close(self) -> None:
-        """Flush if writable and give up the file. The journal goes if the overlay has all entries."""
+        """Flush if writable and give up the file. The journal goes if the overlay has all entries.
+
+        Raises:
+            NoSpace: what is pending has no room; the journal has it.
+            ReadOnlyOverlay: a barrier has failed, now or at any time before, so that answered writes may be lost.
+            BadOverlay: somebody has cut or overwritten the file.
+        """
         in_order = False
         try:
             if self.writable:
@@ -513,7 +527,7 @@ class Overlay:
                 if self.writable:
                     await self._inspect()
                 if in_order and self.writable and not self.committer.pending and not self.full:
-                    with contextlib.suppress(QedfsError):  # without the note, the next session looks for a journal
+                    with contextlib.suppress(QedfsError):  # without the note, the next session asks the disk
                         await self.storage.in_thread(self._session.end)
                 # After the note: a session that has not ended must not lack its journal.
                 if self.committer.journal is not None:
@@ -521,8 +535,10 @@ class Overlay:
                     self._journal = self.committer.journal = None
                 self.storage.close()
                 self.clusters.close()
-        if self.writable and self.storage.damage is not None:
+        if self.storage.writable and self.storage.damage is not None:
             raise self.storage.damage.fresh()
+        if self.committer.failure is not None:
+            raise self.committer.failure.fresh()
 
     # Inside.
 

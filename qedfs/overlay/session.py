@@ -85,6 +85,11 @@ class Session:
         """Whether no other program has written to the overlay since the record was stored."""
         return bool(self.header.autoclear_features & UNTOUCHED)
 
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether the session before this one was ours and has ended with `end`, and nobody has written since."""
+        return self.untouched and self.record.sequence > 0 and not self.record.session
+
     def is_seen(self) -> bool:
         """Whether the file is seen to hold our header and our session, without waiting for the disk.
 
@@ -134,10 +139,12 @@ class Session:
             self.barrier()
 
     def end(self) -> None:
-        """Note that the session has ended in order, after its last barrier: no journal of it is to be looked for.
+        """Note that the session has ended in order: the disk has all that the page cache has, and there is no journal.
 
-        It also tells what the image's times have come to. It needs no barrier of its own. If it is lost, so is the
-        journal that it says is not needed, and the image gets a later time.
+        It also tells what the image's times have come to. To be called after the last barrier, whose success it tells
+        of: a note that was there before would vouch for pages that the disk may not have taken. It needs no barrier of
+        its own. If it is lost, the next session asks the disk, as after a crash, so is the journal that it says is not
+        needed, and the image gets a later time.
         """
         if self.record.session:
             self._unordered = False  # the last barrier was behind all records

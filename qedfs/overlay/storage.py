@@ -23,6 +23,7 @@ import trio
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.overlay.length import Length
+from qedfs.overlay.pagecache import evict
 from qedfs.procfs import TMPFS_TYPES, filesystem_type, outer_user
 
 T = TypeVar("T")
@@ -120,6 +121,17 @@ class Storage(Protocol):
         """Return when all that was written before this call survives a power cut (fdatasync).
 
         BadOverlay: the file was cut.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """From now on read what the disk has: write out what can be written, then drop the page cache.
+
+        For what may have gone wrong before: after a failed write-back the page cache shows what the disk lacks.
+
+        Raises:
+            QedfsError: the disk did not take everything. Reads tell what it has.
+            InUse: another program keeps part of the file in memory, so nobody can tell what the disk has.
         """
         ...
 
@@ -332,6 +344,21 @@ class FileStorage:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise self._translated("sync", exc) from exc
+
+    def refresh(self) -> None:
+        """Fdatasync, then eviction. A tmpfs has no disk: its pages are the file."""
+        failure: OSError | None = None
+        try:
+            os.fdatasync(self._fd)
+        except OSError as exc:
+            failure = exc
+        if filesystem_type(self._fd) not in TMPFS_TYPES and not evict(self._fd):
+            raise InUse(
+                f"{self.path}: was not closed in order, and another program keeps part of it in memory, so that nobody "
+                "can tell what the disk has; close that program first"
+            )
+        if failure is not None:
+            raise self._translated("sync", failure) from failure
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise; only advice, so it cannot fail in a way that matters."""

@@ -58,13 +58,19 @@ class BarrierEnded(NamedTuple):
     number: int
 
 
+class Lost(NamedTuple):
+    """A barrier has failed: the disk has not taken these pages, and keeps what it had there before (offset, bytes)."""
+
+    pages: tuple[tuple[int, bytes], ...]
+
+
 class Marked(NamedTuple):
     """Something that a test wants to find in the log."""
 
     text: str
 
 
-Entry = Written | Resized | BarrierBegun | BarrierEnded | Marked
+Entry = Written | Resized | BarrierBegun | BarrierEnded | Lost | Marked
 
 
 class _Fault(NamedTuple):
@@ -223,6 +229,9 @@ class MemoryStorage:
         self._begin("barrier")
         self.check_length()
 
+    def refresh(self) -> None:
+        self._begin("refresh")
+
     def drop_cache(self, offset: int, size: int) -> None:
         assert 0 <= offset <= offset + size
 
@@ -295,32 +304,107 @@ class RecordingStorage(MemoryStorage):
         self.start = bytes(data)
         self.log: list[Entry] = []
         self._barriers = 0
+        self._synced = bytes(data)  # what the last barrier that ended well has covered
+        self._lost: dict[int, bytes] = {}  # offset of a page -> what the disk has, while the cache shows otherwise
+        self._unreported = False  # whether the next barrier has to tell of a loss
+        self._loss: tuple[int, random.Random, Callable[[], None]] | None = None
 
     def mark(self, text: str) -> None:
         """Put a line of the test into the log."""
         self.log.append(Marked(text))
 
+    def lose_at(self, nth: int, rng: random.Random, on_loss: Callable[[], None]) -> None:
+        """Let the `nth` barrier from now on fail, with some pages that the disk does not take; the cache keeps them.
+
+        This is what ext4, XFS and btrfs do: the pages are clean afterwards, later barriers succeed without them, and a
+        later write to such a page brings the whole page to the disk.
+        """
+        self._loss = (self.operations["barrier"] + nth, rng, on_loss)
+
+    def lose_now(self, rng: random.Random, *, told: bool) -> None:
+        """The kernel fails to write some pages by itself. `told`: another program has had the error already."""
+        self._unreported = self._lose(bytes(self.bytes), rng, forget=not told) and not told
+
     def barrier(self) -> None:
         super().barrier()
-        self._barriers += 1
-        number = self._barriers
-        self.log.append(BarrierBegun(number))
+        number = self._barrier_begun()
+        content = bytes(self.bytes)
         # Other tasks may write while the disk works; none of that is covered.
         self._stop()
+        if self._loss is not None and self.operations["barrier"] >= self._loss[0]:
+            _, rng, on_loss = self._loss
+            if self._lose(content, rng):
+                self._loss = None
+                on_loss()
+                raise QedfsError("cannot sync: Input/output error")
+        self._tell()
+        self._synced = content
         self.log.append(BarrierEnded(number))
+
+    def refresh(self) -> None:
+        self._begin("refresh")
+        number = self._barrier_begun()
+        for offset in list(self._lost):
+            self._forget(offset)
+        self._synced = bytes(self.bytes)
+        self.log.append(BarrierEnded(number))
+        self._tell()
+
+    def _barrier_begun(self) -> int:
+        self._barriers += 1
+        self.log.append(BarrierBegun(self._barriers))
+        return self._barriers
+
+    def _tell(self) -> None:
+        unreported, self._unreported = self._unreported, False
+        if unreported:
+            raise QedfsError("cannot sync: Input/output error")
+
+    def _lose(self, content: bytes, rng: random.Random, *, forget: bool = True) -> bool:
+        """Lose some of the pages that differ from the last barrier, unless they were written to again meanwhile."""
+        dirty = [
+            offset
+            for offset in range(0, len(content), _PAGE)
+            if content[offset : offset + _PAGE] != self._synced[offset : offset + _PAGE]
+            and content[offset : offset + _PAGE] == self.bytes[offset : offset + _PAGE]
+        ]
+        if not dirty:
+            return False
+        for offset in rng.sample(dirty, rng.randint(1, len(dirty))):
+            size = min(_PAGE, len(content) - offset)
+            self._lost[offset] = self._synced[offset : offset + size].ljust(size, b"\0")
+        self.log.append(Lost(tuple(self._lost.items())))
+        # The kernel may forget a clean page at any time.
+        for offset in [offset for offset in self._lost if forget and rng.random() < 0.5]:
+            self._forget(offset)
+        return True
+
+    def _forget(self, offset: int) -> None:
+        old = self._lost.pop(offset)
+        self.bytes[offset : offset + len(old)] = old
 
     def reopened(self, *, seed: int | None = None) -> RecordingStorage:
         """The same file opened anew: the log goes on."""
         again = RecordingStorage(b"", name=self._name, seed=seed)
         again.start, again.bytes, again.log, again._barriers = self.start, self.bytes, self.log, self._barriers
+        again._synced, again._lost, again._unreported = self._synced, self._lost, self._unreported
         again._length = len(self.bytes)
         again.before_step = self.before_step
         return again
 
     def _put(self, offset: int, data: bytes) -> None:
         super()._put(offset, data)
-        if data:
+        if not data:
+            return
+        pages = range(round_down(offset, _PAGE), offset + len(data), _PAGE)
+        if not any(self._lost.pop(page, None) is not None for page in list(pages)):
             self.log.append(Written(offset, data))
+            return
+        # Dirty again, and as a whole: what had been lost goes to the disk with it.
+        for page in pages:
+            self._lost.pop(page, None)
+        start, stop = pages.start, min(round_up(pages.stop, _PAGE), len(self.bytes))
+        self.log.append(Written(start, bytes(self.bytes[start:stop])))
 
     def _resized(self, size: int) -> None:
         super()._resized(size)

@@ -6,6 +6,9 @@ in the file.
 Everything written before the beginning of the last barrier that had ended is there. Each write after it ("pending") may
 be there wholly, not at all, or as its first or last sectors; a sector is never torn. The file may have grown to its
 length at that time or not, or in part, and the space it grew by may hold zeros or what a deleted file left.
+
+Where a barrier has failed, some pages are not there for certain, however many barriers succeed afterwards: the disk has
+what it had before. The page cache, from which the program read on, has shown otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from tests.fakes.storage import BarrierBegun, BarrierEnded, Entry, Resized, Written
+from tests.fakes.storage import BarrierBegun, BarrierEnded, Entry, Lost, Resized, Written
 
 SECTOR = 512
 ALL_SUBSETS = 8  # pending operations up to which every subset is taken
@@ -101,9 +104,12 @@ class Disk:
         image = bytearray(self._durable)
         end = max([cut.size, *(_end(self._log[piece.place]) for piece in cut.pieces)])
         image.extend(_garbage(base, end) if cut.garbage else bytes(max(0, end - base)))
-        for piece in cut.pieces:
+        losses = [Piece(i, 0, 0) for i in range(self._covered, self._scanned) if isinstance(self._log[i], Lost)]
+        for piece in sorted([*cut.pieces, *losses]):
             entry = self._log[piece.place]
-            if isinstance(entry, Written):
+            if isinstance(entry, Lost):
+                _apply(image, entry)
+            elif isinstance(entry, Written):
                 image[entry.offset + piece.start : entry.offset + piece.stop] = entry.data[piece.start : piece.stop]
             elif isinstance(entry, Resized) and entry.size < len(image):
                 # Cut and grown again: zeros for certain.
@@ -152,6 +158,10 @@ def _apply(image: bytearray, entry: Entry) -> None:
         if len(image) < entry.offset:
             image.extend(bytes(entry.offset - len(image)))
         image[entry.offset : entry.offset + len(entry.data)] = entry.data
+    elif isinstance(entry, Lost):
+        for offset, old in entry.pages:
+            kept = old[: max(0, len(image) - offset)]
+            image[offset : offset + len(kept)] = kept
     elif isinstance(entry, Resized):
         if entry.size < len(image):
             del image[entry.size :]

@@ -24,7 +24,7 @@ import trio
 import qedfs.overlay.clustermap as clustermap_module
 import qedfs.overlay.overlay as overlay_module
 from qedfs import room
-from qedfs.errors import NoSpace, QedfsError
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
@@ -61,6 +61,10 @@ class Scenario:
     full_disk_wrote: float  # how much of it was written all the same
     write_now: int = WRITE_NOW_BYTES  # largest write on the event loop; larger ones go to a thread
     slice_entries: int = SLICE_ENTRIES  # of a table
+    bad_barrier: int = 0  # the one of a session that fails, with pages that the disk does not take; 0: none
+    killed: str = (
+        ""  # the first session is, after the disk has not taken pages: that is "unreported", or "told" to others
+    )
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
@@ -80,6 +84,8 @@ class Scenario:
             full_disk_wrote=rng.choice((0, 0.5, 1)),
             write_now=rng.choice((WRITE_NOW_BYTES, 2048)),
             slice_entries=rng.choice((SLICE_ENTRIES, SECTOR_ENTRIES)),
+            bad_barrier=rng.randint(1, 12) if rng.random() < 0.3 else 0,
+            killed=rng.choice(("", "", "", "unreported", "told")),
         )
 
     @cached_property
@@ -100,6 +106,7 @@ class History:
     detached_at: float = float("inf")
     fresh: bool = True  # whether the image had never been written to before
     misreads: list[str] = dataclasses.field(default_factory=list)  # what was wrong before any crash
+    failed: bool = False  # whether a barrier has failed in the present session
 
 
 def fresh_image(geometry: Geometry, backing: str | None = BACKING_NAME) -> bytes:
@@ -139,6 +146,19 @@ async def run(scenario: Scenario) -> History:
     return history
 
 
+async def read_all(overlay: Overlay, base: bytes) -> bytearray:
+    """The image as a reader sees it. `base` stands for the backing, and is asked only if there is one."""
+    content = bytearray(base) if overlay.backing is not None else bytearray(len(base))
+    view = memoryview(content)
+    for run in await overlay.map(0, overlay.image_size):
+        part = view[run.pos : run.pos + run.size]
+        if run.offset > ZERO:
+            await overlay.read_data(run.offset, part)
+        elif run.offset == ZERO:
+            part[:] = bytes(run.size)
+    return content
+
+
 class Kill(NamedTuple):
     """What a process that was killed has left: the file, its journal, and when that was (an event of the model)."""
 
@@ -149,7 +169,8 @@ class Kill(NamedTuple):
 
 async def run_and_kill(scenario: Scenario, chance: float) -> tuple[History, list[Kill]]:
     """Run a scenario and keep what a SIGKILL would leave, before one operation in so many."""
-    history = _history(scenario)
+    # Its oracle takes a write for safe when it returns, which a disk that fails revokes.
+    history = _history(dataclasses.replace(scenario, bad_barrier=0, killed=""))
     model = history.model
     model.on_return = True
     kills: list[Kill] = []
@@ -175,14 +196,19 @@ def _history(scenario: Scenario) -> History:
 async def _all_of_it(actors: Actors) -> None:
     await actors.open()
     actors.meet_full_disk()
+    actors.meet_bad_disk()
     await actors.together()
-    await actors.reopen()
+    await (actors.die() if actors.history.scenario.killed else actors.reopen())
+    actors.meet_bad_disk()
     if actors.history.scenario.detach:
         await actors.stream_all()
         # Where no guest has written in this session, no note of that brings a barrier.
         await actors.guest(3 * (actors.history.scenario.seed % 2))
         await actors.detach()
     await actors.together()
+    if actors.history.failed:
+        await actors.reopen()
+        await actors.together()
     await actors.close()
 
 
@@ -271,16 +297,48 @@ class Actors:
             nth = scenario.full_disk + 4 * number
             self._storage.fail("write", NoSpace("full"), nth=nth, wrote=scenario.full_disk_wrote)
 
+    def meet_bad_disk(self) -> None:
+        if self.history.scenario.bad_barrier:
+            rng = random.Random(self._rng.randrange(1 << 30))
+            self._storage.lose_at(self.history.scenario.bad_barrier, rng, self._lost)
+
+    def _lost(self) -> None:
+        self.history.failed = True
+        self._model.lost()
+
     async def close(self) -> None:
-        with _full_disk_allowed():
+        with self._trouble_allowed():
             await self.overlay.close()
 
     async def reopen(self) -> None:
         """Close and open. A close that met a full disk leaves what a crash leaves."""
         await self.flush()
         await self.close()
+        await self._open_again()
+
+    async def die(self) -> None:
+        """Be killed and open, after the kernel has lost pages; the first to open may have to be told."""
+        for _ in range(8):  # into clusters that nobody has written to, most likely: only the journal has their entries
+            sector = self._rng.randrange(self._geometry.image_size // SECTOR)
+            await self.write(sector * SECTOR, SECTOR)
+        self._storage.lose_now(self._rng, told=self.history.scenario.killed == "told")
+        self._lost()
+        if (journal := self.overlay.committer.journal) is not None:
+            journal.close(remove=False)
+        try:
+            await self._open_again()
+        except QedfsError:
+            await self._open_again()
+
+    async def _open_again(self) -> None:
         self._storage = self.history.storage = self._storage.reopened(seed=self._rng.randrange(1 << 30))
         await self.open()
+        if self.history.failed:
+            self.history.failed = False
+            content = await read_all(self.overlay, self.history.scenario.base)
+            if fault := self._model.fault(content, self._now()):
+                self.history.misreads.append(f"opened again after a failed barrier: {fault}")
+            self._model.settled(content, self._now())
 
     async def together(self) -> None:
         """Writers, an adopter and somebody who flushes, all at once."""
@@ -308,14 +366,18 @@ class Actors:
             await self.pause()
             pos, length = self._extent()
             since = self._model.events
-            found = bytearray(base[pos : pos + length])
-            for run in await self.overlay.map(pos, length):
-                await self.pause()
-                part = memoryview(found)[run.pos - pos : run.pos - pos + run.size]
-                if run.offset > ZERO:
-                    await self.overlay.read_data(run.offset, part)
-                elif run.offset == ZERO or self.overlay.backing is None:
-                    part[:] = bytes(run.size)
+            epoch = -1
+            while epoch != self.overlay.epoch:
+                found = bytearray(base[pos : pos + length])
+                runs = await self.overlay.map(pos, length)
+                epoch = self.overlay.epoch
+                for run in runs:
+                    await self.pause()
+                    part = memoryview(found)[run.pos - pos : run.pos - pos + run.size]
+                    if run.offset > ZERO:
+                        await self.overlay.read_data(run.offset, part)
+                    elif run.offset == ZERO or self.overlay.backing is None:
+                        part[:] = bytes(run.size)
             for start in range(0, length, SECTOR):
                 legal = self._model.legal_read((pos + start) // SECTOR, since, self._model.events)
                 if found[start : start + SECTOR] not in legal:
@@ -345,7 +407,7 @@ class Actors:
         stamp = self._serial.to_bytes(2, "little") + b"guest."
         data = b"".join((stamp + sector.to_bytes(8, "little")) * 32 for sector in range(length // SECTOR))
         version = self._model.begin(self._now(), pos, data)
-        with _full_disk_allowed():
+        with self._trouble_allowed():
             await self.overlay.write(pos, data, self.fill)
             self._model.returned(version)
 
@@ -366,7 +428,7 @@ class Actors:
         count = min(count, self._geometry.clusters - first)
         data = bytearray(self.history.scenario.base[first * cluster_size : (first + count) * cluster_size])
         await self.pause()
-        with _full_disk_allowed():
+        with self._trouble_allowed():
             if any(data):
                 await self.overlay.adopt(first * cluster_size, data, len(data), cold=self._rng.random() < 0.5)
             else:
@@ -374,7 +436,7 @@ class Actors:
 
     async def stream_all(self) -> None:
         """Adopt whatever is missing, as the stream does."""
-        with _full_disk_allowed():
+        with self._trouble_allowed():
             cluster = 0
             while (found := await self.overlay.clusters.next_missing(cluster, 4)) is not None:
                 await self.adopt(*found)
@@ -384,14 +446,14 @@ class Actors:
         for _ in range(count):
             await self.pause()
             if self._rng.random() < 0.3:
-                with _full_disk_allowed():
+                with self._trouble_allowed():
                     await self.overlay.commit()
             else:
                 await self.flush()
 
     async def flush(self) -> None:
         since = self._model.flushing()
-        with _full_disk_allowed():
+        with self._trouble_allowed():
             await self.overlay.flush()
             self._model.flushed(since, self._now())
 
@@ -402,23 +464,27 @@ class Actors:
             if self.overlay.backing is None:
                 return
             fields = {"pin": PIN, "paused": bool(number % 2)}
-            with _full_disk_allowed():
+            with self._trouble_allowed():
                 await self.overlay.change_record(partial(dataclasses.replace, **fields))
                 self.history.pinned_at = min(self.history.pinned_at, self._now())
 
     async def detach(self) -> None:
         since = self._model.flushing()
-        await self.overlay.detach()
-        self.history.detached_at = self._now()
-        self._model.flushed(since, self._now())
+        with self._trouble_allowed():
+            await self.overlay.detach()
+            self.history.detached_at = self._now()
+            self._model.flushed(since, self._now())
 
-
-@contextmanager
-def _full_disk_allowed() -> Iterator[None]:
-    try:
-        yield
-    except NoSpace:
-        return
+    @contextmanager
+    def _trouble_allowed(self) -> Iterator[None]:
+        """A full disk, or one that has failed a barrier."""
+        try:
+            yield
+        except NoSpace:
+            return
+        except ReadOnlyOverlay:
+            if not self.history.failed:
+                raise
 
 
 def _backing(rng: random.Random, size: int, cluster_size: int) -> bytes:

@@ -18,9 +18,9 @@ from qedfs.overlay.opening import open_storage
 from qedfs.overlay.session import read_header
 from qedfs.runtime import Place
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.examine import Broken, judge_times, read_all
+from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import History, Kill, Scenario, repeatable, run_and_kill
+from tests.overlay.scenario import History, Kill, Scenario, read_all, repeatable, run_and_kill
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from qedfs.overlay.create import create_overlay
 from qedfs.overlay.opening import open_overlay, open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.examine import read_all
 from tests.overlay.images import empty
+from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
 ELSEWHERE = 5  # the device of a snapshot
@@ -193,7 +193,8 @@ async def test_a_failed_barrier_voids_the_journal(tmp_path: Path, killed: bool) 
     if killed:
         die(overlay)
     else:
-        await overlay.close()
+        with pytest.raises(ReadOnlyOverlay, match=r"EIO.*may be lost"):
+            await overlay.close()
     again, _ = await opened(storage.bytes, tmp_path)
     assert await content(again) == "1"
 

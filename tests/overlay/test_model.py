@@ -23,9 +23,8 @@ from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.examine import read_all
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import fresh_image, run_seed
+from tests.overlay.scenario import fresh_image, read_all, run_seed
 
 SIZES = (4096 * 3, 4096 * 9 + 512, (2 << 20) + 8192 + 1536)
 places = st.integers(0, (1 << 24) - 1)

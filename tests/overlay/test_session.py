@@ -13,8 +13,8 @@ from qedfs.format.header import UNTOUCHED
 from qedfs.format.record import Pin, Record
 from qedfs.overlay.opening import open_storage
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.session import read_header
-from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage
+from qedfs.overlay.session import Session, read_header, read_record
+from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written
 from tests.overlay.images import empty
 
 CLUSTER = 4096
@@ -118,4 +118,36 @@ async def test_an_overlay_without_room_and_bits_is_opened_without_a_write() -> N
     built.replace(header_size=1, l1_table_offset=CLUSTER)
     storage = RecordingStorage(built.data[: 2 * CLUSTER])
     await open_storage(storage)
-    assert storage.log == []
+    assert not any(isinstance(entry, Written | Resized) for entry in storage.log)
+
+
+async def test_the_end_of_a_session_is_noted_after_its_last_barrier() -> None:
+    """Before it, the note would vouch for pages that the disk may not take."""
+    storage = RecordingStorage(empty().data)
+    overlay = await open_storage(storage)
+    await overlay.write(0, b"g" * CLUSTER, no_fill)
+    assert not ended(storage)
+    await overlay.close()
+    assert ended(storage)
+    assert isinstance(storage.log[-1], Written)
+    assert isinstance(storage.log[-2], BarrierEnded)
+
+
+async def test_a_session_whose_barrier_failed_does_not_end_in_order() -> None:
+    storage = MemoryStorage(empty().data)
+    overlay = await open_storage(storage)
+    await overlay.write(0, b"g" * CLUSTER, no_fill)
+    storage.fail("barrier", QedfsError("EIO"))
+    with pytest.raises(ReadOnlyOverlay):
+        await overlay.close()
+    assert not ended(storage)
+
+
+async def no_fill(cluster: int) -> bytes:
+    raise AssertionError(f"cluster {cluster} is written whole")
+
+
+def ended(storage: MemoryStorage) -> bool:
+    again = MemoryStorage(storage.bytes)
+    header, _ = read_header(again)
+    return Session(again, header, read_record(again, header)).ended_in_order

@@ -76,6 +76,13 @@ def test_growing_brings_zeros_also_where_something_was(opener: Opener) -> None:
     assert (storage.size(), read(storage, 0, 8)) == (8, b"0123\0\0\0\0")
 
 
+def test_a_refresh_changes_nothing_that_the_disk_has_taken(opener: Opener) -> None:
+    storage = opener(b"01234567")
+    storage.write(2, [b"ab"])
+    storage.refresh()
+    assert (storage.size(), read(storage, 0, 8)) == (8, b"01ab4567")
+
+
 def test_a_write_of_nothing_does_not_grow_the_file(opener: Opener) -> None:
     storage = opener(b"0123")
     storage.write(100, [b""])

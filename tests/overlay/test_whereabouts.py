@@ -29,8 +29,8 @@ from qedfs.overlay.whereabouts import note
 from qedfs.runtime import Place, journal_folder, journal_places
 from tests.fakes.storage import MemoryStorage
 from tests.harness.require import require_root
-from tests.overlay.examine import read_all
 from tests.overlay.images import empty
+from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
 SESSION = "5" * 32

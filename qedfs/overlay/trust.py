@@ -1,0 +1,74 @@
+"""Whether the page cache can be believed about an overlay that is opened, or only the disk.
+
+Owns that decision. After a write-back that failed, the page cache shows tables and data that the disk lacks, and
+nothing tells it from the rest (`pagecache.py`). A session that ends in order says so in its record, after its last
+barrier; a failed barrier, a kill (before or after the kernel has noticed an error), and any other program that has
+written leave no such word. Then all is read from the disk. So distrust needs no note of its own, which a failing disk
+might not take.
+
+The journal of a killed session names places whose data was in the page cache only. The kernel tells of data that it
+could not write once, to whoever asks first, and that may have been another program. So that data is compared as well:
+as the page cache shows it, and as the disk has it. What this does not tell: data that was lost, told to somebody else,
+and dropped from the page cache before the overlay was opened.
+
+Must not know what is read afterwards.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from qedfs.errors import InUse, QedfsError
+from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.storage import Storage
+from qedfs.overlay.whereabouts import find
+
+
+def settle(storage: Storage, journal_folder: Path | None) -> None:
+    """Return when reads show what the disk has. Waits for the disk; the caller has the locks of the overlay.
+
+    Raises:
+        BadOverlay: it is none that can be served.
+        InUse: another program keeps pages of it.
+        QedfsError: the disk has not taken what was written before the kill. The journal is removed: it names places
+            whose data may be lost, and their clusters would read as garbage.
+    """
+    header, _ = read_header(storage)
+    session = Session(storage, header, read_record(storage, header))
+    if session.ended_in_order:
+        return
+    found = find(storage, journal_folder, session.record.session, session.record.journal)
+    if found.unread:
+        return  # no session begins before it was read, and until then the page cache may be all that has its data
+    leftover = found.leftover if session.untouched else None
+    places = [entry for _, entry in leftover.pairs] if leftover else []
+    try:
+        _refresh(storage, places, header.geometry.cluster_size)
+    except InUse:
+        raise
+    except QedfsError as exc:
+        if leftover:
+            leftover.remove()
+        raise QedfsError(
+            f"{exc}: writes that were answered before a crash, and not flushed, are lost; open it again to go on with "
+            "what the disk has"
+        ) from exc
+
+
+def _refresh(storage: Storage, places: list[int], cluster_size: int) -> None:
+    """Have reads show what the disk has. QedfsError: the clusters at these offsets are not, or may not be, there."""
+    view = memoryview(bytearray(cluster_size))
+    before = _checksum(storage, places, view)
+    storage.refresh()
+    if _checksum(storage, places, view) != before:
+        raise QedfsError("the disk lacks data that was written to it")
+
+
+def _checksum(storage: Storage, places: list[int], view: memoryview) -> int:
+    """Of the clusters at these offsets, read into `view`: 64 MiB, about as much as waits for a commit, take 60 ms."""
+    value = 0
+    for offset in places:
+        storage.read(offset, view)
+        value = zlib.crc32(view, value)
+    return value

@@ -1,0 +1,119 @@
+"""A disk fails one write and is well again: what the kernel goes on showing is not what the disk has.
+
+On real ext4, XFS and btrfs. The write-back of one page fails; Linux tells that once, keeps the page and calls it clean.
+What counts is what is left when the page cache is gone, as after a reboot: `forget_cache`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qedfs.format.header import decode_header
+from qedfs.overlay.create import create_overlay
+from tests.faults.test_barrier import assert_told_at_the_end
+from tests.harness.failing_disk import FailingDisk, failing_disk
+from tests.harness.images import first_difference, qemu_check, random_image
+from tests.harness.mounts import Mount, mounted, qedfs
+from tests.harness.process import wait_for
+from tests.harness.require import require
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+CLUSTER = 1 << 16
+KINDS = ("ext4", "xfs", "btrfs")
+DISK_BYTES = {"ext4": 128 * MIB, "xfs": 384 * MIB, "btrfs": 256 * MIB}
+
+
+def new_overlay(disk: FailingDisk, backing: Path) -> tuple[Path, bytes]:
+    """An overlay on the disk, and what its first L2 table will have in it: two clusters that lie in a row."""
+    overlay = disk.folder / "disk.qed"
+    create_overlay(str(overlay), image_size=SIZE, backing=str(backing))
+    header = decode_header(overlay.read_bytes()[:64], overlay.stat().st_size)
+    table = header.l1_table_offset + header.geometry.table_bytes
+    data = table + header.geometry.table_bytes
+    return overlay, struct.pack("<QQ", data + 4 * CLUSTER, data + 5 * CLUSTER)
+
+
+def raw(overlay: Path, folder: Path) -> Path:
+    """The image as QEMU reads it."""
+    made = folder / "converted.raw"
+    subprocess.run([require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, made], check=True, timeout=60)
+    return made
+
+
+def failed_stream(disk: FailingDisk, overlay: Path, mountpoint: Path, pattern: bytes, *options: str | Path) -> None:
+    """Stream until a page of the table could not be written."""
+    disk.fail_writes(pattern)
+    with mounted(overlay, mountpoint, *options) as mount:
+        wait_for(lambda: mount.image()["state"] == "failed", "the failed barrier")
+        assert disk.failures_left == 0
+        assert_told_at_the_end(mount)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_complete_is_said_over_what_the_disk_has(tmp_path: Path, kind: str) -> None:
+    """A table is lost, the overlay is mounted again as the log advises, the stream ends, the source is deleted."""
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    expected = tmp_path / "expected.raw"
+    expected.write_bytes(backing.read_bytes())
+    with failing_disk(tmp_path / "fs", kind, DISK_BYTES[kind]) as disk:
+        overlay, pattern = new_overlay(disk, backing)
+        options = ("--allow-backing", backing)
+        failed_stream(disk, overlay, tmp_path / "mnt", pattern, *options)
+        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+            mount.wait()
+            assert mount.unmount() == 0
+        backing.unlink()
+        disk.forget_cache()
+        assert qemu_check(overlay).corruptions == 0
+        assert first_difference(raw(overlay, tmp_path), expected) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_opens_the_overlay_next_reads_the_disk(tmp_path: Path, kind: str) -> None:
+    """The end of the mount leaves nothing in the page cache that the disk lacks: not for QEMU either."""
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    with failing_disk(tmp_path / "fs", kind, DISK_BYTES[kind]) as disk:
+        overlay, pattern = new_overlay(disk, backing)
+        failed_stream(disk, overlay, tmp_path / "mnt", pattern, "--allow-backing", backing)
+        shown = overlay.read_bytes()
+        disk.forget_cache()
+        assert overlay.read_bytes() == shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_between_the_error_and_its_report(tmp_path: Path, kind: str) -> None:
+    """The kernel cannot write a guest's data after the kill: the next mount says so, and shows what the disk has."""
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    with failing_disk(tmp_path / "fs", kind, DISK_BYTES[kind]) as disk:
+        overlay, _ = new_overlay(disk, backing)
+        options = ("--no-stream", "--allow-backing", backing)
+        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+            write(mount, MIB, b"flushed!", sync=True)
+            write(mount, 2 * MIB, b"answered", sync=False)
+            disk.fail_writes(b"answered")
+            mount.kill()
+        os.sync()  # which is told of it, and does not use up the report of the file
+        assert disk.failures_left == 0
+        refused = qedfs("mount", overlay, tmp_path / "mnt", *options, check=False)
+        assert refused.returncode == 1
+        assert "not flushed, are lost" in refused.stderr
+        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+            found = mount.path("disk.raw").read_bytes()
+            assert mount.unmount() == 0
+        content = backing.read_bytes()
+        assert found == content[:MIB] + b"flushed!" + content[MIB + 8 :]
+        disk.forget_cache()
+        assert qemu_check(overlay).corruptions == 0
+
+
+def write(mount: Mount, pos: int, data: bytes, *, sync: bool) -> None:
+    with mount.path("disk.raw").open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), data, pos)
+        if sync:
+            os.fsync(file.fileno())
