@@ -27,6 +27,7 @@ import trio
 
 from qedfs.errors import QedfsError, Reason, SourceUnreachable
 from qedfs.source.nbd import faults
+from qedfs.source.nbd.faults import EndedUnderTls
 from qedfs.source.nbd.handshake import negotiate
 from qedfs.source.nbd.protocol import (
     MAX_MINIMUM_BLOCK_SIZE,
@@ -306,7 +307,7 @@ async def _shake_hands(
                 await secure.handshake()
         except (EOFError, trio.BrokenResourceError) as exc:
             if current is not transport and faults.is_end(exc):
-                raise faults.EndedUnderTls from exc
+                raise EndedUnderTls from exc
             raise
         try:
             step = dialogue.send(answer)
