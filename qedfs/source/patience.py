@@ -29,7 +29,8 @@ from qedfs.errors import QedfsError, SourceUnreachable
 PROBE_SECONDS = 1.0  # from one reader that asks a dead source to the next one
 # That a reader of a dead source waits for its error, and at the most so many deadlines: a source that is just coming
 # back may need some of it. It is more where many wait, up to MOST_HOLD_SECONDS, for about so many errors a second and
-# no more: readers that come again at once, as many do, must not take the processor.
+# no more: readers that come again at once, as many do, must not take the processor. But who has waited for a deadline
+# already waits for HOLD_DEADLINES more at the most, however many there are.
 HOLD_SECONDS = 3.0
 HOLD_DEADLINES = 1 / 3
 MOST_HOLD_SECONDS = 4.0
@@ -87,7 +88,7 @@ class Patience:
         if self.dead is not None or self.signs != signs:
             return False
         self.dead = error.fresh()
-        now, hold = trio.current_time(), self._hold_seconds()
+        now, hold = trio.current_time(), self._spread_seconds()
         for scope in self._waits:
             # Also if that is later: those who came together would all be answered at once, while others wait for that.
             scope.deadline = now + hold * random.random()  # noqa: S311 - no secret
@@ -96,7 +97,7 @@ class Patience:
     async def end(self, scope: trio.CancelScope) -> None:
         """Return at once unless many wait for a dead source; then wait for the end of `scope`, which is soon."""
         if self.dead is not None and len(self._waits) > CROWD:
-            soon = trio.current_time() + self._hold_seconds() * random.random()  # noqa: S311 - no secret
+            soon = trio.current_time() + self._spread_seconds() * random.random()  # noqa: S311 - no secret
             scope.deadline = min(scope.deadline, soon)
             await trio.sleep_forever()
 
@@ -155,3 +156,7 @@ class Patience:
         least = min(HOLD_SECONDS, HOLD_DEADLINES * self._deadline_seconds)
         most = min(MOST_HOLD_SECONDS, self._deadline_seconds)
         return max(least, min(most, len(self._waits) / ERRORS_PER_SECOND))
+
+    def _spread_seconds(self) -> float:
+        """The time over which those who have waited for a deadline get their errors."""
+        return min(self._hold_seconds(), HOLD_DEADLINES * self._deadline_seconds)

@@ -11,6 +11,7 @@ from qedfs.errors import Reason, SourceUnreachable
 from qedfs.source.patience import (
     ERRORS_PER_SECOND,
     GRACE_SECONDS,
+    HOLD_DEADLINES,
     LEAST_PLACES,
     MOST_HOLD_SECONDS,
     PROBE_SECONDS,
@@ -101,6 +102,23 @@ async def test_the_errors_come_one_by_one(autojump_clock: trio.testing.MockClock
     tenths = Counter(int(10 * seconds) for seconds in readers.ended)
     assert max(tenths.values()) < 3 * READERS / (10 * MOST_HOLD_SECONDS)
     assert max(readers.ended) < DEADLINE + MOST_HOLD_SECONDS + 1
+
+
+@pytest.mark.parametrize("deadline", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_crowd_waits_little_longer_than_the_deadline(
+    autojump_clock: trio.testing.MockClock, deadline: float, refused: bool
+) -> None:
+    source = FakeSource(CONTENT)
+    found = remote(source, deadline_seconds=deadline)
+    await found.connect()
+    source.gate = trio.Event()
+    if refused:
+        source.gate, source.fail = None, SourceUnreachable("away")
+    readers = Readers(found)
+    await readers.all(READERS)
+    assert len(readers.errors) == READERS
+    assert max(readers.ended) < (1.01 + HOLD_DEADLINES) * deadline  # on a mock clock
 
 
 async def test_who_comes_later_waits_for_a_moment_only(autojump_clock: trio.testing.MockClock) -> None:
