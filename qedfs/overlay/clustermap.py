@@ -395,9 +395,12 @@ class ClusterMap:
         return self.l1[number // self._per_table]
 
     def _is_blank(self, number: int) -> bool:
-        """Whether a slice that is not in memory has no entries: its table is not there, or not yet in the file."""
+        """Whether a slice that is not in memory has no entries: its table is not there, or not yet in the file.
+
+        After a failed barrier the disk tells whether the file has a table, and nobody knows before that has been read.
+        """
         index = number // self._per_table
-        return not self.l1[index] or index in self.unwritten
+        return not self.l1[index] or (index in self.unwritten and self._rereading is None)
 
     def _slice_place(self, number: int) -> int:
         return self._table_offset(number) + number % self._per_table * self.slice_entries * ENTRY_SIZE

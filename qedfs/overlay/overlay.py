@@ -230,6 +230,7 @@ class Overlay:
                 if not lacking:
                     break
                 rest |= await filled(lacking, fill)
+            self._check_writable()  # a barrier may have failed while we waited: no slice may come up empty then
             writes, entries = self._place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
             try:
@@ -251,6 +252,7 @@ class Overlay:
         """Once in a session, before the first write, the record has to say that it comes."""
         if not self.times.may_move:
             async with self._session_lock:
+                self._check_writable()  # the barrier of a record may have failed
                 await self._note_first_write()
 
     async def _note_first_write(self) -> None:

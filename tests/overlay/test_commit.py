@@ -132,6 +132,75 @@ async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
     assert await (await open_storage(MemoryStorage(storage.bytes))).map(0, 512)
 
 
+class Rereading(MemoryStorage):
+    """Stops between a failed barrier and the look at what the disk has."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data, name="disk")
+        self.begun, self.may_go_on = trio.Event(), trio.Event()
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        refreshes = self.operations["refresh"]
+        result = await super().in_thread(function)
+        if self.operations["refresh"] > refreshes:
+            self.begun.set()
+            await self.may_go_on.wait()
+        return result
+
+
+async def a_flush_fails_behind_its_entries(overlay: Overlay, storage: Rereading) -> None:
+    storage.fail("barrier", QedfsError("EIO"), nth=2)
+    with pytest.raises(ReadOnlyOverlay, match="EIO"):
+        await overlay.flush()
+
+
+async def test_nobody_reads_between_a_failed_barrier_and_what_the_disk_has(tmp_path: Path) -> None:
+    """The disk has the new table: to call it missing would show the backing's old bytes for a moment."""
+    storage = Rereading(empty().data)
+    storage.may_go_on.set()
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    storage.begun, storage.may_go_on = trio.Event(), trio.Event()
+    await overlay.write(0, b"x" * CLUSTER, no_fill)
+    seen: list[list[Run]] = []
+
+    async def look() -> None:
+        await storage.begun.wait()
+        seen.append(await overlay.map(0, CLUSTER))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        nursery.start_soon(a_flush_fails_behind_its_entries, overlay, storage)
+        await trio.testing.wait_all_tasks_blocked()
+        storage.may_go_on.set()
+    assert seen == [[Run(entry_in_file(storage), 0, CLUSTER)]]
+
+
+async def test_a_write_that_waited_over_a_failed_barrier_writes_and_hides_nothing(tmp_path: Path) -> None:
+    storage = Rereading(empty().data)
+    storage.may_go_on.set()
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    storage.begun, storage.may_go_on = trio.Event(), trio.Event()
+    await overlay.write(0, b"x" * CLUSTER, no_fill)
+
+    async def late_fill(cluster: int) -> bytes:
+        await storage.begun.wait()
+        return bytes(CLUSTER)
+
+    async def write_late() -> None:
+        with pytest.raises(ReadOnlyOverlay, match="EIO"):
+            await overlay.write(CLUSTER, b"y" * 512, late_fill)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write_late)
+        nursery.start_soon(a_flush_fails_behind_its_entries, overlay, storage)
+        await storage.begun.wait()
+        left = bytes(storage.bytes)
+        await trio.testing.wait_all_tasks_blocked()
+        storage.may_go_on.set()
+    assert await overlay.map(0, CLUSTER) == [Run(entry_in_file(storage), 0, CLUSTER)]
+    assert bytes(storage.bytes) == left
+
+
 async def test_a_failed_barrier_behind_a_detach_is_no_detach() -> None:
     storage = MemoryStorage(empty().data)
     overlay = await open_storage(storage)
