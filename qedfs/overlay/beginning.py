@@ -9,6 +9,7 @@ know what is written in the session; before it has begun, nothing else is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
@@ -30,7 +31,8 @@ class Beginning:
         self._session = session
         self._committer = committer
         self._folder = folder
-        self._leftover = leftover
+        # To be removed; what was in it, up to 64 MiB, would stay in memory as long as we do.
+        self._leftover = dataclasses.replace(leftover, data=b"") if leftover is not None else None
 
     def at_open(self) -> None:
         """Begin if there is room, while nobody else uses the overlay; waits for the disk."""

@@ -16,10 +16,12 @@ Must not know what is read afterwards.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from pathlib import Path
 
 from qedfs.errors import InUse, QedfsError
+from qedfs.overlay.journal import Leftover
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.whereabouts import find
@@ -39,12 +41,11 @@ def settle(storage: Storage, journal_folder: Path | None) -> None:
     if session.ended_in_order:
         return
     found = find(storage, journal_folder, session.record.session, session.record.journal)
-    if found.unread:
+    if found.unread and session.untouched:
         return  # no session begins before it was read, and until then the page cache may be all that has its data
     leftover = found.leftover if session.untouched else None
-    places = [entry for _, entry in leftover.pairs] if leftover else []
     try:
-        _refresh(storage, places, header.geometry.cluster_size)
+        _refresh(storage, leftover, header.geometry.cluster_size)
     except InUse:
         raise
     except QedfsError as exc:
@@ -56,19 +57,27 @@ def settle(storage: Storage, journal_folder: Path | None) -> None:
         ) from exc
 
 
-def _refresh(storage: Storage, places: list[int], cluster_size: int) -> None:
-    """Have reads show what the disk has. QedfsError: the clusters at these offsets are not, or may not be, there."""
-    view = memoryview(bytearray(cluster_size))
-    before = _checksum(storage, places, view)
+def _refresh(storage: Storage, leftover: Leftover | None, cluster_size: int) -> None:
+    """Have reads show what the disk has. QedfsError: the clusters that were left are not, or may not be, there."""
+    before = _checksum(storage, leftover, cluster_size)
     storage.refresh()
-    if _checksum(storage, places, view) != before:
+    if _checksum(storage, leftover, cluster_size) != before:
         raise QedfsError("the disk lacks data that was written to it")
 
 
-def _checksum(storage: Storage, places: list[int], view: memoryview) -> int:
-    """Of the clusters at these offsets, read into `view`: 64 MiB, about as much as waits for a commit, take 60 ms."""
+def _checksum(storage: Storage, leftover: Leftover | None, cluster_size: int) -> int:
+    """Of the clusters that were left: 64 MiB, about as much as waits for a commit, take 60 ms.
+
+    What this journal names may be anybody's invention, until it is seen to fit: it is looked at inside the file only,
+    and not more often than the file has clusters.
+    """
+    if leftover is None:
+        return 0
+    view = memoryview(bytearray(cluster_size))
+    size = storage.size()
+    inside = (offset for _, offset in leftover.pairs if offset < size)
     value = 0
-    for offset in places:
+    for offset in itertools.islice(inside, -(-size // cluster_size)):
         storage.read(offset, view)
         value = zlib.crc32(view, value)
     return value

@@ -7,6 +7,7 @@ an older state that was put back in place has the device too.
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -271,3 +272,47 @@ async def test_a_cluster_that_has_another_place_shows_that_the_journal_is_of_ano
     again, _ = await opened(storage.bytes, tmp_path)
     assert "of another state" in again.journal_remark
     assert await content(again) == "1"
+
+
+@pytest.mark.expect_log("is of another state of this overlay, and is not used")
+@pytest.mark.parametrize("entry", [1 << 63, (1 << 64) - CLUSTER])
+async def test_no_place_that_a_journal_invents_ends_the_server(tmp_path: Path, entry: int) -> None:
+    """The owner of an overlay can write both: offsets that no system call takes are read from a real file here."""
+    path = str(tmp_path / "disk.qed")
+    create_overlay(path, image_size=1 << 20, backing=None, cluster_size=CLUSTER)
+    overlay = await open_overlay(path, writable=True, journal_folder=tmp_path)
+    assert overlay._journal is not None
+    overlay._journal.append([(2, entry)])
+    die(overlay)
+    overlay.storage.close()
+    again = await open_overlay(path, writable=True, journal_folder=tmp_path)
+    assert "of another state" in again.journal_remark
+    await again.close()
+
+
+async def test_a_journal_is_read_no_more_often_than_the_file_has_clusters(tmp_path: Path) -> None:
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    assert overlay._journal is not None
+    overlay._journal.append([(1, overlay.clusters.entry(1))] * 10_000)
+    die(overlay)
+    again, left = await opened(storage.bytes, tmp_path)
+    assert await content(again) == "1"
+    assert left.operations["read"] < 4 * len(left.bytes) // CLUSTER
+
+
+async def test_a_journal_that_was_brought_in_takes_no_memory(tmp_path: Path) -> None:
+    """One may be 64 MiB, and there is one for each overlay of a folder."""
+    overlay, storage = await opened(new(), tmp_path)
+    await write(overlay, "1")
+    assert overlay._journal is not None
+    overlay._journal.append([(1, overlay.clusters.entry(1))] * 200_000)
+    left_bytes = overlay._journal.end
+    die(overlay)
+    tracemalloc.start()
+    try:
+        again, _ = await opened(storage.bytes, tmp_path)
+        assert await content(again) == "1"
+        assert tracemalloc.get_traced_memory()[0] < left_bytes // 2 + len(storage.bytes) + again.image_size
+    finally:
+        tracemalloc.stop()

@@ -6,6 +6,7 @@ With real users where it matters, in children that have left root's rights behin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -183,6 +184,18 @@ async def test_the_journal_of_one_who_does_not_own_the_overlay_is_not_believed(p
     storage = MemoryStorage(left, name="disk")
     storage.owner_number = 77
     assert "by user 77 was killed, and its journal is no longer in" in (await open_storage(storage)).journal_remark
+
+
+@pytest.mark.parametrize("written_since", [False, True])
+async def test_the_disk_is_asked_where_another_program_has_written_since(places: Path, written_since: bool) -> None:
+    """An unread journal keeps the page cache as it is, for whom may read it; not where it is void anyway."""
+    left = with_note(await killed(None), note("disk").replace(f"{os.getuid()}.", "77.", 1))
+    if written_since:
+        header = read_header(MemoryStorage(left))[0]
+        left[: len(header.encode())] = dataclasses.replace(header, autoclear_features=0).encode()
+    storage = MemoryStorage(left, name="disk", writable=False)
+    await open_storage(storage)
+    assert storage.operations["refresh"] == written_since
 
 
 async def test_check_names_a_journal_that_nobody_vouches_for_and_gives_it_up(
