@@ -68,7 +68,7 @@ class _Pool:
 
     @property
     def received(self) -> int:
-        return self._done + sum(exchange.filled for exchange in self._busy)
+        return self._done + sum(exchange.received for exchange in self._busy)
 
     async def run(
         self, place: Place, pos: int, buffer: memoryview, judge: Judge, silence: trio.CancelScope, seconds: float
@@ -82,8 +82,9 @@ class _Pool:
                 silence.deadline = trio.current_time() + seconds
                 with silence:
                     await exchange.run(self._multi, pos, buffer, judge, place.where)
-                    self._done += len(buffer)
             finally:
+                # Also what came of an answer that failed or was given up: it shows that the source is alive.
+                self._done += exchange.take_received()
                 self._busy.discard(exchange)
                 self._idle.append(exchange)
 

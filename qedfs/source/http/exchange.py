@@ -53,6 +53,7 @@ class Exchange:
         self._lines: Sequence[str] = ()
         self._cookies: Sequence[bytes] = ()
         self._opened: socket.socket | None = None
+        self._received = 0
         self._prepare(_EMPTY, None, "")
 
     def _new_handle(self) -> pycurl.Curl:
@@ -141,9 +142,14 @@ class Exchange:
                 del failure  # it holds this frame, and so the buffer
 
     @property
-    def filled(self) -> int:
-        """Bytes of the body that the transfer under way has brought."""
-        return self._filled
+    def received(self) -> int:
+        """Bytes of bodies since `take_received`, of transfers that failed or were cancelled too."""
+        return self._received
+
+    def take_received(self) -> int:
+        """The same, for somebody who adds them up."""
+        received, self._received = self._received, 0
+        return received
 
     def peer_address(self) -> str | None:
         """Numeric address of the server (or proxy) that answered last."""
@@ -226,6 +232,7 @@ class Exchange:
 
     def _on_body(self, data: bytes) -> int | None:
         try:
+            self._received += len(data)
             if self._before or self._after:
                 data = self._wanted_of(data)
             end = self._filled + len(data)

@@ -10,7 +10,9 @@ import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceError, SourceUnreachable, UsageError
 from qedfs.source.base import Identity
-from qedfs.source.http import handle
+from qedfs.source.http import HttpSource, handle
+from qedfs.source.remote import Remote
+from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.source.http.conftest import CONTENT, OpenSource, read
 
@@ -255,3 +257,35 @@ def _all_texts(exc: BaseException | None) -> str:
         texts.append(f"{exc!r} {exc}")
         exc = exc.__cause__ or exc.__context__
     return "\n".join(texts)
+
+
+async def test_what_came_of_an_answer_that_was_given_up_counts(server: FakeHttpServer, open_source: OpenSource) -> None:
+    source = await open_source(server.url())
+    server.behaviour = "slow-body"
+    before = source.received
+    with trio.fail_after(60), trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, source, 0, 65536)
+            while source.received == before:  # noqa: ASYNC110 - bytes are no event
+                await trio.sleep(0.01)
+            scope.cancel()
+    assert source.received > before
+
+
+async def test_a_server_that_is_slower_than_the_deadline_is_not_dead(
+    server: FakeHttpServer, open_source: OpenSource
+) -> None:
+    async def opener() -> HttpSource:
+        return await open_source(server.url())
+
+    remote = Remote(parse_location(server.url()), opener, deadline_seconds=1)
+    await remote.connect()
+    server.behaviour = "slow-body"
+    with pytest.raises(SourceUnreachable):
+        await remote.read(0, memoryview(bytearray(65536)), urgent=True)
+    server.behaviour = "silence"
+    began = trio.current_time()
+    with pytest.raises(SourceUnreachable):
+        async with remote.reader():
+            await remote.read(0, memoryview(bytearray(65536)), urgent=True)
+    assert trio.current_time() - began >= 1  # the whole deadline: a dead source would have less
