@@ -66,7 +66,8 @@ class Patience:
         self._answers = 0
         self._back = trio.Event()
         self._next_probe = 0.0
-        self._waits: set[trio.CancelScope] = set()  # readers, and the requests that were sent for them
+        # Readers, and the requests that were sent for them, and when each has waited for long enough.
+        self._waits: dict[trio.CancelScope, float] = {}
 
     @property
     def signs(self) -> tuple[int, int]:
@@ -79,6 +80,8 @@ class Patience:
         if self.dead is None:
             return False
         self.dead = None
+        for scope, whole in self._waits.items():
+            scope.deadline = max(scope.deadline, whole)
         self._back.set()
         self._back = trio.Event()
         return True
@@ -99,17 +102,18 @@ class Patience:
         if self.dead is not None and len(self._waits) > CROWD:
             soon = trio.current_time() + self._spread_seconds() * random.random()  # noqa: S311 - no secret
             scope.deadline = min(scope.deadline, soon)
+            self._waits.pop(scope, None)  # it has its error, whatever comes now
             await trio.sleep_forever()
 
     @contextlib.contextmanager
     def wait(self, seconds: float) -> Iterator[trio.CancelScope]:
         """Around a wait for the source that has so much time, and less if the source dies."""
         with trio.move_on_after(seconds) as scope:
-            self._waits.add(scope)
+            self._waits[scope] = scope.deadline
             try:
                 yield scope
             finally:
-                self._waits.discard(scope)
+                self._waits.pop(scope, None)
 
     @contextlib.asynccontextmanager
     async def reader(self, no_answer: Callable[[], QedfsError]) -> AsyncIterator[None]:
@@ -135,13 +139,12 @@ class Patience:
 
     async def _ask_or_wait(self, scope: trio.CancelScope) -> None:
         """Return if the source is back, or is to be asked again; else wait until the scope is over."""
-        now, whole = trio.current_time(), scope.deadline
-        scope.deadline = min(whole, now + self._hold_seconds() * random.uniform(0.5, 1))  # noqa: S311 - no secret
+        now = trio.current_time()
+        scope.deadline = min(scope.deadline, now + self._hold_seconds() * random.uniform(0.5, 1))  # noqa: S311 - no secret
         if now >= self._next_probe:
             self._next_probe = now + PROBE_SECONDS
             return
         await self._back.wait()
-        scope.deadline = whole
 
     async def _find_place(self, no_answer: Callable[[], QedfsError]) -> None:
         while self._inside >= self._places.share:

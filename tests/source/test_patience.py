@@ -176,6 +176,55 @@ async def test_the_first_answer_lets_all_go_on(autojump_clock: trio.testing.Mock
     assert max(readers.ended) < 1
 
 
+class SlowlyBack(FakeSource):
+    """Away, and slow from the moment on at which it is back."""
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        if pos:
+            await trio.sleep(2 * MOST_HOLD_SECONDS)
+        await super().read(pos, buffer, urgent=urgent)
+
+
+async def test_who_was_about_to_get_an_error_goes_on_at_the_first_answer(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.5)
+    source = SlowlyBack(CONTENT)
+    found = remote(source, deadline_seconds=DEADLINE)
+    await found.connect()
+    source.gate = trio.Event()
+    first, second = Readers(found), Readers(found)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first.read)
+        await trio.sleep(DEADLINE - 1)
+        nursery.start_soon(second.all, 8)
+        await trio.sleep(1.1)
+        assert found._patience.dead is not None
+        source.gate.set()
+    assert (len(first.errors), second.errors) == (1, [])
+    assert max(second.ended) > 1 + MOST_HOLD_SECONDS
+
+
+async def test_who_asks_a_dead_source_has_its_own_deadline_when_that_is_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    source = SlowlyBack(CONTENT)
+    found = remote(source, deadline_seconds=DEADLINE)
+    await found.connect()
+    source.gate = trio.Event()
+    await Readers(found).read()
+    await trio.sleep(2 * PROBE_SECONDS)
+    readers = Readers(found)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(readers.read, 1)
+        await trio.sleep(1)
+        source.gate.set()
+        await found.read(0, memoryview(bytearray(1)))  # somebody else's answer: it is alive
+    assert readers.errors == []
+
+
 async def test_a_reader_who_comes_alone_asks(autojump_clock: trio.testing.MockClock) -> None:
     source = FakeSource(CONTENT)
     readers = Readers(await dead(source))
