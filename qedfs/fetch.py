@@ -186,12 +186,26 @@ class Fetch:
             while not self._alone.fits(wanted):
                 await self._alone.change()
             self._alone.take(wanted)
+            if self.remote.is_dead:
+                self.nursery.start_soon(self._ask, pos)
             try:
                 await self.remote.read(pos, view[:wanted], urgent=True)
             finally:
                 self._alone.give(wanted)
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
+
+    async def _ask(self, pos: int) -> None:
+        """Ask a dead source for a byte. It goes on when the reader has got its error, as a flight would.
+
+        Otherwise a source that is back, but needs longer than such a reader waits, would stay dead for good.
+        """
+        try:
+            await self.remote.read(pos, memoryview(bytearray(1)), urgent=True)
+        except QedfsError as exc:
+            log.debug("asked a dead source: %s", exc)
+        except Exception:
+            log.exception("cannot ask a dead source")  # nobody's child: it must cost no other image
 
     # For the background: read-ahead and stream.
 

@@ -73,6 +73,11 @@ class Remote:
         return self._source.parallel if self._source else 16
 
     @property
+    def is_dead(self) -> bool:
+        """Whether it has been waited for in vain, and has not answered since."""
+        return self._patience.dead is not None
+
+    @property
     def received(self) -> int:
         """Bytes that have come over the present connection; starts again with the next one."""
         return self._source.received if self._source else 0
