@@ -225,7 +225,8 @@ class HttpSource:
     ) -> None:
         """One request, and those that find out what an answer leaves open.
 
-        A single 200 may be of a cache that is just being filled; it is worth another try, once.
+        A single 200 may be of a cache that is just being filled; it is worth another try. That may take longer, too:
+        there were ranges when the source was opened, so it is no trouble for good.
         """
         ignored = False
         for _ in range(MOST_QUESTIONS):
@@ -237,7 +238,7 @@ class HttpSource:
                 await self._prove(doubt, place)
             except RangeIgnored as exc:
                 if ignored:
-                    raise ignores_ranges(place.where) from exc
+                    raise SourceUnreachable(str(ignores_ranges(place.where)), reason=Reason.ANSWER) from exc
                 ignored = True
                 await trio.sleep(IGNORED_SECONDS)
             else:

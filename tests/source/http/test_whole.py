@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.http import client, resolve
+from qedfs.source.http import HttpSource, client, resolve
+from qedfs.source.remote import Remote
+from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.process import Child, free_port, listening
 from tests.harness.require import require
@@ -154,6 +156,19 @@ async def test_a_cache_that_is_just_being_filled(server: FakeHttpServer, open_so
         *["bytes=0-65535"] * 2,
         *["bytes=1000-66535"] * 2,
     ]
+
+
+async def test_a_cache_that_takes_long_to_be_filled(server: FakeHttpServer, open_source: OpenSource) -> None:
+    async def opener() -> HttpSource:
+        return await open_source(server.url())
+
+    remote = Remote(parse_location(server.url()), opener)
+    await remote.connect()
+    server.queue.extend(["ignore-range"] * 3)
+    buffer = bytearray(65536)
+    await remote.read(1000, memoryview(buffer), urgent=True)
+    assert buffer == CONTENT[1000:66536]
+    assert not server.queue
 
 
 async def test_a_server_that_never_has_ranges_is_asked_twice(server: FakeHttpServer, open_source: OpenSource) -> None:
