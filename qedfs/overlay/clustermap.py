@@ -33,7 +33,7 @@ from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode
 from qedfs.overlay.cut import Cut
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
-from qedfs.room import Share
+from qedfs.room import Pool, Share
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
@@ -511,6 +511,7 @@ class ClusterMap:
         """Give the memory up: nobody uses the map any more."""
         self._slices.clear()
         self._share.close()
+        self._share = Share(Pool(0))  # a read-ahead may still be reading a slice, which is nobody's then
 
     def checked(self, offset: int, cluster: int) -> int:
         """The data offset of an entry, or BadOverlay if it points where no cluster can be."""

@@ -526,10 +526,11 @@ class Overlay:
         finally:
             # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
             async with self._session_lock, self.committer.ended():
-                if self.writable:
-                    await self._inspect()
-                if in_order and self.writable and not self.committer.pending and not self.full:
-                    with contextlib.suppress(QedfsError):  # without the note, the next session asks the disk
+                # Errors of a disk that is not well: without the note the next session asks it, and the file is closed.
+                with contextlib.suppress(QedfsError):
+                    if self.writable:
+                        await self._inspect()
+                    if in_order and self.writable and not self.committer.pending and not self.full:
                         await self.storage.in_thread(self._session.end)
                 # After the note: a session that has not ended must not lack its journal.
                 if self.committer.journal is not None:

@@ -373,9 +373,12 @@ class FileStorage:
 
     def close(self) -> None:
         """The locks belong to the open file description and go with it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # A file server may tell here that it has not taken something. What had to be durable had its barrier, and
+            # Linux has closed the file whatever it says (close(2)).
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def _translated(self, action: str, exc: OSError) -> QedfsError:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):

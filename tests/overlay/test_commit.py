@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from qedfs import room
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.tables import MISSING
 from qedfs.overlay.check import check
@@ -130,6 +132,61 @@ async def test_a_failed_barrier_makes_the_overlay_read_only(how: str) -> None:
     with pytest.raises(ReadOnlyOverlay):
         await overlay.close()
     assert await (await open_storage(MemoryStorage(storage.bytes))).map(0, 512)
+
+
+class Cold(MemoryStorage):
+    """Has nothing in the page cache, once told so."""
+
+    cold = False
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        return not self.cold and super().read_now(offset, view)
+
+
+async def test_a_disk_that_cannot_be_read_at_the_close_keeps_nothing_open(tmp_path: Path) -> None:
+    """What was promised is durable; what is missing is the word that the session has ended in order."""
+    used_bytes = room.TABLES.used_bytes
+    storage = Cold(empty(backing=b"").data, name="disk")
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    await overlay.write(0, b"x" * CLUSTER, no_fill)
+    storage.cold = True
+    storage.fail("read", QedfsError("EIO"), forever=True)
+    await overlay.close()
+    assert (storage.closed, room.TABLES.used_bytes, os.listdir(tmp_path)) == (True, used_bytes, [])
+    again = await open_storage(MemoryStorage(storage.bytes, name="disk"))
+    assert await read(again, 0, CLUSTER) == b"x" * CLUSTER
+
+
+class LateRead(Cold):
+    """A thread that has read, and has not told yet."""
+
+    def __init__(self, data: bytes | bytearray, *, writable: bool) -> None:
+        super().__init__(data, writable=writable)
+        self.has_read, self.may_return = trio.Event(), trio.Event()
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        result = await super().in_thread(function)
+        if self.cold:
+            self.has_read.set()
+            await self.may_return.wait()
+        return result
+
+
+async def test_a_table_that_is_read_over_the_close_takes_no_memory() -> None:
+    used_bytes = room.TABLES.used_bytes
+    built = MemoryStorage(empty().data)
+    overlay = await open_storage(built)
+    await overlay.write(0, b"x" * CLUSTER, no_fill)
+    await overlay.close()
+    storage = LateRead(built.bytes, writable=False)
+    overlay = await open_storage(storage)
+    storage.cold = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(overlay.map, 0, CLUSTER)
+        await storage.has_read.wait()
+        await overlay.close()
+        storage.may_return.set()
+    assert room.TABLES.used_bytes == used_bytes
 
 
 class Rereading(MemoryStorage):

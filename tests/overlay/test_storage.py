@@ -446,3 +446,19 @@ async def test_a_seed_interleaves_threads_the_same_way_each_time(autojump_clock:
     assert mixed
     assert not [thread for thread in threading.enumerate() if thread.name == "storage steps"]
     assert trio.current_time() < 1
+
+
+def test_what_a_file_server_says_at_the_close_is_no_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FileStorage.open(str(path), writable=True)
+    closed: list[int] = []
+
+    def close(fd: int) -> None:
+        closed.append(fd)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qedfs.overlay.storage.os.close", close)
+        storage.close()
+        storage.close()
+    assert len(closed) == 1
+    os.close(closed[0])
