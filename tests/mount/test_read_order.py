@@ -24,6 +24,7 @@ class HalfFilled:
     backing = "http://source/"
     image_size = 2 * CLUSTER_SIZE
     cluster_size = CLUSTER_SIZE
+    epoch = 0
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
