@@ -70,6 +70,11 @@ class Share:
         """Whether it holds more than it may, since others have come or the bound was lowered."""
         return self.held_bytes > self._pool.free_bytes
 
+    @property
+    def is_beyond(self) -> bool:
+        """Whether it holds more than there is for all together."""
+        return self.held_bytes > self._pool.most_bytes
+
     def fits(self, size: int) -> bool:
         """Whether it may hold so much more. Who holds nothing may take all that is free.
 

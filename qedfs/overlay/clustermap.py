@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import trio
 
-from qedfs.errors import BadOverlay
+from qedfs.errors import BadOverlay, NoMemory
 from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.sparse import SparseTable
@@ -34,6 +34,7 @@ from qedfs.overlay.cut import Cut
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
 from qedfs.room import Pool, Share
+from qedfs.units import format_size
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
@@ -277,6 +278,14 @@ class ClusterMap:
                 self._check_table(number)
                 self._storage.read(self._slice_place(number), view)
             self._keep(number, decode_table(view))
+
+    def check_room(self) -> None:
+        """Raise NoMemory if what waits for a commit takes more than all overlays may. A session commits long before."""
+        if self._share.is_beyond:
+            raise NoMemory(
+                f"what a killed mount has left for it takes more than the {format_size(self._share.held_bytes)} of "
+                "memory that there is room for"
+            )
 
     def make_slice(self, cluster: int) -> None:
         """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""

@@ -162,13 +162,15 @@ def read_journal(place: Place, name: str, session: str, device: int, *, locked: 
             return None
         if not (locked and found == device) and _is_live(file.fileno()):
             return None
-        data = file.read(MOST_BYTES + _PAIR.size)
-    if len(data) < _PAIR.size:
+        first = file.read(_PAIR.size)
+        pairs = file.read(MOST_BYTES)
+    if len(first) < _PAIR.size:
         return None
-    if len(data) > MOST_BYTES:
+    if len(first) + len(pairs) > MOST_BYTES:
         raise OSError(errno.EFBIG, f"is larger than {MOST_BYTES >> 20} MiB")
-    witness = _PAIR.unpack_from(data)
-    pairs = data[_PAIR.size : len(data) // _PAIR.size * _PAIR.size]
+    witness = _PAIR.unpack(first)
+    if rest := len(pairs) % _PAIR.size:
+        pairs = pairs[:-rest]  # a copy, which is why the first pair is read by itself
     return Leftover(place, file_name, found == device, witness if witness != _NO_WITNESS else None, pairs)
 
 

@@ -57,8 +57,12 @@ def _entry(clusters: ClusterMap, cluster: int) -> int:
 
 
 def apply(pairs: Iterable[Pair], clusters: ClusterMap, make_table: Callable[[int], None]) -> None:
-    """Let the map have these entries; `make_table` gives a cluster its table."""
+    """Let the map have these entries; `make_table` gives a cluster its table.
+
+    NoMemory: they need more slices of tables than a session ever leaves. Invented ones may need a new one each.
+    """
     for cluster, entry in pairs:
+        clusters.check_room()
         make_table(cluster)
         clusters.load_now(cluster)
         if clusters.entry(cluster) in (MISSING, ZERO):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from qedfs import room
 from qedfs.cli.map import whole_map
-from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.errors import NoMemory, QedfsError, ReadOnlyOverlay
 from qedfs.format.tables import MISSING
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.create import create_overlay
@@ -316,3 +317,22 @@ async def test_a_journal_that_was_brought_in_takes_no_memory(tmp_path: Path) -> 
         assert tracemalloc.get_traced_memory()[0] < left_bytes // 2 + len(storage.bytes) + again.image_size
     finally:
         tracemalloc.stop()
+
+
+async def test_no_journal_takes_all_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen invented bytes take a table in memory each; a true journal waits until there is room."""
+    overlay, storage = await opened(empty(backing=b"", image_size=1 << 29).data, tmp_path)
+    await write(overlay, "1")
+    assert overlay._journal is not None
+    slices = [cluster for cluster in range(0, overlay.geometry.clusters, overlay.clusters.slice_entries) if cluster]
+    overlay._journal.append([(cluster, overlay.clusters.entry(1)) for cluster in slices])
+    die(overlay)
+    small = room.Pool(len(slices) * CLUSTER // 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "TABLES", small)
+        with pytest.raises(NoMemory, match="a killed mount has left"):
+            await opened(storage.bytes, tmp_path)
+        assert small.used_bytes == 0
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert (await again.map(CLUSTER, 1))[0].offset > 1
+    await again.close()
