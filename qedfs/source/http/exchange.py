@@ -54,6 +54,7 @@ class Exchange:
         self._cookies: Sequence[bytes] = ()
         self._opened: socket.socket | None = None
         self._received = 0
+        self._takes_cookies = False
         self._prepare(_EMPTY, None, "")
 
     def _new_handle(self) -> pycurl.Curl:
@@ -91,6 +92,8 @@ class Exchange:
             cookies = self.cookies
             self.curl.close()
             self.curl = self._new_handle()
+            if self._takes_cookies:
+                self.take_cookies()
             for line in cookies:
                 self.curl.setopt(pycurl.COOKIELIST, line)
         show_tls_files(self.curl, tls)
@@ -98,6 +101,7 @@ class Exchange:
 
     def take_cookies(self) -> None:
         """From now on keep the cookies that answers set, and send each to where it belongs, as RFC 6265 says."""
+        self._takes_cookies = True
         self.curl.setopt(pycurl.COOKIEFILE, "")
 
     @property

@@ -6,10 +6,13 @@ import pytest
 import trio
 
 from qedfs.errors import Refused, SourceChanged, SourceError
+from qedfs.source.credentials import TlsFiles
+from qedfs.source.http import HttpSource
 from qedfs.source.http.resolve import MAX_REDIRECTS
 from qedfs.source.policy import Policy
-from qedfs.source.url import Location
+from qedfs.source.url import Location, parse_location
 from tests.fakes.http_server import FakeHttpServer
+from tests.harness.tls import Certificate
 from tests.source.http.conftest import CONTENT, OpenSource, read
 
 
@@ -56,6 +59,16 @@ async def test_a_gate_that_sends_back_to_itself(server: FakeHttpServer, open_sou
     assert await read(source, 9, 10) == CONTENT[9:19]
     # What the gate does not know any more, it gives anew.
     server.cookie = "pass=another"
+    assert await read(source, 9, 10) == CONTENT[9:19]
+
+
+async def test_a_gate_after_an_origin_that_is_shown_a_certificate(
+    server: FakeHttpServer, other_server: FakeHttpServer, nursery: trio.Nursery, credentials: Certificate
+) -> None:
+    server.behaviour, server.redirect_to = "redirect-302", other_server.url()
+    other_server.behaviour, other_server.redirect_to = "cookie-gate", "/disk.raw"
+    tls = TlsFiles(certificate=str(credentials.client_cert), key=str(credentials.client_key))
+    source = await HttpSource.open(parse_location(server.url()), Policy(), nursery, tls=tls)
     assert await read(source, 9, 10) == CONTENT[9:19]
 
 
