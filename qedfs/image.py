@@ -417,6 +417,8 @@ class Image:
         """Flush and close the overlay; the source is its owner's matter."""
         if not self._closed:
             self._closed = True
+            if self.version is not None:
+                self.version.close()
             if self.fetch is not None and self in self.fetch.takers:
                 self.fetch.takers.remove(self)
             if self._takes:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
@@ -19,6 +21,8 @@ from qedfs.source.pinning import By, Pinning
 from qedfs.source.samples import Samples
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 _WAY_OUT = "Bring the old version back, or start a new overlay"
@@ -43,6 +47,8 @@ class SourceVersion:
         self._fetch = fetch
         self._look: _Look | None = None  # while one is under way
         self._agreed = False  # after a refusal: what was read before it was of the pinned version
+        self._asking = trio.CancelScope()  # around what the source is asked for a look
+        self._closed = False
 
     @property
     def size(self) -> int | None:
@@ -60,6 +66,21 @@ class SourceVersion:
             error.fresh() if _WAY_OUT in text else SourceChanged(f"{text}; what is local is served. {_way_out(text)}")
         )
         self.identity = None
+
+    def close(self) -> None:
+        """Ask the source nothing more: whoever waits for that gets SourceUnreachable at once.
+
+        What has been fetched and waits to be kept may be in doubt, and its source silent; the end of a mount must not
+        wait for that.
+        """
+        self._closed = True
+        self._asking.cancel()
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        if not self._closed:
+            with trio.CancelScope() as self._asking:
+                return await question()
+        raise SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
 
     @property
     def _agrees(self) -> bool:
@@ -108,7 +129,7 @@ class SourceVersion:
             look.done.set()
 
     async def _pinned(self) -> Identity:
-        identity = await self._fetch.identity()
+        identity = await self._ask(self._fetch.identity)
         overlay, remote = self._overlay, self._fetch.remote
         backing = digest(overlay.backing or "")
         pin = overlay.record.pin
@@ -143,7 +164,7 @@ class SourceVersion:
         samples = Samples.decode(pin.samples)
         if not samples:
             return verdict.why
-        different = await remote.difference(samples)
+        different = await self._ask(lambda: remote.difference(samples))
         if different is None and verdict.why:
             log.info("%s: %s, but the bytes are the same", self._name, verdict.why)
         return "" if different is None else ", and ".join(filter(None, (verdict.why, different)))
