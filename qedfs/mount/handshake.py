@@ -26,6 +26,8 @@ MESSAGE_BYTES = (1 << 20) + 4096  # what libfuse reads with; the kernel refuses 
 _OWN_LIMIT = Path("/sys/module/fuse/parameters/max_user_bgreq")
 _OWN_IDS = Path("/proc/self/uid_map")
 
+_REQUEST = struct.Struct("=II")  # of fuse_in_header: length, opcode
+_INIT = 26
 _HEADER = struct.Struct("=IiQ")  # fuse_out_header: length, error, the request that is answered
 # After the header in fuse_init_out: major, minor, max_readahead, flags; then max_background, congestion_threshold.
 _LIMITS = struct.Struct("=HH")
@@ -43,7 +45,11 @@ def background_limit() -> int:
 
 
 class Handshake:
-    """From the kernel's request to libfuse's answer. `fd` is /dev/fuse, and readable for the first time."""
+    """From the kernel's request to libfuse's answer. `fd` is /dev/fuse, and readable for the first time.
+
+    The first request may be another one: a libfuse can have had this exchange while it mounted
+    (FUSE_DEV_IOC_SYNC_INIT, Linux 6.18). Then it passes through, and so does its answer.
+    """
 
     def __init__(self, fd: int) -> None:
         """Take the kernel's request, and let `fd` lead to us. OSError: the mount is gone already; `fd` is untouched."""
@@ -55,7 +61,9 @@ class Handshake:
             both = os.open(f"/proc/self/fd/{end}", os.O_RDWR | os.O_CLOEXEC)
             os.close(end)
             end = both
-            os.write(both, os.read(self._kernel, MESSAGE_BYTES))
+            request = os.read(self._kernel, MESSAGE_BYTES)
+            self._changed = with_limits if is_init(request) else bytes
+            os.write(both, request)
             os.dup2(both, fd, inheritable=False)
         except BaseException:
             self._close()
@@ -69,13 +77,18 @@ class Handshake:
         try:
             # Without an answer this is the end of the pipe. OSError: the mount has ended; who reads `fd` next is told.
             with contextlib.suppress(OSError):
-                os.write(self._kernel, with_limits(os.read(self._pipe, MESSAGE_BYTES)))
+                os.write(self._kernel, self._changed(os.read(self._pipe, MESSAGE_BYTES)))
         finally:
             self._close()
 
     def _close(self) -> None:
         os.close(self._kernel)
         os.close(self._pipe)
+
+
+def is_init(request: bytes) -> bool:
+    """Whether a request is FUSE_INIT."""
+    return len(request) >= _REQUEST.size and _REQUEST.unpack_from(request)[1] == _INIT
 
 
 def with_limits(answer: bytes) -> bytes:

@@ -20,6 +20,7 @@ from .support import MIB
 
 # fuse_out_header and fuse_init_out of <linux/fuse.h>, as far as they matter here.
 INIT_OUT = struct.Struct("=IiQ IIIIHHIIHHI7I")
+REQUEST = struct.pack("=IIQ", 64, 26, 7) + bytes(48)  # fuse_in_header of FUSE_INIT
 ANSWER = INIT_OUT.pack(INIT_OUT.size, 0, 7, 7, 38, 131072, 1, 12, 9, 1 << 20, 1, 256, 0, 0, *([0] * 7))
 
 
@@ -52,16 +53,32 @@ def test_request_and_answer_pass_through(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fuse")
     fd = os.open(tmp_path / "fuse", os.O_RDWR)
     try:
-        os.write(fd, b"request")
+        os.write(fd, REQUEST)
         kernel = os.fstat(fd).st_ino
         exchange = Handshake(fd)
-        assert os.read(fd, 100) == b"request"
+        assert os.read(fd, 100) == REQUEST
         assert os.fstat(fd).st_ino != kernel
         os.write(fd, ANSWER)
         exchange.finish()
         assert os.fstat(fd).st_ino == kernel
         assert not os.get_inheritable(fd)
         assert os.read(fd, 4096) == with_limits(ANSWER)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("request_", [struct.pack("=IIQ", 64, 1, 7) + bytes(48), b"short"])
+def test_the_answer_to_another_request_is_left_alone(tmp_path: Path, request_: bytes) -> None:
+    """A libfuse that has had the exchange with the kernel while it mounted: its first request is anybody's."""
+    os.mkfifo(tmp_path / "fuse")
+    fd = os.open(tmp_path / "fuse", os.O_RDWR)
+    try:
+        os.write(fd, request_)
+        exchange = Handshake(fd)
+        assert os.read(fd, 100) == request_
+        os.write(fd, ANSWER)
+        exchange.finish()
+        assert os.read(fd, 4096) == ANSWER
     finally:
         os.close(fd)
 
