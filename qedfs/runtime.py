@@ -173,6 +173,24 @@ def held_folder(mountpoint: str) -> Iterator[Path]:
             os.close(fd)
 
 
+def is_held(place: Place) -> bool:
+    """Whether the folder of a mount is held: its server has not ended, or one begins there."""
+    try:
+        with place.opened() as folder:
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    finally:
+        os.close(fd)
+    return False
+
+
 def _sweep(parent: Path) -> None:
     serving = _serving()
     ended: list[tuple[int, Path]] = []

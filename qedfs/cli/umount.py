@@ -6,6 +6,7 @@ import math
 import os
 import select
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -17,10 +18,12 @@ from qedfs.cli.values import DURATION, PLACE
 from qedfs.control.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.mount import lastwords
+from qedfs.runtime import Place, is_held, mount_places
 from qedfs.units import format_seconds
 
 WORD_SECONDS = 10.0  # of silence: a flush takes less
 GRACE_SECONDS = 1.0  # until the server is asked why it has not ended; most have in a few hundredths
+LEFT_SECONDS = 0.02  # between two looks whether a server has left its folder
 BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
 
 
@@ -39,23 +42,21 @@ def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
     """Unmount MOUNTPOINT.
 
     Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
-    with the reason, if the last flush of one did. Fails if something in it is in use, with exit code 8, and leaves it
-    as it is. A mount whose server has died is cleared away. A copy of the mount in another mount namespace, such as a
-    container's, ends too, unless an image is open there.
+    with the reason, if the last flush of one did, also if another program has unmounted it. Fails if something in it
+    is in use, with exit code 8, and leaves it as it is. A mount whose server has died is cleared away. A copy of the
+    mount in another mount namespace, such as a container's, ends too, unless an image is open there.
     """
     mountpoint = os.path.abspath(mountpoint)
     os.chdir("/")  # the user may stand in it, and so we would keep it busy
-    if if_mounted and mounted_type(mountpoint) is None:
-        return
-    _unmount_when_free(mountpoint, wait_seconds)
+    _unmount_when_free(mountpoint, wait_seconds, if_mounted=if_mounted)
 
 
-def _unmount_when_free(mountpoint: str, wait_seconds: float) -> None:
+def _unmount_when_free(mountpoint: str, wait_seconds: float, *, if_mounted: bool) -> None:
     deadline = time.monotonic() + wait_seconds
     said = ""
     while True:
         try:
-            _unmount_and_wait(mountpoint, deadline)
+            _unmount_and_wait(mountpoint, deadline, if_mounted=if_mounted)
         except InUse as exc:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -68,12 +69,14 @@ def _unmount_when_free(mountpoint: str, wait_seconds: float) -> None:
             return
 
 
-def _unmount_and_wait(mountpoint: str, deadline: float) -> None:
+def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> None:
+    # Now: what is mounted tells whose it is, and so where its server lives.
+    places = list(mount_places(mountpoint))
     try:
         # Not a word is needed of a server that may be busy or stand still: only who it is.
         client = Client.reach(mountpoint)
     except NotServed:
-        _unmount(mountpoint)
+        _end_unserved(mountpoint, places, if_mounted=if_mounted)
         return
     except TimedOut as exc:
         _unmount(mountpoint, served=True)
@@ -92,10 +95,41 @@ def _unmount_and_wait(mountpoint: str, deadline: float) -> None:
         finally:
             if process is not None:
                 os.close(process)
-    if failure := lastwords.take(mountpoint):
-        line, code = failure
-        remark(line)
-        raise click.exceptions.Exit(code)
+    if process is None:  # the end of the connection is not yet that of the server
+        _wait_until_left(mountpoint, places)
+    _tell_last_words(mountpoint, places)
+
+
+def _end_unserved(mountpoint: str, places: Sequence[Place], *, if_mounted: bool) -> None:
+    """Unmount what no server answers for: it has died, it is at its end already, or nothing is there."""
+    absent = mounted_type(mountpoint) is None
+    if not absent:
+        _unmount(mountpoint)
+    _wait_until_left(mountpoint, places)
+    _tell_last_words(mountpoint, places, but_killed=not absent)
+    if absent and not if_mounted:
+        raise missing(mountpoint)
+
+
+def _wait_until_left(mountpoint: str, places: Sequence[Place]) -> None:
+    """Wait for a server that cannot be spoken to: it holds its folder until it has closed the overlays.
+
+    One that begins holds it too, and ends this once it has mounted.
+    """
+    said = time.monotonic() + WORD_SECONDS
+    while any(map(is_held, places)) and not device_of(mountpoint):
+        if time.monotonic() > said:
+            remark(f"{mountpoint}: is not mounted; its server is still to close the overlays")
+            said = math.inf
+        time.sleep(LEFT_SECONDS)
+
+
+def _tell_last_words(mountpoint: str, places: Sequence[Place], *, but_killed: bool = False) -> None:
+    """`but_killed`: a dead mount was found here; that it is one is why it is cleared away."""
+    words = lastwords.take(mountpoint, places)
+    if words is not None and not (words.killed and but_killed):
+        remark(words.error)
+        raise click.exceptions.Exit(words.exit_code)
 
 
 def _process(client: Client) -> int | None:
@@ -127,11 +161,13 @@ def _has_ended(process: int | None, seconds: float) -> bool:
     return process is not None and bool(select.select([process], [], [], seconds)[0])
 
 
-def _ask_to_end(mountpoint: str, client: Client, process: int | None, device: str, deadline: float) -> None:
+def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str, deadline: float) -> None:
     """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
 
     One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
     those of containers and of sandboxed services, which got them unasked. The server lets go of these.
+
+    `stood`: the file system that was mounted here until now; "" if that had ended before.
 
     Raises:
         InUse: the mount goes on for the sake of a copy.
@@ -139,6 +175,8 @@ def _ask_to_end(mountpoint: str, client: Client, process: int | None, device: st
     try:
         client.deadline = time.monotonic() + WORD_SECONDS
         client.negotiate()
+        # Without it the copies could not be recognized, and would all be taken for nobody's.
+        device = stood or str(client.execute("x-qedfs-status").get("device", ""))
         if _wait_for_users(mountpoint, client, device, deadline) and _has_ended(process, GRACE_SECONDS):
             return
         _, holders = copies(device)

@@ -56,6 +56,11 @@ class Mounted(Protocol):
         """Where, as an absolute path."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Which file system it is, as in /proc/self/mountinfo: "0:57"; "" if unknown."""
+        ...
+
     def everything(self) -> Sequence[ServedImage]:
         """All overlays that were found, by name."""
         ...

@@ -5,7 +5,6 @@ Owns the socket file and the list of clients. Must not know what commands there 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -49,9 +48,8 @@ async def serve_control(
             await _accept(listener, control, nursery)
     finally:
         listener.close()
-        if remove_own(path, mark):  # another mount may have taken its place meanwhile
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
+        # Another mount may have taken its place meanwhile. The folder stays: that it is held says that we live.
+        remove_own(path, mark)
 
 
 async def _accept(listener: trio.socket.SocketType, control: Control, nursery: trio.Nursery) -> None:

@@ -22,6 +22,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
     """The whole mount. `rates` by the path of the overlay. All sizes in bytes."""
     return {
         "mountpoint": mount.mountpoint,
+        "device": mount.device,
         "socket": socket,
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],

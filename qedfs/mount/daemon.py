@@ -73,6 +73,11 @@ class Mount:
         self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart
         self._quit = trio.Event()
 
+    @property
+    def device(self) -> str:
+        """Which file system this is, in the kernel's tables of mounts; "" if they cannot be read."""
+        return "" if self.standing is None else self.standing.device
+
     def everything(self) -> list[Served]:
         """All overlays that were found."""
         return self.folder.everything()
@@ -127,6 +132,7 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
         finally:
             with trio.CancelScope(shield=True):
                 lost = await folder.close()
+                lastwords.take(settings.mountpoint)
         nursery.cancel_scope.cancel()
     if lost:
         error = _summed_up(lost)
@@ -146,6 +152,7 @@ def _summed_up(errors: list[QedfsError]) -> QedfsError:
 async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifier: Notifier) -> None:
     loop.install()
     _mount(mount)
+    lastwords.begin(mount.settings.mountpoint)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)

@@ -90,9 +90,10 @@ def test_a_mount_that_stands_elsewhere_too_goes_on_there(
         pid = server_pid(mountpoint)
         subprocess.run([require("mount"), "--bind", mountpoint, other], check=True)
         try:
-            done = qedfs("umount", mountpoint, *wait, check=False)
-            assert done.returncode == 8
-            assert f"is unmounted, but is still mounted at {other}" in done.stderr
+            for option in ((), (), ("--if-mounted",)):
+                done = qedfs("umount", mountpoint, *wait, *option, check=False)
+                assert done.returncode == 8
+                assert f"is unmounted, but is still mounted at {other}" in done.stderr
             assert (other / "disk.raw").read_bytes() == disk.read_bytes()
         finally:
             subprocess.run([require("umount"), other], check=True)

@@ -92,6 +92,7 @@ class FakeMount:
     """What the control side wants of a mount."""
 
     mountpoint = "/mnt/images"
+    device = "0:57"
 
     def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
         self.folder = folder
