@@ -29,6 +29,7 @@ MOST_EXPOSURE = {"qedfs@.service": 45, "qedfs-wait@.service": 20, "qedfs-end@.se
 MOUNT = CONTRIB / "systemd" / "qedfs@.service"
 
 NOBODY = 65534
+UNNAMED = {"syscall_0x1c3": "cachestat"}  # what strace 6.1 (Debian 12) calls it
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> 
                 server = client.server_pid
             os.kill(server, signal.SIGTERM)
             assert mount.wait_exit() == 0
-    used = set(re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE))
+    used = {UNNAMED.get(name, name) for name in re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE)}
     assert {"mount", "umount2", "fdatasync", "connect"} <= used
     assert used - allowed == set()
 
