@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -42,13 +44,26 @@ class Screen:
         shown = (list(lines), self.width)
         if shown != self._shown:
             self._shown = shown
-            self._live.update(Text("\n", no_wrap=True, overflow="crop").join(lines), refresh=True)
+            with _whole():
+                self._live.update(Text("\n", no_wrap=True, overflow="crop").join(lines), refresh=True)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        with _whole():
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with _whole():
+            self._live.stop()
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C wait until what is drawn is drawn: of half a screen nobody knows how many lines to take away."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
