@@ -148,7 +148,7 @@ MUTANTS = (
     Mutant(
         "open: a journal is not believed if its data has not reached the disk",
         "trust:_refresh",
-        "if _checksum(storage, places, view) != before:",
+        "if _checksum(storage, leftover, cluster_size) != before:",
         "if False:",
         "killed",
         first=220,
