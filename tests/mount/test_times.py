@@ -82,7 +82,8 @@ def test_the_page_cache_of_an_image_stays_beside_a_stream(tmp_path: Path) -> Non
         after = mount.image()
         assert after["counters"]["kept_stream"] > counted["kept_stream"]
         assert after["state"] == "running"
-        assert after["counters"]["read"] == counted["read"]
+        # The kernel's own read-ahead may still bring in some pages behind the last read; a drop brings in 8 MiB again.
+        assert after["counters"]["read"] - counted["read"] < MIB
 
 
 def test_a_write_moves_them_for_good(tmp_path: Path) -> None:
