@@ -35,7 +35,10 @@ printf x | dd of="$mountpoint/disk.raw" conv=notrunc status=none || exit 42
         ("mount -t tmpfs -o ro tmpfs /run", "$xdg/qedfs"),
         ("xdg=; mount -t tmpfs -o ro tmpfs /run", "/tmp/qedfs-0"),
         (
-            "xdg=; mount -t tmpfs -o ro tmpfs /run; mount -t tmpfs tmpfs /tmp; install -d -o 61001 /tmp/qedfs-0",
+            # Over /tmp and not in its place: the checkout, and the Python that runs this, may be below it.
+            "mount -t tmpfs -o ro tmpfs /run; mount -t tmpfs tmpfs $xdg; mkdir -m 1777 $xdg/upper $xdg/work; "
+            "mount -t overlay -o lowerdir=/tmp,upperdir=$xdg/upper,workdir=$xdg/work overlay /tmp; "
+            "install -d -o 61001 /tmp/qedfs-0; xdg=",
             "/dev/shm/qedfs-0",
         ),
         # Where /run is no tmpfs, anybody may take root's name in /dev/shm.
