@@ -1,7 +1,8 @@
 """Which cluster of the image is where: the tables in memory, including entries that are not yet in the file.
 
 Owns the L1 entries, the cached slices of L2 tables, and the marks of what the file does not have yet (`dirty` sectors,
-`unwritten` tables). Must not write to the file: `commit.py` does, and tells the map what has become durable.
+`unwritten` tables). Must not write to the file: `commit.py` does, and tells the map what has become durable, or that a
+barrier has failed and entries are to be taken back (`begin_reread`).
 
 L2 tables are cached in *slices* of at most 64 KiB, not whole: a legal L2 table can be 1 GiB. A slice stays while it has
 dirty sectors, while a group writes it, and while somebody holds it (`hold`: between a look at its entries and a change

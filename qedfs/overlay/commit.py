@@ -14,6 +14,10 @@ A flush is a group and a **barrier** behind it. A power cut at any point leaves 
 to. Entries of one group are snapshots taken at its start: an entry published later has its data behind the barrier of
 step 2, and belongs to the next group.
 
+A barrier that fails ends the session's writes, and the map goes back to what the disk has (`_read_again`). Barriers run
+one at a time, whoever asks for them: Linux reports a lost page to one of two that run side by side, and tells the other
+that all is well.
+
 Groups run one after the other under a lock; a caller that finds a group started after its call already done has
 nothing left to do, so any number of waiting writers share one barrier.
 """

@@ -6,7 +6,9 @@ Concurrency protocol
 --------------------
 Everything runs on one event loop; the state changes only between two awaits.
 
-- A cluster's entry goes from missing to zero or data, or from zero to data, and never back.
+- A cluster's entry goes from missing to zero or data, or from zero to data, and never back, with one exception: a
+  barrier that fails takes back all entries that the disk may lack (`Committer.durably`), and `epoch` counts that. Who
+  has read data by runs of an `epoch` that has passed reads again; who was about to publish entries gets the error.
 - A cluster is *claimed* from the moment its place is allocated until its entry is set, where the data is written by a
   worker thread in between. Who wants to write to a claimed cluster waits for the claim to end and looks again; who
   wants to adopt it leaves it alone. So a guest's bytes always land on top of fetched ones, never below.
