@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import stat
 import subprocess
@@ -20,6 +19,7 @@ from qedfs.control import session as session_module
 from qedfs.control.server import MAX_CLIENTS, serve_control
 from qedfs.control.session import MAX_EVENTS, Session
 from qedfs.errors import InUse, UsageError
+from tests.harness.require import require_root
 
 from .support import CLUSTER, FakeMount, MemorySource, Talk, controlled, talking
 
@@ -40,6 +40,7 @@ except PermissionError:
 
 
 def as_nobody(path: Path) -> str:
+    require_root()
     done = subprocess.run([sys.executable, "-c", _STRANGER, path], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -50,14 +51,12 @@ async def test_folder_and_socket_are_private(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 async def test_other_users_are_refused(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (_, path):
         path.parent.parent.chmod(0o755)
         assert await trio.to_thread.run_sync(as_nobody, path) == "denied"
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 @pytest.mark.expect_log("a control client of user 65534 was refused")
 async def test_other_users_are_refused_though_the_modes_let_them_in(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (_, path):

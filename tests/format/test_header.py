@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -24,6 +23,7 @@ from qedfs.format.header import (
     decode_header,
     valid_table_offset,
 )
+from tests.harness.require import require
 
 KIB = 1 << 10
 GOOD = Header(Geometry(65536, 4, 1 << 30), 1, BACKING_FILE | NO_PROBE, 0, 0, 65536, 64, 8)
@@ -136,12 +136,11 @@ def qemu_opens(header: Header, length: int, folder: Path) -> bool:
     for name in ("base.raw", "QED"):
         (folder / name).write_bytes(bytes(512))
     done = subprocess.run(
-        ["qemu-img", "check", "-q", "-f", "qed", str(path)], capture_output=True, check=False, timeout=60
+        [require("qemu-img"), "check", "-q", "-f", "qed", str(path)], capture_output=True, check=False, timeout=60
     )
     return done.returncode != 1
 
 
-@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 def test_qemu_gives_the_same_verdict(tmp_path: Path) -> None:
     cases = [(fields, True) for fields in ACCEPTED] + [(fields, False) for fields in REFUSED]
     differ = [fields for fields, opens in cases if qemu_opens(changed(**fields), LENGTH, tmp_path) is not opens]
@@ -149,7 +148,6 @@ def test_qemu_gives_the_same_verdict(tmp_path: Path) -> None:
     assert [fields for fields in OURS if not qemu_opens(changed(**fields), LENGTH, tmp_path)] == []
 
 
-@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 @pytest.mark.parametrize(("cluster_size", "table_size"), [(65536, 1), (1 << 26, 2), (1 << 23, 2), (1 << 22, 4)])
 def test_we_open_what_the_specification_allows_and_qemu_cannot(
     tmp_path: Path, cluster_size: int, table_size: int

@@ -19,6 +19,7 @@ from qedfs.mount.folder import CLOSING, Folder, Options
 from qedfs.mount.place import standing_at
 from qedfs.mount.sources import Sources
 from qedfs.overlay.create import create_overlay
+from tests.harness.fusectl import fusectl
 from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
@@ -72,7 +73,7 @@ def test_a_mount_whose_connection_was_cut_is_taken_away(tmp_path: Path, way: str
         with mounted_over(tmp_path, source.url, "--no-stream") as mount, _held(mount.path("disk.raw")) as fd:
             os.pwrite(fd, b"late", 0)
             if way == "fusectl":
-                _abort(mount.mountpoint, tmp_path / "fusectl")
+                _abort(mount.mountpoint)
             else:
                 done = subprocess.run([require("umount"), "-f", mount.mountpoint], check=False, timeout=20)
                 assert done.returncode != 0
@@ -146,16 +147,12 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
     assert events[-1] == 0
 
 
-def _abort(mountpoint: Path, control: Path) -> None:
-    """Cut the connection through fusectl, mounted at `control`: not every machine has it at its usual place."""
+def _abort(mountpoint: Path) -> None:
+    """Cut the connection through fusectl."""
     standing = standing_at(str(mountpoint))
     assert standing is not None
-    control.mkdir()
-    _run("mount", "-t", "fusectl", "fusectl", control)
-    try:
-        (control / standing.device.split(":")[1] / "abort").write_text("1")
-    finally:
-        _run("umount", control)
+    with fusectl() as connections:
+        (connections / standing.device.split(":")[1] / "abort").write_text("1")
 
 
 @contextlib.contextmanager

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.mount import handshake
 from qedfs.mount.handshake import MAX_BACKGROUND, Handshake, background_limit, with_limits
+from tests.harness.fusectl import fusectl
 from tests.harness.images import qemu_create
 from tests.harness.mounts import mounted
 
@@ -22,19 +20,6 @@ from .support import MIB
 INIT_OUT = struct.Struct("=IiQ IIIIHHIIHHI7I")
 REQUEST = struct.pack("=IIQ", 64, 26, 7) + bytes(48)  # fuse_in_header of FUSE_INIT
 ANSWER = INIT_OUT.pack(INIT_OUT.size, 0, 7, 7, 38, 131072, 1, 12, 9, 1 << 20, 1, 256, 0, 0, *([0] * 7))
-
-
-@contextlib.contextmanager
-def fusectl(folder: Path) -> Iterator[Path]:
-    """The kernel's list of FUSE connections, mounted for the length of the block."""
-    if os.geteuid():
-        pytest.skip("only root can mount fusectl")
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "fusectl", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_the_limits_are_changed_and_nothing_else() -> None:
@@ -119,7 +104,7 @@ def test_what_a_user_may_have(
 
 def test_the_kernel_has_taken_it(tmp_path: Path) -> None:
     qemu_create(tmp_path / "disk.qed", size=MIB)
-    with fusectl(tmp_path / "fusectl") as connections, mounted(tmp_path / "disk.qed", tmp_path / "mnt") as mount:
+    with fusectl() as connections, mounted(tmp_path / "disk.qed", tmp_path / "mnt") as mount:
         connection = connections / str(os.minor(mount.mountpoint.stat().st_dev))
         assert int((connection / "max_background").read_text()) == background_limit()
         assert mount.unmount() == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.harness.require import require
 
 
 class Qemu:
@@ -73,8 +74,7 @@ class Qemu:
 
 @pytest.fixture
 def qemu(tmp_path: Path) -> Qemu:
-    if shutil.which("qemu-io") is None:
-        pytest.skip("qemu-utils is not installed")
+    require("qemu-io")
     return Qemu(tmp_path)
 
 

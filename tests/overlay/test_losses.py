@@ -35,12 +35,11 @@ def test_the_log_of_qemus_stream_tells_all_that_was_written(work: Workload) -> N
 
 
 def test_qemu_drops_the_backing_before_the_last_data_is_durable(work: Workload, tmp_path: Path) -> None:
-    version = qemu_version()
-    if version[:2] != (7, 2):
-        pytest.skip(f"known of QEMU 7.2 only, this is {'.'.join(map(str, version))}")
     history = by_qemu(work)
     tally = replay_stream(history, tmp_path)
     assert tally.broken == []
+    if qemu_version()[:2] != (7, 2):
+        return  # Which clusters a cut loses is known of 7.2 only.
     (loss,) = tally.losses
     assert loss.lost == (Stretch(SIZE - QEMU_CHUNK, QEMU_CHUNK),)
     assert loss.zeros

@@ -10,17 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 SECONDS = 20.0
-
-
-def tool(name: str) -> str:
-    """A program that contrib/setup does not install: it is part of the system, or the system is not of that kind."""
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"needs {name}")
-    return path
 
 
 class Listener:

@@ -14,7 +14,6 @@ from qedfs.cli.main import main
 from tests.harness.require import require
 
 from .machine import CONTRIB, ROOT
-from .support import tool
 
 COMMANDS = sorted(main.commands)
 
@@ -35,7 +34,7 @@ def test_a_page_for_every_command(pages: Path) -> None:
 
 def test_groff_has_nothing_to_complain_about(pages: Path) -> None:
     for page in sorted(pages.iterdir()):
-        words: list[str | Path] = [tool("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
+        words: list[str | Path] = [require("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -48,7 +47,7 @@ def test_mandoc_has_nothing_to_complain_about(pages: Path) -> None:
 
 def test_their_names_are_found_by_apropos(pages: Path) -> None:
     page = pages / "qedfs.1"
-    done = subprocess.run([tool("lexgrog"), page], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([require("lexgrog"), page], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout.startswith(f'{page}: "qedfs - mount QED overlays')
 
 
@@ -80,7 +79,7 @@ def test_quotes_and_hyphens_can_be_pasted(pages: Path) -> None:
 
 def _shown(page: Path) -> str:
     # -P-c: without the terminal's codes for bold and italics.
-    words: list[str | Path] = [tool("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
+    words: list[str | Path] = [require("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
     return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
@@ -115,7 +114,7 @@ def test_bash_completes(program: str, typed: str, offered: list[str]) -> None:
         '_qedfs_completion qedfs\nprintf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(
-        [tool("bash"), "-c", script],
+        [require("bash"), "-c", script],
         env={**os.environ, "PATH": program},
         capture_output=True,
         text=True,

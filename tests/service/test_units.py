@@ -21,7 +21,6 @@ from tests.harness.require import require
 from tests.mount.support import MIB, assert_whole, create, origin
 
 from .machine import CONTRIB, INSTALLED, UNITS, Machine, machine
-from .support import tool
 
 # "Exposure" in tenths: 0 is a unit that may do nothing, 100 one without a single restriction. What mounts for others
 # can have no view of the file system of its own, which is worth much of it.
@@ -55,7 +54,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         # Another program that is there: verify looks for it.
         (tmp_path / unit.name.replace("@", "@vm1")).write_text(text.replace(INSTALLED, "/usr/bin/true"))
     done = subprocess.run(
-        [tool("systemd-analyze"), "verify", "--man=no", *sorted(tmp_path.iterdir())],
+        [require("systemd-analyze"), "verify", "--man=no", *sorted(tmp_path.iterdir())],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
         capture_output=True,
         text=True,
@@ -68,7 +67,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_systemd_finds_them_hardened(unit: Path) -> None:
     threshold = f"--threshold={MOST_EXPOSURE[unit.name]}"
-    words: list[str | Path] = [tool("systemd-analyze"), "security", "--offline=yes", "--no-pager", threshold, unit]
+    words: list[str | Path] = [require("systemd-analyze"), "security", "--offline=yes", "--no-pager", threshold, unit]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
@@ -202,7 +201,7 @@ def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> 
 
 def allowed_system_calls(unit: Path) -> set[str]:
     """Those of SystemCallFilter=, and the few that are always allowed (systemd.exec(5))."""
-    words = [tool("systemd-analyze"), "syscall-filter", "--no-pager"]
+    words = [require("systemd-analyze"), "syscall-filter", "--no-pager"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
     groups: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():

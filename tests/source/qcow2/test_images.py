@@ -75,7 +75,6 @@ async def test_converted_image(
 
 
 async def test_zstd(tmp_path: Path, disk: tuple[Path, bytes]) -> None:
-    pytest.importorskip("zstandard", reason="needs the Python module zstandard")
     raw, content = disk
     await assert_same(convert(raw, tmp_path / "disk.qcow2", "compression_type=zstd", compress=True), content)
 
