@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from qedfs import room
+from qedfs.host import memory_pool
 
 # How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
 # works, and short enough for the tests whose call hangs on purpose.
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test leaves held is no matter of the next one's."""
-    for name in ("FETCHED", "TABLES", "RESTS", "ALONE"):
-        monkeypatch.setattr(room, name, room.Pool(getattr(room, name).most_bytes))
+    for name in ("FETCHED", "TABLES", "PARTIAL_WRITES", "ALONE"):
+        monkeypatch.setattr(memory_pool, name, memory_pool.Pool(getattr(memory_pool, name).most_bytes))
 
 
 class LogGuard(logging.Handler):

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from qedfs.fetch import Fetch
-from qedfs.image import Image
-from qedfs.overlay.opening import open_storage
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.overlay.open import open_storage
 from qedfs.source.pinning import USUAL, Pinning
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
@@ -36,7 +36,7 @@ async def served(
     )
     async with trio.open_nursery() as nursery:
         told = remote(source, deadline_seconds=deadline_seconds, pinning=pinning)
-        fetch = Fetch(told, cluster_size, nursery)
+        fetch = FetchQueue(told, cluster_size, nursery)
         image = Image("disk.raw", await open_storage(storage), fetch, copy_on_read=copy_on_read)
         nursery.start_soon(image.run)
         await image.overlay.clusters.count()

@@ -14,7 +14,7 @@ import trio
 import qedfs
 from qedfs.errors import QedfsError, ReadOnlyOverlay, Reason, SourceChanged, SourceUnreachable
 from qedfs.format.record import Pin, digest
-from qedfs.stream.job import StreamJob
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 

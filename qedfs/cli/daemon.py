@@ -18,9 +18,9 @@ from typing import BinaryIO
 import click
 
 import qedfs
-from qedfs.cli.output import remark
+from qedfs.cli.ui.output import remark
 from qedfs.errors import QedfsError
-from qedfs.runtime import LOG_NAME, held_folder, remove_unless_served
+from qedfs.host.runtime import LOG_NAME, held_folder, remove_unless_served
 
 STOP_SECONDS = 5.0  # for a child that is no longer wanted; what it has mounted goes first
 MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one

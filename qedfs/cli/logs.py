@@ -8,7 +8,7 @@ import sys
 
 from rich.console import Console
 
-from qedfs.cli.layout import printable
+from qedfs.cli.ui.layout import printable
 
 CONTINUED = "\n  "  # between the lines of one record
 _TIMED = "%(asctime)s %(levelname)s %(message)s"

@@ -9,19 +9,19 @@ from typing import Any
 import click
 
 from qedfs import __version__
-from qedfs.cli.check import check
-from qedfs.cli.create import create
-from qedfs.cli.export import export
-from qedfs.cli.faults import guarded
-from qedfs.cli.info import info
-from qedfs.cli.map import show_map
-from qedfs.cli.mount import mount
-from qedfs.cli.profile import profile
-from qedfs.cli.status import status
-from qedfs.cli.stream import stream
-from qedfs.cli.streams import drop_unwritten, open_closed
-from qedfs.cli.umount import umount
-from qedfs.cli.wait import wait
+from qedfs.cli.commands.check import check
+from qedfs.cli.commands.create import create
+from qedfs.cli.commands.export import export
+from qedfs.cli.commands.info import info
+from qedfs.cli.commands.map import show_map
+from qedfs.cli.commands.mount import mount
+from qedfs.cli.commands.profile import profile
+from qedfs.cli.commands.status import status
+from qedfs.cli.commands.stream import stream
+from qedfs.cli.commands.umount import umount
+from qedfs.cli.commands.wait import wait
+from qedfs.cli.exit_status import guarded
+from qedfs.cli.stdio import drop_unwritten, open_closed
 
 
 class Group(click.Group):

@@ -1,0 +1,1 @@
+"""How a mount is driven and watched from outside: QMP over a Unix socket, status, metrics."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qedfs.errors import QedfsError
-from qedfs.fetch import Fetch
-from qedfs.image import Image
-from qedfs.stream.job import StreamJob
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.jobs.stream import StreamJob
 
 
 class ServedImage(Protocol):
@@ -65,7 +65,7 @@ class Mounted(Protocol):
         """All overlays that were found, by name."""
         ...
 
-    def fetches(self) -> Sequence[Fetch]:
+    def fetches(self) -> Sequence[FetchQueue]:
         """The fetch queues in use."""
         ...
 

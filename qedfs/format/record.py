@@ -63,7 +63,7 @@ class Record:
     """What qedfs remembers inside the overlay. `session` is hex, empty outside a mount.
 
     `journal`: whose journal on this machine has what the session has not yet brought into the overlay; see
-    overlay/whereabouts.py.
+    overlay/journal_search.py.
     `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have moved them since.
     """
 

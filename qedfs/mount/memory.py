@@ -10,9 +10,9 @@ import gc
 
 import trio
 
-from qedfs import room
-from qedfs.buffers import Buffers
-from qedfs.mount.cgroup import memory_limit
+from qedfs.fetch.buffer_pool import BufferPool
+from qedfs.host import memory_pool
+from qedfs.host.cgroup import memory_limit
 
 INTERVAL_SECONDS = 10.0
 # mallopt(3), <malloc.h>
@@ -24,7 +24,7 @@ LARGE_BYTES = 512 << 10
 
 def set_up() -> None:
     """Set the bounds, and the C library to give back what is freed."""
-    room.fit_into(memory_limit())
+    memory_pool.fit_into(memory_limit())
     _map_large_buffers()
     gc.freeze()  # what is there by now lives as long as the mount: no collection needs to go through it
 
@@ -43,7 +43,7 @@ def _map_large_buffers() -> None:
         mallopt(M_ARENA_MAX, 1)
 
 
-async def give_back_memory(buffers: Buffers) -> None:
+async def give_back_memory(buffers: BufferPool) -> None:
     """Forget unused buffers and trim the heap now and then, until cancelled: 0.4 ms for 100 MiB.
 
     glibc by itself gives back its top only. The limit is looked at again, too: a service manager can change it.
@@ -51,7 +51,7 @@ async def give_back_memory(buffers: Buffers) -> None:
     trim = _function("malloc_trim")
     while True:
         await trio.sleep(INTERVAL_SECONDS)
-        room.fit_into(memory_limit())
+        memory_pool.fit_into(memory_limit())
         buffers.forget_unused()
         if trim is not None:
             trim(0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from qedfs.control.port import ServedImage
-from qedfs.stream.job import State
+from qedfs.jobs.stream import State
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 
 import qedfs
-from qedfs.fetch import Fetch
+from qedfs.fetch.queue import FetchQueue
 from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ async def stop_on_signal(
         signal.signal(number, signal.SIG_DFL)
 
 
-async def dump_on_signal(fetches: Callable[[], Sequence[Fetch]]) -> None:
+async def dump_on_signal(fetches: Callable[[], Sequence[FetchQueue]]) -> None:
     """At each SIGUSR1, log all tasks and the fetch queues."""
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
         async for _ in signals:
@@ -84,7 +84,7 @@ def _place(task: trio.lowlevel.Task) -> str:
     return place
 
 
-def _queues(fetches: Sequence[Fetch]) -> Iterator[str]:
+def _queues(fetches: Sequence[FetchQueue]) -> Iterator[str]:
     now = trio.current_time()
     for fetch in fetches:
         flights = fetch.flights()

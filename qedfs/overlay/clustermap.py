@@ -11,7 +11,7 @@ first, when the cache is over its bound.
 
 What is a hole of the file in a table is passed over where whole tables are walked (`gap`). A slice that this session
 has written is looked at itself: the hole may have been seen before. Where the file may grow, entries that were behind
-its end at the open are marked (`cut.py`) when they are read, and the committer is told.
+its end at the open are marked (`truncation.py`) when they are read, and the committer is told.
 
 Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
 and `next_missing` await; whoever calls them must look again at whatever it had looked at before.
@@ -31,10 +31,10 @@ from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.sparse import SparseTable
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
-from qedfs.overlay.cut import Cut
+from qedfs.host.memory_pool import Pool, Share
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
-from qedfs.room import Pool, Share
+from qedfs.overlay.truncation import Truncation
 from qedfs.units import format_size
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
@@ -81,7 +81,7 @@ class ClusterMap:
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
         self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
-        self._cut = Cut(file_end, geometry.cluster_size)
+        self._cut = Truncation(file_end, geometry.cluster_size)
         self._pinned: frozenset[int] = frozenset()
         self.epoch = 0  # counts the times that entries were taken back, after a failed barrier
         self._rereading: trio.Event | None = None  # until look-ups may go on

@@ -1,6 +1,6 @@
 """The one writer of tables: brings entries from memory into the file, in groups, in an order that survives a power cut.
 
-Owns the group commit and the flush. Must not know where the bytes come from, nor how places are found (`space.py`).
+Owns the group commit and the flush. Must not know where the bytes come from, nor how places are found (`allocator.py`).
 
 One group:
 
@@ -73,7 +73,7 @@ class Committer:
         self._running = False
         self._closed = False
         self._reread = False  # after a failed barrier
-        self._marks = 0  # times that marks were written (`cut.py`)
+        self._marks = 0  # times that marks were written (`truncation.py`)
         self._durable_marks = 0  # of these, those behind which a barrier was
         self._owed_marks: list[Write] = []  # that could not be written, as they were then
         clusters.write_marks = self._write_marks

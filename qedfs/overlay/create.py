@@ -7,11 +7,11 @@ import errno
 import os
 import tempfile
 
-from qedfs.durable import sync_folder
 from qedfs.errors import BadOverlay, NoSpace, UsageError
 from qedfs.format.geometry import Geometry, round_up
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, MAX_BACKING_NAME, NO_PROBE, Header
 from qedfs.format.record import SLOT_BYTES, Record, encode_record, slot_index, slot_offsets
+from qedfs.host.durable import sync_folder
 
 
 def create_overlay(

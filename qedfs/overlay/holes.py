@@ -6,7 +6,7 @@ at hole by hole instead of entry by entry, it costs what is really in it. Must n
 
 from __future__ import annotations
 
-from qedfs.overlay.storage import Extent, Storage
+from qedfs.overlay.storage import FileExtent, Storage
 
 
 class Holes:
@@ -14,7 +14,7 @@ class Holes:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._last = (0, Extent(0, hole=False))  # its start, and the rest: one value, as threads share it
+        self._last = (0, FileExtent(0, hole=False))  # its start, and the rest: one value, as threads share it
 
     def known(self, offset: int) -> bool:
         """Whether `at` answers from memory."""

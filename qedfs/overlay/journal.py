@@ -9,7 +9,7 @@ another boot, or of a session that the overlay no longer carries, is ignored: so
 copy of an overlay may carry the session of another one that is still in use. What tells them apart is the device, and
 the lock that a process has on its journal while it lives.
 
-Must not know what the entries mean: `leftover.py` judges them.
+Must not know what the entries mean: `recovery.py` judges them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from qedfs.procfs import boot_id, mount_number, outer_user
-from qedfs.runtime import Place
+from qedfs.host.procfs import boot_id, mount_number, outer_user
+from qedfs.host.runtime import RuntimeFolder
 
 Pair = tuple[int, int]  # cluster, entry
 
@@ -110,13 +110,13 @@ class Journal:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Leftover:
+class OrphanJournal:
     """What a session that was killed has left.
 
     `witness`: an entry that the session had brought into the overlay, as late as possible.
     """
 
-    place: Place
+    place: RuntimeFolder
     name: str  # of the file
     same_device: bool  # else it is perhaps that of the overlay that ours is a snapshot of
     witness: Pair | None
@@ -141,7 +141,7 @@ class Leftover:
                         os.unlink(name, dir_fd=folder)
 
 
-def read_journal(place: Place, name: str, session: str, device: int, *, locked: bool) -> Leftover | None:
+def read_journal(place: RuntimeFolder, name: str, session: str, device: int, *, locked: bool) -> OrphanJournal | None:
     """What `session` left behind in this boot, if it did and its process is dead.
 
     `locked`: the caller has the locks of the overlay on `device`. Then the process of a journal of the same device is
@@ -171,7 +171,7 @@ def read_journal(place: Place, name: str, session: str, device: int, *, locked: 
     witness = _PAIR.unpack(first)
     if rest := len(pairs) % _PAIR.size:
         pairs = pairs[:-rest]  # a copy, which is why the first pair is read by itself
-    return Leftover(place, file_name, found == device, witness if witness != _NO_WITNESS else None, pairs)
+    return OrphanJournal(place, file_name, found == device, witness if witness != _NO_WITNESS else None, pairs)
 
 
 def _opened(name: str, folder: int, user: int | None) -> int:

@@ -9,9 +9,9 @@ from qedfs.errors import NoMemory
 from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.sparse import PAGE_BYTES, SparseTable
 from qedfs.format.tables import decode_table
+from qedfs.host.memory_pool import Share
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
-from qedfs.room import Share
 from qedfs.units import format_size
 
 READ_BYTES = 64 << 10  # whole pages

@@ -1,6 +1,6 @@
 """One QED overlay that is open: map, read, write, adopt, flush, detach. No network here.
 
-Owns the rule who wins; `claims.py` keeps the books for it. What a missing cluster holds is asked of the caller.
+Owns the rule who wins; `pending.py` keeps the books for it. What a missing cluster holds is asked of the caller.
 
 Concurrency protocol
 --------------------
@@ -13,10 +13,12 @@ Everything runs on one event loop; the state changes only between two awaits.
   worker thread in between. Who wants to write to a claimed cluster waits for the claim to end and looks again; who
   wants to adopt it leaves it alone. So a guest's bytes always land on top of fetched ones, never below.
 - While a write in part waits for the rest of its clusters, nobody adopts them: the write brings them in whole.
-- Between the look at the entries and the allocation or claim there must be no await; `Claims.settle` is the last one.
+- Between the look at the entries and the allocation there must be no await; `PendingAllocations.settle` is the last
+  one.
 - A read takes its runs once. A write that has returned before the read began is in them; one that runs beside it may
   or may not be seen, as on any disk.
-- The place of a write that failed is free again once its thread has ended (`space.py`): nobody else has ever known it.
+- The place of a write that failed is free again once its thread has ended (`allocator.py`): nobody else has ever known
+  it.
 - The tables are written by `commit.py` alone, under its lock.
 
 A write is answered when its data is in the page cache and its entries are in the session journal, or, without a
@@ -37,15 +39,15 @@ from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO
-from qedfs.overlay.beginning import Beginning
-from qedfs.overlay.claims import Claims
+from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
-from qedfs.overlay.dirty import dirty_pages
+from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.fill import Fill, filled
-from qedfs.overlay.pieces import laid_out, pieces, zero_bytes
+from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.session import Session
-from qedfs.overlay.space import Space
+from qedfs.overlay.session_start import SessionStart
+from qedfs.overlay.split import laid_out, pieces, zero_bytes
 from qedfs.overlay.storage import Buffer, Storage
 
 log = logging.getLogger(__name__)
@@ -71,10 +73,10 @@ class Overlay:
         session: Session,
         clusters: ClusterMap,
         committer: Committer,
-        space: Space,
-        beginning: Beginning | None,
+        allocator: Allocator,
+        session_start: SessionStart | None,
     ) -> None:
-        """Take over what `opening.py` has read; `beginning`: of a writable session."""
+        """Take over what `open.py` has read; `session_start`: of a writable session."""
         self.storage = storage
         self.geometry = clusters.geometry
         self.clusters = clusters
@@ -84,11 +86,11 @@ class Overlay:
         self.times = session.times  # of the image
         self._session = session
         self._session_lock = trio.Lock()
-        self._beginning = beginning
+        self._session_start = session_start
         self._changes: list[Change] = []  # of the record, that are being stored or wait for it
         self._journal = committer.journal
-        self._claims = Claims(clusters)
-        self._space = space
+        self._pending = PendingAllocations(clusters)
+        self._allocator = allocator
         self._adopting = trio.Semaphore(ADOPTIONS)
 
     # What it is.
@@ -131,7 +133,7 @@ class Overlay:
     @property
     def full(self) -> NoSpace | None:
         """What keeps this session from beginning: the disk was full at the open, and has been since."""
-        return self._beginning.full if self._beginning is not None else None
+        return self._session_start.full if self._session_start is not None else None
 
     @property
     def keeps_record(self) -> bool:
@@ -223,9 +225,9 @@ class Overlay:
         await self._let_times_move()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
-        with self._claims.merging(self._partial_clusters(pos, len(view))):
+        with self._pending.merging(self._partial_clusters(pos, len(view))):
             while True:
-                await self._claims.settle(pos, len(view))
+                await self._pending.settle(pos, len(view))
                 if await self.committer.secure_marks():
                     continue
                 lacking = [c for c in self._partial_clusters(pos, len(view)) if c not in rest and self._is_missing(c)]
@@ -298,11 +300,11 @@ class Overlay:
             if entry > ZERO:
                 offset = self.clusters.checked(entry, cluster) + start
             else:
-                self._space.make_table(cluster)
+                self._allocator.make_table(cluster)
                 if cluster in rest and self._is_missing(cluster):
                     start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
                 whole = sum(map(len, buffers)) == cluster_size
-                entry = self._space.clusters(1)[0] if whole else self._space.zeros(cluster_size)
+                entry = self._allocator.clusters(1)[0] if whole else self._allocator.zeros(cluster_size)
                 entries.append((cluster, entry))
                 offset = entry + start
             size = sum(map(len, buffers))
@@ -332,10 +334,10 @@ class Overlay:
             if now:
                 write_all()
             else:
-                with self._claims.claimed([cluster for cluster, _ in entries]):
+                with self._pending.allocating([cluster for cluster, _ in entries]):
                     await self.storage.in_thread(write_all)
         except BaseException:
-            self._space.give_back(offset for _, offset in entries)
+            self._allocator.give_back(offset for _, offset in entries)
             raise
         # After a barrier that failed meanwhile nobody answers for these bytes, nor takes their entries.
         self._check_writable()
@@ -381,7 +383,7 @@ class Overlay:
             ReadOnlyOverlay: the overlay takes no writes.
         """
         clusters = range(pos // self.cluster_size, -(-(pos + size) // self.cluster_size))
-        if len(self.spoken_for(clusters.start, len(clusters))) == len(clusters):
+        if len(self.pending(clusters.start, len(clusters))) == len(clusters):
             return 0  # for a write in part, most likely, which has no use for an adoption: not worth a turn
         async with self._adopting:
             return await self._adopt(pos, buffer, size, cold=cold)
@@ -392,7 +394,7 @@ class Overlay:
         data, kept = self._sort_out(pos, buffer, size)
         if not data:
             return kept
-        places = self._space.clusters(len(data))
+        places = self._allocator.clusters(len(data))
         writes = list(laid_out(places, buffer, size, [at for _, at in data], self.cluster_size))
         await self._write_placed(writes, [(cluster, places[i]) for i, (cluster, _) in enumerate(data)], now=False)
         if cold:
@@ -415,9 +417,9 @@ class Overlay:
         first = pos // cluster_size
         for at in range(0, size, cluster_size):
             cluster = first + at // cluster_size
-            if self.clusters.entry(cluster) != MISSING or self._claims.spoken_for(cluster):
+            if self.clusters.entry(cluster) != MISSING or self._pending.is_pending(cluster):
                 continue
-            self._space.make_table(cluster)
+            self._allocator.make_table(cluster)
             length = min(cluster_size, size - at)
             # startswith compares in place, 15 us for 1 MiB of zeros, and stops at the first other byte.
             if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
@@ -427,9 +429,9 @@ class Overlay:
                 data.append((cluster, at))
         return data, kept
 
-    def spoken_for(self, cluster: int, count: int) -> list[int]:
+    def pending(self, cluster: int, count: int) -> list[int]:
         """Those of the clusters that somebody is about to give an entry: an adoption would leave them alone."""
-        return self._claims.spoken_for_in(range(cluster, cluster + count))
+        return self._pending.pending_in(range(cluster, cluster + count))
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
@@ -444,11 +446,11 @@ class Overlay:
         pos = cluster * self.cluster_size
         size = min(count * self.cluster_size, self.image_size - pos)
         await self._load_to_allocate(pos, size)
-        spoken_for = self.spoken_for(cluster, count)
+        pending = self.pending(cluster, count)
         for number in range(cluster, cluster + count, self.clusters.slice_entries):
-            self._space.make_table(number)
-        self._space.make_table(cluster + count - 1)
-        for taken in (*spoken_for, cluster + count):
+            self._allocator.make_table(number)
+        self._allocator.make_table(cluster + count - 1)
+        for taken in (*pending, cluster + count):
             self.clusters.set_zeros(cluster, taken - cluster)
             cluster = taken + 1
 
@@ -564,5 +566,5 @@ class Overlay:
 
     async def _begin_late(self) -> None:
         """Have the session lock."""
-        if self._beginning is not None and await self._beginning.late():
+        if self._session_start is not None and await self._session_start.late():
             self._journal = self.committer.journal

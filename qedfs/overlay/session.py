@@ -10,14 +10,7 @@ import secrets
 from collections.abc import Callable
 
 from qedfs.errors import BadOverlay
-from qedfs.format.header import (
-    BACKING_FILE,
-    HEADER_BYTES,
-    UNTOUCHED,
-    Header,
-    decode_backing_name,
-    decode_header,
-)
+from qedfs.format.header import BACKING_FILE, HEADER_BYTES, UNTOUCHED, Header, decode_backing_name, decode_header
 from qedfs.format.record import SLOT_BYTES, Record, decode_record, encode_record, slot_index, slot_offsets
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.times import times_at_open
@@ -124,7 +117,7 @@ class Session:
         return secrets.token_hex(16) if self.has_room else ""
 
     def begin(self, session: str, journal: str = "") -> None:
-        """Put a new session into the overlay; `journal`: the note of its journal (`whereabouts.py`), which is there.
+        """Put a new session into the overlay; `journal`: the note of its journal (`journal_search.py`), which is there.
 
         The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
         durable alone would vouch for the session before.

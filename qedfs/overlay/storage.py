@@ -22,9 +22,9 @@ import trio
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.overlay.length import Length
 from qedfs.overlay.pagecache import evict
-from qedfs.procfs import TMPFS_TYPES, filesystem_type, outer_user
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -41,7 +41,7 @@ _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-class Extent(NamedTuple):
+class FileExtent(NamedTuple):
     """A part of the file, up to the byte before `end`, that is a hole (and reads as zeros) or may be data."""
 
     end: int
@@ -99,7 +99,7 @@ class Storage(Protocol):
         """Fill `view`; past the end of the file there are zeros. BadOverlay: there was more when it was opened."""
         ...
 
-    def extent(self, offset: int) -> Extent:
+    def extent(self, offset: int) -> FileExtent:
         """What lies from `offset` on, as far as it is of one kind; behind the end of the file is a hole.
 
         A file system that cannot tell says that all is data. May wait for the disk, and fail, as `read` may.
@@ -294,20 +294,20 @@ class FileStorage:
         except OSError as exc:
             raise self._translated("read", exc) from exc
 
-    def extent(self, offset: int) -> Extent:
+    def extent(self, offset: int) -> FileExtent:
         """SEEK_DATA and SEEK_HOLE (lseek(2)); a file system without them answers as if there were no holes."""
         try:
             data = os.lseek(self._fd, offset, os.SEEK_DATA)
             if data > offset:
-                return Extent(data, hole=True)
-            return Extent(os.lseek(self._fd, offset, os.SEEK_HOLE), hole=False)
+                return FileExtent(data, hole=True)
+            return FileExtent(os.lseek(self._fd, offset, os.SEEK_HOLE), hole=False)
         except OSError as exc:
             if exc.errno == errno.ENXIO:
                 if self.locked:
                     self._length.check()
-                return Extent(MAX_FILE_SIZE, hole=True)
+                return FileExtent(MAX_FILE_SIZE, hole=True)
             if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return Extent(MAX_FILE_SIZE, hole=False)
+                return FileExtent(MAX_FILE_SIZE, hole=False)
             raise self._translated("look for holes", exc) from exc
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:

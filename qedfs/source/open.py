@@ -6,17 +6,17 @@ import trio
 
 from qedfs.errors import Reason, SourceError, SourceUnreachable
 from qedfs.source.base import Source
+from qedfs.source.circuit_breaker import ReaderSlots
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.http import HttpSource
 from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.path import in_thread
-from qedfs.source.patience import Places
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, Found, probe
 from qedfs.source.qcow2 import Qcow2Source
-from qedfs.source.remote import DEADLINE_SECONDS, Remote
+from qedfs.source.retrying import DEADLINE_SECONDS, RetryingSource
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
@@ -32,16 +32,16 @@ def remote_source(
     raw: bool = True,
     expected: str | None = None,
     pinning: Pinning = USUAL,
-    places: Places | None = None,
+    places: ReaderSlots | None = None,
     credentials: Credentials = NO_CREDENTIALS,
-) -> Remote:
+) -> RetryingSource:
     """A source for `location` that connects when it is first needed.
 
     `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
     whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
     files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
     `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as another version.
-    `places`: see `Remote`. `credentials`: what is shown to which place.
+    `places`: see `RetryingSource`. `credentials`: what is shown to which place.
 
     The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
     or address, is judged again before it is used.
@@ -78,7 +78,7 @@ def remote_source(
             return await NbdSource.open(location, policy, nursery, tls=shown.tls, pinning=pinning, samples=samples)
         return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
-    remote = Remote(
+    remote = RetryingSource(
         location, connect, deadline_seconds=deadline_seconds, places=places, pinning=pinning, samples=samples
     )
     return remote

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qedfs.control.client import Client
-from qedfs.runtime import mount_folder
+from qedfs.control.qmp.client import Client
+from qedfs.host.runtime import mount_folder
 
 from ..harness.mounts import qedfs
 

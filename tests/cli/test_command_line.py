@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from qedfs.cli.mount import MountArguments, _absolute, mount
+from qedfs.cli.commands.mount import MountArguments, _absolute, mount
 
 # Of this process alone.
 NOT_HANDED_ON = {"in_background", "ready_fd"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.host.runtime import mount_folder
 from qedfs.overlay.create import create_overlay
-from qedfs.runtime import mount_folder
 
 from ..harness.images import first_difference, random_image
 from ..harness.mounts import is_mounted, mounted, qedfs

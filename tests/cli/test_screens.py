@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from qedfs.cli.bars import ASCII_SIGNS, bar_lines
-from qedfs.cli.layout import listed, printable, shortened, table, wrapped
-from qedfs.cli.statuslines import fitted_lines, status_lines
-from qedfs.control.client import Client
+from qedfs.cli.ui.bars import ASCII_SIGNS, bar_lines
+from qedfs.cli.ui.layout import listed, printable, shortened, table, wrapped
+from qedfs.cli.ui.status_lines import fitted_lines, status_lines
+from qedfs.control.qmp.client import Client
 from qedfs.overlay.create import create_overlay
 
 from ..harness.images import random_image

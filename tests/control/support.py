@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 
 import trio
 
-from qedfs.control.server import serve_control
+from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
-from qedfs.fetch import Fetch
-from qedfs.image import Image
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.open import open_overlay
 from qedfs.source.base import Extent, Identity
-from qedfs.source.remote import Remote
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
-from qedfs.stream.job import StreamJob
 
 T = TypeVar("T")
 CLUSTER = 4096
@@ -59,7 +59,7 @@ class MemorySource:
         return
 
 
-class AskedOnce(Remote):
+class AskedOnce(RetryingSource):
     """A failure is told at once. Any deadline short enough to wait for would be missed on a machine that is busy."""
 
     async def _retried(self, action: Callable[[], Awaitable[T]], *, patience: float = 1.0) -> T:
@@ -104,7 +104,7 @@ class FakeMount:
     def everything(self) -> list[Served]:
         return sorted(self.served, key=lambda served: served.name)
 
-    def fetches(self) -> list[Fetch]:
+    def fetches(self) -> list[FetchQueue]:
         return [served.image.fetch for served in self.served if served.image and served.image.fetch]
 
     async def rescan(self) -> None:
@@ -131,7 +131,7 @@ class FakeMount:
             async def connect() -> MemorySource:
                 return source
 
-            fetch = Fetch(AskedOnce(parse_location(URL), connect), CLUSTER, self.nursery)
+            fetch = FetchQueue(AskedOnce(parse_location(URL), connect), CLUSTER, self.nursery)
         image = Image(f"{name}.raw", overlay, fetch)
         await overlay.clusters.count()
         job = StreamJob(image, enabled=stream, limit=limit)

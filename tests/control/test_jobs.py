@@ -269,7 +269,7 @@ async def test_speed(tmp_path: Path) -> None:
         served = await mount.add("disk", held(), stream=True)
         await talk.get("block-job-set-speed", device="disk", speed=12345)
         assert served.job is not None
-        assert served.job.pace.limit == 12345
+        assert served.job.rate_limiter.limit == 12345
         assert (await status_of(talk))["speed"] == 12345
         assert await talk.error("block-job-set-speed", device="disk", speed=-1) == (
             "GenericError",
@@ -364,7 +364,7 @@ async def test_another_version_of_the_source_ends_the_job_of_the_mount(tmp_path:
 
 
 async def test_the_job_of_the_mount_waits_for_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qedfs.stream.job.RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("qedfs.jobs.stream.RETRY_SECONDS", (0.01, 0.01))
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         backing = source()
         backing.failures[0] = SourceUnreachable("connection refused")

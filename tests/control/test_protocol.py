@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from qedfs.control.metrics import exposition
+from qedfs.control.monitoring.metrics import exposition
 from qedfs.errors import SourceError
 from qedfs.source.url import parse_location
 

@@ -14,10 +14,10 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.control import server
-from qedfs.control import session as session_module
-from qedfs.control.server import MAX_CLIENTS, serve_control
-from qedfs.control.session import MAX_EVENTS, Session
+from qedfs.control.qmp import server
+from qedfs.control.qmp import session as session_module
+from qedfs.control.qmp.server import MAX_CLIENTS, serve_control
+from qedfs.control.qmp.session import MAX_EVENTS, QmpSession
 from qedfs.errors import InUse, UsageError
 from tests.harness.require import require_root
 
@@ -218,7 +218,7 @@ async def test_a_client_may_be_dropped_while_an_event_is_being_sent(monkeypatch:
 
     ours, theirs = trio.socket.socketpair()
     stream = trio.SocketStream(ours)
-    session = Session(stream, execute)
+    session = QmpSession(stream, execute)
     session.negotiated = True
     send_all = stream.send_all
 

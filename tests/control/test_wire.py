@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfs.control.wire import MAX_DEPTH, Reader, WireError, encode
+from qedfs.control.qmp.wire import MAX_DEPTH, Reader, WireError, encode
 
 
 def read(*pieces: bytes, max_bytes: int = 1 << 20) -> list[Any]:

@@ -12,7 +12,7 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.source.base import Extent, Identity
 from qedfs.source.pinning import USUAL, Pinning
-from qedfs.source.remote import Remote
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.samples import Samples
 from qedfs.source.url import parse_location
 
@@ -25,7 +25,7 @@ class FakeSource:
     ) -> None:
         self.content = content
         self.identity = Identity(len(content), etag, last_modified, name="http://fake/")
-        self.samples = Samples()  # of the `Remote`
+        self.samples = Samples()  # of the `RetryingSource`
         self.parallel = 64
         self.received = 0
         self.round_trip = round_trip
@@ -76,12 +76,12 @@ class FakeSource:
         return sum(size for _, size, _ in self.reads)
 
 
-def remote(source: FakeSource, *, deadline_seconds: float = 30.0, pinning: Pinning = USUAL) -> Remote:
-    """A `Remote` whose every connection leads to `source`."""
+def remote(source: FakeSource, *, deadline_seconds: float = 30.0, pinning: Pinning = USUAL) -> RetryingSource:
+    """A `RetryingSource` whose every connection leads to `source`."""
 
     async def connect() -> FakeSource:
         await trio.sleep(source.round_trip)
         return source
 
     location = parse_location("http://fake/disk.raw")
-    return Remote(location, connect, deadline_seconds=deadline_seconds, pinning=pinning, samples=source.samples)
+    return RetryingSource(location, connect, deadline_seconds=deadline_seconds, pinning=pinning, samples=source.samples)

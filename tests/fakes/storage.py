@@ -24,7 +24,7 @@ import trio
 
 from qedfs.errors import BadOverlay, QedfsError
 from qedfs.format.geometry import MAX_FILE_SIZE, SECTOR_SIZE, round_down, round_up
-from qedfs.overlay.storage import Buffer, Extent
+from qedfs.overlay.storage import Buffer, FileExtent
 
 T = TypeVar("T")
 
@@ -199,17 +199,17 @@ class MemoryStorage:
         view[: len(found)] = found
         view[len(found) :] = bytes(len(view) - len(found))
 
-    def extent(self, offset: int) -> Extent:
+    def extent(self, offset: int) -> FileExtent:
         """Pages of zeros are holes."""
         self._stop()
         if (data := _NOT_ZERO.search(self.bytes, offset)) is None:
             self.check_length()
-            return Extent(MAX_FILE_SIZE, hole=True)
+            return FileExtent(MAX_FILE_SIZE, hole=True)
         page = round_down(data.start(), _PAGE)
         if page > offset:
-            return Extent(page, hole=True)
+            return FileExtent(page, hole=True)
         hole = self.bytes.find(bytes(_PAGE), offset)
-        return Extent(len(self.bytes) if hole < 0 else round_up(hole, _PAGE), hole=False)
+        return FileExtent(len(self.bytes) if hole < 0 else round_up(hole, _PAGE), hole=False)
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         joined = b"".join(bytes(buffer) for buffer in data)

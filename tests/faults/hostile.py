@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from qedfs.overlay.create import create_overlay
 from tests.faults.farm import Farm, Row
 from tests.harness.images import qemu_check, qemu_same

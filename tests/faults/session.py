@@ -12,7 +12,7 @@ import random
 import time
 from pathlib import Path
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from qedfs.errors import QedfsError
 
 CLUSTER_SIZE = 4096

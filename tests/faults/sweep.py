@@ -88,8 +88,8 @@ class Bench:
             raise Wrong(f"{fault}: {exc}") from exc
 
     def _run(self, fault: Fault) -> Result:
-        for leftover in self._folder.glob("disk*"):
-            leftover.unlink()
+        for orphan in self._folder.glob("disk*"):
+            orphan.unlink()
         create_overlay(
             str(self._overlay),
             image_size=IMAGE_SIZE,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from qedfs.overlay.create import create_overlay
 from tests.harness.images import random_image
 from tests.harness.mounts import Mount, mounted, qedfs

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
+from qedfs.host.runtime import mount_folder
 from qedfs.overlay.create import create_overlay
-from qedfs.runtime import mount_folder
 from tests.fakes.http_server import FakeHttpServer
 from tests.faults.farm import FORBIDDEN_URL
 from tests.harness.images import qemu_create

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 
 from .process import Child, Died, wait_for
 from .require import require, require_fuse

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from click.testing import CliRunner
 
-from qedfs.cli.create import create as create_command
+from qedfs.cli.commands.create import create as create_command
 from tests.harness.images import first_difference, qemu_check, qemu_info, qemu_same, random_image
 from tests.harness.mounts import Mount, mounted
 from tests.harness.servers import Nginx, nginx

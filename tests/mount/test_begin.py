@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.place import standing_at
+from qedfs.mount.mountinfo import mount_info_at
 from tests.harness.mounts import COMMAND_SECONDS
 from tests.harness.require import require, require_fuse, require_root
 
@@ -29,7 +29,7 @@ if "mount" in sys.argv or "mount" in sys.orig_argv:
 IN_THE_TABLE = """
 import sys
 if "mount" in sys.orig_argv:
-    import qedfs.mount.daemon as daemon
+    import qedfs.mount.server as daemon
     look = daemon.standing_at
     def failing(place):
         raise {error}
@@ -47,7 +47,7 @@ def test_a_mount_that_fails_once_the_kernel_has_mounted_leaves_none(
     done = _mount_with(tmp_path, AFTER_INIT.format(error=error), *way)
     assert done.returncode in (1, 130)
     assert "Traceback" not in done.stderr
-    assert standing_at(str(tmp_path / "mnt")) is None
+    assert mount_info_at(str(tmp_path / "mnt")) is None
 
 
 @pytest.mark.parametrize("error", ["OSError(24, 'Too many open files')", "ValueError('garbled')", "IndexError()"])
@@ -57,7 +57,7 @@ def test_a_table_of_mounts_that_cannot_be_read_keeps_no_mount_from_its_end(tmp_p
     done = _mount_with(tmp_path, IN_THE_TABLE.format(error=error), "--until-streamed")
     assert done.returncode == 0, done
     assert "cannot look what is mounted at" in done.stderr
-    assert standing_at(str(tmp_path / "mnt")) is None
+    assert mount_info_at(str(tmp_path / "mnt")) is None
 
 
 def test_a_mount_of_a_user_for_whom_no_descriptor_is_left_leaves_none(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_mount_of_a_user_for_whom_no_descriptor_is_left_leaves_none(tmp_path: 
             command = (python, "-m", "qedfs", "mount", overlay, mountpoint, "--until-streamed")
             done = nobody.run(require("prlimit"), f"--nofile={limit}", *command, check=False)
             failed += done.returncode != 0
-            assert standing_at(str(mountpoint)) is None, (limit, done)
+            assert mount_info_at(str(mountpoint)) is None, (limit, done)
     assert 0 < failed < 12
 
 
@@ -95,6 +95,6 @@ def _mount_with(folder: Path, site: str, *options: str) -> subprocess.CompletedP
             timeout=COMMAND_SECONDS,
         )
     finally:
-        if standing_at(str(folder / "mnt")) is not None:
+        if mount_info_at(str(folder / "mnt")) is not None:
             subprocess.run([require("umount"), "--lazy", folder / "mnt"], check=False)
             raise AssertionError("a mount is left behind")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.cgroup import memory_limit
+from qedfs.host.cgroup import memory_limit
 from tests.harness.images import random_image
 from tests.harness.mounts import mounted
 from tests.harness.require import require, require_root, unavailable

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfs.image import Image
-from qedfs.mount.folder import CLOSING, Folder, Options
-from qedfs.mount.place import standing_at
-from qedfs.mount.sources import Sources
+from qedfs.image.image import Image
+from qedfs.mount.mountinfo import mount_info_at
+from qedfs.mount.registry import CLOSING, Folder, Options
+from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.create import create_overlay
 from tests.harness.fusectl import fusectl
 from tests.harness.mounts import mounted
@@ -121,7 +121,7 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
         create_overlay(str(tmp_path / f"{number}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
     events = []
     under_way = 0
-    close, aclose = Image.close, Sources.aclose
+    close, aclose = Image.close, SourcePool.aclose
 
     async def noted_close(image: Image) -> None:
         nonlocal under_way
@@ -131,12 +131,12 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
         await close(image)
         under_way -= 1
 
-    async def noted_aclose(sources: Sources) -> None:
+    async def noted_aclose(sources: SourcePool) -> None:
         events.append(-under_way)
         await aclose(sources)
 
     monkeypatch.setattr(Image, "close", noted_close)
-    monkeypatch.setattr(Sources, "aclose", noted_aclose)
+    monkeypatch.setattr(SourcePool, "aclose", noted_aclose)
     async with trio.open_nursery() as nursery:
         folder = Folder(str(tmp_path), Options(stream=False), nursery)
         await folder.scan()
@@ -149,7 +149,7 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
 
 def _abort(mountpoint: Path) -> None:
     """Cut the connection through fusectl."""
-    standing = standing_at(str(mountpoint))
+    standing = mount_info_at(str(mountpoint))
     assert standing is not None
     with fusectl() as connections:
         (connections / standing.device.split(":")[1] / "abort").write_text("1")
@@ -168,7 +168,7 @@ def _held(path: Path) -> Iterator[int]:
 
 
 def _kind_at(place: Path) -> str | None:
-    standing = standing_at(str(place))
+    standing = mount_info_at(str(place))
     return None if standing is None else standing.kind
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
-from qedfs.fetch import Fetch
+from qedfs.fetch.queue import FetchQueue
 from qedfs.format.tables import MISSING
-from qedfs.image import Image
+from qedfs.image.image import Image
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.base import Identity
@@ -60,7 +60,7 @@ class Elsewhere:
 async def test_the_source_is_asked_before_anything_waits_for_the_disk() -> None:
     """Else the stream may bring a cluster in meanwhile, and the reader, whose look at the map is old, a second time."""
     asked: list[str] = []
-    image = Image("disk.raw", cast("Overlay", HalfFilled(asked)), cast("Fetch", Elsewhere(asked)))
+    image = Image("disk.raw", cast("Overlay", HalfFilled(asked)), cast("FetchQueue", Elsewhere(asked)))
     assert image.version is not None
     image.version.identity = Elsewhere.remote.identity
     assert bytes(await image.read(0, 2 * CLUSTER_SIZE)) == b"d" * CLUSTER_SIZE + b"s" * CLUSTER_SIZE

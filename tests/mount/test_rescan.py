@@ -12,14 +12,14 @@ import pytest
 import trio
 
 from qedfs.errors import BadOverlay, QedfsError
-from qedfs.mount import sources
-from qedfs.mount.folder import Folder, Options
+from qedfs.jobs.stream import State
+from qedfs.mount import source_pool
+from qedfs.mount.registry import Folder, Options
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
-from qedfs.stream.job import State
 
 
 def create(overlay: Path) -> None:
@@ -52,7 +52,7 @@ async def cancelled_look(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Non
         await trio.sleep_forever()
 
     with monkeypatch.context() as patch, scope:
-        patch.setattr(sources, "allowed", hang_up)
+        patch.setattr(source_pool, "allowed", hang_up)
         await folder.look()
     assert scope.cancelled_caught
 
@@ -116,7 +116,7 @@ async def test_what_has_passed_is_looked_for_again(
 @pytest.mark.expect_log("the stream has stopped: was cut")
 async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server is away for a while; a file that was cut stays so."""
-    monkeypatch.setattr("qedfs.mount.folder.INSPECT_SECONDS", 0.01)
+    monkeypatch.setattr("qedfs.mount.registry.INSPECT_SECONDS", 0.01)
     overlay = tmp_path / "o" / "new.qed"
     answers = [QedfsError("Stale file handle"), QedfsError("Stale file handle"), None, BadOverlay("was cut")]
     states: list[tuple[State, QedfsError | None]] = []

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.harness.require import require, require_fuse, require_root
-from tests.test_procfs import NAMES
+from tests.host.test_procfs import NAMES
 
 from .support import MIB, create, origin
 

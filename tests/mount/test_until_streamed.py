@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root

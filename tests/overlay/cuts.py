@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Cut(NamedTuple):
+class Truncation(NamedTuple):
     """One state. `size` is the length of the file; `garbage` fills what it grew by."""
 
     position: int
@@ -82,7 +82,7 @@ class Disk:
         """Indices of the operations that may or may not have reached the disk."""
         return [i for i in range(self._covered, self._scanned) if isinstance(self._log[i], Written | Resized)]
 
-    def cuts(self, most: int, rng: random.Random) -> Iterator[Cut]:
+    def cuts(self, most: int, rng: random.Random) -> Iterator[Truncation]:
         """At most `most` states at this position: subsets and tears, each with one way of growing."""
         pending = self.pending()
         choices = [*_subsets(len(pending)), *self._tears(pending)]
@@ -98,7 +98,7 @@ class Disk:
                 entry = self._log[index]
                 yield Piece(index, 0, len(entry.data) if isinstance(entry, Written) else 0)
 
-    def build(self, cut: Cut) -> bytearray:
+    def build(self, cut: Truncation) -> bytearray:
         """The bytes of the file in a state at this position."""
         base = len(self._durable)
         image = bytearray(self._durable)
@@ -129,10 +129,10 @@ class Disk:
                         yield Choice(lambda _: True, torn)
                         yield Choice(partial(operator.gt, number), torn)
 
-    def _cut(self, pieces: list[Piece], rng: random.Random) -> Cut:
+    def _cut(self, pieces: list[Piece], rng: random.Random) -> Truncation:
         low, high = sorted((len(self._durable), self._size_now))
         size = rng.choice((low, high, high, rng.randrange(low, high + 1, SECTOR)))
-        return Cut(self._scanned, tuple(pieces), size, rng.random() < 0.5)
+        return Truncation(self._scanned, tuple(pieces), size, rng.random() < 0.5)
 
 
 def _subsets(count: int) -> Iterator[Choice]:

@@ -9,7 +9,7 @@ import random
 
 from qedfs.errors import QedfsError
 from qedfs.overlay.check import check
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage

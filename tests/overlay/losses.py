@@ -24,7 +24,7 @@ from tests.fakes.storage import MemoryStorage, Written
 from tests.harness.images import Check, qemu_check
 from tests.harness.require import require
 from tests.model import SECTOR
-from tests.overlay.cuts import Cut, Disk
+from tests.overlay.cuts import Disk, Truncation
 from tests.overlay.examine import Broken, examine, read_content
 from tests.overlay.powercut import states
 from tests.overlay.scenario import BACKING_NAME, History
@@ -42,7 +42,7 @@ class Stretch(NamedTuple):
 class Loss(NamedTuple):
     """One state and what it has lost."""
 
-    cut: Cut
+    cut: Truncation
     lost: tuple[Stretch, ...]
     zeros: bool  # whether all of that reads as zeros
     checked: Check  # by `qemu-img check`
@@ -79,7 +79,7 @@ async def _replay_stream(history: History, folder: Path, seed: int) -> Tally:
     return tally
 
 
-def _distinct_states(history: History, rng: random.Random) -> Iterator[tuple[Cut, bytearray]]:
+def _distinct_states(history: History, rng: random.Random) -> Iterator[tuple[Truncation, bytearray]]:
     seen: set[tuple[bytes, bool]] = set()
     for cut, image in states(history, EVERY_CHOICE, rng):
         # The same bytes are another state once the end of the stream has been reported.
@@ -89,7 +89,7 @@ def _distinct_states(history: History, rng: random.Random) -> Iterator[tuple[Cut
             yield cut, image
 
 
-async def _judge(tally: Tally, history: History, cut: Cut, image: bytearray, folder: Path) -> None:
+async def _judge(tally: Tally, history: History, cut: Truncation, image: bytearray, folder: Path) -> None:
     """Count a loss; raise what else is wrong. RuntimeError: QEMU cannot read it."""
     base = history.scenario.base
     content = await read_content(image, base)
@@ -135,7 +135,7 @@ def _seen_by_qemu(image: bytearray, folder: Path) -> tuple[bytes, Check]:
     return raw.read_bytes(), checked
 
 
-def describe(history: History, cut: Cut) -> str:
+def describe(history: History, cut: Truncation) -> str:
     """Which of the writes that no barrier had covered are on the disk in a state, and which are not."""
     log = history.storage.log
     disk = Disk(history.storage.start, log)

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import trio
 
-from qedfs.cli.map import whole_map
+from qedfs.cli.commands.map import whole_map
 from qedfs.errors import QedfsError
 from qedfs.format.header import BACKING_FILE, NEED_CHECK, UNTOUCHED
 from qedfs.format.record import Record, encode_record, slot_offsets
 from qedfs.overlay.check import check
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage

@@ -118,14 +118,14 @@ MUTANTS = (
     ),
     Mutant(
         "allocation: it starts behind a last cluster that is not whole",
-        "opening:_open",
+        "open:_open",
         "round_up(file_end, cluster_size)",
         "round_down(file_end, cluster_size)",
     ),
     Mutant(
         "open: after a session that did not end in order all is read from the disk",
-        "opening:_open",
-        "settle(storage, journal_folder)",
+        "open:_open",
+        "revalidate(storage, journal_folder)",
         "pass",
         "killed",
     ),
@@ -147,8 +147,8 @@ MUTANTS = (
     ),
     Mutant(
         "open: a journal is not believed if its data has not reached the disk",
-        "trust:_refresh",
-        "if _checksum(storage, leftover, cluster_size) != before:",
+        "revalidation:_refresh",
+        "if _checksum(storage, orphan, cluster_size) != before:",
         "if False:",
         "killed",
         first=220,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import trio
 
-from tests.overlay.cuts import Cut, Disk, Piece
+from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine, read_content
 from tests.overlay.scenario import History, process, repeatable, run_again, run_seed
 
@@ -23,7 +23,7 @@ class Failure(NamedTuple):
     """One state that broke a promise, small enough to be kept: the seed repeats the history."""
 
     seed: int
-    cut: Cut
+    cut: Truncation
     text: str
 
     def save(self, folder: Path) -> Path:
@@ -37,7 +37,7 @@ class Failure(NamedTuple):
         """Read a saved case."""
         seed, cut, text = json.loads(path.read_text()).values()
         position, pieces, size, garbage = cut
-        return cls(seed, Cut(position, tuple(Piece(*piece) for piece in pieces), size, garbage), text)
+        return cls(seed, Truncation(position, tuple(Piece(*piece) for piece in pieces), size, garbage), text)
 
 
 class Tally(NamedTuple):
@@ -74,7 +74,7 @@ def reproduce(failure: Failure) -> str | None:
     return None
 
 
-def states(history: History, per_position: int, rng: random.Random) -> Iterator[tuple[Cut, bytearray]]:
+def states(history: History, per_position: int, rng: random.Random) -> Iterator[tuple[Truncation, bytearray]]:
     """States of a history in order of position; a position at which nothing has happened since is left out."""
     disk = Disk(history.storage.start, history.storage.log)
     for position in range(len(history.storage.log) + 1):
@@ -86,7 +86,7 @@ def states(history: History, per_position: int, rng: random.Random) -> Iterator[
 async def _replay(history: History, most: int, per_position: int, stop: bool, twice: int) -> Tally:
     seed = history.scenario.seed
     rng = random.Random(seed)
-    failures = [Failure(seed, Cut(0, (), 0, garbage=False), text) for text in history.misreads]
+    failures = [Failure(seed, Truncation(0, (), 0, garbage=False), text) for text in history.misreads]
     count = 0
     for cut, image in states(history, per_position, rng):
         if count >= most or (stop and failures):

@@ -23,15 +23,15 @@ import trio
 
 import qedfs.overlay.clustermap as clustermap_module
 import qedfs.overlay.overlay as overlay_module
-from qedfs import room
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
+from qedfs.host import memory_pool
 from qedfs.overlay.clustermap import SECTOR_ENTRIES, SLICE_ENTRIES
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
@@ -232,11 +232,11 @@ def run_seed(seed: int) -> History:
 @contextmanager
 def process() -> Iterator[None]:
     """What runs in the block ends with it, however it ends: overlays that nobody has closed hold no room any more."""
-    held = room.TABLES.used_bytes
+    held = memory_pool.TABLES.used_bytes
     try:
         yield
     finally:
-        room.TABLES.count(held - room.TABLES.used_bytes)
+        memory_pool.TABLES.count(held - memory_pool.TABLES.used_bytes)
 
 
 @contextmanager

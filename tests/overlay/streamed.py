@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import trio.testing
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from qedfs.format.header import HEADER_BYTES, decode_header
-from qedfs.stream.job import StreamJob
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import RecordingStorage
 from tests.harness.images import qemu_create, random_image

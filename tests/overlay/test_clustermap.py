@@ -8,7 +8,7 @@ import trio
 from qedfs.errors import BadOverlay
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import Built, empty, filled
@@ -277,7 +277,7 @@ async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
     await overlay.clusters.count()
     before = overlay.clusters.missing
     assert before == 3 * 512 - 4
-    with overlay._claims.claimed([0, 700]):
+    with overlay._pending.allocating([0, 700]):
         await overlay.adopt_zeros(0, 1025)
     entries = [overlay.clusters.entry(cluster) for cluster in range(3 * 512)]
     missing = [cluster for cluster, entry in enumerate(entries) if entry == MISSING]

@@ -12,12 +12,12 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs import room
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.tables import MISSING
+from qedfs.host import memory_pool
 from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import Run
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage, RecordingStorage
@@ -145,14 +145,14 @@ class Cold(MemoryStorage):
 
 async def test_a_disk_that_cannot_be_read_at_the_close_keeps_nothing_open(tmp_path: Path) -> None:
     """What was promised is durable; what is missing is the word that the session has ended in order."""
-    used_bytes = room.TABLES.used_bytes
+    used_bytes = memory_pool.TABLES.used_bytes
     storage = Cold(empty(backing=b"").data, name="disk")
     overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.write(0, b"x" * CLUSTER, no_fill)
     storage.cold = True
     storage.fail("read", QedfsError("EIO"), forever=True)
     await overlay.close()
-    assert (storage.closed, room.TABLES.used_bytes, os.listdir(tmp_path)) == (True, used_bytes, [])
+    assert (storage.closed, memory_pool.TABLES.used_bytes, os.listdir(tmp_path)) == (True, used_bytes, [])
     again = await open_storage(MemoryStorage(storage.bytes, name="disk"))
     assert await read(again, 0, CLUSTER) == b"x" * CLUSTER
 
@@ -173,7 +173,7 @@ class LateRead(Cold):
 
 
 async def test_a_table_that_is_read_over_the_close_takes_no_memory() -> None:
-    used_bytes = room.TABLES.used_bytes
+    used_bytes = memory_pool.TABLES.used_bytes
     built = MemoryStorage(empty().data)
     overlay = await open_storage(built)
     await overlay.write(0, b"x" * CLUSTER, no_fill)
@@ -186,7 +186,7 @@ async def test_a_table_that_is_read_over_the_close_takes_no_memory() -> None:
         await storage.has_read.wait()
         await overlay.close()
         storage.may_return.set()
-    assert room.TABLES.used_bytes == used_bytes
+    assert memory_pool.TABLES.used_bytes == used_bytes
 
 
 class Rereading(MemoryStorage):

@@ -16,7 +16,7 @@ from qedfs.format.record import Pin, digest
 from qedfs.overlay.check import check
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.fill import Fill
-from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage

@@ -12,9 +12,9 @@ from typing import TypeVar
 import pytest
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.host.runtime import RuntimeFolder
 from qedfs.overlay.journal import Journal, Pair, read_journal
-from qedfs.overlay.opening import open_storage
-from qedfs.runtime import Place
+from qedfs.overlay.open import open_storage
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 
@@ -41,7 +41,7 @@ def place(folder: Path) -> Path:
 def read(folder: Path, *, device: int = DEVICE, locked: bool = True) -> list[Pair]:
     """The pairs that the next process finds; none also where it finds no journal."""
     try:
-        left = read_journal(Place(folder), "disk", SESSION, device, locked=locked)
+        left = read_journal(RuntimeFolder(folder), "disk", SESSION, device, locked=locked)
     except FileNotFoundError:
         return []
     return list(left.pairs) if left else []
@@ -60,7 +60,7 @@ def test_entries_are_read_back_in_order(tmp_path: Path) -> None:
     journal.landed(landing)
     journal.append([(6, 16384)])
     assert read(tmp_path) == [(4, 8192), (5, 12288), (6, 16384)]
-    left = read_journal(Place(tmp_path), "disk", SESSION, DEVICE, locked=True)
+    left = read_journal(RuntimeFolder(tmp_path), "disk", SESSION, DEVICE, locked=True)
     assert left is not None
     assert left.witness == (3, 4096)
     journal.close(remove=True)
@@ -115,7 +115,7 @@ def test_the_journal_of_a_living_process_is_not_read(tmp_path: Path, device: int
 def test_the_journal_of_another_device_is_not_removed(tmp_path: Path) -> None:
     created(tmp_path).close(remove=False)
     for device, kept in ((DEVICE + 1, True), (DEVICE, False)):
-        left = read_journal(Place(tmp_path), "disk", SESSION, device, locked=True)
+        left = read_journal(RuntimeFolder(tmp_path), "disk", SESSION, device, locked=True)
         assert left is not None
         left.remove()
         assert place(tmp_path).exists() == kept

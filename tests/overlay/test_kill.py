@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfs.host.runtime import RuntimeFolder
 from qedfs.overlay.check import check
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.session import read_header
-from qedfs.runtime import Place
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
@@ -26,10 +26,10 @@ from tests.overlay.scenario import History, Kill, Scenario, read_all, repeatable
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where sessions of this test may put their journals."""
-    found = [Place(tmp_path / name) for name in ("here", "there")]
+    found = [RuntimeFolder(tmp_path / name) for name in ("here", "there")]
     for place in found:
         place.path.mkdir()
-    monkeypatch.setattr("qedfs.overlay.whereabouts.journal_places", lambda _: found)
+    monkeypatch.setattr("qedfs.overlay.journal_search.journal_places", lambda _: found)
 
 
 def put_journals(kill: Kill, folder: Path) -> None:
@@ -111,14 +111,14 @@ RULES = (
     ),
     Mutant(
         "the journal is looked for where any session can have put it",
-        "whereabouts:_search",
+        "journal_search:_search",
         "for place in places:",
         "for place in places[:1]:",
     ),
     Mutant(
         "the journal is replayed before the new session voids it",
-        "opening:_open",
-        "apply(leftover.pairs, clusters, space.make_table)",
+        "open:_open",
+        "apply(orphan.pairs, clusters, allocator.make_table)",
         "pass",
     ),
 )

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfs.format.sparse import PAGE_ENTRIES, SparseTable
+from qedfs.host.memory_pool import Pool, Share
+from qedfs.jobs.stream import State, StreamJob
 from qedfs.overlay.l1 import read_l1
-from qedfs.overlay.opening import open_storage
-from qedfs.room import Pool, Share
-from qedfs.stream.job import State, StreamJob
+from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import Built, empty

@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.images import Check
 from tests.overlay.conftest import Qemu
-from tests.overlay.cuts import Cut, Disk
+from tests.overlay.cuts import Disk, Truncation
 from tests.overlay.losses import Stretch, describe, differing, replay_stream
 from tests.overlay.mutants import MUTANTS, mutated
 from tests.overlay.streamed import Workload, by_qedfs, by_qemu, qemu_version, workload
@@ -31,7 +31,7 @@ def test_the_log_of_qemus_stream_tells_all_that_was_written(work: Workload) -> N
     disk = Disk(storage.start, storage.log)
     disk.advance(position)
     assert disk.pending() == []
-    assert disk.build(Cut(position, (), len(storage.bytes), garbage=False)) == storage.bytes
+    assert disk.build(Truncation(position, (), len(storage.bytes), garbage=False)) == storage.bytes
 
 
 def test_qemu_drops_the_backing_before_the_last_data_is_durable(work: Workload, tmp_path: Path) -> None:

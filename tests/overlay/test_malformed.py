@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.cli.map import whole_map
+from qedfs.cli.commands.map import whole_map
 from qedfs.format.header import NEED_CHECK
 from qedfs.format.tables import MISSING
 from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import Run
-from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.open import open_overlay
 from qedfs.overlay.session import read_header
 from tests.overlay.images import empty
 from tests.overlay.malformed import MOST_SECONDS, Malformed, generate, judge, named

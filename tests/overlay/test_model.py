@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qedfs.format.geometry import Geometry
 from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import SLICE_ENTRIES
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
@@ -150,7 +150,7 @@ RULES = (
     Mutant(
         "an adoption leaves claimed clusters alone",
         "overlay:Overlay._sort_out",
-        "or self._claims.spoken_for(cluster)",
+        "or self._pending.is_pending(cluster)",
         "",
     ),
     Mutant(
@@ -161,8 +161,8 @@ RULES = (
     ),
     Mutant(
         "a write waits for a claim to end",
-        "claims:Claims._claim_in",
-        "if not self._claims:",
+        "pending:PendingAllocations._claim_in",
+        "if not self._pending:",
         "if True:",
     ),
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.host.procfs import TMPFS_TYPES, filesystem_type
 from qedfs.overlay.pagecache import evict
-from qedfs.procfs import TMPFS_TYPES, filesystem_type
 from tests.harness.require import unavailable
 
 PAGES = 64

@@ -13,10 +13,10 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, decode_header
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from tests.fakes.storage import Lost, Marked, RecordingStorage, Resized, Written
 from tests.model import SectorModel
-from tests.overlay.cuts import Cut, Disk, Piece
+from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine
 from tests.overlay.images import empty
 from tests.overlay.mutants import MUTANTS, Mutant, mutated
@@ -116,7 +116,7 @@ async def test_the_end_of_the_stream_loses_nothing() -> None:
     disk.advance(header_at + 1)
     assert disk.pending() == [header_at]
     for position in range(header_at + 1, len(storage.log) + 1):
-        alone = Cut(position, (Piece(header_at, 0, HEADER_BYTES),), len(storage.bytes), garbage=False)
+        alone = Truncation(position, (Piece(header_at, 0, HEADER_BYTES),), len(storage.bytes), garbage=False)
         disk.advance(position)
         await examine(disk.build(alone), history, position, random.Random(position))
     assert storage.log[-1] == Marked("complete")
@@ -129,7 +129,7 @@ async def test_the_end_of_the_stream_without_its_barrier_does() -> None:
     disk = Disk(history.storage.start, history.storage.log)
     disk.advance(header_at + 1)
     assert len(disk.pending()) > 1
-    alone = Cut(header_at + 1, (Piece(header_at, 0, HEADER_BYTES),), len(history.storage.bytes), garbage=False)
+    alone = Truncation(header_at + 1, (Piece(header_at, 0, HEADER_BYTES),), len(history.storage.bytes), garbage=False)
     with pytest.raises(Broken, match="that nobody wrote differs from the backing"):
         await examine(disk.build(alone), history, header_at + 1, random.Random(1))
 
@@ -170,9 +170,9 @@ def test_a_file_grows_wholly_in_part_or_not_at_all_over_zeros_or_garbage() -> No
     rng = random.Random(1)
     grown = {(cut.size, cut.garbage) for _ in range(200) for cut in disk.cuts(10, rng)}
     assert {(1024, False), (4096, False), (4096, True), (2048, True)} <= grown
-    assert disk.build(Cut(1, (), 4096, garbage=False)) == bytes(4096)
-    assert any(disk.build(Cut(1, (), 4096, garbage=True))[1024:])
-    assert not any(disk.build(Cut(1, (Piece(0, 0, 0),), 1024, garbage=True)))
+    assert disk.build(Truncation(1, (), 4096, garbage=False)) == bytes(4096)
+    assert any(disk.build(Truncation(1, (), 4096, garbage=True))[1024:])
+    assert not any(disk.build(Truncation(1, (Piece(0, 0, 0),), 1024, garbage=True)))
 
 
 def test_a_page_that_the_disk_did_not_take_is_in_no_state_until_it_is_written_again() -> None:

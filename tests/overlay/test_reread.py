@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfs import room
 from qedfs.errors import QedfsError
-from qedfs.overlay.opening import open_storage
+from qedfs.host import memory_pool
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -84,7 +84,7 @@ async def same_as_the_file(overlay: Overlay, image: bytearray) -> None:
 def test_a_failed_barrier_leaves_the_map_of_the_file(seed: int, journal: bool, tmp_path: Path) -> None:
     async def main() -> None:
         rng = random.Random(seed)
-        used_bytes = room.TABLES.used_bytes
+        used_bytes = memory_pool.TABLES.used_bytes
         storage = MemoryStorage(empty(image_size=IMAGE).data, name="disk", seed=seed)
         overlay = await open_storage(storage, journal_folder=tmp_path if journal else None)
         storage.fail("barrier", QedfsError("EIO"), nth=rng.randrange(2, MOST_BARRIER))
@@ -95,7 +95,7 @@ def test_a_failed_barrier_leaves_the_map_of_the_file(seed: int, journal: bool, t
         await same_as_the_file(overlay, storage.bytes)
         with pytest.raises(QedfsError, match="EIO"):
             await overlay.close()
-        assert room.TABLES.used_bytes == used_bytes
+        assert memory_pool.TABLES.used_bytes == used_bytes
 
     with repeatable(seed):
         trio.run(main)

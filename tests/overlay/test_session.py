@@ -11,7 +11,7 @@ import trio
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import UNTOUCHED
 from qedfs.format.record import Pin, Record
-from qedfs.overlay.opening import open_storage
+from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written

@@ -18,7 +18,7 @@ import trio
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.overlay.length import Length
-from qedfs.overlay.storage import Extent, FileStorage, Storage
+from qedfs.overlay.storage import FileExtent, FileStorage, Storage
 from tests.fakes.storage import BarrierBegun, BarrierEnded, Marked, MemoryStorage, RecordingStorage, Resized, Written
 
 Opener = Callable[[bytes], Storage]
@@ -124,7 +124,7 @@ def test_what_is_said_to_be_a_hole_reads_as_zeros(opener: Opener) -> None:
     assert holes > 900_000
     assert storage.extent(300_000) == storage.extent(300_000)
     assert not storage.extent(300_000).hole
-    assert storage.extent(1 << 20) == storage.extent(1 << 30) == Extent(MAX_FILE_SIZE, hole=True)
+    assert storage.extent(1 << 20) == storage.extent(1 << 30) == FileExtent(MAX_FILE_SIZE, hole=True)
 
 
 def test_a_barrier_and_a_dropped_cache_change_nothing(opener: Opener) -> None:
@@ -380,7 +380,7 @@ def test_a_file_system_that_knows_no_holes_has_data_everywhere(
     path.write_bytes(bytes(1 << 20))
     storage = FileStorage.open(str(path), writable=False)
     monkeypatch.setattr(os, "lseek", lambda *_: _raise(OSError(number, os.strerror(number))))
-    assert storage.extent(0) == Extent(MAX_FILE_SIZE, hole=False)
+    assert storage.extent(0) == FileExtent(MAX_FILE_SIZE, hole=False)
     monkeypatch.setattr(os, "lseek", lambda *_: _raise(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(QedfsError, match="cannot look for holes: Input/output error"):
         storage.extent(0)

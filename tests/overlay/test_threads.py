@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from qedfs.overlay.create import create_overlay
-from qedfs.overlay.opening import open_overlay
+from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
 

@@ -19,11 +19,11 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from qedfs.control.metrics import STATES
-from qedfs.control.metricshost import is_ours
-from qedfs.control.metricsserver import MAX_CLIENTS, Address, parse_address, serve_metrics
+from qedfs.control.monitoring.metrics import STATES
+from qedfs.control.monitoring.metrics_host import is_ours
+from qedfs.control.monitoring.metrics_server import MAX_CLIENTS, Address, parse_address, serve_metrics
 from qedfs.errors import UsageError
-from qedfs.histogram import BOUNDS
+from qedfs.fetch.latency import BOUNDS
 from tests.control.support import FakeMount
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import Mount, mounted, qedfs

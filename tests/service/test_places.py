@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.runtime import RUN
+from qedfs.host.runtime import RUN
 from tests.harness.mounts import mounted, qedfs
 from tests.harness.require import require, require_fuse, require_root
 from tests.mount.support import MIB, create, origin

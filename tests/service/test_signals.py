@@ -68,7 +68,7 @@ def test_sigusr1_tells_tasks_and_queues(tmp_path: Path) -> None:
         wait_for(lambda: "SIGUSR1" in mount.output(), "the dump")
         message = next(line["message"] for line in _lines(mount.output()) if "SIGUSR1" in line["message"])
         assert "task qedfs.mount.signals.dump_on_signal at qedfs/mount/signals.py:" in message
-        assert "task qedfs.control.server.serve_control at qedfs/control/server.py:" in message
+        assert "task qedfs.control.qmp.server.serve_control at qedfs/control/qmp/server.py:" in message
         # What was read may still be on its way into the overlay.
         assert re.search(rf"source {re.escape(source.url)}: \d+ requests in flight with .*, 0 readers wait", message)
         assert mount.image()["state"] == "off"
@@ -94,7 +94,7 @@ def test_sigusr1_tells_whom_a_reader_waits_for(tmp_path: Path) -> None:
         message = next(line["message"] for line in _lines(mount.output()) if "SIGUSR1" in line["message"])
         assert " 1 readers wait" in message
         assert f" at {3 * MIB} for a reader, for 0." in message
-        assert "task qedfs.fetch.Fetch._fly at qedfs/source/http/multi.py:" in message
+        assert "task qedfs.fetch.queue.Fetch._fly at qedfs/source/http/multi.py:" in message
 
 
 def _slow_disk(folder: Path, seconds: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.control.client import Client
+from qedfs.control.qmp.client import Client
 from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require

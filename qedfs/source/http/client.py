@@ -1,6 +1,6 @@
 """HttpSource: the Source port over HTTP and HTTPS.
 
-Owns the two connection pools and the effective URL, resolved anew when `place.py` says so. Must not know what an answer
+Owns the two connection pools and the effective URL, resolved anew when `route.py` says so. Must not know what an answer
 has to look like (`judge.py`), what is of one version (`version.py`), how redirects are followed (`resolve.py`) or how
 libcurl is driven (`multi.py`).
 
@@ -23,24 +23,24 @@ from functools import partial
 
 import trio
 
-from qedfs.descriptors import connections
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable, UsageError
+from qedfs.host.descriptors import connections
 from qedfs.source.base import Extent, Identity
+from qedfs.source.ca_files import read_files
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.exchange import Exchange, Judge
 from qedfs.source.http.judge import Doubted, Part, RangeIgnored, RangeRequest, Unmet, ignores_ranges
 from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
-from qedfs.source.http.place import Doubt, Place, passing
 from qedfs.source.http.resolve import IGNORED_SECONDS, REDIRECTS, Resolved, place_name, request_lines, resolve
+from qedfs.source.http.route import Doubt, Route, passing
 from qedfs.source.http.target import Target, first_target
 from qedfs.source.http.version import Version
 from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
-from qedfs.source.trust import read_files
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 64  # per pool
@@ -71,7 +71,7 @@ class _Pool:
         return self._done + sum(exchange.received for exchange in self._busy)
 
     async def run(
-        self, place: Place, pos: int, buffer: memoryview, judge: Judge, silence: trio.CancelScope, seconds: float
+        self, place: Route, pos: int, buffer: memoryview, judge: Judge, silence: trio.CancelScope, seconds: float
     ) -> None:
         """`silence`, entered here, ends the request when so many seconds have gone by since it was sent."""
         async with self._slots:
@@ -221,7 +221,7 @@ class HttpSource:
         await self._background.aclose()
 
     async def _fetch(
-        self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
+        self, pool: _Pool, place: Route, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
     ) -> None:
         """One request, and those that find out what an answer leaves open.
 
@@ -246,7 +246,7 @@ class HttpSource:
         raise _contradiction(place)
 
     async def _request(
-        self, pool: _Pool, place: Place, pos: int, view: memoryview, *, silent_seconds: float, follow: bool
+        self, pool: _Pool, place: Route, pos: int, view: memoryview, *, silent_seconds: float, follow: bool
     ) -> None:
         silence = trio.CancelScope()
 
@@ -260,18 +260,18 @@ class HttpSource:
         if silence.cancelled_caught:
             raise SourceUnreachable(f"{place.where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
 
-    def _asked(self, place: Place, pos: int, view: memoryview) -> RangeRequest:
+    def _asked(self, place: Route, pos: int, view: memoryview) -> RangeRequest:
         return RangeRequest(
             pos, len(view), self.identity, place.where, conditional=place.conditional, place=place.target.place
         )
 
-    async def _fetch_again(self, pool: _Pool, place: Place, pos: int, view: memoryview) -> None:
+    async def _fetch_again(self, pool: _Pool, place: Route, pos: int, view: memoryview) -> None:
         with passing():
             await self._fetch(pool, place, pos, view, silent_seconds=math.inf, follow=False)
         if place is self._place:
             self._doubt.good()
 
-    async def _resolve_failed(self, failed: Place, error: SourceError) -> Place:
+    async def _resolve_failed(self, failed: Route, error: SourceError) -> Route:
         """Where to go in place of one that has failed; raises `error`, as one that may pass, if that is nowhere."""
         if self._place is not failed:
             return self._place  # another reader has asked meanwhile
@@ -282,7 +282,7 @@ class HttpSource:
     def _may_ask(self) -> bool:
         return self._doubt.may_ask(trio.current_time())
 
-    async def _resolve_anew(self, stale: Place, error: SourceError | None) -> Place:
+    async def _resolve_anew(self, stale: Route, error: SourceError | None) -> Route:
         """Ask the origin for the way, once for all who want to know. `error`: for what the stale place has failed."""
         async with self._resolving:
             if self._place is not stale:
@@ -296,7 +296,7 @@ class HttpSource:
             self._place = place
             return place
 
-    async def _asked_for(self, stale: Place, error: SourceError | None) -> Place:
+    async def _asked_for(self, stale: Route, error: SourceError | None) -> Route:
         try:
             resolved = await self._resolved()
         except QedfsError as exc:
@@ -313,7 +313,7 @@ class HttpSource:
         await self._version.accept(resolved.identity, place.where, partial(self._read_shown, resolved.identity, place))
         return resolved
 
-    async def _unconditional(self, place: Place) -> Place:
+    async def _unconditional(self, place: Route) -> Route:
         """The place to ask without a condition, since it did not find ours met. Raises SourceChanged if it was right.
 
         Answers are compared in any case; the condition only saves the transfer of a wrong one.
@@ -323,14 +323,14 @@ class HttpSource:
                 self._place = self._place_of(await self._resolved(), conditional=False)
             return self._place
 
-    async def _prove(self, doubt: Doubted, place: Place) -> None:
+    async def _prove(self, doubt: Doubted, place: Route) -> None:
         """Return if what an answer showed is the same version as before. Errors as `Version.admit`."""
         async with self._resolving:
             if not self._version.knows(doubt.shown):
                 bare = dataclasses.replace(place, lines=request_lines(place.target, None), conditional=False)
                 await self._version.admit(doubt, place.where, partial(self._read_shown, doubt.shown, bare))
 
-    async def _read_shown(self, shown: Identity, place: Place, pos: int, view: memoryview) -> None:
+    async def _read_shown(self, shown: Identity, place: Route, pos: int, view: memoryview) -> None:
         """Read bytes of whatever is shown."""
 
         def judge(answer: Answer) -> Part:
@@ -341,9 +341,9 @@ class HttpSource:
         except (Doubted, Unmet, RangeIgnored) as exc:
             raise _contradiction(place) from exc
 
-    def _place_of(self, resolved: Resolved, *, conditional: bool = True) -> Place:
+    def _place_of(self, resolved: Resolved, *, conditional: bool = True) -> Route:
         target, identity = resolved.target, self.identity
-        return Place(
+        return Route(
             target=target,
             lines=request_lines(target, identity if conditional else None),
             cookies=resolved.cookies,
@@ -353,5 +353,5 @@ class HttpSource:
         )
 
 
-def _contradiction(place: Place) -> SourceUnreachable:
+def _contradiction(place: Route) -> SourceUnreachable:
     return SourceUnreachable(f"{place.where} contradicts itself from answer to answer", reason=Reason.ANSWER)

@@ -19,7 +19,7 @@ import pycurl
 from qedfs.errors import Reason, Refused, SourceUnreachable
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer, parse_answer
-from qedfs.source.http.failure import TransferFailed, source_error
+from qedfs.source.http.errors import TransferFailed, source_error
 from qedfs.source.http.handle import new_handle, show_tls_files
 from qedfs.source.http.judge import Part
 from qedfs.source.http.multi import Multi, MultiClosed

@@ -11,8 +11,8 @@ import os
 import pycurl
 
 from qedfs import __version__
+from qedfs.source.ca_files import find_ca_file, find_ca_folder
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
-from qedfs.source.trust import find_ca_file, find_ca_folder
 
 CONNECT_SECONDS = 10  # name look-up, TCP and TLS together
 STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for so long is given up

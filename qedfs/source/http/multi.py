@@ -26,7 +26,7 @@ import threading
 import pycurl
 import trio
 
-from qedfs.source.http.failure import TransferFailed, said
+from qedfs.source.http.errors import TransferFailed, said
 
 # At most so many ready sockets are served before other tasks get their turn; each may bring some MiB.
 _SOCKETS_PER_TURN = 8

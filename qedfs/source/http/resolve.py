@@ -18,17 +18,9 @@ from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.digests import published_digest
 from qedfs.source.http.exchange import Exchange
-from qedfs.source.http.judge import (
-    ALL,
-    OPENING_BYTES,
-    Part,
-    RangeIgnored,
-    hides_size,
-    ignores_ranges,
-    judge_opening,
-)
+from qedfs.source.http.judge import ALL, OPENING_BYTES, Part, RangeIgnored, hides_size, ignores_ranges, judge_opening
 from qedfs.source.http.multi import Multi
-from qedfs.source.http.place import passing
+from qedfs.source.http.route import passing
 from qedfs.source.http.target import Target, next_target
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy

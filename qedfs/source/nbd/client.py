@@ -25,7 +25,7 @@ import trio
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.source.base import WEAK, Extent, Identity, Sameness
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
-from qedfs.source.nbd import faults
+from qedfs.source.nbd import errors
 from qedfs.source.nbd.connection import Connection
 from qedfs.source.nbd.tls import client_context
 from qedfs.source.path import in_thread
@@ -169,7 +169,7 @@ class NbdSource:
 
     async def _pick(self, *, urgent: bool) -> Connection:
         if self._closed:
-            raise faults.dropped(self._location, "closed")
+            raise errors.dropped(self._location, "closed")
         live = [each for each in self._connections if each.broken is None]
         if len(live) < len(self._connections):
             self._received += sum(each.received for each in self._connections if each.broken is not None)
@@ -208,7 +208,7 @@ class NbdSource:
         if attempt.connection is not None:
             return attempt.connection
         if attempt.failure is None:
-            raise faults.dropped(self._location, "closed")
+            raise errors.dropped(self._location, "closed")
         raise attempt.failure.fresh()
 
     async def _try(self, attempt: _Attempt) -> None:

@@ -26,15 +26,15 @@ import ssl
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceUnreachable
-from qedfs.source.nbd import faults
-from qedfs.source.nbd.faults import EndedUnderTls
+from qedfs.source.nbd import errors
+from qedfs.source.nbd.errors import EndedUnderTls
 from qedfs.source.nbd.handshake import negotiate
 from qedfs.source.nbd.protocol import (
     MAX_MINIMUM_BLOCK_SIZE,
-    Command,
     ErrorCode,
     Negotiated,
     Refusal,
+    RequestType,
     Violation,
     encode_request,
 )
@@ -78,7 +78,7 @@ class Connection:
         self._replies = Replies(structured=negotiated.structured, context=negotiated.context)
         self._sending = trio.Lock()
         self._next_cookie = 1
-        self._patience = trio.CancelScope()
+        self._breaker = trio.CancelScope()
         self._progress_at = 0.0
         self._oldest = (0, 0.0)  # cookie of the oldest request, and when it was first seen to be that
 
@@ -97,7 +97,7 @@ class Connection:
             if transport is not None:
                 transport.close()
             if isinstance(exc, Exception) and not isinstance(exc, QedfsError):
-                raise faults.opening_fault(location, exc) from exc
+                raise errors.opening_fault(location, exc) from exc
             raise
         connection = cls(location, transport, negotiated)
         nursery.start_soon(connection._listen, name=f"nbd {location}")
@@ -127,12 +127,12 @@ class Connection:
         before = pos % self.negotiated.minimum_block
         asked = before + min(size, MAX_STATUS_RANGE - 2 * MAX_MINIMUM_BLOCK_SIZE)
         asked += -asked % self.negotiated.minimum_block
-        waiting = await self._start(Command.BLOCK_STATUS, pos - before, asked, None)
+        waiting = await self._start(RequestType.BLOCK_STATUS, pos - before, asked, None)
         try:
             await self._finish(waiting)
         except Refusal as exc:
             if exc.transient:
-                raise faults.reply_fault(self._location, exc) from exc
+                raise errors.reply_fault(self._location, exc) from exc
             return None  # the server agreed to tell about holes, but not about these
         clipped = _clip(waiting.request.extents or [], before, size)
         if not clipped:
@@ -146,7 +146,7 @@ class Connection:
             return
         self.broken, self._broken_by = why, kind
         self._transport.close()
-        self._patience.cancel()
+        self._breaker.cancel()
         requests = list(self._replies.in_flight.values())
         self._replies.in_flight.clear()
         for request in requests:
@@ -154,7 +154,7 @@ class Connection:
             request.wake()
 
     def _dropped(self) -> SourceUnreachable:
-        return faults.dropped(self._location, self.broken or "", self._broken_by)
+        return errors.dropped(self._location, self.broken or "", self._broken_by)
 
     async def aclose(self) -> None:
         """Say goodbye if that takes no time, and drop."""
@@ -162,7 +162,7 @@ class Connection:
             gone = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
             with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*gone):
                 async with self._sending:
-                    await self._transport.send(encode_request(Command.DISC, 0))
+                    await self._transport.send(encode_request(RequestType.DISC, 0))
         self.drop("closed")
 
     async def _read_aligned(self, pos: int, view: memoryview) -> None:
@@ -171,18 +171,18 @@ class Connection:
         try:
             for at in range(0, len(view), step):
                 part = view[at : at + step]
-                started.append(await self._start(Command.READ, pos + at, len(part), part))
+                started.append(await self._start(RequestType.READ, pos + at, len(part), part))
                 if len(started) % PARTS_PER_TURN == 0:
                     await trio.lowlevel.checkpoint()
             for waiting in started:
                 await self._finish(waiting)
         except Refusal as exc:
-            raise faults.reply_fault(self._location, exc) from exc
+            raise errors.reply_fault(self._location, exc) from exc
         finally:
             for waiting in started:
                 self._replies.abandon(waiting.request)
 
-    async def _start(self, command: Command, pos: int, size: int, view: memoryview | None) -> _Waiting:
+    async def _start(self, command: RequestType, pos: int, size: int, view: memoryview | None) -> _Waiting:
         # Lock.acquire costs a turn of the event loop even if the lock is free.
         try:
             self._sending.acquire_nowait()
@@ -197,8 +197,8 @@ class Connection:
             now = trio.current_time()
             if not self._replies.in_flight:
                 self._progress_at = now
-                if self._patience.deadline == math.inf:
-                    self._patience.deadline = now + STALL_SECONDS
+                if self._breaker.deadline == math.inf:
+                    self._breaker.deadline = now + STALL_SECONDS
             self._replies.expect(request)
             await self._send(encode_request(command, request.cookie, pos, size))
             return _Waiting(request, answered, now)
@@ -209,7 +209,7 @@ class Connection:
         try:
             await self._transport.send(data)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            self.drop(faults.reason(exc))
+            self.drop(errors.reason(exc))
             raise self._dropped() from exc
         except BaseException:
             self.drop("a request was given up half sent")
@@ -224,7 +224,7 @@ class Connection:
             self._suspect(waiting.sent_at)
             raise
         if not waiting.request.finished:
-            raise self._dropped() if self.broken is not None else faults.lost(self._location)
+            raise self._dropped() if self.broken is not None else errors.lost(self._location)
         failure = waiting.request.failure
         if failure is not None:
             if failure.code == ErrorCode.ESHUTDOWN:
@@ -240,13 +240,13 @@ class Connection:
         """Receive until the connection ends. Nothing but a cancellation from outside leaves this task."""
         try:
             while self.broken is None:
-                with self._patience:
+                with self._breaker:
                     await self._receive_all()
                 self._judge_silence()
         except Violation as exc:
             self.drop(str(exc), Reason.ANSWER)
         except Exception as exc:
-            self.drop(faults.reason(exc))
+            self.drop(errors.reason(exc))
         finally:
             self.drop("qedfs is closing it")
 
@@ -270,7 +270,7 @@ class Connection:
             self.drop(f"no progress for {STALL_SECONDS:.0f} s", Reason.TIMEOUT)
         self._give_up_lost(now)
         deadline = self._progress_at + STALL_SECONDS if busy else math.inf
-        self._patience = trio.CancelScope(deadline=deadline)
+        self._breaker = trio.CancelScope(deadline=deadline)
 
     def _give_up_lost(self, now: float) -> None:
         """Fail the oldest request if its reply got lost. What may still come of it is judged, and goes into the bin."""
@@ -306,7 +306,7 @@ async def _shake_hands(
                 current = secure = TlsTransport(transport, tls, location.host or "localhost")
                 await secure.handshake()
         except (EOFError, trio.BrokenResourceError) as exc:
-            if current is not transport and faults.is_end(exc):
+            if current is not transport and errors.is_end(exc):
                 raise EndedUnderTls from exc
             raise
         try:

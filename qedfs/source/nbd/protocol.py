@@ -28,7 +28,7 @@ STATE_ZERO = 2  # base:allocation: the extent reads as zeros. Bit 1 (hole) alone
 CHUNK_DONE = 1  # this chunk is the last one of its reply
 
 
-class Command(enum.IntEnum):
+class RequestType(enum.IntEnum):
     """The requests that a reader of a disk needs."""
 
     READ = 0
@@ -102,7 +102,7 @@ class Negotiated:
         return bool(self.flags & Export.CAN_MULTI_CONN)
 
 
-def encode_request(command: Command, cookie: int, pos: int = 0, size: int = 0) -> bytes:
+def encode_request(command: RequestType, cookie: int, pos: int = 0, size: int = 0) -> bytes:
     """Lay out one request of the transmission phase."""
     return REQUEST.pack(REQUEST_MAGIC, 0, command, cookie, pos, size)
 

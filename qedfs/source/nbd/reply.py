@@ -27,8 +27,8 @@ from qedfs.source.nbd.protocol import (
     STRUCTURED_REPLY_MAGIC,
     TRANSIENT_ERRORS,
     Chunk,
-    Command,
     Refusal,
+    RequestType,
     Violation,
     describe_error,
 )
@@ -54,7 +54,7 @@ MAX_EXTENTS = 8 * 1024  # as many as we look at; the asker goes on from there, a
 class Request:
     """One request in flight. `view` is where the bytes of a read go; None once the asker has gone."""
 
-    command: Command
+    command: RequestType
     cookie: int
     pos: int
     size: int
@@ -160,7 +160,7 @@ class Replies:
         return request
 
     def _take_simple(self, request: Request, error: int) -> None:
-        if self._structured and (request.command == Command.READ or not error):
+        if self._structured and (request.command == RequestType.READ or not error):
             raise Violation("the server sent a simple reply though structured replies were agreed on")
         if error:
             request.failure = _failure(error, b"")
@@ -171,7 +171,7 @@ class Replies:
 
     def _take_chunk(self, request: Request, last: bool, kind: int, size: int) -> bool:
         head = STRUCTURED.size
-        if kind == Chunk.OFFSET_DATA and request.command == Command.READ:
+        if kind == Chunk.OFFSET_DATA and request.command == RequestType.READ:
             if size <= POSITION.size:
                 raise Violation("the server sent a data chunk without data")
             if self._end - self._start < head + POSITION.size:
@@ -181,7 +181,7 @@ class Replies:
             self._start += head + POSITION.size
             self._begin_body(request, at, size - POSITION.size, last=last)
             return True
-        if kind == Chunk.BLOCK_STATUS and request.command == Command.BLOCK_STATUS:
+        if kind == Chunk.BLOCK_STATUS and request.command == RequestType.BLOCK_STATUS:
             self._check_status_size(request, size)
             self._start += head
             self._status = bytearray(size)
@@ -223,7 +223,7 @@ class Replies:
             return
         if kind == Chunk.OFFSET_HOLE:
             pos, size = HOLE.unpack(body)
-            if request.command != Command.READ or not size:
+            if request.command != RequestType.READ or not size:
                 raise Violation("the server sent a hole that answers nothing")
             at = self._cover(request, pos, size)
             if request.view is not None:
@@ -297,10 +297,10 @@ class Replies:
     def _finish(self, request: Request) -> None:
         """The reply is over: judge it as a whole. Only then does the asker hear of it."""
         if request.failure is None:
-            if request.command == Command.READ and request.coverage.total != request.size:
+            if request.command == RequestType.READ and request.coverage.total != request.size:
                 missing = request.size - request.coverage.total
                 raise Violation(f"the server ended a reply with {missing} bytes missing")
-            if request.command == Command.BLOCK_STATUS and request.extents is None:
+            if request.command == RequestType.BLOCK_STATUS and request.extents is None:
                 raise Violation("the server ended a block status without any extent")
         del self.in_flight[request.cookie]
         self.finished += 1

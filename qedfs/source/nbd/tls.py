@@ -12,8 +12,8 @@ import ssl
 from collections.abc import Callable
 
 from qedfs.errors import SourceError
+from qedfs.source.ca_files import find_ca_files, find_ca_folder, read_files
 from qedfs.source.credentials import TlsFiles
-from qedfs.source.trust import find_ca_files, find_ca_folder, read_files
 from qedfs.source.url import Location
 
 # libnbd and QEMU look for these.

@@ -16,10 +16,10 @@ from typing import Protocol
 
 import trio
 
-from qedfs.source.names import addresses
 from qedfs.source.nbd.reply import Replies
 from qedfs.source.path import Held, in_thread
 from qedfs.source.policy import Policy
+from qedfs.source.resolver import addresses
 from qedfs.source.url import Location
 
 # The event loop gets its turn after this many receives in a row that did not block: about 1 MiB, or 16 small replies.

@@ -16,9 +16,9 @@ from typing import Generic, TypeVar
 
 import trio
 
-from qedfs import room
 from qedfs.errors import QedfsError
-from qedfs.room import Share
+from qedfs.host import memory_pool
+from qedfs.host.memory_pool import Share
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -37,11 +37,11 @@ class Cache(Generic[K, V]):
     """Least recently used values go first. `size_of` tells the bytes of a value."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
-        """`max_bytes`: kept at the most; less where others need the room (`room.py`)."""
+        """`max_bytes`: kept at the most; less where others need the room (`memory_pool.py`)."""
         self._max_bytes = max_bytes
         self._size_of = size_of
         self._kept: OrderedDict[K, V] = OrderedDict()
-        self._share = Share(room.TABLES)
+        self._share = Share(memory_pool.TABLES)
         self._flights: dict[K, _Flight[K, V]] = {}
 
     @property

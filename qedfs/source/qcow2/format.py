@@ -49,7 +49,7 @@ class Fault(Exception):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Header:
+class Qcow2Header:
     """What a reader needs of a header. `l1_entries`: how many entries `size` needs; the table may be longer."""
 
     version: int
@@ -80,7 +80,7 @@ class Packed:
     size: int
 
 
-def decode_header(data: bytes, file_size: int) -> Header:
+def decode_header(data: bytes, file_size: int) -> Qcow2Header:
     """The header from the first `HEADER_BYTES` of the file (fewer if the file is shorter).
 
     Raises:
@@ -103,7 +103,7 @@ def decode_header(data: bytes, file_size: int) -> Header:
     needed = -(-size >> (2 * cluster_bits - 3))
     _check_l1(needed, l1_size, l1_offset, cluster_bits, file_size)
     corrupt = version > 2 and bool(_features(data) & _CORRUPT)
-    return Header(version, cluster_bits, size, l1_offset, needed, compression, file_size, corrupt)
+    return Qcow2Header(version, cluster_bits, size, l1_offset, needed, compression, file_size, corrupt)
 
 
 def _decode_features(data: bytes, cluster_size: int) -> int:
@@ -162,7 +162,7 @@ def has_table(entry: int) -> bool:
     return bool(entry & _OFFSET)
 
 
-def table_offset(header: Header, entry: int) -> int | None:
+def table_offset(header: Qcow2Header, entry: int) -> int | None:
     """Where the L2 table of an L1 entry is; None: there is none, all of it is unallocated.
 
     Raises:
@@ -178,7 +178,7 @@ def table_offset(header: Header, entry: int) -> int | None:
     return offset
 
 
-def reads_zero(header: Header, entry: int) -> bool:
+def reads_zero(header: Qcow2Header, entry: int) -> bool:
     """Whether an L2 entry says, without fault, that its cluster is unallocated or zero."""
     if entry & _COMPRESSED:
         return False
@@ -188,7 +188,7 @@ def reads_zero(header: Header, entry: int) -> bool:
     return offset == 0
 
 
-def find_cluster(header: Header, entry: int) -> int | Packed | None:
+def find_cluster(header: Qcow2Header, entry: int) -> int | Packed | None:
     """What an L2 entry says: the offset of the cluster's bytes, where they are compressed, or None for zeros.
 
     The cluster or its compressed bytes start inside the file and may reach past its end, as for QEMU's own check; what
@@ -211,7 +211,7 @@ def find_cluster(header: Header, entry: int) -> int | Packed | None:
     return offset
 
 
-def _find_packed(header: Header, entry: int) -> Packed:
+def _find_packed(header: Qcow2Header, entry: int) -> Packed:
     # "Compressed Clusters Descriptor": the offset, above it the number of further sectors that the bytes reach into.
     offset_bits = 62 - (header.cluster_bits - 8)
     offset = entry & ((1 << offset_bits) - 1)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from qedfs.source.qcow2.format import Header, Packed, find_cluster
+from qedfs.source.qcow2.format import Packed, Qcow2Header, find_cluster
 
 # Bytes between two pieces that are fetched along rather than ask twice: 0.3 ms of a link with 1 Gbit/s, far below a
 # round trip. With the smallest clusters it is just what lies between one L2 table and the next.
@@ -78,7 +78,7 @@ class Batch(Generic[P]):
     pieces: Sequence[P]
 
 
-def plan_read(header: Header, pos: int, size: int, entries: Iterable[int]) -> Plan:
+def plan_read(header: Qcow2Header, pos: int, size: int, entries: Iterable[int]) -> Plan:
     """What to do for `size` bytes at `pos`; `entries` are the L2 entries of the clusters from that of `pos` on.
 
     Raises:

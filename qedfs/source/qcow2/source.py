@@ -25,16 +25,16 @@ from typing import TypeVar
 
 import trio
 
-from qedfs import room
 from qedfs.errors import QedfsError, SourceError, SourceUnreachable
 from qedfs.format.sparse import SparseTable
-from qedfs.room import Share
+from qedfs.host import memory_pool
+from qedfs.host.memory_pool import Share
 from qedfs.source.base import LAYOUT, Extent, Identity, Source
 from qedfs.source.qcow2.cache import Cache
 from qedfs.source.qcow2.format import (
     HEADER_BYTES,
     Fault,
-    Header,
+    Qcow2Header,
     decode_header,
     decode_table,
     has_table,
@@ -78,7 +78,7 @@ class Qcow2Source:
         self,
         inner: Source,
         name: str,
-        header: Header,
+        header: Qcow2Header,
         l1: SparseTable,
         inflate: Inflate,
         stamp: str,
@@ -115,7 +115,7 @@ class Qcow2Source:
             inflate = inflater(header.compression)
         if header.corrupt:
             log.info("backing %s is marked as corrupt; it is read as it is, see qemu-img check", name)
-        share = Share(room.TABLES)
+        share = Share(memory_pool.TABLES)
         try:
             l1, stamp = await _read_l1(inner, name, header, bytes(head), share)
         except BaseException:
@@ -314,7 +314,7 @@ def _part(data: memoryview, batch: Batch[P], piece: P) -> memoryview:
     return data[start : start + piece.size]
 
 
-async def _read_l1(inner: Source, name: str, header: Header, head: bytes, share: Share) -> tuple[SparseTable, str]:
+async def _read_l1(inner: Source, name: str, header: Qcow2Header, head: bytes, share: Share) -> tuple[SparseTable, str]:
     """The L1 table, and a digest of what was read to open the image. `share` holds what the table takes."""
     l1 = SparseTable(header.l1_entries)
     digest = hashlib.sha256(head)

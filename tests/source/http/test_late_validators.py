@@ -8,7 +8,7 @@ import trio
 from qedfs.errors import SourceChanged
 from qedfs.source.base import Source
 from qedfs.source.http import HttpSource
-from qedfs.source.remote import Remote
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.source.http.conftest import CONTENT, OpenSource, read
@@ -57,7 +57,7 @@ async def test_the_remote_knows_what_its_source_has_learnt(server: FakeHttpServe
         await trio.lowlevel.checkpoint()
         return source
 
-    remote = Remote(parse_location(server.url()), connect)
+    remote = RetryingSource(parse_location(server.url()), connect)
     assert (await remote.connect()).etag is None
     buffer = bytearray(100)
     await remote.read(100, memoryview(buffer))

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from qedfs.errors import Refused, SourceChanged, SourceError, SourceUnreachable
-from qedfs.source import trust
+from qedfs.source import ca_files
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.servers import nginx
 from tests.harness.tls import Certificate
@@ -189,7 +189,7 @@ async def test_a_missing_ca_file_is_an_error_and_not_other_trust(
 
 
 def test_a_ca_file_is_found_on_this_system() -> None:
-    assert os.path.exists(trust.find_ca_file({}) or "")
+    assert os.path.exists(ca_files.find_ca_file({}) or "")
 
 
 async def test_https_never_goes_on_to_http(

@@ -13,7 +13,7 @@ import pytest
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.http import HttpSource, client, resolve
-from qedfs.source.remote import Remote
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.process import Child, free_port, listening
@@ -162,7 +162,7 @@ async def test_a_cache_that_takes_long_to_be_filled(server: FakeHttpServer, open
     async def opener() -> HttpSource:
         return await open_source(server.url())
 
-    remote = Remote(parse_location(server.url()), opener)
+    remote = RetryingSource(parse_location(server.url()), opener)
     await remote.connect()
     server.queue.extend(["ignore-range"] * 3)
     buffer = bytearray(65536)

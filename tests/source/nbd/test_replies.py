@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfs.source.nbd.coverage import Coverage
-from qedfs.source.nbd.protocol import Command, Refusal, Violation
+from qedfs.source.nbd.protocol import Refusal, RequestType, Violation
 from qedfs.source.nbd.reply import BIN_SIZE, SCRATCH_SIZE, Replies, Request
 from tests.fakes.nbd_behaviours import AFTER_A_READ, DESCRIBING, READING, WELL_BEHAVED
 from tests.fakes.nbd_server import (
@@ -58,7 +58,7 @@ def _hear(command: int, size: int, wire: Iterable[bytes], *, structured: bool = 
     woken: list[bool] = []
     replies = Replies(structured=structured, context=CONTEXT_ID)
     view = memoryview(buffer) if command == READ else None
-    request = Request(Command(command), 1, POS, size, view, lambda: woken.append(True))
+    request = Request(RequestType(command), 1, POS, size, view, lambda: woken.append(True))
     replies.expect(request)
     outcome = Outcome(b"", None)
     try:
@@ -130,7 +130,7 @@ def test_replies_in_another_order_than_the_requests() -> None:
     buffers = [bytearray(50) for _ in range(3)]
     replies = Replies(structured=True, context=None)
     for number, buffer in enumerate(buffers):
-        replies.expect(Request(Command.READ, number, number * 50, 50, memoryview(buffer), lambda: None))
+        replies.expect(Request(RequestType.READ, number, number * 50, 50, memoryview(buffer), lambda: None))
     wire = data_chunk(2, 100, b"c" * 50)
     # Chunks of different replies may be interleaved.
     wire += data_chunk(0, 0, b"a" * 20, done=False) + data_chunk(1, 50, b"b" * 50) + data_chunk(0, 20, b"A" * 30)
@@ -172,9 +172,9 @@ def test_only_the_first_of_very_many_extents_are_looked_at() -> None:
 def test_an_abandoned_reply_goes_into_the_bin(size: int, arrived: int) -> None:
     buffer, other = bytearray(UNTOUCHED * size), bytearray(50)
     replies = Replies(structured=True, context=None)
-    request = Request(Command.READ, 1, 0, size, memoryview(buffer), lambda: pytest.fail("nobody waits"))
+    request = Request(RequestType.READ, 1, 0, size, memoryview(buffer), lambda: pytest.fail("nobody waits"))
     replies.expect(request)
-    replies.expect(Request(Command.READ, 2, 0, 50, memoryview(other), lambda: None))
+    replies.expect(Request(RequestType.READ, 2, 0, 50, memoryview(other), lambda: None))
     wire = data_chunk(1, 0, b"x" * (size - 1), done=False) + hole_chunk(1, size - 1, 1) + data_chunk(2, 0, b"y" * 50)
     replies.feed(wire[:arrived])
     before = bytes(buffer)
@@ -201,7 +201,7 @@ def test_payload_beyond_the_scratch_buffer_lands_without_a_copy() -> None:
     size = 10 * SCRATCH_SIZE
     target = bytearray(size)
     replies = Replies(structured=True, context=None)
-    replies.expect(Request(Command.READ, 1, 0, size, memoryview(target), lambda: None))
+    replies.expect(Request(RequestType.READ, 1, 0, size, memoryview(target), lambda: None))
     replies.feed(data_chunk(1, 0, b"z" * size)[:SCRATCH_SIZE])
     payload, scratch = replies.buffers()
     assert payload.obj is target
@@ -231,8 +231,8 @@ def test_payload_beyond_the_scratch_buffer_lands_without_a_copy() -> None:
 def test_anything_is_a_result_or_a_violation(wire: list[bytes], structured: bool) -> None:
     guarded = bytearray(UNTOUCHED * 30)
     replies = Replies(structured=structured, context=CONTEXT_ID)
-    first = Request(Command.READ, 1, POS, 10, memoryview(guarded)[10:20], lambda: None)
-    second = Request(Command.BLOCK_STATUS, 2, POS, 10, None, lambda: None)
+    first = Request(RequestType.READ, 1, POS, 10, memoryview(guarded)[10:20], lambda: None)
+    second = Request(RequestType.BLOCK_STATUS, 2, POS, 10, None, lambda: None)
     replies.expect(first)
     replies.expect(second)
     try:

@@ -6,8 +6,8 @@ import pytest
 
 from qedfs.source.qcow2.format import (
     Fault,
-    Header,
     Packed,
+    Qcow2Header,
     decode_header,
     decode_table,
     find_cluster,
@@ -21,13 +21,13 @@ FILE = 64 << 10
 
 
 def test_version_3() -> None:
-    assert decode_header(header(), FILE) == Header(3, 9, 64 << 10, 512, 2, 0, FILE)
+    assert decode_header(header(), FILE) == Qcow2Header(3, 9, 64 << 10, 512, 2, 0, FILE)
 
 
 def test_version_2_has_no_features() -> None:
     data = header(version=2, features=2, length=7)
-    assert decode_header(data, FILE) == Header(2, 9, 64 << 10, 512, 2, 0, FILE)
-    assert decode_header(data[:72], FILE) == Header(2, 9, 64 << 10, 512, 2, 0, FILE)
+    assert decode_header(data, FILE) == Qcow2Header(2, 9, 64 << 10, 512, 2, 0, FILE)
+    assert decode_header(data[:72], FILE) == Qcow2Header(2, 9, 64 << 10, 512, 2, 0, FILE)
 
 
 def test_dirty_image_is_read() -> None:

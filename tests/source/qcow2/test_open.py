@@ -13,7 +13,7 @@ import trio
 from qedfs.errors import SourceChanged, SourceError
 from qedfs.source.open import remote_source
 from qedfs.source.policy import Policy
-from qedfs.source.remote import Remote
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.harness.mounts import qedfs
 from tests.source.qcow2.support import KiB, convert, qemu_img
@@ -36,7 +36,7 @@ def qcow2(tmp_path: Path, raw: Path) -> Path:
 
 
 @asynccontextmanager
-async def remote(path: Path, *, raw: bool, expected: str | None = None) -> AsyncIterator[Remote]:
+async def remote(path: Path, *, raw: bool, expected: str | None = None) -> AsyncIterator[RetryingSource]:
     async with trio.open_nursery() as nursery:
         location = parse_location(str(path))
         source = remote_source(location, Policy((str(path),)), nursery, raw=raw, expected=expected)
@@ -46,7 +46,7 @@ async def remote(path: Path, *, raw: bool, expected: str | None = None) -> Async
             await source.aclose()
 
 
-async def content(source: Remote) -> bytes:
+async def content(source: RetryingSource) -> bytes:
     buffer = bytearray((await source.connect()).size)
     await source.read(0, memoryview(buffer))
     return bytes(buffer)

@@ -1,0 +1,94 @@
+"""`qedfs check`: looks for damage in an overlay that nobody has open, and repairs what can be repaired."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from qedfs.cli.overlay_files import locked_file
+from qedfs.cli.ui.output import print_fields, print_json
+from qedfs.errors import BadOverlay
+from qedfs.format.header import NEED_CHECK
+from qedfs.overlay.check import Report
+from qedfs.overlay.check import check as check_tables
+from qedfs.overlay.check import repair as repair_tables
+from qedfs.overlay.journal_search import find
+from qedfs.overlay.revalidation import revalidate
+from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.storage import Storage
+
+
+@click.command(short_help="Look for damage, and repair it.")
+@click.argument("overlay", type=click.Path())
+@click.option("--repair", is_flag=True, help="Clear entries that point where nothing can be.")
+@click.option("--drop-journal", is_flag=True, help="Give up what a killed mount has answered and not brought in.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None:
+    """Check the tables of OVERLAY, which must not be mounted or open elsewhere.
+
+    Exit codes: 0 sound, or sound after --repair; 3 damaged. Leaked clusters, which a crash may leave, take space and
+    do no harm: they are counted, and are no error. What two entries claim cannot be repaired. Clusters that a killed
+    mount has left in its journal count as missing here; the next mount brings them in. If that may be the journal of
+    another user, only this user's and root's mounts can; --drop-journal lets others mount the overlay without it.
+    """
+    with locked_file(overlay, writable=repair or drop_journal) as storage:
+        if drop_journal:
+            _drop_journal(storage)
+        revalidate(storage, None)
+        report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
+        waiting, remark = _waiting(storage)
+    if as_json:
+        told = {"in_journal": waiting, "journal_remark": remark or None}
+        print_json({"overlay": overlay, **dataclasses.asdict(report), **told})
+    else:
+        print_fields(_for_people(report, waiting, remark))
+    if report.corruptions:
+        hint = "" if repair else "; qedfs check --repair mends what can be mended"
+        raise BadOverlay(f"{overlay}: {report.corruptions} damaged entries: {report.first_problem}{hint}")
+
+
+def _repair(storage: Storage) -> Report:
+    header, _ = read_header(storage)
+    report = repair_tables(storage, header)
+    if header.dirty and not report.corruptions:
+        # clear_dirty has the barrier that makes the repair durable first.
+        Session(storage, header, read_record(storage, header)).clear_dirty(NEED_CHECK)
+    else:
+        storage.barrier()
+    return report
+
+
+def _drop_journal(storage: Storage) -> None:
+    """Let the record tell of no session that was killed, which is to say that the disk has all that we read."""
+    storage.refresh()
+    header, _ = read_header(storage)
+    if (record := read_record(storage, header)) is not None:
+        Session(storage, header, record).store(dataclasses.replace(record, session="", journal=""))
+
+
+def _waiting(storage: Storage) -> tuple[int, str]:
+    """How many clusters a killed mount has left in its journal, which is brought in by the next one, or why not."""
+    header, _ = read_header(storage)
+    session = Session(storage, header, read_record(storage, header))
+    found = find(storage, None, session.record.session, session.record.journal)
+    if not session.untouched:
+        return 0, ""
+    waiting = {cluster for cluster, _ in found.orphan.pairs} if found.orphan else set()
+    return len(waiting), found.unread or found.gone
+
+
+def _for_people(report: Report, waiting: int, remark: str) -> dict[str, object]:
+    return {
+        "clusters": report.total,
+        "data": report.allocated,
+        "zeros": report.zero,
+        "missing": report.total - report.allocated - report.zero,
+        "tables": report.tables,
+        "repaired": report.repaired or None,
+        "damaged": report.corruptions or None,
+        "leaked": f"{report.leaks} clusters; harmless" if report.leaks else None,
+        "in a journal": f"{waiting} clusters of a killed mount; the next one brings them in" if waiting else None,
+        "journal": remark or None,
+        "result": "damaged" if report.corruptions else "sound",
+    }

@@ -1,0 +1,228 @@
+"""`qedfs export`: an overlay -> a raw file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import click
+import trio
+
+from qedfs.cli.commands.map import whole_map
+from qedfs.cli.credentials_option import credentials as read
+from qedfs.cli.credentials_option import credentials_option
+from qedfs.cli.new_file import new_file
+from qedfs.cli.option_types import DURATION
+from qedfs.cli.pin_options import pin_options
+from qedfs.cli.ui.output import print_json
+from qedfs.errors import UsageError
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.clustermap import Run
+from qedfs.overlay.open import open_overlay
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.storage import Buffer, FileStorage
+from qedfs.source.credentials import Credentials
+from qedfs.source.pinning import By, Pinning
+from qedfs.units import format_size
+
+COPY_BYTES = 8 << 20
+FETCH_BYTES = 1 << 20
+FETCHES = 8  # at once from the backing
+HOLE_BYTES = 64 << 10  # zeros of this size become a hole
+ZEROS = bytes(HOLE_BYTES)
+
+
+@click.command(short_help="Write an image to a raw file.")
+@click.argument("overlay", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("--with-backing", is_flag=True, help="Fetch what is missing, instead of refusing.")
+@click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
+@click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
+@pin_options
+@credentials_option
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export(
+    overlay: str,
+    file: str,
+    with_backing: bool,
+    allow_backing: tuple[str, ...],
+    source_timeout: float,
+    pin: str,
+    identity: str | None,
+    credentials: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the image of OVERLAY, which must not be mounted, to the raw file FILE.
+
+    Zeros become holes. Where the file system can share blocks (XFS, btrfs), the data takes no further space. FILE
+    appears when it is whole.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UsageError(f"{file}: is no regular file, which is what an export makes; mount OVERLAY and copy its image")
+    if os.path.lexists(file) and not force:
+        raise UsageError(f"{file}: exists already; --force replaces it")
+    asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity))
+    with new_file(file) as target:
+        written = trio.run(_export, overlay, target, with_backing, asking)
+    if as_json:
+        print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
+    else:
+        click.echo(f"{file}: {format_size(written['size'])}, of them {format_size(written['data'])} data")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asking:
+    """How the backing may be asked."""
+
+    allow_backing: tuple[str, ...]
+    credentials: Credentials
+    timeout_seconds: float
+    pinning: Pinning
+
+
+async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Asking) -> dict[str, int]:
+    overlay = await open_overlay(path, writable=False)
+    try:
+        runs = [run async for run in whole_map(overlay)]
+        missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
+        if missing and not with_backing:
+            size = format_size(sum(run.size for run in missing))
+            raise UsageError(f"{path}: {size} are still missing; mount it until it is complete, or use --with-backing")
+        target.truncate(overlay.image_size)
+        data = [run for run in runs if run.offset > ZERO]
+        with _opened_again(path, overlay) as source:
+            for run in data:
+                await trio.to_thread.run_sync(_copy, source, run, target)
+        fetched = 0
+        if missing:
+            fetched = await _fetch(overlay, path, missing, target, asking)
+        # Behind all reads: what somebody has cut off meanwhile was taken for zeros.
+        await overlay.inspect()
+        return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
+    finally:
+        overlay.storage.close()
+
+
+@contextlib.contextmanager
+def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
+    """The overlay's file by a descriptor of its own: the other belongs to its storage. Reading needs no lock."""
+    with open(path, "rb") as file:
+        storage = overlay.storage
+        if isinstance(storage, FileStorage) and not os.path.samestat(os.fstat(file.fileno()), storage.stat()):
+            raise UsageError(f"{path}: has become another file while it was opened; try again")
+        yield file
+
+
+def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
+    """Copy one run of data. The kernel shares the blocks where it can, and copies inside itself elsewhere."""
+    offset, pos, left = run.offset, run.pos, run.size
+    while left:
+        try:
+            done = os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES), offset, pos)
+        except OSError as exc:
+            if exc.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            done = 0
+        if not done:
+            # Two file systems that do not know each other, or the end of the file inside a cluster.
+            done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
+        offset, pos, left = offset + done, pos + done, left - done
+
+
+def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, size: int) -> int:
+    source.seek(offset)
+    data = source.read(size)
+    target.seek(pos)
+    target.write(data)
+    target.flush()
+    # What lies behind the file's end are zeros, which the hole has already.
+    return len(data) or size
+
+
+async def _fetch(
+    overlay: Overlay,
+    path: str,
+    missing: list[Run],
+    target: BinaryIO,
+    asking: _Asking,
+) -> int:
+    """Bring the missing runs from the backing, of the version that the overlay is pinned to.
+
+    Returns how many bytes of them are data.
+    """
+    # Imported here: libcurl takes its time.
+    from qedfs.fetch.queue import FetchQueue
+    from qedfs.image.image import Image
+    from qedfs.source.open import remote_source
+    from qedfs.source.policy import Policy
+    from qedfs.source.url import parse_location
+
+    location = parse_location(overlay.backing or "", relative_to=_folder(path))
+    async with trio.open_nursery() as nursery:
+        remote = remote_source(
+            location,
+            Policy(asking.allow_backing),
+            nursery,
+            deadline_seconds=asking.timeout_seconds,
+            raw=not overlay.probes_backing,
+            credentials=asking.credentials,
+            pinning=asking.pinning,
+        )
+        image = Image(path, overlay, FetchQueue(remote, overlay.cluster_size, nursery), copy_on_read=False)
+
+        written = 0
+
+        async def fetch_pieces() -> None:
+            nonlocal written
+            for pos, size in pieces:
+                data = await image.read(pos, size)
+                # No await in between: the file's position is shared.
+                written += _write_sparse(target, pos, data)
+
+        try:
+            inside = list(_clipped(missing, await image.source_size()))
+            pieces = _cut(inside)
+            async with trio.open_nursery() as fetching:
+                for _ in range(FETCHES):
+                    fetching.start_soon(fetch_pieces)
+        finally:
+            with trio.CancelScope(shield=True):
+                await remote.aclose()
+        nursery.cancel_scope.cancel()
+    return written
+
+
+def _write_sparse(target: BinaryIO, pos: int, data: Buffer) -> int:
+    """Write what is no zeros; returns its bytes."""
+    written = 0
+    view = memoryview(data)
+    for start in range(0, len(view), HOLE_BYTES):
+        part = view[start : start + HOLE_BYTES]
+        if not ZEROS.startswith(part):
+            target.seek(pos + start)
+            written += target.write(part)
+    return written
+
+
+def _clipped(runs: list[Run], end: int) -> Iterator[Run]:
+    """What of the runs lies in front of `end`."""
+    for run in runs:
+        if run.pos < end:
+            yield run._replace(size=min(run.size, end - run.pos))
+
+
+def _cut(runs: list[Run]) -> Iterator[tuple[int, int]]:
+    """(pos, size) of pieces that are one request each. One iterator, from which all fetchers take."""
+    for run in runs:
+        for pos in range(run.pos, run.pos + run.size, FETCH_BYTES):
+            yield pos, min(FETCH_BYTES, run.pos + run.size - pos)
+
+
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.realpath(path))

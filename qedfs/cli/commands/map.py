@@ -1,0 +1,138 @@
+"""`qedfs map`: which bytes of the image are where, for programs and as a picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import click
+import trio
+
+from qedfs.cli.new_file import check_replaceable, new_file
+from qedfs.cli.overlay_files import peeked
+from qedfs.cli.ui import map_picture
+from qedfs.cli.ui.cells import Cells, Kind
+from qedfs.cli.ui.output import JsonList, console
+from qedfs.cli.ui.png import SIGNATURE
+from qedfs.format.geometry import round_down
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.clustermap import Run
+from qedfs.overlay.overlay import Overlay
+from qedfs.units import format_size
+
+ROWS = 16  # of the picture on a terminal, at the most
+CLUSTERS_AT_ONCE = 4096  # looked at one by one, some ms
+# In the order of Kind.
+_SIGNS = "█░·▒"
+_ASCII_SIGNS = "#0.+"
+
+
+@click.command("map", short_help="Show which parts are local.")
+@click.argument("overlay", type=click.Path())
+@click.option("--png", metavar="FILE", type=click.Path(), help="Draw into this file instead of on the terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in the shape of qemu-img map --output=json.")
+def show_map(overlay: str, png: str | None, as_json: bool) -> None:
+    """Draw which parts of OVERLAY are data, zeros or missing. It may be mounted meanwhile.
+
+    Data was written or fetched: the overlay keeps no difference between them. FILE is replaced if it is a PNG, and
+    nothing else is.
+
+    In JSON, parts of depth 0 are in the overlay and those of depth 1 in its backing, which is not asked; `offset` is
+    where data lies in the overlay file.
+    """
+    if png is not None:
+        check_replaceable(png, SIGNATURE, "PNG")
+    screen = console()
+    most = screen.width * ROWS if png is None else map_picture.MOST_CELLS
+    cells = trio.run(_walk, overlay, most, as_json)
+    if png is not None:
+        with new_file(png) as file:
+            file.write(map_picture.draw(cells, os.path.basename(overlay)))
+    if as_json:
+        return
+    if png is None:
+        _draw(cells, screen.width)
+    else:
+        _explain(cells, png)
+
+
+async def _walk(path: str, most: int, as_json: bool) -> Cells:
+    """Reduce the map to at most `most` cells, and print it on the way if it is wanted as JSON: it may be long."""
+    async with peeked(path) as overlay:
+        standing_alone = overlay.backing is None
+        cells = Cells(overlay.image_size, overlay.cluster_size, most, standing_alone=standing_alone)
+        printed = JsonList()
+        async for run in whole_map(overlay):
+            cells.add(run)
+            if as_json:
+                printed.add(_extent(run, standing_alone=standing_alone))
+        if as_json:
+            printed.close()
+        return cells
+
+
+async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
+    """The runs of the whole image, each as long as can be. What no table describes costs next to nothing."""
+    last: Run | None = None
+    pos = 0
+    while pos < overlay.image_size:
+        for run in await _some_runs(overlay, pos):
+            pos += run.size
+            if last is not None and _continues(last, run):
+                last = last._replace(size=last.size + run.size)
+                continue
+            if last is not None:
+                yield last
+            last = run
+    if last is not None:
+        yield last
+
+
+async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
+    """The runs of the next gap of any size, or of the next few clusters."""
+    left = overlay.image_size - pos
+    gap = await overlay.clusters.gap(pos // overlay.cluster_size)
+    if gap:
+        return [Run(MISSING, pos, min(gap * overlay.cluster_size, left))]
+    size = min(CLUSTERS_AT_ONCE * overlay.cluster_size, left)
+    await overlay.clusters.load(pos, size)
+    # A mount may have let the file grow since it was opened, and the entries just loaded may point there. What a killed
+    # session has left may lie behind the last whole cluster of the file.
+    file_end = round_down(overlay.storage.size(), overlay.cluster_size)
+    overlay.clusters.file_end = max(overlay.clusters.file_end, file_end)
+    return await overlay.map(pos, size)
+
+
+def _continues(last: Run, run: Run) -> bool:
+    return last.offset + last.size == run.offset if last.offset > ZERO else last.offset == run.offset
+
+
+def _extent(run: Run, *, standing_alone: bool) -> dict[str, Any]:
+    """One entry of `qemu-img map --output=json` (MapEntry of qapi/block-core.json)."""
+    extent: dict[str, Any] = {"start": run.pos, "length": run.size, "depth": 0}
+    if run.offset > ZERO:
+        return {**extent, "present": True, "zero": False, "data": True, "offset": run.offset}
+    if run.offset == ZERO:
+        return {**extent, "present": True, "zero": True, "data": False}
+    # Without a backing, what is missing reads as zeros.
+    return {**extent, "depth": 0 if standing_alone else 1, "present": False, "zero": standing_alone, "data": False}
+
+
+def _draw(cells: Cells, width: int) -> None:
+    signs = _SIGNS if "utf" in (sys.stdout.encoding or "").lower() else _ASCII_SIGNS
+    line = "".join(signs[kind] for kind in cells.kinds())
+    for at in range(0, len(line), width):
+        click.echo(line[at : at + width])
+    legend = ", ".join(f"{signs[kind]} {text}" for kind, text in map_picture.legend(cells).items())
+    click.echo(legend)
+    click.echo(f"one sign is {format_size(cells.size)}, the image {format_size(cells.image_size)}")
+
+
+def _explain(cells: Cells, path: str) -> None:
+    """Say what the picture in the file shows."""
+    click.echo(f"{path}: {map_picture.scale_of(cells)}, read like a text")
+    for kind in Kind:
+        name, _ = map_picture.COLOURS[kind]
+        click.echo(f"{name:<11} {map_picture.legend(cells)[kind]}")

@@ -1,0 +1,290 @@
+"""`qedfs mount`: options -> settings, then the mount, in the foreground or as a daemon."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import click
+import trio
+from rich.console import Console
+
+from qedfs.cli import daemon, logs
+from qedfs.cli.commands.profile import read_profile
+from qedfs.cli.credentials_option import credentials, credentials_option
+from qedfs.cli.exit_status import explain
+from qedfs.cli.mount_options import expand
+from qedfs.cli.option_types import DURATION, SIZE, Checked
+from qedfs.cli.pin_options import pin_options
+from qedfs.cli.ui.output import console
+from qedfs.cli.ui.progress import Bars
+from qedfs.control.monitoring.metrics_server import parse_address
+from qedfs.control.port import Mounted
+from qedfs.errors import UsageError
+from qedfs.jobs.idle import Rules, parse_between, parse_delay
+from qedfs.mount.clock import LoopClock
+
+log = logging.getLogger(__name__)
+
+MOST_REMARKS = 5  # of a mount that serves
+NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
+
+
+class MountCommand(click.Command):
+    """A command that also takes its options as `-o key=value,...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Spell `-o` out first."""
+        return super().parse_args(ctx, expand(args))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MountArguments:
+    """The options as the user gave them. The names are those of the long options."""
+
+    source: str
+    mountpoint: str
+    read_only: bool
+    stream: str  # eager, idle or off
+    copy_on_read: bool | None
+    stream_between: str | None
+    stream_delay: str | None
+    limit: int
+    profile: str | None
+    until_streamed: bool
+    allow_backing: tuple[str, ...]
+    credentials: str | None
+    allow_other: bool
+    metrics: str | None
+    source_timeout: float
+    pin: str
+    identity: str | None
+    log_json: bool
+    verbose: bool
+
+    def command_line(self) -> list[str]:
+        """The arguments that say the same again."""
+        words = [f"--stream={self.stream}", f"--limit={self.limit}", f"--source-timeout={self.source_timeout}"]
+        words += [f"--allow-backing={prefix}" for prefix in self.allow_backing]
+        if self.copy_on_read is not None:
+            words.append("--copy-on-read" if self.copy_on_read else "--no-copy-on-read")
+        if self.stream_between is not None:
+            words.append(f"--stream-between={self.stream_between}")
+        if self.stream_delay is not None:
+            words.append(f"--stream-delay={self.stream_delay}")
+        if self.profile is not None:
+            words.append(f"--profile={self.profile}")
+        if self.pin != "all":
+            words.append(f"--pin={self.pin}")
+        if self.identity is not None:
+            words.append(f"--identity={self.identity}")
+        if self.credentials is not None:
+            words.append(f"--credentials={self.credentials}")
+        if self.metrics is not None:
+            words.append(f"--metrics={self.metrics}")
+        flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
+        words += [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
+        return [*words, "--", self.source, self.mountpoint]
+
+    def rules(self) -> Rules:
+        """When the streams hold off."""
+        return Rules(
+            quiet=self.stream == "idle",
+            between=None if self.stream_between is None else parse_between(self.stream_between),
+            delay=(0.0, 0.0) if self.stream_delay is None else parse_delay(self.stream_delay),
+        )
+
+
+@click.command(cls=MountCommand, short_help="Serve overlays as raw files.")
+@click.argument("source", type=click.Path())
+@click.argument("mountpoint", type=click.Path())
+@click.option(
+    "--daemon",
+    "in_background",
+    is_flag=True,
+    help="Return as soon as the mount serves; it goes on behind, and logs beside its control socket (status --json).",
+)
+@click.option(
+    "--read-only",
+    is_flag=True,
+    help="Nobody can write the images, and the overlays stay as they are: nothing that is fetched is kept.",
+)
+@click.option(
+    "--stream",
+    type=click.Choice(["eager", "idle", "off"]),
+    default="eager",
+    show_default=True,
+    help="When to bring in what nobody has read: at once; while guests and the machine are quiet; never.",
+)
+@click.option("--no-stream", "stream", flag_value="off", help="The same as --stream off.")
+@click.option(
+    "--stream-between",
+    type=Checked(parse_between),
+    metavar="HH:MM-HH:MM",
+    help="Stream only between these times of the day.",
+)
+@click.option(
+    "--stream-delay", type=Checked(parse_delay), metavar="TIME[-TIME]", help="Begin to stream TIME after the start."
+)
+@click.option(
+    "--copy-on-read/--no-copy-on-read",
+    default=None,
+    help="Keep what is fetched for a reader, or not; without this option each overlay decides.",
+)
+@click.option("--limit", type=SIZE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
+@click.option(
+    "--profile",
+    type=click.Path(),
+    metavar="FILE",
+    help="Bring in first what FILE lists: what readers of such an image waited for (qedfs profile).",
+)
+@click.option("--until-streamed", is_flag=True, help="Unmount when every overlay is complete and no image is open.")
+@click.option(
+    "--allow-backing",
+    multiple=True,
+    metavar="PREFIX",
+    help="Allow backings below this URL, folder or socket, and no others; repeatable. Without it: any http, https and "
+    "nbd server, no local files.",
+)
+@credentials_option
+@click.option("--allow-other", is_flag=True, help="Let other users read the images, as their modes say.")
+@click.option(
+    "--source-timeout",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="A read fails when the source gives nothing in this time, retries included.",
+)
+@pin_options
+@click.option(
+    "--metrics",
+    type=Checked(parse_address),
+    metavar="[ADDRESS:]PORT|unix:PATH",
+    help="Serve Prometheus metrics there, under /metrics; without an address, to this machine only.",
+)
+@click.option("--log-json", is_flag=True, help="Log one JSON object per line.")
+@click.option("--verbose", is_flag=True, help="Log more.")
+@click.option("--ready-fd", type=int, hidden=True)
+def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  # noqa: ANN401 - MountArguments' fields
+    """Serve SOURCE, one overlay or a folder of them, at the folder MOUNTPOINT.
+
+    disk.qed appears as MOUNTPOINT/disk.raw, and can be read and written at once. What is missing is fetched from the
+    overlay's backing when it is read; meanwhile the rest streams in.
+
+    --stream-delay takes a range like 30s-2m too, of which each mount draws a moment: so a fleet does not start in step.
+
+    --read-only, or -o ro, opens the overlays read-only: there is no copy-on-read and no stream, and several such
+    mounts, and QEMU, can read one overlay at the same time.
+
+    Runs until it is unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1
+    logs what it is doing. `-o limit=20M,allow_other,...` is another way to write the options.
+    """
+    arguments = MountArguments(**_absolute(options))
+    if arguments.until_streamed and arguments.stream == "off":
+        raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
+    if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
+        raise UsageError("--read-only keeps nothing; leave --until-streamed and --copy-on-read out")
+    if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
+        raise UsageError("--profile brings clusters in, and nothing would be kept; leave it out")
+    if in_background:
+        daemon.start(arguments.command_line(), arguments.mountpoint)
+        return
+    readiness = daemon.Readiness(ready_fd)
+    if ready_fd is not None:
+        # The folder that the user stood in must not be kept busy.
+        os.chdir("/")
+    try:
+        _serve(arguments, readiness)
+    except BaseException as exc:
+        readiness.failed(*explain(exc))
+        raise
+
+
+def _absolute(options: dict[str, Any]) -> dict[str, Any]:
+    prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
+    named = ("source", "mountpoint", "profile", "credentials")
+    places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
+    metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
+    return {**options, **places, "allow_backing": prefixes, "metrics": metrics}
+
+
+def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
+    terminal = console(stderr=True)
+    bars = terminal if terminal.is_terminal and not arguments.log_json else None
+    logs.set_up(verbose=arguments.verbose, as_json=arguments.log_json, bars=bars)
+    trio.run(_serve_with_bars, arguments, readiness, bars, clock=LoopClock())
+
+
+def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
+    """What the user should know of the overlays at once: what the log of a daemon would keep from them."""
+    found = mounted.everything()
+    if not found:
+        return [f"{arguments.source}: has no overlay (*.qed) yet; one that comes is served"]
+    lines = [
+        text if (text := str(served.error)).startswith(served.path) else f"{served.path}: {text}"
+        for served in found
+        if served.error is not None
+    ]
+    if not arguments.read_only:
+        overlays = [(served.path, served.image.overlay) for served in found if served.image is not None]
+        lines += [f"{path}: {NOT_WRITABLE}" for path, overlay in overlays if not overlay.writable]
+    lines += [
+        f"{served.path}: {served.image.overlay.journal_remark}"
+        for served in found
+        if served.image is not None and served.image.overlay.journal_remark
+    ]
+    most = MOST_REMARKS if len(lines) > MOST_REMARKS + 1 else len(lines)
+    more = [f"and {len(lines) - most} more such overlays: see qedfs status"] if most < len(lines) else []
+    return [*lines[:most], *more]
+
+
+async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readiness, terminal: Console | None) -> None:
+    # Imported here: of all commands only this one needs FUSE and libcurl, which take their time.
+    from qedfs.host.runtime import journal_folder
+    from qedfs.mount.registry import Options
+    from qedfs.mount.server import Settings, serve
+    from qedfs.source.pinning import By, Pinning
+    from qedfs.source.policy import Policy
+
+    settings = Settings(
+        source=arguments.source,
+        mountpoint=arguments.mountpoint,
+        options=Options(
+            stream=arguments.stream != "off",
+            rules=arguments.rules(),
+            read_only=arguments.read_only,
+            copy_on_read=arguments.copy_on_read,
+            limit=arguments.limit,
+            profile=() if arguments.profile is None else read_profile(arguments.profile),
+            policy=Policy(arguments.allow_backing),
+            pinning=Pinning(By(arguments.pin), arguments.identity),
+            credentials=credentials(arguments.credentials),
+            deadline_seconds=arguments.source_timeout,
+            journal_folder=journal_folder(),
+        ),
+        allow_other=arguments.allow_other,
+        until_streamed=arguments.until_streamed,
+        metrics=None if arguments.metrics is None else parse_address(arguments.metrics),
+    )
+    async with trio.open_nursery() as nursery:
+
+        def ready(mounted: Mounted) -> None:
+            remarks = _remarks(mounted, arguments)
+            readiness.ready(remarks)
+            if not mounted.everything():
+                log.warning("%s", *remarks)
+            if terminal is not None:
+                nursery.start_soon(_draw, Bars(mounted, terminal))
+
+        await serve(settings, ready)
+        nursery.cancel_scope.cancel()
+
+
+async def _draw(bars: Bars) -> None:
+    """What people see must not end what they look at: a fault of ours, a terminal that has gone."""
+    try:
+        await bars.run()
+    except Exception:
+        log.exception("no bars are drawn any more")

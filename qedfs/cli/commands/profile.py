@@ -1,0 +1,57 @@
+"""`qedfs profile`: what readers of an image waited for -> a file that the next mount brings in first."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from qedfs.cli.new_file import check_replaceable, new_file
+from qedfs.cli.option_types import PLACE
+from qedfs.cli.served_images import connect, fetch
+from qedfs.cli.ui.output import print_json
+from qedfs.errors import UsageError
+from qedfs.image.boot_profile import FIRST_LINE, MOST_FILE_BYTES, Range, parsed, written
+from qedfs.units import format_size
+
+
+@click.command(short_help="Write down what readers of an image waited for.")
+@click.argument("mountpoint", type=PLACE)
+@click.argument("image")
+@click.argument("file", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
+    """Write to FILE what readers of IMAGE have waited for since the mount at MOUNTPOINT began, in their order.
+
+    Boot a guest once from a fresh overlay that is mounted with --no-stream, write the profile, and give it to later
+    mounts with --profile: each overlay of the same disk then has what a boot reads before the guest asks for it. A
+    stream would hide from the profile what it brings in first.
+
+    FILE is replaced if it is a profile, and nothing else is.
+    """
+    check_replaceable(file, FIRST_LINE.encode(), "profile")
+    with connect(mountpoint) as client:
+        found = fetch(client, image, mountpoint)[0]
+        told = client.execute("x-qedfs-profile", device=found["name"])["ranges"]
+    ranges: list[Range] = [(pos, size) for pos, size in told]
+    if not ranges:
+        raise UsageError(f"{found['name']}: nobody has waited for anything yet; a profile of it would be empty")
+    size = sum(size for _, size in ranges)
+    with new_file(file) as target:
+        target.write(written(ranges, f"{found['name']}: pos and size of what readers waited for, in bytes").encode())
+    if as_json:
+        print_json({"file": os.path.abspath(file), "image": found["name"], "ranges": len(ranges), "bytes": size})
+    else:
+        click.echo(f"{file}: {len(ranges)} ranges, {format_size(size)}")
+
+
+def read_profile(path: str) -> tuple[Range, ...]:
+    """The ranges of a profile. Raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except OSError as exc:
+        raise UsageError(f"{path}: {exc.strerror}; qedfs profile makes a profile") from exc
+    if len(data) > MOST_FILE_BYTES:
+        raise UsageError(f"{path}: is too large for a profile")
+    return parsed(data.decode(errors="replace"), path)

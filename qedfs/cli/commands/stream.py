@@ -1,0 +1,114 @@
+"""`qedfs stream ...`: drives the streams of a mount."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qedfs.cli.option_types import PLACE, SIZE
+from qedfs.cli.served_images import check_served, connect, fetch
+from qedfs.cli.ui.output import print_json
+from qedfs.errors import UsageError
+from qedfs.units import format_size
+
+
+@click.group(short_help="Start, hold, pace and step streams.")
+def stream() -> None:
+    """Drive the streams of a mount.
+
+    Without IMAGE a command is for all images of the mount.
+    """
+
+
+def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
+    """Run a command for the images that the user means; with JSON, show what became of them."""
+    with connect(mountpoint) as client:
+        chosen = fetch(client, image, mountpoint)
+        # What cannot be served is an error where the user has named it, and none among all.
+        for found in chosen if image is not None else [found for found in chosen if found["served"]]:
+            check_served(found)
+            client.execute(command, device=found["name"], **arguments)
+        if as_json:
+            print_json(fetch(client, image, mountpoint))
+
+
+_mountpoint = click.argument("mountpoint", type=PLACE)
+_image = click.argument("image", required=False)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
+
+
+@stream.command(short_help="Start, also after a failure.")
+@_mountpoint
+@_image
+@click.option("--limit", type=SIZE, metavar="SIZE", help="At most SIZE bytes per second, 0 for no limit.")
+@_json
+def start(mountpoint: str, image: str | None, limit: int | None, as_json: bool) -> None:
+    """Start the stream of IMAGE: after --no-stream, a cancel or a failure, or to end a pause."""
+    _on_each(mountpoint, image, "x-qedfs-start", as_json=as_json, limit=limit)
+
+
+@stream.command(short_help="Hold until resumed.")
+@_mountpoint
+@_image
+@_json
+def pause(mountpoint: str, image: str | None, as_json: bool) -> None:
+    """Hold the stream of IMAGE. The overlay remembers it: the next mount finds it paused."""
+    _on_each(mountpoint, image, "x-qedfs-pause", as_json=as_json)
+
+
+@stream.command(short_help="Go on after a pause.")
+@_mountpoint
+@_image
+@_json
+def resume(mountpoint: str, image: str | None, as_json: bool) -> None:
+    """Go on with the stream of IMAGE."""
+    _on_each(mountpoint, image, "x-qedfs-resume", as_json=as_json)
+
+
+@stream.command(short_help="End for this mount.")
+@_mountpoint
+@_image
+@_json
+def cancel(mountpoint: str, image: str | None, as_json: bool) -> None:
+    """End the stream of IMAGE until it is started again. What is local stays."""
+    _on_each(mountpoint, image, "x-qedfs-cancel", as_json=as_json)
+
+
+@stream.command(short_help="Cap the rate.")
+@_mountpoint
+@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] RATE")
+@_json
+def limit(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Stream at most RATE bytes per second and image, like 20M; 0 is no limit."""
+    if len(words) > 2:
+        raise UsageError("usage: qedfs stream limit MOUNTPOINT [IMAGE] RATE")
+    image = words[0] if len(words) == 2 else None
+    rate = SIZE.convert(words[-1], None, None)
+    _on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
+
+
+@stream.command(short_help="Populate the next missing run.")
+@_mountpoint
+@_image
+@click.option("--offset", type=SIZE, default=0, metavar="SIZE", help="Where in the image to look from.")
+@click.option("--json", "as_json", is_flag=True, help="Print image, pos, size and next as JSON.")
+def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None:
+    """Populate the next missing run of IMAGE with one request, and say how far it got.
+
+    For managers that own the pace: mount with --no-stream, then step at the `next` of the step before until it is null.
+    """
+    with connect(mountpoint) as client:
+        chosen = fetch(client, image, mountpoint)
+        if len(chosen) != 1:
+            raise UsageError(f"{mountpoint}: has {len(chosen)} images; name the one to step")
+        check_served(chosen[0])
+        name = chosen[0]["name"]
+        done = client.execute("x-qedfs-step", device=name, offset=offset)
+    if as_json:
+        print_json({"image": name, **done})
+    elif not done["size"]:
+        click.echo(f"{name}: nothing is missing from {offset} on")
+    else:
+        following = "nothing missing behind it" if done["next"] is None else f"next at {done['next']}"
+        click.echo(f"{name}: {format_size(done['size'])} at {done['pos']}, {following}")

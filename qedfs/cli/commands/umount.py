@@ -1,0 +1,243 @@
+"""`qedfs umount`: unmounts, and returns when the overlays are free."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from qedfs.cli.mount_table import FILESYSTEM, copies, device_of, holders, is_dead, missing, mounted_type
+from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.ui.layout import listed
+from qedfs.cli.ui.output import remark
+from qedfs.control.qmp.client import Client, Gone, NotServed
+from qedfs.errors import InUse, QedfsError, TimedOut
+from qedfs.host.runtime import RuntimeFolder, is_held, mount_places
+from qedfs.mount import exit_report
+from qedfs.units import format_seconds
+
+WORD_SECONDS = 10.0  # of silence: a flush takes less
+GRACE_SECONDS = 1.0  # until the server is asked why it has not ended; most have in a few hundredths
+LEFT_SECONDS = 0.02  # between two looks whether a server has left its folder
+BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
+
+
+@click.command(short_help="Unmount and wait until the overlays are free.")
+@click.argument("mountpoint", type=PLACE)
+@click.option(
+    "--wait",
+    "wait_seconds",
+    type=DURATION,
+    default=0.0,
+    metavar="TIME",
+    help="If it is in use, say by whom, and wait up to TIME for that to end.",
+)
+@click.option("--if-mounted", is_flag=True, help="It is no failure if nothing is mounted there.")
+def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
+    """Unmount MOUNTPOINT.
+
+    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
+    with the reason, if the last flush of one did, also if another program has unmounted it. Fails if something in it
+    is in use, with exit code 8, and leaves it as it is. A mount whose server has died is cleared away. A copy of the
+    mount in another mount namespace, such as a container's, ends too, unless an image is open there.
+    """
+    mountpoint = os.path.abspath(mountpoint)
+    os.chdir("/")  # the user may stand in it, and so we would keep it busy
+    _unmount_when_free(mountpoint, wait_seconds, if_mounted=if_mounted)
+
+
+def _unmount_when_free(mountpoint: str, wait_seconds: float, *, if_mounted: bool) -> None:
+    deadline = time.monotonic() + wait_seconds
+    said = ""
+    while True:
+        try:
+            _unmount_and_wait(mountpoint, deadline, if_mounted=if_mounted)
+        except InUse as exc:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            if str(exc) != said:
+                said = str(exc)
+                remark(f"{said}; waiting for that, for {format_seconds(left)} at most")
+            time.sleep(min(BUSY_SECONDS, left))
+        else:
+            return
+
+
+def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> None:
+    # Now: what is mounted tells whose it is, and so where its server lives.
+    places = list(mount_places(mountpoint))
+    try:
+        # Not a word is needed of a server that may be busy or stand still: only who it is.
+        client = Client.reach(mountpoint)
+    except NotServed:
+        _end_unserved(mountpoint, places, if_mounted=if_mounted)
+        return
+    except TimedOut as exc:
+        _unmount(mountpoint, served=True)
+        raise TimedOut(
+            f"{mountpoint}: is unmounted, but its server takes no client, so it may still have the overlays open"
+        ) from exc
+    with client:
+        process = _process(client)
+        try:
+            device = device_of(mountpoint)
+            if device:  # else a copy has kept its server from ending, or it is about to
+                _unmount(mountpoint, served=True)
+            if not _has_ended(process, GRACE_SECONDS):
+                _ask_to_end(mountpoint, client, process, device, deadline)
+            _wait_for_end(mountpoint, client, process)
+        finally:
+            if process is not None:
+                os.close(process)
+    if process is None:  # the end of the connection is not yet that of the server
+        _wait_until_left(mountpoint, places)
+    _tell_last_words(mountpoint, places)
+
+
+def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounted: bool) -> None:
+    """Unmount what no server answers for: it has died, it is at its end already, or nothing is there."""
+    absent = mounted_type(mountpoint) is None
+    if not absent:
+        _unmount(mountpoint)
+    _wait_until_left(mountpoint, places)
+    _tell_last_words(mountpoint, places, but_killed=not absent)
+    if absent and not if_mounted:
+        raise missing(mountpoint)
+
+
+def _wait_until_left(mountpoint: str, places: Sequence[RuntimeFolder]) -> None:
+    """Wait for a server that cannot be spoken to: it holds its folder until it has closed the overlays.
+
+    One that begins holds it too, and ends this once it has mounted.
+    """
+    said = time.monotonic() + WORD_SECONDS
+    while any(map(is_held, places)) and not device_of(mountpoint):
+        if time.monotonic() > said:
+            remark(f"{mountpoint}: is not mounted; its server is still to close the overlays")
+            said = math.inf
+        time.sleep(LEFT_SECONDS)
+
+
+def _tell_last_words(mountpoint: str, places: Sequence[RuntimeFolder], *, but_killed: bool = False) -> None:
+    """`but_killed`: a dead mount was found here; that it is one is why it is cleared away."""
+    words = exit_report.take(mountpoint, places)
+    if words is not None and not (words.killed and but_killed):
+        remark(words.error)
+        raise click.exceptions.Exit(words.exit_code)
+
+
+def _process(client: Client) -> int | None:
+    """A descriptor of the serving process, which becomes readable when the process ends."""
+    try:
+        return os.pidfd_open(client.server_pid)
+    except OSError:
+        return None
+
+
+def _unmount(mountpoint: str, *, served: bool = False) -> None:
+    """`served`: its server lives. It may stand still, so nothing is asked of the mount."""
+    if mounted_type(mountpoint) != FILESYSTEM:
+        raise missing(mountpoint)
+    # Imported here: pyfuse3 takes its time.
+    from qedfs.mount.server import unmount
+
+    done = unmount(mountpoint)
+    if done.returncode and not served and is_dead(mountpoint):
+        done = unmount(mountpoint, lazy=True)
+    if done.returncode == 0:
+        return
+    if "busy" in done.stderr.lower():
+        raise InUse(f"{mountpoint}: is in use{_by_whom(mountpoint)}; close it there first")
+    raise QedfsError(f"{mountpoint}: cannot be unmounted: {done.stderr.strip()}")
+
+
+def _has_ended(process: int | None, seconds: float) -> bool:
+    return process is not None and bool(select.select([process], [], [], seconds)[0])
+
+
+def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str, deadline: float) -> None:
+    """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
+
+    One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
+    those of containers and of sandboxed services, which got them unasked. The server lets go of these.
+
+    `stood`: the file system that was mounted here until now; "" if that had ended before.
+
+    Raises:
+        InUse: the mount goes on for the sake of a copy.
+    """
+    try:
+        client.deadline = time.monotonic() + WORD_SECONDS
+        client.negotiate()
+        # Without it the copies could not be recognized, and would all be taken for nobody's.
+        device = stood or str(client.execute("x-qedfs-status").get("device", ""))
+        if _wait_for_users(mountpoint, client, device, deadline) and _has_ended(process, GRACE_SECONDS):
+            return
+        _, holders = copies(device)
+        client.execute("quit")
+    except (Gone, TimedOut):
+        return  # it comes to its end already, or stands still: there is nothing to do but to wait for it
+    finally:
+        client.deadline = math.inf
+    whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
+    remark(f"{mountpoint}: a mount namespace {whose} has a copy of it, which ends with the server")
+
+
+def _wait_for_users(mountpoint: str, client: Client, device: str, deadline: float) -> bool:
+    """Whether anybody has used a copy of the mount; nobody does any more. Raises InUse after the deadline.
+
+    Where no copy is seen an image may be open for a moment all the same: its reader was killed, and the server is about
+    to give up what it waited for.
+    """
+    begun, said = time.monotonic(), ""
+    while used := _use_of_copies(client, device):
+        sure = not device or any(copies(device))  # it goes on for longer than any killed reader
+        left = (deadline if sure else max(deadline, begun + WORD_SECONDS)) - time.monotonic()
+        if left <= 0:
+            raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
+        if sure and used != said:
+            remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
+        said = used
+        time.sleep(BUSY_SECONDS)
+        client.deadline = time.monotonic() + WORD_SECONDS
+    return bool(said)
+
+
+def _use_of_copies(client: Client, device: str) -> str:
+    """Who needs the copies of a mount, in words; "" if nobody does."""
+    places, holders = copies(device)
+    if places:
+        return f"is still mounted at {listed(places)}"
+    images: list[dict[str, Any]] = client.execute("x-qedfs-status")["images"]
+    names = [image["name"] for image in images if image.get("opens")]
+    if not names:
+        return ""
+    whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
+    return f"{listed(names)} is open in a copy of it, in a mount namespace {whose}"
+
+
+def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
+    """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
+    if process is not None:
+        if not _has_ended(process, WORD_SECONDS):
+            remark(f"{mountpoint}: is unmounted; its server, pid {client.server_pid}, is still to close the overlays")
+            select.select([process], [], [])
+        return
+    try:
+        while True:
+            client.event(60.0)
+    except Gone:
+        return
+
+
+def _by_whom(mountpoint: str) -> str:
+    found = holders(mountpoint)
+    if not found:
+        return ""
+    return f" by {listed(found)}"

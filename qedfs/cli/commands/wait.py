@@ -1,0 +1,141 @@
+"""`qedfs wait`: returns when what the user waits for is local."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import click
+
+from qedfs.cli.mount_table import mounted_type
+from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.overlay_files import overlays_at, stands_alone
+from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
+from qedfs.cli.ui.bars import bar_lines
+from qedfs.cli.ui.layout import listed
+from qedfs.cli.ui.output import console, remark
+from qedfs.cli.ui.screen import Screen
+from qedfs.cli.wait_goal import Goal, Unused, parse_goal
+from qedfs.control.qmp.client import Client, Gone
+from qedfs.errors import NotMounted, QedfsError, TimedOut
+
+POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
+
+
+@click.command(short_help="Wait until images are complete.")
+@click.argument("mountpoint", type=PLACE)
+@click.argument("image", required=False)
+@click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")
+@click.option(
+    "--for",
+    "goal",
+    default="complete",
+    show_default=True,
+    metavar="complete|populated:RANGE|unused",
+    help="What to wait for. RANGE is START-END, like 0-64M: these bytes are local. unused: nobody has the image open.",
+)
+@click.option(
+    "--overlay",
+    "place",
+    type=click.Path(),
+    metavar="OVERLAY|FOLDER",
+    help="What was mounted: if nothing is any more, as after mount --until-streamed, the files themselves tell.",
+)
+def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
+    """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
+
+    Overlays that have just come into the folder count. A source that is away and a full disk are waited for. A stream
+    that has failed ends the wait with exit code 4, one whose source is another version with 5. If nothing is mounted
+    there, or no longer, it is 10; with --overlay it is 0 all the same if what was mounted is complete.
+    """
+    waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
+    try:
+        with connect(mountpoint, deadline=waiting.deadline) as client:
+            waiting.run(client)
+    except NotMounted as exc:
+        if isinstance(exc, Gone) and isinstance(waiting.goal, Unused):
+            return
+        # --until-streamed: the mount is over as soon as there is nothing left to wait for.
+        if waiting.images and all(_stands_alone(found["overlay"]) for found in waiting.images):
+            return
+        if place is None:
+            raise _explained(exc, mountpoint) from exc
+        left = [overlay for overlay in overlays_at(place, image) if not stands_alone(overlay)]
+        if left:
+            raise NotMounted(f"{exc}, and what is not complete is {listed(left, MOST_NAMED)}") from exc
+
+
+class _Waiting:
+    """One wait: what for, how long, and the images as they were last seen."""
+
+    def __init__(self, mountpoint: str, image: str | None, goal: Goal, timeout_seconds: float | None) -> None:
+        self.images: list[Image] = []
+        self._mountpoint = mountpoint
+        self._image = image
+        self.goal = goal
+        self.deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._remarked: set[tuple[str, str]] = set()
+
+    def run(self, client: Client) -> None:
+        """Return when the goal is reached for all images, those included that have only just come into the folder."""
+        client.execute("x-qedfs-rescan")
+        self._watch(client)
+        if not self.images:
+            remark(f"{self._mountpoint}: has no overlays, so there is nothing to wait for")
+
+    def _watch(self, client: Client) -> None:
+        terminal = console(stderr=True)
+        if not terminal.is_terminal:
+            self._wait(client, self._remark_held)
+            return
+        with Screen(terminal, transient=True) as screen:
+            self._wait(client, lambda: screen.show(bar_lines(self.images, screen.width, screen.height, screen.signs)))
+
+    def _wait(self, client: Client, show: Callable[[], None]) -> None:
+        while not self._reached_by_all(client):
+            show()
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimedOut(f"{self._mountpoint}: not {self.goal} within the time: {self._summary()}")
+            client.event(min(left, POLL_SECONDS))
+
+    def _reached_by_all(self, client: Client) -> bool:
+        if not self._reached(client):
+            return False
+        # The server looks for new overlays once a second: one may lie in the folder that it has not seen.
+        client.execute("x-qedfs-rescan")
+        return self._reached(client)
+
+    def _reached(self, client: Client) -> bool:
+        self.images = fetch(client, self._image, self._mountpoint)
+        # Each is asked, so that the failure of one is seen though another is not there yet.
+        reached = [self.goal.reached(client, image) for image in self.images]
+        return all(reached)
+
+    def _remark_held(self) -> None:
+        """Say it once when something does not move by itself."""
+        for image in self.images:
+            held, key = self.goal.held(image), (image["name"], image["state"])
+            if held is not None and key not in self._remarked:
+                self._remarked.add(key)
+                remark(f"{image['name']} {held}")
+
+    def _summary(self) -> str:
+        states = [(image["name"], self.goal.lacking(image)) for image in self.images]
+        return listed([f"{name} {state}" for name, state in states if state is not None], MOST_NAMED)
+
+
+def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
+    if isinstance(exc, Gone):
+        return NotMounted(f"{mountpoint}: the mount has ended before the images were complete")
+    if mounted_type(mountpoint) is not None:
+        return exc
+    return NotMounted(f"{exc}; if it has ended by --until-streamed, --overlay OVERLAY tells whether it is complete")
+
+
+def _stands_alone(overlay: str) -> bool:
+    """Whether the overlay file can be seen to refer to no backing any more."""
+    try:
+        return stands_alone(overlay)
+    except QedfsError:
+        return False

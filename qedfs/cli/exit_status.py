@@ -1,0 +1,92 @@
+"""The one place where an exception becomes a line on stderr and an exit code.
+
+Owns what the user sees of a failure. Commands raise QedfsError and print nothing of it themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import click
+
+from qedfs.cli.ui.output import remark
+from qedfs.errors import QedfsError
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C ended
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run a command and return its exit code; a failure is reported on stderr."""
+    try:
+        result = run()
+        sys.stdout.flush()
+    except click.ClickException as exc:
+        return _report_usage(exc)
+    except BrokenPipeError:
+        # `qedfs status | head`: nobody reads on. What is still buffered must not raise again at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return QedfsError.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BaseException as exc:
+        return _report(exc)
+    # click hands on the code of `click.exceptions.Exit`; commands themselves return nothing.
+    return result if isinstance(result, int) else 0
+
+
+def explain(exc: BaseException) -> tuple[str, int]:
+    """(line, exit code) of an exception."""
+    cause = cause_of(exc)
+    if isinstance(cause, QedfsError):
+        return str(cause), cause.exit_code
+    if isinstance(cause, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(cause, OSError) and cause.strerror:
+        name = f"{cause.filename}: " if cause.filename else ""
+        return f"{name}{cause.strerror}", QedfsError.exit_code
+    text = " ".join(str(cause).split())
+    return f"internal error: {type(cause).__name__}: {text}", QedfsError.exit_code
+
+
+def cause_of(exc: BaseException) -> BaseException:
+    """What stands for an exception: the most telling leaf of a group, a QedfsError before anything else.
+
+    trio's nurseries wrap what their tasks raise.
+    """
+    leaves = _leaves(exc)
+    return next((leaf for leaf in leaves if isinstance(leaf, QedfsError)), leaves[0])
+
+
+def _report_usage(exc: click.ClickException) -> int:
+    """One line like those of other failures, with the command whose help tells more."""
+    text = exc.format_message()
+    if "\n" in text:
+        # No command was named at all: the text is the help.
+        exc.show()
+        return exc.exit_code
+    context = exc.ctx if isinstance(exc, click.UsageError) else None
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    remark(f"{text.rstrip('.')}{hint}")
+    return exc.exit_code
+
+
+def _report(exc: BaseException) -> int:
+    if isinstance(exc, SystemExit):
+        raise exc
+    line, exit_code = explain(exc)
+    # With --verbose the log shows where a fault of ours arose.
+    log.debug("the command failed", exc_info=exc)
+    if exit_code != INTERRUPTED:
+        remark(line)
+    return exit_code
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for part in exc.exceptions for leaf in _leaves(part)]
+    return [exc]

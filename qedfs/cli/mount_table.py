@@ -1,0 +1,137 @@
+"""What is mounted where, whether it lives, and who keeps it busy, as the kernel says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from qedfs.errors import NotMounted, QedfsError, UsageError
+from qedfs.host.procfs import mounts
+from qedfs.host.runtime import place_of
+from qedfs.mount.mountinfo import mount_info_at
+
+FILESYSTEM = "fuse.qedfs"
+
+
+def device_of(mountpoint: str) -> str:
+    """What names the file system that is mounted at this path, wherever else it is; "" if there is none."""
+    standing = mount_info_at(place_of(mountpoint))
+    return "" if standing is None else standing.device
+
+
+def mounted_type(mountpoint: str) -> str | None:
+    """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
+    standing = mount_info_at(place_of(mountpoint))
+    return None if standing is None else standing.kind
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether the server of the mount has died."""
+    try:
+        # Not stat: the kernel would answer it from what the dead server said a moment ago.
+        os.statvfs(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def missing(mountpoint: str) -> QedfsError:
+    """Why no server of ours answers for this path: a UsageError where none could, else NotMounted."""
+    kind = mounted_type(mountpoint)
+    if kind == FILESYSTEM:
+        if is_dead(mountpoint):
+            return NotMounted(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}")
+        return NotMounted(
+            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or in a "
+            "container?"
+        )
+    if kind is not None:
+        return UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
+    if not os.path.isdir(mountpoint):
+        what = "is not a folder" if os.path.lexists(mountpoint) else "there is no such folder"
+        return UsageError(f"{mountpoint}: {what}")
+    return NotMounted(f"{mountpoint}: nothing is mounted there")
+
+
+def holders(mountpoint: str) -> list[str]:
+    """Who has something below the mountpoint open, as "pid 123 (qemu)" and "/dev/loop0"; what we may see of it."""
+    folder = place_of(mountpoint)
+    return [*_processes(folder), *_loops(folder)]
+
+
+def copies(device: str) -> tuple[list[str], list[str]]:
+    """Where a file system is mounted besides: the places that we see, and who holds it in other mount namespaces.
+
+    A copy is made by `mount --bind`, and by whatever starts a namespace of its own: unshare, a container, a sandboxed
+    service. Of those we see what /proc shows us; each is named by its oldest process, as "pid 123 (sleep)".
+    """
+    places = [os.fsdecode(line.place) for line in mounts() if line.device == device]
+    found = {_namespace(Path("/proc/self"))}
+    holders = []
+    for process in sorted((path for path in Path("/proc").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)):
+        namespace = _namespace(process)
+        if namespace and namespace not in found:
+            found.add(namespace)
+            if any(line.device == device for line in mounts(_table(process))):
+                holders.append(_named(process))
+    return places, holders
+
+
+def _namespace(process: Path) -> str:
+    try:
+        return os.readlink(process / "ns" / "mnt")
+    except OSError:
+        return ""  # it has ended, or is not for us to look at
+
+
+def _table(process: Path) -> bytes:
+    try:
+        return (process / "mountinfo").read_bytes()
+    except OSError:
+        return b""
+
+
+def _named(process: Path) -> str:
+    return f"pid {process.name} ({_line(process / 'comm').decode(errors='replace')})"
+
+
+def _processes(folder: str) -> Iterator[str]:
+    ours = str(os.getpid())  # started where the user stands, which the line of the shell tells
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or process.name == ours:
+            continue
+        if any(_is_below(place, folder) for place in _places(process)):
+            yield _named(process)
+
+
+def _places(process: Path) -> Iterator[str]:
+    """Where a process is and what it has open. Reading these links asks nothing of the file systems they lead to."""
+    try:
+        links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+    except OSError:
+        return
+    for link in links:
+        try:
+            yield os.readlink(link)
+        except OSError:
+            continue
+
+
+def _loops(folder: str) -> Iterator[str]:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if _is_below(os.fsdecode(_line(backing)), folder):
+            yield f"/dev/{backing.parts[-3]}"
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def _line(path: Path) -> bytes:
+    """What a file of the kernel's holds, but for the end of its line. Blanks at its ends are part of a name."""
+    try:
+        return path.read_bytes().removesuffix(b"\n")
+    except OSError:
+        return b""

@@ -1,0 +1,70 @@
+"""Files that appear when they are whole.
+
+Owns the temporary name and its removal, what may be replaced, and the words of a refusal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from qedfs.cli.exit_status import cause_of
+from qedfs.errors import NoSpace, UsageError
+from qedfs.host.durable import sync_folder
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[BinaryIO]:
+    """A file that takes its name, durably, when the block has ended well; it replaces what has the name then.
+
+    Raises:
+        UsageError: the folder is missing or takes no file.
+        NoSpace: the file system is full.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=folder)
+        try:
+            with os.fdopen(fd, "wb") as target:
+                yield target
+                target.flush()
+                umask = os.umask(0)
+                os.umask(umask)
+                os.fchmod(fd, 0o666 & ~umask)
+                # Before the name leads to it: a power cut must leave the file before or this one, whole.
+                os.fsync(fd)
+            os.replace(temporary, path)
+            # Behind the rename: otherwise a power cut could bring the file before back, or none, after we ended well.
+            sync_folder(folder)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except (OSError, ExceptionGroup) as exc:
+        cause = cause_of(exc)  # the block may write from several tasks
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{path}: the file system is full") from exc
+        if cause.errno == errno.EFBIG:
+            raise NoSpace(f"{path}: the file system, or a limit of this process, allows no file of that size") from exc
+        raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
+
+
+def check_replaceable(path: str, session_start: bytes, kind: str) -> None:
+    """Raise UsageError if a file of this name does not begin so: it is an overlay, when the arguments are swapped."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as file:
+                if file.read(len(session_start)) == session_start:
+                    return
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+    raise UsageError(f"{path}: exists already and is no {kind}; remove it or choose another name")

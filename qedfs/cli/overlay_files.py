@@ -1,0 +1,83 @@
+"""Overlay files that a command looks into without a mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import trio
+
+from qedfs.cli.served_images import stem
+from qedfs.errors import BadOverlay, UsageError
+from qedfs.overlay.open import open_overlay
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.storage import FileStorage
+
+SUFFIX = ".qed"
+
+
+@contextlib.asynccontextmanager
+async def peeked(path: str) -> AsyncIterator[Overlay]:
+    """An overlay opened to be looked at, without locks: it may be mounted, or open in QEMU, at the same time.
+
+    The order in which tables are written makes what we see sound, if perhaps of a moment ago. A mount that was killed
+    has left a journal, which is looked into as well; that of a running mount is not.
+    """
+    overlay = await open_overlay(path, writable=False, locked=False)
+    try:
+        yield overlay
+    finally:
+        overlay.storage.close()
+
+
+@contextlib.contextmanager
+def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
+    """An overlay file that nobody else has open for writing. Errors of the block that know no path are given one."""
+    with _closing(FileStorage.open(path, writable=writable), path) as storage:
+        yield storage
+
+
+def stands_alone(path: str) -> bool:
+    """Whether an overlay file, which others may have open, needs no source.
+
+    Raises:
+        BadOverlay: it has lost something, or is none.
+        UsageError: as of `FileStorage.open`.
+    """
+    return trio.run(_stands_alone, path)
+
+
+async def _stands_alone(path: str) -> bool:
+    async with peeked(path) as overlay:
+        if overlay.backing is None:
+            await overlay.clusters.count()
+            if overlay.damage is not None:
+                raise BadOverlay(f"{path}: {overlay.damage}")
+        return overlay.backing is None
+
+
+def overlays_at(place: str, image: str | None) -> list[str]:
+    """The overlays that a mount of this overlay or folder serves, or the one of `image` alone.
+
+    Raises:
+        UsageError: the folder has none.
+    """
+    if not os.path.isdir(place):
+        return [place]
+    names = sorted(name for name in os.listdir(place) if name.endswith(SUFFIX))
+    found = [os.path.join(place, name) for name in names if image is None or stem(name) == stem(image)]
+    if not found:
+        raise UsageError(f"{place}: has no overlay" + ("" if image is None else f" for an image {image}"))
+    return found
+
+
+@contextlib.contextmanager
+def _closing(storage: FileStorage, path: str) -> Iterator[FileStorage]:
+    try:
+        yield storage
+    except BadOverlay as exc:
+        text = str(exc)
+        raise exc if text.startswith(path) else BadOverlay(f"{path}: {text}") from exc
+    finally:
+        storage.close()

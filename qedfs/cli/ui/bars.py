@@ -1,0 +1,72 @@
+"""Progress bars of many images in the lines that a terminal has. Pure: images as `status` shows them -> lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from qedfs.cli.served_images import Image
+from qedfs.cli.ui.layout import padded, printable, shortened
+from qedfs.cli.ui.status_lines import fitted_images, fitted_summary, fitted_troubles, pace_of, percent
+from qedfs.units import format_seconds, format_size
+
+NOTE_WIDTH = len("1023 MiB/s, 23h 59m")
+LEAST_BAR = 4
+NAME_SHARE = 3  # a name takes one cell in so many at the most
+
+
+class Signs(NamedTuple):
+    """What a bar is drawn with: they differ in shape, for terminals and readers without colours."""
+
+    done: str
+    half: str
+    missing: str
+
+
+SIGNS = Signs("━", "╸", "─")
+ASCII_SIGNS = Signs("#", "-", "-")
+
+
+def bar_lines(images: Sequence[Image], width: int, height: int, signs: Signs = SIGNS) -> list[Text]:
+    """A bar for each image, one for all of them and their troubles, in at most `height` lines of `width` cells."""
+    if not images:
+        return [Text("no overlays yet")]
+    texts = fitted_troubles(images, width, height)
+    served = [image for image in images if image["served"]]
+    head = fitted_summary(images, width)
+    bars = [_total(served)] if len(served) > 1 else []
+    shown, left_out = fitted_images(served, height - len(head) - len(bars) - len(texts))
+    bars += [(printable(image["name"]), image["populated"], image["total"], _note(image)) for image in shown]
+    name_width = min(max((cell_len(name) for name, *_ in bars), default=0), width // NAME_SHARE)
+    bar_width = max(LEAST_BAR, width - name_width - NOTE_WIDTH - len("  100%  "))
+    lines: list[Text] = []
+    for name, populated, total, note in bars:
+        line = Text(padded(shortened(name, name_width), name_width) + " ")
+        line.append_text(_bar(populated, total, bar_width, signs))
+        lines.append(line.append(f" {percent(populated, total):>4}  {note}"))
+    return [*map(Text, head), *lines, *map(Text, [*left_out, *texts])]
+
+
+def _total(images: Sequence[Image]) -> tuple[str, int, int, str]:
+    """All images as one. They stream side by side, so the last one to end tells how long it takes."""
+    running = [image for image in images if image["state"] == "running"]
+    rate = sum(image["rate"] for image in running)
+    seconds = max((image["eta_seconds"] or 0 for image in running), default=0)
+    pace = f"{format_size(rate)}/s" if rate else ""
+    note = ", ".join(filter(None, (pace, format_seconds(seconds) if seconds else "")))
+    return "all", sum(image["populated"] for image in images), sum(image["total"] for image in images), note
+
+
+def _note(image: Image) -> str:
+    """What stands behind the bar: the pace while it streams, else the state."""
+    return ", ".join(filter(None, pace_of(image))) if image["state"] == "running" and image["rate"] else image["state"]
+
+
+def _bar(populated: int, total: int, width: int, signs: Signs) -> Text:
+    halves = 2 * width * populated // total if total else 2 * width
+    style = "bar.complete" if halves < 2 * width else "bar.finished"
+    bar = Text(signs.done * (halves // 2) + signs.half * (halves % 2), style=style)
+    return bar.append(signs.missing * (width - len(bar)), style="bar.back")

@@ -1,0 +1,117 @@
+"""The cells of a map -> a PNG that can be understood alone: a grid of squares, and a legend below it.
+
+Pure. The grid is read like a text, from left to right and from top to bottom. A row of it is a power of two of bytes,
+as a cell is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qedfs.cli.ui import font
+from qedfs.cli.ui.cells import Cells, Kind
+from qedfs.cli.ui.png import Colour, encode_png
+from qedfs.units import format_size
+
+MOST_COLUMNS = 128
+MOST_CELLS = MOST_COLUMNS * MOST_COLUMNS // 2  # then the grid is at least twice as wide as it is high
+LEAST_COLUMNS = 8
+GRID_WIDTH = 768  # pixels
+MARGIN = 12
+GAP = 1  # between two cells
+SCALE = 2  # pixels of a dot of the font
+LINE_HEIGHT = 12 * SCALE
+SWATCH = 7 * SCALE
+TEXT_GAP = 3 * SCALE  # between a swatch and its text
+
+WHITE: Colour = (0xFF, 0xFF, 0xFF)
+INK: Colour = (0x22, 0x22, 0x22)
+# Blue, light blue, yellow, light grey: they differ in lightness too (CIE L* 32, 58, 78, 92), so that readers who see
+# fewer colours, and a printer without any, tell them apart.
+COLOURS: dict[Kind, tuple[str, Colour]] = {
+    Kind.DATA: ("dark blue", (0x00, 0x4F, 0x80)),
+    Kind.ZEROS: ("yellow", (0xF0, 0xB8, 0x40)),
+    Kind.MISSING: ("light grey", (0xE8, 0xE8, 0xE8)),
+    Kind.PART: ("blue", (0x4A, 0x90, 0xC8)),
+}
+NAMES = {Kind.DATA: "data", Kind.ZEROS: "zeros", Kind.MISSING: "missing", Kind.PART: "in part"}
+
+_PAPER = 0
+_INK = 1
+_FIRST_KIND = 2
+PALETTE: list[Colour] = [WHITE, INK, *(COLOURS[kind][1] for kind in Kind)]
+
+
+class Shape(NamedTuple):
+    """How the cells are laid out. `pitch` in pixels from one cell to the next."""
+
+    columns: int
+    rows: int
+    pitch: int
+
+
+def shape_of(cells: Cells) -> Shape:
+    """The narrowest grid that is at least twice as wide as it is high."""
+    columns = LEAST_COLUMNS
+    while columns * columns // 2 < len(cells):
+        columns *= 2
+    return Shape(columns, -(-len(cells) // columns), GRID_WIDTH // columns)
+
+
+def legend(cells: Cells) -> dict[Kind, str]:
+    """What each kind is, with the bytes that there are of it."""
+    return {kind: NAMES[kind] + _amount(cells, kind) for kind in Kind}
+
+
+def scale_of(cells: Cells) -> str:
+    """How large things are."""
+    row = cells.size * shape_of(cells).columns
+    return f"one cell {format_size(cells.size)}, one row {format_size(row)}, image {format_size(cells.image_size)}"
+
+
+def draw(cells: Cells, name: str) -> bytes:
+    """The PNG file. `name` goes into its description."""
+    shape = shape_of(cells)
+    foot = MARGIN + shape.rows * shape.pitch + MARGIN
+    canvas = Canvas(GRID_WIDTH + 2 * MARGIN, foot + 2 * LINE_HEIGHT + MARGIN)
+    for at, kind in enumerate(cells.kinds()):
+        row, column = divmod(at, shape.columns)
+        side = shape.pitch - GAP
+        canvas.fill(MARGIN + column * shape.pitch, MARGIN + row * shape.pitch, side, side, _FIRST_KIND + kind)
+    for x, (kind, text) in zip(_tab_stops(), legend(cells).items(), strict=True):
+        canvas.fill(x, foot, SWATCH, SWATCH, _FIRST_KIND + kind)
+        canvas.write(x + SWATCH + TEXT_GAP, foot, text)
+    canvas.write(MARGIN, foot + LINE_HEIGHT, scale_of(cells))
+    description = ", ".join(f"{COLOURS[kind][0]}: {text}" for kind, text in legend(cells).items())
+    return encode_png(canvas.rows, PALETTE, f"{name}; {description}; {scale_of(cells)}")
+
+
+class Canvas:
+    """Rows of pixels, which are indices into the palette."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.rows = [bytearray([_PAPER]) * width for _ in range(height)]
+
+    def fill(self, x: int, y: int, width: int, height: int, colour: int) -> None:
+        """A rectangle."""
+        for row in self.rows[y : y + height]:
+            row[x : x + width] = bytes([colour]) * width
+
+    def write(self, x: int, y: int, text: str) -> None:
+        """A line of text."""
+        for column, row in font.dots(text):
+            self.fill(x + column * SCALE, y + row * SCALE, SCALE, SCALE, _INK)
+
+
+def _amount(cells: Cells, kind: Kind) -> str:
+    return f" {format_size(cells.totals[kind])}" if kind in cells.totals else ""
+
+
+def _tab_stops() -> Iterator[int]:
+    """Where the entries of the legend begin: each is as wide as it can become ("missing 1023 MiB")."""
+    x = MARGIN
+    for kind in Kind:
+        yield x
+        longest = len(f"{NAMES[kind]} 1023 MiB" if kind is not Kind.PART else NAMES[kind])
+        x += SWATCH + TEXT_GAP + SCALE * font.ADVANCE * (longest + 2)

@@ -1,0 +1,107 @@
+"""What people read of a mount's status: a table, its troubles, a summary. Pure: status -> lines of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from qedfs.cli.served_images import BROKEN, Image, trouble
+from qedfs.cli.ui.layout import listed, printable, shortened, table, wrapped
+from qedfs.units import format_seconds, format_size
+
+HEADER = ("image", "state", "local", "of", "", "pace", "left")
+ALIGNMENT = "<<>>>>>"
+# In this order in a summary, behind them whatever else there may be.
+STATES = ("complete", "running", "waiting", "paused", "off", "failed", "source-changed", "broken")
+# The later, the sooner they are left out where there is too little room. The trouble of a broken one has its own line.
+GIVE_WAY = {BROKEN: 1, "complete": 2}
+TROUBLES_SHARE = 3  # one line in so many
+
+
+def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
+    """All of it, names and texts in full; without a width each image and each trouble is one line."""
+    images = found["images"]
+    if not images:
+        return [f"{printable(found['mountpoint'])}: no overlays there"]
+    lines = list(table([HEADER, *map(row, images)], ALIGNMENT, width))
+    for text in [*troubles(images), *summary(images)]:
+        lines += [text] if width is None else wrapped(text, width)
+    return lines
+
+
+def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
+    """As much of it as there is room for, in lines that do not wrap: what is complete gives way first."""
+    images = found["images"]
+    if not images:
+        return status_lines(found, width)
+    texts = fitted_troubles(images, width, height)
+    head = fitted_summary(images, width)
+    shown, left_out = fitted_images(images, height - len(head) - len(texts) - 1)
+    return [*head, *table([HEADER, *map(row, shown)], ALIGNMENT, width, cut=True), *left_out, *texts]
+
+
+def fitted_images(images: Sequence[Image], room: int) -> tuple[list[Image], list[str]]:
+    """As many images as there are lines, and a line on those that are left out; what moves is kept longest."""
+    if len(images) <= room:
+        return list(images), []
+    kept = sorted(images, key=lambda image: GIVE_WAY.get(image["state"], 0))[: max(0, room - 1)]
+    names = {image["name"] for image in kept}
+    return [image for image in images if image["name"] in names], [f"and {len(images) - len(kept)} more"]
+
+
+def fitted_troubles(images: Sequence[Image], width: int, height: int) -> list[str]:
+    """The troubles, a line each, in their share of the height."""
+    texts = troubles(images)
+    most = max(1, height // TROUBLES_SHARE)
+    if len(texts) > most:
+        texts = [*texts[: most - 1], f"and {len(texts) - most + 1} more troubles: see qedfs status"]
+    return [shortened(text, width) for text in texts]
+
+
+def fitted_summary(images: Sequence[Image], width: int) -> list[str]:
+    """The summary, wrapped."""
+    return [line for text in summary(images) for line in wrapped(text, width)]
+
+
+def row(image: Image) -> tuple[str, ...]:
+    """The cells of one image."""
+    name, total, populated = printable(image["name"]), image["total"], image["populated"]
+    state = f"{image['state']} (ro)" if image.get("read_only") else image["state"]
+    if not total:
+        return (name, state, "", "", "", "", "")
+    pace, left = pace_of(image)
+    return (name, state, format_size(populated), format_size(total), percent(populated, total), pace, left)
+
+
+def percent(populated: int, total: int) -> str:
+    """Rounded down: 100% is said only when it is true. An image of no bytes is all there."""
+    return f"{100 * populated // total if total else 100}%"
+
+
+def pace_of(image: Image) -> tuple[str, str]:
+    """Rate and remaining time of an image that is streaming, as far as they are known."""
+    rate, seconds = image["rate"], image["eta_seconds"]
+    pace = f"{format_size(rate)}/s" if rate and image["state"] == "running" else ""
+    return pace, format_seconds(seconds) if seconds else ""
+
+
+def troubles(images: Sequence[Image]) -> list[str]:
+    """What is wrong and what is waited for; images with the same trouble share a line."""
+    names: dict[str, list[str]] = {}
+    for image in images:
+        text = trouble(image)
+        if text is not None:
+            names.setdefault(text, []).append(image["name"])
+    return [printable(f"{listed(found)}: {text}") for text, found in names.items()]
+
+
+def summary(images: Sequence[Image]) -> list[str]:
+    """How many images are in which state, and how much of all is local. One image needs no summary."""
+    if len(images) < 2:
+        return []
+    counts = Counter(image["state"] for image in images)
+    states = [*(state for state in STATES if counts[state]), *sorted(counts.keys() - set(STATES))]
+    populated, total = (sum(image[key] for image in images) for key in ("populated", "total"))
+    local = f"{format_size(populated)} of {format_size(total)} local"
+    return [f"{len(images)} images: {', '.join(f'{counts[state]} {state}' for state in states)}; {local}"]

@@ -1,0 +1,106 @@
+"""What `qedfs wait` waits for, and how it is told from what the server says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Protocol
+
+from qedfs.cli.served_images import BROKEN, Image, failure_of
+from qedfs.control.qmp.client import Client
+from qedfs.errors import ReadOnlyOverlay, UsageError
+from qedfs.units import parse_size
+
+_RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
+# These do not go on by themselves.
+_ENDED = frozenset({"failed", "source-changed", BROKEN})
+HELD_STATES = {
+    "off": "is not being streamed; qedfs stream start would begin it",
+    "paused": "is paused",
+    "waiting": "is waiting",
+}
+
+
+class Goal(Protocol):
+    """What each image has to come to. Its text fits into "not ... within the time"."""
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so. Raises the error that keeps it from ever being so."""
+        ...
+
+    def held(self, image: Image) -> str | None:
+        """What is to be said of an image that may not come there by itself: "is paused"."""
+        ...
+
+    def lacking(self, image: Image) -> str | None:
+        """How an image stands that is not there yet, for the message that the time is over."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unused:
+    """Nobody has the image open."""
+
+    def __str__(self) -> str:
+        return "unused"
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so."""
+        return not image["opens"]
+
+    def held(self, image: Image) -> str | None:
+        """That it is open."""
+        return "is open" if image["opens"] else None
+
+    lacking = held
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Local:
+    """A range of bytes of each image that has to be local; `end` None: the whole image has to be complete."""
+
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        return "complete" if self.end is None else "populated"
+
+    def reached(self, client: Client, image: Image) -> bool:
+        """Whether it is so. Raises the error that keeps it from ever being so."""
+        if image["state"] == "complete" or self._is_local(client, image):
+            return True
+        if image["state"] in _ENDED:
+            raise failure_of(image)
+        if image.get("read_only"):
+            raise ReadOnlyOverlay(f"{image['name']}: is read-only and keeps nothing, so it cannot become {self}")
+        return False
+
+    def held(self, image: Image) -> str | None:
+        """Why its stream does not move by itself."""
+        held = HELD_STATES.get(image["state"])
+        return held and held + (f": {image['reason']}" if image["reason"] else "")
+
+    def lacking(self, image: Image) -> str | None:
+        """Its state."""
+        return None if image["state"] == "complete" else f"is {image['state']}"
+
+    def _is_local(self, client: Client, image: Image) -> bool:
+        if self.end is None or not image["served"]:
+            return False
+        found = client.execute("x-qedfs-next-missing", device=image["name"], offset=self.start)["offset"]
+        return found is None or found >= min(self.end, image["size"])
+
+
+def parse_goal(text: str) -> Goal:
+    """The goal of `--for`. Raises UsageError."""
+    if text == "complete":
+        return Local()
+    if text == "unused":
+        return Unused()
+    found = _RANGE.match(text)
+    if found is None:
+        raise UsageError(f"--for {text}: write complete, unused, or populated:START-END like populated:0-64M")
+    start, end = parse_size(found[1]), parse_size(found[2])
+    if end <= start:
+        raise UsageError(f"--for {text}: the range is empty")
+    return Local(start, end)

@@ -1,0 +1,169 @@
+"""The figures of a mount as Prometheus metrics.
+
+Owns the names. Reads the live objects when somebody asks and keeps nothing: the mount's own work never passes here.
+Must not know how the text is served. Needs the package prometheus_client.
+
+A label `image` is a file name inside the mount; bytes that are not UTF-8 are shown as `status` shows them. A label
+`source` is a backing without its secrets; two backings that look alike then are added up, since a name may stand once
+only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qedfs import __version__
+from qedfs.control.monitoring.status import BROKEN, state_of
+from qedfs.control.port import Mounted, ServedImage
+from qedfs.errors import Reason
+from qedfs.fetch.latency import BOUNDS
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.jobs.stream import State, StreamJob
+
+Served = tuple[str, Image, StreamJob]
+
+STATES = (*(str(state) for state in State), BROKEN)
+
+_IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
+    ("read_bytes", "Bytes that guests have read.", lambda image: image.counters.read),
+    ("written_bytes", "Bytes that guests have written.", lambda image: image.counters.written),
+    ("missed_bytes", "Bytes read that had to be fetched first.", lambda image: image.counters.missed),
+    ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.committer.barriers),
+    ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.committer.barrier_seconds),
+)
+_IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, StreamJob], float]], ...] = (
+    ("size_bytes", "Size of the image.", lambda image, job: job.total),
+    ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.populated),
+    ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.storage.disk_usage()),
+    ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
+    ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.overlay.writable),
+    (
+        "uncommitted_bytes",
+        "Bytes written to the overlay whose commit is still to come.",
+        lambda image, job: image.overlay.committer.uncommitted_bytes,
+    ),
+    (
+        "commit_pending",
+        "1 if there are entries that the overlay's tables do not have yet.",
+        lambda image, job: image.overlay.committer.pending,
+    ),
+)
+# With how the figures of several queues for one source become one.
+_SOURCE_GAUGES: tuple[tuple[str, str, Callable[[FetchQueue], float], Callable[[Iterable[float]], float]], ...] = (
+    ("requests_in_flight", "Requests that have left and are not dealt with.", lambda fetch: len(fetch.flights()), sum),
+    ("background_bytes_in_flight", "Bytes in flight that nobody waits for.", lambda fetch: fetch.background_bytes, sum),
+    ("waiting_readers", "Readers that wait for bytes of the source.", lambda fetch: fetch.readers, sum),
+    ("window_bytes", "Bytes that may be in flight in the background.", lambda fetch: fetch.window.bytes, sum),
+    ("round_trip_seconds", "Shortest time of a request lately.", lambda fetch: fetch.window.round_trip, max),
+    ("rate_bytes_per_second", "Best rate that the link has shown.", lambda fetch: fetch.window.rate, max),
+    ("up", "0 if the last request failed.", lambda fetch: fetch.remote.error is None, min),
+)
+
+
+def exposition(mount: Mounted) -> bytes:
+    """The metrics of this moment in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MountCollector(mount))
+    return generate_latest(registry)
+
+
+class MountCollector(Collector):
+    """One mount."""
+
+    def __init__(self, mount: Mounted) -> None:
+        self._mount = mount
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the names are known when the figures are."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, read now."""
+        info = GaugeMetricFamily(
+            "qedfs_info", "Always 1; the labels tell which mount.", labels=["version", "mountpoint"]
+        )
+        info.add_metric([__version__, _label(self._mount.mountpoint)], 1)
+        yield info
+        everything = self._mount.everything()
+        yield _states(everything)
+        served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
+        yield from _image_metrics(served)
+        yield from _source_metrics(self._mount.fetches())
+
+
+def _states(everything: Sequence[ServedImage]) -> Metric:
+    metric = GaugeMetricFamily("qedfs_image_state", "1 for the state that it is in.", labels=["image", "state"])
+    for found in everything:
+        now = state_of(found)
+        for state in STATES:
+            metric.add_metric([_label(found.name), state], state == now)
+    return metric
+
+
+def _image_metrics(served: Sequence[Served]) -> Iterator[Metric]:
+    for name, text, count in _IMAGE_COUNTERS:
+        counter = CounterMetricFamily(f"qedfs_image_{name}", text, labels=["image"])
+        for image_name, image, _ in served:
+            counter.add_metric([image_name], count(image))
+        yield counter
+    for name, text, measure in _IMAGE_GAUGES:
+        gauge = GaugeMetricFamily(f"qedfs_image_{name}", text, labels=["image"])
+        for image_name, image, job in served:
+            gauge.add_metric([image_name], measure(image, job))
+        yield gauge
+    kept = CounterMetricFamily(
+        "qedfs_image_kept_bytes", "Bytes fetched and kept, by who asked for them.", labels=["image", "cause"]
+    )
+    for image_name, image, _ in served:
+        kept.add_metric([image_name, "reader"], image.counters.kept_asked)
+        kept.add_metric([image_name, "stream"], image.counters.kept_stream)
+    yield kept
+
+
+def _source_metrics(fetches: Sequence[FetchQueue]) -> Iterator[Metric]:
+    sources: dict[str, list[FetchQueue]] = defaultdict(list)
+    for fetch in fetches:
+        sources[_label(str(fetch.remote.location))].append(fetch)
+    fetched = CounterMetricFamily("qedfs_source_fetched_bytes", "Bytes fetched.", labels=["source"])
+    retries = CounterMetricFamily(
+        "qedfs_source_retries",
+        "Tries that failed in a way that may pass, by what stood in the way.",
+        labels=["source", "reason"],
+    )
+    for source, group in sources.items():
+        fetched.add_metric([source], sum(fetch.fetched_bytes for fetch in group))
+        # Overlays of other cluster sizes have queues of their own over the same connections.
+        remotes = {id(fetch.remote): fetch.remote for fetch in group}
+        for reason in Reason:
+            retries.add_metric([source, str(reason)], sum(remote.retries[reason] for remote in remotes.values()))
+    yield from (fetched, retries)
+    for name, text, measure, combine in _SOURCE_GAUGES:
+        gauge = GaugeMetricFamily(f"qedfs_source_{name}", text, labels=["source"])
+        for source, group in sources.items():
+            gauge.add_metric([source], combine(map(measure, group)))
+        yield gauge
+    yield _waits(sources)
+
+
+def _label(text: str) -> str:
+    """A label's text in UTF-8, which the format asks for; Linux asks nothing of names."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _waits(sources: dict[str, list[FetchQueue]]) -> Metric:
+    """How long reads of missing bytes took, those that failed included."""
+    metric = HistogramMetricFamily(
+        "qedfs_source_wait_seconds", "Time that reads waited for bytes of the source.", labels=["source"]
+    )
+    bounds = [*map(str, BOUNDS), "+Inf"]
+    for source, group in sources.items():
+        counts = [sum(column) for column in zip(*(fetch.waits.up_to() for fetch in group), strict=True)]
+        buckets = list(zip(bounds, counts, strict=True))
+        metric.add_metric([source], buckets, sum_value=sum(fetch.waits.seconds for fetch in group))
+    return metric

@@ -1,0 +1,197 @@
+"""Serves the metrics of a mount over HTTP, at an address of the machine or at a Unix socket.
+
+Owns the listening socket and the few lines of HTTP that a scrape needs: one request per connection, of bounded size and
+time, answered and closed. Must not know what the metrics are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib.util
+import logging
+import os
+import re
+import socket
+from http import HTTPStatus
+from pathlib import Path
+
+import trio
+
+from qedfs.control.monitoring.metrics_host import hosts_of, is_ours
+from qedfs.control.port import Mounted
+from qedfs.control.socket_file import mark_of, remove_own
+from qedfs.errors import InUse, UsageError
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+MAX_CLIENTS = 16
+MAX_REQUEST_BYTES = 8 << 10
+CLIENT_SECONDS = 10.0  # for one request and its answer
+PATH = "/metrics"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_ADDRESS = re.compile(r"^(?:(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]*):)?(?P<port>\d{1,5})$")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen: a host and a port, or the path of a Unix socket."""
+
+    host: str = LOOPBACK
+    port: int = 0
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        """As `parse_address` reads it."""
+        if self.path is not None:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Where "127.0.0.1:9188", ":9188", "9188", "[::1]:9188" or "unix:/run/metrics" is; without a host, loopback.
+
+    Raises:
+        UsageError: it is nowhere, or the package that makes metrics is not installed.
+    """
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise UsageError("--metrics needs the package prometheus_client; install it: pip install 'qedfs[metrics]'")
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return Address(path=Path(text.removeprefix("unix:")).absolute())
+    found = _ADDRESS.match(text)
+    if found is None or int(found["port"]) > 65535:
+        raise UsageError(f"{text!r} is no address for metrics; write 127.0.0.1:9188 or unix:/run/qedfs/metrics")
+    return Address((found["host"] or LOOPBACK).strip("[]"), int(found["port"]))
+
+
+async def serve_metrics(
+    address: Address, mount: Mounted, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer scrapes until cancelled; started, with the address that it got, once it listens.
+
+    Raises:
+        UsageError: it cannot listen there.
+        InUse: somebody else does.
+    """
+    listeners = _listen_at_path(address.path) if address.path else await _listen_at_port(address)
+    if address.path is None:
+        address = dataclasses.replace(address, port=listeners[0].socket.getsockname()[1])
+    mark = mark_of(address.path) if address.path else None
+    clients = trio.CapacityLimiter(MAX_CLIENTS)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        try:
+            clients.acquire_nowait()
+        except trio.WouldBlock:
+            await trio.aclose_forcefully(stream)
+            return
+        try:
+            await _serve_client(stream, mount, address)
+        finally:
+            clients.release()
+
+    log.info("metrics at %s, path %s", address, PATH)
+    try:
+        task_status.started(address)
+        await trio.serve_listeners(serve, listeners)
+    finally:
+        if address.path is not None:
+            remove_own(address.path, mark)
+
+
+async def _serve_client(stream: trio.SocketStream, mount: Mounted, address: Address) -> None:
+    async with stream:
+        with trio.move_on_after(CLIENT_SECONDS):
+            try:
+                head = await _request_head(stream)
+                if head is not None:
+                    await stream.send_all(_answer(head, mount, address))
+            except trio.BrokenResourceError:
+                return  # it has gone away
+
+
+async def _request_head(stream: trio.SocketStream) -> bytes | None:
+    """The request up to its blank line; None if it ends before. A request without end is cut where it is too long."""
+    head = b""
+    while b"\r\n\r\n" not in head and len(head) < MAX_REQUEST_BYTES:
+        more = await stream.receive_some(MAX_REQUEST_BYTES - len(head))
+        if not more:
+            return None
+        head += more
+    return head
+
+
+def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
+    # RFC 9112, section 3: the request line.
+    method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+    target, _, version = rest.partition(b" ")
+    if b"\r\n\r\n" not in head:
+        return _response(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    if not version.startswith(b"HTTP/1."):
+        return _response(HTTPStatus.BAD_REQUEST)
+    if target.partition(b"?")[0] != PATH.encode():
+        return _response(HTTPStatus.NOT_FOUND)
+    if method != b"GET":
+        return _response(HTTPStatus.METHOD_NOT_ALLOWED, extra="Allow: GET\r\n")
+    hosts = hosts_of(head)
+    if len(hosts) > 1:  # RFC 9112, section 3.2
+        return _response(HTTPStatus.BAD_REQUEST)
+    # No browser sends a request to a Unix socket, nor one without a Host.
+    if address.path is None and hosts and not is_ours(hosts[0], address.host, socket.gethostname()):
+        return _response(HTTPStatus.MISDIRECTED_REQUEST, hint=f"; ask for http://{address}{PATH}")
+    try:
+        # Imported here: an extra, which parse_address has looked for.
+        from qedfs.control.monitoring.metrics import exposition
+
+        return _response(HTTPStatus.OK, exposition(mount))
+    except Exception:
+        # A fault of ours must cost this answer only, not the mount.
+        log.exception("cannot tell the metrics")
+        return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _response(status: HTTPStatus, body: bytes | None = None, *, extra: str = "", hint: str = "") -> bytes:
+    """An answer with the metrics, or with the name of its status and a hint."""
+    content_type = CONTENT_TYPE if body is not None else "text/plain"
+    body = body if body is not None else f"{status.phrase}{hint}\n".encode()
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        f"{extra}Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def _listen_at_port(address: Address) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(address.port, host=address.host)
+    except OSError as exc:
+        kind = InUse if exc.errno == errno.EADDRINUSE else UsageError
+        raise kind(f"{address}: cannot listen there: {exc.strerror or exc}") from exc
+
+
+def _listen_at_path(path: Path) -> list[trio.SocketListener]:
+    """Listen at a socket of mode 0600; what a dead server has left there is removed."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        if _is_left_over(path):
+            path.unlink(missing_ok=True)
+        listener.bind(os.fspath(path))
+        listener.listen(MAX_CLIENTS)
+    except OSError as exc:
+        listener.close()
+        kind = InUse if exc.errno == errno.EADDRINUSE else UsageError
+        raise kind(f"unix:{path}: cannot listen there: {exc.strerror or exc}") from exc
+    finally:
+        os.umask(old)
+    return [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
+
+
+def _is_left_over(path: Path) -> bool:
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED

@@ -1,0 +1,121 @@
+"""What `status` says of a mount: plain values for JSON. Reads the images, changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qedfs.control.monitoring.progress_rate import Rate
+from qedfs.control.port import Mounted, ServedImage
+from qedfs.errors import QedfsError
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.jobs.stream import State, StreamJob
+
+BROKEN = "broken"  # the state of an overlay that cannot be served
+SETTLING = "the overlay is new and may still be being copied into the folder"
+
+
+def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict[str, Any]:
+    """The whole mount. `rates` by the path of the overlay. All sizes in bytes."""
+    return {
+        "mountpoint": mount.mountpoint,
+        "device": mount.device,
+        "socket": socket,
+        "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
+        "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
+    }
+
+
+def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
+    """One image, served or not."""
+    image, job = served.image, served.job
+    if image is None or job is None:
+        return _unserved_status(served)
+    left = job.total - job.populated
+    running = job.state is State.RUNNING and image.overlay.clusters.missing is not None
+    eta = rate.seconds_for(left) if rate and running else None
+    return {
+        "name": served.name,
+        "overlay": served.path,
+        "size": image.size,
+        "backing": None if image.complete or image.fetch is None else str(image.fetch.remote.location),
+        "served": True,
+        "state": str(job.state),
+        "reason": job.reason or None,
+        "populated": job.populated,
+        "total": job.total,
+        "rate": round(rate.value) if rate else 0,
+        "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
+        "error": _error(served, image, job),
+        "exit_code": 0 if job.error is None else job.error.exit_code,
+        "limit": job.rate_limiter.limit,
+        "copy_on_read": image.copy_on_read,
+        "read_only": not image.overlay.writable,
+        "opens": served.opens,
+        "disk_usage": image.overlay.storage.disk_usage(),
+        "counters": dataclasses.asdict(image.counters),
+    }
+
+
+def state_of(served: ServedImage) -> str:
+    """The state of an overlay, served or not."""
+    if served.job is not None:
+        return str(served.job.state)
+    return str(State.WAITING) if served.error is None else BROKEN
+
+
+def _unserved_status(served: ServedImage) -> dict[str, Any]:
+    error = served.error
+    return {
+        "name": served.name,
+        "overlay": served.path,
+        "size": 0,
+        "backing": None,
+        "served": False,
+        "state": state_of(served),
+        "reason": SETTLING if error is None else None,
+        "populated": 0,
+        "total": 0,
+        "rate": 0,
+        "eta_seconds": None,
+        "error": None if error is None else str(error),
+        "exit_code": QedfsError.exit_code if error is None else error.exit_code,
+    }
+
+
+def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
+    """What is wrong now, the most lasting trouble first."""
+    overlay = image.overlay
+    failure = overlay.damage or overlay.committer.failure or image.full or overlay.full or served.error
+    if failure is None and not image.complete:
+        # A source that is no longer needed has no errors.
+        failure = image.changed or job.error or image.error
+    return None if failure is None else str(failure)
+
+
+def _by_connection(fetches: Sequence[FetchQueue]) -> list[list[FetchQueue]]:
+    """The queues that share a source: overlays of other cluster sizes have one of their own."""
+    groups: dict[int, list[FetchQueue]] = defaultdict(list)
+    for fetch in fetches:
+        groups[id(fetch.remote)].append(fetch)
+    return list(groups.values())
+
+
+def _source_status(fetches: Sequence[FetchQueue]) -> dict[str, Any]:
+    remote = fetches[0].remote
+    return {
+        "backing": str(remote.location),
+        "size": None if remote.identity is None else remote.identity.size,
+        "etag": None if remote.identity is None else remote.identity.etag,
+        "last_modified": None if remote.identity is None else remote.identity.last_modified,
+        "digest": None if remote.identity is None else remote.identity.digest,
+        "fetched": sum(fetch.fetched_bytes for fetch in fetches),
+        "readers": sum(fetch.readers for fetch in fetches),
+        "window": sum(fetch.window.bytes for fetch in fetches),
+        "retries": sum(remote.retries.values()),
+        "retries_by_reason": {str(reason): count for reason, count in remote.retries.items()},
+        "error": None if remote.error is None else str(remote.error),
+    }

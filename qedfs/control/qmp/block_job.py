@@ -1,0 +1,250 @@
+"""One stream as QEMU shows it: a block job with an id, a state and events, on top of the StreamJob of an image.
+
+Owns the life of a job from `created` to `null` and the order of its events (qapi/job.json, qapi/block-core.json). Must
+not know who asks, nor other jobs; events go out through `emit`.
+
+What QEMU's job would do at once on an error, or at the end, the StreamJob asks of us: `judge` and `may_detach`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from qedfs.control.qmp.errors import QmpError
+from qedfs.errors import NoSpace, QedfsError
+from qedfs.jobs.stream import Action, State, StreamJob, usual_action
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+ENDED = frozenset({State.COMPLETE, State.FAILED, State.SOURCE_CHANGED})
+
+
+class Status(enum.StrEnum):
+    """JobStatus of qapi/job.json, as far as a stream comes through it."""
+
+    UNDEFINED = "undefined"
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    WAITING = "waiting"
+    PENDING = "pending"
+    ABORTING = "aborting"
+    CONCLUDED = "concluded"
+    NULL = "null"
+
+
+# Which command is taken in which state: JobVerbTable of QEMU's job.c.
+_RUNS = frozenset({Status.CREATED, Status.RUNNING, Status.PAUSED})
+ALLOWED = {
+    "pause": _RUNS,
+    "resume": _RUNS,
+    "set-speed": _RUNS,
+    "cancel": _RUNS | {Status.WAITING, Status.PENDING},
+    "complete": frozenset[Status](),  # for jobs that mirror
+    "finalize": frozenset({Status.PENDING}),
+    "dismiss": frozenset({Status.CONCLUDED}),
+}
+# What each `on-error` does. "retry" is ours, and that of streams that began with the mount.
+_POLICIES: dict[str, Callable[[QedfsError], Action]] = {
+    "retry": usual_action,
+    "report": lambda _: Action.STOP,
+    "stop": lambda _: Action.HOLD,
+    "ignore": lambda _: Action.IGNORE,
+    "enospc": lambda error: Action.HOLD if isinstance(error, NoSpace) else Action.STOP,
+}
+_POLICIES["auto"] = _POLICIES["enospc"]
+_ACTION_NAMES = {Action.HOLD: "stop", Action.STOP: "report", Action.IGNORE: "ignore"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wishes:
+    """How a job was asked for."""
+
+    on_error: str = "retry"
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class BlockJob:
+    """One block job, as QMP clients see it."""
+
+    def __init__(self, job_id: str, stream: StreamJob, wishes: Wishes, emit: Emit, *, nothing: bool = False) -> None:
+        """`nothing`: there is nothing to stream; it only comes through its states."""
+        self.id = job_id
+        self.stream = stream
+        self.wishes = wishes
+        self.status = Status.UNDEFINED
+        self.error: str | None = None
+        self.io_status = "ok"
+        self._emit = emit
+        self._nothing = nothing
+        self._cancelled = False
+        self._detaching = False  # past the point of no return
+        self._finalized = trio.Event()
+        self._change(Status.CREATED)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(offset, len) in bytes; both 0 where there was nothing to stream from the beginning, as in QEMU."""
+        return (0, 0) if self._nothing else (self.stream.populated, self.stream.total)
+
+    def require(self, verb: str) -> None:
+        """Raise QmpError unless the job takes this command in its state."""
+        if self.status not in ALLOWED[verb]:
+            self._refuse(verb)
+
+    def _refuse(self, verb: str) -> None:
+        raise QmpError(f"Job '{self.id}' in state '{self.status}' cannot accept command verb '{verb}'")
+
+    # What clients want.
+
+    async def pause(self) -> None:
+        """Hold it."""
+        self.require("pause")
+        if self.stream.paused:
+            raise QmpError("Job is already paused")
+        await self.stream.pause()
+
+    async def resume(self) -> None:
+        """Go on."""
+        if not self.stream.paused and self.status is not Status.PAUSED:
+            raise QmpError("Can't resume a job that was not paused")
+        self.require("resume")
+        await self.stream.resume()
+
+    def cancel(self) -> None:
+        """End it; what has been brought in stays."""
+        self.require("cancel")
+        if self._detaching:
+            self._refuse("cancel")
+        self._cancelled = True
+        if self.status is Status.PAUSED:
+            self._change(Status.RUNNING)
+        self._change(Status.ABORTING)
+        self.stream.cancel()
+        self._finalized.set()
+        if self.stream.state is State.OFF or self.stream.state in ENDED:
+            # It had not begun yet, and so will not say that it has ended.
+            self.end()
+
+    def finalize(self) -> None:
+        """Let a job that waits for it drop the backing."""
+        self.require("finalize")
+        self._finalized.set()
+
+    # What the stream asks and tells.
+
+    def judge(self, error: QedfsError) -> Action:
+        """What to do about a failure; told to the clients unless it is only tried again."""
+        action = _POLICIES[self.wishes.on_error](error)
+        if action in (Action.HOLD, Action.RETRY):
+            self.io_status = "nospace" if isinstance(error, NoSpace) else "failed"
+        if action in _ACTION_NAMES:
+            data = {"device": self.id, "operation": "read", "action": _ACTION_NAMES[action]}
+            self._emit("BLOCK_JOB_ERROR", data)
+        return action
+
+    async def may_detach(self) -> bool:
+        """Nothing is missing any more: come to the end, where the client may want to have the last word."""
+        if self._cancelled:
+            return False
+        self._change(Status.WAITING)
+        self._change(Status.PENDING)
+        if not self.wishes.auto_finalize:
+            self._emit("BLOCK_JOB_PENDING", {"type": "stream", "id": self.id})
+            await self._finalized.wait()
+        self._detaching = not self._cancelled
+        return self._detaching
+
+    def follow(self) -> None:
+        """The stream is in another state."""
+        state = self.stream.state
+        self._detaching = False
+        if state in ENDED or state is State.OFF:
+            self.end()
+        elif self._cancelled:
+            return
+        elif state is State.PAUSED:
+            self._change(Status.PAUSED)
+        else:
+            if state is State.RUNNING:
+                self.io_status = "ok"
+            self._change(Status.RUNNING)
+
+    def end(self) -> None:
+        """The stream has come to an end, whatever it is."""
+        if self.status in (Status.CONCLUDED, Status.NULL):
+            return
+        if self.stream.state is State.COMPLETE or self._nothing:
+            # A job that found nothing to do comes through all its states all the same.
+            for status in (Status.RUNNING, Status.WAITING, Status.PENDING):
+                if list(Status).index(self.status) < list(Status).index(status):
+                    self._change(status)
+            self._emit("BLOCK_JOB_COMPLETED", self._result())
+        elif self.stream.state in ENDED and not self._cancelled:
+            self.error = self.stream.reason
+            self._change(Status.ABORTING)
+            self._emit("BLOCK_JOB_COMPLETED", {**self._result(), "error": self.error})
+        else:
+            # Cancelled, or its image has left the mount.
+            self._change(Status.ABORTING)
+            self._emit("BLOCK_JOB_CANCELLED", self._result())
+        self._change(Status.CONCLUDED)
+        if self.wishes.auto_dismiss:
+            self._change(Status.NULL)
+
+    def dismiss(self) -> None:
+        """Forget it."""
+        self.require("dismiss")
+        self._change(Status.NULL)
+
+    def describe(self) -> dict[str, Any]:
+        """One element of `query-block-jobs`."""
+        offset, length = self.position
+        found = {
+            "type": "stream",
+            "device": self.id,
+            "len": length,
+            "offset": offset,
+            "busy": self.status is Status.RUNNING,
+            "paused": self.stream.paused or self.status is Status.PAUSED,
+            "speed": self.stream.rate_limiter.limit,
+            "io-status": self.io_status,
+            "ready": False,
+            "status": str(self.status),
+            "auto-finalize": self.wishes.auto_finalize,
+            "auto-dismiss": self.wishes.auto_dismiss,
+        }
+        return found if self.error is None else {**found, "error": self.error}
+
+    def describe_briefly(self) -> dict[str, Any]:
+        """One element of `query-jobs`."""
+        offset, length = self.position
+        found = {
+            "id": self.id,
+            "type": "stream",
+            "status": str(self.status),
+            "current-progress": offset,
+            "total-progress": length,
+        }
+        return found if self.error is None else {**found, "error": self.error}
+
+    def _result(self) -> dict[str, Any]:
+        offset, length = self.position
+        return {
+            "type": "stream",
+            "device": self.id,
+            "len": length,
+            "offset": offset,
+            "speed": self.stream.rate_limiter.limit,
+        }
+
+    def _change(self, status: Status) -> None:
+        if status is not self.status:
+            self.status = status
+            self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": str(status)})

@@ -1,0 +1,72 @@
+"""`query-block` and `query-named-block-nodes`: the images of a mount as QEMU would list them.
+
+An image disk.raw is the device `disk` with the node `disk`, driver qed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qedfs.control.port import ServedImage
+from qedfs.control.qmp.command import Arg, Arguments, Commands
+from qedfs.control.qmp.jobs import device_name
+from qedfs.control.qmp.state import Call
+from qedfs.image.image import Image
+
+node_commands: Commands[Call] = Commands()
+
+_THROTTLES = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+
+@node_commands("query-block")
+async def _query_block(call: Call, _: Arguments) -> list[dict[str, Any]]:
+    return [
+        {"device": device_name(served), "type": "unknown", "removable": False, "locked": False, "inserted": node}
+        for served, node in _nodes(call)
+    ]
+
+
+@node_commands("query-named-block-nodes", Arg("flat", "boolean", optional=True))
+async def _query_named_block_nodes(call: Call, _: Arguments) -> list[dict[str, Any]]:
+    return [node for _, node in _nodes(call)]
+
+
+def _nodes(call: Call) -> list[tuple[ServedImage, dict[str, Any]]]:
+    everything = call.control.mount.everything()
+    return [(served, _node(served, served.image)) for served in everything if served.image is not None]
+
+
+def _node(served: ServedImage, image: Image) -> dict[str, Any]:
+    """BlockDeviceInfo of qapi/block-core.json."""
+    node: dict[str, Any] = {
+        "node-name": device_name(served),
+        "drv": "qed",
+        "file": served.path,
+        "ro": not image.overlay.writable,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "write_threshold": 0,
+        "cache": {"writeback": True, "direct": False, "no-flush": False},
+        "backing_file_depth": 0 if image.complete else 1,
+        "image": _image_info(served, image),
+        **dict.fromkeys(_THROTTLES, 0),
+    }
+    return node if image.complete or image.fetch is None else {**node, "backing_file": str(image.fetch.remote.location)}
+
+
+def _image_info(served: ServedImage, image: Image) -> dict[str, Any]:
+    """ImageInfo of qapi/block-core.json. The backing's name is redacted: it may hold a password."""
+    info: dict[str, Any] = {
+        "filename": served.path,
+        "format": "qed",
+        "virtual-size": image.size,
+        "actual-size": image.overlay.storage.disk_usage(),
+        "cluster-size": image.overlay.cluster_size,
+        "dirty-flag": False,
+    }
+    if not image.complete and image.fetch is not None:
+        backing = str(image.fetch.remote.location)
+        info |= {"backing-filename": backing, "full-backing-filename": backing}
+        if not image.overlay.probes_backing:
+            info["backing-filename-format"] = "raw"
+    return info

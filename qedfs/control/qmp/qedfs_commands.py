@@ -1,0 +1,122 @@
+"""The commands that QMP lacks, `x-qedfs-*`: by image instead of by job, and forgiving, as people are at a terminal.
+
+- `x-qedfs-status`: what `qedfs status --json` prints.
+- `x-qedfs-start {device, limit?}`: stream; a source that is away and a full disk are waited for.
+- `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: doing it twice is no error.
+- `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit, also while nothing streams.
+- `x-qedfs-step {device, offset?}`: populate the next missing run at or behind `offset` with one request; returns
+  `{pos, size, next}`: what is local now, and where the next missing byte is (null: there is none).
+- `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
+- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size]: what readers had to wait for, in this order.
+- `x-qedfs-rescan`: look into the folder for overlays that have come or gone.
+
+Their errors carry, beside class and text, `x-qedfs-exit-code`: what the command line would exit with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qedfs.control.monitoring.status import mount_status
+from qedfs.control.port import ServedImage
+from qedfs.control.qmp.block_job import Status, Wishes
+from qedfs.control.qmp.command import Arg, Arguments, Commands
+from qedfs.control.qmp.errors import QmpError
+from qedfs.control.qmp.job_commands import Nothing, begin_stream, find_served
+from qedfs.control.qmp.jobs import device_name
+from qedfs.control.qmp.state import Call
+from qedfs.errors import ReadOnlyOverlay
+from qedfs.image.image import Image
+
+our_commands: Commands[Call] = Commands()
+
+
+@our_commands("x-qedfs-status")
+async def _status(call: Call, _: Arguments) -> dict[str, Any]:
+    control = call.control
+    return mount_status(control.mount, control.socket, control.rates)
+
+
+@our_commands("x-qedfs-start", Arg("device"), Arg("limit", "integer", optional=True))
+async def _start(call: Call, arguments: Arguments) -> Nothing:
+    served, image, stream = find_served(call, arguments["device"])
+    limit = _not_negative(arguments, "limit") if "limit" in arguments else None
+    if image.complete:
+        return {}
+    _check_writable(served, image)
+    jobs = call.control.jobs
+    if jobs.active(stream) is None:
+        job_id = jobs.free_id(device_name(served))
+        jobs.begin(stream, device_name(served), job_id, Wishes())
+    await begin_stream(stream, limit)
+    return {}
+
+
+@our_commands("x-qedfs-pause", Arg("device"))
+async def _pause(call: Call, arguments: Arguments) -> Nothing:
+    _, image, stream = find_served(call, arguments["device"])
+    if not image.complete and not stream.paused:
+        await stream.pause()
+    return {}
+
+
+@our_commands("x-qedfs-resume", Arg("device"))
+async def _resume(call: Call, arguments: Arguments) -> Nothing:
+    _, image, stream = find_served(call, arguments["device"])
+    if not image.complete:
+        await stream.resume()
+    return {}
+
+
+@our_commands("x-qedfs-cancel", Arg("device"))
+async def _cancel(call: Call, arguments: Arguments) -> Nothing:
+    _, _, stream = find_served(call, arguments["device"])
+    block = call.control.jobs.active(stream)
+    if block is not None and block.status is not Status.ABORTING:
+        call.control.jobs.cancel(block)
+    return {}
+
+
+@our_commands("x-qedfs-limit", Arg("device"), Arg("limit", "integer"))
+async def _limit(call: Call, arguments: Arguments) -> Nothing:
+    _, _, stream = find_served(call, arguments["device"])
+    stream.set_limit(_not_negative(arguments, "limit"))
+    return {}
+
+
+@our_commands("x-qedfs-step", Arg("device"), Arg("offset", "integer", optional=True))
+async def _step(call: Call, arguments: Arguments) -> dict[str, Any]:
+    served, image, stream = find_served(call, arguments["device"])
+    _check_writable(served, image)
+    pos, size, following = await stream.step(_not_negative(arguments, "offset"))
+    return {"pos": pos, "size": size, "next": following}
+
+
+@our_commands("x-qedfs-next-missing", Arg("device"), Arg("offset", "integer", optional=True))
+async def _next_missing(call: Call, arguments: Arguments) -> dict[str, Any]:
+    _, _, stream = find_served(call, arguments["device"])
+    return {"offset": await stream.next_missing(_not_negative(arguments, "offset"))}
+
+
+@our_commands("x-qedfs-profile", Arg("device"))
+async def _profile(call: Call, arguments: Arguments) -> dict[str, Any]:
+    _, image, _ = find_served(call, arguments["device"])
+    return {"ranges": image.waits.ranges}
+
+
+@our_commands("x-qedfs-rescan")
+async def _rescan(call: Call, _: Arguments) -> Nothing:
+    await call.control.mount.rescan()
+    return {}
+
+
+def _check_writable(served: ServedImage, image: Image) -> None:
+    if not image.overlay.writable:
+        raise ReadOnlyOverlay(f"{served.name}: the overlay is read-only, nothing that is fetched could be kept")
+
+
+def _not_negative(arguments: Arguments, name: str) -> int:
+    value: int = arguments.get(name, 0)
+    if value < 0:
+        raise QmpError(f"Parameter '{name}' expects a non-negative value")
+    return value

@@ -1,0 +1,73 @@
+"""What the control side of one mount knows: the mount, the clients, the rates, the jobs.
+
+Owns the clock that samples progress, and the delivery of events to every client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import trio
+
+from qedfs import __version__
+from qedfs.control.monitoring.progress_rate import SAMPLE_SECONDS, Rate
+from qedfs.control.port import Mounted
+from qedfs.control.qmp.jobs import Jobs
+from qedfs.control.qmp.session import QmpSession
+from qedfs.control.qmp.wire import encode
+
+# The version of QEMU whose QMP this follows: clients compare numbers before they use a command.
+QEMU_VERSION = {"major": 7, "minor": 2, "micro": 0}
+
+
+class Control:
+    """The state behind one control socket."""
+
+    def __init__(self, mount: Mounted, socket: str) -> None:
+        self.mount = mount
+        self.socket = socket
+        self.sessions: set[QmpSession] = set()
+        self.rates: dict[str, Rate] = {}
+        self.jobs = Jobs(mount, self.emit)
+
+    def version(self) -> dict[str, Any]:
+        """What `query-version` and the greeting say."""
+        return {"qemu": dict(QEMU_VERSION), "package": f"qedfs-{__version__}"}
+
+    def greeting(self) -> dict[str, Any]:
+        """The first line to every client."""
+        return {"QMP": {"version": self.version(), "capabilities": []}}
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to every client that has negotiated."""
+        now = time.time_ns() // 1000
+        stamp = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
+        line = encode({"timestamp": stamp, "event": name, "data": data})
+        for session in list(self.sessions):
+            session.post(line)
+
+    async def watch(self) -> None:
+        """Look at every image now and then; runs until cancelled."""
+        while True:
+            self.jobs.sync()
+            self._sample()
+            await trio.sleep(SAMPLE_SECONDS)
+
+    def _sample(self) -> None:
+        now = trio.current_time()
+        served = {found.path: found.job for found in self.mount.everything() if found.image is not None}
+        for path in self.rates.keys() - served.keys():
+            del self.rates[path]
+        for path, job in served.items():
+            if job is not None and (job.image.complete or job.image.overlay.clusters.missing is not None):
+                self.rates.setdefault(path, Rate()).note(now, job.populated)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """Who asks whom."""
+
+    control: Control
+    session: QmpSession

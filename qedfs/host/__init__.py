@@ -1,0 +1,1 @@
+"""What the machine gives and limits: /proc, runtime folders, descriptors, memory. Knows no images."""

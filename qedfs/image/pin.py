@@ -1,0 +1,239 @@
+"""Which version of its source the clusters of one image are of: found out, compared with the pin, stored as the pin.
+
+Owns the look at the source's version, which all who wait share. Must not know reads, writes or the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
+from qedfs.fetch.queue import FetchQueue
+from qedfs.format.record import Pin, Record, digest, shortened, shortened_name
+from qedfs.overlay.overlay import Overlay
+from qedfs.source.base import Identity, Sameness
+from qedfs.source.pinning import By, Pinning
+from qedfs.source.samples import Samples
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+_WAY_OUT = "Bring the old version back, or start a new overlay"
+
+
+class _Look:
+    """One look at the version of the source. `error` is there, or the version is known, when `done` is set."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: QedfsError | None = None
+
+
+class SourceVersion:
+    """The version of the source of one image. `name` is the image's, for the log."""
+
+    def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue) -> None:
+        self.identity: Identity | None = None  # what the source serves, if it has been compared with the pin
+        self.changed: SourceChanged | None = None  # the source is another version than the overlay's clusters
+        self._name = name
+        self._overlay = overlay
+        self._fetch = fetch
+        self._look: _Look | None = None  # while one is under way
+        self._agreed = False  # after a refusal: what was read before it was of the pinned version
+        self._asking = trio.CancelScope()  # around what the source is asked for a look
+        self._closed = False
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the version that the overlay's clusters are of; None as long as there is none."""
+        if self.identity is not None:
+            return self.identity.size
+        pin = self._overlay.record.pin
+        return pin.size if pin is not None and pin.backing == digest(self._overlay.backing or "") else None
+
+    def refuse(self, error: SourceChanged) -> None:
+        """Take nothing from the source any more."""
+        self._agreed = self._agrees
+        text = str(error)
+        self.changed = (
+            error.fresh() if _WAY_OUT in text else SourceChanged(f"{text}; what is local is served. {_way_out(text)}")
+        )
+        self.identity = None
+
+    def close(self) -> None:
+        """Ask the source nothing more: whoever waits for that gets SourceUnreachable at once.
+
+        What has been fetched and waits to be kept may be in doubt, and its source silent; the end of a mount must not
+        wait for that.
+        """
+        self._closed = True
+        self._asking.cancel()
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        if not self._closed:
+            with trio.CancelScope() as self._asking:
+                return await question()
+        raise SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether all that has been read so far is of the pinned version."""
+        return self._agreed or (self.identity is not None and self.identity is self._fetch.remote.identity)
+
+    async def check(self) -> Identity:
+        """The source's identity, compared with the pin; the first time ever, it becomes the pin.
+
+        The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
+        a version that the overlay does not know about. An answer may tell more than the ones before: the pin knows
+        that too, or refuses it, before a byte of that answer is of any use.
+
+        Raises:
+            SourceChanged: it is another version.
+            QedfsError: the source cannot be reached, or the pin cannot be stored.
+        """
+        if self.changed is not None:
+            raise self.changed.fresh()
+        while self.identity is None or self.identity is not self._fetch.remote.identity:
+            look = self._look
+            if look is None:
+                look = _Look()
+                # A task of its own: a reader that is killed must not end the look that others wait for.
+                self._fetch.nursery.start_soon(self._look_at_source, look)
+                self._look = look
+            await look.done.wait()
+            if look.error is not None:
+                raise look.error.fresh()
+        return self.identity
+
+    async def _look_at_source(self, look: _Look) -> None:
+        """Find out the identity for all who wait. One by one, each would wait for the deadlines of those before it."""
+        # Stays so if the task is cancelled, while those who wait need not be.
+        look.error = SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
+        try:
+            self.identity = await self._pinned()
+            look.error = None
+        except QedfsError as exc:
+            look.error = exc
+        except Exception:
+            log.exception("%s: cannot look at the source", self._name)
+            look.error = QedfsError("internal error, see the log")
+        finally:
+            self._look = None
+            look.done.set()
+
+    async def _pinned(self) -> Identity:
+        identity = await self._ask(self._fetch.identity)
+        overlay, remote = self._overlay, self._fetch.remote
+        backing = digest(overlay.backing or "")
+        pin = overlay.record.pin
+        if pin is not None and (pin.backing != backing or remote.pinning.by is By.NONE):
+            pin = None
+        found = _pin(backing, identity, remote.pinning.called)
+        if pin is not None:
+            difference = await self._difference(pin, found)
+            if difference:
+                await self._start_over_or_refuse(difference)
+            else:
+                remote.samples.take_over(pin.samples)
+                found = _joined(pin, found, remote.pinning)
+                if found == pin:
+                    return identity
+        # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
+        if overlay.writable:
+            await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
+        return identity
+
+    async def _difference(self, pin: Pin, found: Pin) -> str:
+        """Say how the source is another version than the pinned one, "" if it is the same."""
+        remote = self._fetch.remote
+        if pin.called and found.called:
+            if pin.called != found.called:
+                return f"it was called {pin.called}, is now called {found.called}"
+            if pin.size == found.size:
+                return ""
+        verdict = remote.pinning.counted(_identity(pin)).compare(_identity(found))
+        if verdict.sameness in (Sameness.SAME, Sameness.CHANGED):
+            return verdict.why
+        samples = Samples.decode(pin.samples)
+        if not samples:
+            return verdict.why
+        different = await self._ask(lambda: remote.difference(samples))
+        if different is None and verdict.why:
+            log.info("%s: %s, but the bytes are the same", self._name, verdict.why)
+        return "" if different is None else ", and ".join(filter(None, (verdict.why, different)))
+
+    async def remember(self) -> None:
+        """Store samples of what has been read, for another session to compare.
+
+        Not in the way of those who read: without samples a doubt is a change.
+        """
+        samples, overlay = self._fetch.remote.samples.encode(), self._overlay
+        pin = overlay.record.pin
+        if not self._agrees or pin is None or samples == pin.samples or not overlay.writable:
+            return
+
+        def with_samples(record: Record) -> Record:
+            # The overlay may have been detached meanwhile, and has no pin then.
+            pin = None if record.pin is None else dataclasses.replace(record.pin, samples=samples)
+            return dataclasses.replace(record, pin=pin)
+
+        await overlay.change_record(with_samples)
+
+    async def _start_over_or_refuse(self, difference: str) -> None:
+        """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
+        clusters = self._overlay.clusters
+        await clusters.count()
+        what = f"backing {self._fetch.remote.location} is not the version that this overlay was started from"
+        if clusters.missing == self._overlay.geometry.clusters:
+            kept = "nothing had been kept of that one, the new version is used"
+            log.warning("%s: %s (%s); %s", self._name, what, difference, kept)
+            return
+        error = SourceChanged(f"{what} ({difference}); what is local is served. {_way_out(difference)}")
+        self.refuse(error)
+        raise error
+
+
+def _way_out(difference: str) -> str:
+    ways = _WAY_OUT
+    if "ETag was" in difference or "Last-Modified was" in difference:
+        # Several servers behind one name may have tags and dates of their own for the same file.
+        ways += "; if the bytes are the same nevertheless: mount --pin date, --pin etag or --pin size"
+    return ways
+
+
+def _pin(backing: str, identity: Identity, called: str | None) -> Pin:
+    return Pin(
+        backing,
+        identity.size,
+        shortened(identity.etag),
+        shortened(identity.last_modified),
+        identity.digest or "",
+        identity.place,
+        called=shortened_name(called or ""),
+    )
+
+
+def _identity(pin: Pin) -> Identity:
+    return Identity(pin.size, pin.etag, pin.last_modified, digest=pin.published or None, place=pin.place)
+
+
+def _joined(pin: Pin, found: Pin, pinning: Pinning) -> Pin:
+    """What is pinned from now on: what is told now, and what only the pin knows of the same version."""
+    kept = dataclasses.replace(found, samples=pin.samples, called=found.called or pin.called)
+    if pin.place != found.place and pin.place and found.place:
+        return kept  # the tags of another server
+    known = pinning.counted(_identity(pin))
+    return dataclasses.replace(
+        kept,
+        etag=found.etag or known.etag,
+        last_modified=found.last_modified or known.last_modified,
+        published=found.published or known.digest or "",
+        place=found.place or pin.place,
+    )

@@ -1,0 +1,300 @@
+"""The FUSE adapter: inodes and handles <-> images, exceptions <-> errno. Nothing else, no cluster arithmetic.
+
+pyfuse3 answers a request only if its handler returns or raises FUSEError; any other exception leaves the caller hanging
+and ends every image of the mount. So each handler translates all it can meet, in `_translated`.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
+
+from qedfs.errors import QedfsError, SourceError, UsageError
+from qedfs.image.image import Image
+from qedfs.mount.registry import Folder, Served
+
+log = logging.getLogger(__name__)
+
+# The image changes through the mount only, so the kernel may believe us; st_blocks is what becomes stale.
+ATTRIBUTE_SECONDS = 2.0
+LOG_SECONDS = 30.0  # between two lines on the same trouble of one image
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+def total(handler: F) -> F:
+    """A handler that raises nothing but FUSEError. (read and write do the same by themselves: a call less.)"""
+
+    @functools.wraps(handler)
+    async def translated(self: Operations, *args: Any) -> object:  # noqa: ANN401 - whatever the handler takes
+        try:
+            return await handler(self, *args)
+        except Exception as exc:
+            inode = args[0] if args and isinstance(args[0], int) else 0
+            raise self._translated(exc, inode) from exc
+
+    return cast("F", translated)
+
+
+class Operations(pyfuse3.Operations):
+    """What the kernel may ask of a mount: one flat folder of images of fixed size."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # a returned write would still be the kernel's, and die with the mount
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__()
+        self._folder = folder
+        self._images: dict[int, Image] = {}  # by handle, which is the inode
+        self._opens: dict[int, int] = {}
+        self._logged: dict[tuple[str, str], float] = {}
+
+    # The read and write path.
+
+    async def read(self, fh: int, off: int, size: int) -> Any:  # noqa: ANN401 - any buffer will do
+        """Bytes of an image; fewer at its end."""
+        try:
+            return await self._images[fh].read(off, size)
+        except Exception as exc:
+            raise self._translated(exc, fh) from exc
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write inside an image."""
+        try:
+            return await self._images[fh].write(off, buf)
+        except Exception as exc:
+            raise self._translated(exc, fh) from exc
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Flush the image; data and entries are one thing here."""
+        try:
+            await self._images[fh].flush()
+        except Exception as exc:
+            raise self._translated(exc, fh) from exc
+
+    async def flush(self, fh: int) -> None:
+        """close() of one descriptor: promises nothing."""
+        served = self._folder.by_inode(fh)
+        if served is not None:
+            served.closes += 1
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """The folder has nothing of its own."""
+
+    # Names and attributes.
+
+    @total
+    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """An image by its name."""
+        served = self._folder.by_name(os.fsdecode(name))
+        if served is None and await self._folder.rescan():
+            served = self._folder.by_name(os.fsdecode(name))
+        if parent_inode != pyfuse3.ROOT_INODE or served is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(served)
+
+    @total
+    async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
+        """Owner and mode: those of the overlay file; st_blocks is what it takes on disk. Times are the image's own."""
+        return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._served(inode))
+
+    @total
+    async def setattr(
+        self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """The mtime; of the rest nothing but what is so already: an image is what its overlay says.
+
+        An atime is passed over: it is that of the overlay file.
+        """
+        served = self._served(inode)
+        if served.image is None or _changes(self._attributes(served), attr, fields):
+            raise FUSEError(errno.EPERM)
+        if fields.update_mtime:
+            await served.image.overlay.set_modified(attr.st_mtime_ns)
+        return await self.getattr(inode)
+
+    @total
+    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open an image. The page cache stays: an image changes through the mount only."""
+        served = self._served(inode)
+        if served.image is None:
+            raise FUSEError(errno.EIO)
+        if flags & (os.O_WRONLY | os.O_RDWR) and not served.image.overlay.writable:
+            raise FUSEError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            # It comes here and not to setattr; after a success the kernel takes the image for empty.
+            raise FUSEError(errno.EPERM)
+        self._images[inode] = served.image
+        self._opens[inode] = self._opens.get(inode, 0) + 1
+        served.opens = self._opens[inode]
+        return FileInfo(fh=inode, keep_cache=True)
+
+    @total
+    async def release(self, fh: int) -> None:
+        """The last descriptor of one open() is gone."""
+        left = self._opens[fh] = self._opens[fh] - 1
+        served = self._folder.by_inode(fh)
+        if not left:
+            del self._opens[fh], self._images[fh]
+        if served is not None:
+            served.opens = left
+            served.closes = max(0, served.closes - 1) if left else 0
+            await self._folder.drop_if_unused(served)
+
+    async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
+        """Inodes live as long as their overlay is in the folder."""
+
+    @total
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
+        """Look into the folder again, so that a listing shows what is there now."""
+        if inode != pyfuse3.ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        await self._folder.rescan()
+        return int(inode)
+
+    @total
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """The images, in the order of their inodes, which never come back."""
+        for served in self._folder.images():
+            if served.inode <= start_id:
+                continue
+            try:
+                attributes = self._attributes(served)
+            except (FUSEError, QedfsError):
+                continue  # one that cannot be looked at costs itself only
+            if not pyfuse3.readdir_reply(token, os.fsencode(served.name), attributes, served.inode):
+                return
+
+    async def releasedir(self, fh: int) -> None:
+        """Nothing was kept."""
+
+    @total
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The file system that holds the overlays."""
+        found = self._folder.statvfs()
+        data = StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(data, name, getattr(found, name))
+        return data
+
+    # What a folder of images does not have: names are those of the overlays.
+
+    async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
+        """Not asked: the kernel checks (default_permissions)."""
+        return True
+
+    async def create(self, *_: object) -> tuple[FileInfo, EntryAttributes]:
+        """Images come from overlays."""
+        raise FUSEError(errno.EPERM)
+
+    async def mknod(self, *_: object) -> EntryAttributes:
+        """Images come from overlays."""
+        raise FUSEError(errno.EPERM)
+
+    async def mkdir(self, *_: object) -> EntryAttributes:
+        """The folder is flat."""
+        raise FUSEError(errno.EPERM)
+
+    async def symlink(self, *_: object) -> EntryAttributes:
+        """Images come from overlays."""
+        raise FUSEError(errno.EPERM)
+
+    async def link(self, *_: object) -> EntryAttributes:
+        """One name an image."""
+        raise FUSEError(errno.EPERM)
+
+    async def unlink(self, *_: object) -> None:
+        """Remove the overlay, the image goes with it."""
+        raise FUSEError(errno.EPERM)
+
+    async def rmdir(self, *_: object) -> None:
+        """There is none."""
+        raise FUSEError(errno.EPERM)
+
+    async def rename(self, *_: object) -> None:
+        """Rename the overlay."""
+        raise FUSEError(errno.EPERM)
+
+    # Inside.
+
+    def _served(self, inode: int) -> Served:
+        served = self._folder.by_inode(inode)
+        if served is None:
+            raise FUSEError(errno.ESTALE)
+        return served
+
+    def _attributes(self, served: Served) -> EntryAttributes:
+        if served.image is None or served.status is None:
+            raise FUSEError(errno.ENOENT)
+        status = served.status()
+        attributes = EntryAttributes()
+        attributes.st_ino = InodeT(served.inode)
+        write = 0 if served.image.overlay.writable else 0o222
+        attributes.st_mode = pyfuse3.ModeT(stat.S_IFREG | (stat.S_IMODE(status.st_mode) & 0o666 & ~write))
+        attributes.st_size = served.image.size
+        attributes.st_blocks = status.st_blocks
+        _with_owner(attributes, status)
+        times = served.image.overlay.times
+        attributes.st_mtime_ns, attributes.st_ctime_ns = times.modified_ns, times.changed_ns
+        return attributes
+
+    def _root_attributes(self) -> EntryAttributes:
+        status = self._folder.stat()
+        attributes = EntryAttributes()
+        attributes.st_ino = pyfuse3.ROOT_INODE
+        attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | (stat.S_IMODE(status.st_mode) & 0o555))
+        attributes.st_nlink = 2
+        return _with_owner(attributes, status)
+
+    def _translated(self, exc: Exception, inode: int) -> FUSEError:
+        """The errno of an exception, and a line in the log; never more than one line in a while for one trouble."""
+        if isinstance(exc, FUSEError):
+            return exc
+        served = self._folder.by_inode(inode)
+        name = served.name if served else f"inode {inode}"
+        if isinstance(exc, QedfsError):
+            self._log_once(name, str(exc), logging.WARNING if isinstance(exc, SourceError) else logging.ERROR)
+            # The overlay names something impossible: its maker's mistake. EINVAL would blame the reader.
+            return FUSEError(errno.EIO if isinstance(exc, UsageError) else exc.errno)
+        if isinstance(exc, OSError) and exc.errno:
+            self._log_once(name, str(exc), logging.ERROR)
+            return FUSEError(exc.errno)
+        log.error("%s: internal error", name, exc_info=exc)
+        return FUSEError(errno.EIO)
+
+    def _log_once(self, name: str, text: str, level: int) -> None:
+        now = trio.current_time()
+        if now - self._logged.get((name, text), float("-inf")) < LOG_SECONDS:
+            return
+        if len(self._logged) > 1000:
+            self._logged.clear()
+        self._logged[name, text] = now
+        log.log(level, "%s: %s", name, text)
+
+
+def _changes(now: EntryAttributes, wanted: EntryAttributes, fields: SetattrFields) -> bool:
+    """Whether anything but a time would become different. `cp -p`, `rsync -a` and `tar -x` set what is so already."""
+    return (
+        (fields.update_size and wanted.st_size != now.st_size)
+        or (fields.update_mode and stat.S_IMODE(wanted.st_mode) != stat.S_IMODE(now.st_mode))
+        or (fields.update_uid and wanted.st_uid != now.st_uid)
+        or (fields.update_gid and wanted.st_gid != now.st_gid)
+    )
+
+
+def _with_owner(attributes: EntryAttributes, status: os.stat_result) -> EntryAttributes:
+    attributes.st_uid, attributes.st_gid = status.st_uid, status.st_gid
+    attributes.st_blksize = 4096
+    attributes.st_atime_ns, attributes.st_mtime_ns = status.st_atime_ns, status.st_mtime_ns
+    attributes.st_ctime_ns = status.st_ctime_ns
+    attributes.attr_timeout = attributes.entry_timeout = ATTRIBUTE_SECONDS
+    return attributes

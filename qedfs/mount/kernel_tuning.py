@@ -1,0 +1,20 @@
+"""Settings of the kernel's side of a mount, where we may write them. Owns paths under /sys; all of it is optional.
+
+What can be said when the mount begins is in `fuse_init.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+# Buffered sequential reads: 128 KiB gives 2.4 GB/s, 1024 KiB 2.8 GB/s.
+READ_AHEAD_KIB = 1024
+
+
+def tune(mountpoint: str) -> None:
+    """Raise the kernel's read-ahead for this mount. Blocks until the mount answers a stat: call it in a thread."""
+    device = os.stat(mountpoint).st_dev
+    with contextlib.suppress(OSError):
+        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))

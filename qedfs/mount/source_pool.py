@@ -1,0 +1,126 @@
+"""The sources that the images of one mount share, each with its fetch queues.
+
+Owns the connections from the first overlay that needs a backing to the last. Must not know which images there are.
+
+A place is judged when an overlay that names it comes, so that a refusal stands in the list and in the log. The source
+judges it again before it opens anything, so this first look may be given up: the way to a local backing may lead over a
+dead file server, which must not hold up the images beside it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import trio
+
+from qedfs.fetch.buffer_pool import MOST_BYTES, BufferPool
+from qedfs.fetch.queue import FetchQueue
+from qedfs.host import memory_pool
+from qedfs.host.descriptors import check_room
+from qedfs.mount.fuse_init import background_limit
+from qedfs.overlay.overlay import Overlay
+from qedfs.source.circuit_breaker import ReaderSlots
+from qedfs.source.credentials import NO_CREDENTIALS, Credentials
+from qedfs.source.open import allowed, remote_source
+from qedfs.source.pinning import USUAL, Pinning
+from qedfs.source.policy import Policy
+from qedfs.source.retrying import RetryingSource
+from qedfs.source.url import Location, parse_location
+
+PATIENCE_SECONDS = 1.0  # of all the first looks of one scan together
+PAST_FETCHES = 16
+FREE_SHARE = 8  # of the memory for what is fetched, that may lie free
+
+
+class SourcePool:
+    """What the overlays of a mount are filled from."""
+
+    def __init__(
+        self,
+        root: str,
+        policy: Policy,
+        deadline_seconds: float,
+        nursery: trio.Nursery,
+        pinning: Pinning = USUAL,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
+        """`root`: the folder of the overlays. `nursery` runs the tasks of the connections."""
+        self._root = root
+        self._policy = policy
+        self._credentials = credentials
+        self._deadline_seconds = deadline_seconds
+        self._pinning = pinning
+        self._nursery = nursery
+        self._patience_seconds = PATIENCE_SECONDS
+        self._remotes: dict[tuple[str, bool], RetryingSource] = {}
+        self._places = ReaderSlots(background_limit())  # of the readers of all sources together
+        self.buffers = BufferPool(
+            min(MOST_BYTES, memory_pool.FETCHED.most_bytes // FREE_SHARE)
+        )  # of all queues together
+        self._fetches: dict[tuple[str, bool, int], FetchQueue] = {}
+        self._past_fetches: deque[FetchQueue] = deque(maxlen=PAST_FETCHES)
+
+    def fetches(self) -> list[FetchQueue]:
+        """The fetch queues in use, and the last ones that were: their counts are still of interest."""
+        return [*self._fetches.values(), *self._past_fetches]
+
+    def renew_patience(self) -> None:
+        """A scan begins."""
+        self._patience_seconds = PATIENCE_SECONDS
+
+    @property
+    def count(self) -> int:
+        """Of sources that overlays need."""
+        return len(self._remotes)
+
+    async def fetch_for(self, overlay: Overlay, *, overlays: int) -> FetchQueue | None:
+        """The queue for an overlay's backing, shared by all overlays on the same source; None without a backing.
+
+        Raises:
+            Refused: the policy does not allow the place.
+            UsageError: it is none.
+            OSError: EMFILE, it would be a source too many beside so many open `overlays`.
+        """
+        if overlay.backing is None:
+            return None
+        location = parse_location(overlay.backing, relative_to=self._root)
+        await self._judge(location)
+        # One URL may be raw for one overlay and read in its own format for another: two sources.
+        place = (location.secret_url, not overlay.probes_backing)
+        remote = self._remotes.get(place)
+        if remote is None:
+            check_room(overlays, self.count + 1)
+            remote = remote_source(
+                location,
+                self._policy,
+                self._nursery,
+                deadline_seconds=self._deadline_seconds,
+                raw=place[1],
+                pinning=self._pinning,
+                places=self._places,
+                credentials=self._credentials,
+            )
+            self._remotes[place] = remote
+        key = (*place, overlay.cluster_size)
+        if key not in self._fetches:
+            self._fetches[key] = FetchQueue(remote, overlay.cluster_size, self._nursery, buffers=self.buffers)
+        return self._fetches[key]
+
+    async def _judge(self, location: Location) -> None:
+        begun = trio.current_time()
+        with trio.move_on_after(self._patience_seconds):
+            await allowed(location, self._policy)
+        self._patience_seconds = max(0.0, self._patience_seconds - (trio.current_time() - begun))
+
+    async def let_go(self, remote: RetryingSource) -> None:
+        """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
+        for place in [place for place, known in self._remotes.items() if known is remote]:
+            del self._remotes[place]
+        for key in [key for key, known in self._fetches.items() if known.remote is remote]:
+            self._past_fetches.append(self._fetches.pop(key))
+        await remote.aclose()
+
+    async def aclose(self) -> None:
+        """Drop all connections."""
+        for remote in self._remotes.values():
+            await remote.aclose()

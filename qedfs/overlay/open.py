@@ -1,0 +1,148 @@
+"""How an overlay is opened: read and judged, repaired, completed by what a killed session left, its session begun.
+
+Owns the order of these. Must not know what becomes of an open overlay. All of it waits for the disk, in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from qedfs.errors import BadOverlay, InUse, NoMemory
+from qedfs.format.geometry import round_down, round_up
+from qedfs.format.header import NEED_CHECK
+from qedfs.host import memory_pool
+from qedfs.host.memory_pool import Share
+from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.check import repair
+from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.journal import OrphanJournal
+from qedfs.overlay.journal_search import Found, find
+from qedfs.overlay.l1 import read_l1
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.recovery import apply, fits
+from qedfs.overlay.revalidation import revalidate
+from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.session_start import SessionStart
+from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.overlay.truncation import mark_beyond
+
+log = logging.getLogger(__name__)
+
+
+async def open_overlay(
+    path: str, *, writable: bool, locked: bool = True, journal_folder: Path | None = None, dir_fd: int | None = None
+) -> Overlay:
+    """Open the overlay file at `path`; see `FileStorage.open` and `open_storage`. Errors name the path."""
+    storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
+    try:
+        overlay = await open_storage(storage, journal_folder=journal_folder)
+    except (BadOverlay, InUse, NoMemory) as exc:
+        storage.close()
+        raise type(exc)(f"{path}: {exc}") from exc
+    except BaseException:
+        storage.close()
+        raise
+    if overlay.journal_remark:
+        log.warning("%s: %s", path, overlay.journal_remark)
+    if overlay.full is not None:
+        log.warning("%s; nothing is written or kept until there is space", overlay.full)
+    return overlay
+
+
+async def open_storage(storage: Storage, *, journal_folder: Path | None = None) -> Overlay:
+    """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
+
+    On a full disk the session begins later (`session_start.py`): what needs it raises NoSpace until then. A read-only
+    overlay shows what a killed session left, and leaves it for the next writable opening.
+
+    `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
+
+    Raises:
+        BadOverlay: it cannot be served; nothing has been written to it.
+        NoMemory: its tables do not fit beside those of the others.
+        InUse: a killed session may have left answered writes where we may not look; nothing has been written either.
+    """
+    share = Share(memory_pool.TABLES)
+    try:
+        return await storage.in_thread(lambda: _open(storage, journal_folder, share))
+    except BaseException:
+        share.close()
+        raise
+
+
+def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
+    if storage.locked:  # else somebody may be writing to it, and has the last word
+        revalidate(storage, journal_folder)
+    header, backing = read_header(storage)
+    session = Session(storage, header, read_record(storage, header))
+    found = find(storage, journal_folder, session.record.session, session.record.journal)
+    remark = _unread(found, session, writable=storage.writable)
+    if storage.writable and header.dirty:
+        repair(storage, header)
+        session.clear_dirty(NEED_CHECK)
+    l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used, share)
+    # Behind the read: where a mount writes to the file meanwhile, it is long enough for every table in this L1.
+    file_end = storage.size()
+    cluster_size = header.geometry.cluster_size
+    # What lies behind the last whole cluster does not exist.
+    clusters = ClusterMap(storage, header, l1, round_down(file_end, cluster_size), share)
+    committer = Committer(storage, session.header, clusters, None)
+    session.barrier = committer.barrier
+    allocator = Allocator(storage, clusters)
+    if storage.writable:
+        _mark_cut_tables(clusters, committer)
+    orphan = found.orphan
+    if orphan and (not session.untouched or not fits(orphan, session.header, clusters, storage.size())):
+        remark, orphan = _not_used(orphan, session), None
+    if storage.writable or orphan:
+        # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
+        clusters.file_end = round_up(file_end, cluster_size)
+    if orphan:
+        # The file may have some of it.
+        apply(orphan.pairs, clusters, allocator.make_table)
+    session_start = None
+    if storage.writable:
+        session_start = SessionStart(storage, session, committer, journal_folder, orphan)
+        session_start.at_open()
+    overlay = Overlay(storage, session, clusters, committer, allocator, session_start)
+    overlay.backing, overlay.journal_remark = backing, remark if storage.locked else ""
+    return overlay
+
+
+def _unread(found: Found, session: Session, *, writable: bool) -> str:
+    """What to say of a journal that was not read.
+
+    Raises:
+        InUse: a new session would void it.
+    """
+    if found.gone:
+        return f"{found.gone}; writes that were answered just before, and not flushed, may be lost"
+    if not found.unread or not session.untouched:
+        return ""  # another program has written since: there is nothing left to void
+    if not writable:
+        return f"{found.unread}; writes that were answered just before may be missing here"
+    raise InUse(
+        f"{found.unread}; mount it once as that user, which brings in the writes that were answered just before, or "
+        "give them up with qedfs check --drop-journal"
+    )
+
+
+def _not_used(orphan: OrphanJournal, session: Session) -> str:
+    if session.untouched:
+        return f"{orphan.path} is of another state of this overlay, and is not used"
+    if not orphan.data:
+        return ""
+    return (
+        f"another program has written to it after a mount of it was killed; the writes that only {orphan.path} holds "
+        "are lost"
+    )
+
+
+def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:
+    """Keep L2 tables out that the file does not hold whole, before it grows. See `truncation.py`."""
+    first_bad = clusters.file_end - clusters.geometry.table_bytes + 1
+    for first, page in clusters.l1.filled_pages():
+        if cut := mark_beyond(page, first_bad, clusters.geometry.cluster_size):
+            committer.mark_l1(first + index for index in cut)

@@ -1,0 +1,82 @@
+"""What libcurl's result codes mean for us: the one place where they become errors of qedfs.
+
+Owns the wording and the split between "another try may do better" and "never". Must not hand on libcurl's own error
+text: it can hold the URL, and with it a password or a signature. It is looked at for words that are known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pycurl
+
+from qedfs.errors import Reason, SourceError, SourceUnreachable
+from qedfs.source.ca_files import with_advice
+from qedfs.source.tls_alerts import Said, explain_alert
+
+_E_PROXY = 97  # CURLE_PROXY; pycurl has no name for it
+
+_PERMANENT = {
+    pycurl.E_URL_MALFORMAT: "libcurl does not accept the URL",
+    pycurl.E_PEER_FAILED_VERIFICATION: "the server's TLS certificate is not trusted or is for another name",
+    pycurl.E_SSL_CACERT_BADFILE: "the file of CA certificates cannot be read (see CURL_CA_BUNDLE, SSL_CERT_FILE)",
+}
+_TRANSIENT = {
+    pycurl.E_FAILED_INIT: (Reason.OTHER, "libcurl could not run the transfer"),
+    pycurl.E_COULDNT_RESOLVE_PROXY: (Reason.CONNECT, "the proxy's name does not resolve"),
+    pycurl.E_COULDNT_RESOLVE_HOST: (Reason.CONNECT, "the host name does not resolve"),
+    pycurl.E_COULDNT_CONNECT: (Reason.CONNECT, "cannot connect"),
+    _E_PROXY: (Reason.CONNECT, "the proxy refuses the connection"),
+    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed; is it a server for https at all?"),
+    pycurl.E_OPERATION_TIMEDOUT: (Reason.TIMEOUT, "no answer, or too slow a one, within the time allowed"),
+    pycurl.E_PARTIAL_FILE: (Reason.CUT, "the answer was cut short"),
+    pycurl.E_GOT_NOTHING: (Reason.CUT, "the connection was closed without an answer"),
+    pycurl.E_SEND_ERROR: (Reason.CUT, "the connection broke while the request was sent"),
+    pycurl.E_RECV_ERROR: (Reason.CUT, "the connection broke"),
+    pycurl.E_UNSUPPORTED_PROTOCOL: (Reason.ANSWER, "the answer is not HTTP"),
+    pycurl.E_WRITE_ERROR: (Reason.ANSWER, "the answer is garbled"),
+    pycurl.E_FTP_WEIRD_SERVER_REPLY: (Reason.ANSWER, "the answer is garbled"),
+}
+# X509_verify_cert_error_string(3): fixed texts.
+_VERIFY_RESULT = re.compile(r"verify result: ([a-zA-Z ,'-]+) \(\d+\)")
+_SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
+
+
+class TransferFailed(Exception):
+    """A transfer ended with libcurl's result `code` (CURLE_*); `said`: by its text. Never leaves this package."""
+
+    def __init__(self, code: int, said: Said | None = None) -> None:
+        super().__init__(f"libcurl result {code}")
+        self.code = code
+        self.said = said
+
+
+def said(text: str) -> Said | None:
+    """What libcurl's text tells beyond the code, in words that are known."""
+    if "alert" in text:
+        return explain_alert(text)
+    if "client certificate" in text or "private key" in text:
+        return Said(
+            "the client certificate or its key cannot be used; it must be PEM, and the key without a passphrase"
+        )
+    if "certificate subject name" in text or "does not match" in text:
+        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: it has other names")
+    found = _VERIFY_RESULT.search(text)
+    if found is not None:
+        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: {with_advice(found[1])}")
+    return None
+
+
+def source_error(code: int, os_errno: int, where: str, told: Said | None = None) -> SourceError:
+    """The error for a transfer that ended with `code`; `os_errno` is of libcurl's last failed system call, or 0."""
+    if told is not None and told.lasting:
+        return SourceError(f"{where}: {told.words}")
+    if told is not None:
+        return SourceUnreachable(f"{where}: {told.words}", reason=Reason.CONNECT)
+    if code in _PERMANENT:
+        return SourceError(f"{where}: {_PERMANENT[code]}")
+    reason, what = _TRANSIENT.get(code, (Reason.OTHER, f"the transfer failed (libcurl result {code})"))
+    if os_errno and code in _SYSTEM_CALLS:
+        what = f"{what} ({os.strerror(os_errno).lower()})"
+    return SourceUnreachable(f"{where}: {what}", reason=reason)

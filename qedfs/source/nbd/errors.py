@@ -1,0 +1,103 @@
+"""What went wrong on a connection -> the error of qedfs that its readers get: the one place of translation.
+
+Owns the choice between "try again" (SourceUnreachable) and "never" (SourceError), and the wording. Every message
+is one line that begins with the redacted location.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+import trio
+
+from qedfs.errors import Reason, SourceError, SourceUnreachable
+from qedfs.source.ca_files import with_advice
+from qedfs.source.nbd.protocol import Refusal, Violation, printable
+from qedfs.source.tls_alerts import Said, explain_alert
+from qedfs.source.url import Location
+
+
+class EndedUnderTls(Exception):
+    """The peer hung up between the beginning of the TLS handshake and the end of NBD's. Never leaves this package."""
+
+
+def is_end(exc: Exception) -> bool:
+    """Whether the peer has just hung up."""
+    cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) else exc
+    return isinstance(cause, (EOFError, ssl.SSLEOFError, ConnectionError))
+
+
+def opening_fault(location: Location, exc: Exception) -> SourceError:
+    """Translate what ended an attempt to connect and shake hands. A broken protocol is permanent here."""
+    certificate = _certificate_fault(exc)
+    if certificate is not None:
+        return SourceError(f"{location}: the server's certificate is not trusted: {with_advice(certificate)}")
+    alert = _alert(exc)
+    if alert is not None:
+        text = f"{location}: {alert.words}"
+        return SourceError(text) if alert.lasting else SourceUnreachable(text, reason=Reason.CONNECT)
+    if isinstance(exc, EndedUnderTls):
+        # GnuTLS of nbdkit and QEMU verifies after the handshake, and then just closes.
+        words = "the server closed the connection at the TLS handshake; it may want a client certificate"
+        text = f"{location}: {words} or a pre-shared key that it knows (see --credentials)"
+        return SourceUnreachable(text, reason=Reason.CONNECT)
+    if isinstance(exc, Violation):
+        return SourceError(f"{location}: {exc}")
+    if isinstance(exc, Refusal):
+        return reply_fault(location, exc)
+    kind = Reason.TIMEOUT if isinstance(exc, trio.TooSlowError) else Reason.CONNECT
+    return SourceUnreachable(f"{location}: cannot connect: {reason(exc)}", reason=kind)
+
+
+def reply_fault(location: Location, exc: Refusal) -> SourceError:
+    """Translate a server's well-formed error reply to one request."""
+    if exc.transient:
+        return SourceUnreachable(f"{location}: {exc}", reason=Reason.SERVER)
+    return SourceError(f"{location}: {exc}")
+
+
+def dropped(location: Location, why: str, kind: Reason = Reason.CUT) -> SourceUnreachable:
+    """Say that the connection which carried a request is gone."""
+    return SourceUnreachable(f"{location}: connection dropped: {why}", reason=kind)
+
+
+def lost(location: Location) -> SourceUnreachable:
+    """Say that a reply does not come though those to later requests do."""
+    return SourceUnreachable(f"{location}: a reply got lost", reason=Reason.TIMEOUT)
+
+
+def reason(exc: Exception) -> str:
+    """Put in a few words why a connection ended."""
+    if isinstance(exc, trio.TooSlowError):
+        return "timed out"
+    if isinstance(exc, EOFError):
+        return "the server closed the connection"
+    if isinstance(exc, socket.gaierror):
+        return f"its name cannot be resolved: {exc.strerror}"
+    if isinstance(exc, trio.BrokenResourceError) and exc.__cause__ is not None:
+        return f"{type(exc.__cause__).__name__}: {printable(str(exc.__cause__).encode())}"
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return os.strerror(exc.errno)
+    return str(exc) if isinstance(exc, Violation) else f"{type(exc).__name__}: {printable(str(exc).encode())}"
+
+
+def _alert(exc: Exception) -> Said | None:
+    """What the server objected to in the TLS handshake, if it has said so."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError) and (said := explain_alert(cause.reason or "")):
+            return said
+        cause = cause.__cause__
+    return None
+
+
+def _certificate_fault(exc: Exception) -> str | None:
+    """What the verification of the server's certificate objected to, or None if it was not that."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return printable(cause.verify_message.encode())
+        cause = cause.__cause__
+    return None

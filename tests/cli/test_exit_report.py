@@ -1,0 +1,109 @@
+"""What a mount could not make durable is told by `umount`, whoever runs it, and whoever has unmounted it before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qedfs.control.qmp.client import Client
+from qedfs.errors import NotMounted
+from qedfs.overlay.create import create_overlay
+
+from ..harness.mounts import Mount, mounted, qedfs
+from ..harness.process import Child, wait_for
+from ..harness.require import require, require_root
+from ..mount.support import MIB
+from ..mount.test_options import NOBODY, user
+from .support import QEDFS, is_running
+
+EIO = ("-e", "inject=fdatasync:error=EIO")
+# Longer than any command takes that does not wait for it.
+SLOW_EIO = ("-e", "inject=fdatasync:error=EIO:delay_enter=4000000")
+
+
+@contextlib.contextmanager
+def traced(pid: int, log: Path, *inject: str) -> Iterator[None]:
+    """What `inject` does to each fdatasync of a process, by strace, while the block lasts."""
+    require_root()
+    tracer = Child([require("strace"), "-f", "-p", str(pid), "-e", "trace=fdatasync", *inject], log)
+    try:
+        tracer.wait_until(lambda: "attached" in tracer.output(), "strace attached")
+        yield
+    finally:
+        tracer.stop()
+
+
+@contextlib.contextmanager
+def written(tmp_path: Path) -> Iterator[Mount]:
+    """A mount with a write that nobody has flushed."""
+    create_overlay(str(tmp_path / "disk.qed"), image_size=MIB, backing=None)
+    with mounted(tmp_path / "disk.qed", tmp_path / "mnt") as mount:
+        with mount.path("disk.raw").open("r+b", buffering=0) as image:
+            image.write(b"returned")
+        yield mount
+
+
+def test_root_hears_of_the_end_of_another_users_mount(tmp_path: Path) -> None:
+    with user(NOBODY) as nobody:
+        overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
+        nobody.run("mkdir", mountpoint)
+        nobody.qedfs("create", overlay, "--size", "1M")
+        nobody.qedfs("mount", overlay, mountpoint, "--daemon")
+        with Client.connect(str(mountpoint)) as client:
+            pid = client.server_pid
+        with traced(pid, tmp_path / "strace", *EIO):
+            nobody.run("dd", "if=/dev/urandom", f"of={mountpoint}/disk.raw", "bs=64k", "count=1", "conv=notrunc")
+            done = qedfs("umount", mountpoint, check=False)
+        assert "may be lost" in done.stderr
+        assert done.returncode == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--if-mounted",)])
+def test_an_end_that_another_program_has_begun(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with written(tmp_path) as mount, traced(mount.pid, tmp_path / "strace", *SLOW_EIO):
+        subprocess.run([require("umount"), mount.mountpoint], check=True)
+        done = qedfs("umount", mount.mountpoint, *options, check=False)
+        assert "may be lost" in done.stderr
+        assert done.returncode == 1
+        assert not is_running(mount.pid)
+
+
+def test_words_that_nobody_has_heard(tmp_path: Path) -> None:
+    with written(tmp_path) as mount:
+        with traced(mount.pid, tmp_path / "strace", *EIO):
+            subprocess.run([require("umount"), mount.mountpoint], check=True)
+            assert mount.wait_exit() == 1
+        done = qedfs("umount", "--if-mounted", mount.mountpoint, check=False)
+        assert "may be lost" in done.stderr
+        assert done.returncode == 1
+        assert qedfs("umount", "--if-mounted", mount.mountpoint).stderr == ""
+
+
+def test_a_server_that_is_killed_while_it_closes_the_overlays(tmp_path: Path) -> None:
+    with written(tmp_path) as mount, traced(mount.pid, tmp_path / "strace", *SLOW_EIO):
+        umount = Child([*QEDFS, "umount", str(mount.mountpoint)], tmp_path / "umount")
+        try:
+            wait_for(lambda: not _is_served(mount.mountpoint), "the end of the control socket")
+            os.kill(mount.pid, signal.SIGKILL)
+            assert umount.wait(60) == 1
+            assert "its server has ended before it had closed the overlays" in umount.output()
+        finally:
+            umount.kill()
+    # It is served again, and nothing is told twice.
+    with mounted(tmp_path / "disk.qed", tmp_path / "mnt") as mount:
+        assert mount.path("disk.raw").read_bytes().startswith(b"returned")
+        assert qedfs("umount", mount.mountpoint).stderr == ""
+
+
+def _is_served(mountpoint: Path) -> bool:
+    try:
+        Client.reach(str(mountpoint)).close()
+    except NotMounted:
+        return False
+    return True

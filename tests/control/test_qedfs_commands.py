@@ -1,0 +1,112 @@
+"""What QMP lacks: by image, forgiving, and with the exit code of the command line."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import SourceError, SourceUnreachable
+
+from .support import CLUSTER, MemorySource, controlled, talking
+
+MIB = 1 << 20
+
+
+async def test_steps_lead_through_the_image(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        backing = MemorySource(random.Random(2).randbytes(2 * MIB))
+        served = await mount.add("disk", backing)
+        offset: int | None = 0
+        seen = 0
+        while offset is not None:
+            step = await talk.get("x-qedfs-step", device="disk", offset=offset)
+            assert step["pos"] == offset
+            assert 0 < step["size"] < 2 * MIB
+            seen += step["size"]
+            offset = step["next"]
+        assert seen == 2 * MIB
+        assert served.image is not None
+        assert served.image.populated == 2 * MIB
+        assert await talk.get("x-qedfs-step", device="disk") == {"pos": 0, "size": 0, "next": None}
+
+
+async def test_step_begins_where_it_is_told(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        await mount.add("disk", MemorySource(random.Random(2).randbytes(MIB)))
+        step = await talk.get("x-qedfs-step", device="disk", offset=MIB // 2 + 1)
+        assert step["pos"] == MIB // 2
+        assert await talk.get("x-qedfs-next-missing", device="disk") == {"offset": 0}
+        behind = MIB // 2 + step["size"]
+        expected = {"offset": None if behind == MIB else behind}
+        assert await talk.get("x-qedfs-next-missing", device="disk", offset=MIB // 2 + 7) == expected
+
+
+async def test_step_on_a_dead_source_fails_with_its_exit_code(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        backing = MemorySource(bytes(CLUSTER))
+        backing.failures[0] = SourceUnreachable("connection refused")
+        await mount.add("disk", backing)
+        answer = await talk.ask("x-qedfs-step", device="disk")
+        error = {"class": "GenericError", "desc": "connection refused", "x-qedfs-exit-code": 4}
+        assert answer == {"error": error}
+
+
+async def test_pause_resume_cancel_twice_are_no_errors(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        backing = MemorySource(random.Random(2).randbytes(16 * CLUSTER))
+        backing.gate = trio.Event()
+        served = await mount.add("disk", backing)
+        for name in ("start", "start", "pause", "pause", "resume", "resume", "cancel", "cancel"):
+            assert await talk.get(f"x-qedfs-{name}", device="disk.raw") == {}
+        backing.gate.set()
+        await talk.events_until("null", "disk")
+        await talk.get("x-qedfs-start", device="disk", limit=1 << 30)
+        talk.events.clear()
+        await talk.events_until("null", "disk")
+        assert served.image is not None
+        assert served.image.complete
+        assert served.job is not None
+        assert served.job.rate_limiter.limit == 1 << 30
+        for name in ("start", "pause", "resume", "cancel"):
+            assert await talk.get(f"x-qedfs-{name}", device="disk") == {}
+        assert not served.image.overlay.record.paused
+
+
+async def test_start_ends_a_pause_that_the_overlay_remembers(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        served = await mount.add("disk", MemorySource(random.Random(2).randbytes(16 * CLUSTER)))
+        await talk.get("x-qedfs-pause", device="disk")
+        assert served.image is not None
+        assert served.image.overlay.record.paused
+        await talk.get("x-qedfs-start", device="disk")
+        await talk.events_until("null", "disk")
+        assert served.image.complete
+
+
+async def test_limit_without_a_job(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        served = await mount.add("disk", MemorySource(bytes(CLUSTER)))
+        await talk.get("x-qedfs-limit", device="disk", limit=5)
+        assert served.job is not None
+        assert served.job.rate_limiter.limit == 5
+        assert await talk.error("x-qedfs-limit", device="disk", limit=-1) == (
+            "GenericError",
+            "Parameter 'limit' expects a non-negative value",
+        )
+
+
+async def test_rescan(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        await talk.get("x-qedfs-rescan")
+        assert mount.rescans == 1
+
+
+@pytest.mark.parametrize("name", ["start", "pause", "resume", "cancel", "step", "next-missing"])
+async def test_images_that_are_not_there(tmp_path: Path, name: str) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        mount.add_broken("bad", SourceError("no such thing"))
+        assert (await talk.error(f"x-qedfs-{name}", device="nope"))[1].startswith("Cannot find device='nope'")
+        assert (await talk.error(f"x-qedfs-{name}", device="bad"))[1] == "Device 'bad' cannot be served: no such thing"

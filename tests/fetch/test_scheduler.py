@@ -1,0 +1,38 @@
+"""The sizes of background requests: small beside readers, one large one on a near link, several on a far one."""
+
+from __future__ import annotations
+
+import pytest
+
+from qedfs.fetch.budget import Budget
+from qedfs.fetch.congestion import MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, CongestionWindow
+from qedfs.fetch.scheduler import Scheduler
+
+from .link import MBIT, run
+
+
+def turns(*, rate: float, round_trip: float) -> Scheduler:
+    """After a stream over such a link."""
+    window = CongestionWindow()
+    run(window, rate=rate, round_trip=round_trip, seconds=5)
+    return Scheduler(window, Budget())
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_requests_on_a_far_link_do_not_all_end_together() -> None:
+    far = turns(rate=1000 * MBIT, round_trip=0.2)
+    assert {far.request_bytes() for _ in range(6)} == {MAX_REQUEST_BYTES >> part for part in range(3)}
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_requests_on_a_near_link_are_as_large_as_they_may_be() -> None:
+    near = turns(rate=10_000 * MBIT, round_trip=0.0005)
+    assert {near.request_bytes() for _ in range(6)} == {MAX_REQUEST_BYTES}
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_requests_beside_a_reader_are_small() -> None:
+    far = turns(rate=1000 * MBIT, round_trip=0.2)
+    with far.reading():
+        assert far.request_bytes() == MIN_REQUEST_BYTES
+    assert far.request_bytes() == MIN_REQUEST_BYTES  # it may come back at once

@@ -1,0 +1,100 @@
+"""The first look at the place of a backing: what is refused is listed at once, and what hangs holds up nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import Refused
+from qedfs.mount import source_pool
+from qedfs.mount.registry import Folder, Options
+from qedfs.mount.source_pool import PATIENCE_SECONDS
+from qedfs.overlay.create import create_overlay
+from qedfs.source.policy import Policy
+from qedfs.source.url import Location
+
+OVERLAYS = 20
+
+
+class DeadServer:
+    """A file server whose paths cannot be looked at until it is back."""
+
+    def __init__(self) -> None:
+        self.back = trio.Event()
+        self.waited_seconds = 0.0
+
+    async def allowed(self, location: Location, policy: Policy) -> None:
+        begun = trio.current_time()
+        try:
+            await self.back.wait()
+        finally:
+            self.waited_seconds += trio.current_time() - begun
+        policy.check_location(location)
+
+
+@pytest.fixture
+def dead_server(monkeypatch: pytest.MonkeyPatch) -> DeadServer:
+    server = DeadServer()
+    monkeypatch.setattr(source_pool, "allowed", server.allowed)
+    return server
+
+
+def create(overlay: Path) -> None:
+    """An overlay outside of what may be opened that has come to rest."""
+    create_overlay(str(overlay), image_size=65536, backing="/secret/base.raw")
+    os.utime(overlay, (1, 1))
+
+
+@contextlib.asynccontextmanager
+async def folder_at(path: Path) -> AsyncIterator[Folder]:
+    async with trio.open_nursery() as nursery:
+        folder = Folder(str(path), Options(stream=False, policy=Policy(("/allowed",))), nursery)
+        try:
+            yield folder
+        finally:
+            with trio.CancelScope(shield=True):
+                assert await folder.close() == []
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_dead_file_server_costs_a_scan_one_patience(
+    tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
+) -> None:
+    for number in range(OVERLAYS):
+        create(tmp_path / f"{number}.qed")
+    async with folder_at(tmp_path) as folder:
+        await folder.scan()
+        assert dead_server.waited_seconds == pytest.approx(PATIENCE_SECONDS)
+        assert len(folder.images()) == OVERLAYS
+
+
+async def test_what_could_not_be_looked_at_is_judged_when_it_is_opened(
+    tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
+) -> None:
+    create(tmp_path / "disk.qed")
+    async with folder_at(tmp_path) as folder:
+        await folder.scan()
+        (served,) = folder.images()
+        assert served.image is not None
+        with pytest.raises(Refused):
+            await served.image.read(0, 512)
+
+
+@pytest.mark.expect_log("not served: .*new.qed: backing /secret/base.raw is outside every --allow-backing prefix")
+async def test_the_next_scan_has_patience_again(
+    tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
+) -> None:
+    create(tmp_path / "disk.qed")
+    async with folder_at(tmp_path) as folder:
+        await folder.scan()
+        dead_server.back.set()
+        create(tmp_path / "new.qed")
+        await folder.scan()
+        disk, new = folder.everything()
+        assert disk.image is not None
+        assert isinstance(new.error, Refused)
