@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
@@ -55,9 +54,8 @@ async def test_a_hole_of_two_million_tables_is_passed_over_at_once() -> None:
     source = FakeSource(b"x" * 4096, round_trip=0)
     async with served(source, image_size=size, storage=MemoryStorage(built.data)) as image:
         job = StreamJob(image)
-        began = time.thread_time()
-        assert await turns_of_others(job.run) > 10
-        assert time.thread_time() - began < 3  # step by step it takes 9 s, and 120 MiB for the numbers
+        # Step by step it takes 65536 turns, 9 s, and 120 MiB for the numbers.
+        assert 10 < await turns_of_others(job.run) < 5000
         assert (job.state, job.populated) == (State.COMPLETE, size)
 
 
