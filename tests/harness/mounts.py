@@ -16,6 +16,7 @@ from typing import Any
 
 from qedfs.control.qmp.client import Client
 
+from .hang import HANG_SECONDS
 from .process import Child, Died, wait_for
 from .require import require, require_fuse
 
@@ -26,8 +27,8 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 # Mounts that serve now, for `kill_all`.
 _running: list[Mount] = []
 
-# Longer than any command should take, shorter than pytest's own watchdog (120 s).
-COMMAND_SECONDS = 60.0
+# A command with a `--timeout` of HANG_SECONDS ends by itself first, and says what it waited for.
+COMMAND_SECONDS = HANG_SECONDS + 10
 
 
 def qedfs(
@@ -95,7 +96,7 @@ class Mount:
             raise LookupError(f"{name or 'one image'} among {[image['name'] for image in images]}")
         return found[0]
 
-    def wait(self, *image: str, timeout: str = "50s") -> None:
+    def wait(self, *image: str, timeout: str = f"{HANG_SECONDS:g}s") -> None:
         """Waits until the image, or every image, is complete (`qedfs wait`).
 
         Raises:

@@ -1,6 +1,7 @@
 """Child processes that never outlive their test, and waiting for what they do.
 
-Every wait has a deadline and watches the process: a child that dies early is reported with what it said, at once.
+Every wait watches the process: a child that dies early is reported with what it said, at once. A wait without a process
+to watch, or with one that lives on, ends with the bound that catches hangs.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-# What a loaded two-core machine needs for a server that starts in 10 ms on a quiet one.
-START_SECONDS = 20.0
-STOP_SECONDS = 10.0
+from .hang import HANG_SECONDS
+
+# Between SIGTERM and SIGKILL. No verdict: a child that needs longer is killed, and its test goes on.
+STOP_SECONDS = 30.0
 POLL_SECONDS = 0.005
 
 # Columns of /proc/net/unix (flags, __SO_ACCEPTCON) and /proc/net/tcp (state), see proc(5).
@@ -58,7 +60,7 @@ class Child:
         """All that the process printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout_seconds: float = STOP_SECONDS) -> int:
+    def wait(self, timeout_seconds: float = HANG_SECONDS) -> int:
         """Waits for the process to end by itself; returns its exit code.
 
         Raises:
@@ -69,7 +71,7 @@ class Child:
         except subprocess.TimeoutExpired as exc:
             raise Died(self._report(f"still runs after {timeout_seconds} s")) from exc
 
-    def wait_until(self, ready: Callable[[], bool], what: str, timeout_seconds: float = START_SECONDS) -> None:
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout_seconds: float = HANG_SECONDS) -> None:
         """Waits until `ready()` is true.
 
         Raises:
@@ -102,7 +104,7 @@ class Child:
         return f"{' '.join(self.argv)}: {problem}\n{self.output()[-4000:]}"
 
 
-def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = START_SECONDS) -> None:
+def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = HANG_SECONDS) -> None:
     """Waits until `ready()` is true, without a process to watch.
 
     Raises:

@@ -23,9 +23,10 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from .hang import HANG_SECONDS
+
 _TOKEN = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(.)", re.DOTALL)
 _CUT = re.compile(r"\x1b(\[[?\d;]*)?$")
-READ_SECONDS = 20.0
 
 
 class Grid:
@@ -114,7 +115,7 @@ class Terminal:
         Raises:
             TimeoutError: it did not become true, or the command ended before.
         """
-        deadline = time.monotonic() + READ_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not seen(self.grid):
             if not self._read(deadline - time.monotonic()):
                 raise TimeoutError(f"no {what} on the terminal:\n{self.grid.text}")
@@ -134,9 +135,9 @@ class Terminal:
 
     def wait(self) -> int:
         """Its exit code, when it ends by itself."""
-        while self._read(READ_SECONDS):
+        while self._read(HANG_SECONDS):
             pass
-        return self._child.wait(READ_SECONDS)
+        return self._child.wait(HANG_SECONDS)
 
     def __enter__(self) -> Terminal:
         return self

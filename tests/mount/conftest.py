@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import mounts
+from tests.harness.hang import HANG_SECONDS
 
 # A read of a mount whose process is gone returns with ENOTCONN, so the blocked test goes on, and fails.
-PATIENCE_SECONDS = 90.0
+# Longer than any single wait of a test: that one's error says what was missing.
+PATIENCE_SECONDS = 2 * HANG_SECONDS
 SLOW_PATIENCE_SECONDS = 1200.0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_create
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
@@ -24,7 +25,6 @@ from .support import MIB, create, opened, origin, read_direct
 READERS = 200
 SIZE = 32 * MIB
 DEADLINE_SECONDS = 3.0
-LIMIT_SECONDS = 60.0  # of what would otherwise hang
 # With that many, and that many asynchronous requests, a mount of the kernel's own limits serves nobody else.
 MANY = 1000
 DEPTH = 256
@@ -107,7 +107,7 @@ def test_the_other_image_is_served_while_all_of_them_wait(tmp_path: Path, load: 
         mount.wait("good.raw")
         bad, count = mount.path("bad.raw"), MANY if load == "threads" else DEPTH
         with readers(bad, count) if load == "threads" else asynchronous(bad, count):
-            wait_for(lambda: _waiting(mount) == count, "all readers to wait for the source", timeout_seconds=50)
+            wait_for(lambda: _waiting(mount) == count, "all readers to wait for the source")
             for _ in range(3):
                 assert _read_direct(mount.path("good.raw"), len(data)) == data
             # Names, attributes, writes, buffered reads and the status go on as well.
@@ -137,16 +137,16 @@ def test_umount_ends_though_the_deadline_of_killed_readers_is_far_away(tmp_path:
         with readers(mount.path("bad.raw")) as process:
             wait_for(lambda: _waiting(mount) == READERS, "the readers")
             process.kill()
-            process.wait(LIMIT_SECONDS)
+            process.wait(HANG_SECONDS)
         assert mount.unmount() == 0
 
 
 def test_sigterm_ends_the_mount_while_readers_hang(tmp_path: Path) -> None:
     with half_dead(tmp_path, deadline_seconds=600) as (mount, _), readers(mount.path("bad.raw")) as process:
         os.kill(mount.pid, signal.SIGTERM)
-        assert mount.wait_exit(LIMIT_SECONDS) == 0
+        assert mount.wait_exit() == 0
         # Their requests were answered with an error.
-        process.wait(LIMIT_SECONDS)
+        process.wait(HANG_SECONDS)
 
 
 def test_readers_of_a_dead_source_get_an_error_in_time(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_readers_of_a_dead_source_get_an_error_in_time(tmp_path: Path) -> None:
             mounted(overlay, tmp_path / "mnt", "--source-timeout", "2s") as mount,
             readers(mount.path("disk.raw")) as process,
         ):
-            process.wait(LIMIT_SECONDS)
+            process.wait(HANG_SECONDS)
             assert process.stdout is not None
             assert process.stdout.read().splitlines() == [b"5"] * READERS
 
@@ -169,10 +169,10 @@ def test_one_bad_overlay_among_many_does_not_hold_up_the_mount(tmp_path: Path) -
         for number in range(5):
             create(overlays / f"bad{number}.qed", url, "--size", str(SIZE))
         qemu_create(overlays / "good.qed", size=MIB)
-        begun = time.monotonic()
-        with mounted(overlays, tmp_path / "mnt") as mount:
+        # Whoever waits for one of the bad ones waits longer than this test may.
+        with mounted(overlays, tmp_path / "mnt", "--source-timeout", "1h") as mount:
             assert mount.path("good.raw").read_bytes() == bytes(MIB)
-            assert time.monotonic() - begun < 5
+            assert len(mount.status()["images"]) == 6
 
 
 def test_an_overlay_that_cannot_be_looked_at_any_more_costs_itself_only(tmp_path: Path) -> None:

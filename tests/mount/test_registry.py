@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,13 +49,11 @@ def test_the_good_are_served_and_the_bad_are_named(tmp_path: Path) -> None:
         (overlays / "folder.qed").mkdir()
         (overlays / "notes.txt").write_text("not asked for")
         create(overlays / "dead.qed", f"http://127.0.0.1:{free_port()}/disk", "--size", str(SIZE))
-        with mounted(overlays, tmp_path / "mnt") as mount:
+        # Whoever waits for the dead server waits longer than this test may.
+        with mounted(overlays, tmp_path / "mnt", "--source-timeout", "1h") as mount:
             assert sorted(os.listdir(mount.mountpoint)) == ["a.raw", "b.raw", "c.raw", "dead.raw"]
-            begun = time.monotonic()
             for name in "abc":
                 assert_same(mount.path(f"{name}.raw"), source.raw)
-            # 48 MiB from the page cache of this machine; the dead server's deadline is 30 s.
-            assert time.monotonic() - begun < 10
             for name in "abc":
                 mount.wait(f"{name}.raw")
             images = {image["name"]: image for image in mount.status()["images"]}

@@ -195,23 +195,23 @@ def test_a_source_that_is_away_when_we_mount(tmp_path: Path) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             assert os.pread(fd, MIB, 4 * MIB) == data[4 * MIB : 5 * MIB]
         source.server.stop()
+        # What is local waits for nobody: this test would not live to see the end of that deadline.
+        with (
+            mounted_over(tmp_path, source.url, "--source-timeout", "1h") as mount,
+            opened(mount.path("disk.raw")) as fd,
+        ):
+            assert os.pread(fd, MIB, 4 * MIB) == data[4 * MIB : 5 * MIB]
+            assert os.pwrite(fd, bytes(CLUSTER_SIZE), 8 * MIB) == CLUSTER_SIZE
         with (
             mounted_over(tmp_path, source.url, "--source-timeout", "1s") as mount,
             opened(mount.path("disk.raw")) as fd,
         ):
-            begun = time.monotonic()
-            assert os.pread(fd, MIB, 4 * MIB) == data[4 * MIB : 5 * MIB]
-            assert os.pwrite(fd, bytes(CLUSTER_SIZE), 8 * MIB) == CLUSTER_SIZE
-            assert time.monotonic() - begun < 1
-            begun = time.monotonic()
             with pytest.raises(OSError, match="Input/output") as caught:
                 os.pread(fd, 4096, 12 * MIB)
             assert caught.value.errno == errno.EIO
             # A write of a part of a cluster needs the rest of it.
             with pytest.raises(OSError, match="Input/output"):
                 os.pwrite(fd, b"x", 12 * MIB)
-            # The kernel asks twice for a page that it cannot read.
-            assert time.monotonic() - begun < 6
             wait_for(lambda: source.url in (mount.image()["error"] or ""), "the error in the status")
             assert mount.image()["state"] in ("running", "waiting")
             source.server.restart()
@@ -231,16 +231,18 @@ def test_a_source_that_is_another_version(tmp_path: Path, change: str) -> None:
         size = {"smaller": SIZE - MIB, "larger": SIZE + MIB, "other": SIZE}[change]
         random_image(source.raw, size, seed=1)
         os.utime(source.raw, (1, 1))
-        with mounted_over(tmp_path, source.url) as mount, opened(mount.path("disk.raw")) as fd:
+        with (
+            mounted_over(tmp_path, source.url, "--source-timeout", "1h") as mount,
+            opened(mount.path("disk.raw")) as fd,
+        ):
             wait_for(lambda: mount.image()["state"] == "source-changed", "the state")
             assert source.url in mount.image()["error"]
             line = failing(CHANGED, "wait", mount.mountpoint)
             assert source.url in line
             assert os.pread(fd, CLUSTER_SIZE, 0) == data[:CLUSTER_SIZE]
-            begun = time.monotonic()
+            # At once: this test would not live to see the end of the deadline.
             with pytest.raises(OSError, match="Input/output"):
                 os.pread(fd, 4096, 8 * MIB)
-            assert time.monotonic() - begun < 1
             assert os.pwrite(fd, b"w" * CLUSTER_SIZE, MIB) == CLUSTER_SIZE
             assert source.url in mount.output()
 

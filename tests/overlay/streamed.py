@@ -25,8 +25,9 @@ from qedfs.format.header import HEADER_BYTES, decode_header
 from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import RecordingStorage
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_create, random_image
-from tests.harness.process import START_SECONDS, Child, Died, listening
+from tests.harness.process import Child, Died, listening
 from tests.harness.require import require
 from tests.model import SectorModel
 from tests.overlay.scenario import BACKING_NAME, History, Scenario, repeatable
@@ -122,14 +123,14 @@ def _block_stream(folder: Path) -> None:
 def _run_job(client: Client) -> None:
     client.execute("qmp_capabilities")
     client.execute("block-stream", device="disk", job_id="stream")
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         event = client.event(deadline - time.monotonic())
         if event is not None and event["event"] == "BLOCK_JOB_COMPLETED":
             if "error" in event["data"]:
                 raise Died(f"block-stream: {event['data']['error']}")
             return
-    raise Died(f"block-stream has not ended within {START_SECONDS} s")
+    raise Died(f"block-stream has not ended within {HANG_SECONDS} s")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ os.fdatasync = lambda fd: time.sleep({seconds}) if os.path.exists({flag!r}) else
 def test_a_second_signal_ends_the_mount_at_once(tmp_path: Path, number: signal.Signals) -> None:
     with origin(tmp_path, 4 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
-        env = _slow_disk(tmp_path, 60)
+        env = _slow_disk(tmp_path, 3600)
         with mounted(overlay, tmp_path / "mnt", "--no-stream", env=env) as mount:
             with mount.path("disk.raw").open("r+b") as image:
                 image.write(b"something to flush")
@@ -40,11 +40,9 @@ def test_a_second_signal_ends_the_mount_at_once(tmp_path: Path, number: signal.S
             wait_for(lambda: f"stopping on {number.name}" in mount.output(), "a word about the signal")
             time.sleep(0.3)
             assert mount.returncode is None
-            begun = time.monotonic()
             os.kill(mount.pid, number)
             # A shell shows death by a signal as 128 + its number.
             assert mount.wait_exit() == -number
-            assert time.monotonic() - begun < 2
 
 
 def test_a_mount_that_flushes_after_an_unmount_heeds_the_first_signal_too(tmp_path: Path) -> None:
