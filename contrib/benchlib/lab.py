@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tests.harness.servers import Server, nbdkit, nginx, wan
 
+from .figures import MIB
 from .traffic import Traffic, http_traffic, nbd_traffic
-from .values import MIB
 
 _BLOCK_SIZE = 64 * MIB
 RATE_MBIT = 1000.0

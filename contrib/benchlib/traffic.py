@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.harness.servers import Nginx
 
-from .values import TWICE, WIRE
+from .figures import TWICE, WIRE
 
 CLUSTER_SIZE = 65536
 

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from .values import CPU, GIB, PEAK
+from .figures import CPU, GIB, PEAK
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 

@@ -7,25 +7,15 @@ import enum
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .lab import Lab
-
-MIB = 1 << 20
-GIB = 1 << 30
+from .figures import TWICE, WIRE
+from .lab import Lab
 
 # Names of contenders; a row may have others.
 QEDFS = "qedfs"
 QEMU = "qemu"
 NBDKIT = "nbdkit"
 LIMIT = "limit"
-
-# Names of by-products.
-WIRE = "wire/needed"
-TWICE = "clusters twice"
-PEAK = "peak MiB"
-CPU = "CPU s/GiB"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from tests.harness.process import Child
 from tests.harness.require import require
 
 from .. import ours, qemu
+from ..figures import GIB, MIB
 from ..lab import Lab, Origin
 from ..qmp import Qmp
-from ..values import GIB, MIB, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _SIZE = 256 * MIB
 _CALLS = "fdatasync,fsync"

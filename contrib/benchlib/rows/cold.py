@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from .. import bounded, fio, ours, peers, qemu
+from ..figures import GIB, MIB
 from ..lab import Lab, Origin
-from ..values import FRUGAL, GIB, LIMIT, MIB, NBDKIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import FRUGAL, LIMIT, NBDKIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _RTT_MS = 20
 _DD_SECONDS = 300.0

@@ -17,9 +17,10 @@ from pathlib import Path
 from tests.harness.require import require
 
 from .. import fio, ours, qemu
+from ..figures import GIB, MIB
 from ..lab import Lab
 from ..usage import cpu_seconds
-from ..values import GIB, LIMIT, MIB, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import LIMIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _COPY_SECONDS = 120.0
 

@@ -9,9 +9,10 @@ from functools import partial
 from tests.harness.servers import nbdkit
 
 from .. import fio, ours, qemu
+from ..figures import GIB
 from ..lab import Lab, Origin
 from ..traffic import Traffic
-from ..values import GIB, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _CLUSTER_SIZE = 65536
 

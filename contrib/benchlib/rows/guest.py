@@ -18,8 +18,9 @@ from tests.harness.guest import guest_disk
 from tests.harness.mounts import qedfs
 
 from .. import bounded, ours, peers, qemu
+from ..figures import GIB, MIB
 from ..lab import Lab, Origin
-from ..values import GIB, MIB, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _RTT_MS, _FAR_RTT_MS = 20, 200
 _BOOT_SECONDS = 200.0

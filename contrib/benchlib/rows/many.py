@@ -11,10 +11,11 @@ from pathlib import Path
 from tests.harness.images import qemu_create
 
 from .. import ours, qemu
+from ..figures import MIB, PEAK, WIRE
 from ..lab import Lab, Origin
 from ..qmp import Qmp
 from ..usage import Meter
-from ..values import MIB, PEAK, QEDFS, QEMU, WIRE, Contenders, Outcome, Row, Target, Unit
+from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _COUNT = 20
 _RTT_MS = 20

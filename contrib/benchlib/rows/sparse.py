@@ -12,9 +12,10 @@ from tests.harness.mounts import qedfs
 from tests.harness.require import require
 
 from .. import bounded, ours
+from ..figures import MIB, PEAK
 from ..lab import Lab
 from ..usage import peak_mib
-from ..values import MIB, PEAK, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
 
 _BIG_SIZE = 2 << 40
 _SMALL_SIZE = MIB

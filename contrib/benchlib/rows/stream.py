@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from .. import ours, peers, qemu
+from ..figures import GIB, MIB
 from ..lab import RATE_BYTES, Lab
-from ..values import FRUGAL, GIB, LIMIT, MIB, QEDFS, QEMU, Contenders, Row, Target, Unit
+from ..values import FRUGAL, LIMIT, QEDFS, QEMU, Contenders, Row, Target, Unit
 
 
 def _loopback(kind: str, target: float) -> Row:

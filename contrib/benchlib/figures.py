@@ -1,0 +1,11 @@
+"""Units of sizes, and the names of by-products that rows have in common. No I/O."""
+
+from __future__ import annotations
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+WIRE = "wire/needed"
+TWICE = "clusters twice"
+PEAK = "peak MiB"
+CPU = "CPU s/GiB"
