@@ -1,8 +1,8 @@
-"""The errors of qedfs: what went wrong, who must act, which errno and which exit code it becomes.
+"""The exceptions of qedfs, each with the errno that a reader gets and the exit code of a command.
 
-Imports nothing of the project. Every error that a user can meet is a `QedfsError`; foreign exceptions are
-translated where they arise, with `from`. The message is one line that names the thing and, where there is one,
-the way out; it never holds a credential (sources name themselves by their redacted URL).
+Imports nothing of the project. Every error that a user can meet is a `QedfsError`. Exceptions of libraries are
+translated where they arise, with `from`. The message is one line that names what failed and, if possible, the remedy.
+It never contains a credential: sources name themselves by their redacted URL.
 
 Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unreachable, 5 source changed,
 6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.
@@ -25,53 +25,54 @@ class QedfsError(Exception):
     def fresh(self) -> Self:
         """The same error as a new object, without traceback and cause.
 
-        Whoever keeps an error keeps one object and raises others. A traceback grows each time that its exception is
-        raised, and holds the frames, and so the buffers, of every request that the exception has ended.
+        Code that stores an error must not raise the stored object, only copies of it. A traceback grows each time its
+        exception is raised. It keeps alive the frames, and with them the buffers, of every request that the exception
+        ended.
         """
         return copy.copy(self)
 
 
 class UsageError(QedfsError):
-    """The user asked for something that cannot be: a bad option, a missing file. Exit code 2."""
+    """The user asked for something impossible: a bad option, a missing file. Exit code 2."""
 
     errno: ClassVar[int] = _errno.EINVAL
     exit_code: ClassVar[int] = 2
 
 
 class BadOverlay(QedfsError):
-    """The overlay file is not a QED image that can be served, or no longer. Nothing is written to it."""
+    """The overlay file is not, or is no longer, a QED image that can be served. Nothing is written to it."""
 
     exit_code: ClassVar[int] = 3
 
 
 class ReadOnlyOverlay(QedfsError):
-    """A write to an overlay that takes none: opened read-only, or a barrier failed on it."""
+    """A write to an overlay that is read-only: it was opened so, or a barrier on it has failed."""
 
     errno: ClassVar[int] = _errno.EROFS
     exit_code: ClassVar[int] = 1
 
 
 class SourceError(QedfsError):
-    """The source gave an answer that cannot be used and that asking again will not change (404, bad range)."""
+    """The source gave an unusable answer that a retry will not change (404, bad range)."""
 
     exit_code: ClassVar[int] = 4
 
 
 class Reason(enum.StrEnum):
-    """What stood in the way of a source's answer: a closed set, small enough for the label of a metric."""
+    """Why a request to a source failed: a closed set, small enough for the label of a metric."""
 
-    CONNECT = "connect"  # there was no connection: the name, the network, a refusal, TLS, a proxy
-    TIMEOUT = "timeout"  # no answer, or too slow a one
+    CONNECT = "connect"  # no connection could be made: name resolution, network, refusal, TLS, proxy
+    TIMEOUT = "timeout"  # no answer, or one that came too slowly
     CUT = "cut"  # the connection ended before the answer did
-    SERVER = "server"  # the server said that it cannot do it now: HTTP 5xx and 429, an NBD error
-    ANSWER = "answer"  # it was not what had been asked for: another range or length, or garbled
-    OTHER = "other"  # on this machine
+    SERVER = "server"  # the server said that it cannot serve the request now: HTTP 5xx and 429, an NBD error
+    ANSWER = "answer"  # the answer was not to the request: another range or length, or garbled
+    OTHER = "other"  # a fault of this machine
 
 
 class SourceUnreachable(SourceError):
-    """The source gave no usable answer now, another try may succeed: refused, reset, timed out, 503, cut short.
+    """The source gave no usable answer, but a retry may succeed: refused, reset, timed out, 503, cut short.
 
-    `retry_after_seconds` is the server's own wish (HTTP Retry-After), when it gave one.
+    `retry_after_seconds` is the delay that the server asked for (HTTP Retry-After), None if it did not.
     """
 
     def __init__(
@@ -89,20 +90,20 @@ class SourceChanged(SourceError):
 
 
 class NoSpace(QedfsError):
-    """The overlay cannot grow: its file system is full (ENOSPC, EDQUOT) or takes no larger file (EFBIG)."""
+    """The overlay cannot grow: its file system is full (ENOSPC, EDQUOT) or limits the file size (EFBIG)."""
 
     errno: ClassVar[int] = _errno.ENOSPC
     exit_code: ClassVar[int] = 6
 
 
 class NoMemory(QedfsError):
-    """What this needs does not fit into the memory that all images of the mount may take together."""
+    """The request needs more memory than all images of the mount together may use."""
 
     errno: ClassVar[int] = _errno.ENOMEM
 
 
 class TimedOut(QedfsError):
-    """A wait that the user bounded ran out."""
+    """A wait exceeded the timeout that the user set."""
 
     errno: ClassVar[int] = _errno.ETIMEDOUT
     exit_code: ClassVar[int] = 7
@@ -116,14 +117,14 @@ class InUse(QedfsError):
 
 
 class NotMounted(QedfsError):
-    """No mount of qedfs answers at a folder that could hold one: not yet, or no longer."""
+    """No qedfs mount answers at this folder: it has not started yet, or has ended."""
 
     errno: ClassVar[int] = _errno.ENOTCONN
     exit_code: ClassVar[int] = 10
 
 
 class Refused(QedfsError):
-    """The policy of the mounting user does not allow this backing. The message names the option that would."""
+    """The policy of the mounting user does not allow this backing. The message names the option that allows it."""
 
     errno: ClassVar[int] = _errno.EACCES
     exit_code: ClassVar[int] = 9

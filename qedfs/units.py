@@ -1,4 +1,4 @@
-"""Sizes and durations as users write and read them: 64K, 20M, 1G (1024); 10s, 5m, 2h. A leaf; imports errors only."""
+"""Parsing and formatting of sizes and durations: 64K, 20M, 1G (powers of 1024); 10s, 5m, 2h. Imports errors only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "64K", "20M", "1.5G", "4096". Raises UsageError."""
+    """Parse "64K", "20M", "1.5G" or "4096" into bytes. Raises UsageError."""
     found = _SIZE.match(text.strip())
     if found is None:
         raise UsageError(f"{text!r} is not a size; write it like 64K, 20M or 1G")
@@ -21,7 +21,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of "30", "10s", "5m", "2h". Raises UsageError."""
+    """Parse "30", "10s", "5m" or "2h" into seconds. Raises UsageError."""
     found = _DURATION.match(text.strip())
     if found is None:
         raise UsageError(f"{text!r} is not a duration; write it like 30s, 10m or 2h")
@@ -39,7 +39,7 @@ def format_size(size: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Two parts at the most: "42s", "3m 20s", "2h 05m"."""
+    """At most two units: "42s", "3m 20s", "2h 05m"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,1 +1,1 @@
-"""What the machine gives and limits: /proc, runtime folders, descriptors, memory. Knows no images."""
+"""The host's resources and limits: /proc, runtime folders, file descriptors, memory. Knows nothing of images."""

@@ -1,9 +1,9 @@
-"""What the kernel tells in /proc: who is mounted where, on what an open file lies, which users this namespace knows.
+"""Parsers for /proc: the mount table, the file system of an open file, Unix sockets, the uid map, the boot id.
 
-A leaf; owns the parsing of these files. They are bytes: the names in them are other people's, in no encoding. Fields
-end at single blanks and records at line feeds, and at nothing else. (A text file of Python ends its lines at carriage
-returns too, and `str.split` splits at some twenty more characters: with such a one in the path of any mount, which any
-user may choose, the table would fall to pieces for all.)
+Works on bytes, because the names in these files come from other users and have no known encoding. Only a single space
+ends a field and only a line feed ends a record. (Python's text files also end lines at carriage returns, and
+`str.split` splits at some twenty more characters. Any user can put such a character into the path of a mount, which
+would break the parsing of the whole table.) Imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 _TABLE = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _MOUNT_ID = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
-# "%pK: %08X %08X %08X %04X %02X %5lu PATH" (net/unix/af_unix.c); the path ends with the line, whatever is in it.
+# "%pK: %08X %08X %08X %04X %02X %5lu PATH" (net/unix/af_unix.c); the path extends to the end of the line.
 _SOCKET = re.compile(rb"^[0-9a-f]+: (?:[0-9A-F]+ ){5} *[0-9]+ (/.*)$", re.MULTILINE)
 
 
@@ -27,14 +27,14 @@ class MountLine(NamedTuple):
     """A line of mountinfo, proc(5)."""
 
     number: int
-    device: str  # "0:57": no other file system has it for as long as this one lives, mounted or not
+    device: str  # "0:57": unique to this file system for as long as it exists, even after it is unmounted
     place: bytes  # where it is mounted, as this process sees it
     kind: str  # "ext4", "fuse.qedfs"
-    options: list[bytes]  # of the file system, as opposed to those of the mount
+    options: list[bytes]  # the file system's ("super options"), not the mount's
 
 
 def mounts(table: bytes | None = None) -> Iterator[MountLine]:
-    """All that is mounted, the later over the earlier. OSError: the kernel does not tell."""
+    """The mount table, in mount order: a later mount covers an earlier one. Raises OSError if it cannot be read."""
     for line in (_TABLE.read_bytes() if table is None else table).split(b"\n"):
         fields = line.split(b" ")
         try:
@@ -42,17 +42,20 @@ def mounts(table: bytes | None = None) -> Iterator[MountLine]:
             kind, _, options = fields[fields.index(b"-", 6) + 1 :][:3]
             number, device = int(fields[0]), fields[2].decode("ascii")
         except ValueError:
-            continue  # the empty end of the file, or of a later kernel
+            continue  # the empty last line, or a format that only a later kernel has
         yield MountLine(number, device, _unescaped(fields[4]), os.fsdecode(_unescaped(kind)), options.split(b","))
 
 
 def _unescaped(field: bytes) -> bytes:
-    """Blank, tab, line feed, backslash and hash are octal there (mangle in fs/proc_namespace.c)."""
+    """Decode the octal escapes of space, tab, line feed, backslash and hash (mangle() in fs/proc_namespace.c)."""
     return _OCTAL.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), field)
 
 
 def filesystem_type(path: Path | str | int) -> str:
-    """The type of the file system that holds a path or an open file; "" if unknown. Asks nothing of an open file."""
+    """The type of the file system of a path or an open file; "" if unknown.
+
+    For an open file this sends no request to the file system, which may hang.
+    """
     try:
         if isinstance(path, int):
             return _type_of(path)
@@ -66,19 +69,19 @@ def filesystem_type(path: Path | str | int) -> str:
 
 
 def _type_of(fd: int) -> str:
-    # Not by the device of stat(2): btrfs and overlayfs tell one that is in no table.
+    # Not by st_dev of stat(2): btrfs and overlayfs report devices that are not in mountinfo.
     number = mount_number(fd)
     return next((line.kind for line in mounts() if line.number == number), "")
 
 
 def mount_number(fd: int) -> int:
-    """Which mount an open file lies on, as in mountinfo; -1 if the kernel does not tell. OSError: there is no /proc."""
+    """The mount id, as in mountinfo, of an open file; -1 if the kernel does not report it. OSError without /proc."""
     found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
     return int(found[1]) if found else -1
 
 
 def mount_user(place: bytes) -> int | None:
-    """Whose file system is mounted at this path, by the uid that FUSE tells; None if there is none of FUSE."""
+    """The uid that mounted the FUSE file system at this path; None if no FUSE file system is mounted there."""
     try:
         found = [line for line in mounts() if line.place == place]
     except OSError:
@@ -91,7 +94,10 @@ def mount_user(place: bytes) -> int | None:
 
 
 def sockets(table: bytes | None = None) -> Iterator[bytes]:
-    """The paths of all Unix sockets of this network namespace. A path that holds a line feed shows as others do."""
+    """The paths of all Unix sockets of this network namespace.
+
+    The kernel does not escape them: a line feed in a path cuts it short, and what follows may look like another socket.
+    """
     try:
         text = Path("/proc/self/net/unix").read_bytes() if table is None else table
     except OSError:
@@ -101,7 +107,7 @@ def sockets(table: bytes | None = None) -> Iterator[bytes]:
 
 
 def outer_user(uid: int, table: bytes | None = None) -> int:
-    """The number that the user namespace around ours has for a user; -1 if it has none. Outside of one, the same."""
+    """Map a uid of our user namespace to its parent's; -1 if unmapped. In the initial namespace, the same uid."""
     try:
         text = Path("/proc/self/uid_map").read_bytes() if table is None else table
     except OSError:
@@ -114,5 +120,5 @@ def outer_user(uid: int, table: bytes | None = None) -> int:
 
 
 def boot_id() -> str:
-    """What names this run of the kernel: another value means that the page cache was lost in between."""
+    """The kernel's id of this boot: if it differs from a stored one, the page cache has been lost since."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -1,12 +1,12 @@
-"""Where qedfs keeps what dies with the machine: control sockets, logs, session journals.
+"""The runtime folders: where qedfs keeps control sockets, logs and session journals, all of which a reboot may delete.
 
-A leaf: imports nothing of the project but errors and procfs. Every folder is made 0700 and must belong to us. The
-first choice is not to be had everywhere: /run may be missing or read-only, belong to the root of another user
-namespace, or be on a disk; others may have taken a name in a shared folder. So there are several places of each kind,
-tried in order, and whoever looks for something looks into all of them: the session that made it may have been another
-user's, or had another environment.
+Imports only errors and procfs. Every folder is created with mode 0700 and must belong to us. The first choice is not
+always available: /run may be missing or read-only, may belong to the root of another user namespace, or may be on a
+disk, and another user may have taken a name in a shared folder. So each kind of folder has several candidates, tried in
+order. A search looks into all of them, because the process that created the folder may have run as another user or with
+another environment.
 
-Users have the numbers that the machine knows them by, also in a user namespace, where the root of a container is uid 0.
+Users are identified by the uid outside our user namespace, so the root of a container is not uid 0 here.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import Self
 from qedfs.errors import QedfsError, UsageError
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, mount_user, outer_user, sockets
 
-# What is in the folder of a mount.
+# The files in the folder of a mount.
 SOCKET_NAME = "control.sock"
 LOG_NAME = "log"
 EXIT_REPORT_NAME = "failure"
-KEPT_ENDED = 16  # folders of mounts that have not ended well
+KEPT_ENDED = 16  # folders of mounts that ended with an error
 _FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
-_MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) and its final zero
+_MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) without its terminator
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_MOST_LINKS = 40  # that the kernel follows on one way
+_MOST_LINKS = 40  # symbolic links that the kernel follows while it resolves one path
 
-# The folders of the system's that ours are made in. None of them is ever made.
+# System folders that ours are created in. These themselves are never created.
 RUN = Path("/run")
 USERS = Path("/run/user")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the owner is checked, here and below
@@ -45,24 +45,24 @@ TEMPORARY = Path("/tmp")  # noqa: S108
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuntimeFolder:
-    """A folder that belongs to one user, below one of the system's."""
+    """A folder that belongs to one user, below a system folder."""
 
     base: Path
     names: tuple[str, ...] = ()
-    user: int | None = None  # None: whoever owns it; the caller vouches for it
-    told: bool = False  # the way to the base is somebody else's word: nothing on it is believed
+    user: int | None = None  # the owner; None: any owner, the caller vouches for it
+    told: bool = False  # the path of the base comes from an untrusted table, so no component of it is trusted
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Its path."""
         return self.base.joinpath(*self.names)
 
     def below(self, name: str) -> Self:
-        """A folder in this one."""
+        """The folder of this name in this one."""
         return dataclasses.replace(self, names=(*self.names, name))
 
     def make(self) -> Path:
-        """Make it, for our own user. Errors as of `private_folder`, and OSError where the base is not there."""
+        """Create it, for our own user. Raises what `private_folder` raises, and OSError if the base does not exist."""
         if not self.base.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.base))
         path = self.base
@@ -72,13 +72,13 @@ class RuntimeFolder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor (O_PATH) of the folder as its user has made it, for calls with `dir_fd`.
+        """An O_PATH descriptor of the folder as its user created it, for calls with `dir_fd`.
 
-        No link is followed below the base. Others could mount a file system of their own in a folder of theirs, or on
-        the way to a base that we were told of; its server may never answer, so it is asked nothing.
+        No symbolic link is followed below the base. Another user could mount a FUSE file system in a folder of his own,
+        or on the path to a `told` base. Its server may never answer, so no request is sent to it.
 
         Raises:
-            OSError: FileNotFoundError if there is no such folder of this user; PermissionError if we may not look.
+            OSError: FileNotFoundError if this user has no such folder; PermissionError if we may not open it.
         """
         folders: list[int] = []
         try:
@@ -101,7 +101,7 @@ class RuntimeFolder:
 
     def _check_kind(self, fd: int) -> None:
         if (self.told or self.user not in (None, user_number())) and filesystem_type(fd).startswith("fuse"):
-            raise PermissionError(errno.EACCES, "is on a file system of its user's", str(self.path))
+            raise PermissionError(errno.EACCES, "is on a FUSE file system of another user", str(self.path))
 
     def _check_owner(self, fd: int) -> None:
         if self.user is None:
@@ -112,15 +112,15 @@ class RuntimeFolder:
 
 
 def user_number() -> int:
-    """Who we are."""
+    """Our uid, as seen outside our user namespace."""
     return outer_user(os.getuid())
 
 
 def mount_folder(mountpoint: str) -> Path:
-    """Make the folder of the mount at `mountpoint`, for its server: the first of the places that can be had.
+    """Create the folder for the server of the mount at `mountpoint`, in the first candidate that works.
 
     Raises:
-        UsageError: there is none. The message names those that were tried.
+        UsageError: no candidate works. The message says what is wrong with each.
     """
     name = _name_of(mountpoint)
     refusals = []
@@ -133,18 +133,19 @@ def mount_folder(mountpoint: str) -> Path:
             refusals.append(str(exc))
         else:
             if len(os.fsencode(folder / SOCKET_NAME)) <= _MOST_SOCKET_PATH:
-                os.utime(folder)  # of those that nobody serves in the oldest are swept
+                os.utime(folder)  # the sweep removes the oldest folders without a server
                 return folder
-            refusals.append(f"{folder}: is too long a name for a socket")
+            refusals.append(f"{folder}: too long for the path of a socket")
     raise UsageError(f"no place for a control socket ({'; '.join(refusals)}); set XDG_RUNTIME_DIR to a folder of yours")
 
 
 @contextlib.contextmanager
 def serving_folder(mountpoint: str) -> Iterator[Path]:
-    """The folder of a mount, for the life of its server; what earlier mounts have left behind is bounded.
+    """The folder of a mount, for the lifetime of its server. Also removes the folders of old mounts.
 
-    After a good end it goes, with its log. After an error it stays, since the log and the last words are wanted then,
-    until KEPT_ENDED later mounts have ended so. Errors as of `mount_folder`.
+    When the server ends without an error, the folder is removed with its log. After an error it stays, because the user
+    needs the log and the exit report, until KEPT_ENDED later mounts have ended with an error. Raises what
+    `mount_folder` raises.
     """
     with held_folder(mountpoint) as folder:
         _sweep(folder.parent)
@@ -154,19 +155,19 @@ def serving_folder(mountpoint: str) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
             raise
-    remove_unless_served(folder)  # the next server of this mountpoint may be there already
+    remove_unless_served(folder)  # the next server of this mountpoint may have started already
 
 
 @contextlib.contextmanager
 def held_folder(mountpoint: str) -> Iterator[Path]:
-    """The folder of a mount, which nobody removes within the block. Errors as of `mount_folder`."""
+    """The folder of a mount, which no other process removes within the block. Raises what `mount_folder` raises."""
     while True:
         folder = mount_folder(mountpoint)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: the kernel's table of sockets has us
+            with contextlib.suppress(OSError):  # without file locks, the kernel's table of sockets still shows us
                 fcntl.flock(fd, fcntl.LOCK_SH)
-            if os.fstat(fd).st_nlink:  # else it was removed just now
+            if os.fstat(fd).st_nlink:  # otherwise another process removed it before we had the lock
                 yield folder
                 return
         finally:
@@ -174,7 +175,7 @@ def held_folder(mountpoint: str) -> Iterator[Path]:
 
 
 def is_held(place: RuntimeFolder) -> bool:
-    """Whether the folder of a mount is held: its server has not ended, or one begins there."""
+    """Whether a server holds the folder of a mount: it runs, or is starting."""
     try:
         with place.opened() as folder:
             fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
@@ -185,7 +186,7 @@ def is_held(place: RuntimeFolder) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # a file system without locks
+        return False  # a file system without file locks
     finally:
         os.close(fd)
     return False
@@ -203,12 +204,12 @@ def _sweep(parent: Path) -> None:
 
 
 def _serving() -> set[Path]:
-    """The folders of all sockets of this network namespace."""
+    """The folders of all Unix sockets of this network namespace."""
     return {Path(os.fsdecode(os.path.dirname(path))) for path in sockets()}
 
 
 def remove_unless_served(folder: Path) -> None:
-    """Remove the folder of a mount if no server lives there."""
+    """Remove the folder of a mount unless a server holds it."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -220,7 +221,7 @@ def remove_unless_served(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Unless something is in it that is not a mount's."""
+    """Remove the files of a mount, then the folder; it stays if it contains anything else."""
     with contextlib.suppress(OSError):
         for name in (SOCKET_NAME, LOG_NAME, f"{LOG_NAME}.old", EXIT_REPORT_NAME):
             (folder / name).unlink(missing_ok=True)
@@ -228,7 +229,7 @@ def _remove(folder: Path) -> None:
 
 
 def mount_places(mountpoint: str) -> Iterator[RuntimeFolder]:
-    """All places where the server of the mount at `mountpoint` may have its folder; none is made.
+    """All folders where the server of the mount at `mountpoint` may have its socket. Creates none of them.
 
     Root finds the servers of other users, too.
     """
@@ -241,7 +242,7 @@ def mount_places(mountpoint: str) -> Iterator[RuntimeFolder]:
         user = outer_user(other)
         for place in _places_of(user):
             yield place.below(name)
-    # It may have had an environment that we know nothing of.
+    # The server may have run with an $XDG_RUNTIME_DIR that we do not know.
     ending = os.fsencode(f"/{name}/{SOCKET_NAME}")
     for found in sockets():
         if found.endswith(ending):
@@ -253,21 +254,21 @@ def _name_of(mountpoint: str) -> str:
 
 
 def _own_places() -> Iterator[RuntimeFolder]:
-    """Where our own sockets may be, the best first."""
+    """The folders that our own sockets may be in, the best one first."""
     user = user_number()
     if os.getuid() == 0:
-        # Before root's $XDG_RUNTIME_DIR, which is there in a login session only: what was started in one would lose
-        # its socket at the logout.
+        # Before root's $XDG_RUNTIME_DIR, because that is deleted at logout: a mount that was started in a login session
+        # would lose its socket.
         yield RuntimeFolder(RUN, ("qedfs",), user)
     xdg = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(xdg):
-        # What the kernel's table of sockets shows then leads there without links (`RuntimeFolder.told`).
+        # Resolved, so that the path in the kernel's table of sockets contains no links (see `RuntimeFolder.told`).
         yield RuntimeFolder(Path(os.path.realpath(xdg)), ("qedfs",), user)
     yield from _places_of(user)
 
 
 def _places_of(user: int) -> Iterator[RuntimeFolder]:
-    """Where the sockets of a user may be, whatever the environment."""
+    """The folders that the sockets of a user may be in, without regard to the environment."""
     if user == 0:
         yield RuntimeFolder(RUN, ("qedfs",), user)
     yield RuntimeFolder(TEMPORARY, (f"qedfs-{user}",), user)
@@ -276,10 +277,10 @@ def _places_of(user: int) -> Iterator[RuntimeFolder]:
 
 
 def journal_folder() -> Path | None:
-    """Make the folder on a tmpfs for our session journals; None where there is none that we can have.
+    """Create the folder on a tmpfs for our session journals; None if no candidate works.
 
-    A tmpfs survives the death of a process and dies with the power, as the page cache does: the pairing that a
-    session journal needs. Does not depend on the environment: the next session has another one.
+    A tmpfs survives the death of a process but not a power cut, just like the page cache, which is what a session
+    journal needs. The choice does not depend on the environment, because the next session may have another one.
     """
     for place in _journal_places():
         if filesystem_type(place.base) in TMPFS_TYPES:
@@ -289,7 +290,7 @@ def journal_folder() -> Path | None:
 
 
 def journal_places(user: int) -> list[RuntimeFolder]:
-    """Where a session of this user can have put its journal; our own places as well."""
+    """The folders that the journal of this user's session may be in, and those of our own."""
     return list(dict.fromkeys([*_journal_places(), *_journal_places_of(user)]))
 
 
@@ -310,9 +311,9 @@ def _journal_places_of(user: int) -> Iterator[RuntimeFolder]:
 
 
 def place_of(mountpoint: str) -> str:
-    """The path without symbolic links. Asks nothing of what is mounted there, which may hang.
+    """Resolve the symbolic links of a mountpoint without a request to the file system mounted there, which may hang.
 
-    realpath(3) looks at the mountpoint itself, and that is a question to its server; readlink(2) is none.
+    realpath(3) calls lstat(2) on the mountpoint, which its server must answer; readlink(2) is not sent to the server.
     """
     path = os.path.abspath(mountpoint)
     for _ in range(_MOST_LINKS):
@@ -329,11 +330,11 @@ def place_of(mountpoint: str) -> str:
 
 
 def private_folder(path: Path) -> Path:
-    """Make `path` a folder of ours that no other user can look into.
+    """Create the folder `path` if needed, and make sure that only we can access it.
 
     Raises:
-        UsageError: somebody else owns it, or it is no folder.
-        OSError: it cannot be made, or nothing can be made in it.
+        UsageError: another user owns it, or it is not a folder.
+        OSError: it cannot be created, or is on a read-only file system.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()

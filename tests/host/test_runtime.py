@@ -172,7 +172,7 @@ def test_nothing_on_the_way_to_a_place_that_others_tell_of_is_followed_or_asked(
         looked(RuntimeFolder(system / "link" / "qedfs", ("mount",), 0, told=True))
     assert looked(RuntimeFolder(system / "home" / "qedfs", ("mount",), 0, told=True)) == str(folder)
     monkeypatch.setattr(runtime, "filesystem_type", kind)
-    with pytest.raises(PermissionError, match="a file system of its user's"):
+    with pytest.raises(PermissionError, match="a FUSE file system of another user"):
         looked(RuntimeFolder(system / "home" / "qedfs", ("mount",), 0, told=True))
     assert asked[-1] == str(system / "home")
 
