@@ -186,8 +186,13 @@ class Session:
         """Drop the backing from the header. The caller has flushed: see `Overlay.detach`."""
         if not self.header.features & BACKING_FILE:
             return
+        name_offset, name_size = self.header.backing_name_offset, self.header.backing_name_size
         self._write_header(self.header.without_backing())
         self.barrier()
+        # The name may hold a password, which nobody needs who is handed a complete overlay. It is overwritten after the
+        # barrier: a power cut that kept the zeros and lost the header would leave an overlay without its backing. The
+        # record's barrier makes the zeros durable.
+        self._storage.write(name_offset, [bytes(name_size)])
         self.store(dataclasses.replace(self.record, pin=None, paused=False))
 
     def _write_header(self, header: Header) -> None:

@@ -151,3 +151,21 @@ def ended(storage: MemoryStorage) -> bool:
     again = MemoryStorage(storage.bytes)
     header, _ = read_header(again)
     return Session(again, header, read_record(again, header)).ended_in_order
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+async def test_a_complete_overlay_keeps_nothing_of_the_name_of_its_backing(cluster_size: int) -> None:
+    """It may hold a password, and a complete overlay is handed on. Its record stays."""
+    name = b"http://user:hunter2@host/disk.raw?token=hunter2"
+    storage = MemoryStorage(empty(cluster_size=cluster_size, image_size=1 << 20, backing=name).data)
+    overlay = await open_storage(storage)
+    await overlay.change_record(pinned)
+    assert b"hunter2" in storage.bytes
+    await overlay.adopt_zeros(0, overlay.clusters.geometry.clusters)
+    await overlay.detach()
+    await overlay.close()
+    for word in (b"hunter2", b"host", b"disk.raw"):
+        assert word not in storage.bytes
+    header, backing = read_header(MemoryStorage(storage.bytes))
+    assert (header.has_backing, backing) == (False, None)
+    assert read_record(MemoryStorage(storage.bytes), header) is not None
