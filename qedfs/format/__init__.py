@@ -1,1 +1,1 @@
-"""The QED format (QEMU's docs/interop/qed_spec), bytes <-> values: header, tables, our own record. No I/O."""
+"""Encoding and decoding of QED (QEMU's docs/interop/qed_spec): header, tables, and the private record. No I/O."""

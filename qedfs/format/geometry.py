@@ -1,6 +1,6 @@
-"""The numbers that follow from a QED header: how many entries a table has, what one L2 table spans.
+"""The geometry of a QED image: cluster, table and image sizes, and the numbers that follow from them.
 
-Pure arithmetic on bytes and counts; no file, no I/O.
+Pure arithmetic on bytes and counts. No I/O.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 ENTRY_SIZE = 8  # bytes of one table entry, u64 little-endian
-SECTOR_SIZE = 512  # bytes; what a disk writes whole or not at all
+SECTOR_SIZE = 512  # bytes; a disk writes a sector atomically
 MIN_CLUSTER_SIZE = 1 << 12
 MAX_CLUSTER_SIZE = 1 << 26
 MIN_TABLE_SIZE = 1  # clusters
@@ -36,26 +36,26 @@ class Geometry:
 
     @property
     def l2_span(self) -> int:
-        """Bytes of the image that one L2 table describes."""
+        """Bytes of the image that one L2 table maps."""
         return self.entries * self.cluster_size
 
     @property
     def clusters(self) -> int:
-        """Clusters of the image, the last one perhaps partial."""
+        """Clusters of the image, including a partial last one."""
         return -(-self.image_size // self.cluster_size)
 
     @property
     def l1_used(self) -> int:
-        """L1 entries that describe something inside the image; the others are never looked at."""
+        """L1 entries that map a part of the image. The entries after them are never used."""
         return -(-self.image_size // self.l2_span)
 
     @property
     def max_image_size(self) -> int:
-        """The largest image that two levels of tables can describe, in bytes."""
+        """The largest image, in bytes, that two levels of tables can map."""
         return self.entries * self.entries * self.cluster_size
 
     def fault(self) -> str | None:
-        """Say what is wrong with these numbers, or None: the checks of QEMU's open, in its order."""
+        """What is wrong with these numbers, or None. The checks are those of QEMU's open, in the same order."""
         if not _power_between(self.cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE):
             return f"cluster size {self.cluster_size} is not a power of two from 4 KiB to 64 MiB"
         if not _power_between(self.table_size, MIN_TABLE_SIZE, MAX_TABLE_SIZE):
@@ -72,10 +72,10 @@ def _power_between(value: int, least: int, most: int) -> bool:
 
 
 def round_down(value: int, multiple: int) -> int:
-    """The largest multiple that is not above `value`."""
+    """The largest multiple of `multiple` that is not above `value`."""
     return value - value % multiple
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below `value`."""
+    """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple

@@ -1,6 +1,6 @@
-"""The QED header: 64 bytes at offset 0, and the backing name that lies behind them in the header clusters.
+"""The QED header: 64 bytes at offset 0, followed by the backing name in the header clusters.
 
-Owns the layout, the feature bits and what makes a header unacceptable. No I/O: the caller brings the bytes and the
+Owns the layout, the feature bits, and the checks that a header must pass. No I/O: the caller supplies the bytes and the
 length of the file.
 """
 
@@ -18,11 +18,11 @@ _LAYOUT = struct.Struct("<4sIIIQQQQQII")
 
 BACKING_FILE = 0x1  # incompatible: the backing name is valid
 NEED_CHECK = 0x2  # incompatible: the tables may be inconsistent
-NO_PROBE = 0x4  # incompatible: the backing is raw, whatever it looks like
+NO_PROBE = 0x4  # incompatible: the backing is raw, do not probe its format
 KNOWN_FEATURES = BACKING_FILE | NEED_CHECK | NO_PROBE
 
-# Autoclear: "no other program has written to this overlay since". QEMU clears every bit it does not know as soon as it
-# opens the file for writing. QEMU defines none; bit 47 is far from where it would start.
+# Autoclear: no other program has written to this overlay since qedfs set the bit. When QEMU opens a file for writing,
+# it clears every autoclear bit that it does not know. It defines none so far; bit 47 is far from where it would start.
 UNTOUCHED = 1 << 47
 
 MAX_BACKING_NAME = 4095  # bytes; QEMU's PATH_MAX with its terminator
@@ -30,7 +30,7 @@ MAX_BACKING_NAME = 4095  # bytes; QEMU's PATH_MAX with its terminator
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """The fields as they stand in the file. Offsets and sizes in bytes, except `header_size` in clusters."""
+    """The fields as stored in the file. Offsets and sizes are in bytes, but `header_size` is in clusters."""
 
     geometry: Geometry
     header_size: int
@@ -43,21 +43,21 @@ class Header:
 
     @property
     def area_bytes(self) -> int:
-        """Bytes of the header clusters; no table and no data lies below."""
+        """Bytes of the header clusters. All tables and data lie at higher offsets."""
         return self.header_size * self.geometry.cluster_size
 
     @property
     def has_backing(self) -> bool:
-        """Whether a backing name is there (QEMU takes an empty one for none)."""
+        """Whether there is a backing name. An empty one does not count, as in QEMU."""
         return bool(self.features & BACKING_FILE) and self.backing_name_size > 0
 
     @property
     def dirty(self) -> bool:
-        """NEED_CHECK: check and repair before the overlay is served writable."""
+        """NEED_CHECK is set: the overlay must be checked and repaired before it is served writable."""
         return bool(self.features & NEED_CHECK)
 
     def encode(self) -> bytes:
-        """The 64 bytes of the file."""
+        """The 64 bytes as stored in the file."""
         return _LAYOUT.pack(
             MAGIC,
             self.geometry.cluster_size,
@@ -73,7 +73,7 @@ class Header:
         )
 
     def without_backing(self) -> Header:
-        """The header of an overlay that stands alone, as QEMU leaves it after a stream: name offset 64, size 0."""
+        """The header of an overlay without backing, as QEMU writes it after a stream: name offset 64, name size 0."""
         return dataclasses.replace(
             self,
             features=self.features & ~(BACKING_FILE | NO_PROBE),
@@ -83,14 +83,14 @@ class Header:
 
 
 def decode_header(data: bytes, file_size: int) -> Header:
-    """Read and judge a header.
+    """Decode and check a header.
 
     Args:
-        data: the first 64 bytes of the file or more.
-        file_size: length of the file in bytes; what lies behind the last whole cluster does not count.
+        data: at least the first 64 bytes of the file.
+        file_size: length of the file in bytes. A partial cluster at its end is ignored.
 
     Raises:
-        BadOverlay: not QED, unknown incompatible features, or numbers that cannot be.
+        BadOverlay: not QED, unknown incompatible features, or invalid numbers.
     """
     if len(data) < HEADER_BYTES:
         raise BadOverlay("not a QED image: the file is shorter than a header")
@@ -109,7 +109,7 @@ def decode_header(data: bytes, file_size: int) -> Header:
 
 
 def _placement_fault(header: Header, file_size: int) -> str | None:
-    # header_size 0 would make offset 0 a legal cluster: QEMU accepts it, a write through it would destroy the header.
+    # With header_size 0, which QEMU accepts, offset 0 would be a legal cluster, and a write to it destroy the header.
     if header.header_size < 1 or header.area_bytes >= 1 << 32:
         return f"header size {header.header_size} clusters is out of range"
     if not valid_table_offset(header.l1_table_offset, header, file_size):
@@ -124,7 +124,7 @@ def _placement_fault(header: Header, file_size: int) -> str | None:
 
 
 def valid_table_offset(offset: int, header: Header, file_size: int) -> bool:
-    """Whether a whole table may lie at `offset`."""
+    """Whether a whole table fits into the file at `offset`, aligned and after the header."""
     geometry = header.geometry
     end = round_down(file_size, geometry.cluster_size)
     return offset % geometry.cluster_size == 0 and header.area_bytes <= offset <= end - geometry.table_bytes
@@ -134,12 +134,12 @@ def decode_backing_name(data: bytes) -> str:
     """The backing name as text.
 
     Raises:
-        BadOverlay: it is not UTF-8 or holds a NUL (QEMU would cut it there and open something else).
+        BadOverlay: it is not UTF-8, or contains a NUL. (QEMU would truncate it there and open another file.)
     """
     try:
         name = data.decode()
     except UnicodeDecodeError as exc:
         raise BadOverlay("the backing name is not UTF-8") from exc
     if "\0" in name:
-        raise BadOverlay("the backing name holds a NUL byte")
+        raise BadOverlay("the backing name contains a NUL byte")
     return name

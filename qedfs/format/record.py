@@ -1,13 +1,13 @@
-"""The private record that qedfs keeps in the header clusters, where QEMU never looks.
+"""The private record that qedfs stores in the header clusters, in bytes that QEMU never reads.
 
-Owns the two slots, their checksum, and what the record says: which session has the overlay open, which version of the
-source its clusters come from (the pin), the times of the image, and the user's wishes that outlive a mount. A record
-that is missing, torn or from elsewhere is never an error; it is no record.
+Owns the two slots, their checksum and the fields of the record: the session that has the overlay open, the version of
+the source that its clusters come from (the pin), the times of the image, and the settings that outlive a mount. A
+record that is missing, torn or not ours is never an error. It counts as no record.
 
-There are two slots, written in turn, so that a record torn by a power cut leaves the one before: losing the pin would
-let the overlay be filled from two versions of a source. The slots end where the header clusters end. QEMU keeps those
-bytes, except that a new backing name is written from offset 64 on; a name that reaches into a slot destroys it, which
-the checksum shows.
+The two slots are written in turn. If a power cut tears one, the other still holds the previous record. Losing the pin
+would allow the overlay to be filled from two versions of a source. The slots are at the end of the header clusters.
+QEMU preserves these bytes, except that it writes a new backing name from offset 64 on. A name that reaches into a slot
+destroys the record there, which the checksum detects.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from typing import Any
 
 from qedfs.format.header import HEADER_BYTES, Header
 
-SLOT_BYTES = 1536  # three sectors; two of them fit behind a maximal name in two 4 KiB clusters
+SLOT_BYTES = 1536  # three sectors; two slots fit after a backing name of maximal length in two 4 KiB clusters
 _SESSION = re.compile(r"([0-9a-f]{32})?")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"[0-9a-z.]{0,40}")
 _PLACE = re.compile(r"[0-9a-f]{16}")
 _PUBLISHED = re.compile(r"[a-z0-9-]{1,12}:[0-9a-f]{1,64}")
 _SAMPLES = re.compile(r"[0-9a-f]{1,13}:[0-9a-f]{12}(?:,[0-9a-f]{1,13}:[0-9a-f]{12})*")  # see source/samples.py
-_PREFIX = struct.Struct("<8sIIQ")  # magic, length of the text, CRC-32 of sequence number and text, sequence number
+_PREFIX = struct.Struct("<8sIIQ")  # magic, length of the JSON text, CRC-32 of sequence number and text, sequence number
 _MAGIC = b"qedfs\0\1\n"
 _MAX_TEXT = SLOT_BYTES - _PREFIX.size
-_MAX_SEQUENCE = 1 << 62  # leaves room for those that follow
-MAX_TIME = 1 << 62  # nanoseconds, of either sign: the years 1823 to 2116
-_MAX_VALIDATOR = 512  # bytes of its JSON; two of them and the rest of a record fit in a slot
-_MAX_CALLED = 64  # bytes of its JSON
+_MAX_SEQUENCE = 1 << 62  # a record above it is rejected, so that later sequence numbers still fit
+MAX_TIME = 1 << 62  # nanoseconds before or after 1970: the years 1823 to 2116
+_MAX_VALIDATOR = 512  # bytes as JSON; two validators and the rest of a record fit in a slot
+_MAX_CALLED = 64  # bytes as JSON
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pin:
     """The stored identity of the source.
 
-    `backing` is `digest` of the name it was reached by: another name voids the pin. Validators are stored `shortened`.
-    `published` is a digest of the whole file that the server tells, `place` stands for the server, `samples` are blocks
-    of the version, `called` is what the user calls it; all empty when there is none.
+    `backing` is the `digest` of the backing name: under another name the pin is void. Validators are stored
+    `shortened`. `published` is a digest of the whole file as reported by the server, `place` identifies the server,
+    `samples` are digests of some blocks, and `called` is the user's own name for the version. Each of these is empty if
+    unknown.
     """
 
     backing: str
@@ -60,11 +61,12 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """What qedfs remembers inside the overlay. `session` is hex, empty outside a mount.
+    """What qedfs stores inside the overlay. `session` is hex, and empty while the overlay is not mounted.
 
-    `journal`: whose journal on this machine has what the session has not yet brought into the overlay; see
-    overlay/journal_search.py.
-    `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have moved them since.
+    `journal`: the user, file and boot of the journal that holds what this session has not yet committed to the overlay;
+    see overlay/journal_search.py.
+    `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have written since then, so
+    that they are out of date.
     """
 
     session: str = ""
@@ -78,12 +80,12 @@ class Record:
 
 
 def digest(text: str) -> str:
-    """32 hex digits that stand for a text of any length."""
+    """32 hex digits that identify a text of any length."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def shortened(validator: str | None) -> str | None:
-    """The validator, or its digest where it is too long for a slot: a server may send kilobytes of ETag."""
+    """The validator, or its digest if it is too long for a slot: a server may send an ETag of kilobytes."""
     return validator if validator is None or _fits(validator) else _weakness(validator) + "sha256:" + digest(validator)
 
 
@@ -92,7 +94,7 @@ def _weakness(validator: str) -> str:
 
 
 def shortened_name(called: str) -> str:
-    """What a user calls a version, or its digest where it is too long for a slot."""
+    """The user's name for a version, or its digest if it is too long for a slot."""
     return called if _fits(called, _MAX_CALLED) else "sha256:" + digest(called)
 
 
@@ -101,19 +103,19 @@ def _fits(text: str, most: int = _MAX_VALIDATOR) -> bool:
 
 
 def slot_offsets(header: Header) -> tuple[int, int] | None:
-    """Where the two slots are, or None if the header clusters have no room for them beside the backing name."""
+    """The offsets of the two slots, or None if the header clusters have no room for them after the backing name."""
     first = header.area_bytes - 2 * SLOT_BYTES
     name_end = header.backing_name_offset + header.backing_name_size if header.has_backing else HEADER_BYTES
     return (first, first + SLOT_BYTES) if first >= name_end else None
 
 
 def slot_index(record: Record) -> int:
-    """Which of the two slots holds this record."""
+    """Which of the two slots this record goes into."""
     return record.sequence % 2
 
 
 def encode_record(record: Record) -> bytes:
-    """One slot's bytes."""
+    """The bytes of a slot that holds this record. Optional fields are left out if it would not fit."""
     text = next((text for text in _texts(record) if len(text) <= _MAX_TEXT), None)
     if text is None:
         raise ValueError(f"record of {len(_text(record))} bytes does not fit in {_MAX_TEXT}")
@@ -122,7 +124,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(slots: tuple[bytes, bytes]) -> Record | None:
-    """The newer of the records in the two slots that are whole, or None."""
+    """The newest valid record of the two slots, or None."""
     found = [record for slot in slots if (record := _decode_slot(slot)) is not None]
     return max(found, key=lambda record: record.sequence, default=None)
 
@@ -139,17 +141,20 @@ def _decode_slot(slot: bytes) -> Record | None:
     try:
         return _from_json(json.loads(text), sequence)
     except (ValueError, RecursionError):
-        # The checksum holds, so this is a later version's record, or one that was made to deceive: not ours to read.
+        # The checksum is right, so a later version of qedfs wrote this record, or somebody forged it. Ignore it.
         return None
 
 
 def _texts(record: Record) -> Iterator[bytes]:
-    """The record, then what can be left out of it beside long validators, the most dispensable first."""
-    timeless = dataclasses.replace(record, times=None)  # the image has the times of its file then
+    """The record as JSON, then shorter and shorter versions of it, in case the validators are long.
+
+    What matters least is left out first.
+    """
+    timeless = dataclasses.replace(record, times=None)  # without them, the image has the times of its file
     yield _text(record)
     yield _text(timeless)
     if record.pin is not None and record.pin.samples:
-        # They are of use only where the validators leave a doubt, and these are long ones.
+        # Samples only help when the validators are inconclusive, and validators this long are not.
         pin = dataclasses.replace(record.pin, samples="")
         yield _text(dataclasses.replace(record, pin=pin))
         yield _text(dataclasses.replace(timeless, pin=pin))
@@ -162,7 +167,7 @@ def _text(record: Record) -> bytes:
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
-    for name in ("journal", "times", "written"):  # versions before they came read records without them
+    for name in ("journal", "times", "written"):  # older versions of qedfs reject a record with a field they don't know
         if not fields[name]:
             del fields[name]
     if record.pin is not None:
@@ -205,7 +210,7 @@ def _pin_from_json(pin: object) -> Pin | None:
 
 
 def _later(fields: dict[Any, object]) -> dict[str, str]:
-    """The fields of a pin that are left out when they are empty."""
+    """The optional fields of a pin, which are left out of the record when they are empty."""
     found: dict[str, str] = {}
     for name, value in fields.items():
         fits = _LATER_PIN_FIELDS.get(name)

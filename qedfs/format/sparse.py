@@ -1,8 +1,8 @@
-"""A table that is mostly zeros, held in memory as pages of it, and only those that have an entry.
+"""A sparse array for tables that are mostly zeros: only pages with a non-zero entry are in memory.
 
-Owns where the entries are. A sparse file of some KiB may claim an L1 table of 16 MiB, a server one of 32; held page by
-page it costs what is really in it, and a walk over it passes over the rest in one step. Pure; must not know what the
-entries mean.
+A sparse file of a few KiB may claim an L1 table of 16 MiB, and a server may claim one of 32 MiB. Stored by page, such a
+table costs only what it really contains, and a scan skips the missing pages without looking at their entries. No I/O.
+Must not know what the entries mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.tables import empty_table
 
-PAGE_ENTRIES = 512  # 4 KiB: what a hole of a sparse file is a multiple of on most file systems
+PAGE_ENTRIES = 512  # 4 KiB, the block size of most file systems, of which the hole in a sparse file is a multiple
 PAGE_BYTES = PAGE_ENTRIES * ENTRY_SIZE
 _SHIFT = PAGE_ENTRIES.bit_length() - 1
 _MASK = PAGE_ENTRIES - 1
@@ -21,7 +21,7 @@ _ZEROS = bytes(PAGE_BYTES)
 
 
 class SparseTable:
-    """`length` entries, of which those that were never set are 0."""
+    """A table of `length` entries. An entry that was never set is 0."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -42,20 +42,20 @@ class SparseTable:
 
     @property
     def held_bytes(self) -> int:
-        """What the pages take in memory."""
+        """Bytes of memory that the pages take."""
         return len(self._pages) * PAGE_BYTES
 
     def part(self, first: int, count: int) -> array[int]:
-        """The entries from `first` on, all of one page; fewer at the end of the table."""
+        """`count` entries from `first` on, all in one page; fewer at the end of the table."""
         count = min(count, self._length - first)
         page = self._pages.get(first >> _SHIFT)
         at = first & _MASK
         return empty_table(count) if page is None else page[at : at + count]
 
     def next_filled(self, first: int, most: int) -> int:
-        """The first entry from `first` on that is not 0; where none is, how far was looked.
+        """The index of the first non-zero entry from `first` on. If none is found, the index where the scan stopped.
 
-        At most `most` entries of pages that hold any are looked at; the others cost nothing.
+        The scan looks at no more than `most` entries of existing pages. Missing pages do not count.
         """
         index = first
         while index < self._length:
@@ -75,12 +75,12 @@ class SparseTable:
         return min(index, self._length)
 
     def filled_pages(self) -> Iterator[tuple[int, array[int]]]:
-        """The pages that hold an entry, each with the index of its first one; changes to them are kept."""
+        """The existing pages, each with the index of its first entry. They are not copies: a change is stored."""
         for number, page in self._pages.items():
             yield number << _SHIFT, page
 
     def load(self, first: int, data: memoryview, decode: Callable[[memoryview], array[int]]) -> None:
-        """Take over entries as they stand in a file: from the first one of a page on, whole pages or up to the end."""
+        """Load entries as stored in a file. `first` begins a page; `data` holds whole pages, or ends with the table."""
         for at in range(0, len(data), PAGE_BYTES):
             page = data[at : at + PAGE_BYTES]
             if page != _ZEROS[: len(page)]:
@@ -89,7 +89,7 @@ class SparseTable:
                 self._pages[(first + at // ENTRY_SIZE) >> _SHIFT] = entries
 
     def _next_page(self, index: int) -> int:
-        """Where the next page begins that holds an entry, or the end of the table: a legal one has 4096 pages."""
+        """The first index of the next existing page, or the end of the table. A legal L1 table has up to 4096 pages."""
         last = (self._length - 1) >> _SHIFT
         number = next((n for n in range((index >> _SHIFT) + 1, last + 1) if n in self._pages), last + 1)
         return min(number << _SHIFT, self._length)

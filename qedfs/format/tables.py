@@ -1,6 +1,6 @@
-"""L1 and L2 table entries: flat arrays of u64 in memory, little-endian bytes in the file.
+"""Encoding of L1 and L2 tables: arrays of u64 in memory, little-endian in the file.
 
-Entry values of an L2 table: 0 the cluster is missing, 1 it reads as zeros, anything else the offset of its data.
+An L2 entry of 0 means that the cluster is missing, 1 that it reads as zeros. Anything else is the offset of its data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def empty_table(entries: int) -> array[int]:
 
 
 def decode_table(data: bytes | bytearray | memoryview) -> array[int]:
-    """Entries from their bytes; a rest of less than 8 bytes is an error of the caller."""
+    """Decode entries. The caller must pass a multiple of 8 bytes."""
     table = array("Q")
     table.frombytes(data)
     if _SWAP:
@@ -29,7 +29,7 @@ def decode_table(data: bytes | bytearray | memoryview) -> array[int]:
 
 
 def encode_table(table: array[int]) -> bytes:
-    """The bytes of the entries."""
+    """Encode entries."""
     if not _SWAP:
         return table.tobytes()
     swapped = array("Q", table)
