@@ -28,7 +28,7 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
     try:
         yield overlay
     finally:
-        overlay.storage.close()
+        overlay.close_now()
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def stands_alone(path: str) -> bool:
 async def _stands_alone(path: str) -> bool:
     async with peeked(path) as overlay:
         if overlay.backing is None:
-            await overlay.clusters.count()
+            await overlay.count_missing()
             if overlay.damage is not None:
                 raise BadOverlay(f"{path}: {overlay.damage}")
         return overlay.backing is None

@@ -89,10 +89,15 @@ class Image:
     @property
     def populated(self) -> int:
         """Bytes of the image that need no source, 0 until they have been counted."""
-        missing = self.overlay.clusters.missing
+        missing = self.overlay.missing
         if self.complete:
             return self.size
         return 0 if missing is None else max(0, self.size - missing * self.overlay.cluster_size)
+
+    @property
+    def counted(self) -> bool:
+        """Whether `populated` tells: not before the missing clusters have been counted once."""
+        return self.complete or self.overlay.missing is not None
 
     # Read.
 
@@ -212,7 +217,7 @@ class Image:
         start, length = advice[0], min(advice[1], min(self.size, identity.size) - advice[0])
         if length <= 0:
             return
-        if self.overlay.clusters.is_loaded(start, length):
+        if self.overlay.is_loaded(start, length):
             self._start_ahead(start, length)
         else:
             self.fetch.nursery.start_soon(self._load_and_start_ahead, start, length)
@@ -232,7 +237,7 @@ class Image:
         # The stream may have come to its end while the map was loaded, and the source may be gone with it.
         if self.fetch is None or self._closed or self.complete:
             return
-        for run in self.overlay.clusters.runs(pos, size) or ():
+        for run in self.overlay.map_now(pos, size) or ():
             if run.offset == MISSING:
                 first = run.pos // self.overlay.cluster_size
                 count = (run.pos + run.size - 1) // self.overlay.cluster_size - first + 1
@@ -329,7 +334,7 @@ class Image:
             self.counters.kept_asked += kept
         else:
             self.counters.kept_stream += kept
-        if self.overlay.committer.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES or self.overlay.clusters.crowded:
+        if self.overlay.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES or self.overlay.crowded:
             await self._commit()
         else:
             self._commit_soon()
@@ -361,7 +366,7 @@ class Image:
     # Commit and close.
 
     def _commit_soon(self) -> None:
-        if self.overlay.committer.uncommitted_bytes >= COMMIT_BYTES and not self._committing and self.fetch is not None:
+        if self.overlay.uncommitted_bytes >= COMMIT_BYTES and not self._committing and self.fetch is not None:
             self.fetch.nursery.start_soon(self._commit)
             self._committing = True
 
@@ -388,10 +393,10 @@ class Image:
         """Commit what has become old; runs until cancelled."""
         while not self._closed:
             await trio.sleep(COMMIT_SECONDS)
-            if self.overlay.clusters.missing is None and not self.overlay.writable:
+            if self.overlay.missing is None and not self.overlay.writable:
                 with contextlib.suppress(QedfsError):  # of a bad table, which the first count has told
-                    await self.overlay.clusters.count()  # again, since a failed barrier has taken entries back
-            if self.overlay.writable and self.overlay.committer.pending and not self._committing:
+                    await self.overlay.count_missing()  # again, since a failed barrier has taken entries back
+            if self.overlay.writable and self.overlay.commit_pending and not self._committing:
                 await self._commit()
             await self._remember_version()
 

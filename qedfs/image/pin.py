@@ -188,10 +188,9 @@ class SourceVersion:
 
     async def _start_over_or_refuse(self, difference: str) -> None:
         """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
-        clusters = self._overlay.clusters
-        await clusters.count()
+        await self._overlay.count_missing()
         what = f"backing {self._fetch.remote.location} is not the version that this overlay was started from"
-        if clusters.missing == self._overlay.geometry.clusters:
+        if self._overlay.missing == self._overlay.geometry.clusters:
             kept = "nothing had been kept of that one, the new version is used"
             log.warning("%s: %s (%s); %s", self._name, what, difference, kept)
             return

@@ -36,7 +36,7 @@ class MissingRuns:
         cluster_size = self._image.overlay.cluster_size
         cluster = pos // cluster_size
         while not self._image.complete:
-            found = await self._image.overlay.clusters.next_missing(cluster, 1)
+            found = await self._image.overlay.next_missing(cluster, 1)
             if found is None:
                 break
             cluster = self._behind_holes(found[0])
@@ -49,12 +49,12 @@ class MissingRuns:
         """The next run that has to cross the wire, at most one request long; holes on the way are dealt with."""
         image, fetch = self._image, self._image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        overlay, clusters = image.overlay, image.overlay.clusters
+        overlay = image.overlay
         cluster_size = overlay.cluster_size
         while True:
             await self._give_way()
             most = max(1, fetch.background_request_bytes() // cluster_size)
-            run = await clusters.next_missing(cursor, most)
+            run = await overlay.next_missing(cursor, most)
             if run is None:
                 return None
             first, count = run
@@ -82,8 +82,8 @@ class MissingRuns:
         entries = overlay.geometry.entries
         index = first // entries
         stop = min((index + 1) * entries, overlay.geometry.clusters)
-        if overlay.clusters.needs_table(first) is not None and first % entries == 0 and first + count >= stop:
-            reach = first + min(count, await overlay.clusters.gap(first))
+        if not overlay.has_table(first) and first % entries == 0 and first + count >= stop:
+            reach = first + min(count, await overlay.gap(first))
             return self._skip(index, max(index + 1, reach // entries))
         count = min(count, stop - first)
         await overlay.adopt_zeros(first, count)

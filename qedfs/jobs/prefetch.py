@@ -58,6 +58,6 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
             if image.complete or image.full or image.failures != known_failures or not image.overlay.writable:
                 return False
             # Meanwhile a reader or the stream may have brought them in.
-            if image.overlay.clusters.all_missing(first, count):
+            if image.overlay.all_missing(first, count):
                 fetch.start(first, count, consumer=image, asked=True)
     return True

@@ -165,7 +165,7 @@ class StreamJob:
             flights = await fetch.bring(first, count, consumer=image)
         await fetch.adopted(flights, consumer=image)
         self._raise_loss()
-        if image.overlay.clusters.all_missing(first, count) and not image.overlay.pending(first, count):
+        if image.overlay.all_missing(first, count) and not image.overlay.pending(first, count):
             error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
             raise error.fresh()
         following = await self._missing.next_run(first + count, source_size)
@@ -275,7 +275,7 @@ class StreamJob:
             self._raise_failure()
             if not self._allowed or self.hold_off():
                 return asked
-            if not image.overlay.clusters.all_missing(first, count) or self._ours(first, count) < count:
+            if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
                 continue  # a reader, a guest or another image's stream has brought a part of it in, or is about to
             fetch.start(first, count, consumer=image)
             self.rate_limiter.sent(count * cluster_size)
@@ -359,7 +359,7 @@ class StreamJob:
     def _raise_loss(self) -> None:
         """Raise what keeps fetched bytes from being kept."""
         image = self.image
-        loss = image.changed or image.overlay.committer.failure or image.full
+        loss = image.changed or image.overlay.failure or image.full
         if loss is not None:
             raise loss.fresh()
 

@@ -31,7 +31,6 @@ from qedfs.mount.settling import check_settled, settling
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.storage import FileStorage
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
@@ -188,7 +187,7 @@ class Folder:
 
     def _barrier_seconds(self) -> float:
         images = [served.image for served in self._by_inode.values() if served.image is not None]
-        return sum(image.overlay.committer.barrier_seconds for image in images)
+        return sum(image.overlay.barrier_seconds for image in images)
 
     # Looking.
 
@@ -339,8 +338,7 @@ class Folder:
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
         served.image = Image(served.name, overlay, fetch, copy_on_read=keep)
-        if isinstance(overlay.storage, FileStorage):
-            served.status = overlay.storage.stat
+        served.status = overlay.file_status
         served.job = StreamJob(served.image, enabled=options.stream, limit=options.limit)
         served.job.hold_off = self._idle.reason
 
@@ -398,7 +396,7 @@ class Folder:
                     nursery.start_soon(self._inspect, image, job, served)
                     nursery.start_soon(replay, image, self._options.profile)
                     try:
-                        await image.overlay.clusters.count()
+                        await image.overlay.count_missing()
                     except QedfsError as exc:
                         # The image goes on being read, written and committed as far as it can be.
                         job.fail(exc)

@@ -256,7 +256,7 @@ def _failure(served: Served) -> QedfsError | None:
         return served.job.error
     if not served.image.overlay.writable and not _is_complete(served):
         text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
-        return served.image.overlay.committer.failure or ReadOnlyOverlay(text)
+        return served.image.overlay.failure or ReadOnlyOverlay(text)
     return None
 
 

@@ -210,6 +210,13 @@ class ClusterMap:
         except LookupError:
             return False
 
+    def follow_growth(self) -> None:
+        """Let clusters lie anywhere inside the file as it is now: somebody else writes to it.
+
+        What a killed session has left may lie beyond the last whole cluster already.
+        """
+        self.file_end = max(self.file_end, self._whole_clusters_end())
+
     # Changes: synchronous, on the event loop.
 
     def set(self, cluster: int, entry: int) -> None:
@@ -452,21 +459,24 @@ class ClusterMap:
         self._hold_slice(number, part)
         if number in self._written:
             return
-        self._follow_growth()
+        self._expect_growth()
         if (bad := self._cut.marked(number, part)) and self._storage.writable:
             self.write_marks(number, {index // SECTOR_ENTRIES for index in bad})
 
-    def _follow_growth(self) -> None:
+    def _expect_growth(self) -> None:
         """Who looks on while others write to the file finds entries in it beyond the end that it had a moment ago."""
         if not self._storage.locked:
-            self._cut.end = max(self._cut.end, round_down(self._storage.size(), self._cluster_size))
+            self._cut.end = max(self._cut.end, self._whole_clusters_end())
+
+    def _whole_clusters_end(self) -> int:
+        return round_down(self._storage.size(), self._cluster_size)
 
     async def _slice(self, number: int) -> array[int]:
         """A slice that has a table; it is brought into memory only if something in it has to be marked."""
         part = self._slices.get(number)
         if part is None:
             part = await self._read_slice(number)
-            self._follow_growth()
+            self._expect_growth()
             if self._cut.concerns(part):
                 self._keep(number, part)
                 self._evict(range(number, number + 1))

@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 
 import trio
@@ -136,6 +137,55 @@ class Overlay:
         return self._session_start.full if self._session_start is not None else None
 
     @property
+    def failure(self) -> ReadOnlyOverlay | None:
+        """That a barrier has failed: the overlay takes nothing more until it is opened again."""
+        return self.committer.failure
+
+    @property
+    def missing(self) -> int | None:
+        """How many clusters are missing; None until they have been counted, and after a failed barrier."""
+        return self.clusters.missing
+
+    @property
+    def commit_pending(self) -> bool:
+        """Whether there are entries that the file does not have yet."""
+        return self.committer.pending
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """Bytes of data whose commit is still to come."""
+        return self.committer.uncommitted_bytes
+
+    @property
+    def crowded(self) -> bool:
+        """Whether entries that wait for a commit take more memory than they should."""
+        return self.clusters.crowded
+
+    @property
+    def barriers(self) -> int:
+        """How many barriers there have been since the overlay was opened."""
+        return self.committer.barriers
+
+    @property
+    def barrier_seconds(self) -> float:
+        """Time spent in them."""
+        return self.committer.barrier_seconds
+
+    @property
+    def file_size(self) -> int:
+        """Length of the overlay file."""
+        return self.storage.size()
+
+    @property
+    def disk_usage(self) -> int:
+        """Bytes that the overlay file takes on disk. Raises nothing: it is shown only."""
+        return self.storage.disk_usage()
+
+    def file_status(self) -> os.stat_result:
+        """The attributes of the overlay file."""
+        return self.storage.stat()
+
+    @property
     def keeps_record(self) -> bool:
         """Whether the pin outlives this session."""
         return self._session.has_room
@@ -184,10 +234,51 @@ class Overlay:
             await self.clusters.load(pos, size)
         return runs
 
+    def map_now(self, pos: int, size: int) -> list[Run] | None:
+        """As `map`, if no table has to be read for it (`is_loaded`); else None."""
+        return self.clusters.runs(pos, size)
+
+    def is_loaded(self, pos: int, size: int) -> bool:
+        """Whether the tables of a request are in memory."""
+        return self.clusters.is_loaded(pos, size)
+
+    async def load(self, pos: int, size: int) -> None:
+        """Bring the tables of a request into memory. Errors as for `map`."""
+        await self.clusters.load(pos, size)
+
+    def follow_growth(self) -> None:
+        """Take entries for good that lie inside the file as it is now: somebody else may have let it grow meanwhile.
+
+        For an overlay that is looked at while a mount writes to it, after a `load` and before the look at the entries.
+        """
+        self.clusters.follow_growth()
+
     async def read_data(self, offset: int, view: memoryview) -> None:
         """Fill `view` from a data run."""
         if not self.storage.read_now(offset, view):
             await self.storage.in_thread(lambda: self.storage.read(offset, view))
+
+    # What is missing; see the methods of the same names in `clustermap.py`.
+
+    async def count_missing(self) -> None:
+        """Have `missing` tell. BadOverlay: a table cannot be read; all others have been looked at."""
+        await self.clusters.count()
+
+    async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
+        """The first run of missing clusters at or after `cluster`: (first, count), at most `most` clusters long."""
+        return await self.clusters.next_missing(cluster, most)
+
+    async def gap(self, cluster: int) -> int:
+        """How many clusters from here on are missing for want of a table, or of anything but a hole in it."""
+        return await self.clusters.gap(cluster)
+
+    def all_missing(self, cluster: int, count: int) -> bool:
+        """Whether none of these clusters has an entry, as far as the tables in memory tell."""
+        return self.clusters.all_missing(cluster, count)
+
+    def has_table(self, cluster: int) -> bool:
+        """Whether there is an L2 table for this cluster."""
+        return self.clusters.needs_table(cluster) is None
 
     # Write.
 
@@ -546,6 +637,11 @@ class Overlay:
             raise self.storage.damage.fresh()
         if self.committer.failure is not None:
             raise self.committer.failure.fresh()
+
+    def close_now(self) -> None:
+        """Give up the file of an overlay that is open read-only: there is nothing to wait for."""
+        self.storage.close()
+        self.clusters.close()
 
     # Inside.
 

@@ -79,6 +79,10 @@ class Storage(Protocol):
         """Whose the file is, by the number that the machine knows that user by; -1 if nobody can tell."""
         ...
 
+    def stat(self) -> os.stat_result:
+        """The file's attributes."""
+        ...
+
     def size(self) -> int:
         """Length of the file."""
         ...

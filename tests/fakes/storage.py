@@ -160,6 +160,10 @@ class MemoryStorage:
     def owner(self) -> int:
         return self.owner_number
 
+    def stat(self) -> os.stat_result:
+        status = (0o100600, 0, self.device_number, 1, self.owner_number, 0, len(self.bytes), 0, 0, 0)
+        return os.stat_result(status, {"st_mtime_ns": self.written_ns, "st_blocks": -(-len(self.bytes) // 512)})
+
     def size(self) -> int:
         self._stop()
         return len(self.bytes)

@@ -24,7 +24,7 @@ from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.storage import Buffer, FileStorage
+from qedfs.overlay.storage import Buffer
 from qedfs.source.credentials import Credentials
 from qedfs.source.pinning import By, Pinning
 from qedfs.units import format_size
@@ -106,15 +106,14 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
         await overlay.inspect()
         return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
     finally:
-        overlay.storage.close()
+        overlay.close_now()
 
 
 @contextlib.contextmanager
 def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
     """The overlay's file by a descriptor of its own: the other belongs to its storage. Reading needs no lock."""
     with open(path, "rb") as file:
-        storage = overlay.storage
-        if isinstance(storage, FileStorage) and not os.path.samestat(os.fstat(file.fileno()), storage.stat()):
+        if not os.path.samestat(os.fstat(file.fileno()), overlay.file_status()):
             raise UsageError(f"{path}: has become another file while it was opened; try again")
         yield file
 

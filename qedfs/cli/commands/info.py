@@ -31,14 +31,14 @@ def info(overlay: str, as_json: bool) -> None:
 
 async def _info(path: str) -> dict[str, Any]:
     async with peeked(path) as overlay:
-        await overlay.clusters.count()
+        await overlay.count_missing()
         return {
             "format": "qed",
             "size": overlay.image_size,
             "cluster_size": overlay.cluster_size,
             "table_size": overlay.geometry.table_size,
-            "file_size": overlay.storage.size(),
-            "disk_usage": overlay.storage.disk_usage(),
+            "file_size": overlay.file_size,
+            "disk_usage": overlay.disk_usage,
             "backing": None if overlay.backing is None else redact(overlay.backing),
             "backing_format": None if overlay.backing is None or overlay.probes_backing else "raw",
             "complete": overlay.backing is None and overlay.damage is None,
@@ -54,7 +54,7 @@ def _populated(overlay: Overlay) -> int:
     """Bytes of the image that need no backing."""
     if overlay.backing is None:
         return overlay.image_size
-    return max(0, overlay.image_size - (overlay.clusters.missing or 0) * overlay.cluster_size)
+    return max(0, overlay.image_size - (overlay.missing or 0) * overlay.cluster_size)
 
 
 def _pin(record: Record) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ from qedfs.cli.ui import map_picture
 from qedfs.cli.ui.cells import Cells, Kind
 from qedfs.cli.ui.output import JsonList, console
 from qedfs.cli.ui.png import SIGNATURE
-from qedfs.format.geometry import round_down
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
@@ -93,15 +92,13 @@ async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
 async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
     """The runs of the next gap of any size, or of the next few clusters."""
     left = overlay.image_size - pos
-    gap = await overlay.clusters.gap(pos // overlay.cluster_size)
+    gap = await overlay.gap(pos // overlay.cluster_size)
     if gap:
         return [Run(MISSING, pos, min(gap * overlay.cluster_size, left))]
     size = min(CLUSTERS_AT_ONCE * overlay.cluster_size, left)
-    await overlay.clusters.load(pos, size)
-    # A mount may have let the file grow since it was opened, and the entries just loaded may point there. What a killed
-    # session has left may lie behind the last whole cluster of the file.
-    file_end = round_down(overlay.storage.size(), overlay.cluster_size)
-    overlay.clusters.file_end = max(overlay.clusters.file_end, file_end)
+    await overlay.load(pos, size)
+    # A mount may have let the file grow since it was opened, and the entries just loaded may point there.
+    overlay.follow_growth()
     return await overlay.map(pos, size)
 
 

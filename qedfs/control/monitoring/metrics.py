@@ -34,24 +34,24 @@ _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
     ("read_bytes", "Bytes that guests have read.", lambda image: image.counters.read),
     ("written_bytes", "Bytes that guests have written.", lambda image: image.counters.written),
     ("missed_bytes", "Bytes read that had to be fetched first.", lambda image: image.counters.missed),
-    ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.committer.barriers),
-    ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.committer.barrier_seconds),
+    ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.barriers),
+    ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.barrier_seconds),
 )
 _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, StreamJob], float]], ...] = (
     ("size_bytes", "Size of the image.", lambda image, job: job.total),
     ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.populated),
-    ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.storage.disk_usage()),
+    ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.disk_usage),
     ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
     ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.overlay.writable),
     (
         "uncommitted_bytes",
         "Bytes written to the overlay whose commit is still to come.",
-        lambda image, job: image.overlay.committer.uncommitted_bytes,
+        lambda image, job: image.overlay.uncommitted_bytes,
     ),
     (
         "commit_pending",
         "1 if there are entries that the overlay's tables do not have yet.",
-        lambda image, job: image.overlay.committer.pending,
+        lambda image, job: image.overlay.commit_pending,
     ),
 )
 # With how the figures of several queues for one source become one.

@@ -35,7 +35,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     if image is None or job is None:
         return _unserved_status(served)
     left = job.total - job.populated
-    running = job.state is State.RUNNING and image.overlay.clusters.missing is not None
+    running = job.state is State.RUNNING and image.counted
     eta = rate.seconds_for(left) if rate and running else None
     return {
         "name": served.name,
@@ -55,7 +55,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "copy_on_read": image.copy_on_read,
         "read_only": not image.overlay.writable,
         "opens": served.opens,
-        "disk_usage": image.overlay.storage.disk_usage(),
+        "disk_usage": image.overlay.disk_usage,
         "counters": dataclasses.asdict(image.counters),
     }
 
@@ -89,7 +89,7 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
 def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
     """What is wrong now, the most lasting trouble first."""
     overlay = image.overlay
-    failure = overlay.damage or overlay.committer.failure or image.full or overlay.full or served.error
+    failure = overlay.damage or overlay.failure or image.full or overlay.full or served.error
     if failure is None and not image.complete:
         # A source that is no longer needed has no errors.
         failure = image.changed or job.error or image.error

@@ -60,7 +60,7 @@ def _image_info(served: ServedImage, image: Image) -> dict[str, Any]:
         "filename": served.path,
         "format": "qed",
         "virtual-size": image.size,
-        "actual-size": image.overlay.storage.disk_usage(),
+        "actual-size": image.overlay.disk_usage,
         "cluster-size": image.overlay.cluster_size,
         "dirty-flag": False,
     }

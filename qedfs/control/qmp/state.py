@@ -61,7 +61,7 @@ class Control:
         for path in self.rates.keys() - served.keys():
             del self.rates[path]
         for path, job in served.items():
-            if job is not None and (job.image.complete or job.image.overlay.clusters.missing is not None):
+            if job is not None and job.image.counted:
                 self.rates.setdefault(path, Rate()).note(now, job.populated)
 
 
