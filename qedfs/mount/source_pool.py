@@ -53,7 +53,7 @@ class SourcePool:
         self._nursery = nursery
         self._patience_seconds = PATIENCE_SECONDS
         self._remotes: dict[tuple[str, bool], RetryingSource] = {}
-        self._places = ReaderSlots(background_limit())  # of the readers of all sources together
+        self._slots = ReaderSlots(background_limit())  # of the readers of all sources together
         self.buffers = BufferPool(
             min(MOST_BYTES, memory_pool.FETCHED.most_bytes // FREE_SHARE)
         )  # of all queues together
@@ -97,7 +97,7 @@ class SourcePool:
                 deadline_seconds=self._deadline_seconds,
                 raw=place[1],
                 pinning=self._pinning,
-                places=self._places,
+                slots=self._slots,
                 credentials=self._credentials,
             )
             self._remotes[place] = remote

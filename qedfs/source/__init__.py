@@ -1,1 +1,1 @@
-"""Where missing bytes come from: HTTP, NBD, local files, qcow2 over each. Only this room connects to servers."""
+"""Sources of missing clusters: HTTP, NBD, local files, and qcow2 over each. Only this room connects to servers."""

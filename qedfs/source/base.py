@@ -1,8 +1,8 @@
-"""The port behind which missing bytes come from: what a source is, and nothing of how it is reached.
+"""The interface of a source: reads, extents, and the identity that tells versions apart. Not how a source is reached.
 
-Owns `Source`, `KnowsZeros`, `Identity`, `Extent`. Must not know overlays, clusters or who asks. A source judges every
-answer before it hands a byte on: when `read` returns, the caller's buffer holds exactly the bytes asked for, of the
-version that `identity` names; when it raises, the buffer's content is undefined and must not be used.
+Owns `Source`, `KnowsZeros`, `Identity`, `Extent`. Must not know overlays, clusters or who reads. A source validates
+every answer before it passes a byte on. When `read` returns, the caller's buffer holds exactly the requested bytes, of
+the version that `identity` describes. When `read` raises, the content of the buffer is undefined and must not be used.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import enum
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-WEAK = "W/"  # how a tag begins that different bytes may share
-LAYOUT = "qcow2 file of "  # how the reader of qcow2 begins what it puts in the place of a date that it was not told
+WEAK = "W/"  # prefix of a weak tag, which different bytes may share
+LAYOUT = "qcow2 file of "  # prefix of what the qcow2 reader puts in place of a date that the server does not send
 
 
 class Sameness(enum.Enum):
-    """What two looks at a source say about its version."""
+    """Whether two identities stand for the same version."""
 
-    SAME = enum.auto()  # a digest, a strong tag or a date says so
-    PRESUMED = enum.auto()  # nothing speaks against it, and only a length, a weak tag or the like for it
-    DOUBTED = enum.auto()  # what was told is told no longer, or by another server: a change until proved otherwise
+    SAME = enum.auto()  # a digest, a strong tag or a date proves it
+    PRESUMED = enum.auto()  # no contradiction, but no more evidence than a length, a weak tag or the like
+    DOUBTED = enum.auto()  # evidence is missing now, or comes from another server: a change unless proved otherwise
     CHANGED = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of a comparison; `why`: what speaks against the same version, in a few words for people."""
+    """The outcome of a comparison. `why`: the evidence against the same version, in a few words for people."""
 
     sameness: Sameness
     why: str = ""
@@ -35,12 +35,13 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
-    """Which version of which thing a source serves.
+    """Which version of which file a source serves.
 
-    `size` in bytes. `etag` is an HTTP entity tag, a weak one with its `W/`, or what another protocol has in its place;
-    `last_modified` is the HTTP date as the server sent it. `digest` is one that the server publishes of the whole file,
-    as `algorithm:hex`. `place` stands for the server that the bytes come from: tags of two servers cannot be compared.
-    None and "" say that it was not told. `name` is the redacted URL after redirects, for humans only.
+    `size` in bytes. `etag` is an HTTP entity tag, including the `W/` of a weak one, or another protocol's equivalent.
+    `last_modified` is the HTTP date as the server sent it. `digest` is the digest of the whole file that the server
+    publishes, as `algorithm:hex`. `place` identifies the server that the bytes come from, since the tags of two servers
+    cannot be compared. None and "" mean that the server did not say. `name` is the redacted URL after redirects, for
+    people only.
     """
 
     size: int
@@ -52,7 +53,7 @@ class Identity:
 
     @property
     def strong_etag(self) -> str | None:
-        """The tag, if it stands for exactly these bytes (RFC 9110, section 8.8.1)."""
+        """The tag if it is strong, so that it identifies the exact bytes (RFC 9110, section 8.8.1)."""
         return None if self.etag is None or self.etag.startswith(WEAK) else self.etag
 
     @property
@@ -61,16 +62,16 @@ class Identity:
         return self.etag, self.last_modified
 
     def tells_as(self, other: Identity) -> bool:
-        """Whether both tell the very same."""
+        """Whether both report exactly the same. A digest that only one of them has does not count."""
         told = (other.size, other.etag, other.last_modified, other.digest or self.digest, other.place)
         return told == (self.size, self.etag, self.last_modified, self.digest or other.digest, self.place)
 
     def compare(self, shown: Identity) -> Verdict:
-        """Judge whether a source that shows `shown` serves the version that self stands for.
+        """Decide whether a source that reports `shown` serves the version that self describes.
 
-        A digest outranks a strong tag, and that one a date (RFC 9110, section 8.8.1). Weak tags that differ prove a
-        change; equal ones prove nothing. What self has and `shown` lacks leaves a doubt: the file may have been
-        replaced by one without it.
+        A digest outranks a strong tag, which outranks a date (RFC 9110, section 8.8.1). Weak tags that differ prove a
+        change, but equal ones prove nothing. If `shown` lacks a tag or a date that self has, the version is in doubt:
+        the file may have been replaced by one that has none.
         """
         if self.size != shown.size:
             return Verdict(Sameness.CHANGED, f"size was {self.size}, is now {shown.size}")
@@ -99,7 +100,7 @@ class Identity:
         return ""
 
     def _lost(self, shown: Identity) -> str:
-        """What self has to compare with and `shown` has not."""
+        """Which validator self has and `shown` lacks, in words; "" if none."""
         if self.etag and (shown.etag is None or self.etag.startswith(WEAK) != shown.etag.startswith(WEAK)):
             return f"ETag was {self.etag}, is now {shown.etag or 'not told'}"
         if self.last_modified and not shown.last_modified:
@@ -107,7 +108,7 @@ class Identity:
         return ""
 
     def joined(self, other: Identity) -> Identity:
-        """Self with what only `other` tells, which is the same version; self if that is nothing."""
+        """Self, completed with what only `other` reports; self itself if that is nothing. Both are the same version."""
         etag, last_modified = self.etag or other.etag, self.last_modified or other.last_modified
         digest = self.digest or other.digest
         if (etag, last_modified, digest) == (self.etag, self.last_modified, self.digest):
@@ -121,7 +122,7 @@ def _difference(what: str, old: str, new: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Extent:
-    """A stretch of the source: `zero` says that it reads as zeros, so that it need not cross the wire."""
+    """A range of the source. `zero`: it reads as zeros, so it need not be transferred."""
 
     pos: int
     size: int
@@ -129,47 +130,48 @@ class Extent:
 
 
 class Source(Protocol):
-    """Something that holds the bytes of a backing image. All sizes and positions are in bytes.
+    """The bytes of a backing image. All sizes and positions are in bytes.
 
-    Many tasks may call `read` and `extents` at once.
+    Many tasks may call `read` and `extents` at the same time.
     """
 
     @property
     def identity(self) -> Identity:
-        """The version that this source serves. Answers may tell more of it (`Identity.joined`): then another object."""
+        """The version that this source serves. Replaced when an answer reveals more about it (`Identity.joined`)."""
         ...
 
     @property
     def parallel(self) -> int:
-        """How many background reads may usefully be in flight at once at the most."""
+        """How many background reads at once are useful at most."""
         ...
 
     @property
     def received(self) -> int:
-        """Bytes of payload that have come so far, those of reads under way included where that is known.
+        """Bytes of payload received so far. Includes those of unfinished reads, if the source knows them.
 
-        For measuring the rate: on a shared link, reads that left together also end together, in lumps.
+        For measuring the rate: on a shared link, reads that started together also end together. A count of finished
+        reads would grow in bursts.
         """
         ...
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` with the bytes at `pos`; the range must lie inside `identity.size`.
 
-        `urgent` reads (somebody waits for them) do not queue behind the others. Cancelling is safe: the
-        connection is dropped or the reply is discarded, and `buffer` is not touched after the call has ended.
+        `urgent` reads, for which a reader waits, do not queue behind the others. Cancelling is safe: the source drops
+        the connection or discards the reply, and does not touch `buffer` after the call has ended.
 
         Raises:
-            SourceUnreachable: another try may succeed; the connection at fault has been dropped.
-            SourceChanged: the answer shows another version than `identity`.
+            SourceUnreachable: a retry may succeed. The failed connection has been dropped.
+            SourceChanged: the answer is of another version than `identity`.
             SourceError: permanent.
         """
         ...
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """Tell which parts of the range read as zeros, or None if the source cannot tell.
+        """Which parts of the range read as zeros, or None if the source cannot tell.
 
-        The extents are in order, without gaps, start at `pos` and end at or before `pos + size` (a server may
-        describe less than it was asked for, but at least one byte). Same errors as `read`.
+        The extents are in order and without gaps. They start at `pos` and cover at least one byte, but may end before
+        `pos + size`, because a server may describe less than it was asked for. Raises what `read` raises.
         """
         ...
 
@@ -180,8 +182,8 @@ class Source(Protocol):
 
 @runtime_checkable
 class KnowsZeros(Protocol):
-    """What a source may be besides: one that holds tables, and can tell zeros without asking anybody."""
+    """The optional interface of a source that has allocation tables in memory, and so knows zeros without a request."""
 
     def zeros_now(self, pos: int, size: int) -> bool:
-        """Whether the range is known to read as zeros. False may mean that it is not known."""
+        """Whether the range is known to read as zeros. False may mean unknown."""
         ...

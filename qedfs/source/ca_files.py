@@ -1,7 +1,7 @@
-"""Whose certificates are trusted, by https and nbds alike: what the user names, else what the system trusts.
+"""The CA certificates that https and nbds trust: those that the user names, otherwise the system's.
 
-Owns the environment variables and the places of CA files. Must not know TLS libraries. A file that is named is not
-looked at here: if it is missing, that has to be an error and not other trust.
+Owns the environment variables and the paths of CA files. Must not know TLS libraries. Whether a file that the user
+names exists is not checked here. If it is missing, that must be an error, not a fall-back to the system's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qedfs.source.url import Location
 
 MAX_FILE_BYTES = 16 << 20
 
-# The pycurl wheel brings an OpenSSL of its own, which does not know where this system keeps its CA certificates.
+# The pycurl wheel contains its own OpenSSL, which does not know where this system keeps its CA certificates.
 _CA_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Arch
     "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
@@ -24,7 +24,7 @@ _CA_FILES = (
 )
 
 
-# OpenSSL's words for an authority that is not known here; what to do about it is the same everywhere.
+# OpenSSL's messages for an unknown certificate authority. The advice is the same for all of them.
 _UNKNOWN = frozenset(
     {
         "unable to get local issuer certificate",
@@ -39,7 +39,7 @@ _VARIABLES = ("CURL_CA_BUNDLE", "SSL_CERT_FILE")  # in curl's order
 
 
 def find_ca_files(environ: Mapping[str, str]) -> list[str]:
-    """The files of CA certificates to trust: what the user names, else where this kind of system keeps them."""
+    """The files of CA certificates to trust: those that the user names, otherwise the system's."""
     named = [environ[name] for name in _VARIABLES if environ.get(name)]
     if named:
         return named
@@ -48,20 +48,20 @@ def find_ca_files(environ: Mapping[str, str]) -> list[str]:
 
 
 def find_ca_file(environ: Mapping[str, str]) -> str | None:
-    """The one that counts for a library that takes only one."""
+    """The first of these files, for a library that takes only one."""
     return next(iter(find_ca_files(environ)), None)
 
 
 def find_ca_folder(environ: Mapping[str, str]) -> str | None:
-    """The folder of CA certificates, by their hashes, that the user names; trusted besides the file."""
+    """The folder of hashed CA certificates that the user names. It is trusted in addition to the files."""
     return environ.get("SSL_CERT_DIR") or None
 
 
 def read_files(location: Location, *paths: str) -> list[bytes]:
-    """The content of files, for errors that name the one that cannot be read: those of TLS libraries do not.
+    """Read files, so that an error names the unreadable one. The errors of TLS libraries do not.
 
     Raises:
-        SourceError: for `location`.
+        SourceError: a file cannot be read. The message names `location` and the file.
     """
     contents = []
     for path in paths:
@@ -74,7 +74,7 @@ def read_files(location: Location, *paths: str) -> list[bytes]:
 
 
 def with_advice(objection: str) -> str:
-    """OpenSSL's objection to a certificate, with the way out if its authority is not known."""
+    """OpenSSL's objection to a certificate, with advice if the authority is unknown."""
     return objection + (
         " (an authority of your own: SSL_CERT_FILE, or `ca` in --credentials)" if objection in _UNKNOWN else ""
     )

@@ -1,20 +1,20 @@
-"""What we show of ourselves to which place: header fields, client certificates, pre-shared keys, out of one file.
+"""The credentials file: header fields, client certificates and pre-shared keys, each for the URLs below a prefix.
 
-Owns the file's form, and the rule that a place gets only what stands under a URL that it is below: an overlay may name
-any server, and must not make us hand it what is meant for another one. Must not know how it is shown. Nothing of it is
-in any `repr` or message but the names of files.
+Owns the format of the file, and the rule that a server gets only the credentials whose URL prefix covers the backing.
+An overlay may name any server, but must not make us send it the credentials of another. Must not know how credentials
+are sent. No `repr` and no message contains any of it except the names of files.
 
     ["https://gitlab.example/group/"]
     headers = { PRIVATE-TOKEN = "..." }
 
     ["nbds://backup.example/"]
-    ca = "ca.pem"                  # trusted for this place, instead of the system's
+    ca = "ca.pem"                  # trusted for this prefix, instead of the system's
     certificate = "client.pem"
     key = "client-key.pem"
 
     ["nbds://other.example/"]
     psk-file = "keys.psk"          # lines "user:key in hex", as psktool writes them
-    user = "alice"                 # without it, the one who mounts
+    user = "alice"                 # default: the user who mounts
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from qedfs.source.url import Location, parse_location
 
 _FILES = ("ca", "certificate", "key", "psk-file")
 _KEYS = frozenset({"headers", "user", *_FILES})
-# RFC 9110, section 5.5, and what a request of ours has for itself: a second one would change what is asked.
-_HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
-_OURS = re.compile(
+_HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, section 5.5
+# Fields that our requests set themselves. A second value would change the meaning of the request.
+_RESERVED = re.compile(
     r"(?:host|range|if-.*|accept-encoding|connection|te|transfer-encoding|content-length|expect|upgrade)", re.IGNORECASE
 )
 _WHERE = re.compile(r"at (line \d+, column \d+|end of document)\)")
@@ -41,17 +41,17 @@ _WHERE = re.compile(r"at (line \d+, column \d+|end of document)\)")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """Absolute paths of PEM files, and of one of pre-shared keys with the name that its key goes by."""
+    """Absolute paths of PEM files, and of a file of pre-shared keys. `user`: the name of the key to use in it."""
 
     ca: str | None = None
     certificate: str | None = None
-    key: str | None = None  # None: it is in the file of the certificate
+    key: str | None = None  # None: the key is in the file of the certificate
     psk_file: str | None = None
     user: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All that are given."""
+        """The paths of all files that are set."""
         return tuple(filter(None, (self.ca, self.certificate, self.key, self.psk_file)))
 
 
@@ -60,7 +60,7 @@ NO_TLS_FILES = TlsFiles()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What a place below `prefix` gets. `headers` are "Name: value" lines."""
+    """The credentials for locations below `prefix`. `headers` are "Name: value" lines."""
 
     prefix: Location | None = None
     headers: tuple[str, ...] = dataclasses.field(default=(), repr=False)
@@ -69,12 +69,12 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Credentials:
-    """All entries of a file."""
+    """The entries of a credentials file."""
 
     entries: tuple[Entry, ...] = ()
 
     def entry_for(self, location: Location) -> Entry:
-        """The entry with the longest prefix that the location is below; an empty one if there is none."""
+        """The entry with the longest prefix that covers the location; an empty entry if none does."""
         found = [entry for entry in self.entries if entry.prefix is not None and below(entry.prefix, location)]
         return max(found, key=lambda entry: len(entry.prefix.secret_url) if entry.prefix else 0, default=Entry())
 
@@ -83,23 +83,23 @@ NO_CREDENTIALS = Credentials()
 
 
 def read_credentials(path: str) -> Credentials:
-    """Read the file.
+    """Read a credentials file.
 
     Raises:
-        UsageError: everybody may read it, it cannot be read, or it does not make sense. Its content is not quoted.
+        UsageError: everybody may read the file, it cannot be read, or it is invalid. Its content is not quoted.
     """
     folder = os.path.dirname(os.path.abspath(path))
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-                raise UsageError(f"{path}: everybody may read it; chmod 600 {path}")
+                raise UsageError(f"{path}: is readable by everybody; chmod 600 {path}")
             sections = tomllib.load(file)
     except OSError as exc:
         raise UsageError(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not text in UTF-8") from None
     except tomllib.TOMLDecodeError as exc:
-        where = _WHERE.search(str(exc))  # the rest of its text may quote a secret
+        where = _WHERE.search(str(exc))  # the rest of the message may quote a secret
         raise UsageError(f"{path}: is not TOML" + (f", {where[1]}" if where else "")) from None
     return Credentials(tuple(_entry(path, folder, name, section) for name, section in sections.items()))
 
@@ -111,13 +111,13 @@ def _entry(path: str, folder: str, name: str, section: object) -> Entry:
         raise UsageError(f"{path}: {exc}") from None
     where = f"{path}: [{prefix}]"
     if prefix.kind not in ("http", "nbd") or not isinstance(section, dict):
-        raise UsageError(f'{where} is no section for a URL like ["https://host/"]')
+        raise UsageError(f'{where} is not a section for a URL like ["https://host/"]')
     unknown = sorted(section.keys() - _KEYS)
     if unknown:
-        raise UsageError(f"{where} has {unknown[0]!r}; there are {', '.join(sorted(_KEYS))}")
+        raise UsageError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
     values = {key: section[key] for key in section if key != "headers"}
     if not all(isinstance(value, str) and value for value in values.values()):
-        raise UsageError(f"{where}: {', '.join(sorted(_KEYS - {'headers'}))} are texts")
+        raise UsageError(f"{where}: {', '.join(sorted(_KEYS - {'headers'}))} must be non-empty strings")
     files = {key.replace("-", "_"): os.path.join(folder, values[key]) for key in _FILES if key in values}
     _check(where, prefix, set(values), has_headers="headers" in section)
     return Entry(prefix, _lines(where, section.get("headers", {})), TlsFiles(**files, user=values.get("user")))
@@ -129,19 +129,19 @@ def _check(where: str, prefix: Location, given: set[str], *, has_headers: bool) 
     if given and not prefix.tls:
         raise UsageError(f"{where}: {min(given)} is for https and nbds, which use TLS")
     if prefix.kind == "http" and given & {"psk-file", "user"}:
-        raise UsageError(f"{where}: https knows no pre-shared keys; psk-file and user are for nbds")
+        raise UsageError(f"{where}: https has no pre-shared keys; psk-file and user are for nbds")
     if "psk-file" in given and given & {"ca", "certificate", "key"}:
         raise UsageError(f"{where}: give psk-file or certificates, not both")
     if "key" in given and "certificate" not in given:
-        raise UsageError(f"{where}: there is a key without its certificate")
+        raise UsageError(f"{where}: there is a key without a certificate")
 
 
 def _lines(where: str, headers: object) -> tuple[str, ...]:
     if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
         raise UsageError(f'{where}: headers are given as {{ NAME = "value" }}')
     for name, value in headers.items():
-        if _OURS.fullmatch(name):
-            raise UsageError(f"{where}: the header {name} is for qedfs to set")
+        if _RESERVED.fullmatch(name):
+            raise UsageError(f"{where}: qedfs sets the header {name} itself")
         if _HEADER_LINE.fullmatch(f"{name}: {value}") is None:
             raise UsageError(f"{where}: the header {name!r} has a name or a value that HTTP does not allow")
     return tuple(f"{name}: {value}" for name, value in headers.items())

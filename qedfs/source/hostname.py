@@ -1,10 +1,11 @@
-"""A host name as people write it -> the one that is asked for: UTS 46, non-transitional, as browsers and curl do.
+"""Internationalized host names to ASCII: UTS 46, non-transitional, as in browsers and curl.
 
-Owns that step, so that the policy, resolver, proxy, certificate check and ~/.netrc see one name. Must not know URLs.
+Owns that conversion, so that the policy, resolver, proxy, certificate check and ~/.netrc all see the same name. Must
+not know URLs.
 
-Not Python's codec "idna": that is IDNA 2003, which asks the owner of strasse.example when straße.example was meant, and
-Unicode 3.2. Not libcurl either: its wheels are built without IDN, and NBD does not go through it. `idna` is maintained,
-and trio brings it anyway.
+Python's codec "idna" will not do. It implements IDNA 2003, which would contact strasse.example instead of
+straße.example, with Unicode 3.2. Neither will libcurl: its wheels are built without IDN, and NBD does not use it. The
+package `idna` is maintained, and trio depends on it anyway.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from urllib.parse import unquote
 
 import idna
 
-MAX_HOST_CHARS = 1024  # a name has 255 at the most; the mapping of more is not worth its time
+MAX_HOST_CHARS = 1024  # a name has at most 255; mapping much longer ones would only waste time
 _NAME = re.compile(r"[a-z0-9_.-]+")
 _MAX_LABEL_BYTES = 63
 _JOINERS = frozenset("\u200c\u200d")
 
 
 def ascii_host(host: str) -> str:
-    """The name in ASCII; an address stays as it is.
+    """The host name in ASCII. An address is returned unchanged.
 
     Raises:
         ValueError: it is neither.
     """
     if ":" in host:
-        return host  # IPv6, whose zone may have a percent sign
+        return host  # IPv6; its zone may contain a percent sign
     try:
-        # Redirects write names that are not ASCII in this way.
+        # Redirects percent-encode names that are not ASCII.
         name = _mapped(unquote(host, errors="strict").lower())
     except (UnicodeDecodeError, idna.IDNAError) as exc:
         raise ValueError("not a host name") from exc
@@ -51,7 +52,7 @@ def _encoded(label: str) -> str:
     try:
         return idna.alabel(label).decode("ascii")
     except idna.InvalidCodepoint:
-        # IDNA 2008 knows no symbols; UTS 46 lets them pass, and there are hosts with such names.
+        # IDNA 2008 forbids symbols, but UTS 46 allows them, and hosts with such names exist.
         if _JOINERS & set(label):
             raise
         encoded = "xn--" + label.encode("punycode").decode("ascii")

@@ -1,4 +1,4 @@
-"""A raw file on this machine as a source. Owns its descriptor; what may be opened is the policy's matter."""
+"""A raw local file or block device as a source. Owns its descriptor; the policy decides what may be opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
-_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # what may be there again in a moment
+_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # shortages that may be over in a moment
 
 
 class LocalSource:
@@ -27,7 +27,7 @@ class LocalSource:
         self._location = location
         self._path = location.path or ""
         self._identity = identity
-        self._modified = modified  # at the opening; counts while it is open, whatever the pinning
+        self._modified = modified  # when opened; counts as long as the file is open, whatever the pinning
         self._samples = samples
         self.received = 0
 
@@ -39,8 +39,8 @@ class LocalSource:
 
         Raises:
             Refused: `policy` does not allow the file that the path leads to.
-            SourceUnreachable: there is no descriptor for it now.
-            SourceError: it is not there, or neither a file nor a block device.
+            SourceUnreachable: no descriptor or memory is available now.
+            SourceError: it does not exist, cannot be opened, or is neither a file nor a block device.
         """
         samples = Samples() if samples is None else samples
         return await in_thread(location.path or "", lambda: cls._open(location, policy, pinning, samples))
@@ -49,10 +49,10 @@ class LocalSource:
     def _open(cls, location: Location, policy: Policy, pinning: Pinning, samples: Samples) -> Self:
         try:
             with Held(location, policy) as held:
-                # O_NONBLOCK: a FIFO must not make us wait for a writer before we can see that it is one.
+                # O_NONBLOCK: opening a FIFO must not wait for a writer before we see that it is a FIFO.
                 fd = os.open(held.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
-            kind = SourceUnreachable if exc.errno in _SHORT else SourceError
+            kind = SourceUnreachable if exc.errno in _TRANSIENT else SourceError
             raise kind(f"backing {location}: {exc.strerror}") from exc
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
@@ -64,23 +64,23 @@ class LocalSource:
 
     @property
     def identity(self) -> Identity:
-        """Size and modification time at the opening."""
+        """Size and modification time when the file was opened."""
         return self._identity
 
     @property
     def parallel(self) -> int:
-        """A local disk gains little from more."""
+        """More would gain little on a local disk."""
         return 8
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer`. Raises SourceChanged if the file has become shorter or was written to."""
+        """Fill `buffer`. Raises SourceChanged if the file has been truncated or written to."""
         try:
             data = await in_thread(self._path, lambda: self._read(pos, len(buffer)))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
         if len(data) < len(buffer):
             raise SourceChanged(f"backing {self._location} has become shorter")
-        # A private buffer: a read that was given up may still be under way in its thread.
+        # The thread reads into its own buffer, because it may go on after this call has been cancelled.
         buffer[:] = data
         self.received += len(data)
         self._samples.offer(pos, buffer)
@@ -94,7 +94,7 @@ class LocalSource:
         return b"".join(parts)
 
     def _check_version(self) -> None:
-        """To be called behind every look at the file: what was done to it before that look shows."""
+        """Call this after every access to the file, so that it detects any change made before the access."""
         size = os.lseek(self._fd, 0, os.SEEK_END)
         if size != self._identity.size:
             raise SourceChanged(f"backing {self._location} had {self._identity.size} bytes, has {size} now")
@@ -102,7 +102,7 @@ class LocalSource:
             raise SourceChanged(f"backing {self._location} has been written to since it was opened")
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """The holes of the file, as the file system tells them. Raises SourceChanged as `read` does."""
+        """The holes of the file, as reported by the file system. Raises SourceChanged as `read` does."""
         try:
             return await in_thread(self._path, lambda: self._extents(pos, size))
         except OSError as exc:
@@ -110,7 +110,7 @@ class LocalSource:
 
     def _extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         found = self._first_extent(pos, pos + size)
-        # A file that was cut, or punched, would be nothing but holes, and the overlay nothing but zeros.
+        # After a truncation or a hole punch, the file would report holes, and the overlay would store them as zeros.
         self._check_version()
         return found
 
@@ -131,7 +131,7 @@ class LocalSource:
             self._fd = -1
 
     def __del__(self) -> None:
-        # An opening that was given up at its deadline may end later, and then nobody has its result.
+        # If `open` was abandoned at its deadline, its thread may still return this object, but nobody receives it.
         if self._fd >= 0:
             os.close(self._fd)
 

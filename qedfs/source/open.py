@@ -1,4 +1,4 @@
-"""The text of a backing -> a source, under the policy of the mounting user. The one place that knows all kinds."""
+"""Opens the source for a backing name, under the policy of the mounting user. The one module that knows all kinds."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def remote_source(
     raw: bool = True,
     expected: str | None = None,
     pinning: Pinning = USUAL,
-    places: ReaderSlots | None = None,
+    slots: ReaderSlots | None = None,
     credentials: Credentials = NO_CREDENTIALS,
 ) -> RetryingSource:
     """A source for `location` that connects when it is first needed.
 
-    `nursery` runs the tasks of the connections; it must outlive the source. `raw`: the backing is known to be raw,
-    whatever its bytes look like. Otherwise they decide: a qcow2 image is read as one, other known formats and packed
-    files are refused, and the rest is raw. `expected`: the format that the user has named ("raw" or "qcow2"); with
-    `raw` unset, a backing in another one is a SourceError when it connects. `pinning`: what counts as another version.
-    `places`: see `RetryingSource`. `credentials`: what is shown to which place.
+    `nursery` runs the tasks of the connections; it must outlive the source. `raw`: treat the backing as raw, whatever
+    its bytes look like. Otherwise it is probed: qcow2 is read as qcow2, other known formats and compressed files are
+    refused, and everything else is raw. `expected`: the format that the user has named ("raw" or "qcow2"); if `raw` is
+    unset and the backing has another format, connecting raises SourceError. `pinning`: what counts as another version.
+    `slots`: see `RetryingSource`. `credentials`: which credentials go to which server.
 
-    The place is judged by the policy before it is opened (`allowed`); what a path or a name then led to, file, socket
-    or address, is judged again before it is used.
+    The policy is asked twice: about the location before it is opened (`allowed`), and about the file, socket or address
+    that a path or a host name turned out to lead to, before that is used.
     """
 
     samples = Samples()
@@ -79,15 +79,15 @@ def remote_source(
         return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
     remote = RetryingSource(
-        location, connect, deadline_seconds=deadline_seconds, places=places, pinning=pinning, samples=samples
+        location, connect, deadline_seconds=deadline_seconds, slots=slots, pinning=pinning, samples=samples
     )
     return remote
 
 
 async def allowed(location: Location, policy: Policy) -> None:
-    """Raise Refused if the policy does not allow this place. Links on the way to a local path are followed.
+    """Raise Refused if the policy does not allow this location. Symbolic links in a local path are followed.
 
-    That may wait for a dead file server, or for ourselves: hence not on the event loop.
+    That may block on a dead file server, or on a mount of our own, so it runs in a thread.
     """
     path = next(filter(None, (location.path, *location.tls_files)), None)
     if path is None:
@@ -97,18 +97,18 @@ async def allowed(location: Location, policy: Policy) -> None:
         await in_thread(path, lambda: policy.check_location(location))
         return
     raise SourceUnreachable(
-        f"backing {location}: the way to it cannot be looked at within {LOCAL_PATH_SECONDS:g} s", reason=Reason.TIMEOUT
+        f"backing {location}: looking up its path takes longer than {LOCAL_PATH_SECONDS:g} s", reason=Reason.TIMEOUT
     )
 
 
 async def _in_its_format(source: Source, location: Location, expected: str | None) -> Source:
-    """The disk that the backing's first bytes say it holds.
+    """Probe the format of the backing, and wrap the source in a reader for that format.
 
-    QED knows one bit (NO_PROBE, "the backing is raw") and no names, so without it there is nothing to go by but the
-    bytes. That is the classic hole of probing: a guest that can write to its raw disk puts a qcow2 header there, and
-    the next reader opens the file that the header names. It is closed here twice. `create_overlay` and QEMU set the
-    bit for every backing that is called raw, and then nobody looks. And a qcow2 image's own backing and data files are
-    never followed, so a forged header leads to nothing but other bytes of the very file that the forger wrote.
+    QED does not store the name of a format, only the bit NO_PROBE, "the backing is raw". Without the bit, the format
+    has to be probed, which is a classic security hole: a guest that can write to its raw disk puts a qcow2 header
+    there, and the next reader opens the file that the header names. Two measures close it. `create_overlay` and QEMU
+    set the bit for every backing that is declared raw, and then nothing is probed. And the backing and data files of a
+    qcow2 image are never opened, so a forged header gives access to nothing but the file that the guest wrote itself.
     """
     found = await _probed(source)
     if expected is not None and found.name != expected:

@@ -1,8 +1,8 @@
-"""Local paths: looked up off the event loop, and judged by what they turn out to lead to.
+"""Safe look-up of local paths: off the event loop, and checked against the policy without a race.
 
-Owns the threads that a dead file server may keep for ever, and the hold on what was found: between two look-ups of
-one name somebody may put a link in its place, so what is judged must be what is used. Must not know what becomes of
-the file or socket.
+Owns the threads, which a dead file server may block for ever, and the descriptor of the file that was found. Between
+two look-ups of one path somebody may replace it by a link, so the file that is checked must be the file that is used.
+Must not know what the file or socket is used for.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from qedfs.source.threads import in_own_thread
 from qedfs.source.url import Location
 
 T = TypeVar("T")
-THREADS = 16  # for each path
+THREADS = 16  # per path
 
 
 class Held:
-    """What a location's path led to when it was looked up, whatever becomes of the name. To be closed.
+    """The file or socket that a location's path led to at look-up, even if the path is replaced later.
 
-    Nothing is opened by that (O_PATH): a device or a FIFO would notice.
+    It is held with O_PATH, which does not open it: a device or a FIFO would react to that. Close it after use.
     """
 
     def __init__(self, location: Location, policy: Policy) -> None:
-        """Look the path up, once.
+        """Look the path up.
 
         Raises:
-            Refused: the policy does not allow what was found.
-            OSError: there is nothing, or no way to it.
+            Refused: the policy does not allow the file that was found.
+            OSError: the file does not exist, or cannot be reached.
         """
-        self._fd = -1  # first of all: `__del__` looks at it
+        self._fd = -1  # before anything can fail, for `__del__`
         self._fd = os.open(location.path or "", os.O_PATH | os.O_CLOEXEC)
         try:
             policy.check_path(os.readlink(self.path), location)
@@ -42,11 +42,11 @@ class Held:
 
     @property
     def path(self) -> str:
-        """Another path of the same file or socket, without a name that could be given to something else."""
+        """A path to the same file or socket that nobody can redirect to another one."""
         return f"/proc/self/fd/{self._fd}"
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -58,14 +58,15 @@ class Held:
         self.close()
 
     def __del__(self) -> None:
-        # The result of a thread that was given up reaches nobody who could close it.
+        # When a thread was abandoned, nobody receives its result and could close it.
         self.close()
 
 
 async def in_thread(path: str, function: Callable[[], T]) -> T:
-    """Run a call that may wait for the disk behind `path`, or for ever for a dead file server.
+    """Run a call in a thread, as it may wait for the disk that holds `path`, or for ever for a dead file server.
 
-    Such a thread is abandoned at the deadline and stays until the server is back; it takes its place from nobody but
-    others at the same path. Never on the event loop: a path may lead into a mount of our own, which would wait for us.
+    At the deadline such a thread is abandoned. It lasts until the server is back, but only counts against the limit of
+    this path. Not even a fast call may run on the event loop: the path may lead into a mount of our own, which would
+    wait for the event loop.
     """
     return await in_own_thread(path, function, threads=THREADS)

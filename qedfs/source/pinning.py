@@ -1,6 +1,6 @@
-"""What the mounting user says about versions: which of the things that a source tells of its version count.
+"""The user's pinning rule: which validators of a source count when its version is compared.
 
-Pure. Owns `--pin` and `--identity`. Must not know how a version is found out or compared.
+Pure. Owns the meaning of `--pin` and `--identity`. Must not know how a version is determined or compared.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from qedfs.source.base import Identity
 
 
 class By(enum.StrEnum):
-    """What two looks at a source must have in common to be of one version."""
+    """What must be equal for two identities to be the same version."""
 
-    ALL = "all"  # whatever the source tells
-    ETAG = "etag"  # the tag alone, for dates that differ from server to server
-    DATE = "date"  # the date alone, for tags that do
-    SIZE = "size"  # the length, and the sampled bytes
-    NONE = "none"  # the length while it is mounted, and nothing across mounts
+    ALL = "all"  # everything that the source reports
+    ETAG = "etag"  # the tag but not the date, which may differ between servers
+    DATE = "date"  # the date but not the tag, which may differ between servers
+    SIZE = "size"  # the length and the sampled bytes
+    NONE = "none"  # the length while mounted, nothing across mounts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pinning:
-    """The user's rule. `called` is a name of their own for the version, or None."""
+    """The user's rule. `called` is the user's own name for the version, or None."""
 
     by: By = By.ALL
     called: str | None = None
 
     def counted(self, told: Identity) -> Identity:
-        """What of a version counts."""
+        """The identity, reduced to what counts."""
         match self.by:
             case By.ALL:
                 return told

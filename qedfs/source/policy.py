@@ -1,12 +1,12 @@
-"""What an overlay may make this machine open or connect to: decided by the user who mounts, not by the overlay.
+"""The policy of the mounting user: which files, sockets and addresses an overlay may make this machine open.
 
-The default is safe without being in the way on a private network: http, https and nbd to any address but
-link-local ones and others where clouds serve credentials; no local path and no Unix socket. A redirect may not lead
-from a public address to a private or loopback one, nor from https to http. As soon as one prefix is allowed, nothing
-outside the prefixes is opened (what a service that mounts other people's overlays wants).
+The default is safe, yet useful on a private network. It allows http, https and nbd to any address except link-local and
+other ones where clouds serve credentials; it allows no local path and no Unix socket. A redirect may not lead from a
+public address to a private or loopback one, nor from https to http. Once the user allows a prefix, nothing outside the
+allowed prefixes is opened, which is what a service that mounts other people's overlays needs.
 
-Opens and connects nothing: the callers do, and ask here with the address or the file that they are about to use, so
-that a name which leads elsewhere the second time gains nothing.
+Opens and connects nothing itself. The callers pass the very address or file that they are about to use, so a name that
+leads elsewhere at the second look-up gains nothing.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from qedfs.source.url import Location, parse_location, redact
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Networks of IPv6 that stand for an IPv4 address in their last 32 bits: through NAT64 (RFC 6052), translated (RFC
-# 2765) or "IPv4-compatible" (RFC 4291, section 2.5.5.1; ::1 becomes 0.0.0.1, which is as private).
+# IPv6 networks that embed an IPv4 address in the last 32 bits: NAT64 (RFC 6052), IPv4-translated (RFC 2765) and
+# IPv4-compatible (RFC 4291, section 2.5.5.1; ::1 becomes 0.0.0.1, which is just as private).
 _EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96")))
 
-# For NAT64 of a site's own (RFC 8215), which may put the IPv4 address where any of its prefixes ends.
+# For local-use NAT64 (RFC 8215). A site may choose the length of its prefix, and the IPv4 address follows the prefix.
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 _NAT64_OCTETS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12))  # /48, /56, /64 of RFC 6052, section 2.2
 _NAT64_ZERO = 8
 
 _ISATAP = (bytes.fromhex("00005efe"), bytes.fromhex("02005efe"))  # RFC 5214, section 6.1, below any /64
 
-# Where a cloud tells a machine who it is, other than 169.254.0.0/16.
+# The metadata services of clouds outside 169.254.0.0/16.
 _METADATA = tuple(
     map(
         ipaddress.ip_network,
         (
             "fd00:ec2::/32",  # Amazon
             "fd20:ce::254",  # Google
-            "168.63.129.16",  # Azure, and public by its number
+            "168.63.129.16",  # Azure; formally a public address
             "100.100.100.200",  # Alibaba
             "192.0.0.192",  # Oracle
             "fd00:42::42",  # Scaleway
@@ -48,9 +48,9 @@ _METADATA = tuple(
     )
 )
 
-_SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")  # global by Python's tables, since RFC 3879 gave the prefix up
+_SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")  # global in Python's tables, because RFC 3879 deprecated the prefix
 
-# In a decoded segment: a control character or a backslash, what decodes once more, a dot segment, also with parameters.
+# In a decoded segment: control characters, backslashes, another percent-encoding, dot segments (also with parameters).
 _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]|%[0-9A-Fa-f]{2}|(?:^|/)\.\.?(?:[/;]|$)")
 
 
@@ -58,14 +58,15 @@ _AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]|%[0-9A-Fa-f]{2}|(?:^|/)\.\.?(?:[/;]|
 class Policy:
     """`prefixes`: the values of `--allow-backing`: URL prefixes, or absolute folders and files.
 
-    A URL prefix ends where a segment of the path, or of an NBD export's name, ends. One with a query allows that very
-    URL. A URL that servers read in different ways (dot segments, backslashes, double encoding) is under no prefix.
+    A URL prefix covers whole segments of the path, or of the name of an NBD export. A prefix with a query allows only
+    that one URL. No prefix covers a URL that servers may interpret differently (dot segments, backslashes, double
+    encoding).
     """
 
     prefixes: tuple[str, ...] = ()
 
     def check_location(self, location: Location) -> None:
-        """Raise Refused unless a backing may be at this place at all. Links on the way to a local path are followed."""
+        """Raise Refused unless a backing may be at this location. Symbolic links in a local path are followed."""
         self._check_tls_files(location)
         if location.path is None:
             if self.prefixes and not any(_covers(prefix, location) for prefix in self.prefixes):
@@ -78,7 +79,7 @@ class Policy:
         self.check_path(os.path.realpath(location.path), location)
 
     def _check_tls_files(self, location: Location) -> None:
-        """Keys that a backing's name leads to are local files like any other."""
+        """Raise Refused unless the key files that the backing name refers to are allowed, as for any local file."""
         for path in location.tls_files:
             if not any(_holds(prefix, os.path.realpath(path)) for prefix in self.prefixes):
                 raise Refused(
@@ -87,9 +88,10 @@ class Policy:
                 )
 
     def check_path(self, path: str, location: Location) -> None:
-        """Raise Refused unless what is at `path`, which holds no links, may be the backing at `location`.
+        """Raise Refused unless the file at `path`, which contains no links, may be the backing at `location`.
 
-        Who opens or connects asks this about what was found: the name may lead elsewhere than a moment before.
+        Call this with the resolved path of the file that is already held: the name may have been replaced since the
+        first check.
         """
         if not any(_holds(prefix, path) for prefix in self.prefixes):
             raise Refused(f"backing {location} is outside every --allow-backing prefix")
@@ -97,8 +99,8 @@ class Policy:
     def check_address(self, address: str, location: Location, *, redirected_from: str | None = None) -> None:
         """Raise Refused unless a connection to this numeric address may be made for `location`.
 
-        `redirected_from` is the numeric address of the server that redirected here. A name there stands for a server
-        whose address is not known, and counts as public.
+        `redirected_from` is the numeric address of the server that redirected here. If it is a name, the address of
+        that server is unknown, and it counts as public.
         """
         readings = _readings(address)
         if any(map(_is_special, readings)):
@@ -107,7 +109,7 @@ class Policy:
             raise Refused(f"backing {location} was redirected from {redirected_from} to the private address {address}")
 
     def check_redirect(self, source: Location, target: Location) -> None:
-        """Raise Refused unless an HTTP answer of `source` may send us on to `target`."""
+        """Raise Refused unless `source` may redirect to `target`."""
         if target.kind != "http":
             raise Refused(f"backing {source} redirects to {target}, which is not http")
         if source.tls and not target.tls:
@@ -116,9 +118,10 @@ class Policy:
 
 
 def _readings(address: str) -> list[_Address]:
-    """What a packet to this address may reach: most often one address, with IPv6 around it taken off.
+    """The addresses that a packet to this address may reach, with IPv4 addresses extracted from IPv6.
 
-    Where it depends on who translates, all of them: one that is not allowed is enough to refuse it.
+    Usually that is one. Where it depends on how a translator is configured, all candidates are returned: one forbidden
+    candidate is enough to refuse the address.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
@@ -136,7 +139,7 @@ def _readings(address: str) -> list[_Address]:
 
 
 def _nat64_readings(packed: bytes) -> list[_Address]:
-    """By the prefixes that are shorter than /96; what follows the IPv4 address there is zero."""
+    """The candidates for prefixes shorter than /96, where the bytes after the IPv4 address must be zero."""
     return [
         ipaddress.IPv4Address(bytes(packed[octet] for octet in octets))
         for octets in _NAT64_OCTETS
@@ -172,7 +175,7 @@ def _covers(prefix: str, location: Location) -> bool:
 
 
 def below(allowed: Location, location: Location) -> bool:
-    """Whether a location is at the prefix `allowed` or below it, as `Policy` says."""
+    """Whether the prefix `allowed` covers a location, by the rules of `Policy`."""
     if _server(allowed) != _server(location):
         return False
     query = urlsplit(allowed.secret_url).query if allowed.kind == "http" else ""
@@ -192,12 +195,12 @@ def _server(location: Location) -> tuple[str, bool, str | None, int | None, str 
 
 
 def _segments(location: Location) -> list[str] | None:
-    """The segments of the path or export that is asked for; None if servers disagree about what it means.
+    """The segments of the path or export name; None if servers may interpret it differently.
 
-    An encoded slash does not divide: a server that takes it for one gets no further than into the segment.
+    An encoded slash does not separate segments. A server that decodes it ends up below the segment, still covered.
     """
     if location.kind == "nbd":
-        segments = location.export.split("/")  # as it is sent
+        segments = location.export.split("/")  # in the form in which it is sent
     else:
         path = urlsplit(location.secret_url).path or "/"
         try:

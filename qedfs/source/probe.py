@@ -1,9 +1,9 @@
-"""First and last bytes of a backing -> what it is, if that is not a raw disk.
+"""Format probing: recognizes image formats, archives and compressed files by their first and last bytes.
 
-Owns the marks of image formats, archives and compressed files, and the way out of each. Pure; must not know who asks.
+Owns the magic numbers and the advice for each format. Pure; must not know who asks.
 
-A disk begins with boot code, a partition table, a file system or zeros, none of which looks like these. File systems,
-ISO images and LUKS headers are right at the start of a raw disk, and have no mark here.
+A disk begins with boot code, a partition table, a file system or zeros, none of which looks like these formats. File
+systems, ISO images and LUKS headers are legitimate contents of a raw disk, so they are not listed here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TAIL_BYTES = 512  # the footers of VHD and UDIF
 
 _CONVERT = "make a raw or qcow2 one with qemu-img convert"
 _EXTRACT = "take the disk out of it"
-_CHECK = "see what the server has there"
+_CHECK = "check what the server has there"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """`name` of the format, for people; `way_out`: what to do about it; `at`: which bytes of the file tell."""
+    """A format. `name`: for people; `way_out`: what the user can do about it; `at`: which bytes of the file show it."""
 
     name: str
     way_out: str
@@ -38,7 +38,7 @@ def _unpack(name: str, command: str) -> Found:
     return Found(name, f"unpack it first ({command})")
 
 
-# Which begin with these bytes. QEMU's probe knows the images, libmagic all of them.
+# Formats by their first bytes. QEMU's probe knows the image formats, libmagic all of them.
 _HEADS = {
     b"QED\0": Found("QED", _CONVERT),
     b"KDMV": Found("VMDK", _CONVERT),
@@ -78,9 +78,9 @@ _HEADS = {
     b"version https://git-lfs.github.com/": Found("Git LFS pointer", _CHECK),
 }
 _BZIP2 = re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)")
-# Properties, a dictionary of a multiple of 64 KiB, the size (unknown, or below a TiB), and data that begin with a zero.
+# Properties, dictionary size (a multiple of 64 KiB), size (unknown or below 1 TiB), and data whose first byte is zero.
 _LZMA = re.compile(rb"\x5d\0\0..(?:\xff{8}|.{5}\0{3})\0", re.DOTALL)
-# A frame that zstd (RFC 8878, section 3.1.2) and lz4 may begin with.
+# A skippable frame, which a zstd (RFC 8878, section 3.1.2) or lz4 file may begin with.
 _SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
 _VDI = (64, b"\x7f\x10\xda\xbe")
@@ -88,7 +88,7 @@ _TAR = (257, b"ustar")
 
 
 def probe(head: bytes, tail: bytes) -> Found:
-    """What a file is that begins with `head` and ends with `tail` (HEAD_BYTES and TAIL_BYTES, or all that it has)."""
+    """The format of a file from its first HEAD_BYTES and last TAIL_BYTES, or from all of a shorter file."""
     return _by_head(head) or _by_tail(tail) or RAW
 
 
@@ -102,7 +102,7 @@ def _by_head(head: bytes) -> Found | None:
         return Found("VDI", _CONVERT)
     if head.startswith(_TAR[1], _TAR[0]):
         name = head[:100].partition(b"\0")[0]
-        # An appliance has its description first (DSP0243, section 5.3).
+        # In an OVA the descriptor comes first (DSP0243, section 5.3).
         return Found("OVA" if name.lower().endswith(b".ovf") else "tar", f"{_EXTRACT} with tar -x")
     if _BZIP2.match(head):
         return _unpack("bzip2", "bunzip2")
@@ -116,7 +116,7 @@ def _by_head(head: bytes) -> Found | None:
 
 
 def _by_tail(tail: bytes) -> Found | None:
-    # A fixed VHD is a raw disk and a footer of 512 bytes, of 511 by old versions of Virtual PC.
+    # A fixed VHD is a raw disk with a footer of 512 bytes, or of 511 if an old version of Virtual PC wrote it.
     if tail.startswith(b"conectix") or tail.startswith(b"conectix", 1):
         return Found("VHD", f"it has a footer after the disk; {_CONVERT} -f vpc -O raw", "last")
     if tail.startswith(b"koly"):

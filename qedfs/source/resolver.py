@@ -1,8 +1,8 @@
-"""From the name of a host to its addresses, off the event loop.
+"""Name resolution off the event loop.
 
-Owns the threads that a silent name server may keep: the system's resolver gives up after half a minute with its
-defaults, however soon whoever asked has. They take their place from nobody but those who ask for the same name. (Over
-HTTP, libcurl looks names up by itself, in threads of each source's own.)
+Owns the threads, which a silent name server may block: with its defaults, the system's resolver gives up after half a
+minute, even if the caller has given up long before. Each host name has its own thread limit, so a blocked look-up
+affects no other name. (For HTTP, libcurl resolves names itself, in threads of each source's own.)
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import socket
 
 from qedfs.source.threads import in_own_thread
 
-THREADS = 2  # for each name: one more than hangs
+THREADS = 2  # per name: one may hang, and another try is still possible
 
 Address = tuple[socket.AddressFamily, tuple[str | int, ...] | tuple[int, bytes]]
 
 
 async def addresses(host: str, port: int) -> list[Address]:
-    """The addresses of a host, the best ones first. OSError: it has none, or nobody knows now."""
+    """The addresses of a host, the preferred ones first. Raises OSError if it has none, or the look-up fails."""
     try:
-        return _look_up(host, port, socket.AI_NUMERICHOST)  # what is no name needs no thread
+        return _look_up(host, port, socket.AI_NUMERICHOST)  # a numeric address needs no thread
     except socket.gaierror:
         return await in_own_thread(f"host {host}", lambda: _look_up(host, port), threads=THREADS)
 

@@ -1,8 +1,7 @@
-"""A source that may be away: opened on first need, asked again within a deadline, held to the version it first showed.
+"""The wrapper that makes a source reliable: it connects on first use, retries until a deadline, and pins the version.
 
-Owns retry, back-off and the comparison of versions; how long readers wait is in `circuit_breaker.py`. Must not know who
-asks.
-One `RetryingSource` stands for one backing however many overlays use it.
+Owns retries, back-off and the comparison of versions; `circuit_breaker.py` owns how long readers wait. Must not know
+who reads. One `RetryingSource` stands for one backing, however many overlays use it.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEADLINE_SECONDS = 30.0  # of one read with all its retries; a guest's own disk timeout is 30 s on Linux
-PATIENCE = 10.0  # deadlines that one background read may take: 4 MiB at 14 KiB/s
+DEADLINE_SECONDS = 30.0  # for one read with all its retries; the disk timeout of a Linux guest is 30 s
+PATIENCE = 10.0  # a background read may take this many deadlines: enough for 4 MiB at 14 KiB/s
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
-ALONE = 1 << 20  # more than ever come, where there is no kernel that counts
+UNBOUNDED = 1 << 20  # requests in flight if no kernel limits them: more than there ever are
 
 Opener = Callable[[], Awaitable[Source]]
 
 
 class RetryingSource:
-    """The port `Source` with a lazy connection. `opener` connects and judges the first answer."""
+    """A `Source` that connects lazily. `opener` connects and validates the first answer."""
 
     def __init__(
         self,
@@ -47,58 +46,59 @@ class RetryingSource:
         deadline_seconds: float = DEADLINE_SECONDS,
         pinning: Pinning = USUAL,
         samples: Samples | None = None,
-        places: ReaderSlots | None = None,
+        slots: ReaderSlots | None = None,
     ) -> None:
-        """`samples`: which the sources of `opener` fill, too. `places`: for the readers of all sources together."""
+        """`samples`: filled by the sources that `opener` opens. `slots`: shared by the readers of all sources."""
         self.location = location
         self.pinning = pinning
         self.samples = Samples() if samples is None else samples
-        # What the samples are of, if that is not the source itself; set by `opener`.
+        # The file that the samples are taken from, if that is not the source itself. Set by `opener`.
         self.file: Source | None = None
-        # What has been told so far. Another object when more has been told, or something else that is the same version.
+        # What the source has reported of its version so far. Replaced when it reports more, or other values that still
+        # stand for the same version.
         self.identity: Identity | None = None
-        self.error: QedfsError | None = None  # why the last try failed; None after a success
-        # Tries that failed in a way that may pass, by what stood in the way; the last one of a deadline too.
+        self.error: QedfsError | None = None  # why the last attempt failed; None after a success
+        # Failed attempts that a retry may remedy, by reason. Includes the one that the deadline ended.
         self.retries = dict.fromkeys(Reason, 0)
         self._opener = opener
         self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
-        self._knows_zeros: KnowsZeros | None = None  # the source, if it does
+        self._knows_zeros: KnowsZeros | None = None  # `_source`, if it knows zeros
         self._closed = False
         self._opening = trio.Lock()
-        self._breaker = CircuitBreaker(deadline_seconds, lambda: self.received, places or ReaderSlots(ALONE))
+        self._breaker = CircuitBreaker(deadline_seconds, lambda: self.received, slots or ReaderSlots(UNBOUNDED))
 
     @property
     def parallel(self) -> int:
-        """How many background reads may usefully be in flight at once at the most."""
+        """How many background reads at once are useful at most."""
         return self._source.parallel if self._source else 16
 
     @property
     def is_dead(self) -> bool:
-        """Whether it has been waited for in vain, and has not answered since."""
+        """Whether the source let a whole deadline pass without a sign of life, and has not answered since."""
         return self._breaker.dead is not None
 
     @property
     def received(self) -> int:
-        """Bytes that have come over the present connection; starts again with the next one."""
+        """Bytes received over the current connection. Starts at 0 again with the next one."""
         return self._source.received if self._source else 0
 
     async def connect(self) -> Identity:
-        """Have a connection and return the version that is served.
+        """Connect unless connected, and return the version that the source serves.
 
         Raises:
-            SourceUnreachable: not within the deadline.
+            SourceUnreachable: no connection within the deadline.
             SourceChanged: another version than at the first connection.
-            SourceError, Refused: asking again will not help.
+            SourceError, Refused: a retry will not help.
         """
         source = await self._retried(self._connected)
         return self.identity or source.identity
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False, patient: bool = False) -> None:
-        """Fill `buffer`; the range must lie inside the source. Errors as for `connect`.
+        """Fill `buffer`; the range must lie inside the source. Raises what `connect` raises.
 
-        `patient`: nobody waits, and on a slow link many such reads share it, so one that goes on gets more time. (A
-        connection on which nothing comes is noticed by the sources themselves.)
+        `patient`: no reader waits for this read. It gets PATIENCE deadlines, because many such reads may share a slow
+        link. (The sources themselves detect a connection that has stalled.)
         """
 
         async def read() -> None:
@@ -109,7 +109,7 @@ class RetryingSource:
         await self._retried(read, patience=PATIENCE if patient else 1.0)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """Which parts read as zeros, or None if the source cannot tell. Errors as for `connect`."""
+        """Which parts read as zeros, or None if the source cannot tell. Raises what `connect` raises."""
 
         async def extents() -> Sequence[Extent] | None:
             source = await self._connected()
@@ -118,11 +118,11 @@ class RetryingSource:
         return await self._retried(extents)
 
     def zeros_now(self, pos: int, size: int) -> bool:
-        """Whether the source knows, without asking anybody, that the range reads as zeros."""
+        """Whether the source already knows, without a request, that the range reads as zeros."""
         return self._knows_zeros is not None and self._knows_zeros.zeros_now(pos, size)
 
     async def difference(self, samples: Samples) -> str | None:
-        """Say how the bytes that are served now differ from samples, or None. Errors as for `connect`."""
+        """How the bytes that the source serves now differ from `samples`, or None. Raises what `connect` raises."""
 
         async def difference() -> str | None:
             source = await self._connected()
@@ -133,15 +133,15 @@ class RetryingSource:
         return await self._retried(difference)
 
     def reader(self) -> AbstractAsyncContextManager[None]:
-        """Around all that a reader waits for: it ends with the deadline, and sooner where waiting is in vain.
+        """Limit everything that a reader waits for to the deadline, and to less while the source is dead.
 
         Raises:
-            SourceUnreachable: one of these.
+            SourceUnreachable: the time is up.
         """
         return self._breaker.reader(self._no_answer)
 
     async def aclose(self) -> None:
-        """Drop all connections, for good: who still asks gets SourceUnreachable at once."""
+        """Drop all connections for good. Any later call raises SourceUnreachable at once."""
         self._closed = True
         if self._source is not None:
             source, self._source = self._source, None
@@ -163,9 +163,10 @@ class RetryingSource:
             return self._source
 
     def _learn(self, told: Identity) -> None:
-        """Take over what is told of the version. The source has seen to it that it is still the same one.
+        """Store what an answer reported about the version. Details that are reported late count from then on.
 
-        Raises SourceChanged where another connection shows another one. What is told late counts from then on.
+        Within a connection, the source itself ensures that the version stays the same. Raises SourceChanged if a new
+        connection reports another version.
         """
         if told is self.identity:
             return
@@ -175,13 +176,13 @@ class RetryingSource:
         self.identity = told
 
     async def _opened(self) -> Source:
-        """A new connection. Everybody queues for it, so it must not take as long as the most patient read may."""
+        """A new connection. All requests wait for it, so it gets one deadline, even if a patient read asked for it."""
         source = None
         if not self._closed:
             with trio.move_on_after(self.deadline_seconds):
                 source = await self._opener()
         if self._closed:
-            if source is not None:  # `aclose` did not know of it
+            if source is not None:  # `aclose` did not see it
                 await source.aclose()
             raise SourceUnreachable(f"backing {self.location}: closed")
         if source is None:
@@ -194,13 +195,13 @@ class RetryingSource:
         )
 
     async def _retried(self, action: Callable[[], Awaitable[T]], *, patience: float = 1.0) -> T:
-        """Try until it works, the deadline is over, or an error says that trying again is of no use.
+        """Retry until success, the deadline, or an error that a retry cannot remedy.
 
-        `patience`: how many times the deadline a single try may take.
+        No attempt starts after the deadline. `patience`: how many deadlines a single attempt may take.
         """
-        last, signs = self._no_answer(), self._breaker.signs
+        last, signs = self._no_answer(), self._breaker.signs_of_life
         give_up = trio.current_time() + self.deadline_seconds
-        trying = True  # and not between two tries
+        trying = True  # False during the pause between two attempts
         with self._breaker.wait(patience * self.deadline_seconds) as scope:
             pause = FIRST_PAUSE_SECONDS
             while True:
@@ -212,7 +213,7 @@ class RetryingSource:
                     trying = False
                     last, self.error = exc, exc.fresh()
                     self.retries[exc.reason] += 1
-                    # Half of the pause is random, so that many clients of one server do not return in step.
+                    # Half of the pause is random, so that the clients of one server do not retry in lockstep.
                     wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
                     await trio.sleep(min(wait, max(0.0, give_up - trio.current_time())))
                     if trio.current_time() >= give_up:

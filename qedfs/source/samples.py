@@ -1,12 +1,12 @@
-"""A few blocks of a source, remembered by their digests: how to tell whether what is served now is still the same.
+"""Samples of a version: the digests of a few of its blocks, to check later whether the source still serves it.
 
-Owns which blocks are remembered and how they are written down. Must not know where bytes come from, nor what follows
-from a difference. Blocks are of the file that the server has (of a qcow2 image, not of the disk inside).
+Owns the choice of blocks and their encoding as text. Must not know where bytes come from, nor what follows from a
+difference. The blocks are those of the file on the server: of the qcow2 file, not of the disk inside it.
 
-Nothing is asked for to fill it: the blocks are of what was read anyway, so they are blocks that an overlay has kept,
-and those that a guest wants first (boot sector, superblocks) are among them. They are spread evenly over all reads so
-far. Blocks of zeros are left out, since another version may well have zeros in the same place. What it cannot tell: a
-version that differs in other blocks only.
+Taking samples costs no request. They come from data that was read anyway, so the overlay has kept those blocks, and the
+blocks that a guest needs first (boot sector, superblocks) are among them. They are spread evenly over all reads so far.
+Blocks of zeros are left out, because another version may well have zeros in the same place. A version that differs only
+in other blocks goes unnoticed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import trio
 from qedfs.errors import QedfsError
 
 BLOCK_BYTES = 4096
-MOST_SAMPLES = 12  # fits into the record, and costs one round trip
-MOST_LOOKED_AT = 16  # blocks of one read, for one that is not zero
-DIGEST_DIGITS = 12  # 48 bits: this is against accidents, a server that wants to lie can do so anyway
+MOST_SAMPLES = 12  # as many as fit into the record; comparing them costs one round trip
+MOST_LOOKED_AT = 16  # blocks per read that are searched for one that is not zero
+DIGEST_DIGITS = 12  # 48 bits: enough against accidents; against a server that lies, more would not help
 _ZEROS = bytes(BLOCK_BYTES)
 
 Read = Callable[[int, memoryview], Awaitable[None]]
-"""Fills the buffer with the bytes of the file at a position; `Source.read`."""
+"""Fills the buffer with the bytes of the file at a position, as `Source.read` does."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,18 +38,18 @@ class Sample:
 
 
 class Samples:
-    """Samples of one version of a source; at first none."""
+    """The samples of one version of a source. Starts empty."""
 
     def __init__(self) -> None:
         self._samples: list[Sample] = []
         self._reads = 0
-        self._every = 1  # one read in so many is sampled
+        self._every = 1  # every n-th read is sampled
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def offer(self, pos: int, data: memoryview) -> None:
-        """These bytes of the version have just been read."""
+        """Consider bytes that have just been read for a sample."""
         self._reads += 1
         if self._reads % self._every:
             return
@@ -69,18 +69,18 @@ class Samples:
         self._samples.append(sample)
 
     def encode(self) -> str:
-        """As text: number of the block and digest, both in hex, separated by a colon; commas between samples."""
+        """Encode as text: comma-separated samples, each a block number and a digest in hex, with a colon in between."""
         return ",".join(f"{sample.pos // BLOCK_BYTES:x}:{sample.digest}" for sample in self._samples)
 
     @classmethod
     def decode(cls, text: str) -> Samples:
-        """What `encode` has written."""
+        """Decode the output of `encode`."""
         made = cls()
         made.take_over(text)
         return made
 
     def take_over(self, text: str) -> None:
-        """Add samples of the same version that an earlier session has written down, as far as there is room."""
+        """Add samples of the same version that an earlier session stored, as far as there is room."""
         known = {sample.pos for sample in self._samples}
         parts = (part.split(":") for part in filter(None, text.split(",")))
         found = [Sample(int(block, 16) * BLOCK_BYTES, digest) for block, digest in parts]
@@ -90,11 +90,14 @@ class Samples:
             self._samples = [*earlier[:: -(-len(earlier) // room)], *self._samples]
 
     async def difference(self, read: Read, size: int) -> str | None:
-        """Read the blocks again, from a file of `size` bytes; say which one differs, or None. Errors of `read`."""
+        """Read the blocks again from a file of `size` bytes. Returns which one differs, or None.
+
+        Raises what `read` raises.
+        """
         different: list[int] = []
         failures: list[QedfsError] = []
 
-        async def look(sample: Sample) -> None:
+        async def check(sample: Sample) -> None:
             if sample.pos + BLOCK_BYTES > size:
                 different.append(sample.pos)
                 return
@@ -110,10 +113,10 @@ class Samples:
 
         async with trio.open_nursery() as nursery:
             for sample in list(self._samples):
-                nursery.start_soon(look, sample)
+                nursery.start_soon(check, sample)
         if failures:
             raise failures[0]
-        return f"the bytes at {min(different)} are others" if different else None
+        return f"the bytes at {min(different)} differ" if different else None
 
 
 def _digest(block: bytes | bytearray | memoryview) -> str:

@@ -1,10 +1,10 @@
-"""Threads for calls that may not come back: each thing that is waited for has its own few, and takes no others.
+"""Worker threads for calls that may hang: a separate thread limit for each file server, host or the like.
 
 Owns the limiters. Must not know what is called.
 
-trio's own limiter lets 40 threads of the whole process run. A thread that is given up at a deadline keeps its place
-there until its call ends, which for a dead file server is never and for a silent name server half a minute later. So
-whatever may be given up must not run under it.
+trio's own limiter allows 40 threads in the whole process. A thread that was abandoned at a deadline counts until its
+call ends: never for a dead file server, after half a minute for a silent name server. So a call that may be abandoned
+must not use that limiter.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import trio
 
 T = TypeVar("T")
 
-# A limiter lives as long as a thread or a task has it.
+# A limiter lives as long as a thread or a task uses it.
 _limiters: weakref.WeakValueDictionary[str, trio.CapacityLimiter] = weakref.WeakValueDictionary()
 
 
 async def in_own_thread(what: str, function: Callable[[], T], *, threads: int) -> T:
-    """Run `function` in one of so many threads for `what`. If that is cancelled, the thread goes on alone.
+    """Run `function` in a thread. At most `threads` run for `what` at once. When cancelled, abandon the thread.
 
-    OSError: the system has no thread for us; or what `function` raises.
+    Raises OSError if the system cannot start a thread, and what `function` raises.
     """
     limiter = _limiters.setdefault(what, trio.CapacityLimiter(threads))
     try:

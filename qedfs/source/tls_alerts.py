@@ -1,6 +1,6 @@
-"""A TLS alert in a library's words -> ours, that say what the server wants.
+"""Explains TLS alerts: what the server objects to, in our words instead of the TLS library's.
 
-Owns the words. Pure: the text of a library is looked at, and nothing of it is handed on, since it may hold a URL.
+Owns the words. Pure. No part of the library's text is passed on, because it may contain a URL.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Said(NamedTuple):
-    """What an error says, and whether another try is of no use."""
+    """What an alert means. `lasting`: a retry is of no use."""
 
     words: str
     lasting: bool = True
@@ -36,9 +36,10 @@ _MEANING = {
 
 
 def explain_alert(text: str) -> Said | None:
-    """What the alert in OpenSSL's text of an error means; None if there is none that we know.
+    """What the alert in an error text of OpenSSL means; None if it contains no known alert.
 
-    Alerts come from the other side: what is wrong with the server's own certificate, we find and say ourselves.
+    Alerts come from the server. A fault in the server's own certificate is not an alert: our side detects and reports
+    it.
     """
     found = _ALERT.search(text.replace("_", " ").lower())
     return None if found is None else _MEANING.get(found[1].strip())

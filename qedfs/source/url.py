@@ -1,7 +1,7 @@
-"""The text that names a backing -> a parsed location whose str and repr show no credential.
+"""Parses and redacts backing names: URL or path to a `Location` whose str and repr contain no credential.
 
-Pure: no I/O. Parsing is strict and has no fall-through: a text that is not one of the known forms is an error, never
-"then it must be a file name" (QEMU's `json:` and `file:` forms are refused by name).
+No I/O. Parsing is strict and has no fall-back. A text in none of the known forms is an error, and is never taken for a
+file name instead (QEMU's `json:` and `file:` forms are refused).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """Where a backing is. `repr` and `str` are redacted; only the transport that connects reads `secret_url`."""
+    """The location of a backing. `repr` and `str` are redacted; only the transport that connects reads `secret_url`."""
 
     kind: str  # "http", "nbd" or "file"
     redacted: str
     secret_url: str = dataclasses.field(repr=False)
-    host: str | None = None  # as it is asked for, see `hostname.py`
+    host: str | None = None  # in ASCII, see `hostname.py`
     port: int | None = None
     tls: bool = False
     export: str = ""  # NBD export name
-    path: str | None = dataclasses.field(default=None, repr=False)  # of the local file, or of the NBD server's socket
-    user: str | None = dataclasses.field(default=None, repr=False)  # that an NBD server knows the pre-shared key by
+    path: str | None = dataclasses.field(default=None, repr=False)  # of the local file or the NBD server's Unix socket
+    user: str | None = dataclasses.field(default=None, repr=False)  # the identity of an NBD pre-shared key
     psk_file: str | None = None
-    tls_folder: str | None = None  # with ca-cert.pem, client-cert.pem and client-key.pem
+    tls_folder: str | None = None  # contains ca-cert.pem, client-cert.pem and client-key.pem
 
     def __str__(self) -> str:
         return self.redacted
 
     @property
     def tls_files(self) -> tuple[str, ...]:
-        """Local files and folders that the name leads to besides the backing itself."""
+        """Local files and folders that the name refers to, apart from the backing itself."""
         return tuple(filter(None, (self.psk_file, self.tls_folder)))
 
 
@@ -68,7 +68,7 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
         parts = urlsplit(text)
         _ = parts.port
     except ValueError:
-        # Not chained: its text quotes what is wrong, and that may be a piece of a password.
+        # Not chained: the original message quotes the bad part, which may be a piece of a password.
         raise UsageError(f"backing {redact(text)!r}: the host or the port is not valid") from None
     try:
         if scheme in ("http", "https"):
@@ -84,10 +84,10 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
 
 
 def redact(text: str) -> str:
-    """The text without user name, password and the query (signed URLs carry their secret in it; its names stay).
+    """The text without user name, password and the values of the query, which hold the secret of a signed URL.
 
-    A message often tells of a mistake, so that what looks like a user name and password in a wrong place goes too. The
-    path of a Unix socket stays: it is where the thing is, not how one gets in.
+    Messages often report mistyped URLs, so anything that looks like a login in the wrong position is removed, too. The
+    path of a Unix socket stays: it is an address, not a secret.
     """
     found = _SCHEME.match(text)
     if found is None and not text.startswith("//"):
@@ -95,7 +95,7 @@ def redact(text: str) -> str:
     scheme = found[0].lower() if found else ""
     try:
         parts = urlsplit(text)
-        _ = parts.port  # a bad one may be a password that holds a "/", "?" or "#"
+        _ = parts.port  # an invalid port may be a password that contains a "/", "?" or "#"
     except ValueError:
         return f"{scheme}//..."
     login, _, host = parts.netloc.rpartition("@")
@@ -116,7 +116,7 @@ def _without_login(path: str, *, sure: bool) -> str:
 
 def _without_value(pair: str) -> str:
     name, _, value = pair.partition("=")
-    # What has no value is one itself, perhaps in base64 with "=" behind it.
+    # A parameter without a value may be a secret itself, perhaps in base64 with "=" at its end.
     return f"{name}=..." if value.strip("=") else "..."
 
 
@@ -129,7 +129,7 @@ def _parse_http(text: str, parts: SplitResult) -> Location:
 
 
 def _nbd_uri(text: str) -> str:
-    """The URI for QEMU's older spelling (qemu:block/nbd.c, nbd_parse_filename), where the name is not encoded."""
+    """The URI for QEMU's older syntax (qemu:block/nbd.c, nbd_parse_filename), where the export name is not encoded."""
     place, _, export = text.partition(":")[2].partition(":exportname=")
     if place.startswith("unix:"):
         return f"nbd+unix:///{quote(export)}?socket={quote(place.removeprefix('unix:'))}"
@@ -155,10 +155,10 @@ def _parse_nbd(text: str, parts: SplitResult) -> Location:
 
 
 def _tls_of_nbd(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
-    """What the URI says about TLS (the NBD URI specification, and `tls-certificates` as libnbd has it).
+    """The TLS fields of an NBD URI (the NBD URI specification, and `tls-certificates` as in libnbd).
 
-    Parameters that we do not know are passed over, as the specification says, unless they are about TLS: somebody who
-    names a key, or says what to verify, must not get something else.
+    As the specification says, unknown parameters are ignored. But unknown TLS parameters are an error: a user who names
+    a key, or what to verify, must not silently get something else.
     """
     tls = parts.scheme.startswith("nbds")
     named = {name: value for name, value in query.items() if name.startswith("tls-")}

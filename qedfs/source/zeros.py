@@ -1,4 +1,4 @@
-"""Zeros into a buffer, from zeros that are there: an object of the wanted size would fault its pages in first."""
+"""Fill a buffer with zeros, without page faults: a zero object of the same size would have to be allocated first."""
 
 from __future__ import annotations
 

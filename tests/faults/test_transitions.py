@@ -185,7 +185,7 @@ def test_another_export_of_the_same_size(tmp_path: Path) -> None:
             assert mount.unmount() == 0
         with mounted(overlay, tmp_path / "mnt", *TIMEOUT) as mount:
             assert_refused(mount, content)
-            assert "the bytes at 0 are others" in mount.output()
+            assert "the bytes at 0 differ" in mount.output()
             assert mount.unmount() == 0
         serve(tmp_path / "old")
         with mounted(overlay, tmp_path / "mnt", *TIMEOUT) as mount:

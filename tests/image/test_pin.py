@@ -193,7 +193,7 @@ async def test_what_is_told_no_longer_is_compared_with_the_pin(autojump_clock: t
         await image.source_size()
         changing.identity, changing.content = KINDS["none"], NEW
         missing = image.overlay.clusters.missing
-        with pytest.raises(SourceChanged, match="the bytes at 0 are others"):
+        with pytest.raises(SourceChanged, match="the bytes at 0 differ"):
             await image.read(CLUSTER, 1)
         await trio.sleep(1)
         assert image.overlay.clusters.missing == missing

@@ -1,4 +1,4 @@
-"""A dead source answers its readers soon, a slow one in its own time, and neither takes the places of others."""
+"""A dead source answers its readers soon, a slow one in its own time, and neither takes the slots of others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qedfs.source.circuit_breaker import (
     ERRORS_PER_SECOND,
     GRACE_SECONDS,
     HOLD_DEADLINES,
-    LEAST_PLACES,
+    LEAST_SLOTS,
     MOST_HOLD_SECONDS,
     PROBE_SECONDS,
     ReaderSlots,
@@ -270,11 +270,11 @@ async def test_a_part_of_an_answer_is_a_sign_of_life(autojump_clock: trio.testin
 # Places.
 
 
-async def test_a_silent_source_keeps_no_more_than_its_places(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_silent_source_keeps_no_more_than_its_slots(autojump_clock: trio.testing.MockClock) -> None:
     source = FakeSource(CONTENT)
     source.gate = trio.Event()
-    places = ReaderSlots(4 * 100)
-    found = RetryingSource(parse_location("http://fake/"), opener(source), deadline_seconds=DEADLINE, places=places)
+    slots = ReaderSlots(4 * 100)
+    found = RetryingSource(parse_location("http://fake/"), opener(source), deadline_seconds=DEADLINE, slots=slots)
     readers = Readers(found)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(readers.all, READERS)
@@ -286,22 +286,22 @@ async def test_a_silent_source_keeps_no_more_than_its_places(autojump_clock: tri
 
 async def test_a_source_that_answers_has_room_for_everybody(autojump_clock: trio.testing.MockClock) -> None:
     source = FakeSource(CONTENT, round_trip=1)
-    places = ReaderSlots(4 * 100)
-    found = RetryingSource(parse_location("http://fake/"), opener(source), deadline_seconds=DEADLINE, places=places)
+    slots = ReaderSlots(4 * 100)
+    found = RetryingSource(parse_location("http://fake/"), opener(source), deadline_seconds=DEADLINE, slots=slots)
     readers = Readers(found)
     await readers.all(READERS)
     assert not readers.errors
     assert source.most_in_flight == 100
-    assert places.sources == 0
+    assert slots.sources == 0
 
 
-def test_sources_share_the_places() -> None:
-    places = ReaderSlots(4096)
+def test_sources_share_the_slots() -> None:
+    slots = ReaderSlots(4096)
     shares = []
     for sources in (0, 1, 2, 4, 1000):
-        places.sources = sources
-        shares.append(places.share)
-    assert shares == [1024, 1024, 1024, 512, LEAST_PLACES]
+        slots.sources = sources
+        shares.append(slots.share)
+    assert shares == [1024, 1024, 1024, 512, LEAST_SLOTS]
 
 
 # Through an image.

@@ -88,23 +88,23 @@ def test_the_longest_prefix_counts(file: Path) -> None:
         (f'["https://h/"]\nheaders = {{ X = {CANARY} }}', r"is not TOML, line 2, column \d+"),
         (f'["https://h/"]\nheaders = {{ X = "{CANARY}\\n" }}', "does not allow"),
         (f'["https://h/"]\nheaders = {{ "X Y" = "{CANARY}" }}', "does not allow"),
-        (f'["https://h/"]\nheaders = {{ Range = "{CANARY}" }}', "the header Range is for qedfs to set"),
-        (f'["https://h/"]\nheaders = {{ if-match = "{CANARY}" }}', "is for qedfs to set"),
+        (f'["https://h/"]\nheaders = {{ Range = "{CANARY}" }}', "qedfs sets the header Range itself"),
+        (f'["https://h/"]\nheaders = {{ if-match = "{CANARY}" }}', "qedfs sets the header if-match itself"),
         (f'["https://h/"]\nheaders = "{CANARY}"', "headers are given as"),
         ('["https://h/"]\nheaders = { X = 1 }', "headers are given as"),
         (
             f'["https://h/"]\ntoken = "{CANARY}"',
-            r"has 'token'; there are ca, certificate, headers, key, psk-file, user",
+            r"has the unknown key 'token'; known are ca, certificate, headers, key, psk-file, user",
         ),
-        ('["https://h/"]\ncertificate = 1', "are texts"),
-        ('["https://h/"]\nkey = "k"', "a key without its certificate"),
-        ('["https://h/"]\npsk-file = "k"', "https knows no pre-shared keys"),
+        ('["https://h/"]\ncertificate = 1', "must be non-empty strings"),
+        ('["https://h/"]\nkey = "k"', "a key without a certificate"),
+        ('["https://h/"]\npsk-file = "k"', "https has no pre-shared keys"),
         ('["http://h/"]\ncertificate = "k"', "certificate is for https and nbds, which use TLS"),
         ('["nbd://h/"]\npsk-file = "k"', "psk-file is for https and nbds"),
         ('["nbds://h/"]\nheaders = { X = "1" }', "headers are for http and https"),
         ('["nbds://h/"]\npsk-file = "k"\nca = "c"', "not both"),
-        ('["/srv/disk"]\n', "no section for a URL"),
-        (f'"https://u:{CANARY}@h/" = 1', r"\[https://h/\] is no section"),
+        ('["/srv/disk"]\n', "not a section for a URL"),
+        (f'"https://u:{CANARY}@h/" = 1', r"\[https://h/\] is not a section"),
         (f'["ftp://u:{CANARY}@h/"]', "ftp: is not supported"),
     ],
 )
@@ -126,7 +126,7 @@ def test_files_that_cannot_be_used(file: Path) -> None:
         read_credentials(str(file))
     file.write_text("")
     file.chmod(0o644)
-    with pytest.raises(UsageError, match="everybody may read it; chmod 600"):
+    with pytest.raises(UsageError, match="is readable by everybody; chmod 600"):
         read_credentials(str(file))
     file.chmod(0o640)
     assert read_credentials(str(file)) == Credentials()

@@ -150,8 +150,8 @@ async def test_what_they_notice() -> None:
     assert sorted(asked) == [0, 64 * KIB, 128 * KIB]
     other = bytearray(CONTENT)
     other[65 * KIB] ^= 1
-    assert await samples.difference(reading(bytes(other)), len(CONTENT)) == f"the bytes at {64 * KIB} are others"
-    assert await samples.difference(reading(CONTENT), 130 * KIB) == f"the bytes at {128 * KIB} are others"
+    assert await samples.difference(reading(bytes(other)), len(CONTENT)) == f"the bytes at {64 * KIB} differ"
+    assert await samples.difference(reading(CONTENT), 130 * KIB) == f"the bytes at {128 * KIB} differ"
     # Others than the sampled ones are not looked at.
     other = bytearray(CONTENT)
     other[5 * KIB] ^= 1
