@@ -1,4 +1,4 @@
-"""What the control side sees of a mount: a few names and the images. Implemented in `mount/`, which starts us."""
+"""The interface through which control sees a mount. `mount/` implements it and starts the servers of this room."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qedfs.jobs.stream import StreamJob
 
 
 class ServedImage(Protocol):
-    """One overlay of the mount. `image` and `job` are None, and `error` says why, if it cannot be served.
+    """One overlay of the mount. If it cannot be served, `image` and `job` are None and `error` says why.
 
-    Without an error as well it has only just appeared, and will be opened once it has come to rest.
+    If `error` is None as well, the file has just appeared, and is opened when it is no longer being changed.
     """
 
     @property
@@ -34,7 +34,7 @@ class ServedImage(Protocol):
 
     @property
     def job(self) -> StreamJob | None:
-        """Its stream."""
+        """The stream of the image."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class ServedImage(Protocol):
 
     @property
     def opens(self) -> int:
-        """How many times it is open at the moment."""
+        """How many times the image is open now."""
         ...
 
 
@@ -53,16 +53,16 @@ class Mounted(Protocol):
 
     @property
     def mountpoint(self) -> str:
-        """Where, as an absolute path."""
+        """The absolute path of the mountpoint."""
         ...
 
     @property
     def device(self) -> str:
-        """Which file system it is, as in /proc/self/mountinfo: "0:57"; "" if unknown."""
+        """The device number as in /proc/self/mountinfo, such as "0:57"; "" if unknown."""
         ...
 
     def everything(self) -> Sequence[ServedImage]:
-        """All overlays that were found, by name."""
+        """All overlays that were found, served or not, sorted by name."""
         ...
 
     def fetches(self) -> Sequence[FetchQueue]:
@@ -70,9 +70,9 @@ class Mounted(Protocol):
         ...
 
     async def rescan(self) -> None:
-        """Look into the folder again. Raises QedfsError."""
+        """Scan the folder again. Raises QedfsError."""
         ...
 
     def quit(self) -> None:
-        """Begin to unmount and stop."""
+        """Start to unmount and stop."""
         ...

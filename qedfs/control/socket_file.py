@@ -1,4 +1,4 @@
-"""The file of a Unix socket: whether it is still the one that we have made. Must not know who listens there."""
+"""The file of a Unix socket: whether it is still the one that we created. Must not know who listens on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Mark = tuple[int, int]
 
 
 def mark_of(path: Path) -> Mark | None:
-    """What tells this socket from a later one of the same name: inodes are used again, the time of making is not."""
+    """Identifies this socket among later ones of the same name. The time is needed because inode numbers are reused."""
     try:
         status = path.lstat()
     except OSError:
@@ -17,7 +17,7 @@ def mark_of(path: Path) -> Mark | None:
 
 
 def remove_own(path: Path, mark: Mark | None) -> bool:
-    """Remove the socket unless another one has its place by now; returns whether the name is free."""
+    """Remove the socket unless another one has taken its place. Returns whether the name is free now."""
     if mark_of(path) != mark:
         return False
     path.unlink(missing_ok=True)

@@ -1,14 +1,15 @@
-"""The first exchange with the kernel, FUSE_INIT, in which the server says how much may be in flight.
+"""The FUSE_INIT exchange with the kernel, in which the server says how many requests may be in flight.
 
-Owns two numbers of libfuse's answer, which pyfuse3 has no way to set. Must not know what is served.
+Owns two numbers in libfuse's answer that pyfuse3 cannot set. Must not know what is served.
 
-The kernel counts read-ahead and every O_DIRECT request, asynchronous or not, as "background", and has at most
-`max_background` of these in flight for a whole mount: 12, unless the server says otherwise. Who comes next waits in the
-kernel, whatever image it is about. So with 12 readers of one image whose source is dead, no other image could be read.
+The kernel counts read-ahead and every O_DIRECT request, asynchronous or not, as "background". It keeps at most
+`max_background` of them in flight for the whole mount: 12, unless the server asks for more. Further requests wait in
+the kernel, whichever image they are for. With that default, 12 readers of one image whose source is dead would block
+every other image.
 
-fusectl has the same number, but is not mounted everywhere, least of all in containers. So libfuse gets the kernel's
-request, and the kernel libfuse's answer, through a pipe, for the time of this one exchange. What passes there
-is the kernel's interface (fuse(4), <linux/fuse.h>), and not libfuse's.
+fusectl exposes the same number, but is often not mounted, especially in containers. So during this one exchange a pipe
+stands between the kernel and libfuse, and the answer is edited on its way. The edited bytes are the kernel's interface
+(fuse(4), <linux/fuse.h>), not libfuse's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import os
 import struct
 from pathlib import Path
 
-# In flight at once for a mount. The kernel takes no more than 65535, and from a user without CAP_SYS_ADMIN no more than
-# /sys/module/fuse/parameters/max_user_bgreq, by default one for every 3 MiB of memory.
+# Background requests in flight per mount. The kernel allows at most 65535, and a user without CAP_SYS_ADMIN at most
+# /sys/module/fuse/parameters/max_user_bgreq, which is one per 3 MiB of memory by default.
 MAX_BACKGROUND = 4096
-MESSAGE_BYTES = (1 << 20) + 4096  # what libfuse reads with; the kernel refuses a small buffer
+MESSAGE_BYTES = (1 << 20) + 4096  # libfuse's own read size; the kernel refuses a smaller buffer
 
 _OWN_LIMIT = Path("/sys/module/fuse/parameters/max_user_bgreq")
 _OWN_IDS = Path("/proc/self/uid_map")
@@ -35,29 +36,29 @@ _LIMITS_AT = _HEADER.size + 16
 
 
 def background_limit() -> int:
-    """How many reads the kernel will let be in flight for a mount of ours."""
+    """How many background requests the kernel will allow for our mount."""
     try:
         if os.geteuid() == 0 and _OWN_IDS.read_bytes().split() == [b"0", b"0", b"4294967295"]:
-            return MAX_BACKGROUND  # in the first user namespace; root of another one lacks the right that counts
+            return MAX_BACKGROUND  # root of the initial user namespace, the only one whose CAP_SYS_ADMIN counts
         return min(MAX_BACKGROUND, int(_OWN_LIMIT.read_bytes()))
     except (OSError, ValueError):
-        return MAX_BACKGROUND  # no kernel without the module's parameter, but perhaps a sandbox that hides it
+        return MAX_BACKGROUND  # every kernel has the parameter, but a sandbox may hide it
 
 
 class Handshake:
-    """From the kernel's request to libfuse's answer. `fd` is /dev/fuse, and readable for the first time.
+    """One exchange, from the kernel's request to libfuse's answer. `fd` is /dev/fuse with its first request pending.
 
-    The first request may be another one: a libfuse can have had this exchange while it mounted
-    (FUSE_DEV_IOC_SYNC_INIT, Linux 6.18). Then it passes through, and so does its answer.
+    That request need not be FUSE_INIT: a libfuse may already have done the exchange while it mounted
+    (FUSE_DEV_IOC_SYNC_INIT, Linux 6.18). Then request and answer pass through unchanged.
     """
 
     def __init__(self, fd: int) -> None:
-        """Take the kernel's request, and let `fd` lead to us. OSError: the mount is gone already; `fd` is untouched."""
+        """Read the kernel's request and make `fd` refer to a pipe. OSError: the mount is gone, `fd` is unchanged."""
         self._fd = fd
         self._kernel = os.dup(fd)
         self._pipe, end = os.pipe()
         try:
-            # Opened for both directions, which Linux can do: libfuse reads the request, then we the answer.
+            # Linux can open a pipe for both directions: libfuse reads the request from it and writes the answer to it.
             both = os.open(f"/proc/self/fd/{end}", os.O_RDWR | os.O_CLOEXEC)
             os.close(end)
             end = both
@@ -72,10 +73,11 @@ class Handshake:
             os.close(end)
 
     def finish(self) -> None:
-        """Hand libfuse's answer on, and let `fd` lead to the kernel again."""
+        """Pass libfuse's answer on, and make `fd` refer to the kernel again."""
         os.dup2(self._kernel, self._fd, inheritable=False)
         try:
-            # Without an answer this is the end of the pipe. OSError: the mount has ended; who reads `fd` next is told.
+            # If libfuse gave no answer, this reads the end of the pipe. On OSError the mount is gone, and the next read
+            # of `fd` will report that.
             with contextlib.suppress(OSError):
                 os.write(self._kernel, self._changed(os.read(self._pipe, MESSAGE_BYTES)))
         finally:
@@ -92,7 +94,7 @@ def is_init(request: bytes) -> bool:
 
 
 def with_limits(answer: bytes) -> bytes:
-    """An answer to FUSE_INIT that asks for our limits; one that refuses, or is from before there were any, as it is."""
+    """The answer to FUSE_INIT with our limits. An error, or an answer too old to have limits, is returned unchanged."""
     if len(answer) < _LIMITS_AT + _LIMITS.size or _HEADER.unpack_from(answer)[1]:
         return answer
     changed = bytearray(answer)

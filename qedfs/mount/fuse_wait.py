@@ -1,15 +1,15 @@
-"""How pyfuse3 waits for /dev/fuse: without a turn of trio's scheduler, unless there is nothing to read.
+"""How pyfuse3 waits for /dev/fuse: it bypasses trio's scheduler while requests are pending.
 
-Owns the stand-in for the module `trio` that pyfuse3 looks up when it waits (its own asyncio support swaps the same
-attribute). Most of pyfuse3's cost per request is the scheduler: once for the lock under which one of its tasks reads
-/dev/fuse, once for trio's epoll. The stand-in has a lock that costs nothing while it is free, and polls before it
-waits. Random 4 KiB reads at depth 16, in one run: 63 k a second with trio.Lock, 118 k with this one; at depth 1,
-polling for a moment, 38 k against 22 k.
+Owns the stand-in for the module `trio` that pyfuse3 looks up when it waits (pyfuse3's asyncio support replaces the same
+attribute). Most of pyfuse3's cost per request is two trips through the scheduler: one for the lock under which a task
+reads /dev/fuse, one for epoll. The stand-in's lock is free of cost when nobody holds it, and `wait_readable` polls the
+descriptor before it waits. Random 4 KiB reads at depth 16, in one run: 63,000 per second with trio.Lock, 118,000 with
+this lock. At depth 1, 22,000 without polling and 38,000 with it.
 
-The first request of all passes through `fuse_init.py`.
+The first request after the mount passes through `fuse_init.py`.
 
-Fairness: at the latest after `REQUESTS_PER_YIELD` requests the scheduler runs, so that timers, sockets and worker
-threads get their turn.
+Fairness: the scheduler runs at least once every `REQUESTS_PER_YIELD` requests, so that timers, sockets and worker
+threads are served too.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ import trio
 from qedfs.mount.fuse_init import Handshake
 
 REQUESTS_PER_YIELD = 16
-# Before a wait in trio's epoll, which takes about 20 us: as long again, at 0.3 us each. A reader at depth 1 sends its
-# next request within that time.
+# Polls before a wait in trio's epoll. Epoll costs about 20 us, and 60 polls of 0.3 us take as long. A reader at depth 1
+# sends its next request within that time.
 POLLS = 60
-CREDIT = 4  # misses in a row until polling is taken not to pay
-PAUSE = 64  # waits without it, until one more is tried: an image at 1000 requests a second loses 0.1 % of a processor
+CREDIT = 4  # fruitless polls in a row before polling is suspended
+PAUSE = 64  # waits without polling before the next attempt: at 1000 requests a second, 0.1 % of a processor
 
 
 class Lock:
-    """A lock that its last holder may take again before those who wait, without a checkpoint.
+    """A lock that its last holder may take again before the waiting tasks, without a checkpoint.
 
-    trio.Lock goes to whoever has waited longest, so that the task which has just answered a request would wait for
-    another one at each request. Here one of those who wait is woken when the lock is released, and looks whether it is
-    still free.
+    trio.Lock is handed to the task that has waited longest, so the task that has just answered a request would have to
+    wait at every request. Releasing this lock wakes one waiting task, which then checks whether the lock is still free.
     """
 
     def __init__(self) -> None:
         self._held = False
-        self._woken = False  # one of those who wait is on its way: no other needs to be
+        self._woken = False  # a waiting task has been woken and has not run yet, so no other needs waking
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
@@ -62,16 +61,16 @@ class Lock:
 
 
 class Poller:
-    """Whether a descriptor is readable, or becomes so in a moment, as long as waiting for that moment pays."""
+    """Busy-polls a descriptor for a moment, as long as that pays off."""
 
     def __init__(self, fd: int) -> None:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         self._poll = poll.poll
-        self._credit = CREDIT  # below 0: so many waits until the next try
+        self._credit = CREDIT  # negative: the number of waits before polling is tried again
 
     def readable(self) -> bool:
-        """Look once; then, if that has paid lately, up to POLLS times more."""
+        """Poll once, and up to POLLS times more if that has succeeded lately."""
         poll = self._poll
         if poll(0):
             return True
@@ -87,7 +86,7 @@ class Poller:
 
 
 class _Lowlevel:
-    """`trio.lowlevel` with a `wait_readable` of its own."""
+    """`trio.lowlevel` with its own `wait_readable`."""
 
     def __init__(self, first: Callable[[int], Handshake] | None) -> None:
         self._first = first
@@ -100,7 +99,7 @@ class _Lowlevel:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
-        """Return when `fd` is readable, mostly without a turn of the scheduler if it is so already."""
+        """Return when `fd` is readable. If it is readable already, this rarely yields to the scheduler."""
         if fd != self._fd:
             await self._begin(fd)
             return
@@ -117,11 +116,11 @@ class _Lowlevel:
             await trio.lowlevel.checkpoint()
 
     async def _begin(self, fd: int) -> None:
-        """Return when the kernel's first request is there."""
+        """Return when the kernel has sent its first request."""
         self._poller, self._fd = Poller(fd), fd
         await trio.lowlevel.wait_readable(fd)
         if self._first is not None:
-            with contextlib.suppress(OSError):  # the mount has ended before it began; libfuse will see
+            with contextlib.suppress(OSError):  # the mount is gone already; libfuse will notice
                 self._handshake = self._first(fd)
 
 
@@ -131,7 +130,7 @@ class Trio:
     Lock = Lock
 
     def __init__(self, first: Callable[[int], Handshake] | None = None) -> None:
-        """`first`: what the first request, which is there, passes through."""
+        """`first`: called once with the descriptor, when the first request can be read."""
         self.lowlevel = _Lowlevel(first)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a stand-in for a whole module
@@ -139,5 +138,5 @@ class Trio:
 
 
 def install() -> None:
-    """Let pyfuse3 wait our way from now on."""
+    """Make pyfuse3 use the stand-in."""
     pyfuse3.trio = Trio(Handshake)  # type: ignore[attr-defined]

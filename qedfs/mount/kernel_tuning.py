@@ -1,6 +1,6 @@
-"""Settings of the kernel's side of a mount, where we may write them. Owns paths under /sys; all of it is optional.
+"""Settings of the kernel for one mount, as far as we may change them. Owns paths under /sys; all of it is optional.
 
-What can be said when the mount begins is in `fuse_init.py`.
+Limits that are negotiated at the start of a mount are in `fuse_init.py`.
 """
 
 from __future__ import annotations

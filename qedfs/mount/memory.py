@@ -1,6 +1,6 @@
-"""Keeps to the memory that this process may use: bounds for what images hold, and nothing kept that nobody uses.
+"""Keeps the process within its memory limit: sizes the memory pools, and returns unused memory to the kernel.
 
-Owns the calls to the C library, which are left out without glibc. Must not know what is held, nor who sets the limit.
+Owns the calls to the C library, which only glibc has. Must not know what the memory is for, nor who sets the limit.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ INTERVAL_SECONDS = 10.0
 # mallopt(3), <malloc.h>
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
-# Buffers of fetched bytes are larger, and everything that lives long is smaller.
+# Buffers of fetched bytes are larger than this; all long-lived objects are smaller.
 LARGE_BYTES = 512 << 10
 
 
 def set_up() -> None:
-    """Set the bounds, and the C library to give back what is freed."""
+    """Size the pools for the memory limit, and make the C library return freed buffers to the kernel."""
     memory_pool.fit_into(memory_limit())
     _map_large_buffers()
-    gc.freeze()  # what is there by now lives as long as the mount: no collection needs to go through it
+    gc.freeze()  # everything imported so far lives as long as the mount, so no collection needs to scan it
 
 
 def _map_large_buffers() -> None:
-    """Give large buffers mappings of their own, which go back when they are freed, and all threads one heap.
+    """Put each large buffer into its own mapping, which free() returns to the kernel, and share one heap among threads.
 
-    By itself glibc raises the size from which it maps to that of the largest buffer that was freed, up to 32 MiB; from
-    then on buffers and small objects that stay lie in one heap, and it has eight heaps for each processor. While images
-    came, streamed in and went for 90 s, a mount grew from 87 to 132 MiB, and with this to 89; the number of its objects
-    stayed the same. Each heap is held by the interpreter's lock anyway.
+    By default glibc raises its mapping threshold to the size of the largest freed buffer, up to 32 MiB. From then on
+    large buffers and long-lived small objects share heaps, of which there are eight per processor, and the heaps cannot
+    shrink. Adding, streaming and removing images for 90 s grew a mount from 87 to 132 MiB; with these settings it grew
+    to 89 MiB, with the same number of objects. One heap costs nothing, since the interpreter's lock serialises threads.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
@@ -44,9 +44,9 @@ def _map_large_buffers() -> None:
 
 
 async def give_back_memory(buffers: BufferPool) -> None:
-    """Forget unused buffers and trim the heap now and then, until cancelled: 0.4 ms for 100 MiB.
+    """Drop unused buffers and trim the heap every INTERVAL_SECONDS, until cancelled. Takes 0.4 ms for 100 MiB.
 
-    glibc by itself gives back its top only. The limit is looked at again, too: a service manager can change it.
+    By itself glibc returns only the top of a heap. The memory limit is read again too: a service manager may change it.
     """
     trim = _function("malloc_trim")
     while True:

@@ -1,7 +1,8 @@
-"""Tells the service manager how the mount does: serving, stopping, how far the streams are, still alive.
+"""Reports the state of the mount to the service manager: ready, stopping, progress of the streams, watchdog.
 
 Owns the protocol of sd_notify(3): lines of text in one datagram to the Unix socket that NOTIFY_SOCKET names. Without
-that variable nothing is sent. Must not know what a manager does with it, and never fails for it.
+that variable nothing is sent. Must not know what the manager does with a message. Failing to send never fails the
+mount.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from qedfs.jobs.stream import State
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 5.0
-# The manager reads its socket at once or is in trouble itself; then it is not worth holding the event loop.
+# A healthy manager reads its socket at once. The event loop must not wait longer for one that does not.
 SEND_SECONDS = 0.5
 
 
 class Notifier:
-    """The way to the service manager that has started us, if one has."""
+    """The connection to the service manager that started the mount, if there is one."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -32,22 +33,22 @@ class Notifier:
         self._watchdog_seconds = _watchdog_seconds(environment) if self._address else None
 
     def ready(self) -> None:
-        """The mount serves."""
+        """Report that the mount serves."""
         self._send("READY=1")
 
     def stopping(self) -> None:
-        """It begins to stop."""
+        """Report that the mount has begun to stop."""
         self._send("STOPPING=1")
 
     async def watchdog(self) -> None:
-        """Be seen alive for as long as the event loop turns; returns at once if nobody watches."""
+        """Send keep-alives while the event loop runs. Returns at once if the manager's watchdog is off."""
         while self._watchdog_seconds is not None:
             self._send("WATCHDOG=1")
-            # sd_watchdog_enabled(3): at half of the time after which the manager would act.
+            # sd_watchdog_enabled(3) recommends half of the time after which the manager acts.
             await trio.sleep(self._watchdog_seconds / 2)
 
     async def tell_status(self, images: Callable[[], Sequence[ServedImage]]) -> None:
-        """Say in one line how far the streams are, whenever that changes."""
+        """Send a line about the progress of the streams whenever it changes."""
         said = ""
         while self._address:
             line = status_line(images())
@@ -64,11 +65,11 @@ class Notifier:
                 sender.settimeout(SEND_SECONDS)
                 sender.sendto(text.encode(), self._address)
         except OSError as exc:
-            log.debug("the service manager cannot be told %s: %s", text, exc)
+            log.debug("cannot send %s to the service manager: %s", text, exc)
 
 
 def status_line(images: Sequence[ServedImage]) -> str:
-    """How far the streams of a mount are, for people: "2 of 5 images complete, 40% local"."""
+    """The progress of a mount's streams for people: "2 of 5 images complete, 40% local"."""
     jobs = [image.job for image in images if image.job is not None]
     total = sum(job.total for job in jobs)
     percent = 100 * sum(job.populated for job in jobs) // total if total else 100
@@ -79,14 +80,14 @@ def status_line(images: Sequence[ServedImage]) -> str:
 
 
 def _address(text: str) -> str:
-    """The socket's address as bind(2) takes it; "" for none, or for one of a kind that we do not speak (vsock)."""
+    """The address as connect(2) takes it; "" for none, and for kinds that are not supported (vsock)."""
     if text.startswith("@"):
         return f"\0{text[1:]}"
     return text if text.startswith("/") else ""
 
 
 def _watchdog_seconds(environment: Mapping[str, str]) -> float | None:
-    """After how many seconds without a sign the manager acts; None if it does not watch this process."""
+    """The manager's watchdog timeout in seconds; None if it does not watch this process."""
     try:
         microseconds = int(environment.get("WATCHDOG_USEC", "0"))
         watched = int(environment.get("WATCHDOG_PID") or os.getpid())

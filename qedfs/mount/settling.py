@@ -1,8 +1,9 @@
-"""Whether a file of the folder is whole, or still on its way there.
+"""Whether a file in the folder is complete, or still being copied there.
 
-Owns the rule. A file that came while we serve is left alone for a second after its last change, which most copies are
-done in. Any file is left alone while somebody has it open for writing, as `cp` has for as long as it runs, however long
-it stalls. Where the file system does not tell who has it open, one that came has to be as long as its tables say.
+Owns the rule. A file that appears while the mount serves is left alone until one second after its last change, since
+most copies write more often than that. Any file is left alone while a program has it open for writing, as `cp` does
+until it ends, even if it stalls. Where the file system cannot tell who has a file open, a new file must be as long as
+its tables say.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ SETTLE_SECONDS = 1.0
 
 
 class BeingWritten(InUse):
-    """Another program has the file open for writing, as one that copies it has: it is served once that has ended."""
+    """Another program, perhaps a copy, has the file open for writing. The file is served after it has been closed."""
 
 
 def settling(status: os.stat_result) -> bool:
-    """Whether the file was changed a moment ago. A change in the future is somebody's clock, and no reason to wait."""
+    """Whether the file was changed within SETTLE_SECONDS. A change in the future means a wrong clock: no wait."""
     return 0 <= time.time() - status.st_mtime < SETTLE_SECONDS
 
 
 async def check_settled(path: str, dir_fd: int, *, came: bool) -> None:
-    """Return if the file may be opened; it has not been written to. `came`: it did while we serve.
+    """Return if the overlay may be opened. Writes nothing. `came`: the file appeared while the mount serves.
 
     Raises:
-        InUse: somebody has it open for writing; look again later. BeingWritten: and is neither QEMU nor qedfs.
-        BadOverlay: it is not as long as its tables say; look again when it has changed.
+        InUse: QEMU or another mount has it open for writing; try again later.
+        BeingWritten: another program has it open for writing; try again later.
+        BadOverlay: it is shorter than its tables say; try again after it has changed.
         UsageError: it cannot be opened.
     """
     with contextlib.closing(FileStorage.open(path, writable=False, dir_fd=dir_fd)) as storage:
@@ -47,7 +49,7 @@ async def check_settled(path: str, dir_fd: int, *, came: bool) -> None:
 
 
 def _problem(storage: FileStorage) -> str:
-    """What in the file points to where the file does not reach, or is wrong otherwise."""
+    """The first problem that a check finds, such as an entry that points past the end of the file; "" if none."""
     try:
         return check(storage, read_header(storage)[0]).first_problem
     except BadOverlay as exc:

@@ -1,4 +1,4 @@
-"""What signals do to a mount: stop in order, stop at once, or write into the log what it is doing.
+"""The signals of a mount: stop in order, stop at once, or log what the mount is doing.
 
 Owns the handlers and the text of the dump. Must not know how a mount stops.
 """
@@ -29,19 +29,19 @@ _TRIO = os.path.dirname(trio.__file__) + os.sep
 async def stop_on_signal(
     stop: Callable[[], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Call `stop` at the first signal to stop. From then on each of them ends the process at once.
+    """Call `stop` at the first signal in STOPPING. After that, a further signal ends the process at once.
 
-    Started once it notices them: a signal that comes before ends the process, which must not have mounted yet.
+    Reports `started` when the handlers are installed. An earlier signal ends the process, so do not mount before.
 
-    To be run until the overlays are closed: a service manager sends SIGTERM also to a mount that was unmounted a
-    moment ago and still flushes.
+    Keep this running until the overlays are closed: a service manager also sends SIGTERM to a mount that has just been
+    unmounted and is still flushing.
     """
     with trio.open_signal_receiver(*STOPPING) as signals:
         task_status.started()
         number = await anext(signals)
         log.info("stopping on %s; a second signal stops at once", signal.Signals(number).name)
         stop()
-    # The kernel's own action, which also works while the event loop stands: a shell reports it as 143, 130, 129.
+    # The default action of the kernel works even if the event loop hangs. A shell reports it as 143, 130 or 129.
     for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
 
@@ -54,7 +54,7 @@ async def dump_on_signal(fetches: Callable[[], Sequence[FetchQueue]]) -> None:
 
 
 def _tasks() -> Iterator[str]:
-    """One line per place where tasks wait: their name, their number if there are several, where."""
+    """One line per distinct place where tasks wait: their name, their number if there are several, the place."""
     root = trio.lowlevel.current_root_task()
     found = Counter((task.name, _place(task)) for task in _below(root)) if root is not None else Counter()
     for (name, place), count in sorted(found.items()):
@@ -62,7 +62,7 @@ def _tasks() -> Iterator[str]:
 
 
 def _below(task: trio.lowlevel.Task) -> Iterator[trio.lowlevel.Task]:
-    """A task and all that it has started, directly or not. With a stack of its own: flights nest without bound."""
+    """A task and all its descendants. Uses an explicit stack, since the nesting of flights has no bound."""
     waiting = [task]
     while waiting:
         task = waiting.pop()
@@ -79,7 +79,7 @@ def _place(task: trio.lowlevel.Task) -> str:
             if not code.co_filename.startswith(_TRIO):
                 place = f"at {code.co_filename.removeprefix(_OURS)}:{line} in {code.co_name}"
     except (AttributeError, TypeError):
-        # A coroutine that is not Python's own (pyfuse3 is compiled) need not tell where it is.
+        # A compiled coroutine, such as pyfuse3's, may not expose its frames.
         return place
     return place
 

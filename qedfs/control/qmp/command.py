@@ -1,4 +1,4 @@
-"""What a QMP command is: a name, typed arguments, a handler. Judges requests with QEMU's texts.
+"""A QMP command: a name, typed arguments, a handler. Checks requests, with QEMU's error messages.
 
 Owns the checks of a request before its handler runs. Must not know any particular command.
 """
@@ -50,14 +50,14 @@ _TYPES: Mapping[str, type] = {"string": str, "boolean": bool, "array": list}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Command(Generic[C]):
-    """A command of a context `C`."""
+    """A command whose handler gets a context `C`."""
 
     name: str
     args: Sequence[Arg]
     handler: Handler[C]
 
     def check(self, arguments: Arguments) -> None:
-        """Raise QmpError for an argument that is missing, of another type or unknown, in QEMU's order."""
+        """Raise QmpError for a missing, mistyped or unknown argument, in the order in which QEMU checks."""
         for arg in self.args:
             if arg.name in arguments:
                 arg.check(arguments[arg.name])
@@ -70,7 +70,7 @@ class Command(Generic[C]):
 
 
 class Commands(dict[str, Command[C]]):
-    """The commands by name; used as a decorator on each handler."""
+    """Commands by name. Calling it gives the decorator that registers a handler."""
 
     def __call__(self, name: str, *args: Arg) -> Callable[[Handler[C]], Handler[C]]:
         """Register a handler."""
@@ -83,7 +83,7 @@ class Commands(dict[str, Command[C]]):
 
 
 def parse_request(message: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401 - whatever a client sends
-    """(name, arguments) of a request. Raises QmpError if it is none."""
+    """(name, arguments) of a request. Raises QmpError if the message is not a request."""
     if not isinstance(message, dict):
         raise QmpError("QMP input must be a JSON object")
     for key in message:

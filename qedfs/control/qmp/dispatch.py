@@ -1,4 +1,4 @@
-"""The table of all QMP commands of a mount, and those that are about the monitor itself."""
+"""The table of all QMP commands of a mount, and the commands about QMP itself (`query-commands`, `quit`, ...)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ commands: Commands[Call] = Commands()
 
 
 def execute(control: Control) -> Execute:
-    """How the sessions of this mount run a command."""
+    """The function with which the sessions of this mount run a command."""
 
     async def run(name: str, arguments: Arguments, session: QmpSession) -> Any:  # noqa: ANN401 - what the command returns
         command = commands.get(name)

@@ -1,10 +1,10 @@
-"""What a QMP command can fail with: an error class and a text. A leaf of the control room."""
+"""The errors of QMP commands: a QEMU error class and a message."""
 
 from __future__ import annotations
 
 
 class QmpError(Exception):
-    """An answer with `error`. `error_class` is one of QEMU's five (qapi/error.json)."""
+    """Becomes an `error` reply. `error_class` is one of QEMU's five (qapi/error.json)."""
 
     error_class = "GenericError"
 
@@ -14,12 +14,12 @@ class QmpError(Exception):
 
 
 class CommandNotFound(QmpError):
-    """No such command, or not in this state of the negotiation."""
+    """There is no such command, or the negotiation does not allow it yet."""
 
     error_class = "CommandNotFound"
 
 
 class DeviceNotActive(QmpError):
-    """No block job of that name."""
+    """There is no block job of that name."""
 
     error_class = "DeviceNotActive"

@@ -1,6 +1,6 @@
-"""`query-qmp-schema`: the commands, their arguments and the events, for clients that ask before they use something.
+"""`query-qmp-schema`: commands, arguments and events, for clients that check what is available before they use it.
 
-What commands return is described as `any`: clients look for commands and arguments here, not for results.
+Every return type is `any`: clients look up commands and arguments here, not results.
 """
 
 from __future__ import annotations

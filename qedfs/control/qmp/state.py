@@ -1,6 +1,6 @@
-"""What the control side of one mount knows: the mount, the clients, the rates, the jobs.
+"""The state behind one control socket: the mount, its clients, the progress rates, the jobs.
 
-Owns the clock that samples progress, and the delivery of events to every client.
+Owns the task that samples progress, and the delivery of events to all clients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qedfs.control.qmp.jobs import Jobs
 from qedfs.control.qmp.session import QmpSession
 from qedfs.control.qmp.wire import encode
 
-# The version of QEMU whose QMP this follows: clients compare numbers before they use a command.
+# The version of QEMU whose QMP we implement. Some clients compare versions before they use a command.
 QEMU_VERSION = {"major": 7, "minor": 2, "micro": 0}
 
 
@@ -33,15 +33,15 @@ class Control:
         self.jobs = Jobs(mount, self.emit)
 
     def version(self) -> dict[str, Any]:
-        """What `query-version` and the greeting say."""
+        """The version in `query-version` and in the greeting."""
         return {"qemu": dict(QEMU_VERSION), "package": f"qedfs-{__version__}"}
 
     def greeting(self) -> dict[str, Any]:
-        """The first line to every client."""
+        """The first message to every client."""
         return {"QMP": {"version": self.version(), "capabilities": []}}
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Send an event to every client that has negotiated."""
+        """Send an event to every client that has finished the negotiation."""
         now = time.time_ns() // 1000
         stamp = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
         line = encode({"timestamp": stamp, "event": name, "data": data})
@@ -49,7 +49,7 @@ class Control:
             session.post(line)
 
     async def watch(self) -> None:
-        """Look at every image now and then; runs until cancelled."""
+        """Sample the progress of every image every SAMPLE_SECONDS, until cancelled."""
         while True:
             self.jobs.sync()
             self._sample()
@@ -67,7 +67,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """Who asks whom."""
+    """The context of one command: the control state, and the session that sent it."""
 
     control: Control
     session: QmpSession

@@ -1,11 +1,11 @@
-"""QMP on the wire: a stream of bytes -> JSON values, and messages -> lines. Pure, no I/O.
+"""QMP framing: a stream of bytes -> JSON values, and messages -> lines. Pure, no I/O.
 
-Owns where one message ends and the next begins, the bounds on size and nesting, and how garbage is passed over. Must
-not know what a message means.
+Owns message boundaries, the limits on size and nesting, and the recovery from garbage. Must not know what a message
+means.
 
-Clients such as the `qemu.qmp` library send JSON back to back without a newline between, so the end of a message is
-found by counting brackets, as QEMU's streamer does. What cannot be read costs one error; reading goes on at the next
-bracket or line. The byte 0xFF, which no text contains, throws away what is half received.
+Clients such as the `qemu.qmp` library send JSON values back to back without a newline, so the end of a message is found
+by counting brackets, as QEMU's JSON streamer does. Unreadable input causes one error, and parsing resumes at the next
+bracket or line. The byte 0xFF, which never occurs in UTF-8, discards a partly received message.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ MAX_DEPTH = 128  # QEMU allows 1024, which Python's own decoder does not reach
 _RESET = 0xFF
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _BLANK = re.compile(rb"[ \t\r\n]*")
-# A word outside brackets. Brackets, quotes and line ends are where reading may begin again.
+# A word outside brackets. Parsing may resume at a bracket, a quote or the end of a line.
 _WORD = re.compile(rb"[^\[\]{}\"\x00-\x08\x0a-\x1f\xff]*")
 _PLAIN = re.compile(rb"[^\[\]{}\"\xff]*")  # inside brackets, outside strings
-# A raw control character is an error in a string, so that a lone quote swallows one line at the most.
+# A raw control character is an error in a string, so that an unmatched quote consumes at most one line.
 _STRING = re.compile(rb"(?:[^\"\\\x00-\x1f\xff]+|\\[^\x00-\x1f\xff])*")
 
-_MORE: Final = object()  # nothing can be said before more bytes come
+_MORE: Final = object()  # more bytes are needed
 
 
 class WireError(Exception):
-    """What arrived is no message. The text is what QMP answers in `desc`."""
+    """The input is not a message. The text becomes `desc` in the error reply."""
 
 
 class Reader:
-    """Cuts received bytes into messages, however they were cut on the way. Each byte is looked at once."""
+    """Splits received bytes into messages, whatever the chunks they arrive in. Scans each byte once."""
 
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._buffer = bytearray()
-        self._at = 0  # looked at up to here
-        self._skipping = False  # the message is too large: only its end is of interest
+        self._at = 0  # end of the scanned part of the buffer
+        self._skipping = False  # the message is too large, so only its end is looked for
         self._in_string = False
         self._open = bytearray()  # the brackets that are open
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Yield each JSON value that is now complete, and a WireError in the place of each that is none."""
+        """Yield each JSON value that is now complete, and a WireError for each that is malformed."""
         self._buffer += data
         while True:
             found = self._scan()
@@ -62,7 +62,7 @@ class Reader:
             self._at = 0
 
     def _scan(self) -> Any:  # noqa: ANN401 - a JSON value, a WireError, or _MORE
-        """Go on to the end of the message."""
+        """Scan on to the end of the message."""
         while True:
             if self._in_string:
                 found = self._through_string()
@@ -74,7 +74,7 @@ class Reader:
                 return found
 
     def _begin(self) -> Any:  # noqa: ANN401 - as `_scan`, None for "go on"
-        """Outside of every message: pass blanks, then see what comes."""
+        """Between messages: skip blanks, then start the next message."""
         blank = _BLANK.match(self._buffer)
         del self._buffer[: blank.end() if blank else 0]
         self._at = 0
@@ -83,7 +83,7 @@ class Reader:
         word = _WORD.match(self._buffer)
         self._at = word.end() if word else 0
         if self._at:
-            # A word cut in two by the network is two errors; nothing that is a message begins with one.
+            # No QMP message begins with a word. One that arrives in two chunks causes two errors.
             return self._end()
         return self._structural()
 
@@ -93,7 +93,7 @@ class Reader:
         return _MORE if self._at == len(self._buffer) else self._structural()
 
     def _structural(self) -> Any:  # noqa: ANN401 - as `_begin`
-        """A bracket, a quote, or what may not be here."""
+        """Consume a bracket, a quote, or a character that is not allowed here."""
         byte = self._buffer[self._at]
         self._at += 1
         if byte == _QUOTE:
@@ -120,7 +120,7 @@ class Reader:
             return _MORE
         byte = self._buffer[self._at]
         if byte != _QUOTE:
-            # A control character is looked at again: it may be the line's end.
+            # Leave a control character for the next scan: it may be the end of the line.
             self._at += byte == _RESET
             return self._fail("invalid character in string")
         self._at += 1
@@ -128,7 +128,7 @@ class Reader:
         return None if self._open else self._end()
 
     def _end(self) -> Any:  # noqa: ANN401 - as `_begin`
-        """A message is complete, up to `_at`."""
+        """Decode the message that ends at `_at`."""
         text = bytes(self._buffer[: self._at])
         skipped = self._skipping
         self._forget()
@@ -140,7 +140,7 @@ class Reader:
         return None if skipped else WireError(f"JSON parse error, {reason}")
 
     def _forget(self) -> None:
-        """Drop what was looked at and begin anew."""
+        """Drop the scanned bytes and start over."""
         del self._buffer[: self._at]
         self._at = 0
         self._skipping = self._in_string = False
@@ -155,7 +155,7 @@ def _decoded(text: bytes) -> Any:  # noqa: ANN401 - any JSON value, or a WireErr
     except RecursionError:
         return WireError("JSON parse error, nesting depth limit exceeded")
     except ValueError as exc:
-        # JSONDecodeError, what the two hooks raise, and integers of thousands of digits.
+        # JSONDecodeError, the errors of the two hooks, and integers with thousands of digits.
         return WireError(f"JSON parse error, {exc}")
 
 
@@ -171,5 +171,5 @@ def _no_constant(name: str) -> Any:  # noqa: ANN401 - the signature that json wa
 
 
 def encode(message: object) -> bytes:
-    """One message as a line: pure ASCII, so no cut and no lone surrogate of an echoed id can break it; CRLF as QEMU."""
+    """One message as a line that ends in CRLF, as in QEMU. ASCII only: an echoed id may hold lone surrogates."""
     return json.dumps(message).encode("ascii") + b"\r\n"
