@@ -81,10 +81,11 @@ async def test_reads_of_a_source_that_is_away_hold_nothing(autojump_clock: trio.
         with pytest.raises(SourceUnreachable) as caught:
             await image.read(CLUSTER, CLUSTER)
         assert caught.value.reason is Reason.CUT
-        assert image.error is not None
+        trouble = image.condition.worst
+        assert trouble is not None
         assert image.fetch is not None
         assert image.fetch.remote.error is not None
-        assert (image.error.__traceback__, image.fetch.remote.error.__traceback__) == (None, None)
+        assert (trouble.error.__traceback__, image.fetch.remote.error.__traceback__) == (None, None)
 
 
 async def test_requests_after_a_failed_barrier_hold_nothing(autojump_clock: trio.testing.MockClock) -> None:

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import trio
 
-from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
+from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceError, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
+from qedfs.image.condition import Cause, Condition
 from qedfs.image.pin import SourceVersion
 from qedfs.image.readahead import Readahead
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
@@ -63,19 +64,19 @@ class Image:
         self.name = name
         self.overlay = overlay
         self.fetch = fetch
-        self.version = SourceVersion(name, overlay, fetch) if fetch is not None else None
+        self.condition = Condition(overlay)
+        self.version = SourceVersion(name, overlay, fetch, self.condition) if fetch is not None else None
         self.copy_on_read = copy_on_read and overlay.writable
         self.size = overlay.image_size
         self.counters = Counters()
         self.streaming = False  # set by the stream: this image wants whatever others fetch
-        self.error: QedfsError | None = None  # the last failure of the source; None after a success
-        self.failures = 0  # counts them: whoever retries tells a new one from the one that it knows
-        self.full: NoSpace | None = None  # the overlay could not grow; None after a success
-        self._full_since = float("-inf")
+        self.failures = 0  # to fetch, keep or commit: whoever retries tells a new one from the one that it knows
+        self._full_at = float("-inf")  # when the overlay could not grow, unless it has since
         self.waits = ReadTrace()  # of readers, for a profile
         self._readahead = Readahead()
         self._rmw_budget = RmwBudget(overlay.cluster_size)
         self._committing = False
+        self._commit_told = ""  # what the log has of a commit that failed
         self._closed = False
         self._reads: dict[trio.CancelScope, float] = {}  # that wait for the source, and since when
         self._takes = 0  # adoptions under way
@@ -151,8 +152,8 @@ class Image:
         """
         assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
         assert self.version is not None  # noqa: S101 - as above
-        if self.version.changed is not None:
-            raise self.version.changed.fresh()
+        if (changed := self.version.changed) is not None:
+            raise changed.fresh()
         if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
             return True  # there is nothing to wait for
         with self._reading() as scope:
@@ -173,7 +174,7 @@ class Image:
                 raise
         if scope.cancelled_caught:
             raise SourceUnreachable(f"{self.name}: nobody waits for this read any more")
-        self.error = None
+        self.condition.clear(Cause.FETCH_FAILED)
         return True
 
     @contextlib.contextmanager
@@ -197,9 +198,13 @@ class Image:
                 scope.cancel()
 
     def _failed(self, error: QedfsError) -> None:
+        """Nothing came from the source, whatever the reason."""
         if isinstance(error, SourceChanged) and self.version is not None:
             self.version.refuse(error)
-        self.error = error.fresh()
+        self._note(Cause.FETCH_FAILED, error)
+
+    def _note(self, cause: Cause, error: QedfsError) -> None:
+        self.condition.note(cause, error)
         self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
@@ -316,20 +321,26 @@ class Image:
         try:
             if self.version is not None:
                 await self.version.check()  # once more: the answer may have told more of it
+            self.condition.clear(Cause.FETCH_FAILED)
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
-            self.full, self._full_since = exc.fresh(), trio.current_time()
+            self._full_at = trio.current_time()
+            self._note(Cause.NO_SPACE, exc)
+            return
+        except SourceError as exc:
+            self._failed(exc)
             return
         except Exception as exc:
             if not isinstance(exc, QedfsError):
                 # A fault of ours; the stream must know of it, or it would ask for these clusters again at once.
                 log.exception("%s: cannot keep what was fetched", self.name)
                 exc = QedfsError("internal error, see the log")
-            self._failed(exc)
+            self._note(Cause.NOT_KEPT, exc)
             return
         if kept:  # what a guest's write had claimed says nothing of the disk
-            self.full = None
-        self.error = None
+            self._full_at = float("-inf")
+            self.condition.clear(Cause.NO_SPACE)
+            self.condition.clear(Cause.NOT_KEPT)
         if asked:
             self.counters.kept_asked += kept
         else:
@@ -345,12 +356,21 @@ class Image:
             self._failed(error)
 
     def _too_full(self) -> bool:
-        return self.full is not None and trio.current_time() - self._full_since < NO_SPACE_RETRY_SECONDS
+        return trio.current_time() - self._full_at < NO_SPACE_RETRY_SECONDS
+
+    @property
+    def full(self) -> QedfsError | None:
+        """What was fetched last found no room in the overlay."""
+        return self.condition.noted(Cause.NO_SPACE)
+
+    def try_again(self) -> None:
+        """Let the next fetched bytes find out whether there is room by now."""
+        self._full_at = float("-inf")
 
     # The version of the source.
 
     @property
-    def changed(self) -> SourceChanged | None:
+    def changed(self) -> QedfsError | None:
         """Says so if the source is another version than the overlay's clusters."""
         return None if self.version is None else self.version.changed
 
@@ -374,18 +394,20 @@ class Image:
         self._committing = True
         try:
             await self.overlay.commit()
-            if self.complete:
-                self.full = None  # no adoption will tell that there is room again
-        except NoSpace as exc:
-            self.full, self._full_since = exc.fresh(), trio.current_time()
+        except NoSpace:
+            self._full_at = trio.current_time()
+            self.failures += 1
         except Exception as exc:
             if not isinstance(exc, QedfsError):
                 # A fault of ours must cost this image only, not every image of the mount.
                 log.exception("%s: cannot commit", self.name)
                 exc = QedfsError("internal error, see the log")
-            if self.error is None or str(self.error) != str(exc):
+            if self._commit_told != str(exc):
                 log.error("%s: %s", self.name, exc)
-            self._failed(exc)
+                self._commit_told = str(exc)
+            self.failures += 1
+        else:
+            self._commit_told = ""
         finally:
             self._committing = False
 
@@ -398,6 +420,7 @@ class Image:
                     await self.overlay.count_missing()  # again, since a failed barrier has taken entries back
             if self.overlay.writable and self.overlay.commit_pending and not self._committing:
                 await self._commit()
+            self.condition.look()
             await self._remember_version()
 
     async def detach(self) -> None:

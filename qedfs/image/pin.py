@@ -15,6 +15,7 @@ import trio
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
 from qedfs.format.record import Pin, Record, digest, shortened, shortened_name
+from qedfs.image.condition import Cause, Condition
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.base import Identity, Sameness
 from qedfs.source.pinning import By, Pinning
@@ -39,16 +40,21 @@ class _Look:
 class SourceVersion:
     """The version of the source of one image. `name` is the image's, for the log."""
 
-    def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue) -> None:
+    def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue, condition: Condition) -> None:
         self.identity: Identity | None = None  # what the source serves, if it has been compared with the pin
-        self.changed: SourceChanged | None = None  # the source is another version than the overlay's clusters
         self._name = name
         self._overlay = overlay
         self._fetch = fetch
+        self._condition = condition
         self._look: _Look | None = None  # while one is under way
         self._agreed = False  # after a refusal: what was read before it was of the pinned version
         self._asking = trio.CancelScope()  # around what the source is asked for a look
         self._closed = False
+
+    @property
+    def changed(self) -> QedfsError | None:
+        """Says so if the source is another version than the overlay's clusters."""
+        return self._condition.noted(Cause.SOURCE_CHANGED)
 
     @property
     def size(self) -> int | None:
@@ -62,9 +68,9 @@ class SourceVersion:
         """Take nothing from the source any more."""
         self._agreed = self._agrees
         text = str(error)
-        self.changed = (
-            error.fresh() if _WAY_OUT in text else SourceChanged(f"{text}; what is local is served. {_way_out(text)}")
-        )
+        known = _WAY_OUT in text
+        changed = error if known else SourceChanged(f"{text}; what is local is served. {_way_out(text)}")
+        self._condition.note(Cause.SOURCE_CHANGED, changed)
         self.identity = None
 
     def close(self) -> None:
@@ -98,8 +104,8 @@ class SourceVersion:
             SourceChanged: it is another version.
             QedfsError: the source cannot be reached, or the pin cannot be stored.
         """
-        if self.changed is not None:
-            raise self.changed.fresh()
+        if (changed := self.changed) is not None:
+            raise changed.fresh()
         while self.identity is None or self.identity is not self._fetch.remote.identity:
             look = self._look
             if look is None:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
+from qedfs.image.condition import Cause
 from qedfs.image.image import NO_SPACE_RETRY_SECONDS, Image
 from qedfs.jobs.idle import LOOK_SECONDS
 from qedfs.jobs.missing import MissingRuns
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 PACE_SECONDS = 0.25
 RETRY_SECONDS = (1.0, 30.0)  # first and longest pause after the source has failed
+# Keep every fetched byte from being kept, until the overlay is opened again.
+_LOSSES = (Cause.BARRIER_FAILED, Cause.SOURCE_CHANGED)
+# May be over with the next try.
+_FAILURES = (Cause.NO_SPACE, Cause.NOT_BEGUN, Cause.COMMIT_FAILED, Cause.NOT_KEPT, Cause.FETCH_FAILED)
 
 
 class State(enum.StrEnum):
@@ -122,6 +127,7 @@ class StreamJob:
         self._enabled = True
         self._paused = False
         self._held = self._ignored = self.error = self._hindered = None
+        self.image.condition.clear(Cause.STREAM_STOPPED)
         self._ignored_at = 0
         self._poke()
 
@@ -164,10 +170,10 @@ class StreamJob:
         async with fetch.waiting():
             flights = await fetch.bring(first, count, consumer=image)
         await fetch.adopted(flights, consumer=image)
-        self._raise_loss()
+        self._raise(*_LOSSES, Cause.NO_SPACE)
         if image.overlay.all_missing(first, count) and not image.overlay.pending(first, count):
-            error = image.error or QedfsError(f"{image.name}: what was fetched could not be kept")
-            raise error.fresh()
+            self._raise(*_FAILURES)
+            raise QedfsError(f"{image.name}: what was fetched could not be kept")
         following = await self._missing.next_run(first + count, source_size)
         if following is None and await self._missing.next_run(0, source_size) is None:
             # Whoever owns the pace has come to the end: nothing needs the backing any more.
@@ -205,7 +211,7 @@ class StreamJob:
         if action is Action.IGNORE and self._cursor > self._ignored_at:
             self._ignored, self._ignored_at = error.fresh(), self._cursor
             self._known_failures = self.image.failures
-            self.image.full = None
+            self.image.try_again()
             return
         self._cursor = 0
         if action is Action.RETRY and pause == RETRY_SECONDS[0]:  # the next tries would say nothing new
@@ -230,7 +236,7 @@ class StreamJob:
         if image not in fetch.consumers:
             fetch.consumers.append(image)
         self._trying = self._hindered is not None or image.full is not None
-        image.full = None
+        image.try_again()
         kept, pause = image.counters.kept, PACE_SECONDS
         while await self._walk(source_size) and self._ignored is None:
             await fetch.landed(image)
@@ -356,17 +362,15 @@ class StreamJob:
             return "by the user"
         return "" if self._held is None else str(self._held)
 
-    def _raise_loss(self) -> None:
-        """Raise what keeps fetched bytes from being kept."""
-        image = self.image
-        loss = image.changed or image.overlay.failure or image.full
-        if loss is not None:
-            raise loss.fresh()
-
     def _raise_failure(self) -> None:
-        self._raise_loss()
-        if self.image.error is not None and self.image.failures != self._known_failures:
-            raise self.image.error.fresh()
+        self._raise(*_LOSSES)
+        if self.image.failures != self._known_failures:
+            self._raise(*_FAILURES)
+
+    def _raise(self, *causes: Cause) -> None:
+        error = self.image.condition.first(*causes)
+        if error is not None:
+            raise error.fresh()
 
     def fail(self, error: QedfsError) -> None:
         """Do not run, for this reason; `start` tries all the same."""
@@ -377,6 +381,7 @@ class StreamJob:
         log.error("%s: the stream has stopped: %s", self.image.name, error)
         self._enabled = False
         self.error = error.fresh()
+        self.image.condition.note(Cause.STREAM_STOPPED, error)
         self.image.streaming = False
         self._change(state, str(error))
 

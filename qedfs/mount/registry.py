@@ -23,6 +23,7 @@ from qedfs.fetch.queue import FetchQueue
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.boot_profile import Range
+from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.idle import Idle, Pressure, Rules
 from qedfs.jobs.prefetch import replay
@@ -406,11 +407,12 @@ class Folder:
                         await job.run()
                         await self._let_go(image)
             except* QedfsError as group:
-                served.error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
-                log.error("%s: %s", served.name, served.error)
+                error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
+                image.condition.note(Cause.INTERNAL_ERROR, error)
+                log.error("%s: %s", served.name, error)
             except* Exception as group:
                 # A fault of ours must cost this image's stream only, not every image of the mount.
-                served.error = QedfsError("internal error, see the log")
+                image.condition.note(Cause.INTERNAL_ERROR, QedfsError("internal error, see the log"))
                 log.error("%s: internal error", served.name, exc_info=group)
 
     async def _inspect(self, image: Image, job: StreamJob, served: Served) -> None:
@@ -421,7 +423,8 @@ class Folder:
                 await image.overlay.inspect()
                 self._check_place(served)
             except BadOverlay as exc:
-                served.error = exc.fresh()
+                if image.overlay.damage is None:
+                    image.condition.note(Cause.REPLACED, exc)
                 job.fail(exc)
                 return
             except QedfsError as exc:

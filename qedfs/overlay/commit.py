@@ -59,6 +59,7 @@ class Committer:
     def __init__(self, storage: Storage, header: Header, clusters: ClusterMap, journal: Journal | None) -> None:
         self.journal = journal
         self.failure: ReadOnlyOverlay | None = None  # set by a failed barrier, never cleared
+        self._group_error: QedfsError | None = None  # of the last group
         self.uncommitted_bytes = 0  # of data written since the last group was taken
         self.barriers = 0
         self.barrier_seconds = 0.0  # spent waiting in them
@@ -83,6 +84,11 @@ class Committer:
     def pending(self) -> bool:
         """Whether there are entries that the file does not have: they wait for a commit, or one is under way."""
         return self._running or self._waiting
+
+    @property
+    def error(self) -> QedfsError | None:
+        """Why the entries that wait are not in the file yet: the last group has failed. The next commit tries again."""
+        return self._group_error if self.pending else None
 
     @property
     def _waiting(self) -> bool:
@@ -176,6 +182,16 @@ class Committer:
             del self._owed_marks[0]
 
     async def _run(self, *, durable: bool) -> None:
+        """The next group; `error` tells how it went."""
+        try:
+            await self._run_group(durable=durable)
+        except Exception as exc:
+            known = exc if isinstance(exc, QedfsError) else QedfsError("internal error, see the log")
+            self._group_error = known.fresh()
+            raise
+        self._group_error = None
+
+    async def _run_group(self, *, durable: bool) -> None:
         while await self.secure_marks():
             self._check()
         self._started += 1

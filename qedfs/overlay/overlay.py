@@ -186,6 +186,11 @@ class Overlay:
         return self.storage.stat()
 
     @property
+    def commit_error(self) -> QedfsError | None:
+        """Why entries that wait for a commit are not in the file yet: the last one has failed."""
+        return self.committer.error
+
+    @property
     def keeps_record(self) -> bool:
         """Whether the pin outlives this session."""
         return self._session.has_room

@@ -48,7 +48,7 @@ async def test_a_request_that_the_end_of_the_stream_has_overtaken_is_no_failure(
         image.fetch.start(HOLE[0] // 4096, 4, consumer=image)
         await image.fetch.remote.aclose()
         await trio.sleep(60)
-        assert (image.error, image.failures) == (None, 0)
+        assert (image.condition.worst, image.failures) == (None, 0)
 
 
 async def test_a_fault_of_ours_ends_nothing_else(

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from qedfs.errors import NoSpace, SourceChanged, SourceError, SourceUnreachable
+from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.stream import State, StreamJob
 from qedfs.overlay.open import open_storage
@@ -159,7 +160,7 @@ async def test_a_full_disk_costs_the_reader_nothing(autojump_clock: trio.testing
 async def test_a_full_disk_is_told_of_until_something_is_kept(autojump_clock: trio.testing.MockClock) -> None:
     async with served(FakeSource(CONTENT)) as image:
         await image.source_size()
-        image.full = NoSpace("full")  # noticed a while ago
+        image.condition.note(Cause.NO_SPACE, NoSpace("full"))  # a while ago
         # As while a write in part waits for what it needs beside this.
         with image.overlay._pending.merging([5]):
             await image.take(5 * CLUSTER, bytearray(CONTENT[:CLUSTER]), CLUSTER, asked=True)
@@ -347,11 +348,11 @@ async def test_an_error_stays_to_be_seen_while_the_stream_tries_again(autojump_c
         nursery.start_soon(job.run)
         await trio.sleep(3)
         for _ in range(40):
-            assert image.error is not None
+            assert image.condition.worst is not None
             await trio.sleep(0.3)
         source.fail = None
         await trio.sleep(60)
-        assert (job.state, image.error) == (State.COMPLETE, None)
+        assert (job.state, image.condition.worst) == (State.COMPLETE, None)
 
 
 async def test_a_fault_of_ours_ends_the_stream_and_says_so(

@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from qedfs.errors import Reason, SourceUnreachable
+from qedfs.image.condition import Cause
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 
@@ -35,7 +36,7 @@ async def test_connecting_and_asking_share_a_deadline(autojump_clock: trio.testi
             await image.read(0, 512)
         assert caught.value.reason is Reason.TIMEOUT
         assert trio.current_time() - began < DEADLINE + 2
-        assert str(image.error) == str(caught.value)
+        assert str(image.condition.first(Cause.FETCH_FAILED)) == str(caught.value)
         assert image.fetch is not None
         assert image.fetch.readers == 0
 

@@ -125,7 +125,7 @@ async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monk
     async def inspect(_: Overlay) -> None:
         (served,) = folder.everything()
         assert served.job is not None
-        states.append((served.job.state, served.error))
+        states.append((served.job.state, served.job.error))
         if (answer := answers.pop(0)) is not None:
             raise answer
 
@@ -138,5 +138,7 @@ async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monk
         served.job.listeners.append(lambda job: failed.set() if job.state is State.FAILED else None)
         await failed.wait()
         assert states == [(State.OFF, None)] * 4
-        assert (served.job.state, str(served.error)) == (State.FAILED, "was cut")
+        assert (served.job.state, str(served.job.error)) == (State.FAILED, "was cut")
+        assert served.image is not None
+        assert {str(trouble.error) for trouble in served.image.condition.troubles()} == {"was cut"}
         assert answers == []

@@ -192,10 +192,10 @@ async def test_a_complete_image_tells_of_a_full_disk_while_it_is_full(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(image.run)
         await trio.sleep(5)
-        assert str(image.full) == "full"
+        assert {str(trouble.error) for trouble in image.condition.troubles()} == {"full"}
         storage.mend()
         await trio.sleep(5)
-        assert image.full is None
+        assert image.condition.troubles() == []
         assert image.overlay.full is None
         nursery.cancel_scope.cancel()
     await image.close()

@@ -12,7 +12,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.stream import State
 
 BROKEN = "broken"  # the state of an overlay that cannot be served
 SETTLING = "the overlay is new and may still be being copied into the folder"
@@ -49,7 +49,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
         "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
-        "error": _error(served, image, job),
+        "error": _error(image),
         "exit_code": 0 if job.error is None else job.error.exit_code,
         "limit": job.rate_limiter.limit,
         "copy_on_read": image.copy_on_read,
@@ -86,14 +86,9 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
     }
 
 
-def _error(served: ServedImage, image: Image, job: StreamJob) -> str | None:
-    """What is wrong now, the most lasting trouble first."""
-    overlay = image.overlay
-    failure = overlay.damage or overlay.failure or image.full or overlay.full or served.error
-    if failure is None and not image.complete:
-        # A source that is no longer needed has no errors.
-        failure = image.changed or job.error or image.error
-    return None if failure is None else str(failure)
+def _error(image: Image) -> str | None:
+    worst = image.condition.worst
+    return None if worst is None else str(worst.error)
 
 
 def _by_connection(fetches: Sequence[FetchQueue]) -> list[list[FetchQueue]]:

@@ -1,0 +1,128 @@
+"""What is wrong with one image: the cause, the error, since when, and what will end it.
+
+Owns the list of troubles and the order in which they are told. Must not know who is told, nor what anybody does about
+them.
+
+The part that owns a cause notes it and clears it: bytes from the source end the trouble of fetching and no
+other. The
+overlay stands below this room and can note nothing here. It keeps the errors that decide what it still takes, and
+`look` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from collections.abc import Iterable
+
+from qedfs.errors import NoSpace, QedfsError
+from qedfs.overlay.overlay import Overlay
+
+
+class Cause(enum.StrEnum):
+    """What is wrong, the most lasting first: the order in which troubles are told."""
+
+    DAMAGED = "damaged"  # the overlay was cut or overwritten
+    REPLACED = "replaced"  # the overlay's name leads to another file
+    BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what the disk has
+    INTERNAL_ERROR = "internal-error"  # a fault of ours has ended the tasks of the image
+    NO_SPACE = "no-space"  # what was fetched finds no room in the overlay
+    NOT_BEGUN = "not-begun"  # the overlay's file system has been full since the overlay was opened
+    COMMIT_FAILED = "commit-failed"  # entries wait in memory: the overlay's tables could not be written
+    SOURCE_CHANGED = "source-changed"  # the source is another version than the overlay's clusters
+    STREAM_STOPPED = "stream-stopped"
+    NOT_KEPT = "not-kept"  # what was fetched could not be written to the overlay
+    FETCH_FAILED = "fetch-failed"  # a read of missing bytes, or the stream, got none of them
+
+
+_ORDER = {cause: number for number, cause in enumerate(Cause)}
+_SPACE = "free space on the overlay's file system"
+_ENDED_BY = {
+    Cause.DAMAGED: "the end of the mount and qedfs check",
+    Cause.REPLACED: "the end of the mount",
+    Cause.BARRIER_FAILED: "the next mount of the overlay",
+    Cause.INTERNAL_ERROR: "the next mount of the overlay",
+    Cause.NO_SPACE: _SPACE,
+    Cause.NOT_BEGUN: _SPACE,
+    Cause.COMMIT_FAILED: "the next commit that succeeds; one is tried every other second",
+    Cause.SOURCE_CHANGED: "the next mount, over the old version again or of a new overlay",
+    Cause.STREAM_STOPPED: "qedfs stream start",
+    Cause.NOT_KEPT: "the next fetched cluster that can be written",
+    Cause.FETCH_FAILED: "the next fetch that succeeds",
+}
+# A complete image needs no source, and nothing is fetched for it.
+_OF_INCOMPLETE = frozenset(
+    {Cause.NO_SPACE, Cause.SOURCE_CHANGED, Cause.STREAM_STOPPED, Cause.NOT_KEPT, Cause.FETCH_FAILED}
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trouble:
+    """One thing that is wrong. Raise `error.fresh()`, never `error`: it is kept."""
+
+    cause: Cause
+    error: QedfsError
+    since: float  # seconds since 1970; the errors of one cause without a success in between count as one
+
+    @property
+    def ended_by(self) -> str:
+        """What ends it, for people."""
+        full = self.cause is Cause.COMMIT_FAILED and isinstance(self.error, NoSpace)
+        return _SPACE if full else _ENDED_BY[self.cause]
+
+
+class Condition:
+    """The troubles of one image."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        self._overlay = overlay
+        self._troubles: dict[Cause, Trouble] = {}
+
+    def note(self, cause: Cause, error: QedfsError) -> None:
+        """Something is wrong, or still is. Keeps the error without its traceback."""
+        known = self._troubles.get(cause)
+        self._troubles[cause] = Trouble(cause, error.fresh(), time.time() if known is None else known.since)
+
+    def clear(self, cause: Cause) -> None:
+        """It is over, if it was there at all."""
+        self._troubles.pop(cause, None)
+
+    def noted(self, cause: Cause) -> QedfsError | None:
+        """The error of a cause that was noted; one dictionary access."""
+        known = self._troubles.get(cause)
+        return None if known is None else known.error
+
+    def first(self, *causes: Cause) -> QedfsError | None:
+        """The error of the most lasting of these causes."""
+        self.look()
+        found = self._in_order(cause for cause in causes if cause in self._troubles)
+        return found[0].error if found else None
+
+    def troubles(self) -> list[Trouble]:
+        """All that is wrong, the most lasting first."""
+        self.look()
+        over = _OF_INCOMPLETE if self._overlay.backing is None else frozenset[Cause]()
+        return self._in_order(self._troubles.keys() - over)
+
+    @property
+    def worst(self) -> Trouble | None:
+        """The most lasting trouble; None: all is well."""
+        return next(iter(self.troubles()), None)
+
+    def _in_order(self, causes: Iterable[Cause]) -> list[Trouble]:
+        return [self._troubles[cause] for cause in sorted(causes, key=_ORDER.__getitem__)]
+
+    def look(self) -> None:
+        """Take over what the overlay says of itself. To be called now and then, so that `since` tells when it began."""
+        overlay = self._overlay
+        for cause, error in (
+            (Cause.DAMAGED, overlay.damage),
+            (Cause.BARRIER_FAILED, overlay.failure),
+            (Cause.NOT_BEGUN, overlay.full),
+            (Cause.COMMIT_FAILED, overlay.commit_error),
+        ):
+            if error is None:
+                self.clear(cause)
+            else:
+                self.note(cause, error)
