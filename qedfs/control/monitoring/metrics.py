@@ -1,11 +1,11 @@
 """The figures of a mount as Prometheus metrics.
 
-Owns the names. Reads the live objects when somebody asks and keeps nothing: the mount's own work never passes here.
-Must not know how the text is served. Needs the package prometheus_client.
+Owns the names of the metrics. Reads the live objects at each scrape and keeps nothing, so reads and writes of the mount
+cost nothing here. Must not know how the text is served. Needs the package prometheus_client.
 
-A label `image` is a file name inside the mount; bytes that are not UTF-8 are shown as `status` shows them. A label
-`source` is a backing without its secrets; two backings that look alike then are added up, since a name may stand once
-only.
+The label `image` is a file name inside the mount; bytes that are not UTF-8 are escaped as in `status`. The label
+`source` is a backing without its secrets. Backings that look the same without them are added up, because a label must
+be unique.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, StreamJob], float]], ...] 
         lambda image, job: image.overlay.commit_pending,
     ),
 )
-# With how the figures of several queues for one source become one.
+# The last element combines the values of several queues for one source.
 _SOURCE_GAUGES: tuple[tuple[str, str, Callable[[FetchQueue], float], Callable[[Iterable[float]], float]], ...] = (
     ("requests_in_flight", "Requests that have left and are not dealt with.", lambda fetch: len(fetch.flights()), sum),
     ("background_bytes_in_flight", "Bytes in flight that nobody waits for.", lambda fetch: fetch.background_bytes, sum),
@@ -67,24 +67,24 @@ _SOURCE_GAUGES: tuple[tuple[str, str, Callable[[FetchQueue], float], Callable[[I
 
 
 def exposition(mount: Mounted) -> bytes:
-    """The metrics of this moment in Prometheus' text format."""
+    """The current metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(MountCollector(mount))
     return generate_latest(registry)
 
 
 class MountCollector(Collector):
-    """One mount."""
+    """The metrics of one mount."""
 
     def __init__(self, mount: Mounted) -> None:
         self._mount = mount
 
     def describe(self) -> list[Metric]:
-        """Nothing: the names are known when the figures are."""
+        """Nothing: a registry then takes the names from `collect`."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, read now."""
+        """All metrics with their current values."""
         info = GaugeMetricFamily(
             "qedfs_info", "Always 1; the labels tell which mount.", labels=["version", "mountpoint"]
         )
@@ -138,7 +138,7 @@ def _source_metrics(fetches: Sequence[FetchQueue]) -> Iterator[Metric]:
     )
     for source, group in sources.items():
         fetched.add_metric([source], sum(fetch.fetched_bytes for fetch in group))
-        # Overlays of other cluster sizes have queues of their own over the same connections.
+        # Overlays with different cluster sizes use separate queues over the same connections.
         remotes = {id(fetch.remote): fetch.remote for fetch in group}
         for reason in Reason:
             retries.add_metric([source, str(reason)], sum(remote.retries[reason] for remote in remotes.values()))
@@ -152,12 +152,12 @@ def _source_metrics(fetches: Sequence[FetchQueue]) -> Iterator[Metric]:
 
 
 def _label(text: str) -> str:
-    """A label's text in UTF-8, which the format asks for; Linux asks nothing of names."""
+    """A label as valid UTF-8, which the format requires. File names on Linux need not be."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _waits(sources: dict[str, list[FetchQueue]]) -> Metric:
-    """How long reads of missing bytes took, those that failed included."""
+    """How long reads of missing bytes took, including failed reads."""
     metric = HistogramMetricFamily(
         "qedfs_source_wait_seconds", "Time that reads waited for bytes of the source.", labels=["source"]
     )

@@ -1,7 +1,7 @@
-"""Whether a request names this server: a web page must not read the metrics through a browser on this machine.
+"""Checks the Host field of a request, so that a web page cannot read the metrics through a local browser.
 
-A page of any site can have its own name lead to 127.0.0.1 a moment later ("DNS rebinding"), and the browser then lets
-it read what answers there. The Host that the browser sends is still the name of that site, which is none of ours.
+Any site can make its own name resolve to 127.0.0.1 after its page has loaded ("DNS rebinding"). The browser then lets
+the page read what is served there. But the Host field that the browser sends still names that site, not this server.
 
 Pure. Owns which names are ours. Must not know what is served.
 """

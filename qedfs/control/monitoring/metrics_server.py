@@ -1,7 +1,7 @@
 """Serves the metrics of a mount over HTTP, at an address of the machine or at a Unix socket.
 
-Owns the listening socket and the few lines of HTTP that a scrape needs: one request per connection, of bounded size and
-time, answered and closed. Must not know what the metrics are.
+Owns the listening socket and the small part of HTTP that a scrape needs: one request per connection, limited in size
+and time. Must not know what the metrics are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 MAX_CLIENTS = 16
 MAX_REQUEST_BYTES = 8 << 10
-CLIENT_SECONDS = 10.0  # for one request and its answer
+CLIENT_SECONDS = 10.0  # for one request and its response
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,17 +44,17 @@ class Address:
     path: Path | None = None
 
     def __str__(self) -> str:
-        """As `parse_address` reads it."""
+        """The text from which `parse_address` makes this address."""
         if self.path is not None:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
-    """Where "127.0.0.1:9188", ":9188", "9188", "[::1]:9188" or "unix:/run/metrics" is; without a host, loopback.
+    """Parse "127.0.0.1:9188", ":9188", "9188", "[::1]:9188" or "unix:/run/metrics". The default host is loopback.
 
     Raises:
-        UsageError: it is nowhere, or the package that makes metrics is not installed.
+        UsageError: the text is no address, or the package prometheus_client is not installed.
     """
     if importlib.util.find_spec("prometheus_client") is None:
         raise UsageError("--metrics needs the package prometheus_client; install it: pip install 'qedfs[metrics]'")
@@ -69,11 +69,11 @@ def parse_address(text: str) -> Address:
 async def serve_metrics(
     address: Address, mount: Mounted, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer scrapes until cancelled; started, with the address that it got, once it listens.
+    """Serve scrapes until cancelled. Reports `started` with the actual address when it listens.
 
     Raises:
         UsageError: it cannot listen there.
-        InUse: somebody else does.
+        InUse: another process listens there.
     """
     listeners = _listen_at_path(address.path) if address.path else await _listen_at_port(address)
     if address.path is None:
@@ -109,11 +109,11 @@ async def _serve_client(stream: trio.SocketStream, mount: Mounted, address: Addr
                 if head is not None:
                     await stream.send_all(_answer(head, mount, address))
             except trio.BrokenResourceError:
-                return  # it has gone away
+                return  # the client has gone
 
 
 async def _request_head(stream: trio.SocketStream) -> bytes | None:
-    """The request up to its blank line; None if it ends before. A request without end is cut where it is too long."""
+    """The request up to its blank line, cut at MAX_REQUEST_BYTES. None if the client closes before that."""
     head = b""
     while b"\r\n\r\n" not in head and len(head) < MAX_REQUEST_BYTES:
         more = await stream.receive_some(MAX_REQUEST_BYTES - len(head))
@@ -147,13 +147,13 @@ def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
 
         return _response(HTTPStatus.OK, exposition(mount))
     except Exception:
-        # A fault of ours must cost this answer only, not the mount.
-        log.exception("cannot tell the metrics")
+        # A bug must cost this response only, not the mount.
+        log.exception("cannot make the metrics")
         return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _response(status: HTTPStatus, body: bytes | None = None, *, extra: str = "", hint: str = "") -> bytes:
-    """An answer with the metrics, or with the name of its status and a hint."""
+    """A response with the metrics, or with the name of its status and a hint."""
     content_type = CONTENT_TYPE if body is not None else "text/plain"
     body = body if body is not None else f"{status.phrase}{hint}\n".encode()
     head = (
@@ -172,7 +172,7 @@ async def _listen_at_port(address: Address) -> list[trio.SocketListener]:
 
 
 def _listen_at_path(path: Path) -> list[trio.SocketListener]:
-    """Listen at a socket of mode 0600; what a dead server has left there is removed."""
+    """Listen at a Unix socket of mode 0600. Removes the socket of a dead server."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o177)
     try:

@@ -1,4 +1,4 @@
-"""How fast an image fills: samples of the last seconds. Owns the arithmetic of rate and remaining time; no I/O."""
+"""How fast an image fills. Owns the samples of the last seconds, the rate and the remaining time; no I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rate:
         self._samples: deque[tuple[float, int]] = deque()
 
     def note(self, now: float, done: int) -> None:
-        """`done` bytes are there at this moment. What shrinks was counted anew: what was noted before is void."""
+        """Add a sample: `done` bytes at this moment. If `done` shrinks, counting has restarted: older samples go."""
         if self._samples and done < self._samples[-1][1]:
             self._samples.clear()
         self._samples.append((now, done))
@@ -31,7 +31,7 @@ class Rate:
         return (last - first) / (end - start) if end > start else 0.0
 
     def seconds_for(self, left: int) -> float | None:
-        """How long `left` bytes will take at this rate, or None if it cannot be told."""
+        """Seconds that `left` bytes will take at this rate, or None if unknown."""
         rate = self.value
         if not left:
             return 0.0

@@ -1,4 +1,4 @@
-"""What `status` says of a mount: plain values for JSON. Reads the images, changes nothing."""
+"""The status of a mount as plain values for JSON. Reads the images, changes nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
 from qedfs.jobs.stream import State
 
-BROKEN = "broken"  # the state of an overlay that cannot be served
+BROKEN = "broken"  # state of an overlay that cannot be served
 SETTLING = "the overlay is new and may still be being copied into the folder"
 
 
 def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict[str, Any]:
-    """The whole mount. `rates` by the path of the overlay. All sizes in bytes."""
+    """The status of a whole mount. `rates`: by the path of the overlay. All sizes in bytes."""
     return {
         "mountpoint": mount.mountpoint,
         "device": mount.device,
@@ -30,7 +30,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
 
 
 def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
-    """One image, served or not."""
+    """The status of one image, served or not."""
     image, job = served.image, served.job
     if image is None or job is None:
         return _unserved_status(served)
@@ -92,7 +92,7 @@ def _error(image: Image) -> str | None:
 
 
 def _by_connection(fetches: Sequence[FetchQueue]) -> list[list[FetchQueue]]:
-    """The queues that share a source: overlays of other cluster sizes have one of their own."""
+    """The queues, grouped by source: overlays with different cluster sizes use separate queues."""
     groups: dict[int, list[FetchQueue]] = defaultdict(list)
     for fetch in fetches:
         groups[id(fetch.remote)].append(fetch)

@@ -55,7 +55,7 @@ def _node(served: ServedImage, image: Image) -> dict[str, Any]:
 
 
 def _image_info(served: ServedImage, image: Image) -> dict[str, Any]:
-    """ImageInfo of qapi/block-core.json. The backing's name is redacted: it may hold a password."""
+    """ImageInfo of qapi/block-core.json. The name of the backing is redacted, since it may contain a password."""
     info: dict[str, Any] = {
         "filename": served.path,
         "format": "qed",

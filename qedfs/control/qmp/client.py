@@ -1,6 +1,6 @@
-"""The other end of a control socket, for the command line: synchronous, one request at a time.
+"""The QMP client of the command line: synchronous, one request at a time.
 
-Owns connecting, the negotiation and the matching of answers. Errors come back as the QedfsError that they stand for.
+Owns the connection, the negotiation and the matching of replies to requests. Turns error replies into QedfsErrors.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from qedfs.errors import (
 from qedfs.host.procfs import mount_user
 from qedfs.host.runtime import SOCKET_NAME, mount_places, place_of
 
-# A step on a dead source ends after the mount's own deadline, which the user may have raised.
+# A step on a dead source fails after the mount's deadline, which the user may have raised.
 ANSWER_SECONDS = 600.0
 CONNECT_SECONDS = 10.0
-# A deadline that has come still leaves this to a server that answers at once.
+# Even after the deadline, a server that replies at once gets this much time.
 LEAST_SECONDS = 1.0
 RECEIVE_BYTES = 65536
 _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
@@ -46,7 +46,7 @@ _BY_EXIT_CODE: dict[int, type[QedfsError]] = {
 
 
 class Gone(NotMounted):
-    """The server has closed the connection: the mount has come to its end."""
+    """The server has closed the connection: the mount has ended."""
 
 
 class NotServed(NotMounted):
@@ -56,8 +56,8 @@ class NotServed(NotMounted):
 class Client:
     """A connection to the server of one mount. Use it as a context manager.
 
-    `deadline`, of time.monotonic(), bounds every answer that is waited for; whoever has less patience than
-    ANSWER_SECONDS sets it.
+    `deadline`, in terms of time.monotonic(), limits every wait for a reply. Without it a wait ends after
+    ANSWER_SECONDS.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -73,7 +73,7 @@ class Client:
 
         Raises:
             NotServed: there is no server.
-            TimedOut: there is one, and it is silent.
+            TimedOut: the server does not reply.
         """
         client = cls.reach(mountpoint, deadline=deadline)
         try:
@@ -89,7 +89,7 @@ class Client:
 
     @classmethod
     def reach(cls, mountpoint: str, *, deadline: float = math.inf) -> Self:
-        """Connect without a word, which is enough to see who the server is and when it ends. Raises as `connect`."""
+        """Connect without negotiating, which is enough to identify the server and to notice its end. As `connect`."""
         deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
         for place in mount_places(mountpoint):
             client = cls(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -104,7 +104,7 @@ class Client:
                 client.close()
                 raise TimedOut(f"{mountpoint}: the server of the mount takes no client") from exc
             except OSError:
-                # Not there, left by a server that is dead, or not ours to look into: another place may have it.
+                # No socket, a socket of a dead server, or a folder that we may not enter: try the next place.
                 client.close()
             except BaseException:
                 client.close()
@@ -112,7 +112,7 @@ class Client:
         raise NotServed(f"{mountpoint}: no qedfs mount answers there")
 
     def _connect(self, path: str) -> None:
-        # Not settimeout: a connection that waits for its place in the server's queue would fail at once.
+        # Not settimeout: on a non-blocking socket, connecting to a server with a full backlog fails at once.
         seconds = self._patience()
         patience = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
@@ -120,7 +120,7 @@ class Client:
 
     @property
     def server_pid(self) -> int:
-        """The process that serves the mount; 0 if it is in a place where we cannot see it."""
+        """The pid of the server; 0 if it runs in a PID namespace that we cannot see."""
         return self._credentials()[0]
 
     @property
@@ -134,16 +134,17 @@ class Client:
         return pid, uid, gid
 
     def negotiate(self) -> None:
-        """Take the greeting and begin. Raises as `execute`."""
+        """Read the greeting and negotiate. Raises what `execute` raises."""
         self._answer(None)
         self.execute("qmp_capabilities")
 
     def execute(self, name: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
-        """Run a command and return what it returns; `_` in argument names stands for `-`.
+        """Run a command and return its result. An `_` in the name of an argument stands for `-`.
 
         Raises:
-            QedfsError: the kind that the server names by its exit code; Gone if the mount ended meanwhile, TimedOut
-                if no answer came in time.
+            QedfsError: of the class that the exit code in the server's reply selects.
+            Gone: the mount has ended.
+            TimedOut: no reply came in time.
         """
         self._next_id += 1
         named = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
@@ -161,7 +162,7 @@ class Client:
         return message["return"]
 
     def _answer(self, request_id: int | None) -> dict[str, Any]:
-        """The answer to a request, None for the greeting; events on the way are kept."""
+        """The reply to a request, or the greeting for None. Events that arrive before it are queued."""
         seconds = self._patience()
         until = time.monotonic() + seconds
         while True:
@@ -175,11 +176,11 @@ class Client:
                 return message
 
     def _patience(self) -> float:
-        """For how many seconds the next answer may be waited for."""
+        """Seconds to wait for the next reply at most."""
         return min(ANSWER_SECONDS, max(LEAST_SECONDS, self.deadline - time.monotonic()))
 
     def event(self, timeout_seconds: float) -> dict[str, Any] | None:
-        """The next event, or None if there was none in this time. Raises Gone."""
+        """The next event, or None if none arrives in time. Raises Gone."""
         if self._events:
             return self._events.popleft()
         try:
@@ -188,7 +189,7 @@ class Client:
             return None
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -219,5 +220,5 @@ class Client:
 
 
 def error_of(exit_code: int | None, text: str) -> QedfsError:
-    """The error that an exit code stands for."""
+    """The error of the class that this exit code selects."""
     return _BY_EXIT_CODE.get(exit_code or 0, QedfsError)(text)

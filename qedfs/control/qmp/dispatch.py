@@ -31,28 +31,28 @@ def execute(control: Control) -> Execute:
 
 
 @commands("query-version")
-async def _query_version(request: Call, _: Arguments) -> dict[str, Any]:
-    return request.control.version()
+async def _query_version(call: Call, _: Arguments) -> dict[str, Any]:
+    return call.control.version()
 
 
 @commands("query-name")
-async def _query_name(request: Call, _: Arguments) -> dict[str, Any]:
-    return {"name": request.control.mount.mountpoint}
+async def _query_name(call: Call, _: Arguments) -> dict[str, Any]:
+    return {"name": call.control.mount.mountpoint}
 
 
 @commands("query-commands")
-async def _query_commands(request: Call, _: Arguments) -> list[dict[str, str]]:
+async def _query_commands(call: Call, _: Arguments) -> list[dict[str, str]]:
     return [{"name": name} for name in sorted([*negotiation, *commands])]
 
 
 @commands("query-qmp-schema")
-async def _query_qmp_schema(request: Call, _: Arguments) -> list[dict[str, Any]]:
+async def _query_qmp_schema(call: Call, _: Arguments) -> list[dict[str, Any]]:
     return schema([*negotiation.values(), *commands.values()])
 
 
 @commands("quit")
-async def _quit(request: Call, _: Arguments) -> dict[str, Any]:
-    request.session.after_reply = request.control.mount.quit
+async def _quit(call: Call, _: Arguments) -> dict[str, Any]:
+    call.session.after_reply = call.control.mount.quit
     return {}
 
 

@@ -1,16 +1,16 @@
-"""The commands that QMP lacks, `x-qedfs-*`: by image instead of by job, and forgiving, as people are at a terminal.
+"""The commands `x-qedfs-*` that QMP lacks: they name an image rather than a job, and repeating one is no error.
 
 - `x-qedfs-status`: what `qedfs status --json` prints.
-- `x-qedfs-start {device, limit?}`: stream; a source that is away and a full disk are waited for.
+- `x-qedfs-start {device, limit?}`: stream; waits while the source is unreachable or the disk is full.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: doing it twice is no error.
 - `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit, also while nothing streams.
-- `x-qedfs-step {device, offset?}`: populate the next missing run at or behind `offset` with one request; returns
-  `{pos, size, next}`: what is local now, and where the next missing byte is (null: there is none).
+- `x-qedfs-step {device, offset?}`: populate the next missing run at or after `offset` with one request; returns
+  `{pos, size, next}`: the range that was populated, and the next missing byte (null if there is none).
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
-- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size]: what readers had to wait for, in this order.
-- `x-qedfs-rescan`: look into the folder for overlays that have come or gone.
+- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size]: what readers had to wait for, in that order.
+- `x-qedfs-rescan`: scan the folder for new and removed overlays.
 
-Their errors carry, beside class and text, `x-qedfs-exit-code`: what the command line would exit with.
+Their errors also have `x-qedfs-exit-code`: the exit status of the command line for this error.
 """
 
 from __future__ import annotations

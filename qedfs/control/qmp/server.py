@@ -1,6 +1,6 @@
-"""The control socket of a mount: listens, judges who connects, hands each client a session.
+"""The control socket of a mount: listens, checks who connects, gives each client a session.
 
-Owns the socket file and the list of clients. Must not know what commands there are.
+Owns the socket file and the set of clients. Must not know any command.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
 async def serve_control(
     path: Path, mount: Mounted, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer control clients at the Unix socket `path` until cancelled; started once it listens.
+    """Serve control clients at the Unix socket `path` until cancelled. Reports `started` when it listens.
 
     Raises:
-        InUse: a live server answers there already.
-        UsageError: the socket cannot be made.
+        InUse: another live server listens there.
+        UsageError: the socket cannot be created.
     """
     listener = _listen(path)
     mark = mark_of(path)
@@ -48,7 +48,7 @@ async def serve_control(
             await _accept(listener, control, nursery)
     finally:
         listener.close()
-        # Another mount may have taken its place meanwhile. The folder stays: that it is held says that we live.
+        # Another mount may have replaced the socket. The folder stays: the lock on it shows that this mount is alive.
         remove_own(path, mark)
 
 
@@ -73,10 +73,10 @@ async def _accept(listener: trio.socket.SocketType, control: Control, nursery: t
 
 
 def _make_room(control: Control) -> None:
-    """Hang up on the client that has least to lose: clients that somebody has forgotten must not lock him out.
+    """Drop the least active client, so that forgotten clients cannot lock their user out.
 
-    One that has not negotiated goes first, then the one that has been silent longest; one whose command is being run
-    only if there are no others.
+    Clients that have not negotiated go first, then the one that has been silent longest. A client whose command is
+    running is dropped only if there is no other.
     """
     forgotten = min(control.sessions, key=lambda session: (session.busy, session.negotiated, session.heard_at))
     log.info("%d control clients are connected, the one that was silent longest is dropped", len(control.sessions))
@@ -88,17 +88,14 @@ async def _converse(session: QmpSession, control: Control) -> None:
     try:
         await session.run(control.greeting())
     except* Exception as group:
-        # A fault of ours must cost this client only, not the mount.
+        # A bug must cost this client only, not the mount.
         log.error("a control client is dropped: internal error", exc_info=group)
     finally:
         control.sessions.discard(session)
 
 
 def _is_welcome(client: trio.socket.SocketType) -> bool:
-    """Whether the other side runs as our user or as root.
-
-    The folder's mode keeps others out already; this holds also where somebody has loosened it.
-    """
+    """Whether the client runs as our user or as root. Holds even if somebody has loosened the mode of the folder."""
     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if uid in (0, os.getuid()):
@@ -124,9 +121,9 @@ def _listen(path: Path) -> trio.socket.SocketType:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a dead server has left; whoever is alive keeps its place."""
+    """Remove the socket of a dead server. Raises InUse if a live one listens."""
     if path.exists() and not path.is_socket():
-        # Connecting to it would be refused as by a dead server.
+        # A connection to it would be refused as if it were the socket of a dead server.
         raise UsageError(f"{path}: is in the way and no socket; remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -138,7 +135,7 @@ def _clear(path: Path) -> None:
         except FileNotFoundError:
             return
         except BlockingIOError:
-            pass  # its backlog is full: somebody is there
+            pass  # the backlog is full, so a server is listening
         except OSError as exc:
             raise UsageError(f"{path}: {exc.strerror or exc}; remove it") from exc
     raise InUse(f"{path}: another mount answers there; unmount it first")

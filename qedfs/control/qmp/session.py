@@ -1,12 +1,12 @@
-"""One client: greeting, negotiation, requests in order, events behind it.
+"""One connected QMP client: greeting, negotiation, requests in order, events.
 
 Owns the conversation over one connection. Must not know what the commands do.
 
-Two tasks share the connection: the one that answers, and the one that sends events. A lock keeps their lines whole.
-Events begin only when the answer to `qmp_capabilities` has been sent: the `qemu.qmp` library takes the very next line
-after its request for that answer.
+Two tasks write to the connection: one sends replies, the other sends events. A lock keeps their lines from mixing.
+Events start only after the reply to `qmp_capabilities` has been sent, because the `qemu.qmp` library takes the next
+line after its request for that reply.
 
-A client may hang up without waiting for the answer: what it has sent until then is run all the same.
+A client may close the connection without waiting for replies. The commands that it has sent run all the same.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qedfs.errors import QedfsError
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 65536
-MAX_EVENTS = 4096  # not yet taken by the client; one that lags so far behind has stopped to read
-FLUSH_SECONDS = 0.5  # for the last events of a mount that stops
+MAX_EVENTS = 4096  # queued for a client; one that has so many unread has stopped reading
+FLUSH_SECONDS = 0.5  # to send the last events when the mount stops
 
 Execute = Callable[[str, Arguments, "QmpSession"], Awaitable[Any]]
 
@@ -35,7 +35,7 @@ negotiation: Commands[QmpSession] = Commands()
 
 
 class QmpSession:
-    """A client that is connected. `execute` runs a command once the negotiation is over."""
+    """The server's side of one connection. `execute` runs a command after the negotiation."""
 
     def __init__(self, stream: trio.SocketStream, execute: Execute) -> None:
         self._stream = stream
@@ -44,14 +44,15 @@ class QmpSession:
         self._events: deque[bytes] = deque()
         self._event_came = trio.Event()
         self._scope = trio.CancelScope()
-        self._deaf = False  # its client takes no more lines
+        self._deaf = False  # the client has closed its end and receives nothing more
         self.negotiated = False
-        self.busy = False  # a command of its client is being run
-        self.heard_at = trio.current_time()  # when its client was last heard of or answered
-        self.after_reply: Callable[[], None] | None = None  # called once the answer is out; for a command that ends us
+        self.busy = False  # a command of this client is running
+        self.heard_at = trio.current_time()  # when the client last connected or got a reply
+        # Called once, after the reply of the present command: `quit` ends the mount, and still gets its reply.
+        self.after_reply: Callable[[], None] | None = None
 
     async def run(self, greeting: object) -> None:
-        """Talk until the client hangs up. Errors of the connection end it, silently."""
+        """Serve the client until it closes the connection. An error of the connection ends the session silently."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -65,12 +66,12 @@ class QmpSession:
             await self._flush()
 
     def drop(self) -> None:
-        """Hang up, without the events that are still to be sent."""
+        """Close the connection and discard the queued events."""
         self._events.clear()
         self._scope.cancel()
 
     def post(self, event: bytes) -> None:
-        """Send an event, soon; a client that does not read is dropped."""
+        """Queue an event. A client that does not read is dropped."""
         if not self.negotiated:
             return
         if len(self._events) >= MAX_EVENTS:
@@ -90,7 +91,7 @@ class QmpSession:
                 try:
                     await self._send(encode(answer))
                 finally:
-                    # Also if we are dropped meanwhile, by a client that does not read: the command has been accepted.
+                    # Even if the session was dropped meanwhile: the command has been accepted.
                     if self.after_reply is not None:
                         after, self.after_reply = self.after_reply, None
                         after()
@@ -107,7 +108,7 @@ class QmpSession:
         except QedfsError as exc:
             error = {"class": QmpError.error_class, "desc": str(exc), "x-qedfs-exit-code": exc.exit_code}
         except Exception:
-            # A fault of ours in one command must not end the mount.
+            # A bug in one command must not end the mount.
             log.exception("a control command failed")
             error = {"class": QmpError.error_class, "desc": "internal error, see the log"}
         else:
@@ -133,13 +134,13 @@ class QmpSession:
 
     async def _send_waiting(self) -> None:
         while self._events:
-            # Taken off the queue only when it is out: a send that is cancelled before it began is made up in `_flush`.
+            # Removed from the queue only after it was sent: if this send is cancelled, `_flush` sends the event.
             await self._send(self._events[0])
             if self._events:  # `drop` may have cleared them meanwhile
                 self._events.popleft()
 
     async def _flush(self) -> None:
-        """Send what is left, to a client that takes it, and hang up."""
+        """Send the remaining events to a client that still reads, and close the connection."""
         try:
             with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                 await self._send_waiting()
@@ -147,7 +148,7 @@ class QmpSession:
             await trio.aclose_forcefully(self._stream)
 
     async def _send(self, line: bytes) -> None:
-        """Send a line, or nothing to a client that has hung up: commands of its own may still wait to be read."""
+        """Send a line. After the client has closed its end, do nothing: commands may still wait in the socket."""
         async with self._sending:
             if self._deaf:
                 return
