@@ -22,7 +22,7 @@ from pathlib import Path
 
 import trio
 
-from qedfs.mount.registry import Served
+from qedfs.mount.served import Served
 
 LOOK_SECONDS = 1.0  # from one look to the next; a read that is younger is left alone
 _KILLED = 1 << 8  # SIGKILL in the masks of /proc/PID/status: bit 9 - 1

@@ -20,7 +20,9 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from qedfs.errors import QedfsError, SourceError, UsageError
 from qedfs.image.image import Image
-from qedfs.mount.registry import Folder, Served
+from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.registry import Registry
+from qedfs.mount.served import Served
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,11 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False  # a returned write would still be the kernel's, and die with the mount
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, registry: Registry, folder: OverlayFolder) -> None:
         super().__init__()
+        self._registry = registry
         self._folder = folder
         self._images: dict[int, Image] = {}  # by handle, which is the inode
-        self._opens: dict[int, int] = {}
         self._logged: dict[tuple[str, str], float] = {}
 
     # The read and write path.
@@ -83,9 +85,9 @@ class Operations(pyfuse3.Operations):
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor: promises nothing."""
-        served = self._folder.by_inode(fh)
+        served = self._registry.by_inode(fh)
         if served is not None:
-            served.closes += 1
+            served.note_close()
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """The folder has nothing of its own."""
@@ -95,9 +97,9 @@ class Operations(pyfuse3.Operations):
     @total
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """An image by its name."""
-        served = self._folder.by_name(os.fsdecode(name))
-        if served is None and await self._folder.rescan():
-            served = self._folder.by_name(os.fsdecode(name))
+        served = self._registry.by_name(os.fsdecode(name))
+        if served is None and await self._registry.rescan():
+            served = self._registry.by_name(os.fsdecode(name))
         if parent_inode != pyfuse3.ROOT_INODE or served is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(served)
@@ -134,21 +136,17 @@ class Operations(pyfuse3.Operations):
             # It comes here and not to setattr; after a success the kernel takes the image for empty.
             raise FUSEError(errno.EPERM)
         self._images[inode] = served.image
-        self._opens[inode] = self._opens.get(inode, 0) + 1
-        served.opens = self._opens[inode]
+        served.note_open()
         return FileInfo(fh=inode, keep_cache=True)
 
     @total
     async def release(self, fh: int) -> None:
         """The last descriptor of one open() is gone."""
-        left = self._opens[fh] = self._opens[fh] - 1
-        served = self._folder.by_inode(fh)
-        if not left:
-            del self._opens[fh], self._images[fh]
-        if served is not None:
-            served.opens = left
-            served.closes = max(0, served.closes - 1) if left else 0
-            await self._folder.drop_if_unused(served)
+        served = self._served(fh)
+        served.note_release()
+        if not served.opens:
+            del self._images[fh]
+        await self._registry.drop_if_unused(served)
 
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
         """Inodes live as long as their overlay is in the folder."""
@@ -158,13 +156,13 @@ class Operations(pyfuse3.Operations):
         """Look into the folder again, so that a listing shows what is there now."""
         if inode != pyfuse3.ROOT_INODE:
             raise FUSEError(errno.ENOTDIR)
-        await self._folder.rescan()
+        await self._registry.rescan()
         return int(inode)
 
     @total
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """The images, in the order of their inodes, which never come back."""
-        for served in self._folder.images():
+        for served in self._registry.images():
             if served.inode <= start_id:
                 continue
             try:
@@ -227,15 +225,15 @@ class Operations(pyfuse3.Operations):
     # Inside.
 
     def _served(self, inode: int) -> Served:
-        served = self._folder.by_inode(inode)
+        served = self._registry.by_inode(inode)
         if served is None:
             raise FUSEError(errno.ESTALE)
         return served
 
     def _attributes(self, served: Served) -> EntryAttributes:
-        if served.image is None or served.status is None:
+        if served.image is None:
             raise FUSEError(errno.ENOENT)
-        status = served.status()
+        status = served.image.overlay.file_status()
         attributes = EntryAttributes()
         attributes.st_ino = InodeT(served.inode)
         write = 0 if served.image.overlay.writable else 0o222
@@ -259,7 +257,7 @@ class Operations(pyfuse3.Operations):
         """The errno of an exception, and a line in the log; never more than one line in a while for one trouble."""
         if isinstance(exc, FUSEError):
             return exc
-        served = self._folder.by_inode(inode)
+        served = self._registry.by_inode(inode)
         name = served.name if served else f"inode {inode}"
         if isinstance(exc, QedfsError):
             self._log_once(name, str(exc), logging.WARNING if isinstance(exc, SourceError) else logging.ERROR)
@@ -298,3 +296,8 @@ def _with_owner(attributes: EntryAttributes, status: os.stat_result) -> EntryAtt
     attributes.st_ctime_ns = status.st_ctime_ns
     attributes.attr_timeout = attributes.entry_timeout = ATTRIBUTE_SECONDS
     return attributes
+
+
+def forget_name(name: str) -> None:
+    """Let the kernel ask again for an image that it may still know, and that is no longer there."""
+    pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True)

@@ -7,7 +7,6 @@ any more; then each overlay is flushed and closed; then the connections are drop
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import logging
@@ -22,21 +21,22 @@ import trio
 from qedfs.control.monitoring.metrics_server import Address, serve_metrics
 from qedfs.control.port import Mounted
 from qedfs.control.qmp.server import serve_control
-from qedfs.errors import InUse, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.errors import InUse, QedfsError, UsageError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.host import descriptors
 from qedfs.host.runtime import SOCKET_NAME, place_of, serving_folder
-from qedfs.jobs.stream import State
 from qedfs.mount import exit_report, fuse_wait, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
-from qedfs.mount.fuse import Operations
+from qedfs.mount.fuse import Operations, forget_name
 from qedfs.mount.fuse_init import MAX_BACKGROUND
+from qedfs.mount.images import Images
 from qedfs.mount.kernel_tuning import tune
 from qedfs.mount.mountinfo import MountInfo, mount_info_at
 from qedfs.mount.notify import Notifier
-from qedfs.mount.registry import Folder, Options, Served
-from qedfs.mount.settling import BeingWritten
+from qedfs.mount.options import Options
+from qedfs.mount.served import Served
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
+from qedfs.mount.until_streamed import until_streamed
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,12 @@ class Settings:
 class Mount:
     """The running mount, as the control side sees it."""
 
-    def __init__(self, settings: Settings, folder: Folder, socket: Path) -> None:
+    def __init__(self, settings: Settings, images: Images, socket: Path) -> None:
         self.settings = settings
         # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
         self.mountpoint = os.path.realpath(settings.mountpoint)
         self.socket = socket
-        self.folder = folder
+        self.images = images
         self.standing: MountInfo | None = None  # our file system, once it is mounted
         self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart
         self._quit = trio.Event()
@@ -80,15 +80,15 @@ class Mount:
 
     def everything(self) -> list[Served]:
         """All overlays that were found."""
-        return self.folder.everything()
+        return self.images.registry.everything()
 
     def fetches(self) -> list[FetchQueue]:
         """The fetch queues in use."""
-        return self.folder.fetches()
+        return self.images.sources.fetches()
 
     async def rescan(self) -> None:
         """Look into the folder again."""
-        await self.folder.look()
+        await self.images.registry.look()
 
     def quit(self) -> None:
         """Begin to stop."""
@@ -121,17 +121,16 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
     async with trio.open_nursery() as nursery:
         # What runs here also runs while the overlays are being closed.
         nursery.start_soon(notifier.watchdog)
-        folder = Folder(settings.source, settings.options, nursery)
+        images = Images(settings.source, settings.options, nursery, forget=forget_name)
         try:
-            await folder.scan()
-            mount = Mount(settings, folder, home / SOCKET_NAME)
-            folder.on_gone = _forget_name
+            await images.registry.scan()
+            mount = Mount(settings, images, home / SOCKET_NAME)
             await nursery.start(stop_on_signal, mount.quit)
             nursery.start_soon(dump_on_signal, mount.fetches)
             await _serve_mounted(mount, ready, notifier)
         finally:
             with trio.CancelScope(shield=True):
-                lost = await folder.close()
+                lost = await images.close()
                 exit_report.take(settings.mountpoint)
         nursery.cancel_scope.cancel()
     if lost:
@@ -157,15 +156,17 @@ async def _serve_mounted(mount: Mount, ready: Callable[[Mounted], None], notifie
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
             nursery.start_soon(_rescan, mount)
-            nursery.start_soon(memory.give_back_memory, mount.folder.buffers)
-            nursery.start_soon(release_abandoned_reads, mount.folder.images, mount.mountpoint, lambda: _stands(mount))
+            nursery.start_soon(memory.give_back_memory, mount.images.sources.buffers)
+            nursery.start_soon(
+                release_abandoned_reads, mount.images.registry.images, mount.mountpoint, lambda: _stands(mount)
+            )
             await nursery.start(serve_control, mount.socket, mount)
             if mount.settings.metrics is not None:
                 await nursery.start(serve_metrics, mount.settings.metrics, mount)
             await trio.to_thread.run_sync(
                 tune, mount.mountpoint, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
             )
-            log.info("serving %s at %s", mount.folder.source, mount.mountpoint)
+            log.info("serving %s at %s", mount.images.folder.source, mount.mountpoint)
             ready(mount)
             notifier.ready()
             nursery.start_soon(notifier.tell_status, mount.everything)
@@ -216,53 +217,20 @@ async def _rescan(mount: Mount) -> None:
     while True:
         await trio.sleep(RESCAN_SECONDS)
         try:
-            await mount.folder.rescan(broken=True)
+            await mount.images.registry.rescan(broken=True)
         except (OSError, QedfsError) as exc:
-            log.warning("cannot look into %s: %s", mount.folder.source, exc)
+            log.warning("cannot look into %s: %s", mount.images.folder.source, exc)
 
 
 async def _quit_when_streamed(mount: Mount) -> None:
-    """Stop once no stream has anything left to do and nobody has an image open; remembers what has failed for good."""
-    while True:
-        if _is_streamed(mount.folder):
-            # The last look is up to a second old: an overlay may have come, or one that was in use may be free.
-            with contextlib.suppress(QedfsError):
-                await mount.rescan()
-                if _is_streamed(mount.folder):
-                    break
-        await trio.sleep(0.1)
-    mount.failure = mount.failure or next(
-        (error for one in mount.folder.everything() if (error := _failure(one))), None
-    )
+    failure = await until_streamed(mount.images.registry)
+    mount.failure = mount.failure or failure
     mount.quit()
-
-
-def _is_streamed(folder: Folder) -> bool:
-    """Whether there is nothing left to wait for."""
-    if folder.in_use:
-        return False
-    return all(_is_complete(served) or _failure(served) is not None for served in folder.everything())
-
-
-def _is_complete(served: Served) -> bool:
-    return served.job is not None and served.job.state is State.COMPLETE
-
-
-def _failure(served: Served) -> QedfsError | None:
-    """What keeps an overlay from becoming complete, unless somebody does something about it."""
-    if served.image is None or served.job is None:
-        return None if isinstance(served.error, BeingWritten) else served.error
-    if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
-        return served.job.error
-    if not served.image.overlay.writable and not _is_complete(served):
-        text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
-        return served.image.overlay.failure or ReadOnlyOverlay(text)
-    return None
 
 
 def _mount(mount: Mount) -> None:
     # fsname is what /proc/mounts shows: the folder, never a URL. Commas separate options there.
-    name = mount.folder.source.encode("ascii", "replace").decode().replace(",", "?").replace("\\", "?")
+    name = mount.images.folder.source.encode("ascii", "replace").decode().replace(",", "?").replace("\\", "?")
     options = {f"fsname={name}", "subtype=qedfs", "default_permissions", "nosuid", "nodev"}
     if mount.settings.allow_other:
         options.add("allow_other")
@@ -270,7 +238,7 @@ def _mount(mount: Mount) -> None:
         options.add("ro")
     before = _standing_at(mount.mountpoint)
     try:
-        pyfuse3.init(Operations(mount.folder), mount.mountpoint, options)
+        pyfuse3.init(Operations(mount.images.registry, mount.images.folder), mount.mountpoint, options)
         mount.standing = _standing_at(mount.mountpoint)
     except BaseException as exc:
         # The kernel may have mounted it all the same: fusermount3 has, when we cannot take its descriptor. Without us
@@ -312,10 +280,6 @@ def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
         return "this user may not write to that folder; mount on one of your own"
     hint = "; is user_allow_other set in /etc/fuse.conf?" if allow_other and os.getuid() else ""
     return f"libfuse says why on standard error{hint}"
-
-
-def _forget_name(served: Served) -> None:
-    pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(served.name)), ignore_enoent=True)
 
 
 def _check_mountpoint(settings: Settings) -> None:

@@ -29,11 +29,10 @@ if "mount" in sys.argv or "mount" in sys.orig_argv:
 IN_THE_TABLE = """
 import sys
 if "mount" in sys.orig_argv:
-    import qedfs.mount.server as daemon
-    look = daemon.standing_at
+    import qedfs.mount.server as server
     def failing(place):
         raise {error}
-    daemon.standing_at = failing
+    server.mount_info_at = failing
 """
 
 

@@ -14,9 +14,11 @@ import pytest
 import trio
 
 from qedfs.image.image import Image
+from qedfs.mount.images import Images
 from qedfs.mount.mountinfo import mount_info_at
-from qedfs.mount.registry import CLOSING, Folder, Options
+from qedfs.mount.options import Options
 from qedfs.mount.source_pool import SourcePool
+from qedfs.mount.supervisor import CLOSING
 from qedfs.overlay.create import create_overlay
 from tests.harness.fusectl import fusectl
 from tests.harness.hang import HANG_SECONDS
@@ -141,9 +143,9 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
     monkeypatch.setattr(Image, "close", noted_close)
     monkeypatch.setattr(SourcePool, "aclose", noted_aclose)
     async with trio.open_nursery() as nursery:
-        folder = Folder(str(tmp_path), Options(stream=False), nursery)
-        await folder.scan()
-        assert await folder.close() == []
+        images = Images(str(tmp_path), Options(stream=False), nursery)
+        await images.registry.scan()
+        assert await images.close() == []
         nursery.cancel_scope.cancel()
     assert len(events) == 2 * CLOSING + 1
     assert max(events) == CLOSING

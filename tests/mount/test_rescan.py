@@ -14,7 +14,9 @@ import trio
 from qedfs.errors import BadOverlay, QedfsError
 from qedfs.jobs.stream import State
 from qedfs.mount import source_pool
-from qedfs.mount.registry import Folder, Options
+from qedfs.mount.images import Images
+from qedfs.mount.options import Options
+from qedfs.mount.registry import Registry
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
@@ -29,21 +31,21 @@ def create(overlay: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def empty_folder(path: Path) -> AsyncIterator[Folder]:
+async def empty_folder(path: Path) -> AsyncIterator[Registry]:
     """A folder that has been looked into when nothing was there yet."""
     os.mkdir(path)
     async with trio.open_nursery() as nursery:
-        folder = Folder(str(path), Options(stream=False), nursery)
-        await folder.scan()
+        images = Images(str(path), Options(stream=False), nursery)
+        await images.registry.scan()
         try:
-            yield folder
+            yield images.registry
         finally:
             with trio.CancelScope(shield=True):
-                assert await folder.close() == []
+                assert await images.close() == []
             nursery.cancel_scope.cancel()
 
 
-async def cancelled_look(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+async def cancelled_look(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look, and be cancelled while the place of a backing is judged."""
     scope = trio.CancelScope()
 
@@ -53,20 +55,20 @@ async def cancelled_look(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Non
 
     with monkeypatch.context() as patch, scope:
         patch.setattr(source_pool, "allowed", hang_up)
-        await folder.look()
+        await registry.look()
     assert scope.cancelled_caught
 
 
 async def test_a_cancelled_look_gives_up_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = tmp_path / "o" / "new.qed"
-    async with empty_folder(overlay.parent) as folder:
+    async with empty_folder(overlay.parent) as registry:
         create(overlay)
-        await cancelled_look(folder, monkeypatch)
+        await cancelled_look(registry, monkeypatch)
         FileStorage.open(str(overlay), writable=True).close()  # InUse, were it still held
-        assert folder.everything() == []
+        assert registry.everything() == []
         os.utime(overlay, (1, 1))  # giving it up may have marked it clean
-        assert await folder.rescan()
-        (served,) = folder.everything()
+        assert await registry.rescan()
+        (served,) = registry.everything()
         assert served.image is not None
 
 
@@ -76,16 +78,16 @@ async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: py
     def no_descriptor(_: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    async with empty_folder(overlay.parent) as folder:
+    async with empty_folder(overlay.parent) as registry:
         create(overlay)
         with monkeypatch.context() as patch:
             patch.setattr(os, "scandir", no_descriptor)
             with pytest.raises(OSError, match="Too many open files"):
-                await folder.rescan()
-        assert await folder.rescan()
-        (served,) = folder.everything()
+                await registry.rescan()
+        assert await registry.rescan()
+        (served,) = registry.everything()
         assert served.image is not None
-        assert not await folder.rescan()
+        assert not await registry.rescan()
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
@@ -98,42 +100,42 @@ async def test_what_has_passed_is_looked_for_again(
     def failing(*_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    async with empty_folder(overlay.parent) as folder:
+    async with empty_folder(overlay.parent) as registry:
         create(overlay)
         with monkeypatch.context() as patch:
             patch.setattr(os, "open" if number == errno.EMFILE else "preadv", failing)
             for _ in range(2):
-                assert await folder.rescan(broken=True)
-            (served,) = folder.everything()
+                assert await registry.rescan(broken=True)
+            (served,) = registry.everything()
             assert served.error is not None
         assert len(caplog.records) == 1
-        assert await folder.rescan(broken=True)
-        (served,) = folder.everything()
+        assert await registry.rescan(broken=True)
+        (served,) = registry.everything()
         assert served.image is not None
-        assert not await folder.rescan(broken=True)
+        assert not await registry.rescan(broken=True)
 
 
 @pytest.mark.expect_log("the stream has stopped: was cut")
 async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server is away for a while; a file that was cut stays so."""
-    monkeypatch.setattr("qedfs.mount.registry.INSPECT_SECONDS", 0.01)
+    monkeypatch.setattr("qedfs.mount.supervisor.INSPECT_SECONDS", 0.01)
     overlay = tmp_path / "o" / "new.qed"
     answers = [QedfsError("Stale file handle"), QedfsError("Stale file handle"), None, BadOverlay("was cut")]
     states: list[tuple[State, QedfsError | None]] = []
     failed = trio.Event()
 
     async def inspect(_: Overlay) -> None:
-        (served,) = folder.everything()
+        (served,) = registry.everything()
         assert served.job is not None
         states.append((served.job.state, served.job.error))
         if (answer := answers.pop(0)) is not None:
             raise answer
 
     monkeypatch.setattr(Overlay, "inspect", inspect)
-    async with empty_folder(overlay.parent) as folder:
+    async with empty_folder(overlay.parent) as registry:
         create(overlay)
-        assert await folder.rescan()
-        (served,) = folder.everything()
+        assert await registry.rescan()
+        (served,) = registry.everything()
         assert served.job is not None
         served.job.listeners.append(lambda job: failed.set() if job.state is State.FAILED else None)
         await failed.wait()

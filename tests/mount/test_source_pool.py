@@ -12,7 +12,9 @@ import trio
 
 from qedfs.errors import Refused
 from qedfs.mount import source_pool
-from qedfs.mount.registry import Folder, Options
+from qedfs.mount.images import Images
+from qedfs.mount.options import Options
+from qedfs.mount.registry import Registry
 from qedfs.mount.source_pool import PATIENCE_SECONDS
 from qedfs.overlay.create import create_overlay
 from qedfs.source.policy import Policy
@@ -51,14 +53,14 @@ def create(overlay: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def folder_at(path: Path) -> AsyncIterator[Folder]:
+async def registry_of(path: Path) -> AsyncIterator[Registry]:
     async with trio.open_nursery() as nursery:
-        folder = Folder(str(path), Options(stream=False, policy=Policy(("/allowed",))), nursery)
+        images = Images(str(path), Options(stream=False, policy=Policy(("/allowed",))), nursery)
         try:
-            yield folder
+            yield images.registry
         finally:
             with trio.CancelScope(shield=True):
-                assert await folder.close() == []
+                assert await images.close() == []
             nursery.cancel_scope.cancel()
 
 
@@ -67,19 +69,19 @@ async def test_a_dead_file_server_costs_a_scan_one_patience(
 ) -> None:
     for number in range(OVERLAYS):
         create(tmp_path / f"{number}.qed")
-    async with folder_at(tmp_path) as folder:
-        await folder.scan()
+    async with registry_of(tmp_path) as registry:
+        await registry.scan()
         assert dead_server.waited_seconds == pytest.approx(PATIENCE_SECONDS)
-        assert len(folder.images()) == OVERLAYS
+        assert len(registry.images()) == OVERLAYS
 
 
 async def test_what_could_not_be_looked_at_is_judged_when_it_is_opened(
     tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
 ) -> None:
     create(tmp_path / "disk.qed")
-    async with folder_at(tmp_path) as folder:
-        await folder.scan()
-        (served,) = folder.images()
+    async with registry_of(tmp_path) as registry:
+        await registry.scan()
+        (served,) = registry.images()
         assert served.image is not None
         with pytest.raises(Refused):
             await served.image.read(0, 512)
@@ -90,11 +92,11 @@ async def test_the_next_scan_has_patience_again(
     tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
 ) -> None:
     create(tmp_path / "disk.qed")
-    async with folder_at(tmp_path) as folder:
-        await folder.scan()
+    async with registry_of(tmp_path) as registry:
+        await registry.scan()
         dead_server.back.set()
         create(tmp_path / "new.qed")
-        await folder.scan()
-        disk, new = folder.everything()
+        await registry.scan()
+        disk, new = registry.everything()
         assert disk.image is not None
         assert isinstance(new.error, Refused)

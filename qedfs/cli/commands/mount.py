@@ -243,7 +243,7 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
 async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readiness, terminal: Console | None) -> None:
     # Imported here: of all commands only this one needs FUSE and libcurl, which take their time.
     from qedfs.host.runtime import journal_folder
-    from qedfs.mount.registry import Options
+    from qedfs.mount.options import Options
     from qedfs.mount.server import Settings, serve
     from qedfs.source.pinning import By, Pinning
     from qedfs.source.policy import Policy

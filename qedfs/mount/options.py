@@ -1,0 +1,30 @@
+"""What the user said at the mount, for every image of it. Plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qedfs.image.boot_profile import Range
+from qedfs.jobs.idle import Rules
+from qedfs.source.credentials import NO_CREDENTIALS, Credentials
+from qedfs.source.pinning import USUAL, Pinning
+from qedfs.source.policy import Policy
+from qedfs.source.retrying import DEADLINE_SECONDS
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `qedfs mount` that concern its images."""
+
+    stream: bool = True
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    read_only: bool = False  # leave the overlays as they are
+    copy_on_read: bool | None = None  # None: as the overlay says
+    limit: int = 0  # bytes per second and image, 0 for none
+    profile: tuple[Range, ...] = ()  # what to bring in first
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    pinning: Pinning = USUAL
+    credentials: Credentials = NO_CREDENTIALS
+    deadline_seconds: float = DEADLINE_SECONDS
+    journal_folder: Path | None = None

@@ -1,0 +1,54 @@
+"""`--until-streamed`: when there is nothing left to wait for, and what has kept an overlay from becoming complete."""
+
+from __future__ import annotations
+
+import contextlib
+
+import trio
+
+from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.jobs.stream import State
+from qedfs.mount.registry import Registry
+from qedfs.mount.served import Served
+from qedfs.mount.settling import BeingWritten
+
+LOOK_SECONDS = 0.1
+
+
+async def until_streamed(registry: Registry) -> QedfsError | None:
+    """Return once no stream has anything left to do and nobody has an image open.
+
+    Returns what has kept an overlay from becoming complete, the first if there are several.
+    """
+    while True:
+        if _is_streamed(registry):
+            # The last look is up to a second old: an overlay may have come, or one that was in use may be free.
+            with contextlib.suppress(QedfsError):
+                await registry.look()
+                if _is_streamed(registry):
+                    break
+        await trio.sleep(LOOK_SECONDS)
+    return next((error for served in registry.everything() if (error := _failure(served))), None)
+
+
+def _is_streamed(registry: Registry) -> bool:
+    """Whether there is nothing left to wait for."""
+    if registry.in_use:
+        return False
+    return all(_is_complete(served) or _failure(served) is not None for served in registry.everything())
+
+
+def _is_complete(served: Served) -> bool:
+    return served.job is not None and served.job.state is State.COMPLETE
+
+
+def _failure(served: Served) -> QedfsError | None:
+    """What keeps an overlay from becoming complete, unless somebody does something about it."""
+    if served.image is None or served.job is None:
+        return None if isinstance(served.error, BeingWritten) else served.error
+    if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
+        return served.job.error
+    if not served.image.overlay.writable and not _is_complete(served):
+        text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
+        return served.image.overlay.failure or ReadOnlyOverlay(text)
+    return None
