@@ -1,4 +1,4 @@
-"""`--credentials FILE`, of every command that asks servers. What the file holds is `source/credentials.py`."""
+"""The option `--credentials FILE` of all commands that contact servers. Its format is in `source/credentials.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ credentials_option = click.option(
 
 
 def credentials(path: str | None) -> Credentials:
-    """What is in the file; nothing without one. Raises UsageError as `read_credentials`."""
+    """The credentials in the file; none without a file. Raises UsageError as `read_credentials` does."""
     # Imported here: not every command needs it.
     from qedfs.source.credentials import NO_CREDENTIALS, read_credentials
 

@@ -1,6 +1,6 @@
 """The one place where an exception becomes a line on stderr and an exit code.
 
-Owns what the user sees of a failure. Commands raise QedfsError and print nothing of it themselves.
+Owns how a failure is shown to the user. Commands raise QedfsError and do not print it themselves.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C en
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """Run a command and return its exit code; a failure is reported on stderr."""
+    """Run a command and return its exit code. Reports a failure on stderr."""
     try:
         result = run()
         sys.stdout.flush()
     except click.ClickException as exc:
         return _report_usage(exc)
     except BrokenPipeError:
-        # `qedfs status | head`: nobody reads on. What is still buffered must not raise again at the interpreter's end.
+        # `qedfs status | head`: the reader has gone. What is still buffered must not raise again at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return QedfsError.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BaseException as exc:
         return _report(exc)
-    # click hands on the code of `click.exceptions.Exit`; commands themselves return nothing.
+    # click returns the code of `click.exceptions.Exit`. Commands return nothing.
     return result if isinstance(result, int) else 0
 
 
@@ -54,19 +54,19 @@ def explain(exc: BaseException) -> tuple[str, int]:
 
 
 def cause_of(exc: BaseException) -> BaseException:
-    """What stands for an exception: the most telling leaf of a group, a QedfsError before anything else.
+    """The exception to report: of an exception group the first QedfsError, or else the first leaf.
 
-    trio's nurseries wrap what their tasks raise.
+    trio's nurseries wrap in groups what their tasks raise.
     """
     leaves = _leaves(exc)
     return next((leaf for leaf in leaves if isinstance(leaf, QedfsError)), leaves[0])
 
 
 def _report_usage(exc: click.ClickException) -> int:
-    """One line like those of other failures, with the command whose help tells more."""
+    """Print a usage error as one line that names the command whose help is relevant."""
     text = exc.format_message()
     if "\n" in text:
-        # No command was named at all: the text is the help.
+        # The user gave no command, so the text is the help.
         exc.show()
         return exc.exit_code
     context = exc.ctx if isinstance(exc, click.UsageError) else None
@@ -79,7 +79,7 @@ def _report(exc: BaseException) -> int:
     if isinstance(exc, SystemExit):
         raise exc
     line, exit_code = explain(exc)
-    # With --verbose the log shows where a fault of ours arose.
+    # With --verbose the log shows the traceback of a bug.
     log.debug("the command failed", exc_info=exc)
     if exit_code != INTERRUPTED:
         remark(line)

@@ -1,4 +1,4 @@
-"""Where the log of a mount goes: stderr, as lines for people or as JSON, or above the progress bars."""
+"""The log of a mount: to stderr, as text or as JSON, or above the progress bars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per line: time (seconds since 1970), level, logger, message, and a traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The record as one line of JSON."""
         fields = {
             "time": round(record.created, 6),
             "level": record.levelname.lower(),
@@ -31,28 +31,28 @@ class JsonFormatter(logging.Formatter):
 
 
 class LineFormatter(logging.Formatter):
-    """A record as a line, and perhaps indented ones below it. No name in it can look like a line of its own."""
+    """A record as a line, with indented continuation lines. Escapes names, so that none can forge a log line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The lines, without a traceback."""
+        """The lines of the record, without a traceback."""
         return CONTINUED.join(map(printable, super().formatMessage(record).split(CONTINUED)))
 
 
 class AboveBars(logging.Handler):
-    """Prints through the console that draws the bars, which makes room for the line."""
+    """Prints log lines through the console that draws the bars, which then scroll down."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it."""
-        # The terminal wraps it, so that a path or URL can be copied as a whole.
+        """Print the record."""
+        # Let the terminal wrap the line, so that a path or URL can be copied whole.
         self._console.print(self.format(record), soft_wrap=True)
 
 
 def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None = None) -> None:
-    """Send the log where it belongs, from INFO on, or from DEBUG on if `verbose`."""
+    """Set up logging at level INFO, or DEBUG if `verbose`."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if bars is None else AboveBars(bars)
     if as_json:
         handler.setFormatter(JsonFormatter())

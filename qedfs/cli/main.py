@@ -1,4 +1,4 @@
-"""The `qedfs` command: the group that holds all commands, and the exit code that the shell gets."""
+"""The `qedfs` command: the click group of all commands, and the exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qedfs.cli.stdio import drop_unwritten, open_closed
 
 
 class Group(click.Group):
-    """A group whose failures all go through one place."""
+    """A click group that reports every failure through `exit_status.py`."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
         """Run the command named on the command line and exit."""
@@ -33,7 +33,7 @@ class Group(click.Group):
         kwargs["standalone_mode"] = False
         kwargs.setdefault("prog_name", "qedfs")  # also as `python -m qedfs`
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that the terminal's encoding lacks, or that is no UTF-8, must not end a command.
+            # A name that is not UTF-8, or that the terminal's encoding cannot show, must not make a command fail.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))

@@ -1,7 +1,7 @@
 """`-o key=value,...` as mount(8) and fstab write it -> the long options of `qedfs mount`.
 
-Pure. Every long option can be spelled so; `_` and `-` are the same, and `ro` is `read_only`. What fstab is full of and
-does not concern us is passed over, so that a mount helper can hand on its options as they are.
+Pure. Every long option can be written this way. `_` and `-` are the same, and `ro` means `read_only`. Common fstab
+options that are meant for other programs are ignored, so that a mount helper can pass its options on unchanged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 _SPELLINGS = {"ro": "read-only"}
-# mount(8), systemd.mount(5): for others to heed.
+# mount(8), systemd.mount(5): options for other programs.
 _IGNORED = re.compile(
     r"[xX]-.*|_netdev|nofail|(no)?auto|defaults|rw|async|(no)?(users?|owner|group)|(no)?dev|(no)?suid|(no)?exec"
     r"|(no|rel|norel|strict|nostrict)?atime|(no)?(lazytime|diratime|iversion)|silent|loud|comment=.*"
@@ -18,7 +18,7 @@ _IGNORED = re.compile(
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The same arguments with each `-o` replaced by what it stands for."""
+    """The arguments with each `-o` replaced by the long options that it stands for."""
     expanded: list[str] = []
     rest = iter(arguments)
     for argument in rest:

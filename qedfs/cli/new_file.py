@@ -1,6 +1,6 @@
-"""Files that appear when they are whole.
+"""Atomic creation of files: a file gets its name only when it is complete.
 
-Owns the temporary name and its removal, what may be replaced, and the words of a refusal.
+Owns the temporary name and its removal, the rule what may be replaced, and the error messages.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from qedfs.host.durable import sync_folder
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[BinaryIO]:
-    """A file that takes its name, durably, when the block has ended well; it replaces what has the name then.
+    """A file that gets its name, durably, when the block ends without an error. Replaces a file of that name.
 
     Raises:
-        UsageError: the folder is missing or takes no file.
+        UsageError: the folder is missing or not writable.
         NoSpace: the file system is full.
     """
     folder = os.path.dirname(os.path.abspath(path))
@@ -36,10 +36,10 @@ def new_file(path: str) -> Iterator[BinaryIO]:
                 umask = os.umask(0)
                 os.umask(umask)
                 os.fchmod(fd, 0o666 & ~umask)
-                # Before the name leads to it: a power cut must leave the file before or this one, whole.
+                # Before the rename: a power cut must leave either the old file or all of this one.
                 os.fsync(fd)
             os.replace(temporary, path)
-            # Behind the rename: otherwise a power cut could bring the file before back, or none, after we ended well.
+            # After the rename: otherwise a power cut could undo it after we have reported success.
             sync_folder(folder)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -55,13 +55,13 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
 
 
-def check_replaceable(path: str, session_start: bytes, kind: str) -> None:
-    """Raise UsageError if a file of this name does not begin so: it is an overlay, when the arguments are swapped."""
+def check_replaceable(path: str, magic: bytes, kind: str) -> None:
+    """Raise UsageError if `path` exists and does not start with `magic`: the user may have swapped the arguments."""
     try:
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode):
             with open(path, "rb") as file:
-                if file.read(len(session_start)) == session_start:
+                if file.read(len(magic)) == magic:
                     return
     except FileNotFoundError:
         return

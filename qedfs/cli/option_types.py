@@ -1,4 +1,4 @@
-"""Option types of the command line: sizes, durations. Sizes take K M G T (1024), durations s m h."""
+"""Types of command-line options: sizes with K M G T (1024), durations with s m h, mountpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Size(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of the text."""
+        """The text in bytes."""
         if isinstance(value, int):
             return value
         try:
@@ -35,7 +35,7 @@ class Duration(click.ParamType[float]):
     name = "TIME"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds of the text."""
+        """The text in seconds."""
         if isinstance(value, (int, float)):
             return float(value)
         try:
@@ -45,7 +45,7 @@ class Duration(click.ParamType[float]):
 
 
 class Checked(click.ParamType[str]):
-    """A text that has to be readable for `parse`, which raises UsageError; it is handed on as it was written."""
+    """A text that `parse` must accept; `parse` raises UsageError. The value stays the text."""
 
     name = "TEXT"
 
@@ -62,7 +62,7 @@ class Checked(click.ParamType[str]):
 
 
 class Place(click.Path):
-    """A folder where something is mounted. click's own type looks at it, and that is a question to the server."""
+    """A mountpoint. click's own type would call stat on it, which hangs if the server of the mount hangs."""
 
     def convert(self, value: Text, param: click.Parameter | None, ctx: click.Context | None) -> Text:
         """The same text."""

@@ -1,4 +1,4 @@
-"""Overlay files that a command looks into without a mount."""
+"""Access of commands to overlay files without a mount."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SUFFIX = ".qed"
 
 @contextlib.asynccontextmanager
 async def peeked(path: str) -> AsyncIterator[Overlay]:
-    """An overlay opened to be looked at, without locks: it may be mounted, or open in QEMU, at the same time.
+    """An overlay opened read-only without locks. It may be mounted, or open in QEMU, at the same time.
 
-    The order in which tables are written makes what we see sound, if perhaps of a moment ago. A mount that was killed
-    has left a journal, which is looked into as well; that of a running mount is not.
+    Tables are written in an order that keeps this view consistent, though it may be slightly old. The journal of a
+    killed mount is read as well; the journal of a running mount is not.
     """
     overlay = await open_overlay(path, writable=False, locked=False)
     try:
@@ -33,17 +33,17 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
 
 @contextlib.contextmanager
 def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
-    """An overlay file that nobody else has open for writing. Errors of the block that know no path are given one."""
+    """An overlay file, locked against other writers. Adds the path to a BadOverlay of the block that lacks it."""
     with _closing(FileStorage.open(path, writable=writable), path) as storage:
         yield storage
 
 
 def stands_alone(path: str) -> bool:
-    """Whether an overlay file, which others may have open, needs no source.
+    """Whether an overlay file needs no source. Other programs may have it open.
 
     Raises:
-        BadOverlay: it has lost something, or is none.
-        UsageError: as of `FileStorage.open`.
+        BadOverlay: it has lost data, or is not an overlay.
+        UsageError: as `FileStorage.open`.
     """
     return trio.run(_stands_alone, path)
 
@@ -58,10 +58,10 @@ async def _stands_alone(path: str) -> bool:
 
 
 def overlays_at(place: str, image: str | None) -> list[str]:
-    """The overlays that a mount of this overlay or folder serves, or the one of `image` alone.
+    """The overlays that a mount of this overlay or folder serves, or only that of `image`.
 
     Raises:
-        UsageError: the folder has none.
+        UsageError: the folder has no such overlay.
     """
     if not os.path.isdir(place):
         return [place]

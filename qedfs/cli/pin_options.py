@@ -1,4 +1,4 @@
-"""The options that say what counts as another version of a backing, for every command that fetches."""
+"""The options `--pin` and `--identity` of all commands that fetch: what counts as another version of a backing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images of a mount as its server describes them, and how a user names one."""
+"""The images of a mount as its server reports them, and how a user names one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qedfs.errors import QedfsError, UsageError
 
 Image = dict[str, Any]
 BROKEN = "broken"  # the state of an overlay that is not served
-MOST_NAMED = 10  # in a message
+MOST_NAMED = 10  # names in a message
 
 
 def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
     """Connect to the server of the mount. `deadline`: see Client.
 
     Raises:
-        NotMounted: there is none that answers.
-        TimedOut: it is silent.
-        UsageError: the path is not one that a mount of qedfs could be at.
+        NotMounted: no server answers.
+        TimedOut: the server does not reply.
+        UsageError: the path cannot be a qedfs mount.
     """
     try:
         return Client.connect(mountpoint, deadline=deadline)
@@ -30,9 +30,9 @@ def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
 
 
 def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:
-    """The image that the user means, all of them without a name.
+    """The image that the user means, or all images if `name` is None.
 
-    disk, disk.raw and disk.qed all mean the image disk.raw. Raises UsageError if there is none of that name.
+    disk, disk.raw and disk.qed all mean the image disk.raw. Raises UsageError if there is no such image.
     """
     if name is None:
         return images
@@ -45,17 +45,17 @@ def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]
 
 
 def stem(name: str) -> str:
-    """The name without what tells the image from its overlay."""
+    """The name without the suffix of image or overlay."""
     return name.removesuffix(".raw").removesuffix(".qed")
 
 
 def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
-    """Ask for the images that the user means."""
+    """Ask the server for the images that the user means."""
     return named(client.execute("x-qedfs-status")["images"], name, mountpoint)
 
 
 def trouble(image: Image) -> str | None:
-    """What is wrong with an image or why it waits, for a line that names the image already; None if all is well."""
+    """What is wrong with an image, or why it waits; None if all is well. Does not repeat the name of the image."""
     if image["error"]:
         text: str = image["error"]
         return text.removeprefix(f"{image['overlay']}: ")
@@ -63,11 +63,11 @@ def trouble(image: Image) -> str | None:
 
 
 def check_served(image: Image) -> None:
-    """Raise the error that keeps an overlay from being served, for good or until it has come to rest."""
+    """Raise an error if the overlay is not served: it is broken, or still being copied."""
     if not image["served"]:
         raise failure_of(image)
 
 
 def failure_of(image: Image) -> QedfsError:
-    """The error of an image that does not go on by itself."""
+    """The error of an image that needs somebody to act."""
     return error_of(image.get("exit_code"), f"{image['name']}: {trouble(image) or image['state']}")

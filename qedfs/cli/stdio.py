@@ -1,4 +1,4 @@
-"""Standard input, output and error are there, whatever the caller has closed.
+"""Standard input, output and error: they are open, even if the caller has closed them.
 
 Owns the first three descriptors. Must not know what is printed.
 """
@@ -11,29 +11,29 @@ import sys
 
 
 def open_closed() -> None:
-    """Open /dev/null in the place of each standard stream that is closed (`qedfs mount ... >&-`).
+    """Open /dev/null for each standard stream that is closed (`qedfs mount ... >&-`).
 
-    Before anything else is opened: a pipe or socket that came to be descriptor 1 or 2 would be written over by what a
-    library prints there, and would not survive the start of a child whose output goes elsewhere.
+    Call this before anything else is opened. Otherwise a pipe or socket could become descriptor 1 or 2: libraries that
+    print there would write into it, and redirecting the output of a child would close it.
     """
     for number, mode in enumerate(("r", "w", "w")):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free descriptor: those below are open by now.
+            # open(2) gives the lowest free descriptor, which is `number`.
             os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
             os.set_inheritable(number, True)
-        # Python has none where the descriptor was closed.
+        # Python sets it to None if the descriptor was closed.
         name = ("stdin", "stdout", "stderr")[number]
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def drop_unwritten() -> None:
-    """Put /dev/null in the place of an output that cannot be written (full, gone), at the end of a command.
+    """At the end of a command, redirect an output that cannot be written (full disk, closed pipe) to /dev/null.
 
-    The command has told that already, or had nothing to say but remarks. Python 3.13.5 writes what is left in a buffer
-    once more at its end, and ends with 120 if that fails, whatever the command's own code is; 3.11 does not.
+    By then the command has reported the error, or had only remarks to print. Python 3.13.5 tries once more to write its
+    buffers at exit, and exits with 120 if that fails, whatever the command's own status; 3.11 does not.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,4 +1,4 @@
-"""What `qedfs wait` waits for, and how it is told from what the server says."""
+"""The goals of `qedfs wait --for`, and how the status of an image shows that one is reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qedfs.errors import ReadOnlyOverlay, UsageError
 from qedfs.units import parse_size
 
 _RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
-# These do not go on by themselves.
+# States that end only when somebody acts.
 _ENDED = frozenset({"failed", "source-changed", BROKEN})
 HELD_STATES = {
     "off": "is not being streamed; qedfs stream start would begin it",
@@ -22,18 +22,18 @@ HELD_STATES = {
 
 
 class Goal(Protocol):
-    """What each image has to come to. Its text fits into "not ... within the time"."""
+    """A state that each image must reach. Its str() fits into "not ... within the time"."""
 
     def reached(self, client: Client, image: Image) -> bool:
-        """Whether it is so. Raises the error that keeps it from ever being so."""
+        """Whether the image has reached it. Raises an error if it never can."""
         ...
 
     def held(self, image: Image) -> str | None:
-        """What is to be said of an image that may not come there by itself: "is paused"."""
+        """Why the image may not get there by itself, such as "is paused"; None if it will."""
         ...
 
     def lacking(self, image: Image) -> str | None:
-        """How an image stands that is not there yet, for the message that the time is over."""
+        """The state of an image that has not reached it, for the message after a timeout; None if it has."""
         ...
 
 
@@ -45,11 +45,11 @@ class Unused:
         return "unused"
 
     def reached(self, client: Client, image: Image) -> bool:
-        """Whether it is so."""
+        """Whether the image is closed."""
         return not image["opens"]
 
     def held(self, image: Image) -> str | None:
-        """That it is open."""
+        """Says that the image is open."""
         return "is open" if image["opens"] else None
 
     lacking = held
@@ -57,7 +57,7 @@ class Unused:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Local:
-    """A range of bytes of each image that has to be local; `end` None: the whole image has to be complete."""
+    """A range of bytes of each image is local; without `end`, the whole image is complete."""
 
     start: int = 0
     end: int | None = None
@@ -66,7 +66,7 @@ class Local:
         return "complete" if self.end is None else "populated"
 
     def reached(self, client: Client, image: Image) -> bool:
-        """Whether it is so. Raises the error that keeps it from ever being so."""
+        """Whether the range is local. Raises an error if it never will be."""
         if image["state"] == "complete" or self._is_local(client, image):
             return True
         if image["state"] in _ENDED:
@@ -76,12 +76,12 @@ class Local:
         return False
 
     def held(self, image: Image) -> str | None:
-        """Why its stream does not move by itself."""
+        """Why the stream does not go on by itself."""
         held = HELD_STATES.get(image["state"])
         return held and held + (f": {image['reason']}" if image["reason"] else "")
 
     def lacking(self, image: Image) -> str | None:
-        """Its state."""
+        """The state of an image that is not complete."""
         return None if image["state"] == "complete" else f"is {image['state']}"
 
     def _is_local(self, client: Client, image: Image) -> bool:

@@ -1,4 +1,4 @@
-"""Progress bars of many images in the lines that a terminal has. Pure: images as `status` shows them -> lines."""
+"""Progress bars of many images, fitted into the size of a terminal. Pure: images as in `status` -> lines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qedfs.units import format_seconds, format_size
 
 NOTE_WIDTH = len("1023 MiB/s, 23h 59m")
 LEAST_BAR = 4
-NAME_SHARE = 3  # a name takes one cell in so many at the most
+NAME_SHARE = 3  # a name takes at most a third of the width
 
 
 class Signs(NamedTuple):
-    """What a bar is drawn with: they differ in shape, for terminals and readers without colours."""
+    """The characters of a bar. They differ in shape, so that a bar can be read without colours."""
 
     done: str
     half: str
@@ -31,7 +31,7 @@ ASCII_SIGNS = Signs("#", "-", "-")
 
 
 def bar_lines(images: Sequence[Image], width: int, height: int, signs: Signs = SIGNS) -> list[Text]:
-    """A bar for each image, one for all of them and their troubles, in at most `height` lines of `width` cells."""
+    """A bar per image, a total bar and the troubles, in at most `height` lines of `width` cells."""
     if not images:
         return [Text("no overlays yet")]
     texts = fitted_troubles(images, width, height)
@@ -51,7 +51,7 @@ def bar_lines(images: Sequence[Image], width: int, height: int, signs: Signs = S
 
 
 def _total(images: Sequence[Image]) -> tuple[str, int, int, str]:
-    """All images as one. They stream side by side, so the last one to end tells how long it takes."""
+    """The sum of all images. They stream in parallel, so the remaining time is that of the slowest."""
     running = [image for image in images if image["state"] == "running"]
     rate = sum(image["rate"] for image in running)
     seconds = max((image["eta_seconds"] or 0 for image in running), default=0)
@@ -61,7 +61,7 @@ def _total(images: Sequence[Image]) -> tuple[str, int, int, str]:
 
 
 def _note(image: Image) -> str:
-    """What stands behind the bar: the pace while it streams, else the state."""
+    """The text after the bar: the pace while the image streams, otherwise its state."""
     return ", ".join(filter(None, pace_of(image))) if image["state"] == "running" and image["rate"] else image["state"]
 
 

@@ -1,7 +1,7 @@
-"""The reduction of a map to a picture: runs -> cells of equal size, each of one kind.
+"""Reduces a map to a picture: runs -> cells of equal size, each of one kind.
 
-Pure, and shared by all pictures. What a table says is data, zeros or missing: whether data was written by a guest or
-fetched from the backing is not kept anywhere, so no picture can show it.
+Pure, and shared by all pictures. A table only tells data, zeros and missing. It does not record whether a guest wrote
+the data or qedfs fetched it, so no picture can show that.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from qedfs.overlay.clustermap import Run
 
 
 class Kind(enum.IntEnum):
-    """What a cell shows."""
+    """The kind of a cell."""
 
-    DATA = 0  # all of it is local, and some of it is data
-    ZEROS = 1  # all of it reads as zeros and needs no backing
+    DATA = 0  # all of the cell is local, and some of it is data
+    ZEROS = 1  # all of it reads as zeros without the backing
     MISSING = 2
     PART = 3  # some of it is missing, the rest is local
 
 
 class Cells:
-    """Cells of `size` bytes, in the order of the image; the last one may be a part of one."""
+    """Cells of `size` bytes, in the order of the image. The last cell may be partly past the end of the image."""
 
     def __init__(self, image_size: int, cluster_size: int, most: int, *, standing_alone: bool) -> None:
-        """At most `most` cells; `standing_alone`: there is no backing, so that what is missing reads as zeros.
+        """Make at most `most` cells. `standing_alone`: there is no backing, so missing clusters read as zeros.
 
-        A cell is a power of two of clusters, so that its size is a number that people can reckon with.
+        A cell is a power-of-two number of clusters, so that its size is a round number.
         """
         self.size = cluster_size
         while self.size * most < image_size:
@@ -35,13 +35,13 @@ class Cells:
         self.image_size = image_size
         self.totals = dict.fromkeys((Kind.DATA, Kind.ZEROS, Kind.MISSING), 0)  # bytes of the image
         self._standing_alone = standing_alone
-        self._seen = bytearray(-(-image_size // self.size))  # per cell a bit of each kind that it has some of
+        self._seen = bytearray(-(-image_size // self.size))  # per cell, one bit for each kind that occurs in it
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def add(self, run: Run) -> None:
-        """Take one run of the map into account."""
+        """Add one run of the map."""
         kind = self._kind(run.offset)
         self.totals[kind] += run.size
         for cell in range(run.pos // self.size, -(-(run.pos + run.size) // self.size)):

@@ -1,6 +1,6 @@
-"""A small font for the legend of a picture: the characters that a legend needs, drawn as they look.
+"""A small bitmap font with the characters that the legend of a map picture needs.
 
-Pure. A glyph is five dots wide and eight high, of which the last row is for descenders; one column separates glyphs.
+Pure. A glyph is five dots wide and eight high; the last row is for descenders. One empty column separates glyphs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GLYPHS = dict(_glyphs())
 
 
 def dots(text: str) -> Iterator[tuple[int, int]]:
-    """(column, row) of every dot that is set when `text` is written from (0, 0) on. A blank sets none."""
+    """(column, row) of every dot of `text`, written from (0, 0). Blanks have no dots."""
     for at, character in enumerate(text):
         for y, row in enumerate(_GLYPHS[character] if character != " " else []):
             yield from ((at * ADVANCE + x, y) for x, dot in enumerate(row) if dot == "#")

@@ -1,6 +1,6 @@
-"""Text laid out in the cells of a terminal: what may be shown, how it is cut, wrapped and put into columns.
+"""Text layout for terminals: escaping, shortening, wrapping, columns.
 
-Pure. Widths count cells, of which a Chinese character takes two.
+Pure. Widths are in terminal cells; a Chinese character takes two.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 CUT = "..."  # ASCII: every terminal has it
 COLUMN_GAP = "  "
 HANGING = "  "
-LEAST_FOLD = 8  # cells that a column which folds keeps at least
+LEAST_FOLD = 8  # minimum width of the column that folds
 MOST_LISTED = 3
 
 
 def printable(text: str) -> str:
-    """The text with all that would move the cursor, change colours or reorder what is shown written as an escape.
+    """The text with control characters escaped: they could move the cursor, change colours or reorder text.
 
-    Names of files, backings and servers' answers are not ours.
+    Needed because names of files and backings, and the answers of servers, may hold anything.
     """
     if text.isprintable():
         return text
@@ -27,13 +27,13 @@ def printable(text: str) -> str:
 
 
 def padded(text: str, width: int, *, right: bool = False) -> str:
-    """The text filled with blanks up to `width`; a longer one stays as it is."""
+    """The text padded with blanks to `width` cells. A longer text is returned unchanged."""
     blanks = " " * (width - cell_len(text))
     return blanks + text if right else text + blanks
 
 
 def shortened(text: str, width: int) -> str:
-    """The text in at most `width` cells: the middle goes, since names and messages often differ at their ends."""
+    """The text in at most `width` cells. Cuts the middle, since names and messages often differ at their ends."""
     if cell_len(text) <= width:
         return text
     if width <= len(CUT):
@@ -44,7 +44,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int) -> Iterator[str]:
-    """Lines of at most `width` cells, broken between words; all but the first are indented."""
+    """Lines of at most `width` cells, broken between words. All lines but the first are indented."""
     line = ""
     for word in text.split(" "):
         if not line:
@@ -66,7 +66,7 @@ def table(
 ) -> Iterator[str]:
     """Rows as lines. `alignment`: "<" or ">" per column.
 
-    Where `width` is too little, the first column folds over several lines, or is shortened if `cut`.
+    If the rows are wider than `width`, the first column folds over several lines, or is shortened if `cut`.
     """
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     if width is not None:
@@ -80,6 +80,6 @@ def table(
 
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
-    """The first few names, and how many there are beside."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

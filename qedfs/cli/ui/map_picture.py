@@ -1,7 +1,7 @@
-"""The cells of a map -> a PNG that can be understood alone: a grid of squares, and a legend below it.
+"""The cells of a map -> a self-explanatory PNG: a grid of squares with a legend below it.
 
-Pure. The grid is read like a text, from left to right and from top to bottom. A row of it is a power of two of bytes,
-as a cell is.
+Pure. The grid runs like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of
+two.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from qedfs.cli.ui.png import Colour, encode_png
 from qedfs.units import format_size
 
 MOST_COLUMNS = 128
-MOST_CELLS = MOST_COLUMNS * MOST_COLUMNS // 2  # then the grid is at least twice as wide as it is high
+MOST_CELLS = MOST_COLUMNS * MOST_COLUMNS // 2  # keeps the grid at least twice as wide as high
 LEAST_COLUMNS = 8
 GRID_WIDTH = 768  # pixels
 MARGIN = 12
 GAP = 1  # between two cells
-SCALE = 2  # pixels of a dot of the font
+SCALE = 2  # pixels per dot of the font
 LINE_HEIGHT = 12 * SCALE
 SWATCH = 7 * SCALE
 TEXT_GAP = 3 * SCALE  # between a swatch and its text
 
 WHITE: Colour = (0xFF, 0xFF, 0xFF)
 INK: Colour = (0x22, 0x22, 0x22)
-# Blue, light blue, yellow, light grey: they differ in lightness too (CIE L* 32, 58, 78, 92), so that readers who see
-# fewer colours, and a printer without any, tell them apart.
+# Blue, light blue, yellow, light grey. Their lightness differs too (CIE L* 32, 58, 78, 92), so that they can be told
+# apart by colour-blind readers and in print without colours.
 COLOURS: dict[Kind, tuple[str, Colour]] = {
     Kind.DATA: ("dark blue", (0x00, 0x4F, 0x80)),
     Kind.ZEROS: ("yellow", (0xF0, 0xB8, 0x40)),
@@ -44,7 +44,7 @@ PALETTE: list[Colour] = [WHITE, INK, *(COLOURS[kind][1] for kind in Kind)]
 
 
 class Shape(NamedTuple):
-    """How the cells are laid out. `pitch` in pixels from one cell to the next."""
+    """The layout of the grid. `pitch`: pixels from one cell to the next."""
 
     columns: int
     rows: int
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(cells: Cells) -> Shape:
-    """The narrowest grid that is at least twice as wide as it is high."""
+    """The narrowest grid that is at least twice as wide as high."""
     columns = LEAST_COLUMNS
     while columns * columns // 2 < len(cells):
         columns *= 2
@@ -60,18 +60,18 @@ def shape_of(cells: Cells) -> Shape:
 
 
 def legend(cells: Cells) -> dict[Kind, str]:
-    """What each kind is, with the bytes that there are of it."""
+    """For each kind its name and its total size."""
     return {kind: NAMES[kind] + _amount(cells, kind) for kind in Kind}
 
 
 def scale_of(cells: Cells) -> str:
-    """How large things are."""
+    """The sizes of a cell, a row and the image, in words."""
     row = cells.size * shape_of(cells).columns
     return f"one cell {format_size(cells.size)}, one row {format_size(row)}, image {format_size(cells.image_size)}"
 
 
 def draw(cells: Cells, name: str) -> bytes:
-    """The PNG file. `name` goes into its description."""
+    """The bytes of the PNG file. `name` goes into its description."""
     shape = shape_of(cells)
     foot = MARGIN + shape.rows * shape.pitch + MARGIN
     canvas = Canvas(GRID_WIDTH + 2 * MARGIN, foot + 2 * LINE_HEIGHT + MARGIN)
@@ -88,18 +88,18 @@ def draw(cells: Cells, name: str) -> bytes:
 
 
 class Canvas:
-    """Rows of pixels, which are indices into the palette."""
+    """Rows of pixels. A pixel is an index into the palette."""
 
     def __init__(self, width: int, height: int) -> None:
         self.rows = [bytearray([_PAPER]) * width for _ in range(height)]
 
     def fill(self, x: int, y: int, width: int, height: int, colour: int) -> None:
-        """A rectangle."""
+        """Draw a rectangle."""
         for row in self.rows[y : y + height]:
             row[x : x + width] = bytes([colour]) * width
 
     def write(self, x: int, y: int, text: str) -> None:
-        """A line of text."""
+        """Draw a line of text."""
         for column, row in font.dots(text):
             self.fill(x + column * SCALE, y + row * SCALE, SCALE, SCALE, _INK)
 
@@ -109,7 +109,7 @@ def _amount(cells: Cells, kind: Kind) -> str:
 
 
 def _tab_stops() -> Iterator[int]:
-    """Where the entries of the legend begin: each is as wide as it can become ("missing 1023 MiB")."""
+    """The x positions of the legend's entries, spaced for the longest possible text ("missing 1023 MiB")."""
     x = MARGIN
     for kind in Kind:
         yield x

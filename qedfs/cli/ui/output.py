@@ -1,4 +1,4 @@
-"""How commands print: JSON for programs, lines and tables for people. Results go to stdout, remarks to stderr."""
+"""The output of commands: JSON for programs, lines and tables for people. Results go to stdout, remarks to stderr."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from rich.console import Console
 
 from qedfs.cli.ui.layout import printable
 
-# People read tables in files and pipes too; rich would take 80 columns there anyway.
+# For tables in files and pipes; rich's own default there.
 PIPE_WIDTH = 80
 
 
 def print_json(value: object) -> None:
-    """One JSON document."""
+    """Print one JSON document."""
     click.echo(json.dumps(value, indent=2))
 
 
 class JsonList:
-    """A JSON array that is printed while it comes into being, one element per line, as qemu-img prints long ones."""
+    """A JSON array that is printed incrementally, one element per line, as qemu-img does."""
 
     def __init__(self) -> None:
         self._before = "["
 
     def add(self, value: object) -> None:
-        """Print one element. What is printed may wait in a buffer until `close`."""
+        """Print one element. The output may stay buffered until `close`."""
         sys.stdout.write(self._before + json.dumps(value))
         self._before = ",\n"
 
     def close(self) -> None:
-        """Print the end."""
+        """Print the end of the array."""
         click.echo("[]" if self._before == "[" else "]")
 
 
 def print_json_line(value: object) -> None:
-    """One JSON document on one line, at once: for streams of them."""
+    """Print one JSON document on one line and flush it, for streams of documents."""
     click.echo(json.dumps(value))
 
 
@@ -51,13 +51,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def remark(text: str) -> None:
-    """A line for people that is not the result. Where it cannot be written nobody reads it, and nothing has failed."""
+    """Print a line for people to stderr. A failure to print it is ignored, since it is not the result."""
     with contextlib.suppress(OSError):
         click.echo(f"qedfs: {printable(text)}", err=True)
 
 
 def print_fields(fields: dict[str, Any]) -> None:
-    """`name: value` lines, the values in one column; a None is left out."""
+    """Print `name: value` lines with the values in one column. Fields that are None are left out."""
     shown = {name: value for name, value in fields.items() if value is not None}
     width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _INDEXED = 3  # colour type: a pixel is an index into the palette
 _BIT_DEPTH = 8
-_NO_FILTER = b"\0"  # stands in front of every row
+_NO_FILTER = b"\0"  # the filter type before every row
 _HIGHEST_LEVEL = 9
 
 Colour = tuple[int, int, int]
 
 
 def encode_png(rows: Sequence[bytes | bytearray], palette: Iterable[Colour], description: str) -> bytes:
-    """A picture from its rows, one byte per pixel, all equally long; at most 256 colours. `description` for readers."""
+    """Encode rows of equal length, one byte per pixel, at most 256 colours. `description`: a text for viewers."""
     header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), _BIT_DEPTH, _INDEXED, 0, 0, 0)
     pixels = b"".join(part for row in rows for part in (_NO_FILTER, row))
     # iTXt: keyword, compression flag and method, language, translated keyword, then UTF-8.

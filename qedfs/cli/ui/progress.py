@@ -1,4 +1,4 @@
-"""Progress bars of a mount in the foreground."""
+"""The progress bars of a mount in the foreground."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Bars:
         self._rates: dict[str, Rate] = {}
 
     async def run(self) -> None:
-        """Draw."""
+        """Draw the bars every REFRESH_SECONDS."""
         with Screen(self._console, transient=True) as screen:
             while True:
                 images = [image_status(served, self._rate(served)) for served in self._mount.everything()]

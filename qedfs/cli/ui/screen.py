@@ -1,4 +1,4 @@
-"""Lines at the bottom of a terminal, drawn anew when they have changed; what is logged scrolls by above them."""
+"""Lines at the bottom of a terminal, redrawn when they change. Log lines scroll above them."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from qedfs.cli.ui.bars import ASCII_SIGNS, SIGNS, Signs
 
 
 class Screen:
-    """Use it as a context manager. Nothing is sent to the terminal while nothing changes."""
+    """Use it as a context manager. Sends nothing to the terminal while the lines stay the same."""
 
     def __init__(self, console: Console, *, transient: bool) -> None:
-        """`transient`: the lines are taken away at the end."""
+        """`transient`: the lines are removed at the end."""
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=transient)
         self._shown: tuple[list[Text], int] | None = None
 
     @property
     def width(self) -> int:
-        """Cells of a line."""
+        """The width of a line in cells."""
         return self._console.width
 
     @property
     def height(self) -> int:
-        """Lines that there is room for: the terminal's but one, so that what was there before can be guessed at."""
+        """How many lines can be shown: one less than the terminal has, so that the last output stays visible."""
         return max(1, self._console.height - 1)
 
     @property
     def signs(self) -> Signs:
-        """What bars can be drawn with."""
+        """The characters for bars that the terminal's encoding has."""
         return SIGNS if "utf" in self._console.encoding else ASCII_SIGNS
 
     def show(self, lines: Sequence[Text]) -> None:
-        """Draw these lines instead of the ones before."""
+        """Replace the lines."""
         shown = (list(lines), self.width)
         if shown != self._shown:
             self._shown = shown
@@ -61,7 +61,7 @@ class Screen:
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Let Ctrl-C wait until what is drawn is drawn: of half a screen nobody knows how many lines to take away."""
+    """Delay Ctrl-C until drawing is done. After half a drawing, the number of lines to remove would be unknown."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

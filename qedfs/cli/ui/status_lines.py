@@ -1,4 +1,4 @@
-"""What people read of a mount's status: a table, its troubles, a summary. Pure: status -> lines of text."""
+"""The status of a mount for people: a table, troubles, a summary. Pure: status -> lines of text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from qedfs.units import format_seconds, format_size
 
 HEADER = ("image", "state", "local", "of", "", "pace", "left")
 ALIGNMENT = "<<>>>>>"
-# In this order in a summary, behind them whatever else there may be.
+# The order of states in a summary. Other states come after these.
 STATES = ("complete", "running", "waiting", "paused", "off", "failed", "source-changed", "broken")
-# The later, the sooner they are left out where there is too little room. The trouble of a broken one has its own line.
+# If there is too little room, images with the highest number are left out first. A broken image has a trouble line too.
 GIVE_WAY = {BROKEN: 1, "complete": 2}
-TROUBLES_SHARE = 3  # one line in so many
+TROUBLES_SHARE = 3  # troubles get at most a third of the lines
 
 
 def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
-    """All of it, names and texts in full; without a width each image and each trouble is one line."""
+    """The whole status, nothing shortened. Without a width, each image and each trouble is one line."""
     images = found["images"]
     if not images:
         return [f"{printable(found['mountpoint'])}: no overlays there"]
@@ -31,7 +31,7 @@ def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
 
 
 def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
-    """As much of it as there is room for, in lines that do not wrap: what is complete gives way first."""
+    """As much of the status as fits, in lines that do not wrap. Complete images are left out first."""
     images = found["images"]
     if not images:
         return status_lines(found, width)
@@ -42,7 +42,7 @@ def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
 
 
 def fitted_images(images: Sequence[Image], room: int) -> tuple[list[Image], list[str]]:
-    """As many images as there are lines, and a line on those that are left out; what moves is kept longest."""
+    """The images that fit into `room` lines, and a line about the others. Images in progress are kept longest."""
     if len(images) <= room:
         return list(images), []
     kept = sorted(images, key=lambda image: GIVE_WAY.get(image["state"], 0))[: max(0, room - 1)]
@@ -51,7 +51,7 @@ def fitted_images(images: Sequence[Image], room: int) -> tuple[list[Image], list
 
 
 def fitted_troubles(images: Sequence[Image], width: int, height: int) -> list[str]:
-    """The troubles, a line each, in their share of the height."""
+    """The troubles, one line each, in at most their share of the height."""
     texts = troubles(images)
     most = max(1, height // TROUBLES_SHARE)
     if len(texts) > most:
@@ -65,7 +65,7 @@ def fitted_summary(images: Sequence[Image], width: int) -> list[str]:
 
 
 def row(image: Image) -> tuple[str, ...]:
-    """The cells of one image."""
+    """The table row of one image."""
     name, total, populated = printable(image["name"]), image["total"], image["populated"]
     state = f"{image['state']} (ro)" if image.get("read_only") else image["state"]
     if not total:
@@ -75,19 +75,19 @@ def row(image: Image) -> tuple[str, ...]:
 
 
 def percent(populated: int, total: int) -> str:
-    """Rounded down: 100% is said only when it is true. An image of no bytes is all there."""
+    """The percentage, rounded down so that 100% means complete. An empty image is complete."""
     return f"{100 * populated // total if total else 100}%"
 
 
 def pace_of(image: Image) -> tuple[str, str]:
-    """Rate and remaining time of an image that is streaming, as far as they are known."""
+    """Rate and remaining time of a streaming image; "" for what is unknown."""
     rate, seconds = image["rate"], image["eta_seconds"]
     pace = f"{format_size(rate)}/s" if rate and image["state"] == "running" else ""
     return pace, format_seconds(seconds) if seconds else ""
 
 
 def troubles(images: Sequence[Image]) -> list[str]:
-    """What is wrong and what is waited for; images with the same trouble share a line."""
+    """What is wrong, and what images wait for. Images with the same trouble share a line."""
     names: dict[str, list[str]] = {}
     for image in images:
         text = trouble(image)
@@ -97,7 +97,7 @@ def troubles(images: Sequence[Image]) -> list[str]:
 
 
 def summary(images: Sequence[Image]) -> list[str]:
-    """How many images are in which state, and how much of all is local. One image needs no summary."""
+    """The number of images per state, and how much of all is local. Empty for a single image."""
     if len(images) < 2:
         return []
     counts = Counter(image["state"] for image in images)
