@@ -31,14 +31,14 @@ class Cause(enum.StrEnum):
     NOT_BEGUN = "not-begun"  # the overlay's file system has been full since the overlay was opened
     COMMIT_FAILED = "commit-failed"  # entries wait in memory: the overlay's tables could not be written
     SOURCE_CHANGED = "source-changed"  # the source is another version than the overlay's clusters
-    STREAM_STOPPED = "stream-stopped"
+    JOB_STOPPED = "job-stopped"  # the background job of the image, for an error
     NOT_KEPT = "not-kept"  # what was fetched could not be written to the overlay
     FETCH_FAILED = "fetch-failed"  # a read of missing bytes, or the stream, got none of them
 
 
 _ORDER = {cause: number for number, cause in enumerate(Cause)}
 _SPACE = "free space on the overlay's file system"
-_ENDED_BY = {
+_ENDS_WITH = {
     Cause.DAMAGED: "the end of the mount and qedfs check",
     Cause.REPLACED: "the end of the mount",
     Cause.BARRIER_FAILED: "the next mount of the overlay",
@@ -47,13 +47,13 @@ _ENDED_BY = {
     Cause.NOT_BEGUN: _SPACE,
     Cause.COMMIT_FAILED: "the next commit that succeeds; one is tried every other second",
     Cause.SOURCE_CHANGED: "the next mount, over the old version again or of a new overlay",
-    Cause.STREAM_STOPPED: "qedfs stream start",
+    Cause.JOB_STOPPED: "qedfs stream start",
     Cause.NOT_KEPT: "the next fetched cluster that can be written",
     Cause.FETCH_FAILED: "the next fetch that succeeds",
 }
 # A complete image needs no source, and nothing is fetched for it.
 _OF_INCOMPLETE = frozenset(
-    {Cause.NO_SPACE, Cause.SOURCE_CHANGED, Cause.STREAM_STOPPED, Cause.NOT_KEPT, Cause.FETCH_FAILED}
+    {Cause.NO_SPACE, Cause.SOURCE_CHANGED, Cause.JOB_STOPPED, Cause.NOT_KEPT, Cause.FETCH_FAILED}
 )
 
 
@@ -66,10 +66,10 @@ class Trouble:
     since: float  # seconds since 1970; the errors of one cause without a success in between count as one
 
     @property
-    def ended_by(self) -> str:
+    def ends_with(self) -> str:
         """What ends it, for people."""
         full = self.cause is Cause.COMMIT_FAILED and isinstance(self.error, NoSpace)
-        return _SPACE if full else _ENDED_BY[self.cause]
+        return _SPACE if full else _ENDS_WITH[self.cause]
 
 
 class Condition:

@@ -127,7 +127,7 @@ class StreamJob:
         self._enabled = True
         self._paused = False
         self._held = self._ignored = self.error = self._hindered = None
-        self.image.condition.clear(Cause.STREAM_STOPPED)
+        self.image.condition.clear(Cause.JOB_STOPPED)
         self._ignored_at = 0
         self._poke()
 
@@ -381,7 +381,7 @@ class StreamJob:
         log.error("%s: the stream has stopped: %s", self.image.name, error)
         self._enabled = False
         self.error = error.fresh()
-        self.image.condition.note(Cause.STREAM_STOPPED, error)
+        self.image.condition.note(Cause.JOB_STOPPED, error)
         self.image.streaming = False
         self._change(state, str(error))
 

@@ -7,6 +7,7 @@ import contextlib
 import trio
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
+from qedfs.image.condition import Cause
 from qedfs.jobs.stream import State
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
@@ -46,9 +47,10 @@ def _failure(served: Served) -> QedfsError | None:
     """What keeps an overlay from becoming complete, unless somebody does something about it."""
     if served.image is None or served.job is None:
         return None if isinstance(served.error, BeingWritten) else served.error
+    condition = served.image.condition
     if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
-        return served.job.error
+        return condition.first(Cause.JOB_STOPPED)
     if not served.image.overlay.writable and not _is_complete(served):
         text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
-        return served.image.overlay.failure or ReadOnlyOverlay(text)
+        return condition.first(Cause.BARRIER_FAILED) or ReadOnlyOverlay(text)
     return None

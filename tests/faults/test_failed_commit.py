@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def test_status_tells_of_a_failed_commit_after_a_good_read(tmp_path: Path) -> No
     with mounted(overlay, tmp_path / "mnt", "--no-stream", "--allow-backing", backing) as mount:
         with mount.path("disk.raw").open("rb", buffering=0) as image:
             image.read(512)
+            began = time.time()
             with failing_writes(mount, tmp_path / "strace"):
                 image.seek(MIB)
                 image.read(512)
@@ -45,7 +47,13 @@ def test_status_tells_of_a_failed_commit_after_a_good_read(tmp_path: Path) -> No
                 image.seek(2 * MIB)
                 image.read(512)
                 wait_for(lambda: mount.image()["populated"] >= populated + CLUSTER_SIZE, "the adoption")
-                assert "cannot write" in mount.image()["error"]
-        wait_for(lambda: mount.image()["error"] is None, "a commit that succeeds")
+                found = mount.image()
+                assert "cannot write" in found["error"]
+                (trouble,) = found["condition"]
+                assert (trouble["cause"], trouble["error"]) == ("commit-failed", found["error"])
+                assert began <= trouble["since"] <= time.time()
+                assert "commit" in trouble["ends_with"]
+        wait_for(lambda: mount.image()["condition"] == [], "a commit that succeeds")
+        assert mount.image()["error"] is None
         assert mount.unmount() == 0
     assert qemu_check(overlay) == (0, 0)

@@ -100,7 +100,7 @@ async def test_the_most_lasting_trouble_is_told_first() -> None:
     assert [trouble.cause for trouble in found.troubles()] == noted
     assert found.worst is not None
     assert found.worst.cause is Cause.REPLACED
-    assert all(trouble.ended_by for trouble in found.troubles())
+    assert all(trouble.ends_with for trouble in found.troubles())
     assert str(found.first(Cause.FETCH_FAILED, Cause.SOURCE_CHANGED)) == "source-changed"
 
 

@@ -24,6 +24,7 @@ from qedfs.control.monitoring.metrics_host import is_ours
 from qedfs.control.monitoring.metrics_server import MAX_CLIENTS, Address, parse_address, serve_metrics
 from qedfs.errors import UsageError
 from qedfs.fetch.latency import BOUNDS
+from qedfs.image.condition import Cause
 from tests.control.support import FakeMount
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import Mount, mounted, qedfs
@@ -90,6 +91,9 @@ def test_the_figures_agree_with_status(scraped: Scraped) -> None:
         for state in STATES:
             expected = 1.0 if state == image["state"] else 0.0
             assert samples["qedfs_image_state", (*name, ("state", state))] == expected
+        for wrong in Cause if image["served"] else ():
+            expected = 1.0 if wrong in {trouble["cause"] for trouble in image["condition"]} else 0.0
+            assert samples["qedfs_image_trouble", (("cause", wrong), *name)] == expected
         if image["state"] == "broken":
             assert ("qedfs_image_size_bytes", name) not in samples
             continue

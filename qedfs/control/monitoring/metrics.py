@@ -23,6 +23,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import Reason
 from qedfs.fetch.latency import BOUNDS
 from qedfs.fetch.queue import FetchQueue
+from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.stream import State, StreamJob
 
@@ -93,6 +94,7 @@ class MountCollector(Collector):
         everything = self._mount.everything()
         yield _states(everything)
         served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
+        yield _troubles(served)
         yield from _image_metrics(served)
         yield from _source_metrics(self._mount.fetches())
 
@@ -103,6 +105,15 @@ def _states(everything: Sequence[ServedImage]) -> Metric:
         now = state_of(found)
         for state in STATES:
             metric.add_metric([_label(found.name), state], state == now)
+    return metric
+
+
+def _troubles(served: Sequence[Served]) -> Metric:
+    metric = GaugeMetricFamily("qedfs_image_trouble", "1 for what is wrong with it now.", labels=["image", "cause"])
+    for image_name, image, _ in served:
+        now = {trouble.cause for trouble in image.condition.troubles()}
+        for cause in Cause:
+            metric.add_metric([image_name, str(cause)], cause in now)
     return metric
 
 

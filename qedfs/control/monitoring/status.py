@@ -11,7 +11,7 @@ from qedfs.control.monitoring.progress_rate import Rate
 from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
-from qedfs.image.image import Image
+from qedfs.image.condition import Trouble
 from qedfs.jobs.stream import State
 
 BROKEN = "broken"  # state of an overlay that cannot be served
@@ -34,6 +34,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     image, job = served.image, served.job
     if image is None or job is None:
         return _unserved_status(served)
+    troubles = image.condition.troubles()
     left = job.total - job.populated
     running = job.state is State.RUNNING and image.counted
     eta = rate.seconds_for(left) if rate and running else None
@@ -49,7 +50,8 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
         "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
-        "error": _error(image),
+        "error": str(troubles[0].error) if troubles else None,
+        "condition": [_trouble_status(trouble) for trouble in troubles],
         "exit_code": 0 if job.error is None else job.error.exit_code,
         "limit": job.rate_limiter.limit,
         "copy_on_read": image.copy_on_read,
@@ -86,9 +88,13 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
     }
 
 
-def _error(image: Image) -> str | None:
-    worst = image.condition.worst
-    return None if worst is None else str(worst.error)
+def _trouble_status(trouble: Trouble) -> dict[str, Any]:
+    return {
+        "cause": str(trouble.cause),
+        "error": str(trouble.error),
+        "since": round(trouble.since, 3),
+        "ends_with": trouble.ends_with,
+    }
 
 
 def _by_connection(fetches: Sequence[FetchQueue]) -> list[list[FetchQueue]]:
