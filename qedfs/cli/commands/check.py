@@ -1,4 +1,4 @@
-"""`qedfs check`: looks for damage in an overlay that nobody has open, and repairs what can be repaired."""
+"""`qedfs check`: finds damage in an overlay that nobody has open, and repairs what can be repaired."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _repair(storage: Storage) -> Report:
 
 
 def _drop_journal(storage: Storage) -> None:
-    """Let the record tell of no session that was killed, which is to say that the disk has all that we read."""
+    """Remove the killed session from the record, after making sure that the disk has everything that we read."""
     storage.refresh()
     header, _ = read_header(storage)
     if (record := read_record(storage, header)) is not None:
@@ -68,7 +68,7 @@ def _drop_journal(storage: Storage) -> None:
 
 
 def _waiting(storage: Storage) -> tuple[int, str]:
-    """How many clusters a killed mount has left in its journal, which is brought in by the next one, or why not."""
+    """(clusters in the journal of a killed mount, why that journal cannot be read). The next mount brings them in."""
     header, _ = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
     found = find(storage, None, session.record.session, session.record.journal)

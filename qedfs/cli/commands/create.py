@@ -27,7 +27,7 @@ FORMATS = ("raw", "qcow2", "qed")
     "--backing-format",
     type=click.Choice(FORMATS),
     metavar="[raw|qcow2]",
-    help="Of the backing. Without it: raw, and one that looks like something else, packed files too, is refused.",
+    help="Format of the backing. Default: raw; a backing that looks like another format or is packed is refused.",
 )
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
 @click.option(
@@ -66,7 +66,7 @@ def create(
         raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
     location, looked_at = None, False
     if backing is not None:
-        encode_backing_name(backing)  # refused before anything is asked for its size
+        encode_backing_name(backing)  # raises for a bad name before a server is contacted
         location = parse_location(backing, relative_to=os.path.dirname(os.path.abspath(overlay)))
     if size is None and location is not None:
         _check_scheme(backing or "", location)
@@ -75,7 +75,7 @@ def create(
         overlay,
         image_size=size or 0,
         backing=backing,
-        # Nobody has seen it yet, or said so: then the mount looks at it.
+        # If neither the user nor we know the format yet, the mount probes it.
         raw_backing=backing_format == "raw" or (backing_format is None and (looked_at or backing is None)),
         cluster_size=cluster_size,
         table_size=table_size,
@@ -103,7 +103,7 @@ def _remark_on_local_files(location: Location) -> None:
 
 
 def _check_scheme(text: str, location: Location) -> None:
-    """Raise UsageError for `server/disk.raw`, which names a file that is not there."""
+    """Raise UsageError for `server/disk.raw`: a URL without its scheme names a local file that does not exist."""
     first, slash, _ = text.partition("/")
     if location.path is None or not slash or first in (".", "..") or not set(first) & set(".:"):
         return
@@ -112,13 +112,13 @@ def _check_scheme(text: str, location: Location) -> None:
 
 
 async def _size(location: Location, backing_format: str | None, timeout_seconds: float, shown: Credentials) -> int:
-    """Bytes of the disk in the backing. The user has typed the URL, which allows it."""
-    # Imported here: libcurl takes its time.
+    """The size in bytes of the disk in the backing. The user has typed the URL, so the policy allows it."""
+    # Imported here because loading libcurl is slow.
     from qedfs.source.open import remote_source
     from qedfs.source.policy import Policy
 
     local = tuple(filter(None, (location.path, *location.tls_files)))
-    # A prefix that allows a local file forbids what is not named besides.
+    # A policy that allows a local file forbids everything that it does not name, so name the URL too.
     policy = Policy((*local, location.secret_url) if local else ())
     async with trio.open_nursery() as nursery:
         remote = remote_source(
@@ -126,7 +126,7 @@ async def _size(location: Location, backing_format: str | None, timeout_seconds:
             policy,
             nursery,
             deadline_seconds=timeout_seconds,
-            raw=backing_format == "raw",  # said so: then whatever its first bytes are
+            raw=backing_format == "raw",  # if the user says raw, the first bytes do not matter
             expected=backing_format or "raw",
             credentials=shown,
         )

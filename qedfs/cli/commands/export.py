@@ -31,7 +31,7 @@ from qedfs.units import format_size
 
 COPY_BYTES = 8 << 20
 FETCH_BYTES = 1 << 20
-FETCHES = 8  # at once from the backing
+FETCHES = 8  # concurrent reads of the backing
 HOLE_BYTES = 64 << 10  # zeros of this size become a hole
 ZEROS = bytes(HOLE_BYTES)
 
@@ -78,7 +78,7 @@ def export(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Asking:
-    """How the backing may be asked."""
+    """How the backing may be read."""
 
     allow_backing: tuple[str, ...]
     credentials: Credentials
@@ -102,7 +102,7 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
         fetched = 0
         if missing:
             fetched = await _fetch(overlay, path, missing, target, asking)
-        # Behind all reads: what somebody has cut off meanwhile was taken for zeros.
+        # After all reads: if somebody has truncated the overlay meanwhile, we have read zeros past its end.
         await overlay.inspect()
         return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
     finally:
@@ -111,7 +111,7 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
 
 @contextlib.contextmanager
 def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
-    """The overlay's file by a descriptor of its own: the other belongs to its storage. Reading needs no lock."""
+    """The overlay's file through a second descriptor, since the first one belongs to Storage. Reading needs no lock."""
     with open(path, "rb") as file:
         if not os.path.samestat(os.fstat(file.fileno()), overlay.file_status()):
             raise UsageError(f"{path}: has become another file while it was opened; try again")
@@ -119,7 +119,7 @@ def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
 
 
 def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
-    """Copy one run of data. The kernel shares the blocks where it can, and copies inside itself elsewhere."""
+    """Copy one run of data. The kernel shares the blocks if the file system can, and copies them otherwise."""
     offset, pos, left = run.offset, run.pos, run.size
     while left:
         try:
@@ -129,7 +129,7 @@ def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
                 raise
             done = 0
         if not done:
-            # Two file systems that do not know each other, or the end of the file inside a cluster.
+            # The two file systems cannot copy to each other, or the file ends inside a cluster.
             done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
         offset, pos, left = offset + done, pos + done, left - done
 
@@ -140,7 +140,7 @@ def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, siz
     target.seek(pos)
     target.write(data)
     target.flush()
-    # What lies behind the file's end are zeros, which the hole has already.
+    # Past the end of the file are zeros, and the target has a hole there already.
     return len(data) or size
 
 
@@ -151,11 +151,11 @@ async def _fetch(
     target: BinaryIO,
     asking: _Asking,
 ) -> int:
-    """Bring the missing runs from the backing, of the version that the overlay is pinned to.
+    """Fetch the missing runs from the backing, in the version that the overlay is pinned to.
 
     Returns how many bytes of them are data.
     """
-    # Imported here: libcurl takes its time.
+    # Imported here because loading libcurl is slow.
     from qedfs.fetch.queue import FetchQueue
     from qedfs.image.image import Image
     from qedfs.source.open import remote_source
@@ -181,7 +181,7 @@ async def _fetch(
             nonlocal written
             for pos, size in pieces:
                 data = await image.read(pos, size)
-                # No await in between: the file's position is shared.
+                # No await from seek to write: the position of the file is shared.
                 written += _write_sparse(target, pos, data)
 
         try:
@@ -198,7 +198,7 @@ async def _fetch(
 
 
 def _write_sparse(target: BinaryIO, pos: int, data: Buffer) -> int:
-    """Write what is no zeros; returns its bytes."""
+    """Write the blocks that are not all zeros. Returns their size in bytes."""
     written = 0
     view = memoryview(data)
     for start in range(0, len(view), HOLE_BYTES):
@@ -210,14 +210,14 @@ def _write_sparse(target: BinaryIO, pos: int, data: Buffer) -> int:
 
 
 def _clipped(runs: list[Run], end: int) -> Iterator[Run]:
-    """What of the runs lies in front of `end`."""
+    """The parts of the runs before `end`."""
     for run in runs:
         if run.pos < end:
             yield run._replace(size=min(run.size, end - run.pos))
 
 
 def _cut(runs: list[Run]) -> Iterator[tuple[int, int]]:
-    """(pos, size) of pieces that are one request each. One iterator, from which all fetchers take."""
+    """(pos, size) of the pieces, each of which becomes one request. All fetching tasks share this iterator."""
     for run in runs:
         for pos in range(run.pos, run.pos + run.size, FETCH_BYTES):
             yield pos, min(FETCH_BYTES, run.pos + run.size - pos)

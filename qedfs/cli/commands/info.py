@@ -1,4 +1,4 @@
-"""`qedfs info`: what an overlay file says of itself."""
+"""`qedfs info`: the properties of an overlay file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _populated(overlay: Overlay) -> int:
 
 
 def _pin(record: Record) -> dict[str, Any] | None:
-    """The version of the source that the overlay's clusters are of."""
+    """The version of the source that the overlay's clusters come from."""
     if record.pin is None:
         return None
     pin = record.pin
@@ -92,7 +92,7 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _version(pin: dict[str, Any]) -> list[str | None]:
-    """What the source has told of the version, and what else it can be known by."""
+    """What identifies the pinned version, in words."""
     blocks = pin["sampled_blocks"]
     return [
         f"{pin['size']} bytes",

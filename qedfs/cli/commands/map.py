@@ -21,9 +21,9 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
 from qedfs.units import format_size
 
-ROWS = 16  # of the picture on a terminal, at the most
-CLUSTERS_AT_ONCE = 4096  # looked at one by one, some ms
-# In the order of Kind.
+ROWS = 16  # of the picture on a terminal, at most
+CLUSTERS_AT_ONCE = 4096  # per step; takes some ms
+# One character per Kind, in its order.
 _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
 
@@ -58,7 +58,7 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
 
 
 async def _walk(path: str, most: int, as_json: bool) -> Cells:
-    """Reduce the map to at most `most` cells, and print it on the way if it is wanted as JSON: it may be long."""
+    """Reduce the map to at most `most` cells. With `as_json`, print each run at once, since a map may be long."""
     async with peeked(path) as overlay:
         standing_alone = overlay.backing is None
         cells = Cells(overlay.image_size, overlay.cluster_size, most, standing_alone=standing_alone)
@@ -73,7 +73,7 @@ async def _walk(path: str, most: int, as_json: bool) -> Cells:
 
 
 async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
-    """The runs of the whole image, each as long as can be. What no table describes costs next to nothing."""
+    """The runs of the whole image, joined where possible. Skips ranges without tables at almost no cost."""
     last: Run | None = None
     pos = 0
     while pos < overlay.image_size:
@@ -90,14 +90,14 @@ async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
 
 
 async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
-    """The runs of the next gap of any size, or of the next few clusters."""
+    """The next range without tables as one run, or the runs of the next CLUSTERS_AT_ONCE clusters."""
     left = overlay.image_size - pos
     gap = await overlay.gap(pos // overlay.cluster_size)
     if gap:
         return [Run(MISSING, pos, min(gap * overlay.cluster_size, left))]
     size = min(CLUSTERS_AT_ONCE * overlay.cluster_size, left)
     await overlay.load(pos, size)
-    # A mount may have let the file grow since it was opened, and the entries just loaded may point there.
+    # A mount may have extended the file since we opened it, and the entries just loaded may point there.
     overlay.follow_growth()
     return await overlay.map(pos, size)
 
@@ -113,7 +113,7 @@ def _extent(run: Run, *, standing_alone: bool) -> dict[str, Any]:
         return {**extent, "present": True, "zero": False, "data": True, "offset": run.offset}
     if run.offset == ZERO:
         return {**extent, "present": True, "zero": True, "data": False}
-    # Without a backing, what is missing reads as zeros.
+    # Without a backing, missing clusters read as zeros.
     return {**extent, "depth": 0 if standing_alone else 1, "present": False, "zero": standing_alone, "data": False}
 
 
@@ -128,7 +128,7 @@ def _draw(cells: Cells, width: int) -> None:
 
 
 def _explain(cells: Cells, path: str) -> None:
-    """Say what the picture in the file shows."""
+    """Print the legend of the picture in the file."""
     click.echo(f"{path}: {map_picture.scale_of(cells)}, read like a text")
     for kind in Kind:
         name, _ = map_picture.COLOURS[kind]

@@ -1,4 +1,4 @@
-"""`qedfs profile`: what readers of an image waited for -> a file that the next mount brings in first."""
+"""`qedfs profile`: records which ranges readers waited for, so that a later mount can prefetch them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qedfs wait`: returns when what the user waits for is local."""
+"""`qedfs wait`: returns when all images have reached a goal, such as being complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qedfs.cli.wait_goal import Goal, Unused, parse_goal
 from qedfs.control.qmp.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
 
-POLL_SECONDS = 0.5  # a job that ends is told at once, by its event
+POLL_SECONDS = 0.5  # the end of a job is noticed at once, through its event
 
 
 @click.command(short_help="Wait until images are complete.")
@@ -55,7 +55,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
     except NotMounted as exc:
         if isinstance(exc, Gone) and isinstance(waiting.goal, Unused):
             return
-        # --until-streamed: the mount is over as soon as there is nothing left to wait for.
+        # With --until-streamed the mount ends as soon as all images are complete.
         if waiting.images and all(_stands_alone(found["overlay"]) for found in waiting.images):
             return
         if place is None:
@@ -66,7 +66,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
 
 
 class _Waiting:
-    """One wait: what for, how long, and the images as they were last seen."""
+    """One wait: the goal, the deadline, and the last status of the images."""
 
     def __init__(self, mountpoint: str, image: str | None, goal: Goal, timeout_seconds: float | None) -> None:
         self.images: list[Image] = []
@@ -77,7 +77,7 @@ class _Waiting:
         self._remarked: set[tuple[str, str]] = set()
 
     def run(self, client: Client) -> None:
-        """Return when the goal is reached for all images, those included that have only just come into the folder."""
+        """Return when all images have reached the goal, including any that have just appeared in the folder."""
         client.execute("x-qedfs-rescan")
         self._watch(client)
         if not self.images:
@@ -102,18 +102,18 @@ class _Waiting:
     def _reached_by_all(self, client: Client) -> bool:
         if not self._reached(client):
             return False
-        # The server looks for new overlays once a second: one may lie in the folder that it has not seen.
+        # The server scans for new overlays once a second, so it may not have seen the latest one.
         client.execute("x-qedfs-rescan")
         return self._reached(client)
 
     def _reached(self, client: Client) -> bool:
         self.images = fetch(client, self._image, self._mountpoint)
-        # Each is asked, so that the failure of one is seen though another is not there yet.
+        # Check all images, so that the failure of one is reported even if another is not ready.
         reached = [self.goal.reached(client, image) for image in self.images]
         return all(reached)
 
     def _remark_held(self) -> None:
-        """Say it once when something does not move by itself."""
+        """Print a remark, once for each state, about an image that does not go on by itself."""
         for image in self.images:
             held, key = self.goal.held(image), (image["name"], image["state"])
             if held is not None and key not in self._remarked:
@@ -134,7 +134,7 @@ def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
 
 
 def _stands_alone(overlay: str) -> bool:
-    """Whether the overlay file can be seen to refer to no backing any more."""
+    """Whether the overlay file is complete. False if it cannot be read."""
     try:
         return stands_alone(overlay)
     except QedfsError:
