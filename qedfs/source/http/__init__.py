@@ -1,6 +1,6 @@
-"""Backing images behind http and https URLs, read in ranges with libcurl.
+"""The HTTP source: reads ranges of a file at an http or https URL, with libcurl.
 
-`client.py` is the Source; every answer is judged in `judge.py` before a byte of it is used.
+`client.py` implements `Source`. `judge.py` validates every answer before a byte of it is used.
 """
 
 from qedfs.source.http.client import HttpSource

@@ -1,7 +1,7 @@
-"""The header lines of one HTTP/1.1 answer -> its status and fields.
+"""Parser for the status line and the header fields of an HTTP/1.1 answer.
 
-Pure. Owns the syntax of a status line and a header field. Must not know what any field means for us: that is
-`judge.py`. libcurl has already found the lines; what it lets through that RFC 9112 does not allow is refused here.
+Pure. Owns the syntax of status lines and header fields. Must not know what a field means for us; `judge.py` does.
+libcurl has already split the header into lines. Whatever it lets through that RFC 9112 forbids is refused here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Answer:
     fields: Mapping[str, Sequence[str]]
 
     def sole(self, name: str) -> str | None:
-        """The value of a field that may occur once, or None if it is absent.
+        """The value of a field that may occur only once, or None if it is absent.
 
         Raises:
-            ValueError: it occurs with different values, so that nobody can tell which one counts.
+            ValueError: it occurs with different values, and no rule says which of them counts.
         """
         values = self.fields.get(name)
         if not values:
@@ -44,7 +44,7 @@ def parse_answer(lines: Sequence[bytes], where: str) -> Answer:
     `where` names the source in messages.
 
     Raises:
-        SourceUnreachable: a line is not what the RFC allows; the connection that brought it is of no use.
+        SourceUnreachable: a line violates the RFC. The connection cannot be used any more.
     """
     status = _STATUS_LINE.fullmatch(lines[0]) if lines else None
     if status is None:

@@ -1,16 +1,16 @@
-"""HttpSource: the Source port over HTTP and HTTPS.
+"""HttpSource: a `Source` over HTTP and HTTPS.
 
-Owns the two connection pools and the effective URL, resolved anew when `route.py` says so. Must not know what an answer
-has to look like (`judge.py`), what is of one version (`version.py`), how redirects are followed (`resolve.py`) or how
-libcurl is driven (`multi.py`).
+Owns the two connection pools and the current redirect target, which is resolved again when `route.py` says so. Must not
+know what a valid answer looks like (`judge.py`), what identifies a version (`version.py`), how redirects are followed
+(`resolve.py`) or how libcurl is driven (`multi.py`).
 
-Two pools, each with a Multi of its own: urgent reads find a warm connection that no background read can take, and
-their sockets are served by a task of their own.
+There are two pools, each with its own Multi. So urgent reads find a warm connection that no background read can take,
+and a task of their own serves their sockets.
 
-Concurrency. Any number of tasks may read. `_place` is replaced as a whole, under `_resolving`, by the one task that
-resolves anew; a reader takes it once per try. An Exchange belongs to one read between `pop` and `append` of its
-pool's `_idle`. `_Pool._slots` bounds the transfers that libcurl holds to its number of connections: a transfer that
-waits inside libcurl for a free one would run into the time limit for connecting.
+Concurrency. Any number of tasks may read. Only the task that holds `_resolving` replaces `_place`, as a whole; a reader
+fetches it once per attempt. An Exchange belongs to one read between `pop` from and `append` to its pool's `_idle`.
+`_Pool._slots` limits the transfers inside libcurl to the number of connections, because a transfer that waits inside
+libcurl for a free connection would hit the time limit for connecting.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qedfs.source.http.judge import Doubted, Part, RangeIgnored, RangeRequest, U
 from qedfs.source.http.login import with_login
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.resolve import IGNORED_SECONDS, REDIRECTS, Resolved, place_name, request_lines, resolve
-from qedfs.source.http.route import Doubt, Route, passing
+from qedfs.source.http.route import Route, RouteHealth, as_transient
 from qedfs.source.http.target import Target, first_target
 from qedfs.source.http.version import Version
 from qedfs.source.path import in_thread
@@ -44,18 +44,18 @@ from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 64  # per pool
-DEADLINE_SECONDS = 30.0  # if the caller names none
-MOST_QUESTIONS = 4  # of a request, about the version it is answered with; beyond, the server contradicts itself
+DEADLINE_SECONDS = 30.0  # the default
+MOST_ATTEMPTS = 4  # per read, to settle which version the server has; after that, the server contradicts itself
 
 log = logging.getLogger(__name__)
 
 
 class _Moved(Exception):
-    """The place answers with a redirect now; the origin knows the way."""
+    """The target answers with a redirect now, so the origin has to be asked."""
 
 
 class _Pool:
-    """Connections of one urgency, and the idle handles that go with them."""
+    """The connections for urgent or for background reads, and their idle handles."""
 
     def __init__(self, policy: Policy, nursery: trio.Nursery) -> None:
         self.connections = connections()
@@ -73,7 +73,7 @@ class _Pool:
     async def run(
         self, place: Route, pos: int, buffer: memoryview, judge: Judge, silence: trio.CancelScope, seconds: float
     ) -> None:
-        """`silence`, entered here, ends the request when so many seconds have gone by since it was sent."""
+        """Run a request. `silence`, entered here, cancels it `seconds` after sending, unless `judge` prolongs it."""
         async with self._slots:
             exchange = self._idle.pop() if self._idle else Exchange(self._policy)
             self._busy.add(exchange)
@@ -83,7 +83,7 @@ class _Pool:
                 with silence:
                     await exchange.run(self._multi, pos, buffer, judge, place.where)
             finally:
-                # Also what came of an answer that failed or was given up: it shows that the source is alive.
+                # Count the bytes of a failed or cancelled answer, too: they show that the source is alive.
                 self._done += exchange.take_received()
                 self._busy.discard(exchange)
                 self._idle.append(exchange)
@@ -102,10 +102,16 @@ class _Pool:
 
 
 class HttpSource:
-    """A file behind an http or https URL (the `Source` port). Made by `open`, ended by `aclose`."""
+    """A `Source` for the file at an http or https URL. Create it with `open`, end it with `aclose`."""
 
     def __init__(
-        self, origin: Target, resolved: Resolved, urgent: _Pool, background: _Pool, doubt: Doubt, version: Version
+        self,
+        origin: Target,
+        resolved: Resolved,
+        urgent: _Pool,
+        background: _Pool,
+        health: RouteHealth,
+        version: Version,
     ) -> None:
         self._origin = origin
         self._version = version
@@ -113,7 +119,7 @@ class HttpSource:
         self._background = background
         self._resolving = trio.Lock()
         self._place = self._place_of(resolved)
-        self._doubt = doubt
+        self._health = health
 
     @classmethod
     async def open(
@@ -128,32 +134,32 @@ class HttpSource:
         pinning: Pinning = USUAL,
         samples: Samples | None = None,
     ) -> HttpSource:
-        """Follow redirects to the file and learn its identity. `headers` are extra "Name: value" lines, `tls` what is
-        shown to the origin.
+        """Follow redirects to the file and learn its identity.
 
-        `deadline_seconds`: how long readers wait, which is also how often the origin is asked about a place that fails.
-        `samples`: of what was read of this version already; they get more of it, and decide when in doubt.
+        `headers` are extra "Name: value" lines. `tls` holds the certificates for the origin. `deadline_seconds`: how
+        long readers wait; while a redirect target fails, the origin is asked once per deadline. `samples`: taken from
+        earlier reads of this version. They decide when the version is in doubt, and new reads add to them.
 
-        Two tasks run in `nursery` until `aclose`; if the nursery ends before, all reads raise SourceUnreachable.
+        Two tasks run in `nursery` until `aclose`. If the nursery ends before that, all reads raise SourceUnreachable.
 
         Raises:
-            Refused: the policy forbids the place, an address, or a redirect.
-            UsageError: the location is not http, or a header line is garbled.
+            Refused: the policy forbids the location, an address, or a redirect.
+            UsageError: the location is not http, or a header line is invalid.
             SourceUnreachable: no usable answer now.
-            SourceError: a permanent refusal; the server ignores ranges; it does not tell the size.
+            SourceError: a permanent refusal; the server ignores ranges; it does not report the size.
         """
         if location.kind != "http":
             raise UsageError(f"backing {location} is not an http or https URL")
         policy.check_location(location)
         if paths := tls.paths:
-            await in_thread(paths[0], lambda: read_files(location, *paths))  # libcurl would not say which is missing
+            await in_thread(paths[0], lambda: read_files(location, *paths))  # libcurl's error does not name the file
         origin = await with_login(first_target(location, headers, tls=tls))
-        doubt = Doubt(deadline_seconds)
+        health = RouteHealth(deadline_seconds)
         pools: list[_Pool] = []
         try:
             pools.extend(_Pool(policy, nursery) for _ in range(2))
-            # The connection that this leaves open is there for the first urgent read.
-            resolved = await pools[0].resolve(origin, doubt.at_opening_seconds, pinning)
+            # On the urgent pool: the connection stays open for the first urgent read.
+            resolved = await pools[0].resolve(origin, health.at_opening_seconds, pinning)
         except BaseException as exc:
             for pool in pools:
                 await pool.aclose()
@@ -161,11 +167,11 @@ class HttpSource:
                 raise SourceUnreachable(f"{location}: {(exc.strerror or 'system error').lower()}") from exc
             raise
         version = Version(resolved.identity, pinning, Samples() if samples is None else samples)
-        return cls(origin, resolved, pools[0], pools[1], doubt, version)
+        return cls(origin, resolved, pools[0], pools[1], health, version)
 
     @property
     def identity(self) -> Identity:
-        """The version found by `open`, with the validators that answers have told since."""
+        """The version found by `open`, with the validators that later answers have added."""
         return self._version.identity
 
     @property
@@ -175,13 +181,13 @@ class HttpSource:
 
     @property
     def received(self) -> int:
-        """Bytes of bodies, those of transfers under way included."""
+        """Bytes of bodies received, including those of unfinished transfers."""
         return self._urgent.received + self._background.received
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` from `pos`; see `Source.read`.
 
-        If a redirect led here and the place fails lastingly, or it redirects itself, the origin is asked for the way.
+        If a redirect target keeps failing, or redirects itself, ask the origin again and read from the new target.
         """
         if not 0 <= pos <= pos + buffer.nbytes <= self.identity.size:
             raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self.identity.size} bytes")
@@ -190,7 +196,7 @@ class HttpSource:
             return
         view = buffer.cast("B")
         if pos == 0 and len(view) == 1 and self.identity.size > 1:
-            # `bytes=0-0` means `bytes=0-` to busybox httpd.
+            # busybox httpd takes `bytes=0-0` for `bytes=0-`.
             first_two = memoryview(bytearray(2))
             await self.read(0, first_two, urgent=urgent)
             view[:] = first_two[:1]
@@ -198,7 +204,7 @@ class HttpSource:
         pool = self._urgent if urgent else self._background
         place = self._place
         try:
-            seconds = self._doubt.silent_seconds(trio.current_time()) if place.redirected else math.inf
+            seconds = self._health.silent_seconds(trio.current_time()) if place.redirected else math.inf
             await self._fetch(pool, place, pos, view, silent_seconds=seconds)
         except _Moved:
             await self._fetch_again(pool, await self._resolve_anew(place, None), pos, view)
@@ -208,10 +214,10 @@ class HttpSource:
             await self._fetch_again(pool, await self._resolve_failed(place, exc), pos, view)
         self._version.samples.offer(pos, view)
         if place.redirected and place is self._place:
-            self._doubt.good()
+            self._health.succeeded()
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """None: HTTP does not tell holes."""
+        """None: HTTP does not report holes."""
         await trio.lowlevel.checkpoint()
         return None
 
@@ -223,13 +229,13 @@ class HttpSource:
     async def _fetch(
         self, pool: _Pool, place: Route, pos: int, view: memoryview, *, silent_seconds: float, follow: bool = True
     ) -> None:
-        """One request, and those that find out what an answer leaves open.
+        """Send one request, and further ones while the answers leave the version open.
 
-        A single 200 may be of a cache that is just being filled; it is worth another try. That may take longer, too:
-        there were ranges when the source was opened, so it is no trouble for good.
+        A 200 with the whole file may come from a cache that is just being filled, so it is worth a retry after a pause.
+        A second one is a transient error and not a permanent one, because the server had ranges at the opening.
         """
         ignored = False
-        for _ in range(MOST_QUESTIONS):
+        for _ in range(MOST_ATTEMPTS):
             try:
                 await self._request(pool, place, pos, view, silent_seconds=silent_seconds, follow=follow)
             except Unmet:
@@ -266,30 +272,30 @@ class HttpSource:
         )
 
     async def _fetch_again(self, pool: _Pool, place: Route, pos: int, view: memoryview) -> None:
-        with passing():
+        with as_transient():
             await self._fetch(pool, place, pos, view, silent_seconds=math.inf, follow=False)
         if place is self._place:
-            self._doubt.good()
+            self._health.succeeded()
 
     async def _resolve_failed(self, failed: Route, error: SourceError) -> Route:
-        """Where to go in place of one that has failed; raises `error`, as one that may pass, if that is nowhere."""
+        """The target to use instead of a failed one. If there is none, raises `error` as a transient error."""
         if self._place is not failed:
-            return self._place  # another reader has asked meanwhile
-        if self._doubt.lasting(error, trio.current_time()) and (self._resolving.locked() or self._may_ask()):
+            return self._place  # another reader has resolved meanwhile
+        if self._health.lasting(error, trio.current_time()) and (self._resolving.locked() or self._may_ask()):
             return await self._resolve_anew(failed, error)
-        raise self._doubt.failed(error) from error
+        raise self._health.failed(error) from error
 
     def _may_ask(self) -> bool:
-        return self._doubt.may_ask(trio.current_time())
+        return self._health.may_ask(trio.current_time())
 
     async def _resolve_anew(self, stale: Route, error: SourceError | None) -> Route:
-        """Ask the origin for the way, once for all who want to know. `error`: for what the stale place has failed."""
+        """Ask the origin for the target, once for all waiting readers. `error`: why the stale target failed, if so."""
         async with self._resolving:
             if self._place is not stale:
                 return self._place
             if error is not None and not self._may_ask():
-                raise self._doubt.failed(error) from error
-            self._doubt.asked(trio.current_time())
+                raise self._health.failed(error) from error
+            self._health.asked(trio.current_time())
             place = await self._asked_for(stale, error)
             if place.target.url != stale.target.url:
                 log.info("%s: read from %s from now on", self._origin.location, place.target.location)
@@ -301,22 +307,22 @@ class HttpSource:
             resolved = await self._resolved()
         except QedfsError as exc:
             if not isinstance(error, SourceUnreachable):
-                raise  # there is nothing to go back to
-            # The stale place may come back, and it is the one that is of our version.
-            raise self._doubt.failed(error, exc) from exc
+                raise  # the stale target is of no use any more
+            # The stale target may recover, and it has our version.
+            raise self._health.failed(error, exc) from exc
         return self._place_of(resolved, conditional=stale.conditional)
 
     async def _resolved(self) -> Resolved:
-        """The origin, asked for the way again; it leads to the same version. Called with `_resolving` held."""
-        resolved = await self._urgent.resolve(self._origin, self._doubt.at_opening_seconds, self._version.pinning)
+        """Ask the origin again, and check that it leads to the same version. The caller holds `_resolving`."""
+        resolved = await self._urgent.resolve(self._origin, self._health.at_opening_seconds, self._version.pinning)
         place = self._place_of(resolved, conditional=False)
         await self._version.accept(resolved.identity, place.where, partial(self._read_shown, resolved.identity, place))
         return resolved
 
     async def _unconditional(self, place: Route) -> Route:
-        """The place to ask without a condition, since it did not find ours met. Raises SourceChanged if it was right.
+        """The target without conditions in its requests, after it answered 412. Raises SourceChanged if that was right.
 
-        Answers are compared in any case; the condition only saves the transfer of a wrong one.
+        Answers are compared in any case. A condition only saves the transfer of a wrong one.
         """
         async with self._resolving:
             if self._place is place:
@@ -324,14 +330,14 @@ class HttpSource:
             return self._place
 
     async def _prove(self, doubt: Doubted, place: Route) -> None:
-        """Return if what an answer showed is the same version as before. Errors as `Version.admit`."""
+        """Prove that the identity in an answer stands for the same version. Raises what `Version.admit` raises."""
         async with self._resolving:
             if not self._version.knows(doubt.shown):
                 bare = dataclasses.replace(place, lines=request_lines(place.target, None), conditional=False)
                 await self._version.admit(doubt, place.where, partial(self._read_shown, doubt.shown, bare))
 
     async def _read_shown(self, shown: Identity, place: Route, pos: int, view: memoryview) -> None:
-        """Read bytes of whatever is shown."""
+        """Read bytes of the file that is reported as `shown`, for a proof."""
 
         def judge(answer: Answer) -> Part:
             return self._version.judge_shown(answer, self._asked(place, pos, view), shown)

@@ -1,7 +1,7 @@
-"""What libcurl's result codes mean for us: the one place where they become errors of qedfs.
+"""Translates libcurl's result codes into errors of qedfs.
 
-Owns the wording and the split between "another try may do better" and "never". Must not hand on libcurl's own error
-text: it can hold the URL, and with it a password or a signature. It is looked at for words that are known.
+Owns the wording, and the distinction between transient and permanent failures. Must not pass on libcurl's own error
+text, which may contain the URL and with it a password or a signature. The text is only searched for known phrases.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _TRANSIENT = {
     pycurl.E_COULDNT_RESOLVE_HOST: (Reason.CONNECT, "the host name does not resolve"),
     pycurl.E_COULDNT_CONNECT: (Reason.CONNECT, "cannot connect"),
     _E_PROXY: (Reason.CONNECT, "the proxy refuses the connection"),
-    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed; is it a server for https at all?"),
-    pycurl.E_OPERATION_TIMEDOUT: (Reason.TIMEOUT, "no answer, or too slow a one, within the time allowed"),
+    pycurl.E_SSL_CONNECT_ERROR: (Reason.CONNECT, "the TLS handshake failed; is it an https server at all?"),
+    pycurl.E_OPERATION_TIMEDOUT: (Reason.TIMEOUT, "no answer, or too slow an answer, within the time limit"),
     pycurl.E_PARTIAL_FILE: (Reason.CUT, "the answer was cut short"),
     pycurl.E_GOT_NOTHING: (Reason.CUT, "the connection was closed without an answer"),
     pycurl.E_SEND_ERROR: (Reason.CUT, "the connection broke while the request was sent"),
@@ -38,13 +38,16 @@ _TRANSIENT = {
     pycurl.E_WRITE_ERROR: (Reason.ANSWER, "the answer is garbled"),
     pycurl.E_FTP_WEIRD_SERVER_REPLY: (Reason.ANSWER, "the answer is garbled"),
 }
-# X509_verify_cert_error_string(3): fixed texts.
+# The text is one of the fixed ones of X509_verify_cert_error_string(3).
 _VERIFY_RESULT = re.compile(r"verify result: ([a-zA-Z ,'-]+) \(\d+\)")
 _SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
 
 
 class TransferFailed(Exception):
-    """A transfer ended with libcurl's result `code` (CURLE_*); `said`: by its text. Never leaves this package."""
+    """A transfer ended with libcurl's result `code` (CURLE_*). `said`: what its error text revealed.
+
+    Never leaves this package.
+    """
 
     def __init__(self, code: int, said: Said | None = None) -> None:
         super().__init__(f"libcurl result {code}")
@@ -53,7 +56,7 @@ class TransferFailed(Exception):
 
 
 def said(text: str) -> Said | None:
-    """What libcurl's text tells beyond the code, in words that are known."""
+    """What libcurl's error text reveals beyond the result code, in our words; None if nothing known."""
     if "alert" in text:
         return explain_alert(text)
     if "client certificate" in text or "private key" in text:
@@ -61,7 +64,7 @@ def said(text: str) -> Said | None:
             "the client certificate or its key cannot be used; it must be PEM, and the key without a passphrase"
         )
     if "certificate subject name" in text or "does not match" in text:
-        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: it has other names")
+        return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: it does not contain this name")
     found = _VERIFY_RESULT.search(text)
     if found is not None:
         return Said(f"{_PERMANENT[pycurl.E_PEER_FAILED_VERIFICATION]}: {with_advice(found[1])}")
@@ -69,7 +72,7 @@ def said(text: str) -> Said | None:
 
 
 def source_error(code: int, os_errno: int, where: str, told: Said | None = None) -> SourceError:
-    """The error for a transfer that ended with `code`; `os_errno` is of libcurl's last failed system call, or 0."""
+    """The error for a transfer that ended with `code`. `os_errno`: of libcurl's last failed system call, or 0."""
     if told is not None and told.lasting:
         return SourceError(f"{where}: {told.words}")
     if told is not None:

@@ -1,10 +1,10 @@
-"""One libcurl easy handle: what the next request is, and its callbacks.
+"""One libcurl easy handle with its request and its callbacks.
 
-Owns the way of the bytes from libcurl into the caller's buffer, and the rule that none goes there before the header
-has been judged. Must not know pools, redirects, or which errors are worth another try.
+Owns the path of the bytes from libcurl into the caller's buffer, and the rule that no byte is stored before the header
+has been judged. Must not know pools, redirects, or which errors deserve a retry.
 
-An exchange serves one request at a time and is then used for the next one. An exception in a callback is kept, the
-transfer is aborted, and `run` raises it: pycurl would print and lose it.
+An exchange serves one request at a time, and is reused for the next. If a callback fails, it stores the exception and
+aborts the transfer, and `run` raises the exception. pycurl itself would print the exception and lose it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from qedfs.source.http.multi import Multi, MultiClosed
 from qedfs.source.http.target import Target
 from qedfs.source.policy import Policy
 
-MAX_HEADER_SIZE = 64 * 1024  # bytes of all header lines of one request's answers, trailers included
+MAX_HEADER_SIZE = 64 * 1024  # bytes of header lines per request, including interim answers and trailers
 
-_ABORT = -1  # returned by a callback, makes libcurl end the transfer
+_ABORT = -1  # when a callback returns this, libcurl aborts the transfer
 _EMPTY = memoryview(b"")
 
 Judge = Callable[[Answer], Part | None]
-"""Says which part of the body is wanted, None if nothing; raises an error to refuse the answer."""
+"""Returns which part of the body is wanted, or None if no body is. Raises an error to refuse the answer."""
 
 
 class _SocketAddress(Protocol):
@@ -43,7 +43,7 @@ class _SocketAddress(Protocol):
 
 
 class Exchange:
-    """An easy handle and the request that it is busy with."""
+    """An easy handle and its current request."""
 
     def __init__(self, policy: Policy) -> None:
         self.curl = self._new_handle()
@@ -66,9 +66,9 @@ class Exchange:
         return curl
 
     def aim(self, target: Target, lines: Sequence[str], cookies: Sequence[bytes] = ()) -> None:
-        """Send the next requests to `target` with these header lines. Cheap when all are the ones of last time.
+        """Send the next requests to `target` with these header lines. Cheap if no argument changes.
 
-        `cookies`: what `cookies` of the exchange that found the target has returned.
+        `cookies`: the `cookies` of the exchange that resolved the target.
         """
         if target is self._target and lines is self._lines and cookies is self._cookies:
             return
@@ -83,7 +83,7 @@ class Exchange:
                 self.curl.setopt(option, value.encode())
         self.curl.setopt(pycurl.HTTPHEADER, [line.encode("latin-1") for line in lines])
         if cookies is not self._cookies:
-            for line in (b"ALL", *cookies):  # "ALL" drops those that it has
+            for line in (b"ALL", *cookies):  # "ALL" drops all that are stored
                 self.curl.setopt(pycurl.COOKIELIST, line)
         self._target, self._lines, self._cookies = target, lines, cookies
 
@@ -100,32 +100,32 @@ class Exchange:
         self._tls = tls
 
     def take_cookies(self) -> None:
-        """From now on keep the cookies that answers set, and send each to where it belongs, as RFC 6265 says."""
+        """From now on store the cookies that answers set, and send them to the hosts that RFC 6265 says."""
         self._takes_cookies = True
         self.curl.setopt(pycurl.COOKIEFILE, "")
 
     @property
     def cookies(self) -> tuple[bytes, ...]:
-        """What it has taken, as lines for `aim`. They are secrets as passwords are."""
+        """The stored cookies, as lines for `aim`. They are as secret as passwords."""
         return tuple(self.curl.getinfo_raw(pycurl.INFO_COOKIELIST) or ())
 
     async def run(
         self, multi: Multi, pos: int, buffer: memoryview, judge: Judge, where: str, *, fresh: bool = False
     ) -> None:
-        """Ask for `len(buffer)` bytes at `pos`. Returns when the buffer is full, or when `judge` wants no body.
+        """Request `len(buffer)` bytes at `pos`. Returns when the buffer is full, or when `judge` wants no body.
 
-        `fresh` forbids a connection that is open already: its address may have been checked under another rule.
-        `where` names the source in messages. After the call, however it ended, the buffer is not touched any more.
+        `fresh` forbids the reuse of an open connection, whose address may have been checked under another rule. `where`
+        names the source in messages. However the call ends, the buffer is not touched after it.
 
         Raises:
-            QedfsError: what `judge` raised; Refused, by the policy; else SourceUnreachable or SourceError.
+            QedfsError: whatever `judge` raised; Refused by the policy; otherwise SourceUnreachable or SourceError.
         """
         self.curl.setopt(pycurl.RANGE, f"{pos}-{pos + len(buffer) - 1}")
         self.curl.setopt(pycurl.FRESH_CONNECT, fresh)
         await self._run(multi, buffer, judge, where)
 
     async def head(self, multi: Multi, judge: Judge, where: str) -> None:
-        """Ask with HEAD for what a whole answer would tell. Errors as `run`."""
+        """Send a HEAD request for the whole file. Raises what `run` raises."""
         self.curl.unsetopt(pycurl.RANGE)
         self.curl.setopt(pycurl.NOBODY, 1)
         try:
@@ -143,25 +143,25 @@ class Exchange:
             try:
                 raise failure
             finally:
-                del failure  # it holds this frame, and so the buffer
+                del failure  # its traceback refers to this frame, and so to the buffer
 
     @property
     def received(self) -> int:
-        """Bytes of bodies since `take_received`, of transfers that failed or were cancelled too."""
+        """Bytes of bodies received since `take_received`, including those of failed and cancelled transfers."""
         return self._received
 
     def take_received(self) -> int:
-        """The same, for somebody who adds them up."""
+        """Return `received` and reset it to 0."""
         received, self._received = self._received, 0
         return received
 
     def peer_address(self) -> str | None:
-        """Numeric address of the server (or proxy) that answered last."""
+        """Numeric address of the server, or proxy, that answered last; None if unknown."""
         address: str = self.curl.getinfo(pycurl.PRIMARY_IP)
         return address or None
 
     def close(self) -> None:
-        """Give the handle back to libcurl. No request may be running."""
+        """Free the handle. No request may be running."""
         self.curl.close()
 
     def _prepare(self, buffer: memoryview, judge: Judge | None, where: str) -> None:
@@ -172,7 +172,7 @@ class Exchange:
         self._header: list[bytes] = []
         self._header_size = 0
         self._unwanted = False
-        self._before = self._after = 0  # bytes of the body around those that are wanted, still to come
+        self._before = self._after = 0  # bytes of the body that are still to be skipped before and after the range
         self._error: Exception | None = None
         self._refusal: Refused | None = None
 
@@ -212,7 +212,7 @@ class Exchange:
             if self._header_size > MAX_HEADER_SIZE:
                 raise self._bad(f"the answer's header is larger than {MAX_HEADER_SIZE} bytes")
             if self._judge is None:
-                return None  # a trailer, after a body in chunks: nothing in it is used
+                return None  # a trailer after a chunked body: not used
             if line.strip(b"\r\n"):
                 self._header.append(line)
                 return None
@@ -238,7 +238,7 @@ class Exchange:
         try:
             self._received += len(data)
             if self._before or self._after:
-                data = self._wanted_of(data)
+                data = self._wanted(data)
             end = self._filled + len(data)
             if self._judge is not None or end > len(self._buffer):
                 raise self._bad("the answer's body is longer than the range")
@@ -249,8 +249,8 @@ class Exchange:
             return _ABORT
         return None
 
-    def _wanted_of(self, data: bytes) -> bytes:
-        """What is wanted of a piece of a whole file."""
+    def _wanted(self, data: bytes) -> bytes:
+        """The part of `data`, a piece of the whole file, that belongs to the range."""
         skipped = min(self._before, len(data))
         self._before -= skipped
         wanted = data[skipped : skipped + len(self._buffer) - self._filled]
@@ -260,7 +260,7 @@ class Exchange:
         return wanted
 
     def _on_open_socket(self, _purpose: int, address: _SocketAddress) -> socket.socket | int:
-        """Check an address right before libcurl connects to it. One refused, libcurl tries the host's next one."""
+        """Check an address right before libcurl connects to it. If it is refused, libcurl tries the host's next one."""
         try:
             if self._target is not None:
                 self._target.check_address(address.addr[0], self._policy)
@@ -273,7 +273,7 @@ class Exchange:
         return int(pycurl.SOCKET_BAD)
 
     def _on_socket_opened(self, fd: int, _purpose: int) -> int:
-        """libcurl has a duplicate, made by pycurl: close the original, and set close-on-exec, which got lost."""
+        """Close the original of the socket, of which pycurl gave libcurl a duplicate, and set close-on-exec on that."""
         try:
             if self._opened is not None:
                 self._opened.close()

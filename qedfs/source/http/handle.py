@@ -1,6 +1,6 @@
-"""A libcurl easy handle with every option that is the same for all requests.
+"""Makes libcurl easy handles, with all the options that are the same for every request.
 
-Owns protocol limits, TLS trust, time limits. Must not know a particular request.
+Owns the allowed protocols, TLS trust and time limits. Must not know a particular request.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from qedfs import __version__
 from qedfs.source.ca_files import find_ca_file, find_ca_folder
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 
-CONNECT_SECONDS = 10  # name look-up, TCP and TLS together
-STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for so long is given up
+CONNECT_SECONDS = 10  # name resolution, TCP and TLS together
+STALL_SECONDS = 10  # a transfer that stays below STALL_BYTES_PER_SECOND for this long is aborted
 STALL_BYTES_PER_SECOND = 1024
 
-# Bytes per call-back at the most. pycurl makes a bytes object of each piece and we copy that: at this size it stays
-# in the core's cache, and below malloc's threshold for mmap (128 KiB), above which each piece faults in fresh pages.
+# Maximal bytes per callback. pycurl makes a bytes object of each piece, which we copy. At this size the object stays in
+# the core's cache, and below malloc's mmap threshold (128 KiB), above which each piece would fault in fresh pages.
 RECEIVE_BUFFER_SIZE = 64 * 1024
 
 _SUPPRESS_CONNECT_HEADERS = 265  # CURLOPT_SUPPRESS_CONNECT_HEADERS; pycurl has no name for it
-_QUICK_EXIT = 322  # CURLOPT_QUICK_EXIT; the same
+_QUICK_EXIT = 322  # CURLOPT_QUICK_EXIT; likewise
 
 
 def new_handle() -> pycurl.Curl:
-    """Make an easy handle for ranges over http and https.
+    """Make an easy handle for range requests over http and https.
 
-    HTTP/1.1 only: there each request in flight has a connection of its own. On the one connection of HTTP/2 the
-    bytes of an urgent answer would wait in the socket behind those of the background.
+    It only speaks HTTP/1.1, where each request in flight has its own connection. On the single connection of HTTP/2 the
+    bytes of an urgent answer would queue in the socket behind those of background reads.
 
-    Redirects are not followed by libcurl, whose own check knows nothing of the mounting user's policy. User name and
-    password are sent as Basic: other schemes cost a refused request first.
+    libcurl does not follow redirects, because it does not know the mounting user's policy. User name and password are
+    sent as Basic, because other schemes first need a request that the server refuses.
     """
     curl = pycurl.Curl()
     for option, value in _FIXED_OPTIONS.items():
@@ -42,7 +42,7 @@ def new_handle() -> pycurl.Curl:
     curl.setopt(pycurl.LOW_SPEED_LIMIT, STALL_BYTES_PER_SECOND)
     curl.setopt(pycurl.LOW_SPEED_TIME, STALL_SECONDS)
     with contextlib.suppress(pycurl.error):  # new in libcurl 7.87
-        # Or cancelling a transfer waits for the name look-up that it is in.
+        # Without it, cancelling a transfer waits for the end of its name resolution.
         curl.setopt(_QUICK_EXIT, 1)
     ca_file = find_ca_file(os.environ)
     if ca_file is not None:
@@ -52,9 +52,9 @@ def new_handle() -> pycurl.Curl:
 
 
 def show_tls_files(curl: pycurl.Curl, files: TlsFiles) -> None:
-    """Trust and show the certificates of a place; without any, trust what the user or the system trusts.
+    """Use the CA and client certificates of one server. Without a CA file, trust what the user or the system trusts.
 
-    pycurl cannot take a client certificate away again: a place without one needs another handle.
+    pycurl cannot unset a client certificate again, so a server without one needs another handle.
     """
     ca_file = files.ca or find_ca_file(os.environ)
     ca_folder = None if files.ca else find_ca_folder(os.environ)
@@ -78,12 +78,12 @@ _FIXED_OPTIONS = {
     pycurl.NETRC: pycurl.NETRC_IGNORED,  # `login.py` reads it
     pycurl.HTTP_CONTENT_DECODING: 0,
     _SUPPRESS_CONNECT_HEADERS: 1,
-    pycurl.PATH_AS_IS: 1,  # the path that the policy saw is the path that is sent
+    pycurl.PATH_AS_IS: 1,  # the path that is sent must be the path that the policy checked
     pycurl.SSL_VERIFYPEER: 1,
     pycurl.SSL_VERIFYHOST: 2,
-    pycurl.KEYPASSWD: "",  # or OpenSSL asks at the terminal for the passphrase of a key
+    pycurl.KEYPASSWD: "",  # otherwise OpenSSL prompts for the passphrase of a key on the terminal
     pycurl.BUFFERSIZE: RECEIVE_BUFFER_SIZE,
-    pycurl.NOSIGNAL: 1,  # libcurl must not touch SIGALRM and SIGPIPE of the process
+    pycurl.NOSIGNAL: 1,  # libcurl must not change the process's handling of SIGALRM and SIGPIPE
     pycurl.NOPROGRESS: 1,
     pycurl.TCP_KEEPALIVE: 1,
     pycurl.USERAGENT: f"qedfs/{__version__}",

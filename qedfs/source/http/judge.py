@@ -1,14 +1,14 @@
-"""May the body of this HTTP answer be used? Decided from status and header alone, before the first body byte.
+"""The validation of HTTP answers: from status and header alone, decides whether the body may be used.
 
-Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, and the class of error that a
-refusal becomes, and which part of a body was asked for. Must not know libcurl, connections or redirects.
+Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, the class of the error for a refusal,
+and which part of a body is the requested range. Must not know libcurl, connections or redirects.
 
-A wrong byte accepted here would be copied into an overlay for good, so the rule is: exactly the range that was asked
-for, of exactly the version that is pinned, or an error. Three kinds of error: `SourceChanged` (another version),
-`SourceUnreachable` (this answer, this connection; another try may do better), `SourceError` (asking again will not
-help). Three things are for the caller to find out: `Doubted`, whether an answer is of the version that was asked for,
-`Unmet`, why the server does not find our condition met, and `RangeIgnored`, whether it always sends the whole file.
-Section numbers are those of RFC 9110.
+A wrong byte that is accepted here would stay in an overlay for good. So an answer must be exactly the requested range
+of exactly the pinned version; anything else is an error. There are three kinds of error: `SourceChanged` (another
+version), `SourceUnreachable` (a fault of this answer or connection, a retry may help) and `SourceError` (a retry will
+not help). Three exceptions leave a question to the caller: `Doubted`, whether the answer is of the pinned version;
+`Unmet`, why the server considers our condition not met; and `RangeIgnored`, whether the server always sends the whole
+file. Section numbers are those of RFC 9110.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from qedfs.source.http.digests import published_digest
 from qedfs.source.pinning import USUAL, Pinning
 
 MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
-# Asked for at first. Not one byte: `bytes=0-0` means `bytes=0-` to busybox httpd.
+# Size of the first request. One byte would not do: busybox httpd takes `bytes=0-0` for `bytes=0-`.
 OPENING_BYTES = 2
-# A file up to this size is cut out of an answer that brings the whole of it: a seed ISO on a server without ranges.
+# Up to this file size, an answer with the whole file is accepted and the range cut out of it, which makes a seed ISO on
+# a server without ranges usable.
 SMALL_FILE_BYTES = 512 << 10
-MAX_RETRY_AFTER_SECONDS = 60.0  # a server may ask for more; a reader is waiting
-MAX_VALIDATOR_CHARS = 1024  # an ETag comes back to the server in each request
+MAX_RETRY_AFTER_SECONDS = 60.0  # a longer Retry-After is cut to this, because a reader is waiting
+MAX_VALIDATOR_CHARS = 1024  # an ETag is sent back to the server in each request
 MAX_DATE_CHARS = 64  # the longest form that section 5.6.7 allows has 33
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII | re.IGNORECASE)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,19})", re.ASCII | re.IGNORECASE)
 _ETAG = re.compile('(W/)?"[!#-~\x80-\xff]*"')  # section 8.8.3
-_PLAIN = frozenset({"", "identity", "none", "aws-chunked"})  # codings of a body that is as it is; the last one, S3's
+_PLAIN = frozenset({"", "identity", "none", "aws-chunked"})  # codings that leave the body unchanged; the last is S3's
 _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
 
-# Section 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
+# Sections 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MEANING = {
     401: "asks for credentials (401); give them in the URL or in ~/.netrc",
     403: "forbids access (403)",
     404: "has no such file (404)",
     407: "is behind a proxy that asks for credentials (407)",
-    410: "has no such file any more (410)",
+    410: "no longer has the file (410)",
     416: "has no such range (416)",
-    429: "is asked too often (429)",
+    429: "got too many requests (429)",
     503: "is overloaded (503)",
 }
 
 
 class Doubted(Exception):
-    """The answer may be of another version. `shown`: what it tells; `why`: what speaks against it.
+    """The answer may be of another version. `shown`: the identity in it; `why`: the evidence against our version.
 
     Never leaves this package.
     """
@@ -68,16 +69,16 @@ class Doubted(Exception):
 
 
 class Unmet(Exception):
-    """412: the condition of the request is not met, says the server. Never leaves this package."""
+    """412: the server says that the condition of the request is not met. Never leaves this package."""
 
 
 class RangeIgnored(Exception):
-    """200 with the whole file, which is a large one. Never leaves this package."""
+    """200 with the whole file, and the file is not small. Never leaves this package."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Which bytes of a body are the range: all but so many `before` them and `after` them."""
+    """Where the range is in a body: how many bytes of the body to skip `before` and `after` it."""
 
     before: int = 0
     after: int = 0
@@ -88,9 +89,10 @@ ALL = Part()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RangeRequest:
-    """What was asked: `size` bytes at `pos` of the version `identity`. `where` names the source in messages.
+    """A range request: `size` bytes at `pos` of the version `identity`. `where` names the source in messages.
 
-    `also`: what else has been proved to be shown with that version. `conditional`: the version was sent as a condition.
+    `also`: other identities that were proved to stand for that version. `conditional`: the request had the version as a
+    condition.
     """
 
     pos: int
@@ -104,16 +106,16 @@ class RangeRequest:
 
 
 def judge_range(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]:
-    """Return if the body of `answer` holds exactly what `request` asked for (its length is still to be counted).
+    """Check that the body of `answer` holds exactly the requested range. The caller must still count the body's bytes.
 
-    What is returned is the version that was asked for, with what the answer tells of it besides, and where the range
-    is: a server may send the whole file instead (section 14.2).
+    Returns the requested version, completed with what the answer adds to it, and where the range is in the body: a
+    server may send the whole file instead (section 14.2).
 
     Raises:
-        SourceChanged: another version: other total size, digest, ETag or Last-Modified.
+        SourceChanged: another version: its total size, digest, ETag or Last-Modified differs.
         Doubted, Unmet, RangeIgnored: see there.
-        SourceUnreachable: wrong or garbled range, wrong length, multipart, or a status worth another try.
-        SourceError: encoded content, ranges ignored, or a status that says no for good.
+        SourceUnreachable: wrong or garbled range, wrong length, multipart, or a transient status.
+        SourceError: encoded content, or a permanent status.
     """
     try:
         if answer.status == 206:
@@ -134,14 +136,14 @@ def judge_range(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]:
 def judge_opening(
     answer: Answer, where: str, name: str, pinning: Pinning = USUAL, *, head: Answer | None = None
 ) -> Identity:
-    """The identity that the answer to the first request, for OPENING_BYTES, shows, as far as it counts.
+    """The identity in the answer to the first request, which was for OPENING_BYTES, reduced to what `pinning` counts.
 
-    416 with `bytes */0` and 200 with `Content-Length: 0` are an empty file: no range of it exists (section 14.4).
-    `name` becomes `Identity.name`. `head`: the answer to a HEAD request, where the first one `hides_size`.
+    416 with `bytes */0` and 200 with `Content-Length: 0` mean an empty file, of which no range exists (section 14.4).
+    `name` becomes `Identity.name`. `head`: the answer to a HEAD request, needed if the first answer `hides_size`.
 
     Raises:
         RangeIgnored: see there.
-        SourceUnreachable, SourceError: as `judge_range`; also if the server does not tell the size.
+        SourceUnreachable, SourceError: as `judge_range`; also if the server does not report the size.
     """
     try:
         if answer.status == 206:
@@ -158,14 +160,14 @@ def judge_opening(
 
 
 def hides_size(answer: Answer) -> bool:
-    """Whether it is a part of a file whose size it does not tell."""
+    """Whether the answer is a part of a file but does not report the file's size."""
     return answer.status == 206 and any(
         value.strip().endswith("/*") for value in answer.fields.get("content-range", ())
     )
 
 
 def ignores_ranges(where: str) -> SourceError:
-    """The error for a server that sends the whole file again and again."""
+    """The error for a server that always sends the whole file."""
     return SourceError(
         f"{where} ignores range requests (answered 200 with the whole file);"
         " put the file on a server that supports ranges, or download it and use the local copy"
@@ -173,18 +175,18 @@ def ignores_ranges(where: str) -> SourceError:
 
 
 def refused_status(answer: Answer, where: str) -> SourceError:
-    """The error for a status that brings no bytes."""
+    """The error for a status that comes without bytes of the file."""
     status = answer.status
     meaning = _MEANING.get(status, f"answered with status {status}")
-    # Section 15: an unknown 5xx is to be taken for 500; 501 and 505 say that the server will never do it.
+    # Section 15: an unknown 5xx counts as 500. 501 and 505 are permanent.
     if status in _TRANSIENT or (status > 500 and status not in (501, 505)):
         return SourceUnreachable(f"{where} {meaning}", reason=Reason.SERVER, retry_after_seconds=_retry_after(answer))
     return SourceError(f"{where} {meaning}")
 
 
-@functools.lru_cache(maxsize=64)  # each answer has one, most often the same
+@functools.lru_cache(maxsize=64)  # each answer has a date, usually the same one
 def is_http_date(text: str) -> bool:
-    """Whether `text` is an HTTP date (section 5.6.7), so that it may go back in If-Unmodified-Since."""
+    """Whether `text` is an HTTP date (section 5.6.7), so that it can be sent back in If-Unmodified-Since."""
     return _http_date(text) is not None
 
 
@@ -203,8 +205,8 @@ def _judge_partial(answer: Answer, request: RangeRequest) -> Identity:
 
 
 def _judge_whole(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]:
-    """The whole file in place of a range; its length and version must be the ones that were asked for."""
-    # If its validator differs the version is the better thing to tell.
+    """Judge an answer with the whole file instead of a range. Its length and version must be those of the request."""
+    # The version first: if both are wrong, the changed version is the better error.
     identity = _judge_version(answer, request)
     part = Part(request.pos, identity.size - request.pos - request.size)
     if part != ALL and identity.size > SMALL_FILE_BYTES:
@@ -227,16 +229,16 @@ def _opening_size(answer: Answer, where: str, head: Answer | None) -> int:
 
 
 def _hidden_size(answer: Answer, where: str, head: Answer | None) -> int:
-    """The size that HEAD tells of the same version."""
-    hidden = f"{where} does not tell the size of the file (Content-Range ends in /*)"
+    """The size from the answer to HEAD, which must be of the same version."""
+    hidden = f"{where} does not report the size of the file (Content-Range ends in /*)"
     told = Identity(0, *_validators(answer))
     if not any(told.validators):
-        raise SourceError(f"{hidden}, nor a version of it that could be compared")
+        raise SourceError(f"{hidden}, nor any validator of its version")
     if head is None or head.status != 200 or not head.fields.get("content-length"):
-        raise SourceError(f"{hidden}, and HEAD does not tell it either")
+        raise SourceError(f"{hidden}, and HEAD does not report it either")
     _refuse_encoded(head, where)
     if not told.tells_as(Identity(0, *_validators(head))):
-        raise ValueError("HEAD tells of another version than GET")
+        raise ValueError("HEAD reports another version than GET")
     return _length(head) or 0
 
 
@@ -292,14 +294,14 @@ def _length(answer: Answer) -> int | None:
 
 
 def _judge_version(answer: Answer, request: RangeRequest) -> Identity:
-    """The version that was asked for, with what the answer tells of it besides.
+    """The requested version, completed with what the answer adds to it.
 
-    Compared as text: a server that sends the same version sends the same text.
+    Validators are compared as text, because a server sends the same text for the same version.
     """
     identity, place = request.identity, request.place or request.identity.place
     validators, digest = _validators(answer), published_digest(answer)
     if (validators, digest, place) == (identity.validators, identity.digest, identity.place):
-        return identity  # as nearly always
+        return identity  # nearly always
     shown = request.pinning.counted(Identity(identity.size, *validators, identity.name, digest, place))
     verdict = identity.compare(shown)
     if verdict.sameness is Sameness.SAME or identity.tells_as(shown):
@@ -327,7 +329,7 @@ def _validators(answer: Answer) -> tuple[str | None, str | None]:
     return _usable(answer.sole("etag"), answer.sole("last-modified"))
 
 
-# Parsing a date takes 15 us, and one source tells the same few with each answer.
+# Parsing a date takes 15 us, and the answers of one source repeat the same few validators.
 @functools.lru_cache(maxsize=256)
 def _usable(etag: str | None, last_modified: str | None) -> tuple[str | None, str | None]:
     if etag is not None and (_ETAG.fullmatch(etag) is None or len(etag) > MAX_VALIDATOR_CHARS):
@@ -338,9 +340,9 @@ def _usable(etag: str | None, last_modified: str | None) -> tuple[str | None, st
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """The server's wish in seconds (section 10.2.3), capped; None if absent or garbled.
+    """The Retry-After in seconds (section 10.2.3), capped; None if absent or garbled.
 
-    A date is counted from the server's own Date, so that a wrong clock here does not matter.
+    A date is taken relative to the server's own Date, so that a wrong clock here does not matter.
     """
     values = answer.fields.get("retry-after", ())
     if len(values) != 1:

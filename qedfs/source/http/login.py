@@ -1,8 +1,8 @@
-"""User name and password for the place that the user named, out of ~/.netrc.
+"""User name and password from ~/.netrc, for the URL that the user named.
 
-Owns which entries count. Must not know redirects: a place that a server sends us to gets nothing from here, and that
-is why libcurl does not read the file. It would look each place up anew, and has the password of a `default` entry
-for whatever server an overlay names.
+Owns the choice of entry. Must not know redirects: the target of a redirect gets no login from here. That is why libcurl
+does not read the file. It would look up every redirect target, too, and would send the password of a `default` entry to
+any server that an overlay names.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NETRC = "~/.netrc"
 
 
 async def with_login(target: Target) -> Target:
-    """The target with what ~/.netrc says about its host, as far as its URL leaves user name or password open.
+    """The target, with user name and password from ~/.netrc unless its URL has them.
 
-    As for curl, an entry counts for all ports and for http as for https. `default` does not count, and of several
-    entries for one host the last one does.
+    As with curl, an entry counts for all ports and for both http and https. Unlike with curl, `default` does not count,
+    and the last of several entries for one host wins.
 
     Raises:
-        SourceError: the file cannot be understood.
+        SourceError: the file cannot be parsed.
     """
     if target.password is not None:
         return target
@@ -45,12 +45,12 @@ def _entry(target: Target) -> tuple[str, str] | None:
     except OSError:
         return None
     except netrc.NetrcParseError as exc:
-        # Its own text may quote a password.
+        # The original message may quote a password.
         raise SourceError(f"backing {target.location}: line {exc.lineno} of ~/.netrc is not understood") from None
     except UnicodeDecodeError:
         raise SourceError(f"backing {target.location}: ~/.netrc is not text in UTF-8") from None
     for name, (user, _account, password) in hosts.items():
-        # The parser files the `default` entry under that name.
+        # The parser stores the `default` entry under that name.
         if name != "default" and _same_host(name, target):
             return user or "", password or ""
     return None

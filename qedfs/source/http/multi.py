@@ -1,17 +1,18 @@
-"""Many libcurl transfers at once, driven by trio.
+"""The bridge between libcurl's multi interface and trio: runs many transfers at once.
 
-Owns a `pycurl.CurlMulti`, the epoll object that watches its sockets, and the task that waits for both sockets and
+Owns a `pycurl.CurlMulti`, the epoll object that watches its sockets, and the pump task that waits for sockets and the
 timer. Must not know HTTP, URLs or what a transfer is for.
 
-How it waits. libcurl says which sockets it wants watched (M_SOCKETFUNCTION) and when it wants to be called at the
-latest (M_TIMERFUNCTION). The sockets go into an epoll object of our own, and one task waits, through trio, until that
-object is readable or the deadline is over. One descriptor in trio's own epoll however many sockets there are: no task
-per socket, and no watcher to cancel when libcurl closes a socket and the system gives its number to another one.
+Waiting. libcurl says which sockets it wants watched (M_SOCKETFUNCTION) and when it must be called at the latest
+(M_TIMERFUNCTION). The sockets are registered in an epoll object of our own. The pump waits, through trio, until that
+object is readable or the deadline has passed. So trio's own epoll has one descriptor, however many sockets there are.
+There is no task per socket, and no watcher to cancel when libcurl closes a socket and the system reuses its number.
 
-Concurrency. Everything but the closing happens in trio's thread. Tasks that call `perform` and the one pump task share
-`_flights`; no callback awaits, and none of libcurl's functions is called from inside a callback. A callback never
-raises into libcurl (pycurl would print the exception and lose it): what goes wrong is kept in `_fault` and ends the
-flights once libcurl has returned. Interrupts (Ctrl-C) are held back for the same reason while libcurl is on the stack.
+Concurrency. Everything except the closing happens in trio's thread. The tasks that call `perform` and the pump share
+`_flights`. No callback awaits, and no function of libcurl is called from inside a callback. A callback never raises
+into libcurl, because pycurl would print the exception and lose it. Instead, the exception is stored in `_fault` and
+ends the flights after libcurl has returned. For the same reason, KeyboardInterrupt is deferred while libcurl is on the
+stack.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ import trio
 
 from qedfs.source.http.errors import TransferFailed, said
 
-# At most so many ready sockets are served before other tasks get their turn; each may bring some MiB.
-_SOCKETS_PER_TURN = 8
+# How many ready sockets are served before other tasks get their turn. Each may deliver some MiB.
+_SOCKETS_PER_POLL = 8
 
-_CLOSE_SECONDS = 0.05  # how long closing may hold up the whole program
+_CLOSE_SECONDS = 0.05  # how long closing may block the event loop
 
 _POLL_TO_EPOLL = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -46,7 +47,7 @@ class MultiClosed(Exception):
 
 
 class _Flight:
-    """A transfer that libcurl works on: how it ended, and the event that tells so."""
+    """A running transfer: the event that signals its end, and its error."""
 
     __slots__ = ("done", "error")
 
@@ -56,14 +57,14 @@ class _Flight:
 
 
 class Multi:
-    """A set of transfers with a connection pool of its own. Its pump runs in `nursery` until `aclose`."""
+    """A set of transfers with its own connection pool. The pump runs in `nursery` until `aclose`."""
 
     def __init__(self, nursery: trio.Nursery, *, max_connections: int) -> None:
-        """OSError: the system has nothing left that it takes."""
+        """Raises OSError if the system is out of descriptors or memory."""
         self._epoll = select.epoll()
         try:
             self._multi = pycurl.CurlMulti()
-        except pycurl.error as exc:  # it does not say why: what it needs beside some memory is a pair of sockets
+        except pycurl.error as exc:  # it does not say why, but apart from some memory it needs a pair of sockets
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from exc
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
@@ -79,17 +80,17 @@ class Multi:
         nursery.start_soon(self._pump)
 
     async def perform(self, curl: pycurl.Curl) -> None:
-        """Run one transfer to its end. Cancelling takes it out of libcurl, which closes its connection.
+        """Run one transfer to its end. Cancelling removes it from libcurl, which closes its connection.
 
         Raises:
             TransferFailed: libcurl's result is not CURLE_OK.
-            OSError: the system would not watch a socket.
+            OSError: a socket could not be watched.
             MultiClosed: `aclose` was called, or the nursery ended.
         """
         if self._closed:
             raise MultiClosed
         flight = _Flight()
-        self._depart(curl, flight)
+        self._start(curl, flight)
         try:
             await flight.done.wait()
         finally:
@@ -104,14 +105,14 @@ class Multi:
             await self._stopped.wait()
 
     @trio.lowlevel.enable_ki_protection
-    def _depart(self, curl: pycurl.Curl, flight: _Flight) -> None:
+    def _start(self, curl: pycurl.Curl, flight: _Flight) -> None:
         try:
             self._multi.add_handle(curl)
         except pycurl.error as exc:
             raise TransferFailed(pycurl.E_FAILED_INIT) from exc
         self._flights[curl] = flight
-        # A warm connection sends its request right here instead of a turn of the scheduler later.
-        self._act(pycurl.SOCKET_TIMEOUT, 0)
+        # On a warm connection this sends the request at once, instead of after a round of the event loop.
+        self._socket_action(pycurl.SOCKET_TIMEOUT, 0)
         self._reap()
 
     @trio.lowlevel.enable_ki_protection
@@ -125,78 +126,79 @@ class Multi:
                 while True:
                     with trio.CancelScope(deadline=self._deadline) as self._timer:
                         await trio.lowlevel.wait_readable(self._epoll.fileno())
-                    self._turn()
+                    self._handle_events()
         finally:
             self._shut_down()
 
     @trio.lowlevel.enable_ki_protection
-    def _turn(self) -> None:
+    def _handle_events(self) -> None:
         if trio.current_time() >= self._deadline:
             self._set_deadline(math.inf)
-            self._act(pycurl.SOCKET_TIMEOUT, 0)
-            # libcurl tells a deadline only when it differs from the last one told. If ours ran out a moment early,
-            # by another clock than libcurl's, it stays silent; so ask.
+            self._socket_action(pycurl.SOCKET_TIMEOUT, 0)
+            # libcurl reports a deadline only if it differs from the last one reported. If ours passed a moment early,
+            # because trio has another clock, libcurl reports nothing. So ask for the deadline.
             self._on_timer(self._multi.timeout())
-        for fd, events in self._epoll.poll(0, _SOCKETS_PER_TURN):
+        for fd, events in self._epoll.poll(0, _SOCKETS_PER_POLL):
             bits = pycurl.CSELECT_ERR if events & _BROKEN else 0
             if events & (select.EPOLLIN | _BROKEN):
                 bits |= pycurl.CSELECT_IN
             if events & (select.EPOLLOUT | _BROKEN):
                 bits |= pycurl.CSELECT_OUT
-            self._act(fd, bits)
+            self._socket_action(fd, bits)
         self._reap()
 
     @trio.lowlevel.enable_ki_protection
     def _shut_down(self) -> None:
         self._closed = True
-        self._land_all(MultiClosed())
-        # libcurl waits here for a name look-up that nobody waits for any more: 5 seconds were seen with a silent name
-        # server. Other sources must not stand still for that. Without a look-up the thread ends at once.
-        thread = threading.Thread(target=self._dismantle, name="qedfs-http-close", daemon=True)
+        self._finish_all(MultiClosed())
+        # libcurl waits here for a running name resolution, although nobody needs its result: up to 5 seconds were
+        # observed with a silent name server. Other sources must not stall meanwhile. If nothing is being resolved, the
+        # thread ends at once.
+        thread = threading.Thread(target=self._close_libcurl, name="qedfs-http-close", daemon=True)
         thread.start()
         thread.join(_CLOSE_SECONDS)
         self._stopped.set()
 
-    def _dismantle(self) -> None:
-        self._multi.close()  # takes its sockets out of the epoll object, so that comes last
+    def _close_libcurl(self) -> None:
+        self._multi.close()  # first, because it unregisters its sockets from the epoll object
         self._epoll.close()
 
-    def _act(self, fd: int, bits: int) -> None:
+    def _socket_action(self, fd: int, bits: int) -> None:
         try:
             self._multi.socket_action(fd, bits)
         except pycurl.error as exc:
-            # The code is of another kind (CURLMcode) than that of a transfer.
+            # Not its own code: that is a CURLMcode, and the code of a transfer is a CURLcode.
             self._fault = TransferFailed(pycurl.E_FAILED_INIT)
             self._fault.__cause__ = exc
 
     def _reap(self) -> None:
-        """Hand the ended transfers back to the tasks that wait for them."""
+        """Wake the tasks whose transfers have ended."""
         more = 1
         while more:
             more, good, bad = self._multi.info_read()
             for curl in good:
-                self._land(curl, None)
+                self._finish(curl, None)
             for curl, code, text in bad:
-                self._land(curl, TransferFailed(code, said(text)))
+                self._finish(curl, TransferFailed(code, said(text)))
         if self._fault is not None:
-            # libcurl does not tell for which transfer it wanted the socket, so all of them have to go.
-            self._land_all(self._fault)
+            # libcurl does not say which transfer the callback was for, so all of them fail.
+            self._finish_all(self._fault)
             self._fault = None
 
-    def _land(self, curl: pycurl.Curl, error: Exception | None) -> None:
+    def _finish(self, curl: pycurl.Curl, error: Exception | None) -> None:
         flight = self._flights.get(curl)
         if flight is not None:
             self._remove(curl)
             flight.error = error
             flight.done.set()
 
-    def _land_all(self, error: Exception) -> None:
+    def _finish_all(self, error: Exception) -> None:
         for curl in list(self._flights):
-            self._land(curl, error)
+            self._finish(curl, error)
 
     def _on_socket(self, what: int, fd: int, _multi: object, _data: object) -> None:
         if what == pycurl.POLL_REMOVE:
-            with contextlib.suppress(OSError):  # it was never watched, or is closed: then nothing watches it now
+            with contextlib.suppress(OSError):  # it was never registered, or is closed, which unregisters it
                 self._epoll.unregister(fd)
             return
         try:
@@ -216,4 +218,4 @@ class Multi:
 
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
-        self._timer.deadline = deadline  # the pump may be waiting right now
+        self._timer.deadline = deadline  # in case the pump is waiting now

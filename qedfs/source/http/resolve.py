@@ -1,7 +1,7 @@
-"""From the place that the user named to the place that serves the bytes, and to the identity of what is there.
+"""Resolves the URL that the user named: follows redirects to the server that has the file, and learns its identity.
 
-Owns the first request and the following of redirects: at most MAX_REDIRECTS, each target under the policy, no loop,
-never from https to http, with the cookies that they set. Must not know reads, pools, or what was resolved before.
+Owns the first request and the rules for redirects: at most MAX_REDIRECTS, each target allowed by the policy, no loops,
+never from https to http, with the cookies that are set on the way. Must not know reads, pools or earlier resolutions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qedfs.source.http.digests import published_digest
 from qedfs.source.http.exchange import Exchange
 from qedfs.source.http.judge import ALL, OPENING_BYTES, Part, RangeIgnored, hides_size, ignores_ranges, judge_opening
 from qedfs.source.http.multi import Multi
-from qedfs.source.http.route import passing
+from qedfs.source.http.route import as_transient
 from qedfs.source.http.target import Target, next_target
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 
 MAX_REDIRECTS = 5
-IGNORED_SECONDS = 1.0  # until a range is asked for once more that was answered with the whole file
-_TEMPORARY = frozenset({302, 303, 307})  # RFC 9110, section 15.4: the next look at the origin may lead elsewhere
+IGNORED_SECONDS = 1.0  # pause before a retry, if a range request was answered with the whole file
+_TEMPORARY = frozenset({302, 303, 307})  # RFC 9110, section 15.4: the next request may be redirected elsewhere
 REDIRECTS = frozenset({301, 308}) | _TEMPORARY
 
-# nginx says so to a client without a certificate, or with a wrong one, after a handshake that went well.
+# nginx sends a 400, after a successful handshake, to a client that has no certificate or a wrong one.
 _BAD_REQUEST = {
     False: "answered with status 400; it may want a client certificate (see --credentials)",
     True: "answered with status 400; it may not accept our client certificate",
@@ -39,7 +39,7 @@ _BAD_REQUEST = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolved:
-    """Where the bytes are, which version is there, and the cookies that were set on the way."""
+    """The target that has the file, the file's identity, and the cookies that were set on the way."""
 
     target: Target
     identity: Identity
@@ -49,15 +49,15 @@ class Resolved:
 async def resolve(
     origin: Target, exchange: Exchange, multi: Multi, policy: Policy, silent_seconds: float, pinning: Pinning = USUAL
 ) -> Resolved:
-    """Ask `origin` for the file's first bytes, follow redirects, and learn size, validators and effective URL.
+    """Request the first bytes of the file from `origin`, follow redirects, and learn size, validators and final URL.
 
-    A GET of two bytes and not HEAD: some servers refuse HEAD, signed URLs are for one method only, and a HEAD would
-    not tell whether ranges work. A mirror is given up after `silent_seconds` without an answer.
+    The request is a GET of two bytes, not a HEAD: some servers refuse HEAD, signed URLs are valid for one method only,
+    and a HEAD would not show whether ranges work. A mirror is given up after `silent_seconds` without an answer.
 
     Raises:
-        Refused: the policy forbids the place or its address.
-        SourceUnreachable, SourceError: no usable answer; too many redirects, or a loop of them. What a place says
-            that a temporary redirect led to is taken for passing: it may be one of many mirrors.
+        Refused: the policy forbids a location or its address.
+        SourceUnreachable, SourceError: no usable answer, too many redirects, or a loop. After a temporary redirect,
+            every error is transient, because the target may be one of many mirrors.
     """
     target = origin
     at_mirror = False
@@ -67,21 +67,21 @@ async def resolve(
     for _hop in range(MAX_REDIRECTS + 1):
         target.check_literal(policy)
         where = place_name(origin, target)
-        with passing(at_mirror):
+        with as_transient(at_mirror):
             with _in_time(where, silent_seconds if at_mirror else math.inf):
                 answer, head = await _ask(target, exchange, multi, where)
             if answer.status == 400 and target.location.tls:
                 raise SourceError(f"{where} {_BAD_REQUEST[target.tls.certificate is not None]}")
             if answer.status not in REDIRECTS:
                 found = judge_opening(answer, where, str(target.location), pinning, head=head)
-                # What a redirect says of the file goes with it (RFC 6249, section 6).
+                # A digest in the redirect is the digest of the file (RFC 6249, section 6).
                 told = dataclasses.replace(found, digest=found.digest or digest, place=target.place)
                 return Resolved(target, pinning.counted(told), exchange.cookies)
         digest = published_digest(answer) or digest
         at_mirror |= answer.status in _TEMPORARY
         following = _follow(origin, target, answer, exchange.peer_address())
         policy.check_redirect(target.location, following.location)
-        # With a new cookie the same place may answer otherwise.
+        # With a new cookie, the same URL may give another answer.
         if (following.url, exchange.cookies) in seen:
             raise SourceError(f"{origin.location} redirects in a loop")
         seen.add((following.url, exchange.cookies))
@@ -90,7 +90,7 @@ async def resolve(
 
 
 def place_name(origin: Target, target: Target) -> str:
-    """How messages name a place that a redirect led to."""
+    """How messages name the target: by the origin, and by its own URL if it is another one."""
     return str(origin.location) if target is origin else f"{origin.location} (redirected to {target.location})"
 
 
@@ -103,12 +103,12 @@ def _in_time(where: str, silent_seconds: float) -> Iterator[None]:
 
 
 async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> tuple[Answer, Answer | None]:
-    """The answer to the first request, and to a HEAD request where that hides the size."""
+    """The answer to the first request, and to a HEAD request if the first answer hides the size."""
     exchange.aim(target, request_lines(target, None))
     try:
         answer = await _ask_for_range(exchange, multi, where)
     except RangeIgnored:
-        # It may be a cache that is just being filled.
+        # The answer may come from a cache that is just being filled.
         await trio.sleep(IGNORED_SECONDS)
         try:
             answer = await _ask_for_range(exchange, multi, where)
@@ -124,10 +124,10 @@ async def _ask_for_range(exchange: Exchange, multi: Multi, where: str) -> Answer
         answers.append(answer)
         if answer.status not in (200, 206) or hides_size(answer):
             return None
-        found = judge_opening(answer, where, "")  # before its body is taken
+        found = judge_opening(answer, where, "")  # refuse a bad answer before its body is read
         return ALL if answer.status == 206 and found.size >= OPENING_BYTES else None
 
-    # Not on a warm connection: this hop's address is checked when it is connected, under this hop's rule.
+    # Not on a warm connection: the address is checked when connecting, and the rule depends on the redirect.
     await exchange.run(multi, 0, memoryview(bytearray(OPENING_BYTES)), keep, where, fresh=True)
     return answers[0]
 
@@ -147,18 +147,18 @@ def _follow(origin: Target, target: Target, answer: Answer, address: str | None)
     try:
         reference = answer.sole("location")
     except ValueError as exc:
-        raise SourceError(f"{target.location} redirects to several places at once") from exc
+        raise SourceError(f"{target.location} redirects to several URLs at once") from exc
     if reference is None:
         raise SourceError(f"{target.location} redirects (status {answer.status}) without saying where")
     return next_target(origin, target, reference, address)
 
 
 def request_lines(target: Target, pinned: Identity | None) -> tuple[str, ...]:
-    """The header lines of a request to `target`, with the condition that the file is still the pinned version.
+    """The header lines of a request to `target`. If a version is pinned, they make the request conditional on it.
 
-    Without a strong ETag, If-Unmodified-Since with the date that the server sent can only turn a wrong answer into a
-    412: the same version has the same date, and a server that does not understand it ignores it (RFC 9110, section
-    13.1.4). It does not notice a file replaced by one with an older date; the judge compares the date as well.
+    Without a strong ETag, the condition is If-Unmodified-Since with the server's own date. That does no harm: the same
+    version has the same date, and a server that does not understand the field ignores it (RFC 9110, section 13.1.4).
+    It does not detect a replacement by a file with an older date, but the judge compares the date as well.
     """
     lines = ["Accept-Encoding: identity", *target.headers]
     if pinned is not None and pinned.strong_etag is not None:

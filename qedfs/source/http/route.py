@@ -1,11 +1,12 @@
-"""Where reads go now, and when the URL that the user named is to be asked for the way again.
+"""The current redirect target of a source, and the decision when to ask the origin for a new one.
 
-Owns the rule by which a place that a redirect led to is given up: a mirror dies, a signed link expires, and the origin
-leads elsewhere by then. Must not know how it is asked. Pure; times are seconds of the caller's clock.
+Owns the rule when to give up a redirect target: a mirror dies or a signed link expires, and by then the origin (the URL
+that the user named) redirects elsewhere. Must not know how the origin is asked. Pure; times are seconds of the caller's
+clock.
 
-Another try at the same place comes first, since most trouble is one connection's. What lasts is taken to the origin,
-and if that has not helped, not again before a deadline is over: a dead mirror with a thousand readers must not become
-a thousand questions to the origin.
+The first failure is retried at the same target, because most failures concern one connection only. If the failure
+persists, the origin is asked again. If that does not help, it is not asked once more until a deadline has passed: a
+dead mirror with a thousand readers must not cause a thousand requests to the origin.
 """
 
 from __future__ import annotations
@@ -18,69 +19,73 @@ from collections.abc import Iterator
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable
 from qedfs.source.http.target import Target
 
-# Failures of one moment are one failure, however many readers met it. Shorter than the pause before a second try.
+# Failures within this time count as one, however many readers they hit. Shorter than the pause before the first retry.
 MOMENT_SECONDS = 0.03
-SILENT_DEADLINES = 1 / 3  # that a place may leave a request without an answer before the origin is asked
+SILENT_DEADLINES = 1 / 3  # how long, in deadlines, a target may leave a request unanswered before the origin is asked
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
-    """Built once per resolution, so that a request costs no string work. `redirected`: it is not the origin itself."""
+    """A target with its request headers, built once per resolution so that requests need no string processing.
+
+    `redirected`: the target is not the origin itself.
+    """
 
     target: Target
     lines: tuple[str, ...] = dataclasses.field(repr=False)
     cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
     where: str
     redirected: bool
-    conditional: bool = True  # the version goes along as a condition
+    conditional: bool = True  # the requests have the version as a condition
 
 
-class Doubt:
-    """What the present place has done lately."""
+class RouteHealth:
+    """The recent failures of the current target."""
 
     def __init__(self, deadline_seconds: float) -> None:
         self._deadline_seconds = deadline_seconds
-        self._failing_since = math.inf  # no read has ended well since
-        self._asked_at = -math.inf  # of the last look at the origin that no good read has followed
-        self._in_vain = ""  # what it told instead of a way
+        self._failing_since = math.inf  # time of the first failure since the last successful read
+        self._asked_at = -math.inf  # when the origin was last asked, unless a read has succeeded since then
+        self._origin_failure = ""  # why that gave no new target
 
-    def good(self) -> None:
-        """A read has ended well."""
+    def succeeded(self) -> None:
+        """Record a successful read."""
         self._failing_since = math.inf
         self._asked_at = -math.inf
-        self._in_vain = ""
+        self._origin_failure = ""
 
     def asked(self, now: float) -> None:
-        """The origin is asked."""
+        """Record that the origin is being asked."""
         self._asked_at = now
-        self._in_vain = ""
+        self._origin_failure = ""
 
     def failed(self, error: SourceError, asked: QedfsError | None = None) -> SourceUnreachable:
-        """The error of the place as one that may pass. `asked`: why the origin, asked for another way, knew none."""
+        """The target's error as a transient one. `asked`: why asking the origin for another target has failed."""
         if asked is not None:
-            self._in_vain = f"; asked again, {asked}"
+            self._origin_failure = f"; asked again, {asked}"
         reason = error.reason if isinstance(error, SourceUnreachable) else Reason.SERVER
         wish = error.retry_after_seconds if isinstance(error, SourceUnreachable) else None
-        return SourceUnreachable(f"{error}{self._in_vain}", reason=reason, retry_after_seconds=wish)
+        return SourceUnreachable(f"{error}{self._origin_failure}", reason=reason, retry_after_seconds=wish)
 
     def may_ask(self, now: float) -> bool:
-        """Whether the origin may be asked: not again within a deadline if nothing has been served since."""
+        """Whether the origin may be asked: at most once per deadline, unless a read has succeeded since then."""
         return now - self._asked_at >= self._deadline_seconds
 
     def silent_seconds(self, now: float) -> float:
-        """How long a request may go without an answer. Once the origin has been asked, as long as its reader waits."""
+        """How long a request may wait for its answer. Without limit while the origin may not be asked again."""
         return self.at_opening_seconds if self.may_ask(now) else math.inf
 
     @property
     def at_opening_seconds(self) -> float:
-        """The same for a question to a mirror whether it has the file."""
+        """How long the first request to a mirror may wait for its answer."""
         return self._deadline_seconds * SILENT_DEADLINES
 
     def lasting(self, error: SourceError, now: float) -> bool:
-        """Note a failure at the present place; returns whether it is more than a moment's trouble.
+        """Record a failure of the current target. Returns whether it is more than a momentary one.
 
-        A refusal is (signed links expire with all kinds of them), and so is a silence, which was waited out, and a
-        server that asks for patience. The rest is once there is no success between two failures.
+        A refusal counts as lasting, because expired signed links are refused in many ways. So do a timeout and a server
+        that asks for patience. Any other failure does if an earlier one, at least MOMENT_SECONDS ago, was not followed
+        by a successful read.
         """
         failing_for = now - self._failing_since
         self._failing_since = min(self._failing_since, now)
@@ -90,10 +95,10 @@ class Doubt:
 
 
 @contextlib.contextmanager
-def passing(at_mirror: bool = True) -> Iterator[None]:
-    """Turn a refusal into an error that may pass: one mirror that lacks the file says nothing about the others.
+def as_transient(at_mirror: bool = True) -> Iterator[None]:
+    """Turn a permanent error into a transient one: if one mirror lacks the file, others may have it.
 
-    Another version is another matter.
+    SourceChanged is raised unchanged.
     """
     try:
         yield

@@ -1,11 +1,11 @@
-"""One place that a request goes to: the URL as libcurl gets it, credentials, extra header lines, proxy.
+"""The target of a request: the URL for libcurl, credentials, extra header lines and proxy.
 
-Pure, except that the first target asks the environment for a proxy. Owns what may be sent where: user name, password
-and the caller's header lines go to the origin that the user named and to no other. Must not know connections or
-answers. Every field that can hold a secret is kept out of `repr`.
+Pure, except that it reads the environment for the proxy. Owns the rule what may be sent where: user name, password and
+the caller's header lines go only to the origin that the user named. Must not know connections or answers. No field that
+may contain a secret appears in `repr`.
 
-The URL is split by Python's parser, which the policy used too, and libcurl gets it put together again from checked
-pieces. Two parsers that read one odd URL differently would let it past the policy.
+Python's parser splits the URL, as it does for the policy, and libcurl gets a URL reassembled from the checked parts. If
+two parsers understood an odd URL differently, it could get past the policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
 
 _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")  # a name or IPv4 address, or an IPv6 address
-_URL_SAFE = "/%:@!$&'()*+,;=~?[]"  # RFC 3986; what is percent-encoded already stays so
+_URL_SAFE = "/%:@!$&'()*+,;=~?[]"  # RFC 3986; existing percent-encodings are kept
 _NON_ASCII = re.compile("[\x80-\xff]")
 _HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, section 5.5
 
@@ -42,18 +42,18 @@ class Target:
     headers: tuple[str, ...] = dataclasses.field(repr=False)
     proxy: str = dataclasses.field(repr=False)
     tls: TlsFiles = NO_TLS_FILES
-    redirected_from: str | None = None  # numeric address of the server that sent us here; its name behind a proxy
+    redirected_from: str | None = None  # address of the server that redirected here; its name if a proxy was used
 
     @property
     def place(self) -> str:
-        """Stands for the server, as `Identity.place`: its scheme, host and port."""
+        """Identifies the server for `Identity.place`: a digest of scheme, host and port."""
         return hashlib.sha256(repr(_origin(self.location)).encode()).hexdigest()[:16]
 
     def check_address(self, address: str, policy: Policy) -> None:
         """Raise Refused unless a connection may go to this numeric address.
 
-        A proxy is the user's own choice, so its address is not checked, and what it connects to is not known here;
-        `check_literal` still refuses an address written into the URL.
+        The user has chosen the proxy, so its address is not checked, and the address that it connects to is unknown
+        here. `check_literal` still refuses a forbidden address in the URL.
         """
         if not self.proxy:
             policy.check_address(address, self.location, redirected_from=self.redirected_from)
@@ -72,14 +72,14 @@ def first_target(
     *,
     tls: TlsFiles = NO_TLS_FILES,
 ) -> Target:
-    """The target that the user named. `headers` are "Name: value" lines for its origin, and `tls` is for it alone too.
+    """The target that the user named. `headers` ("Name: value" lines) and `tls` are for its origin only.
 
     Raises:
-        UsageError: a header line that is none, or a host name that is none.
+        UsageError: a header line or the host name is invalid.
     """
     for number, line in enumerate(headers, 1):
         if _HEADER_LINE.fullmatch(line) is None:
-            # Not quoted: it may hold a token.
+            # Not quoted, because it may contain a token.
             raise UsageError(f"backing {location}: extra header {number} is not of the form 'Name: value'")
     return dataclasses.replace(_target(location, tuple(headers), environ, redirected_from=None), tls=tls)
 
@@ -87,25 +87,24 @@ def first_target(
 def next_target(
     origin: Target, current: Target, reference: str, address: str | None, environ: Mapping[str, str] = os.environ
 ) -> Target:
-    """Where an answer of `current` with `Location: reference` sends us.
+    """The target of a redirect by `current` with `Location: reference`.
 
-    What `origin`, the place that the user named, gets (credentials, header lines, certificates) comes along only if the
-    new place is of the same origin: scheme, host and port (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091
-    are what happens otherwise). `address` is the numeric address of the server that answered, or of the proxy that
-    spoke for it.
+    The credentials, header lines and certificates for `origin`, the target that the user named, are sent along only if
+    scheme, host and port are the same (RFC 9110, section 15.4; CVE-2018-20060 and CVE-2018-25091 show why). `address`
+    is the numeric address of the server that answered, or of the proxy in front of it.
 
     Raises:
         SourceError: the reference is not a URL that can be followed.
     """
     try:
-        # Header bytes arrive as Latin-1; they go back as the bytes that they were.
+        # Header bytes were decoded as Latin-1; percent-encode the original bytes.
         reference = _NON_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", reference)
         text = urljoin(current.location.secret_url, reference).partition("#")[0]
         location = parse_location(text)
         same = _origin(location) == _origin(origin.location)
         target = _target(location, origin.headers if same else (), environ, redirected_from=_server(current, address))
     except (ValueError, UsageError):
-        # Not chained: urllib's text may quote a login, and tracebacks are logged.
+        # Not chained: urllib's message may quote a login, and tracebacks are logged.
         raise SourceError(f"{current.location} redirects to something that is not a usable URL") from None
     if not same:
         return target
@@ -116,11 +115,11 @@ def next_target(
 
 
 def choose_proxy(location: Location, environ: Mapping[str, str]) -> str:
-    """The proxy that curl's environment variables name for this place, or "".
+    """The proxy that curl's environment variables name for this location, or "".
 
-    As in curl(1): `http_proxy` (lower case only: the other spelling can be set by a CGI client), `https_proxy`,
-    `all_proxy`, `no_proxy`. Decided here and not inside libcurl, because whether a connection goes to the server
-    itself decides whether its address is the one to check.
+    As in curl(1): `http_proxy` (only in lower case, because a CGI client can set the upper-case variable),
+    `https_proxy`, `all_proxy`, `no_proxy`. This is decided here and not inside libcurl, because the address of a
+    connection is checked only if it goes directly to the server.
     """
     names = ("https_proxy", "HTTPS_PROXY") if location.tls else ("http_proxy",)
     proxy = next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
@@ -157,9 +156,9 @@ def _checked_host(location: Location) -> str:
 
 
 def _server(target: Target, peer: str | None) -> str:
-    """Who answered a request to `target`: its address if that is known, else its name, which counts as public.
+    """The server that answered a request to `target`: its address if known, otherwise its name, which counts as public.
 
-    A proxy's own address says nothing: it is most often a private one, and what it relays comes from anywhere.
+    The address of a proxy is useless here: it is usually private, while the answer may come from anywhere.
     """
     if peer is None or target.proxy:
         return _literal(target.location) or _checked_host(target.location)
@@ -171,9 +170,9 @@ def _origin(location: Location) -> tuple[bool, str | None, int | None]:
 
 
 def _literal(location: Location) -> str | None:
-    """The address that the host is written as, in any spelling that libcurl, a proxy or a resolver may take for one.
+    """The address if the host is one, in any notation that libcurl, a proxy or a resolver may accept; else None.
 
-    Looked at is what is sent: full-width digits and other full stops have become plain ones.
+    This uses the host as it is sent: full-width digits and other full stops have been converted to ASCII.
     """
     host = _checked_host(location).rstrip(".")
     try:

@@ -188,7 +188,7 @@ async def test_an_empty_file(server: FakeHttpServer, open_source: OpenSource, be
     ("behaviour", "error", "message"),
     [
         ("ignore-range", SourceError, "ignores range requests"),
-        ("hidden-total-no-head", SourceError, "does not tell the size of the file .* and HEAD does not tell it either"),
+        ("hidden-total-no-head", SourceError, "does not report the size .* and HEAD does not report it either"),
         ("status-404", SourceError, "no such file"),
         ("status-503", SourceUnreachable, "overloaded"),
         ("gzip", SourceError, "Content-Encoding"),

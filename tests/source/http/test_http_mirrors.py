@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qedfs.errors import Reason, SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.http.route import MOMENT_SECONDS, Doubt
+from qedfs.source.http.route import MOMENT_SECONDS, RouteHealth
 from qedfs.source.open import remote_source
 from qedfs.source.policy import Policy
 from qedfs.source.retrying import RetryingSource
@@ -177,23 +177,23 @@ def test_create_goes_on_to_the_next_mirror(
 def test_the_rule() -> None:
     """In the order in which one place lives: trouble, a question, no news until a deadline is over, a good read."""
     cut, refused = SourceUnreachable("cut", reason=Reason.CUT), SourceError("404")
-    doubt = Doubt(30)
-    assert doubt.silent_seconds(0) == 10
-    assert not doubt.lasting(cut, 100)
-    assert not doubt.lasting(cut, 100 + MOMENT_SECONDS / 2)
-    assert doubt.lasting(cut, 100 + MOMENT_SECONDS)
-    assert doubt.may_ask(101)
-    doubt.asked(101)
-    assert not doubt.may_ask(130.9)
-    assert doubt.silent_seconds(130.9) == math.inf
-    assert doubt.may_ask(131)
-    doubt.asked(131)
-    doubt.good()
-    assert doubt.may_ask(132)
-    assert not doubt.lasting(cut, 132)
+    health = RouteHealth(30)
+    assert health.silent_seconds(0) == 10
+    assert not health.lasting(cut, 100)
+    assert not health.lasting(cut, 100 + MOMENT_SECONDS / 2)
+    assert health.lasting(cut, 100 + MOMENT_SECONDS)
+    assert health.may_ask(101)
+    health.asked(101)
+    assert not health.may_ask(130.9)
+    assert health.silent_seconds(130.9) == math.inf
+    assert health.may_ask(131)
+    health.asked(131)
+    health.succeeded()
+    assert health.may_ask(132)
+    assert not health.lasting(cut, 132)
     for at_once in (
         refused,
         SourceUnreachable("silent", reason=Reason.TIMEOUT),
         SourceUnreachable("busy", reason=Reason.SERVER, retry_after_seconds=5),
     ):
-        assert Doubt(30).lasting(at_once, 1)
+        assert RouteHealth(30).lasting(at_once, 1)

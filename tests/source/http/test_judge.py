@@ -262,8 +262,8 @@ def test_opening_shows_the_identity(given: Answer, identity: Identity) -> None:
     ("given", "error", "message"),
     [
         (answer(200), SourceUnreachable, "Content-Range in an answer with the whole file"),
-        (answer(**HIDDEN), SourceError, "does not tell the size of the file .* and HEAD does not tell it either"),
-        (answer(**HIDDEN, ETag=None, Last_Modified=None), SourceError, "nor a version of it"),
+        (answer(**HIDDEN), SourceError, "does not report the size of the file .* and HEAD does not report it either"),
+        (answer(**HIDDEN, ETag=None, Last_Modified=None), SourceError, "nor any validator"),
         (answer(**{**OPENING, "Content_Range": "bytes 0-0/0"}), SourceUnreachable, "got 0-0/0"),
         (answer(**{**OPENING, "Content_Range": "bytes 0-0/2"}), SourceUnreachable, "got 0-0/2"),
         (answer(**{**OPENING, "Content_Range": "bytes 1-2/1000"}), SourceUnreachable, "got 1-2/1000"),
@@ -304,10 +304,10 @@ def test_a_size_that_only_head_tells() -> None:
     assert not hides_size(answer(**OPENING))
     assert judge_opening(hidden, "here", "name", head=head) == Identity(1000, '"v1"', DATE, "name")
     other = answer(200, Content_Range=None, Content_Length="1000", ETag='"v2"')
-    with pytest.raises(SourceUnreachable, match="HEAD tells of another version"):
+    with pytest.raises(SourceUnreachable, match="HEAD reports another version"):
         judge_opening(hidden, "here", "name", head=other)
     for useless in (answer(403), answer(200, Content_Range=None, Content_Length=None)):
-        with pytest.raises(SourceError, match="HEAD does not tell it either"):
+        with pytest.raises(SourceError, match="HEAD does not report it either"):
             judge_opening(hidden, "here", "name", head=useless)
 
 

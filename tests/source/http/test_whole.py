@@ -193,10 +193,10 @@ async def test_a_total_that_only_head_tells(server: FakeHttpServer, open_source:
 
 async def test_a_total_that_nothing_tells(server: FakeHttpServer, open_source: OpenSource) -> None:
     server.behaviour = "hidden-total-no-head"
-    with pytest.raises(SourceError, match="does not tell the size of the file"):
+    with pytest.raises(SourceError, match="does not report the size of the file"):
         await open_source(server.url())
     server.behaviour, server.etag, server.last_modified = "hidden-total", "", ""
-    with pytest.raises(SourceError, match="nor a version of it that could be compared"):
+    with pytest.raises(SourceError, match="nor any validator of its version"):
         await open_source(server.url())
 
 
