@@ -78,11 +78,11 @@ OPENING: dict[str, Behaviour] = {
     "oldstyle": Behaviour(says="oldstyle", greeting=b"NBDMAGIC" + bytes.fromhex("0000420281861253") + bytes(136)),
     "not-fixed": Behaviour(says="fixed newstyle", greeting=GREETING + b"\0\2"),
     "reply-magic": Behaviour(
-        says="something else than the answer",
+        says="something other than the answer",
         options={OPTION_STRUCTURED: option_reply(OPTION_STRUCTURED, ACK, magic=1)},
     ),
     "reply-to-another-option": Behaviour(
-        says="answered option 7", options={OPTION_STRUCTURED: option_reply(OPTION_GO, ACK)}
+        says="answered option 7 instead of", options={OPTION_STRUCTURED: option_reply(OPTION_GO, ACK)}
     ),
     "reply-type-unknown": Behaviour(says="type 99", options=_refuse(OPTION_STRUCTURED, 99)),
     "reply-oversized": Behaviour(
@@ -96,23 +96,23 @@ OPENING: dict[str, Behaviour] = {
     ),
     "context-twice": Behaviour(says="SET_META_CONTEXT", options=_two_contexts()),
     "context-endless": Behaviour(says="type 3", options=_refuse(OPTION_META, INFO)),
-    "info-missing": Behaviour(says="did not tell the size", options=_go()),
-    "info-short": Behaviour(says="did not tell the size", options=_go(_EXPORT[:-1])),
+    "info-missing": Behaviour(says="did not report the size", options=_go()),
+    "info-short": Behaviour(says="did not report the size", options=_go(_EXPORT[:-1])),
     "info-twice": Behaviour(says="twice", options=_go(_EXPORT, _EXPORT)),
     "info-without-type": Behaviour(says="type 3", options=_go(b"\0")),
     "info-endless": Behaviour(says="never ends", options=_go(*(struct.pack(">H", 1000 + n) for n in range(80)))),
     "size-negative": Behaviour(says="more than 2^63-1", size=2**63),
     "size-huge": Behaviour(says="more than 2^63-1", size=2**64 - 1),
-    "block-minimum-zero": Behaviour(says="minimum is no power of two", options=_blocks(0, 4096, 2**25)),
-    "block-minimum-odd": Behaviour(says="minimum is no power of two", options=_blocks(513, 4096, 2**25)),
+    "block-minimum-zero": Behaviour(says="minimum is not a power of two", options=_blocks(0, 4096, 2**25)),
+    "block-minimum-odd": Behaviour(says="minimum is not a power of two", options=_blocks(513, 4096, 2**25)),
     "block-minimum-large": Behaviour(says="up to 64 KiB", options=_blocks(2**17, 2**17, 2**25)),
     "block-preferred-odd": Behaviour(says="preferred size", options=_blocks(1, 1000, 2**25)),
     "block-preferred-small": Behaviour(says="preferred size", options=_blocks(4096, 512, 2**25)),
     "block-preferred-tiny": Behaviour(says="preferred size", options=_blocks(1, 1, 1)),
     "block-maximum-small": Behaviour(says="maximum does not fit", options=_blocks(512, 4096, 2048)),
     "block-maximum-odd": Behaviour(says="maximum does not fit", options=_blocks(512, 4096, 2**25 + 1)),
-    "block-short": Behaviour(says="block sizes of a wrong form", options=_go(_EXPORT, b"\0\3\0\0")),
-    "size-not-whole-blocks": Behaviour(says="no multiple of its minimum", options=_blocks(512, 4096, 2**25, size=1000)),
+    "block-short": Behaviour(says="malformed block sizes", options=_go(_EXPORT, b"\0\3\0\0")),
+    "size-not-whole-blocks": Behaviour(says="not a multiple of", options=_blocks(512, 4096, 2**25, size=1000)),
     "export-unknown": Behaviour(says="no export named", options=_refuse(OPTION_GO, UNKNOWN)),
     "policy": Behaviour(
         says="forbidden by its policy (not for you)", options=_refuse(OPTION_GO, POLICY, b"not for\nyou")
@@ -190,23 +190,23 @@ def _error_outside(call: Call) -> bytes:
 READING: dict[str, Behaviour] = {
     "cookie-unknown": Behaviour(says="not in flight", read=lambda c: data_chunk(c.cookie + 1000, c.pos, c.data)),
     "cookie-unknown-simple": Behaviour(says="not in flight", read=lambda c: simple(c.cookie + 1000)),
-    "magic-wrong": Behaviour(says="something else than a reply", read=lambda c: b"\x12" * 64),
-    "simple-reply": Behaviour(says="simple reply though", read=lambda c: simple(c.cookie, 0, c.data)),
-    "simple-error": Behaviour(says="simple reply though", read=lambda c: simple(c.cookie, EIO)),
+    "magic-wrong": Behaviour(says="something other than a reply", read=lambda c: b"\x12" * 64),
+    "simple-reply": Behaviour(says="simple reply although", read=lambda c: simple(c.cookie, 0, c.data)),
+    "simple-error": Behaviour(says="simple reply although", read=lambda c: simple(c.cookie, EIO)),
     "structured-reply-unagreed": Behaviour(
-        says="something else than a reply", structured=False, read=lambda c: data_chunk(c.cookie, c.pos, c.data)
+        says="something other than a reply", structured=False, read=lambda c: data_chunk(c.cookie, c.pos, c.data)
     ),
     "chunk-before": Behaviour(
-        says="outside of the request", read=lambda c: data_chunk(c.cookie, c.pos - 1, b"x" + c.data[1:])
+        says="outside the request", read=lambda c: data_chunk(c.cookie, c.pos - 1, b"x" + c.data[1:])
     ),
-    "chunk-after": Behaviour(says="outside of the request", read=lambda c: data_chunk(c.cookie, c.pos + 1, c.data)),
-    "chunk-longer": Behaviour(says="outside of the request", read=lambda c: data_chunk(c.cookie, c.pos, c.data + b"x")),
+    "chunk-after": Behaviour(says="outside the request", read=lambda c: data_chunk(c.cookie, c.pos + 1, c.data)),
+    "chunk-longer": Behaviour(says="outside the request", read=lambda c: data_chunk(c.cookie, c.pos, c.data + b"x")),
     "chunk-oversized": Behaviour(
-        says="outside of the request",
+        says="outside the request",
         read=lambda c: chunk(DATA, c.cookie, struct.pack(">Q", c.pos), size=2**32 - 1),
     ),
     "chunk-position-negative": Behaviour(
-        says="outside of the request", read=lambda c: data_chunk(c.cookie, 2**64 - 1, c.data)
+        says="outside the request", read=lambda c: data_chunk(c.cookie, 2**64 - 1, c.data)
     ),
     "chunks-overlapping": Behaviour(says="twice", read=_overlapping),
     "chunk-twice": Behaviour(says="twice", read=lambda c: data_chunk(c.cookie, c.pos, c.data, done=False) * 2),
@@ -219,9 +219,9 @@ READING: dict[str, Behaviour] = {
     "nothing": Behaviour(says="bytes missing", read=lambda c: chunk(NONE, c.cookie)),
     "nothing-endless": Behaviour(says="wrong size", read=lambda c: chunk(NONE, c.cookie, done=False)),
     "nothing-with-body": Behaviour(says="wrong size", read=lambda c: chunk(NONE, c.cookie, b"x")),
-    "hole-outside": Behaviour(says="outside of the request", read=lambda c: hole_chunk(c.cookie, c.pos, c.size + 1)),
-    "hole-huge": Behaviour(says="outside of the request", read=lambda c: hole_chunk(c.cookie, c.pos, 2**32 - 1)),
-    "hole-empty": Behaviour(says="hole that answers nothing", read=lambda c: hole_chunk(c.cookie, c.pos, 0)),
+    "hole-outside": Behaviour(says="outside the request", read=lambda c: hole_chunk(c.cookie, c.pos, c.size + 1)),
+    "hole-huge": Behaviour(says="outside the request", read=lambda c: hole_chunk(c.cookie, c.pos, 2**32 - 1)),
+    "hole-empty": Behaviour(says="hole that answers no request", read=lambda c: hole_chunk(c.cookie, c.pos, 0)),
     "hole-short": Behaviour(says="wrong size", read=lambda c: chunk(HOLE, c.cookie, bytes(11))),
     "hole-over-data": Behaviour(
         says="twice",
@@ -258,7 +258,7 @@ READING = {name: Behaviour(**{**vars(each), "at": "read"}) for name, each in REA
 AFTER_A_READ: dict[str, Behaviour] = {
     "reply-twice": Behaviour(at="after", says="not in flight", read=lambda c: data_chunk(c.cookie, c.pos, c.data) * 2),
     "reply-and-junk": Behaviour(
-        at="after", says="something else", read=lambda c: data_chunk(c.cookie, c.pos, c.data) + b"junk" * 8
+        at="after", says="something other", read=lambda c: data_chunk(c.cookie, c.pos, c.data) + b"junk" * 8
     ),
 }
 
@@ -269,15 +269,15 @@ DESCRIBING: dict[str, Behaviour] = {
     "extents-odd": Behaviour(says="wrong size", status=lambda c: chunk(EXTENTS, c.cookie, bytes(13))),
     "extents-oversized": Behaviour(says="wrong size", status=lambda c: chunk(EXTENTS, c.cookie, size=2**32 - 4)),
     "extents-of-another-context": Behaviour(
-        says="context that was not agreed", status=lambda c: status_chunk(c.cookie, [(c.size, 3)], context=8)
+        says="context that was not negotiated", status=lambda c: status_chunk(c.cookie, [(c.size, 3)], context=8)
     ),
     "extents-twice": Behaviour(
         says="extents of a range twice", status=lambda c: status_chunk(c.cookie, [(c.size, 3)], done=False) * 2
     ),
     "extents-missing": Behaviour(says="without any extent", status=lambda c: chunk(NONE, c.cookie)),
     "extents-as-data": Behaviour(says="type 1,", status=lambda c: data_chunk(c.cookie, c.pos, c.data)),
-    "extents-as-hole": Behaviour(says="answers nothing", status=lambda c: hole_chunk(c.cookie, c.pos, c.size)),
-    "extents-simple": Behaviour(says="simple reply though", status=lambda c: simple(c.cookie)),
+    "extents-as-hole": Behaviour(says="answers no request", status=lambda c: hole_chunk(c.cookie, c.pos, c.size)),
+    "extents-simple": Behaviour(says="simple reply although", status=lambda c: simple(c.cookie)),
     "extents-EIO": Behaviour(says="EIO", status=lambda c: error_chunk(c.cookie, EIO)),
 }
 DESCRIBING = {name: Behaviour(**{**vars(each), "at": "extents"}) for name, each in DESCRIBING.items()}

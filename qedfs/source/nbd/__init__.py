@@ -1,4 +1,4 @@
-"""The NBD source. Read in this order: client, connection, transport; then, free of I/O, handshake and reply."""
+"""The NBD source. Read client, connection and transport first, then the parts without I/O: handshake and reply."""
 
 from qedfs.source.nbd.client import NbdSource
 

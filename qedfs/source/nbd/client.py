@@ -1,17 +1,18 @@
-"""An NBD export as a `Source`: a few connections to one server, opened when they are useful and again when they died.
+"""NbdSource: an NBD export as a `Source`, over a few connections to one server.
 
-Owns which connection carries which read. Must not know the protocol, nor retry: a read is tried on one connection,
-and opens one if none is left, once.
+Owns the choice of connection for each read, and when to open another one. Must not know the protocol. It does not
+retry: a read is attempted on one connection only, which is opened first if none is left.
 
-The first of the live connections is kept for urgent reads (and questions about holes) as soon as there is a second
-one. Further ones are opened in the background, while reads go on over those that exist: a server that promises
-several connections and then does not accept them (`qemu-nbd --shared=1`) costs nobody any time.
+As soon as there are two live connections, the first is reserved for urgent reads and for queries about holes. More
+connections are opened in the background, while reads continue on the existing ones. So a server that announces several
+connections but does not accept them (`qemu-nbd --shared=1`) delays no reader.
 
-A further connection may lead to another version than the ones before: the server may have been started anew, or starts
-a process for each. Blocks that have been read are compared before it is used (`samples.py`); NBD tells but a size.
+A new connection may lead to another version than the others, because the server may have been restarted, or may start
+a process per connection. NBD reports no more than a size, so blocks that were read earlier are compared before the
+connection is used (`samples.py`).
 
-Shared state is touched only between awaits; `_attempt` makes readers that find no connection wait for one attempt
-to connect together, in a task of its own, so that none of them loses it when another one is cancelled.
+Concurrency. Shared state is only changed between awaits. Readers that find no connection wait together for one
+connection attempt (`_attempt`). It runs in a task of its own, so cancelling a reader does not end it for the others.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 4
 GROW_LOAD = 4  # requests in flight on each background connection before another one is opened
-GROW_PAUSE_SECONDS = 60.0  # after a further connection could not be opened
-PARALLEL_ALONE = 32
-PARALLEL_TOGETHER = 64
+GROW_PAUSE_SECONDS = 60.0  # until the next attempt, after another connection could not be opened
+PARALLEL_SINGLE = 32  # background reads on a single connection
+PARALLEL_MULTI = 64  # on several connections
 
 
 class _Attempt:
@@ -51,7 +52,7 @@ class _Attempt:
 
 
 class NbdSource:
-    """See the module; made by `open`."""
+    """A `Source` for an NBD export. Create it with `open`, end it with `aclose`."""
 
     def __init__(
         self,
@@ -63,12 +64,12 @@ class NbdSource:
         pinning: Pinning,
         samples: Samples,
     ) -> None:
-        """Take over the first connection; callers use `open`."""
+        """Takes over the first connection. Callers use `open`."""
         self._location = location
         self._policy = policy
         self._tls = tls
         self._nursery = nursery
-        self._received = 0  # over connections that are no more
+        self._received = 0  # bytes over connections that have ended
         self._pinning = pinning
         self._samples = samples
         self._identity = self._identity_of(connection)
@@ -93,13 +94,13 @@ class NbdSource:
     ) -> NbdSource:
         """Connect, and learn the size of the export. Connections live in `nursery` until `aclose`.
 
-        `tls`: what is shown to the server and trusted, unless the location names that itself. `samples`: of what was
-        read of this version already; they get more of it.
+        `tls`: our certificate or key and the trusted CA, unless the location itself names them. `samples`: taken from
+        earlier reads of this version; new reads add to them.
 
         Raises:
             Refused: `policy` does not allow the server's address.
-            SourceUnreachable: no answer within 10 s, or none that can be used now.
-            SourceError: the server will not serve this export to us (unknown, TLS, no NBD at all).
+            SourceUnreachable: no answer within 10 s, or no usable one now.
+            SourceError: the server will not serve this export to us (unknown export, TLS, not an NBD server).
         """
         context = None
         if location.tls:
@@ -110,18 +111,18 @@ class NbdSource:
 
     @property
     def identity(self) -> Identity:
-        """The size of the export, and its description as a weak tag; NBD knows no version."""
+        """The size of the export, and its description as a weak tag. NBD has no notion of a version."""
         return self._identity
 
     @property
     def received(self) -> int:
-        """Bytes that have come, those of reads under way included."""
+        """Bytes received, including those of unfinished reads."""
         return self._received + sum(each.received for each in self._connections)
 
     @property
     def parallel(self) -> int:
-        """How many background reads are worth having in flight."""
-        return PARALLEL_TOGETHER if self._multi_conn else PARALLEL_ALONE
+        """How many background reads at once are useful."""
+        return PARALLEL_MULTI if self._multi_conn else PARALLEL_SINGLE
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` with the bytes at `pos`; see `Source.read`."""
@@ -134,7 +135,7 @@ class NbdSource:
             self._samples.offer(pos, view)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """Tell the zero parts of a range, where the server has base:allocation; see `Source.extents`."""
+        """Which parts of a range read as zeros; needs base:allocation on the server. See `Source.extents`."""
         self._check_range(pos, size)
         if not size:
             return []
@@ -149,7 +150,7 @@ class NbdSource:
         return found
 
     async def aclose(self) -> None:
-        """Drop all connections, and attempts to make one; see `Source.aclose`."""
+        """Drop all connections and cancel connection attempts; see `Source.aclose`."""
         self._closed = True
         for scope in self._opening:
             scope.cancel()
@@ -163,7 +164,7 @@ class NbdSource:
 
     def _check_range(self, pos: int, size: int) -> None:
         if pos < 0 or size < 0 or pos + size > self.identity.size:
-            raise ValueError(f"{pos}+{size} is not inside of {self.identity.size} bytes")
+            raise ValueError(f"{pos}+{size} is not inside the {self.identity.size} bytes of the source")
 
     # Which connection
 
@@ -193,7 +194,7 @@ class NbdSource:
         try:
             await self._connect()
         except QedfsError:
-            # The reads do not need it. If it tells of a change, they will meet that on their own.
+            # The reads can do without it. If the export has changed, `_connect` has dropped the other connections.
             self._grow_after = trio.current_time() + GROW_PAUSE_SECONDS
         finally:
             self._growing = False
@@ -221,7 +222,7 @@ class NbdSource:
             attempt.over.set()
 
     async def _connect(self) -> Connection:
-        """Open one more connection, and see that it leads to the export that we know."""
+        """Open one more connection, and check that it leads to the same version of the export."""
         connection: Connection | None = None
         change = ""
         with trio.CancelScope() as scope:
@@ -236,14 +237,14 @@ class NbdSource:
                 raise
             finally:
                 self._opening.discard(scope)
-        # `aclose` may have come before this task began, or just after the last answer of the handshake.
+        # `aclose` may have been called before this task started, or right after the last answer of the handshake.
         if connection is not None and self._closed:
             connection.drop("closed")
         if connection is None or self._closed:
             raise SourceUnreachable(f"{self._location}: closed while connecting")
         if change:
             connection.drop("not wanted")
-            # What the other connections bring may be of either version.
+            # The other connections may deliver either version.
             for each in self._connections:
                 each.drop(f"the export changed: {change}")
             raise SourceChanged(f"{self._location}: the export changed: {change}")
@@ -252,12 +253,12 @@ class NbdSource:
 
     def _identity_of(self, connection: Connection) -> Identity:
         told = connection.negotiated
-        # What differs is another export; what is the same may be what this server calls all of them.
+        # Another description means another export. But a server may have one description for all exports: a weak tag.
         tag = f"{WEAK}description {json.dumps(told.description)}" if told.description else None
         return self._pinning.counted(Identity(told.size, tag, name=str(self._location)))
 
     async def _change(self, connection: Connection) -> str:
-        """Say how the export behind a connection is another one than we know, "" if it is the same."""
+        """How the version at a new connection differs from ours, or "" if it is the same."""
         shown = self._identity_of(connection)
         verdict = self._identity.compare(shown)
         if verdict.sameness is Sameness.CHANGED:

@@ -1,19 +1,18 @@
-"""One connection to an NBD server: many requests in flight, matched to their replies by cookie.
+"""One connection to an NBD server, with many requests in flight that are matched to their replies by cookie.
 
-Owns the life of the connection from connect to drop, and who waits for which reply. Must not know other
+Owns the life of the connection from connect to drop, and the tasks that wait for replies. Must not know other
 connections, nor what happens after a drop.
 
-Tasks and shared state. `_listen` runs in the nursery given to `open` and is the only one that receives. Any
-number of tasks call `read` and `extents`; `_sending` orders their requests on the wire, and a request is in the
-parser's `in_flight` before its first byte leaves. `drop` may be called by anybody at any time: it does not await, and
-after it `broken` says why, the socket is closed, and every request that was in flight has been woken as failed.
-Between a look at `broken` and the request's entry into `in_flight` there must be no await, or a request could wait for
-a reply on a dead connection for ever.
+Concurrency. `_listen` runs in the nursery that was given to `open`. Only this task receives. Any number of tasks call
+`read` and `extents`. `_sending` serializes their requests on the wire, and a request is in the parser's `in_flight`
+before its first byte is sent. Any task may call `drop` at any time. It does not await. After it, `broken` says why, the
+socket is closed, and every request in flight has been woken as failed. There must be no await between the check of
+`broken` and the insertion into `in_flight`, or a request could wait for ever for a reply on a dead connection.
 
-Cancellation. A reader that is cancelled while it waits leaves at once: its buffer is taken out of the parser, which
-puts the rest of the reply into a bin, and the others go on. If the connection has brought nothing since that request
-was sent, and that is not just now, it is dropped too: the deadline of the reader is how one learns that a server is
-gone. A reader that is cancelled while a part of its request is sent drops the connection.
+Cancellation. A reader that is cancelled while it waits leaves at once. The parser forgets its buffer, puts the rest of
+the reply into a bin, and the other requests continue. The connection is dropped as well if it has delivered nothing
+since that request was sent, unless that was only a moment ago: the deadline of a reader is what reveals that a server
+is gone. A reader that is cancelled while its request is half sent drops the connection.
 """
 
 from __future__ import annotations
@@ -43,19 +42,21 @@ from qedfs.source.nbd.transport import PlainTransport, TlsTransport, Transport, 
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
 
-CONNECT_SECONDS = 10.0  # for name, connect, TLS and NBD handshake together
-# With requests in flight a reply must end, or PROGRESS_SIZE bytes arrive, in this time, or the connection is dropped.
+CONNECT_SECONDS = 10.0  # for name resolution, connect, TLS and NBD handshake together
+# While requests are in flight, the connection is dropped if no reply ends within this time and fewer than PROGRESS_SIZE
+# bytes arrive.
 STALL_SECONDS = 30.0
 PROGRESS_SIZE = 64 * 1024
-# A reply of which nothing has come in that time is taken for lost when so many later requests have been answered: this
-# number, and so many times those in flight (a server may answer in any order, and on a slow link some wait for long).
+# A reply of which nothing has arrived in about that time is considered lost if enough later requests have been
+# answered: at least LOST_OVERTAKEN, and LOST_ROUNDS times the number in flight. (A server may answer in any order, and
+# on a slow link some replies take long.)
 LOST_OVERTAKEN = 8
 LOST_ROUNDS = 4
-# A reader that gives up sooner than this proves nothing about the server.
+# If a reader gives up sooner than this, that proves nothing about the server.
 HASTE_SECONDS = 1.0
-PARTS_PER_TURN = 64  # requests that one read sends before the event loop gets its turn
+PARTS_PER_TURN = 64  # a read sends this many requests before other tasks get their turn
 FAREWELL_SECONDS = 0.2
-MAX_STATUS_RANGE = 2**31  # bytes per BLOCK_STATUS; the field would take 2^32-1
+MAX_STATUS_RANGE = 2**31  # bytes per BLOCK_STATUS; the field allows 2^32-1
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,7 +72,7 @@ class Connection:
     def __init__(self, location: Location, transport: Transport, negotiated: Negotiated) -> None:
         self.negotiated = negotiated
         self.broken: str | None = None
-        self.received = 0  # bytes, those of replies under way included
+        self.received = 0  # bytes, including those of unfinished replies
         self._broken_by = Reason.CUT
         self._location = location
         self._transport = transport
@@ -80,13 +81,13 @@ class Connection:
         self._next_cookie = 1
         self._breaker = trio.CancelScope()
         self._progress_at = 0.0
-        self._oldest = (0, 0.0)  # cookie of the oldest request, and when it was first seen to be that
+        self._oldest = (0, 0.0)  # cookie of the oldest request, and when it was first found to be the oldest
 
     @classmethod
     async def open(
         cls, location: Location, policy: Policy, tls: ssl.SSLContext | None, nursery: trio.Nursery
     ) -> Connection:
-        """Connect and shake hands. Raises Refused, SourceError or SourceUnreachable; nothing stays open then."""
+        """Connect and negotiate. Raises Refused, SourceError or SourceUnreachable, with everything closed."""
         transport: Transport | None = None
         try:
             give_up_at = trio.current_time() + CONNECT_SECONDS
@@ -109,7 +110,7 @@ class Connection:
         return len(self._replies.in_flight)
 
     async def read(self, pos: int, view: memoryview) -> None:
-        """Fill `view` (format "B") with the bytes at `pos`; raises as `Source.read` does."""
+        """Fill `view` (format "B") with the bytes at `pos`. Raises what `Source.read` raises."""
         minimum = self.negotiated.minimum_block
         before = pos % minimum
         after = -(pos + len(view)) % minimum
@@ -121,7 +122,7 @@ class Connection:
             await self._read_aligned(pos, view)
 
     async def extents(self, pos: int, size: int) -> list[tuple[int, bool]] | None:
-        """Describe the range as (size, reads as zeros) from `pos` on; None if the server cannot tell."""
+        """The extents from `pos` on as (size, reads as zeros); None if the server cannot tell."""
         if self.negotiated.context is None:
             return None
         before = pos % self.negotiated.minimum_block
@@ -133,7 +134,7 @@ class Connection:
         except Refusal as exc:
             if exc.transient:
                 raise errors.reply_fault(self._location, exc) from exc
-            return None  # the server agreed to tell about holes, but not about these
+            return None  # the server reports holes, but not for this range
         clipped = _clip(waiting.request.extents or [], before, size)
         if not clipped:
             self.drop("the server described an extent smaller than its block size", Reason.ANSWER)
@@ -141,7 +142,7 @@ class Connection:
         return clipped
 
     def drop(self, why: str, kind: Reason = Reason.CUT) -> None:
-        """Close at once; the requests in flight fail with SourceUnreachable. A second call does nothing."""
+        """Close at once. The requests in flight fail with SourceUnreachable. A second call does nothing."""
         if self.broken is not None:
             return
         self.broken, self._broken_by = why, kind
@@ -157,10 +158,10 @@ class Connection:
         return errors.dropped(self._location, self.broken or "", self._broken_by)
 
     async def aclose(self) -> None:
-        """Say goodbye if that takes no time, and drop."""
+        """Send DISC if that does not take long, and drop."""
         if self.broken is None and not self._sending.locked():
-            gone = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
-            with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*gone):
+            hung_up = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+            with trio.move_on_after(FAREWELL_SECONDS), contextlib.suppress(*hung_up):
                 async with self._sending:
                     await self._transport.send(encode_request(RequestType.DISC, 0))
         self.drop("closed")
@@ -183,7 +184,7 @@ class Connection:
                 self._replies.abandon(waiting.request)
 
     async def _start(self, command: RequestType, pos: int, size: int, view: memoryview | None) -> _Waiting:
-        # Lock.acquire costs a turn of the event loop even if the lock is free.
+        # Lock.acquire costs a round of the event loop even if the lock is free.
         try:
             self._sending.acquire_nowait()
         except trio.WouldBlock:
@@ -212,11 +213,11 @@ class Connection:
             self.drop(errors.reason(exc))
             raise self._dropped() from exc
         except BaseException:
-            self.drop("a request was given up half sent")
+            self.drop("a request was cancelled half sent")
             raise
 
     async def _finish(self, waiting: _Waiting) -> None:
-        """Wait for the end of the reply; raises Refusal for an error reply, SourceUnreachable after a drop."""
+        """Wait for the end of the reply. Raises Refusal for an error reply, SourceUnreachable after a drop."""
         try:
             await waiting.answered.wait()
         except BaseException:
@@ -232,12 +233,12 @@ class Connection:
             raise failure
 
     def _suspect(self, sent_at: float) -> None:
-        """A reader gave up on a request sent at `sent_at`: drop the connection if it has been silent since."""
+        """A reader has given up on a request: drop the connection if it made no progress since `sent_at`."""
         if self._progress_at <= sent_at <= trio.current_time() - HASTE_SECONDS:
             self.drop("the server does not answer", Reason.TIMEOUT)
 
     async def _listen(self) -> None:
-        """Receive until the connection ends. Nothing but a cancellation from outside leaves this task."""
+        """Receive until the connection ends. No exception leaves this task, except a cancellation from outside."""
         try:
             while self.broken is None:
                 with self._breaker:
@@ -261,7 +262,7 @@ class Connection:
         raise EOFError
 
     def _judge_silence(self) -> None:
-        """The patience has run out, or was never needed: drop the connection, or be patient anew."""
+        """The stall timer has expired: drop the connection if it made no progress, otherwise set the timer again."""
         if self.broken is not None:
             return
         now = trio.current_time()
@@ -273,14 +274,14 @@ class Connection:
         self._breaker = trio.CancelScope(deadline=deadline)
 
     def _give_up_lost(self, now: float) -> None:
-        """Fail the oldest request if its reply got lost. What may still come of it is judged, and goes into the bin."""
+        """Fail the oldest request if its reply is lost. A late reply is validated and goes into the bin."""
         oldest = self._replies.oldest()
         if oldest is None or oldest.coverage.total:
             return
         if oldest.cookie != self._oldest[0]:
             self._oldest = (oldest.cookie, now)
         overtaken = self._next_cookie - oldest.cookie - self.load
-        seen_for = now - self._oldest[1]  # from one look to the next it is a little less than STALL_SECONDS
+        seen_for = now - self._oldest[1]  # between two calls a little less than STALL_SECONDS can pass
         if seen_for > STALL_SECONDS / 2 and overtaken >= max(LOST_OVERTAKEN, LOST_ROUNDS * self.load):
             wake = oldest.wake
             self._replies.abandon(oldest)
@@ -290,7 +291,7 @@ class Connection:
 async def _shake_hands(
     transport: PlainTransport, location: Location, tls: ssl.SSLContext | None
 ) -> tuple[Transport, Negotiated]:
-    """Drive the handshake's dialogue; the transport returned is the one that the dialogue ended on."""
+    """Drive the handshake. Returns the transport to use from now on, with TLS if that was started."""
     current: Transport = transport
     dialogue = negotiate(location.export, tls=tls is not None)
     answer = b""
@@ -301,8 +302,8 @@ async def _shake_hands(
                 answer = await current.receive_exactly(step)
             elif isinstance(step, bytes):
                 await current.send(step)
-            elif tls is not None:  # START_TLS, which the dialogue asks for only then
-                # A Unix socket has no name of its own to verify; libnbd expects "localhost" there, too.
+            elif tls is not None:  # START_TLS; the dialogue yields it only if there is a context
+                # A Unix socket has no host name to verify. Expect "localhost", as libnbd does.
                 current = secure = TlsTransport(transport, tls, location.host or "localhost")
                 await secure.handshake()
         except (EOFError, trio.BrokenResourceError) as exc:
@@ -316,7 +317,7 @@ async def _shake_hands(
 
 
 def _clip(extents: list[tuple[int, bool]], skip: int, size: int) -> list[tuple[int, bool]]:
-    """Cut `skip` bytes off the front, and what leads beyond `size` after that."""
+    """Cut off the first `skip` bytes, and everything past `size` bytes after that."""
     clipped: list[tuple[int, bool]] = []
     for extent_size, zero in extents:
         taken = min(extent_size - skip, size)

@@ -1,7 +1,7 @@
-"""Which bytes of a request have arrived: a set of ranges that never overlap.
+"""The set of byte ranges of a request that have arrived.
 
-Owns the two verdicts "these bytes came twice" and "too many pieces". Knows nothing of the wire. Servers answer in
-order nearly always, so a range that begins where the last one ended costs one comparison.
+Owns the two violations "these bytes came twice" and "too many pieces". Knows nothing of the wire. Servers nearly always
+answer in order, so a range that begins where the last one ended costs only one comparison.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from bisect import bisect_right
 
 from qedfs.source.nbd.protocol import Violation
 
-# A reply that comes in more separate pieces than this is made to burn our time: a server that skips about over a
-# 32 MiB request by whole 64 KiB clusters, the worst layout that occurs, leaves 256 gaps.
+# A reply in more scattered pieces than this is an attack on our processor time. The worst layout of an honest server,
+# which answers a 32 MiB request in 64 KiB clusters in any order, leaves 256 gaps.
 MAX_PIECES = 1024
 
 
@@ -26,7 +26,7 @@ class Coverage:
         self.total = 0  # bytes
 
     def add(self, start: int, end: int) -> None:
-        """Note that `start` up to `end` has arrived; raises Violation if a part of it was there before."""
+        """Record that `start` up to `end` has arrived. Raises Violation if a part of it had arrived before."""
         self.total += end - start
         if self._ends and self._ends[-1] == start:
             self._ends[-1] = end

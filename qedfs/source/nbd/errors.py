@@ -1,6 +1,6 @@
-"""What went wrong on a connection -> the error of qedfs that its readers get: the one place of translation.
+"""Translates the failures of an NBD connection into errors of qedfs.
 
-Owns the choice between "try again" (SourceUnreachable) and "never" (SourceError), and the wording. Every message
+Owns the wording, and the choice between transient (SourceUnreachable) and permanent errors (SourceError). Every message
 is one line that begins with the redacted location.
 """
 
@@ -20,17 +20,20 @@ from qedfs.source.url import Location
 
 
 class EndedUnderTls(Exception):
-    """The peer hung up between the beginning of the TLS handshake and the end of NBD's. Never leaves this package."""
+    """The server hung up between the start of the TLS handshake and the end of the NBD handshake.
+
+    Never leaves this package.
+    """
 
 
 def is_end(exc: Exception) -> bool:
-    """Whether the peer has just hung up."""
+    """Whether the exception only means that the peer hung up."""
     cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) else exc
     return isinstance(cause, (EOFError, ssl.SSLEOFError, ConnectionError))
 
 
 def opening_fault(location: Location, exc: Exception) -> SourceError:
-    """Translate what ended an attempt to connect and shake hands. A broken protocol is permanent here."""
+    """Translate the failure of a connection attempt or handshake. A protocol violation is permanent here."""
     certificate = _certificate_fault(exc)
     if certificate is not None:
         return SourceError(f"{location}: the server's certificate is not trusted: {with_advice(certificate)}")
@@ -39,7 +42,7 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
         text = f"{location}: {alert.words}"
         return SourceError(text) if alert.lasting else SourceUnreachable(text, reason=Reason.CONNECT)
     if isinstance(exc, EndedUnderTls):
-        # GnuTLS of nbdkit and QEMU verifies after the handshake, and then just closes.
+        # nbdkit and QEMU, with GnuTLS, verify the certificate after the TLS handshake, and then just hang up.
         words = "the server closed the connection at the TLS handshake; it may want a client certificate"
         text = f"{location}: {words} or a pre-shared key that it knows (see --credentials)"
         return SourceUnreachable(text, reason=Reason.CONNECT)
@@ -52,24 +55,24 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
 
 
 def reply_fault(location: Location, exc: Refusal) -> SourceError:
-    """Translate a server's well-formed error reply to one request."""
+    """Translate a well-formed error reply to one request."""
     if exc.transient:
         return SourceUnreachable(f"{location}: {exc}", reason=Reason.SERVER)
     return SourceError(f"{location}: {exc}")
 
 
 def dropped(location: Location, why: str, kind: Reason = Reason.CUT) -> SourceUnreachable:
-    """Say that the connection which carried a request is gone."""
+    """The error for a request whose connection was dropped."""
     return SourceUnreachable(f"{location}: connection dropped: {why}", reason=kind)
 
 
 def lost(location: Location) -> SourceUnreachable:
-    """Say that a reply does not come though those to later requests do."""
+    """The error for a request whose reply is missing although later requests have been answered."""
     return SourceUnreachable(f"{location}: a reply got lost", reason=Reason.TIMEOUT)
 
 
 def reason(exc: Exception) -> str:
-    """Put in a few words why a connection ended."""
+    """Why a connection ended, in a few words."""
     if isinstance(exc, trio.TooSlowError):
         return "timed out"
     if isinstance(exc, EOFError):
@@ -84,7 +87,7 @@ def reason(exc: Exception) -> str:
 
 
 def _alert(exc: Exception) -> Said | None:
-    """What the server objected to in the TLS handshake, if it has said so."""
+    """What the server objected to in the TLS handshake; None if it sent no alert that we know."""
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and (said := explain_alert(cause.reason or "")):
@@ -94,7 +97,7 @@ def _alert(exc: Exception) -> Said | None:
 
 
 def _certificate_fault(exc: Exception) -> str | None:
-    """What the verification of the server's certificate objected to, or None if it was not that."""
+    """Why the server's certificate was rejected; None if the failure is another one."""
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

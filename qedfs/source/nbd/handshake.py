@@ -1,11 +1,11 @@
-"""The fixed newstyle handshake, from the server's greeting to the transmission phase, without I/O.
+"""The fixed newstyle handshake of NBD, from the server's greeting to the transmission phase. No I/O.
 
-Owns the dialogue and the verdict on every answer. It is a generator: it yields how many bytes it wants next and
-is sent exactly these, or yields bytes to be sent, or `START_TLS`; it returns what was agreed on. That lets the
-whole dialogue be read from top to bottom, and because no byte is ever read ahead, nothing that arrived in the clear
-can be taken for something said under TLS.
+Owns the dialogue and the validation of every answer. It is a generator. It yields the number of bytes that it needs
+next, and is sent exactly these; or it yields bytes to be sent, or `START_TLS`. It returns the result of the
+negotiation. So the dialogue reads from top to bottom. And because no byte is read ahead, nothing that arrived in the
+clear can be mistaken for an answer under TLS.
 
-Raises `Violation` when the server breaks the protocol, `Refusal` when it declines.
+Raises `Violation` if the server violates the protocol, `Refusal` if it declines.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OLDSTYLE_MAGIC = 0x00420281861253
 OPTION_REPLY_MAGIC = 0x3E889045565A9
 
 GREETING = struct.Struct(">QQH")  # magic, magic, handshake flags
-OPTION = struct.Struct(">QII")  # magic, option, size of what follows
-OPTION_REPLY = struct.Struct(">QIII")  # magic, option, type, size of what follows
+OPTION = struct.Struct(">QII")  # magic, option, size of its data
+OPTION_REPLY = struct.Struct(">QIII")  # magic, option, type, size of its data
 
 FIXED_NEWSTYLE = 1
 NO_ZEROES = 2
@@ -48,7 +48,7 @@ OPTION_SET_META_CONTEXT = 10
 REPLY_ACK = 1
 REPLY_INFO = 3
 REPLY_META_CONTEXT = 4
-REPLY_ERROR = 2**31  # the bit that all errors have
+REPLY_ERROR = 2**31  # the bit that is set in all errors
 ERROR_UNSUPPORTED = REPLY_ERROR + 1
 ERROR_POLICY = REPLY_ERROR + 2
 ERROR_TLS_REQUIRED = REPLY_ERROR + 5
@@ -74,16 +74,16 @@ INFO_BLOCK_SIZE = 3
 
 CONTEXT = b"base:allocation"
 
-# Specification, "Block size constraints". It also bounds from below what a server may cut our reads into.
+# Specification, "Block size constraints". Also a lower bound for the requests that we have to split reads into.
 SMALLEST_PREFERRED_BLOCK = 512
 
-# One reply holds at most an id and a name, or an info type and a description, each a string of the protocol.
+# A reply holds at most an id and a name, or an info type and a description. Both texts are bounded by MAX_STRING_SIZE.
 MAX_REPLY_SIZE = MAX_STRING_SIZE + 64
-MAX_REPLIES = 64  # to one option; servers send two to four, the bound ends a server that never stops
+MAX_REPLIES = 64  # to one option. Servers send two to four; the bound is for a server that never stops.
 
 
 class Step(enum.Enum):
-    """What the handshake wants of its driver beside bytes."""
+    """What the handshake asks of its driver, apart from sending and receiving."""
 
     START_TLS = enum.auto()
 
@@ -95,7 +95,7 @@ Dialogue = Generator[Action, bytes, Negotiated]
 
 
 def negotiate(export: str, *, tls: bool) -> Dialogue:
-    """Open `export`. With `tls`, no option but STARTTLS is sent in the clear, and a server without TLS is refused."""
+    """Open `export`. With `tls`, only STARTTLS is sent in the clear, and a server without TLS is refused."""
     name = export.encode()
     if len(name) > MAX_STRING_SIZE:
         raise Refusal(f"the export name is longer than {MAX_STRING_SIZE} bytes")
@@ -177,28 +177,28 @@ def _go(name: bytes, structured: bool, context: int | None) -> Dialogue:
 
 def _agreed(found: dict[int, bytes], structured: bool, context: int | None) -> Negotiated:
     if len(found.get(INFO_EXPORT, b"")) != 10:
-        raise Violation("the server did not tell the size of the export")
+        raise Violation("the server did not report the size of the export")
     size, raw_flags = struct.unpack(">QH", found[INFO_EXPORT])
     if size > MAX_EXPORT_SIZE:
         raise Violation(f"the server announces an export of {size} bytes, more than 2^63-1")
     flags = Export(raw_flags) if raw_flags & Export.HAS_FLAGS else Export(0)
     minimum, maximum = _block_sizes(found[INFO_BLOCK_SIZE]) if INFO_BLOCK_SIZE in found else (1, MAX_REQUEST_SIZE)
     if size % minimum:
-        raise Violation(f"the size of the export, {size}, is no multiple of its minimum block size {minimum}")
+        raise Violation(f"the size of the export, {size}, is not a multiple of its minimum block size {minimum}")
     description = printable(found.get(INFO_DESCRIPTION, b""))
     return Negotiated(size, flags, structured, context, minimum, maximum, description)
 
 
 def _block_sizes(info: bytes) -> tuple[int, int]:
-    """Judge the announced constraints; returns the granularity of requests and the largest one that we will send."""
+    """Check the announced block sizes. Returns the granularity of requests and the size of the largest that we send."""
     if len(info) != 12:
-        raise Violation("the server announces block sizes of a wrong form")
+        raise Violation("the server announces malformed block sizes")
     minimum, preferred, maximum = struct.unpack(">III", info)
     said = f"block sizes (minimum {minimum}, preferred {preferred}, maximum {maximum})"
     if not _is_power_of_two(minimum) or minimum > MAX_MINIMUM_BLOCK_SIZE:
-        raise Violation(f"the server announces {said}: the minimum is no power of two up to 64 KiB")
+        raise Violation(f"the server announces {said}: the minimum is not a power of two up to 64 KiB")
     if not _is_power_of_two(preferred) or preferred < max(minimum, SMALLEST_PREFERRED_BLOCK):
-        raise Violation(f"the server announces {said}: the preferred size is no power of two that fits the minimum")
+        raise Violation(f"the server announces {said}: the preferred size is not a power of two that fits the minimum")
     if maximum < preferred or (maximum != UNLIMITED_BLOCK_SIZE and maximum % minimum):
         raise Violation(f"the server announces {said}: the maximum does not fit the others")
     return minimum, min(maximum, MAX_REQUEST_SIZE)
@@ -215,9 +215,9 @@ def _option(option: int, data: bytes = b"") -> bytes:
 def _reply(option: int) -> Generator[Action, bytes, tuple[int, bytes]]:
     magic, answered, kind, size = OPTION_REPLY.unpack((yield OPTION_REPLY.size))
     if magic != OPTION_REPLY_MAGIC:
-        raise Violation("the server sent something else than the answer to an option")
+        raise Violation("the server sent something other than the answer to an option")
     if answered != option:
-        raise Violation(f"the server answered option {answered}, asked was {option}")
+        raise Violation(f"the server answered option {answered} instead of {option}")
     if size > MAX_REPLY_SIZE:
         raise Violation(f"the server announces an answer of {size} bytes to option {option}")
     return kind, (yield size) if size else b""

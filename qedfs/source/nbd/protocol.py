@@ -1,8 +1,8 @@
-"""The words of the NBD protocol that both the handshake and the transmission phase use: numbers, requests, faults.
+"""The parts of the NBD protocol that both handshake and transmission phase use: constants, requests, exceptions.
 
-Owns the wire constants, the layout of a request and the two ways in which a server can disappoint. Pure: bytes
-and values, no I/O, no trio. The rules come from the NBD protocol specification (NetworkBlockDevice/nbd,
-doc/proto.md); every number on the wire is big-endian.
+Owns the wire constants, the layout of a request, and the two exceptions for a bad answer. Pure: no I/O, no trio. The
+rules come from the NBD protocol specification (NetworkBlockDevice/nbd, doc/proto.md). All numbers on the wire are
+big-endian.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import struct
 MAX_STRING_SIZE = 4096  # specification, "Terminology": the longest string that either side may send
 MAX_EXPORT_SIZE = 2**63 - 1  # larger ones do not fit a file offset (libnbd CVE-2023-5215)
 MAX_MINIMUM_BLOCK_SIZE = 64 * 1024  # specification, "Block size constraints"
-UNLIMITED_BLOCK_SIZE = 0xFFFF_FFFF  # what a server without a limit announces as its largest payload
-# Specification: "an efficient portable client" stays within 32 MiB when the server announced no limit.
+UNLIMITED_BLOCK_SIZE = 0xFFFF_FFFF  # the maximum payload that a server without a limit announces
+# Specification: "an efficient portable client" stays within 32 MiB if the server has announced no limit.
 MAX_REQUEST_SIZE = 32 * 1024 * 1024
 
 REQUEST_MAGIC = 0x25609513
@@ -24,12 +24,12 @@ STRUCTURED_REPLY_MAGIC = 0x668E33EF
 
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, position, size
 
-STATE_ZERO = 2  # base:allocation: the extent reads as zeros. Bit 1 (hole) alone promises nothing about the bytes.
-CHUNK_DONE = 1  # this chunk is the last one of its reply
+STATE_ZERO = 2  # base:allocation: the extent reads as zeros. The other bit (1, hole) says nothing about the bytes.
+CHUNK_DONE = 1  # the last chunk of a reply
 
 
 class RequestType(enum.IntEnum):
-    """The requests that a reader of a disk needs."""
+    """The requests that we send."""
 
     READ = 0
     DISC = 2
@@ -48,7 +48,7 @@ class Chunk(enum.IntEnum):
 
 
 class Export(enum.IntFlag):
-    """Transmission flags of an export, as far as they matter to a reader."""
+    """The transmission flags of an export that we use."""
 
     HAS_FLAGS = 1 << 0
     CAN_MULTI_CONN = 1 << 8
@@ -67,16 +67,16 @@ class ErrorCode(enum.IntEnum):
     ESHUTDOWN = 108
 
 
-# These say that the server cannot do it now; the others, that it never will.
+# With these errors a retry may succeed; the others are permanent.
 TRANSIENT_ERRORS = frozenset({ErrorCode.EIO, ErrorCode.ENOMEM, ErrorCode.ENOSPC, ErrorCode.ESHUTDOWN})
 
 
 class Violation(Exception):
-    """The server broke the protocol. Nothing that comes after it on this connection can be understood."""
+    """The server violated the protocol. Nothing that follows on this connection can be interpreted."""
 
 
 class Refusal(Exception):
-    """The server understood and said no. `transient`: it may say yes later. `code`: of an error reply, else 0."""
+    """The server refused a request. `transient`: a retry may succeed. `code`: of an error reply, otherwise 0."""
 
     def __init__(self, message: str, *, transient: bool = False, code: int = 0) -> None:
         super().__init__(message)
@@ -86,29 +86,29 @@ class Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Negotiated:
-    """What the handshake agreed on. Sizes in bytes."""
+    """The result of the handshake. Sizes in bytes."""
 
     size: int
     flags: Export
     structured: bool
-    context: int | None  # the id of base:allocation in block status replies; None: the server does not tell holes
-    minimum_block: int = 1  # requests are multiples of it, in position and size
+    context: int | None  # the id of base:allocation in block status replies; None: the server does not report holes
+    minimum_block: int = 1  # position and size of a request must be multiples of it
     maximum_request: int = MAX_REQUEST_SIZE
     description: str = ""  # of the export, for people
 
     @property
     def multi_conn(self) -> bool:
-        """Whether several connections see the same export."""
+        """Whether the server supports several connections to the export."""
         return bool(self.flags & Export.CAN_MULTI_CONN)
 
 
 def encode_request(command: RequestType, cookie: int, pos: int = 0, size: int = 0) -> bytes:
-    """Lay out one request of the transmission phase."""
+    """Encode a request of the transmission phase."""
     return REQUEST.pack(REQUEST_MAGIC, 0, command, cookie, pos, size)
 
 
 def describe_error(code: int, text: bytes = b"") -> str:
-    """Name an error reply for a human; the server's own words are cut and stripped of control characters."""
+    """Describe an error reply for people. The server's text is truncated and stripped of control characters."""
     try:
         name = ErrorCode(code).name
     except ValueError:
@@ -118,6 +118,6 @@ def describe_error(code: int, text: bytes = b"") -> str:
 
 
 def printable(text: bytes, limit: int = 200) -> str:
-    """Turn what a server sent as a message into one line that is safe to print."""
+    """Turn a message from a server into one line that is safe to print."""
     line = text[: 4 * limit].decode("utf-8", "replace")
     return "".join(char if char.isprintable() else " " for char in line).strip()[:limit]

@@ -1,15 +1,15 @@
-"""The transmission phase as the client hears it: bytes of replies -> filled buffers and finished requests, no I/O.
+"""Parser for NBD replies: fills the buffers of requests from the bytes of the transmission phase. No I/O.
 
-Owns the requests in flight on one connection and the verdict on every byte that answers them. Must not know
-sockets, tasks or who waits: a finished request calls its `wake`.
+Owns the requests in flight on one connection and the validation of every byte that answers them. Must not know sockets,
+tasks or who waits: a finished request calls its `wake`.
 
-The parser says where it wants the next bytes (`buffers`) and is told how many arrived (`received`), so that a
-scattering receive puts payload straight where the reader wants it and the header behind it into a small scratch
-buffer, in one system call. A request that nobody waits for any more (`abandon`) loses its buffer at once; the rest
-of its reply is judged as before and goes into a bin, which keeps the connection usable.
+The parser says where it wants the next bytes (`buffers`) and is told how many arrived (`received`). So one scattering
+receive puts payload directly into the reader's buffer, and the header after it into a small scratch buffer. An
+abandoned request (`abandon`) loses its buffer at once. The rest of its reply is validated as before, and goes into a
+bin, so that the connection stays usable.
 
-`Violation` means that the stream has lost its meaning: the caller must drop the connection, and every request still
-in flight has failed. An error reply in good form fails its own request only.
+After a `Violation` the stream has no meaning any more: the caller must drop the connection, and every request in flight
+has failed. A well-formed error reply fails only its own request.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from qedfs.source.nbd.protocol import (
 from qedfs.source.zeros import clear
 
 SIMPLE = struct.Struct(">IIQ")  # magic, error, cookie
-STRUCTURED = struct.Struct(">IHHQI")  # magic, flags, type, cookie, size of what follows
+STRUCTURED = struct.Struct(">IHHQI")  # magic, flags, type, cookie, size of the payload
 POSITION = struct.Struct(">Q")
 HOLE = struct.Struct(">QI")  # position, size
 ERROR = struct.Struct(">IH")  # error, size of the message
 EXTENT = struct.Struct(">II")  # size, state
 
-# Headers and small bodies; the largest of these is an error with the longest message. Payload of the next reply
-# that arrives with them is copied once, so larger is not better; 8 KiB takes a whole 4 KiB reply in one receive.
+# For headers and small bodies, of which an error with the longest message is the largest. Payload that arrives together
+# with them is copied once, so larger is not better. 8 KiB can receive a 4 KiB reply with its header in one call.
 SCRATCH_SIZE = 8 * 1024
 BIN_SIZE = 64 * 1024
 MAX_ERRORS = 16  # error chunks in one reply
 MAX_STATUS_SIZE = 4 + EXTENT.size * 1024 * 1024  # nbdkit describes up to 2^20 extents at once
-MAX_EXTENTS = 8 * 1024  # as many as we look at; the asker goes on from there, and the event loop is not held up
+MAX_EXTENTS = 8 * 1024  # only this many are used, to keep the event loop responsive; the caller asks for the rest
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Request:
-    """One request in flight. `view` is where the bytes of a read go; None once the asker has gone."""
+    """One request in flight. `view` is the buffer of a read; None after the reader has left."""
 
     command: RequestType
     cookie: int
@@ -61,14 +61,14 @@ class Request:
     view: memoryview | None
     wake: Callable[[], None]
     failure: Refusal | None = None  # the server's error reply
-    finished: bool = False  # the reply has ended, well or with `failure`
+    finished: bool = False  # the reply has ended, with or without `failure`
     coverage: Coverage = dataclasses.field(default_factory=Coverage)
     errors: int = 0  # error chunks so far
     extents: list[tuple[int, bool]] | None = None  # (size, reads as zeros)
 
 
 class Replies:
-    """Judges what the server of one connection sends. `finished` counts the replies that ended."""
+    """The parser for one connection. `finished` counts the replies that have ended."""
 
     def __init__(self, *, structured: bool, context: int | None) -> None:
         self._structured = structured
@@ -77,10 +77,10 @@ class Replies:
         self.finished = 0
         self._scratch = bytearray(SCRATCH_SIZE)
         self._scratch_view = memoryview(self._scratch)
-        self._start = 0  # unread bytes of the scratch buffer: from here ...
-        self._end = 0  # ... to here
+        self._start = 0  # the unread bytes of the scratch buffer begin here ...
+        self._end = 0  # ... and end here
         self._bin = memoryview(bytearray(BIN_SIZE))
-        # The body under way: of which request, where in its target, how much is missing, and is it the last chunk.
+        # The body being received: its request, position in the target, missing bytes, and whether it is the last.
         self._body: Request | None = None
         self._body_at = 0
         self._body_left = 0
@@ -88,28 +88,28 @@ class Replies:
         self._status: bytearray | None = None  # the target when the body is a block status
 
     def expect(self, request: Request) -> None:
-        """Note a request that is about to be sent."""
+        """Register a request that is about to be sent."""
         self.in_flight[request.cookie] = request
 
     def abandon(self, request: Request) -> None:
-        """Nobody waits for this request any more: from now on its buffer is not touched."""
+        """Forget the reader of this request. From now on its buffer is not touched."""
         request.view = None
         request.wake = _nothing
 
     def oldest(self) -> Request | None:
-        """The first request that somebody still waits for."""
+        """The first request in flight that a reader still waits for."""
         return next((request for request in self.in_flight.values() if request.wake is not _nothing), None)
 
     def buffers(self) -> list[memoryview]:
-        """Where the next bytes belong, in this order. Valid until any other method is called; never empty."""
+        """The buffers for the next bytes, in this order. Never empty; valid until another method is called."""
         if self._body is None:
             return [self._scratch_view[self._end :]]
         target = self._body_target(self._body)
-        # The bin may be smaller than what is left of the body: then the next header is not next.
+        # Unless the target takes the whole rest of the body (the bin may be too small), the next header is not next.
         return [target, self._scratch_view] if len(target) == self._body_left else [target]
 
     def received(self, count: int) -> None:
-        """Take note that `count` bytes were put into `buffers()`; raises Violation."""
+        """Process `count` bytes that were received into `buffers()`. Raises Violation."""
         if self._body is None:
             self._end += count
         else:
@@ -125,7 +125,7 @@ class Replies:
         self._compact()
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes that were received elsewhere (TLS hands out its own); raises Violation."""
+        """Process bytes that were received elsewhere, as TLS returns its own objects. Raises Violation."""
         rest = memoryview(data)
         while rest:
             target = self.buffers()[0]
@@ -137,7 +137,7 @@ class Replies:
     # Headers and small bodies, in the scratch buffer
 
     def _take_reply(self) -> bool:
-        """Take one header with its small body; False while a part of it is still missing."""
+        """Process one header with its small body. Returns False if a part of it is missing."""
         available = self._end - self._start
         if available < SIMPLE.size:
             return False
@@ -147,7 +147,7 @@ class Replies:
             self._take_simple(self._find(cookie), error)
             return True
         if magic != STRUCTURED_REPLY_MAGIC or not self._structured:
-            raise Violation("the server sent something else than a reply")
+            raise Violation("the server sent something other than a reply")
         if available < STRUCTURED.size:
             return False
         _, flags, kind, cookie, size = STRUCTURED.unpack_from(self._scratch, self._start)
@@ -161,7 +161,7 @@ class Replies:
 
     def _take_simple(self, request: Request, error: int) -> None:
         if self._structured and (request.command == RequestType.READ or not error):
-            raise Violation("the server sent a simple reply though structured replies were agreed on")
+            raise Violation("the server sent a simple reply although structured replies were negotiated")
         if error:
             request.failure = _failure(error, b"")
             self._finish(request)
@@ -198,7 +198,7 @@ class Replies:
         return True
 
     def _check_small_size(self, kind: int, size: int, last: bool) -> None:
-        """Judge the size before waiting for that many bytes."""
+        """Check the size before waiting for that many bytes."""
         if kind == Chunk.NONE:
             fits = size == 0 and last
         elif kind == Chunk.OFFSET_HOLE:
@@ -224,7 +224,7 @@ class Replies:
         if kind == Chunk.OFFSET_HOLE:
             pos, size = HOLE.unpack(body)
             if request.command != RequestType.READ or not size:
-                raise Violation("the server sent a hole that answers nothing")
+                raise Violation("the server sent a hole that answers no request")
             at = self._cover(request, pos, size)
             if request.view is not None:
                 clear(request.view[at : at + size])
@@ -235,14 +235,14 @@ class Replies:
         if not error or ERROR.size + message_size + tail != len(body) or request.errors > MAX_ERRORS:
             raise Violation("the server sent a garbled error")
         if tail and not request.pos <= POSITION.unpack_from(body, len(body) - tail)[0] < request.pos + request.size:
-            raise Violation("the server reported an error outside of the request")
+            raise Violation("the server reported an error outside the request")
         request.failure = request.failure or _failure(error, body[ERROR.size : ERROR.size + message_size])
 
     def _cover(self, request: Request, pos: int, size: int) -> int:
-        """Where in the request these bytes belong, after the check that they belong there at all."""
+        """The position of these bytes in the request, after a check that they belong there."""
         at = pos - request.pos
         if at < 0 or at + size > request.size:
-            raise Violation("the server sent bytes from outside of the request")
+            raise Violation("the server sent bytes from outside the request")
         request.coverage.add(at, at + size)
         return at
 
@@ -276,9 +276,9 @@ class Replies:
             self._finish(request)
 
     def _read_extents(self, request: Request, status: bytearray) -> list[tuple[int, bool]]:
-        """Judge and merge the first extents; only the last one may lead beyond the range that was asked for."""
+        """Validate and merge the first extents. Only the last one may reach past the requested range."""
         if int.from_bytes(status[:4], "big") != self._context:
-            raise Violation("the server described extents in a context that was not agreed on")
+            raise Violation("the server described extents in a context that was not negotiated")
         found: list[tuple[int, bool]] = []
         left = request.size
         considered = memoryview(status)[4 : 4 + MAX_EXTENTS * EXTENT.size]
@@ -295,7 +295,7 @@ class Replies:
         return found
 
     def _finish(self, request: Request) -> None:
-        """The reply is over: judge it as a whole. Only then does the asker hear of it."""
+        """The reply has ended: validate it as a whole, then wake the reader."""
         if request.failure is None:
             if request.command == RequestType.READ and request.coverage.total != request.size:
                 missing = request.size - request.coverage.total

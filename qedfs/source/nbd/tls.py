@@ -1,7 +1,7 @@
-"""How an nbds connection is secured: certificates, or a pre-shared key.
+"""The TLS context of an nbds connection: certificates or a pre-shared key.
 
-Owns the TLS settings of NBD and the files that they come from. Must not know sockets. It reads files, so it is not for
-the event loop.
+Owns the TLS settings for NBD and reads the files they need. Must not know sockets. Because it reads files, it must not
+run on the event loop.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from qedfs.source.ca_files import find_ca_files, find_ca_folder, read_files
 from qedfs.source.credentials import TlsFiles
 from qedfs.source.url import Location
 
-# libnbd and QEMU look for these.
+# The file names that libnbd and QEMU use.
 _IN_FOLDER = {"ca": "ca-cert.pem", "certificate": "client-cert.pem", "key": "client-key.pem"}
-# With forward secrecy, and without certificates: nobody would verify those. TLS 1.3 has no such suites of its own, so
-# that a server without the key could go on with a certificate there.
+# Suites with forward secrecy and without certificates, which nobody would verify. TLS 1.3 has no separate suites for
+# pre-shared keys, so a server without the key could continue with a certificate there.
 _PSK_CIPHERS = "kECDHEPSK:kDHEPSK"
 
 PskCallback = Callable[[str | None], tuple[str, bytes]]
 
 
 def client_context(location: Location, given: TlsFiles) -> ssl.SSLContext:
-    """The settings for a connection. What the location names comes before what is `given` for it.
+    """The TLS context for a connection. Files that the location names take precedence over `given`.
 
     Raises:
-        SourceError: a file cannot be read or used, or this Python has no pre-shared keys.
+        SourceError: a file cannot be read or used, or this Python does not support pre-shared keys.
     """
     files = _named_by(location) or given
     if files.psk_file is not None:
@@ -56,7 +56,7 @@ def _with_certificates(location: Location, files: TlsFiles) -> ssl.SSLContext:
         ca_folder = find_ca_folder(os.environ)
         if ca_folder is not None and files.ca is None:
             context.load_verify_locations(capath=ca_folder)
-    except OSError as exc:  # SSLError is one
+    except OSError as exc:  # includes SSLError
         raise SourceError(f"{location}: the CA certificates in {' and '.join(ca_files)} cannot be used") from exc
     if files.certificate is not None:
         try:
@@ -68,18 +68,19 @@ def _with_certificates(location: Location, files: TlsFiles) -> ssl.SSLContext:
 
 
 def _no_passphrase() -> str:
-    # By itself OpenSSL would ask at the terminal. An empty one is never right, and no exception gets through.
+    # Without this callback OpenSSL would prompt on the terminal. An exception from the callback would get lost, so
+    # return an empty passphrase, which is never right.
     return ""
 
 
 def _with_psk(location: Location, path: str, user: str | None) -> ssl.SSLContext:
-    name = user or pwd.getpwuid(os.geteuid()).pw_name  # as libnbd
-    key = _key_of(location, path, name)
+    name = user or pwd.getpwuid(os.geteuid()).pw_name  # the default of libnbd
+    key = _read_key(location, path, name)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     use: Callable[[PskCallback], None] | None = getattr(context, "set_psk_client_callback", None)  # since Python 3.13
     if use is None:
         raise SourceError(f"{location}: pre-shared keys need Python 3.13 or newer; use certificates")
-    context.check_hostname = False  # whoever has the key is the right one
+    context.check_hostname = False  # the key authenticates the server
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_PSK_CIPHERS)
@@ -87,7 +88,7 @@ def _with_psk(location: Location, path: str, user: str | None) -> ssl.SSLContext
     return context
 
 
-def _key_of(location: Location, path: str, name: str) -> bytes:
+def _read_key(location: Location, path: str, name: str) -> bytes:
     (text,) = read_files(location, path)
     for line in text.decode("utf-8", "replace").splitlines():
         user, colon, key = line.strip().rpartition(":")

@@ -1,11 +1,12 @@
-"""How bytes get to an NBD server and back: a TCP or Unix socket, in the clear or under TLS.
+"""The transport of an NBD connection: a TCP or Unix socket, in the clear or with TLS.
 
-Owns sockets, addresses and certificates. Must not know what the bytes mean: received bytes go where the parser
-(`Replies`) wants them. Errors are those of the operating system, of `ssl` and of trio; `faults` translates them.
+Owns sockets and addresses, and the TLS stream. Must not know what the bytes mean: received bytes go into the buffers
+that the parser (`Replies`) supplies. Raises the errors of the operating system, of `ssl` and of trio; `errors.py`
+translates them.
 
-In the clear, system calls are made on the spot and trio is asked to wait only when one would block. That saves a
-turn of the event loop for each, and it is what makes cancelling simple: between two awaits nobody can take a buffer
-away, so no byte ever goes to a buffer whose owner has left.
+Without TLS, a system call is made at once, and the task waits only if the call would block. That saves a round of the
+event loop per call, and it makes cancelling simple: no other task can withdraw a buffer between two awaits, so no byte
+ever goes into a buffer whose reader has left.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from qedfs.source.policy import Policy
 from qedfs.source.resolver import addresses
 from qedfs.source.url import Location
 
-# The event loop gets its turn after this many receives in a row that did not block: about 1 MiB, or 16 small replies.
+# After this many receives, or bytes, in a row without blocking, other tasks get their turn.
 RECEIVES_PER_TURN = 16
 BYTES_PER_TURN = 1024 * 1024
 TLS_RECEIVE_SIZE = 256 * 1024
 
 
 class Transport(Protocol):
-    """A connected byte stream. One task receives, one task at a time sends."""
+    """A connected byte stream. Only one task receives, and one task at a time sends."""
 
     async def receive(self, replies: Replies) -> int:
-        """Hand the parser what has arrived, and return how many bytes; 0 at the end. Safe to cancel."""
+        """Pass received bytes to the parser. Returns their number, 0 at the end of the stream. Safe to cancel."""
         ...
 
     async def receive_exactly(self, size: int) -> bytes:
-        """Return the next `size` bytes; raises EOFError at the end of the stream."""
+        """Receive the next `size` bytes. Raises EOFError at the end of the stream."""
         ...
 
     async def send(self, data: bytes) -> None:
-        """Send all of `data`. After a cancellation nothing is known about what was sent: close."""
+        """Send all of `data`. After a cancellation, a part may have been sent, so close the transport."""
         ...
 
     def close(self) -> None:
-        """Close at once; whoever waits in another method gets trio.ClosedResourceError."""
+        """Close at once. Tasks that wait in another method get trio.ClosedResourceError."""
         ...
 
 
@@ -52,7 +53,7 @@ class PlainTransport:
     """A socket, used directly."""
 
     def __init__(self, raw: socket.socket, guarded: trio.socket.SocketType) -> None:
-        """`guarded` is trio's wrapper of `raw`: it owns the descriptor, and TLS goes through it."""
+        """`guarded` is trio's wrapper of `raw`. It owns the descriptor, and TLS uses it."""
         self._raw = raw
         self.socket = guarded
         self._receives_left = RECEIVES_PER_TURN
@@ -100,18 +101,18 @@ class PlainTransport:
 
 
 class TlsTransport:
-    """The same under TLS; payload is copied once, out of what the TLS library decrypted."""
+    """A socket with TLS. Payload is copied once, from the TLS library's output."""
 
     def __init__(self, plain: PlainTransport, context: ssl.SSLContext, host: str) -> None:
         self._socket = plain.socket
-        # https_compatible: a server that just closes the connection is the end of the stream, not a fault of TLS.
-        # Cutting a reply short is noticed by its length anyway.
+        # https_compatible: if the server just closes the connection, that is the end of the stream, not a TLS error. A
+        # truncated reply is detected by its length anyway.
         self._stream = trio.SSLStream(
             trio.SocketStream(plain.socket), context, server_hostname=host, https_compatible=True
         )
 
     async def handshake(self) -> None:
-        """Agree on keys and verify the server's certificate and name."""
+        """Do the TLS handshake, which verifies the server's certificate and name."""
         await self._stream.do_handshake()
 
     async def receive(self, replies: Replies) -> int:
@@ -151,7 +152,7 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
     failure: Exception | None = None
     for tried, (family, address) in enumerate(found):
         policy.check_address(str(address[0]), location)
-        # A black hole at the first address must leave time for the others.
+        # An address that swallows packets must leave time for the others.
         share = (give_up_at - trio.current_time()) / (len(found) - tried)
         try:
             with trio.fail_after(max(share, 0)):

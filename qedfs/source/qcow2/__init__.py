@@ -1,4 +1,4 @@
-"""qcow2 images as sources, read-only, over any other source."""
+"""The qcow2 source: reads the virtual disk of a qcow2 image, over any other source that has the file."""
 
 from qedfs.source.qcow2.source import Qcow2Source
 

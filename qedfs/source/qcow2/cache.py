@@ -1,11 +1,10 @@
-"""Things that were fetched and will be wanted again, within a bound of bytes, each fetched by one task at a time.
+"""An LRU cache with a bound in bytes, where concurrent requests for one key share one load.
 
-Owns what is kept and who fetches. Must not know what the values are.
+Owns what is cached and who loads it. Must not know what the values are.
 
-Concurrency. A *flight* is one call of a loader, for all its keys at once. Look-up and registration of flights happen
-without an await in between. A task whose flight was cancelled leaves nothing behind; whoever waited for it looks again
-and loads for itself. A task never waits for another's flight while its own is under way, so flights cannot wait for
-each other in a circle.
+Concurrency. A *flight* is one call of a loader, for all its keys at once. There is no await between the look-up and the
+registration of flights. A cancelled flight leaves nothing behind, and the tasks that waited for it load the values
+themselves. A task never waits for another flight while its own is under way, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from qedfs.host.memory_pool import Share
 K = TypeVar("K")
 V = TypeVar("V")
 
-ENTRY_OVERHEAD_BYTES = 256  # of a value's Python objects and its place in the tables
+ENTRY_OVERHEAD_BYTES = 256  # estimate for a value's Python objects and its dictionary entry
 
 
 class _Flight(Generic[K, V]):
@@ -34,10 +33,10 @@ class _Flight(Generic[K, V]):
 
 
 class Cache(Generic[K, V]):
-    """Least recently used values go first. `size_of` tells the bytes of a value."""
+    """An LRU cache. `size_of` returns the bytes of a value."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
-        """`max_bytes`: kept at the most; less where others need the room (`memory_pool.py`)."""
+        """`max_bytes`: the bound, which is lower while others need the memory (`memory_pool.py`)."""
         self._max_bytes = max_bytes
         self._size_of = size_of
         self._kept: OrderedDict[K, V] = OrderedDict()
@@ -46,22 +45,22 @@ class Cache(Generic[K, V]):
 
     @property
     def kept_bytes(self) -> int:
-        """What the values take, with an estimate of what Python adds."""
+        """Bytes of the values, including an estimate of Python's overhead."""
         return self._share.held_bytes
 
     def close(self) -> None:
-        """Forget all; nobody asks any more."""
+        """Drop everything. The cache must not be used afterwards."""
         self._kept.clear()
         self._share.close()
 
     def kept(self, key: K) -> V | None:
-        """A value that is kept, at once."""
+        """A value if it is cached, without waiting."""
         return self._kept.get(key)
 
     async def get(self, keys: Iterable[K], load: Callable[[list[K]], Awaitable[Mapping[K, V]]]) -> dict[K, V]:
-        """The values of `keys`; `load` is given those that are neither kept nor under way, and returns all of them.
+        """The values of `keys`. `load` gets the keys that are neither cached nor being loaded, and returns all values.
 
-        Raises the loader's QedfsError, to everybody who waited for it.
+        If a loader raises QedfsError, all tasks that waited for it get the error.
         """
         wanted = list(keys)
         found: dict[K, V] = {}
@@ -78,7 +77,7 @@ class Cache(Generic[K, V]):
             await flight.over.wait()
             if flight.error is not None:
                 raise flight.error.fresh()
-            # Taken from the flight and not from what is kept: a value larger than the bound is not kept.
+            # Take the values from the flight, not from the cache: a value larger than the bound is not cached.
             found.update((key, flight.values[key]) for key in wanted if key in flight.values)
 
     async def _load(self, keys: list[K], load: Callable[[list[K]], Awaitable[Mapping[K, V]]]) -> Mapping[K, V]:

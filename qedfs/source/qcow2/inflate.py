@@ -1,7 +1,7 @@
-"""Compressed clusters -> their bytes, in bounded memory.
+"""Decompression of qcow2 clusters, in bounded memory.
 
-Owns which decompressors there are and what they may cost. Must not know where the bytes come from. Deflate is always
-there; zstd is if Python brings it (3.14) or the module zstandard is installed.
+Owns the choice of decompressors and their limits. Must not know where the bytes come from. Deflate is always available;
+zstd is if it is part of Python (3.14) or the module zstandard is installed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from qedfs.source.qcow2.format import DEFLATE, Fault
 
-# What a decoder of zstd is asked to support (RFC 8878, section 3.1.1.1.2); a cluster has 2 MiB at the most.
+# The window size that every zstd decoder should support (RFC 8878, section 3.1.1.1.2). A cluster has at most 2 MiB.
 _ZSTD_WINDOW_LOG = 23
 
 Bytes = bytes | bytearray | memoryview
-# (compressed bytes and what follows them, cluster size) -> as many bytes. Raises Fault.
+# (compressed bytes and whatever follows them, cluster size) -> the bytes of the cluster. Raises Fault.
 Inflate = Callable[[Bytes, int], bytes]
 
 
 def inflater(compression: int) -> Inflate:
-    """The decompressor of a compression type. It may be called from any thread.
+    """The decompressor for a compression type. It may be called from any thread.
 
     Raises:
-        Fault: this Python has none.
+        Fault: no decompressor for it is installed.
     """
     if compression == DEFLATE:
         return _inflate
@@ -39,14 +39,14 @@ def inflater(compression: int) -> Inflate:
 
 def _inflate(data: Bytes, size: int) -> bytes:
     try:
-        # QEMU writes with a window of 4 KiB; a reader with the largest one understands every writer.
+        # QEMU compresses with a window of 4 KiB, but with the largest one we can read the output of every writer.
         plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
     except zlib.error as exc:
         raise Fault("has a compressed cluster that is damaged") from exc
     return _whole(plain, size)
 
 
-def _stdlib_zstd(zstd: Any) -> Inflate:  # noqa: ANN401 - a module that is not everywhere
+def _stdlib_zstd(zstd: Any) -> Inflate:  # noqa: ANN401 - an optional module
     options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
 
     def inflate(data: Bytes, size: int) -> bytes:
@@ -59,7 +59,7 @@ def _stdlib_zstd(zstd: Any) -> Inflate:  # noqa: ANN401 - a module that is not e
     return inflate
 
 
-def _zstandard(zstandard: Any) -> Inflate:  # noqa: ANN401 - a module that is not everywhere
+def _zstandard(zstandard: Any) -> Inflate:  # noqa: ANN401 - an optional module
     def inflate(data: Bytes, size: int) -> bytes:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW_LOG)
         try:

@@ -1,8 +1,7 @@
-"""What a read of the virtual disk means in the file: pieces, and few reads that bring them.
+"""Plans a read of the virtual disk: which pieces of the file it needs, and how to fetch them with few reads.
 
-Owns how neighbouring clusters become one piece and neighbouring pieces one read. Pure; must not know who reads.
-
-`at` is a byte of the caller's buffer.
+Owns the rules by which neighbouring clusters become one piece and neighbouring pieces one read. Pure; must not know who
+reads. `at` is a position in the caller's buffer.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Generic, Protocol, TypeVar
 
 from qedfs.source.qcow2.format import Packed, Qcow2Header, find_cluster
 
-# Bytes between two pieces that are fetched along rather than ask twice: 0.3 ms of a link with 1 Gbit/s, far below a
-# round trip. With the smallest clusters it is just what lies between one L2 table and the next.
+# Two pieces are fetched with one read if the gap between them is no larger than this. The bytes of the gap take 0.3 ms
+# at 1 Gbit/s, far less than a round trip. With the smallest clusters, L2 tables are exactly this far apart.
 MAX_GAP_BYTES = 32 << 10
-MAX_JOINED_BYTES = 4 << 20  # one read of several pieces goes through a buffer of this size
+MAX_JOINED_BYTES = 4 << 20  # a read of several pieces is at most this large, because it goes through a buffer
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,7 +28,7 @@ class Zeros:
 
 @dataclasses.dataclass(slots=True)
 class Data:
-    """A part of the buffer whose bytes stand in the file."""
+    """A part of the buffer whose bytes are in the file as they are."""
 
     at: int
     offset: int
@@ -38,19 +37,19 @@ class Data:
 
 @dataclasses.dataclass(slots=True)
 class Compressed:
-    """A part of the buffer that is `want` bytes from byte `skip` on of a compressed cluster."""
+    """A part of the buffer that comes from a compressed cluster: `want` of its bytes after the first `skip`."""
 
     at: int
     offset: int
     size: int  # of the compressed bytes
     skip: int
     want: int
-    whole: bool  # all that the disk has of the cluster
+    whole: bool  # the part is all that the disk has of the cluster
 
 
 @dataclasses.dataclass(slots=True)
 class Plan:
-    """The whole buffer, by what has to be done for it."""
+    """The parts of the buffer, by how they are filled."""
 
     zeros: list[Zeros] = dataclasses.field(default_factory=list)
     data: list[Data] = dataclasses.field(default_factory=list)
@@ -58,7 +57,7 @@ class Plan:
 
 
 class Piece(Protocol):
-    """A stretch of the file."""
+    """A range of the file."""
 
     @property
     def offset(self) -> int: ...
@@ -79,10 +78,10 @@ class Batch(Generic[P]):
 
 
 def plan_read(header: Qcow2Header, pos: int, size: int, entries: Iterable[int]) -> Plan:
-    """What to do for `size` bytes at `pos`; `entries` are the L2 entries of the clusters from that of `pos` on.
+    """Plan a read of `size` bytes at `pos`. `entries`: the L2 entries of the clusters, from the one that `pos` is in.
 
     Raises:
-        Fault: an entry cannot be.
+        Fault: an entry is invalid.
     """
     plan = Plan()
     mask = header.cluster_size - 1
@@ -123,7 +122,7 @@ def _add_data(plan: Plan, at: int, offset: int, size: int) -> None:
 
 
 def join(pieces: Iterable[P]) -> list[Batch[P]]:
-    """Few reads that bring all pieces. A piece that is larger than a joined read may be has one of its own."""
+    """Join the pieces into few reads. A piece that is larger than MAX_JOINED_BYTES gets a read of its own."""
     batches: list[Batch[P]] = []
     joined: list[P] = []
     start = end = 0

@@ -1,15 +1,16 @@
-"""Qcow2Source: the virtual disk of a qcow2 image as a source, read-only, over the source that has the file.
+"""Qcow2Source: the virtual disk of a qcow2 image as a read-only source, over the source that has the file.
 
-Owns the order of reads: L2 tables, then data. Must not know where the file is. What entries mean is `format.py`, which
-reads of the file a request needs is `plan.py`.
+Owns the order of reads: first L2 tables, then data. Must not know where the file is. `format.py` knows what an entry
+means, `plan.py` which reads of the file a request needs.
 
-L2 tables are kept in slices, so that a look-up in an image with large clusters does not cost a table of 2 MiB. A
-request for a part of a compressed cluster inflates the whole and keeps it for its neighbours; whole clusters are
-inflated into the reader's buffer and not kept.
+L2 tables are cached in slices, so that a look-up in an image with large clusters does not load a table of 2 MiB. A read
+of a part of a compressed cluster inflates the whole cluster and caches it for reads of its other parts. A read of whole
+clusters inflates them into the reader's buffer, and does not cache them.
 
-Concurrency. Any number of tasks may read; they share the two caches, whose rules are in `cache.py`, and nothing else
-that changes. Inflating runs in threads, of which urgent reads have their own, so that they do not queue behind the
-background's. A thread that has begun is waited for, also by a cancelled read: it may be writing to the reader's buffer.
+Concurrency. Any number of tasks may read. They share the two caches, whose rules are in `cache.py`, and no other
+mutable state. Clusters are inflated in threads. Urgent reads have their own threads, so that they do not queue behind
+background reads. A thread that has started is always waited for, even by a cancelled read, because it may be writing to
+the reader's buffer.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
 
-SLICE_BYTES = 64 << 10  # of an L2 table: 8192 entries, 512 MiB of an image with clusters of 64 KiB
-TABLE_CACHE_BYTES = 8 << 20  # 64 GiB of such an image
-CLUSTER_CACHE_BYTES = 16 << 20  # of inflated clusters that requests took in part
+SLICE_BYTES = 64 << 10  # of an L2 table: 8192 entries, which map 512 MiB with clusters of 64 KiB
+TABLE_CACHE_BYTES = 8 << 20  # maps 64 GiB with such clusters
+CLUSTER_CACHE_BYTES = 16 << 20  # for inflated clusters that were read in part
 L1_READ_BYTES = 1 << 20
-CONCURRENT_READS = 8  # of the file, for one request whose clusters lie scattered
-# What one call of `extents` looks at, so that it holds up nobody: about a millisecond each.
+CONCURRENT_READS = 8  # reads of the file for one request, if its clusters are scattered
+# How many entries one call of `extents` looks at. Either takes about a millisecond, which blocks the event loop.
 EXTENTS_ENTRIES = 1 << 14
 EXTENTS_L1_ENTRIES = 1 << 14
 Job = Callable[[], Awaitable[None]]
@@ -61,7 +62,7 @@ T = TypeVar("T")
 
 
 class _Slice:
-    """A piece of the file that holds a part of an L2 table."""
+    """A part of an L2 table, and where it is in the file."""
 
     __slots__ = ("number", "offset", "size")
 
@@ -72,7 +73,7 @@ class _Slice:
 
 
 class Qcow2Source:
-    """The port `Source` over another one. Made by `open`; it owns the inner source and closes it."""
+    """A `Source` over another one. Create it with `open`. It owns the inner source and closes it."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Qcow2Source:
         stamp: str,
         share: Share,
     ) -> None:
-        """`share`: of the memory for tables; it holds what `l1` takes."""
+        """`share`: the share of the table memory that holds the bytes of `l1`."""
         self._inner = inner
         self._name = name
         self._header = header
@@ -101,10 +102,10 @@ class Qcow2Source:
 
     @classmethod
     async def open(cls, inner: Source, name: str) -> Qcow2Source:
-        """Read the header and the L1 table. `name` stands for the image in messages. `inner` stays open on failure.
+        """Read the header and the L1 table. `name` names the image in messages. `inner` stays open on failure.
 
         Raises:
-            SourceError: it is no qcow2 image, or none that can be served: see `format.py`.
+            SourceError: not a qcow2 image, or one that cannot be served, see `format.py`.
             SourceUnreachable, SourceChanged: as `Source.read`.
         """
         file_size = inner.identity.size
@@ -125,21 +126,21 @@ class Qcow2Source:
 
     @property
     def identity(self) -> Identity:
-        """The version; see `_identity`."""
+        """The version, see `_identity`."""
         return self._identity
 
     @property
     def parallel(self) -> int:
-        """As many as the file's source."""
+        """As many as for the file's source."""
         return self._inner.parallel
 
     @property
     def received(self) -> int:
-        """Bytes of the file, compressed and tables included."""
+        """Bytes received of the file, including compressed data and tables."""
         return self._inner.received
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer`; see `Source.read`. A damaged table or compressed cluster is a SourceError."""
+        """Fill `buffer`, see `Source.read`. A damaged table or compressed cluster is a SourceError."""
         view = buffer.cast("B")
         self._check(pos, len(view))
         if not len(view):
@@ -156,7 +157,7 @@ class Qcow2Source:
         await _run(jobs)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """What of the range is unallocated or zero, as far as one step goes; see `Source.extents`."""
+        """Which parts of the range are unallocated or zero, up to a limit per call. See `Source.extents`."""
         self._check(pos, size)
         if not size:
             return []
@@ -179,7 +180,7 @@ class Qcow2Source:
         return found
 
     def zeros_now(self, pos: int, size: int) -> bool:
-        """Whether tables that are here say that the range reads as zeros; see `KnowsZeros`."""
+        """Whether the cached tables say that the range reads as zeros, see `KnowsZeros`."""
         end = pos + size
         if self._closed or size <= 0 or pos < 0 or end > self._header.size:
             return False
@@ -200,7 +201,7 @@ class Qcow2Source:
         return True
 
     async def aclose(self) -> None:
-        """Close the file's source; reads raise SourceUnreachable."""
+        """Close the file's source. Later reads raise SourceUnreachable."""
         self._closed = True
         for holder in (self._tables, self._clusters, self._l1_share):
             holder.close()
@@ -208,14 +209,14 @@ class Qcow2Source:
 
     def _check(self, pos: int, size: int) -> None:
         if pos < 0 or size < 0 or pos + size > self._header.size:
-            raise ValueError(f"{pos}+{size} is not inside of {self._header.size} bytes")
+            raise ValueError(f"{pos}+{size} is not inside the {self._header.size} bytes of the source")
         if self._closed:
             raise SourceUnreachable(f"backing {self._name}: closed")
 
     # Tables.
 
     async def _entries(self, pos: int, size: int, *, urgent: bool) -> list[int]:
-        """The L2 entries of the clusters of a range; 0, unallocated, where there is no table."""
+        """The L2 entries of the clusters of a range; 0 (unallocated) where there is no table."""
         first = pos >> self._header.cluster_bits
         last = (pos + size - 1) >> self._header.cluster_bits
         numbers = range(first >> self._slice_bits, (last >> self._slice_bits) + 1)
@@ -236,7 +237,7 @@ class Qcow2Source:
         return entries
 
     def _slice(self, number: int) -> _Slice | None:
-        """Where a slice is; None: its table is unallocated. Slices are numbered through the whole disk."""
+        """Where a slice is; None if its table is unallocated. Slices are numbered across the whole disk."""
         slices_bits = self._header.table_bits - self._slice_bits  # per table
         offset = table_offset(self._header, self._l1[number >> slices_bits])
         if offset is None:
@@ -256,7 +257,7 @@ class Qcow2Source:
         return tables
 
     def _l1_hole(self, pos: int) -> int:
-        """Where the L1 entries without a table end that start at `pos`, as far as one step goes."""
+        """The end of the range from `pos` on that has no L2 tables, up to a limit per call; `pos` if it has one."""
         bits = self._header.cluster_bits + self._header.table_bits
         first = pos >> bits
         index = self._l1.next_filled(first, EXTENTS_L1_ENTRIES)
@@ -265,7 +266,7 @@ class Qcow2Source:
     # Clusters.
 
     async def _read_batch(self, batch: Batch[Data | Compressed], view: memoryview, *, urgent: bool) -> None:
-        """One read of the file, and what it holds goes into the reader's buffer."""
+        """Read a batch from the file, and put its pieces into the reader's buffer."""
         piece = batch.pieces[0]
         if len(batch.pieces) == 1 and isinstance(piece, Data):
             await self._inner.read(piece.offset, view[piece.at : piece.at + piece.size], urgent=urgent)
@@ -288,7 +289,7 @@ class Qcow2Source:
                 view[piece.at : piece.at + piece.want] = memoryview(plain)[: piece.want]
 
     async def _copy_part(self, piece: Compressed, view: memoryview, *, urgent: bool) -> None:
-        """A part of a compressed cluster, whose other parts somebody will want soon."""
+        """Fill a part of the buffer from a compressed cluster. Cache the cluster, since its other parts will follow."""
         key = piece.offset, piece.size
 
         async def load(_: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
@@ -315,7 +316,7 @@ def _part(data: memoryview, batch: Batch[P], piece: P) -> memoryview:
 
 
 async def _read_l1(inner: Source, name: str, header: Qcow2Header, head: bytes, share: Share) -> tuple[SparseTable, str]:
-    """The L1 table, and a digest of what was read to open the image. `share` holds what the table takes."""
+    """Read the L1 table. Also returns a digest of header and table. `share` takes the memory of the table."""
     l1 = SparseTable(header.l1_entries)
     digest = hashlib.sha256(head)
     piece = memoryview(bytearray(min(L1_READ_BYTES, 8 * header.l1_entries)))
@@ -332,11 +333,12 @@ async def _read_l1(inner: Source, name: str, header: Qcow2Header, head: bytes, s
 
 
 def _identity(inner: Identity, size: int, stamp: str) -> Identity:
-    """The version of the disk: its size, and the file's validators, each with the file's length and a digest.
+    """The version of the disk: its size, and the file's validators, to each of which a mark of the file is added.
 
-    Two versions of a file can have one virtual size, and an NBD server has no validators: the length of the file and
-    the digest of its header and L1 table stand in the place of the date, so that they are compared where nothing else
-    is. A server that tells a date only now and then, and no ETag, looks like a change: the safe side.
+    Two versions of a file can have the same virtual size, and an NBD server has no validators. The mark, which is the
+    length of the file and a digest of its header and L1 table, takes the place of the date. So it is compared even if
+    there is nothing else to compare. If a server without ETags sends a date only now and then, that looks like a
+    change, which is the safe side.
     """
     mark = f"{LAYOUT}{inner.size} bytes, tables {stamp}"
     etag = None if inner.etag is None else f"{inner.etag} of {mark}"
@@ -346,7 +348,7 @@ def _identity(inner: Identity, size: int, stamp: str) -> Identity:
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Where a fault of the image becomes an error that names it."""
+    """Turn a fault of the image into an error that names the image."""
     try:
         yield
     except Fault as exc:
@@ -354,7 +356,7 @@ def _faults(name: str) -> Iterator[None]:
 
 
 async def _run(jobs: Sequence[Job]) -> None:
-    """Run all jobs, a few at a time; the first QedfsError ends the others and is raised as it is."""
+    """Run all jobs, a few at a time. The first QedfsError cancels the others and is raised, not in a group."""
     if len(jobs) == 1:
         await jobs[0]()
         return

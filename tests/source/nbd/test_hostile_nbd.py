@@ -126,7 +126,7 @@ async def test_all_reads_in_flight_fail_with_the_connection() -> None:
                 nursery.start_soon(one, number)
             await trio.testing.wait_all_tasks_blocked()
             answers.set()
-    assert failures == [f"{url}: connection dropped: the server sent something else than a reply"] * 16
+    assert failures == [f"{url}: connection dropped: the server sent something other than a reply"] * 16
 
 
 async def test_a_silent_server_is_given_up(fast_clock: trio.testing.MockClock) -> None:

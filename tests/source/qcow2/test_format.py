@@ -73,12 +73,12 @@ def test_backing_name_that_is_empty_is_none() -> None:
         (header(version=2, crypt=2), "is encrypted"),
         (header(backing=(300, 11)), "backing file of its own, which is never followed; .*qemu-img convert"),
         (header(size=1 << 63), "claims a size of 9223372036854775808 bytes"),
-        (header(size=(1 << 63) - 1), "L1 table of 2 entries where its size needs"),
-        (header(l1_size=1), "L1 table of 1 entries where its size needs 2"),
-        (header(l1_size=(4 << 20) + 1), "4194305 entries; 4194304 can be"),
-        (header(l1_offset=513), "L1 table at 0x201, which is not at a cluster"),
-        (header(l1_offset=FILE), "L1 table at 0x10000, outside of the file of 65536 bytes"),
-        (header(l1_offset=(1 << 64) - 512), "outside of the file"),
+        (header(size=(1 << 63) - 1), "L1 table of 2 entries but needs"),
+        (header(l1_size=1), "L1 table of 1 entries but needs 2 for its size"),
+        (header(l1_size=(4 << 20) + 1), "4194305 entries; the limit is 4194304"),
+        (header(l1_offset=513), "L1 table at 0x201, which is not the start of a cluster"),
+        (header(l1_offset=FILE), "L1 table at 0x10000, outside the file of 65536 bytes"),
+        (header(l1_offset=(1 << 64) - 512), "outside the file"),
         (header(features=4), "external file, which is never followed"),
         (header(features=16), "subclusters"),
         (header(features=1 << 5 | 1 << 63 | 1), "unknown features \\(0x8000000000000020\\)"),
@@ -110,7 +110,7 @@ def test_l1_entry() -> None:
 
 
 def test_l1_entry_outside() -> None:
-    with pytest.raises(Fault, match="outside of the file"):
+    with pytest.raises(Fault, match="outside the file"):
         table_offset(V3, FILE)
 
 
@@ -133,11 +133,11 @@ def test_marked_as_corrupt() -> None:
 
 def test_l1_entry_between_clusters() -> None:
     wide = decode_header(header(cluster_bits=12, l1_offset=4096), FILE)
-    with pytest.raises(Fault, match="L2 table at 0x200, which is not at a cluster"):
+    with pytest.raises(Fault, match="L2 table at 0x200, which is not the start of a cluster"):
         table_offset(wide, 512)
-    with pytest.raises(Fault, match="a cluster at 0x200, which is not at a multiple of its size"):
+    with pytest.raises(Fault, match="a cluster at 0x200, which is not a multiple of its size"):
         find_cluster(wide, 512)
-    with pytest.raises(Fault, match="a cluster at 0x200, which is not at a multiple of its size"):
+    with pytest.raises(Fault, match="a cluster at 0x200, which is not a multiple of its size"):
         find_cluster(wide, 512 | 1)
 
 
@@ -172,9 +172,9 @@ def test_compressed() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (FILE, "a cluster at 0x10000, outside of the file of 65536 bytes"),
-        (COMPRESSED | FILE, "compressed cluster at 0x10000, outside of the file"),
-        (COMPRESSED | (1 << 61) - 1, "outside of the file"),
+        (FILE, "a cluster at 0x10000, outside the file of 65536 bytes"),
+        (COMPRESSED | FILE, "compressed cluster at 0x10000, outside the file"),
+        (COMPRESSED | (1 << 61) - 1, "outside the file"),
     ],
 )
 def test_refused_l2_entry(entry: int, message: str) -> None:

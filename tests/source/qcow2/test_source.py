@@ -337,8 +337,8 @@ async def test_a_damaged_cluster_costs_only_itself() -> None:
     assert await read(source, 3 * 512, 512) == b"d" * 512
     for index, message in [
         (1, "compressed cluster that is damaged"),
-        (2, "outside of the file"),
-        (4, "outside of the file"),
+        (2, "outside the file"),
+        (4, "outside the file"),
     ]:
         for size in (512, 100):
             with pytest.raises(SourceError, match=rf"^backing disk\.qcow2 has .*{message}"):
@@ -353,5 +353,5 @@ async def test_a_damaged_l1_entry_costs_only_its_range() -> None:
     source, _ = await opened(file)
     assert await read(source, 64 * 512, 512) == b"d" * 512
     for action in (source.read(0, memoryview(bytearray(9))), source.extents(0, 9)):
-        with pytest.raises(SourceError, match="has an L2 table at 0x10000000000, outside of the file"):
+        with pytest.raises(SourceError, match="has an L2 table at 0x10000000000, outside the file"):
             await action
