@@ -38,7 +38,7 @@ def test_all_commands_that_ask_servers(tmp_path: Path) -> None:
         run("create", overlay, "--backing", server.url(), code=4)
         run("create", overlay, "--backing", server.url(), "--credentials", file)
         options = ("--verbose", "--no-stream", "--source-timeout", "1s", "--credentials", str(file))
-        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+        with mounted(overlay, tmp_path / "mnt", *options, own_interpreter=True) as mount:
             path = mount.path("disk.raw")
             assert read_direct(path, 0, CLUSTER_SIZE) == content[:CLUSTER_SIZE]
             for behaviour in ("status-403", "garbage", "reset"):

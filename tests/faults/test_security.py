@@ -120,7 +120,7 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
             run(command, overlay)
         run("info", overlay, "--json")
         options = ("--verbose", "--no-stream", "--source-timeout", "1s")
-        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+        with mounted(overlay, tmp_path / "mnt", *options, own_interpreter=True) as mount:
             path = mount.path("disk.raw")
             assert len(read_direct(path, 0, CLUSTER_SIZE)) == CLUSTER_SIZE
             for cluster, behaviour in enumerate(("wrong-start", "status-403", "garbage", "other-etag"), start=2):

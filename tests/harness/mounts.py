@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 from qedfs.control.qmp.client import Client
 
 from .hang import HANG_SECONDS
-from .process import Child, Died, wait_for
+from .process import QEDFS, Child, Command, Died, wait_for
 from .require import require, require_fuse
-
-_QEDFS = (sys.executable, "-m", "qedfs")
+from .starter import needs_interpreter, run
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
@@ -43,18 +41,22 @@ def qedfs(
         RuntimeError: `check` is true and the exit code is not 0; the message holds what was printed.
         subprocess.TimeoutExpired: it did not end in time; it was killed.
     """
-    done = subprocess.run(
-        [*_QEDFS, *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout_seconds,
-        stdin=subprocess.DEVNULL,
-        env=None if env is None else {**os.environ, **env},
-    )
+    words = [os.fspath(arg) for arg in args]
+    environ = {**os.environ, **(env or {})}
+    if needs_interpreter(env or {}):
+        done = subprocess.run(
+            [*QEDFS, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_seconds,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+        )
+    else:
+        done = run(words, timeout_seconds=timeout_seconds, environ=environ)
     if check and done.returncode != 0:
-        words = " ".join(str(arg) for arg in args)
-        raise RuntimeError(f"qedfs {words}: exit code {done.returncode}\n{done.stderr}{done.stdout}")
+        raise RuntimeError(f"qedfs {' '.join(words)}: exit code {done.returncode}\n{done.stderr}{done.stdout}")
     return done
 
 
@@ -132,10 +134,12 @@ def mounted(
     *options: str | Path,
     env: Mapping[str, str] | None = None,
     through: Sequence[str | Path] = (),
+    own_interpreter: bool = False,
 ) -> Iterator[Mount]:
     """Mounts an overlay or a folder of them, for the length of the block; `mountpoint` is made if it is not there.
 
-    `through`: a command that runs another one, and its options.
+    `through`: a command that runs another one, and its options. `own_interpreter`: nothing is forked from the starter,
+    for a test that looks at the process from outside (its words in /proc).
 
     Raises:
         Died: the mount never came up; the message holds what the process printed.
@@ -145,7 +149,13 @@ def mounted(
     folder = Path(tempfile.mkdtemp(prefix="qedfs-"))
     outside = mountpoint.stat().st_dev
     try:
-        child = Child([*through, *_QEDFS, "mount", source, mountpoint, *options], folder / "output", env=env)
+        words: list[str | Path] = ["mount", source, mountpoint, *options]
+        log = folder / "output"
+        child = (
+            Child([*through, *QEDFS, *words], log, env=env)
+            if through or own_interpreter
+            else Command(words, log, env=env)
+        )
         mount = Mount(mountpoint, child)
         try:
             _running.append(mount)

@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .hang import HANG_SECONDS
+from .starter import Forked, needs_interpreter
+
+# The command line in a process of its own.
+QEDFS = (sys.executable, "-m", "qedfs")
 
 # Between SIGTERM and SIGKILL. No verdict: a child that needs longer is killed, and its test goes on.
 STOP_SECONDS = 30.0
@@ -36,16 +41,15 @@ class Child:
     ) -> None:
         self.argv = [os.fspath(arg) for arg in argv]
         self.log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                self.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=None if env is None else {**os.environ, **env},
-                # A Ctrl-C meant for pytest must not race with the orderly stop.
-                start_new_session=True,
-            )
+        # A Ctrl-C meant for pytest must not race with the orderly stop: each has a session of its own.
+        with log.open("ab") as output, open(os.devnull, "rb") as null:
+            self._process = self._start(null.fileno(), output.fileno(), env or {})
+
+    def _start(self, stdin: int, output: int, env: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
+        environ = {**os.environ, **env}
+        return subprocess.Popen(
+            self.argv, stdin=stdin, stdout=output, stderr=output, env=environ, start_new_session=True
+        )
 
     @property
     def pid(self) -> int:
@@ -102,6 +106,18 @@ class Child:
 
     def _report(self, problem: str) -> str:
         return f"{' '.join(self.argv)}: {problem}\n{self.output()[-4000:]}"
+
+
+class Command(Child):
+    """One `qedfs WORDS...`, forked from a process that has imported it already where that makes no difference."""
+
+    def __init__(self, words: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None) -> None:
+        super().__init__([*QEDFS, *words], log, env=env)
+
+    def _start(self, stdin: int, output: int, env: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
+        if needs_interpreter(env):
+            return super()._start(stdin, output, env)
+        return Forked(self.argv[len(QEDFS) :], stdin, output, output, environ={**os.environ, **env}, new_session=True)
 
 
 def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = HANG_SECONDS) -> None:

@@ -15,8 +15,6 @@ import re
 import select
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import time
 import unicodedata
@@ -24,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .hang import HANG_SECONDS
+from .starter import Forked
 
 _TOKEN = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(.)", re.DOTALL)
 _CUT = re.compile(r"\x1b(\[[?\d;]*)?$")
@@ -101,12 +100,10 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._leader, follower = pty.openpty()
         fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        env = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+        environ = {**os.environ, "TERM": "xterm"}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
-            env.pop(name, None)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "qedfs", *words], stdin=follower, stdout=follower, stderr=follower, env=env
-        )
+            environ.pop(name, None)
+        self._child = Forked([os.fspath(word) for word in words], follower, follower, follower, environ=environ)
         os.close(follower)
 
     def wait_for(self, seen: Callable[[Grid], bool], what: str) -> None:

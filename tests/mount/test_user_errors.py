@@ -300,7 +300,7 @@ def test_secrets_of_a_url_are_nowhere(tmp_path: Path) -> None:
         url = f"http://user:{password}@{host}/disk?token={password}"
         create(tmp_path / "disk.qed", url)
         shutil.copy(tmp_path / "disk.qed", tmp_path / "copy.qed")
-        with mounted_over(tmp_path, url, "--verbose") as mount:
+        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--verbose", own_interpreter=True) as mount:
             mount.wait()
             seen = mount.output() + Path("/proc/mounts").read_text(errors="replace") + str(mount.status())
             seen += Path(f"/proc/{mount.pid}/cmdline").read_text()

@@ -1,0 +1,253 @@
+"""Starts `qedfs WORDS...` in a few milliseconds: a process that has imported the program forks for each command.
+
+Owns the protocol between a run of the tests and that process, its starter. Half of the processor time of the tests was
+spent by `python -m qedfs` on its imports. A fork has everything else that a program of its own has: descriptors,
+environment, working folder, session, signals, exit status. What only a new interpreter obeys (`needs_interpreter`)
+is started the ordinary way.
+
+A message to the starter is one packet: JSON, and four descriptors, stdin, stdout, stderr and the report. Into the
+report the starter writes the process id, and the exit status when the process has ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import io
+import json
+import os
+import select
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_ROOT = Path(__file__).parents[2]
+_NUMBER = struct.Struct("=i")
+_MOST_BYTES = 1 << 17  # of a packet; below what a socket takes by default (net.core.wmem_default)
+
+# Read when an interpreter or a library starts, before the command could change them.
+_INTERPRETER = ("PYTHON", "LD_", "LANG", "LC_", "MALLOC_", "GLIBC_", "COVERAGE_")
+
+
+def needs_interpreter(env: Mapping[str, str]) -> bool:
+    """Whether these additions to the environment count only when a new interpreter starts."""
+    return any(name.startswith(_INTERPRETER) for name in env)
+
+
+class Forked:
+    """A process forked by the starter; what `subprocess.Popen` offers, as far as the tests use it."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *,
+        environ: Mapping[str, str],
+        new_session: bool = False,
+    ) -> None:
+        request = {"words": words, "env": dict(environ), "cwd": os.getcwd(), "session": new_session}
+        self._report, theirs = os.pipe()
+        try:
+            packet = json.dumps(request).encode()
+            socket.send_fds(_starter(), [packet], [stdin, stdout, stderr, theirs])
+        finally:
+            os.close(theirs)
+        self.pid = self._number()
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, when there is one.
+
+        Raises:
+            subprocess.TimeoutExpired: the process still runs after `timeout` seconds.
+        """
+        if self.returncode is None:
+            poll = select.poll()
+            poll.register(self._report, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("qedfs", timeout or 0)
+            self.returncode = self._number()
+            os.close(self._report)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _number(self) -> int:
+        data = os.read(self._report, _NUMBER.size)
+        if len(data) < _NUMBER.size:
+            raise RuntimeError("the starter of qedfs has ended")
+        return int(_NUMBER.unpack(data)[0])
+
+
+def run(
+    words: Sequence[str], *, timeout_seconds: float, environ: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command to its end and returns what it printed, as `subprocess.run` does.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time, or left its output open to another process; it was killed.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    outputs = [os.pipe(), os.pipe()]
+    with open(os.devnull, "rb") as null:
+        process = Forked(words, null.fileno(), outputs[0][1], outputs[1][1], environ=environ)
+    for _, theirs in outputs:
+        os.close(theirs)
+    try:
+        printed = _read_all([ours for ours, _ in outputs], deadline)
+        process.wait(max(0, deadline - time.monotonic()))
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        for ours, _ in outputs:
+            os.close(ours)
+    stdout, stderr = (data.decode().replace("\r\n", "\n") for data in printed)
+    return subprocess.CompletedProcess(["qedfs", *words], process.wait(), stdout, stderr)
+
+
+def _read_all(fds: Sequence[int], deadline: float) -> list[bytes]:
+    """What comes out of each pipe until its end."""
+    printed = {fd: bytearray() for fd in fds}
+    with selectors.DefaultSelector() as selector:
+        for fd in fds:
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0, deadline - time.monotonic()))
+            if not ready:
+                raise subprocess.TimeoutExpired("qedfs", 0)
+            for key, _ in ready:
+                data = os.read(key.fd, 1 << 16)
+                printed[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+    return [bytes(printed[fd]) for fd in fds]
+
+
+@functools.cache
+def _starter() -> socket.socket:
+    """The socket of this run's starter, which ends with the run."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=_ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            # A Ctrl-C reaches the commands by way of their tests.
+            start_new_session=True,
+        )
+    atexit.register(_end, ours, process)
+    return ours
+
+
+def _end(requests: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    requests.close()
+    process.wait()
+
+
+class _Request(NamedTuple):
+    """A command to become: the request's JSON, and its stdin, stdout and stderr."""
+
+    text: bytes
+    streams: list[int]
+
+
+def _serve(requests: socket.socket) -> _Request:
+    """Forks for each request, and tells how its process ended. Only the forked processes return."""
+    running: dict[int, tuple[int, int]] = {}  # pidfd: (pid, report)
+    with selectors.DefaultSelector() as selector:
+        selector.register(requests, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not requests:
+                    pid, report = running.pop(key.fd)
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    _tell(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                    os.close(report)
+                    continue
+                text, fds, _, _ = socket.recv_fds(requests, _MOST_BYTES, 4)
+                if not text:
+                    os._exit(0)
+                *streams, report = fds
+                pid = os.fork()
+                if pid == 0:
+                    return _Request(text, streams)
+                for fd in streams:
+                    os.close(fd)
+                _tell(report, pid)
+                pidfd = os.pidfd_open(pid)
+                running[pidfd] = (pid, report)
+                selector.register(pidfd, selectors.EVENT_READ)
+
+
+def _tell(report: int, number: int) -> None:
+    # A test that has failed does not wait for the end.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report, _NUMBER.pack(number))
+
+
+def _become(request: _Request) -> None:
+    """Gives this process all that a new program would have been given."""
+    for number, fd in enumerate(request.streams):
+        os.dup2(fd, number)
+    # The requests of other commands, and their reports.
+    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+    wanted = json.loads(request.text)
+    os.environ.clear()
+    os.environ.update(wanted["env"])
+    os.chdir(wanted["cwd"])
+    if wanted["session"]:
+        os.setsid()
+    sys.argv = ["qedfs", *wanted["words"]]
+    # Whether a stream can seek and is a terminal was asked when it was made.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old = getattr(sys, name)
+        mode = "w" if number else "r"
+        new = open(number, mode, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
+        if isinstance(new, io.TextIOWrapper):
+            new.reconfigure(line_buffering=old.line_buffering or os.isatty(number))
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+
+
+if __name__ == "__main__":
+    from qedfs.cli.main import main
+
+    _requests = socket.socket(fileno=int(sys.argv[1]))
+    # What is imported stays, and stays shared.
+    gc.freeze()
+    _request = _serve(_requests)
+    _requests.detach()
+    _become(_request)
+    main()

@@ -1,0 +1,42 @@
+"""A command from the starter is a process like any other: words, environment, folder, output, exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qedfs import __version__
+from tests.harness.hang import HANG_SECONDS
+from tests.harness.starter import needs_interpreter, run
+
+
+def test_it_prints_and_ends_as_a_program_of_its_own(tmp_path: Path) -> None:
+    for words in (["--version"], ["info", str(tmp_path / "missing.qed")], ["no-such-command"], []):
+        ours = run(words, timeout_seconds=HANG_SECONDS, environ=os.environ)
+        theirs = subprocess.run([sys.executable, "-m", "qedfs", *words], capture_output=True, text=True, check=False)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+
+
+def test_it_has_the_folder_and_the_environment_of_its_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(["info", "here.qed"], timeout_seconds=HANG_SECONDS, environ=os.environ)
+    assert "here.qed" in done.stderr
+    environ = {**os.environ, "_QEDFS_COMPLETE": "bash_source"}
+    assert "_qedfs_completion" in run([], timeout_seconds=HANG_SECONDS, environ=environ).stdout
+
+
+def test_what_only_a_new_interpreter_reads() -> None:
+    assert needs_interpreter({"PYTHONPATH": "x"})
+    assert needs_interpreter({"LC_ALL": "C"})
+    assert not needs_interpreter({"HOME": "/", "NOTIFY_SOCKET": "@x"})
+
+
+def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(["--version"], timeout_seconds=0, environ=os.environ)
+    done = run(["--version"], timeout_seconds=HANG_SECONDS, environ=os.environ)
+    assert done.stdout == f"qedfs, version {__version__}\n"
