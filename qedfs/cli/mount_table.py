@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from qedfs.errors import NotMounted, QedfsError, UsageError
 from qedfs.host.procfs import mounts
 from qedfs.host.runtime import place_of
-from qedfs.mount.mountinfo import mount_info_at
+from qedfs.mount.mountpoint import is_dead, mount_info_at
 
 FILESYSTEM = "fuse.qedfs"
 
@@ -25,16 +24,6 @@ def mounted_type(mountpoint: str) -> str | None:
     """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
     standing = mount_info_at(place_of(mountpoint))
     return None if standing is None else standing.kind
-
-
-def is_dead(mountpoint: str) -> bool:
-    """Whether the server of the mount has died."""
-    try:
-        # Not stat: the kernel would answer it from what the dead server said a moment ago.
-        os.statvfs(mountpoint)
-    except OSError as exc:
-        return exc.errno == errno.ENOTCONN
-    return False
 
 
 def missing(mountpoint: str) -> QedfsError:

@@ -1,7 +1,8 @@
-"""What a mount has to say after its socket is closed: that it could not make everything durable.
+"""The exit report: why a mount did not end well, for whoever unmounts it and is not its parent.
 
-Owns the file that holds it, in the mount's runtime folder. It is there while the server lives, and goes at a good end;
-`qedfs umount` reads it once the server has ended. (A process learns the exit code of its own children only.)
+Owns the file that holds it, in the mount's runtime folder. A process learns the exit code of its own children only, and
+the control socket is closed before the overlays are. So the server leaves its error in a file, and `qedfs umount` reads
+that once the server has ended. While the server lives, the file says that it was killed: then nobody is left to say so.
 """
 
 from __future__ import annotations
@@ -26,45 +27,50 @@ class ExitReport:
 
     error: str
     exit_code: int
-    killed: bool = False  # the server had no time for words of its own
+    killed: bool = False  # the server has ended before it could write a report of its own
 
 
-def begin(mountpoint: str) -> None:
-    """The mount serves. These words hold until others take their place: a server that is killed has no time for any."""
+def assume_killed(mountpoint: str) -> None:
+    """Report that the server was killed, until `write` or `discard` knows better."""
     text = f"{mountpoint}: its server has ended before it had closed the overlays; {_MENDED}"
     _write(mountpoint, ExitReport(text, QedfsError.exit_code, killed=True))
 
 
-def leave(mountpoint: str, error: QedfsError) -> None:
-    """Tell whoever waits for the end of the mount why it did not end well."""
+def write(mountpoint: str, error: QedfsError) -> None:
+    """Report why the mount did not end well."""
     _write(mountpoint, ExitReport(str(error), error.exit_code))
 
 
-def _write(mountpoint: str, words: ExitReport) -> None:
+def _write(mountpoint: str, report: ExitReport) -> None:
     """Without a place for it, the log has it."""
     with contextlib.suppress(OSError, QedfsError):
-        (mount_folder(mountpoint) / EXIT_REPORT_NAME).write_text(json.dumps(dataclasses.asdict(words)))
+        (mount_folder(mountpoint) / EXIT_REPORT_NAME).write_text(json.dumps(dataclasses.asdict(report)))
 
 
-def take(mountpoint: str, places: Sequence[RuntimeFolder] = ()) -> ExitReport | None:
-    """What went wrong at the end, once; None if nothing did.
+def discard(mountpoint: str) -> None:
+    """Remove the report, if there is one."""
+    read_once(mountpoint)
+
+
+def read_once(mountpoint: str, places: Sequence[RuntimeFolder] = ()) -> ExitReport | None:
+    """Read the report and remove it; None if the mount has ended well, or its report was read before.
 
     `places`: those where the mount can have left it, from when it still stood; without them, where it can have by now.
     """
     for place in places or mount_places(mountpoint):
         try:
-            words = json.loads(_taken(place))
-            return ExitReport(str(words["error"]), int(words["exit_code"]), bool(words.get("killed")))
+            values = json.loads(_content(place))
+            return ExitReport(str(values["error"]), int(values["exit_code"]), bool(values.get("killed")))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
     return None
 
 
-def _taken(place: RuntimeFolder) -> bytes:
+def _content(place: RuntimeFolder) -> bytes:
     """The content of the file in this folder, which is another user's if root asks; the file is removed."""
     with place.opened() as folder:
         fd = os.open(EXIT_REPORT_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with open(fd, "rb") as file:
-            words = file.read(MOST_BYTES)
+            content = file.read(MOST_BYTES)
         os.unlink(EXIT_REPORT_NAME, dir_fd=folder)
-    return words
+    return content

@@ -24,6 +24,7 @@ from qedfs.mount.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
+RESCAN_SECONDS = 1.0
 # Of this machine or of a file server, not of the file. EAGAIN: somebody has a lease on it.
 _PASSING = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
@@ -78,6 +79,18 @@ class Registry:
         return bool(self._supervisor.ending) or any(served.opens for served in self._by_inode.values())
 
     # Looking.
+
+    async def watch(self) -> None:
+        """Notice overlays that come and go, until cancelled.
+
+        A look costs one fstat while the folder does not change and all are served.
+        """
+        while True:
+            await trio.sleep(RESCAN_SECONDS)
+            try:
+                await self.rescan(broken=True)
+            except (OSError, QedfsError) as exc:
+                log.warning("cannot look into %s: %s", self._folder.source, exc)
 
     async def rescan(self, *, broken: bool = False) -> bool:
         """Look again if the folder has changed; returns whether it did look.

@@ -74,7 +74,7 @@ def test_an_end_that_another_program_has_begun(tmp_path: Path, options: tuple[st
         assert not is_running(mount.pid)
 
 
-def test_words_that_nobody_has_heard(tmp_path: Path) -> None:
+def test_a_report_that_nobody_has_read(tmp_path: Path) -> None:
     with written(tmp_path) as mount:
         with traced(mount.pid, tmp_path / "strace", *EIO):
             subprocess.run([require("umount"), mount.mountpoint], check=True)

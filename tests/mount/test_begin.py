@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.mountinfo import mount_info_at
+from qedfs.mount.mountpoint import mount_info_at
 from tests.harness.mounts import COMMAND_SECONDS
 from tests.harness.require import require, require_fuse, require_root
 
@@ -29,10 +29,10 @@ if "mount" in sys.argv or "mount" in sys.orig_argv:
 IN_THE_TABLE = """
 import sys
 if "mount" in sys.orig_argv:
-    import qedfs.mount.server as server
+    import qedfs.mount.fuse_session as fuse_session
     def failing(place):
         raise {error}
-    server.mount_info_at = failing
+    fuse_session.mount_info_at = failing
 """
 
 

@@ -15,7 +15,7 @@ import trio
 
 from qedfs.image.image import Image
 from qedfs.mount.images import Images
-from qedfs.mount.mountinfo import mount_info_at
+from qedfs.mount.mountpoint import mount_info_at
 from qedfs.mount.options import Options
 from qedfs.mount.source_pool import SourcePool
 from qedfs.mount.supervisor import CLOSING

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.server import why_not_mounted
+from qedfs.mount.mountpoint import why_not_mounted
 from tests.harness.images import qemu_create, random_image
 from tests.harness.mounts import is_mounted, mounted, qedfs
 from tests.harness.process import Child, free_port, wait_for

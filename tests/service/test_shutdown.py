@@ -26,7 +26,7 @@ open(sys.argv[2], "w").close()
 if "--wait" in sys.argv:
     signal.sigwait([signal.SIGTERM])
 for number in range({SECTORS}):
-    os.pwrite(disk, b"last words".ljust(4096, b"."), number * 4096)
+    os.pwrite(disk, b"last write".ljust(4096, b"."), number * 4096)
     os.fsync(disk)
     time.sleep(0.1)
 """
@@ -52,7 +52,7 @@ def host(tmp_path: Path) -> Iterator[Machine]:
 def test_a_guest_keeps_its_disk_while_it_ends(host: Machine, tmp_path: Path, scope: str) -> None:
     assert host.start(MOUNT) == 0, host.log()
     _start_guest(host, tmp_path, scope)
-    _assert_the_last_words_are_kept(host, tmp_path)
+    _assert_the_last_write_is_kept(host, tmp_path)
 
 
 def test_a_guest_on_a_mount_of_fstab_keeps_it_while_it_ends(host: Machine, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_guest_on_a_mount_of_fstab_keeps_it_while_it_ends(host: Machine, tmp_p
     host.add_unit(name, FSTAB.format(source=tmp_path / "disk.qed", mountpoint=mountpoint))
     assert host.start(name) == 0, host.log()
     _start_guest(host, tmp_path, next(iter(SCOPES)))
-    _assert_the_last_words_are_kept(host, tmp_path)
+    _assert_the_last_write_is_kept(host, tmp_path)
 
 
 def _start_guest(host: Machine, tmp_path: Path, scope: str) -> None:
@@ -78,7 +78,7 @@ def test_libvirt_guests_finds_the_disks_of_the_guests_that_it_shuts_down(host: M
     host.add_unit("libvirt-guests.service", f"[Service]\n{service}")
     assert host.start(MOUNT) == 0, host.log()
     assert host.start("libvirt-guests.service") == 0
-    _assert_the_last_words_are_kept(host, tmp_path)
+    _assert_the_last_write_is_kept(host, tmp_path)
     assert (tmp_path / "up").exists()
 
 
@@ -86,11 +86,11 @@ def _guest(folder: Path) -> list[str]:
     return [sys.executable, str(folder / "guest.py"), str(folder / "mnt" / "disk.raw"), str(folder / "up")]
 
 
-def _assert_the_last_words_are_kept(host: Machine, folder: Path) -> None:
+def _assert_the_last_write_is_kept(host: Machine, folder: Path) -> None:
     host.booted.power_off()
     # That the mount waits for whoever has an image open, for a while, would hide that it does not come last.
     assert "in use" not in host.log()
     assert "still open" not in host.log()
     qedfs("export", folder / "disk.qed", folder / "disk.raw")
     with (folder / "disk.raw").open("rb") as image:
-        assert image.read(SECTORS * 4096) == SECTORS * b"last words".ljust(4096, b".")
+        assert image.read(SECTORS * 4096) == SECTORS * b"last write".ljust(4096, b".")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.mount_table import FILESYSTEM, copies, device_of, holders, is_dead, missing, mounted_type
+from qedfs.cli.mount_table import FILESYSTEM, copies, device_of, holders, missing, mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import remark
@@ -19,11 +19,12 @@ from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.host.runtime import RuntimeFolder, is_held, mount_places
 from qedfs.mount import exit_report
+from qedfs.mount.mountpoint import is_dead, unmount
 from qedfs.units import format_seconds
 
-WORD_SECONDS = 10.0  # of silence: a flush takes less
+SILENCE_SECONDS = 10.0  # of a server, before the user is told what we wait for: a flush takes less
 GRACE_SECONDS = 1.0  # until the server is asked why it has not ended; most have in a few hundredths
-LEFT_SECONDS = 0.02  # between two looks whether a server has left its folder
+RELEASE_LOOK_SECONDS = 0.02  # between two looks whether a server has left its folder
 BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
 
 
@@ -96,8 +97,8 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
             if process is not None:
                 os.close(process)
     if process is None:  # the end of the connection is not yet that of the server
-        _wait_until_left(mountpoint, places)
-    _tell_last_words(mountpoint, places)
+        _wait_until_released(mountpoint, places)
+    _exit_as_reported(mountpoint, places)
 
 
 def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounted: bool) -> None:
@@ -105,31 +106,34 @@ def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounte
     absent = mounted_type(mountpoint) is None
     if not absent:
         _unmount(mountpoint)
-    _wait_until_left(mountpoint, places)
-    _tell_last_words(mountpoint, places, but_killed=not absent)
+    _wait_until_released(mountpoint, places)
+    _exit_as_reported(mountpoint, places, but_killed=not absent)
     if absent and not if_mounted:
         raise missing(mountpoint)
 
 
-def _wait_until_left(mountpoint: str, places: Sequence[RuntimeFolder]) -> None:
+def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> None:
     """Wait for a server that cannot be spoken to: it holds its folder until it has closed the overlays.
 
     One that begins holds it too, and ends this once it has mounted.
     """
-    said = time.monotonic() + WORD_SECONDS
+    said = time.monotonic() + SILENCE_SECONDS
     while any(map(is_held, places)) and not device_of(mountpoint):
         if time.monotonic() > said:
             remark(f"{mountpoint}: is not mounted; its server is still to close the overlays")
             said = math.inf
-        time.sleep(LEFT_SECONDS)
+        time.sleep(RELEASE_LOOK_SECONDS)
 
 
-def _tell_last_words(mountpoint: str, places: Sequence[RuntimeFolder], *, but_killed: bool = False) -> None:
-    """`but_killed`: a dead mount was found here; that it is one is why it is cleared away."""
-    words = exit_report.take(mountpoint, places)
-    if words is not None and not (words.killed and but_killed):
-        remark(words.error)
-        raise click.exceptions.Exit(words.exit_code)
+def _exit_as_reported(mountpoint: str, places: Sequence[RuntimeFolder], *, but_killed: bool = False) -> None:
+    """End with the exit code that the server has reported, if the mount did not end well.
+
+    `but_killed`: not for a report that it was killed. A dead mount was found here, and is cleared away for that reason.
+    """
+    report = exit_report.read_once(mountpoint, places)
+    if report is not None and not (report.killed and but_killed):
+        remark(report.error)
+        raise click.exceptions.Exit(report.exit_code)
 
 
 def _process(client: Client) -> int | None:
@@ -144,9 +148,6 @@ def _unmount(mountpoint: str, *, served: bool = False) -> None:
     """`served`: its server lives. It may stand still, so nothing is asked of the mount."""
     if mounted_type(mountpoint) != FILESYSTEM:
         raise missing(mountpoint)
-    # Imported here: pyfuse3 takes its time.
-    from qedfs.mount.server import unmount
-
     done = unmount(mountpoint)
     if done.returncode and not served and is_dead(mountpoint):
         done = unmount(mountpoint, lazy=True)
@@ -173,7 +174,7 @@ def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str
         InUse: the mount goes on for the sake of a copy.
     """
     try:
-        client.deadline = time.monotonic() + WORD_SECONDS
+        client.deadline = time.monotonic() + SILENCE_SECONDS
         client.negotiate()
         # Without it the copies could not be recognized, and would all be taken for nobody's.
         device = stood or str(client.execute("x-qedfs-status").get("device", ""))
@@ -198,14 +199,14 @@ def _wait_for_users(mountpoint: str, client: Client, device: str, deadline: floa
     begun, said = time.monotonic(), ""
     while used := _use_of_copies(client, device):
         sure = not device or any(copies(device))  # it goes on for longer than any killed reader
-        left = (deadline if sure else max(deadline, begun + WORD_SECONDS)) - time.monotonic()
+        left = (deadline if sure else max(deadline, begun + SILENCE_SECONDS)) - time.monotonic()
         if left <= 0:
             raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
         if sure and used != said:
             remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
         said = used
         time.sleep(BUSY_SECONDS)
-        client.deadline = time.monotonic() + WORD_SECONDS
+        client.deadline = time.monotonic() + SILENCE_SECONDS
     return bool(said)
 
 
@@ -225,7 +226,7 @@ def _use_of_copies(client: Client, device: str) -> str:
 def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
     """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
     if process is not None:
-        if not _has_ended(process, WORD_SECONDS):
+        if not _has_ended(process, SILENCE_SECONDS):
             remark(f"{mountpoint}: is unmounted; its server, pid {client.server_pid}, is still to close the overlays")
             select.select([process], [], [])
         return

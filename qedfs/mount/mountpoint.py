@@ -1,0 +1,97 @@
+"""The folder to mount on: which file system is mounted there, whether ours can be, and the command that unmounts it.
+
+Owns the look into the kernel's table of mounts, which asks nothing of a file system that may hang. Must not know what
+is served there, nor who serves it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from typing import NamedTuple
+
+from qedfs.errors import InUse, UsageError
+from qedfs.host.procfs import mounts
+from qedfs.host.runtime import place_of
+
+
+class MountInfo(NamedTuple):
+    """A mounted file system."""
+
+    device: str  # "0:57": no other file system has it for as long as this one lives, mounted or not
+    kind: str
+
+
+def mount_info_at(place: str) -> MountInfo | None:
+    """The file system mounted at this path (`place_of`), the topmost if there are several; None if there is none."""
+    wanted = os.fsencode(place)
+    found = None
+    for line in mounts():
+        if line.place == wanted:
+            found = MountInfo(line.device, line.kind)
+    return found
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether a mount is there whose server has died, or whose connection to the kernel was cut."""
+    try:
+        # Not stat: the kernel would answer it from what the dead server said a moment ago.
+        os.statvfs(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def check_mountpoint(mountpoint: str, source: str) -> None:
+    """Return if the images of `source` can be mounted there, as far as can be seen without trying.
+
+    Raises:
+        InUse: something is mounted there already.
+        UsageError: it is not a folder, or the one that holds the overlays.
+    """
+    try:
+        busy = os.path.ismount(mountpoint)
+        is_folder = os.path.isdir(mountpoint)
+    except OSError:
+        busy = is_folder = False
+    if is_dead(mountpoint):
+        raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
+    if busy:
+        raise InUse(f"{mountpoint}: something is mounted there already; unmount it or choose another folder")
+    if not is_folder and os.path.lexists(mountpoint):
+        raise UsageError(f"{mountpoint}: is not a folder; name the overlay first, then the folder to mount on")
+    if not is_folder:
+        raise UsageError(f"{mountpoint}: there is no such folder; make it first: mkdir -p {mountpoint}")
+    if os.path.realpath(mountpoint) == os.path.realpath(source):
+        raise UsageError(f"{mountpoint}: holds the overlays; mount on another folder")
+
+
+def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
+    """The likely reason, for a line: libfuse tells its own to nobody but standard error, which a daemon has not."""
+    if not os.path.exists("/dev/fuse"):
+        return "there is no /dev/fuse; is the kernel's module fuse loaded?"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse may not be opened by this user"
+    if not os.access(mountpoint, os.W_OK):
+        return "this user may not write to that folder; mount on one of your own"
+    hint = "; is user_allow_other set in /etc/fuse.conf?" if allow_other and os.getuid() else ""
+    return f"libfuse says why on standard error{hint}"
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the system's unmount command: umount for root, fusermount3 for others. Asks nothing of the mount."""
+    place = place_of(mountpoint)
+    if os.getuid() == 0:
+        # -c: umount(8) would look at the mountpoint, and hang with its server.
+        command = ["umount", "-c", *(["-l"] if lazy else []), "--", place]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
+    # "busy" is looked for in what it says; the path in there may be in no encoding.
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(  # noqa: S603 - no shell
+            command, capture_output=True, text=True, errors="surrogateescape", env=environment, check=False
+        )
+    except OSError as exc:  # no such program, or nothing left to start one with
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: {exc.strerror}")
