@@ -96,7 +96,7 @@ async def test_requests_after_a_failed_barrier_hold_nothing(autojump_clock: trio
             await image.flush()
         await same_each_time(lambda: image.write(CLUSTER, b"g" * CLUSTER))
         await same_each_time(image.flush)
-        failure = image.overlay.committer.failure
+        failure = image.overlay.failure
         assert failure is not None
         assert failure.__traceback__ is None
         with pytest.raises(ReadOnlyOverlay):

@@ -31,7 +31,7 @@ class Allocator:
     def zeros(self, size: int) -> int:
         """A place of `size` bytes, whole clusters, that reads as zeros: at the end. The file is not grown yet."""
         offset = self._map.file_end
-        self._map.file_end += size
+        self._map.reach(offset + size)
         return offset
 
     def clusters(self, count: int) -> list[int]:
@@ -63,5 +63,5 @@ class Allocator:
                 self._storage.resize(end)
             except QedfsError:
                 return  # they stay as free places; the caller is about to report the write's own error
-        self._map.file_end = end
+        self._map.cut_back(end)
         del self._free[kept:]

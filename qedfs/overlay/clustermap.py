@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import trio
@@ -33,16 +33,19 @@ from qedfs.format.sparse import SparseTable
 from qedfs.format.tables import MISSING, ZERO, decode_table, empty_table, encode_table
 from qedfs.host.memory_pool import Pool, Share
 from qedfs.overlay.holes import Holes
+from qedfs.overlay.sectors import SECTOR_ENTRIES, joined
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.truncation import Truncation
+from qedfs.overlay.truncation_marks import TruncationMarks
 from qedfs.units import format_size
 
 SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
-SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
 COUNT_AT_ONCE = 32  # slices or holes looked at between two turns of the event loop
 GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
 CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters; less if others need the room
 LEAST_SLICES = 2  # of an overlay, however little room there is: a request may need two
+
+Dirty = dict[int, set[int]]  # slice -> sectors of it that the file does not have yet
 
 
 class Run(NamedTuple):
@@ -59,10 +62,19 @@ class Run(NamedTuple):
 class ClusterMap:
     """The map of one overlay."""
 
-    def __init__(self, storage: Storage, header: Header, l1: SparseTable, file_end: int, share: Share) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        l1: SparseTable,
+        *,
+        file_end: int,
+        share: Share,
+        marks: TruncationMarks,
+    ) -> None:
         """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends.
 
-        `share`: of the memory for tables; it holds what L1 takes.
+        `share`: of the memory for tables; it holds what L1 takes. `marks`: for what is found to point beyond the end.
         """
         geometry = header.geometry
         self._storage = storage
@@ -70,7 +82,7 @@ class ClusterMap:
         self.geometry = geometry
         self.file_end = file_end  # the first byte no cluster may lie at
         self.l1 = l1
-        self.dirty: dict[int, set[int]] = {}  # slice -> sectors of it that the file does not have yet
+        self.dirty: Dirty = {}
         self.unwritten: set[int] = set()  # L1 indices of tables that the file does not have yet
         self.missing: int | None = None  # clusters; None until `count` has ended
         self._counted_to = 0  # slices below this one are part of _counted_missing
@@ -80,7 +92,7 @@ class ClusterMap:
         self._share = share
         self._holes = Holes(storage)
         self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
-        self.write_marks: Callable[[int, set[int]], None] = self.make_dirty  # of a slice, in these sectors
+        self._marks = marks
         self._cut = Truncation(file_end, geometry.cluster_size)
         self._pinned: frozenset[int] = frozenset()
         self.epoch = 0  # counts the times that entries were taken back, after a failed barrier
@@ -210,12 +222,20 @@ class ClusterMap:
         except LookupError:
             return False
 
+    def reach(self, end: int) -> None:
+        """Let clusters lie anywhere before `end` of the file, and be allocated from there on."""
+        self.file_end = max(self.file_end, end)
+
+    def cut_back(self, end: int) -> None:
+        """Undo `reach`: what was allocated from `end` on has never got an entry."""
+        self.file_end = end
+
     def follow_growth(self) -> None:
         """Let clusters lie anywhere inside the file as it is now: somebody else writes to it.
 
         What a killed session has left may lie beyond the last whole cluster already.
         """
-        self.file_end = max(self.file_end, self._whole_clusters_end())
+        self.reach(self._whole_clusters_end())
 
     # Changes: synchronous, on the event loop.
 
@@ -308,6 +328,16 @@ class ClusterMap:
         """Whether slices that wait for a commit take more memory than they should: others cannot go before that."""
         count = len(self.dirty)
         return count > self._dirty_slices or (count > LEAST_SLICES and self._share.is_over)
+
+    def take_dirty(self) -> Dirty:
+        """The sectors that a group is about to write, which are not dirty from now on; their slices stay in memory."""
+        dirty, self.dirty = self.dirty, {}
+        self.pin_slices(dirty)
+        return dirty
+
+    def tables_written(self, indices: Iterable[int]) -> None:
+        """The file has the L1 entries of these tables."""
+        self.unwritten.difference_update(indices)
 
     def sector(self, number: int, sector: int) -> tuple[int, bytes]:
         """Where one sector of a loaded slice lies in the file, and its bytes now."""
@@ -461,7 +491,11 @@ class ClusterMap:
             return
         self._expect_growth()
         if (bad := self._cut.marked(number, part)) and self._storage.writable:
-            self.write_marks(number, {index // SECTOR_ENTRIES for index in bad})
+            self._mark(number, {index // SECTOR_ENTRIES for index in bad})
+
+    def _mark(self, number: int, sectors: Collection[int]) -> None:
+        if not self._marks.write(joined([self.sector(number, sector) for sector in sectors])):
+            self.make_dirty(number, sectors)  # the slice must be readable on a full disk too
 
     def _expect_growth(self) -> None:
         """Who looks on while others write to the file finds entries in it beyond the end that it had a moment ago."""

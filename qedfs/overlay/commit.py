@@ -10,9 +10,9 @@ One group:
 3. Changed sectors of the tables are written, L2 and L1, in any order: each entry stands for itself. An L2 entry without
    its L1 entry is not seen, and an L1 entry without its L2 entries leads to "missing".
 
-A flush is a group and a **barrier** behind it. A power cut at any point leaves at worst clusters that nothing refers
-to. Entries of one group are snapshots taken at its start: an entry published later has its data behind the barrier of
-step 2, and belongs to the next group.
+A flush is a group and a **barrier** after it. A power cut at any point leaves at worst clusters that nothing refers
+to. Entries of one group are snapshots taken at its start: an entry published later has its data written after the
+barrier of step 2 began, and belongs to the next group.
 
 A barrier that fails ends the session's writes, and the map goes back to what the disk has (`_read_again`). Barriers run
 one at a time, whoever asks for them: Linux reports a lost page to one of two that run side by side, and tells the other
@@ -26,20 +26,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 import trio
 
-from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
+from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import decode_table, encode_table
-from qedfs.overlay.clustermap import SECTOR_ENTRIES, ClusterMap
-from qedfs.overlay.journal import Journal
+from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
+from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
-
-Write = tuple[int, bytes]
+from qedfs.overlay.truncation_marks import TruncationMarks
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,16 +56,25 @@ class _Group:
 class Committer:
     """The commits of one overlay. All offsets and sizes in bytes."""
 
-    def __init__(self, storage: Storage, header: Header, clusters: ClusterMap, journal: Journal | None) -> None:
-        self.journal = journal
-        self.failure: ReadOnlyOverlay | None = None  # set by a failed barrier, never cleared
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        clusters: ClusterMap,
+        *,
+        journal: SessionJournal,
+        barriers: Barriers,
+        marks: TruncationMarks,
+    ) -> None:
+        """`marks`: those that the map finds (`secure_marks`)."""
         self._group_error: QedfsError | None = None  # of the last group
         self.uncommitted_bytes = 0  # of data written since the last group was taken
-        self.barriers = 0
-        self.barrier_seconds = 0.0  # spent waiting in them
         self._storage = storage
         self._header = header
         self._map = clusters
+        self._journal = journal
+        self._barriers = barriers
+        self._marks = marks
         self._lock = trio.Lock()
         self._barrier_lock = trio.Lock()  # taken last
         self._started = 0  # number of the group that was started last
@@ -74,10 +83,6 @@ class Committer:
         self._running = False
         self._closed = False
         self._reread = False  # after a failed barrier
-        self._marks = 0  # times that marks were written (`truncation.py`)
-        self._durable_marks = 0  # of these, those behind which a barrier was
-        self._owed_marks: list[Write] = []  # that could not be written, as they were then
-        clusters.write_marks = self._write_marks
         self._cold: list[tuple[int, int]] = []
 
     @property
@@ -95,8 +100,12 @@ class Committer:
         return bool(self._map.dirty or self._map.unwritten)
 
     def note_cold(self, offset: int, size: int) -> None:
-        """Data written by the stream: to be dropped from the page cache behind its barrier."""
+        """Data written by the stream: to be dropped from the page cache after its barrier."""
         self._cold.append((offset, size))
+
+    def note_data(self, size: int) -> None:
+        """Data was written whose entries are now in the map."""
+        self.uncommitted_bytes += size
 
     async def commit(self) -> None:
         """Bring all entries published before this call into the file.
@@ -105,6 +114,7 @@ class Committer:
             NoSpace: nothing is lost, the entries stay in memory and the next commit tries again.
             ReadOnlyOverlay: a barrier failed, now or before.
         """
+        # Before the lock: any group that starts from now on has our entries, and the one under way may lack them.
         mine = self._started + 1
         async with self._lock:
             self._check()
@@ -124,14 +134,16 @@ class Committer:
         """Enter when the groups that were asked for have run; there will be no further one: who asks gets an error."""
         async with self._lock:
             self._closed = True
+            self._marks.close()
             yield
 
     def commit_now(self) -> None:
         """Commit and flush while nobody else uses the overlay, waiting for the disk."""
-        if self._marks != self._durable_marks:
-            self._write_owed_marks()
-            self.barrier()
-            self._durable_marks = self._marks
+        if self._marks.unsecured:
+            found = self._marks.found
+            self._marks.write_owed()
+            self._barriers.barrier()
+            self._marks.secured(found)
         group = self._take()
         try:
             self._write(group, durable=True)
@@ -142,44 +154,23 @@ class Committer:
 
     def mark_l1(self, indices: Iterable[int]) -> None:
         """Write these marked L1 entries, while nobody else uses the overlay. See `secure_marks`."""
-        self._mark(list(self._l1_sectors(indices)))
+        self._marks.write(list(self._l1_sectors(indices)))
 
     async def secure_marks(self) -> bool:
         """To be called before the file may grow, or space is allocated; returns whether that took an await.
 
-        What marks was found is in the file, and behind a barrier: otherwise a power cut could keep the new length and
-        lose them, and the next session would take for good what they mark. ReadOnlyOverlay: the barrier failed.
-        NoSpace: a mark found no room (some file systems never overwrite in place), and there is none yet.
+        What marks were found are in the file, and a barrier came after them: otherwise a power cut could keep the new
+        length and lose the marks, and the next session would take for good what they mark. ReadOnlyOverlay: the barrier
+        failed. NoSpace: a mark found no room (some file systems never overwrite in place), and there is none yet.
         """
-        if (marks := self._marks) == self._durable_marks:
+        if not self._marks.unsecured:
             return False
         self._check()
-        self._write_owed_marks()
-        await self.durably(self.barrier)
-        self._durable_marks = max(self._durable_marks, marks)
+        found = self._marks.found  # before the barrier: it need not cover a mark that is found while it runs
+        self._marks.write_owed()
+        await self.durably(self._barriers.barrier)
+        self._marks.secured(found)
         return True
-
-    def _write_marks(self, number: int, sectors: set[int]) -> None:
-        """The marks in one slice, into the page cache now: a kill before the next group may find the file grown."""
-        if not self._mark(_joined([self._map.sector(number, sector) for sector in sectors])):
-            self._map.make_dirty(number, sectors)  # the slice must be readable on a full disk too
-
-    def _mark(self, writes: list[Write]) -> bool:
-        """Write marks, or owe them; returns whether they are written. What is owed has no entries of this session."""
-        self._marks += 1
-        self._owed_marks += writes
-        try:
-            self._check()  # behind a failed barrier the file gets nothing more, and does not grow
-            self._write_owed_marks()
-        except QedfsError:
-            return False
-        return True
-
-    def _write_owed_marks(self) -> None:
-        while self._owed_marks:
-            offset, data = self._owed_marks[0]
-            self._storage.write(offset, [data])
-            del self._owed_marks[0]
 
     async def _run(self, *, durable: bool) -> None:
         """The next group; `error` tells how it went."""
@@ -192,8 +183,11 @@ class Committer:
         self._group_error = None
 
     async def _run_group(self, *, durable: bool) -> None:
+        # Again after each await: it may have found another mark, and `_take` lets the file grow.
         while await self.secure_marks():
             self._check()
+        # No await between the snapshot and the number: the writer of an entry published there would take this group for
+        # one that began after its call, and be answered although the group lacks its entry.
         self._started += 1
         group = self._take()
         self._running = True
@@ -204,35 +198,40 @@ class Committer:
             raise
         finally:
             self._running = False
+        # We have had the lock all the time: `_started` is still the number of this group.
         self._committed = self._started
         if durable:
             self._flushed = self._started
         self._landed(group)
 
     def _landed(self, group: _Group) -> None:
+        """The file has the entries, if only in its page cache: as the journal does, that survives a kill."""
         self._map.pin_slices(())
-        self._map.unwritten -= group.tables
-        if self.journal is not None:
-            self.journal.landed(group.journal_end)
+        self._map.tables_written(group.tables)
+        self._journal.landed(group.journal_end)
 
     def _take(self) -> _Group:
+        """Everything that waits, as it is now.
+
+        No await in here. A cluster allocated after the growth could get its entry into the file before the file reaches
+        that far, and an entry published after the snapshot would go from the journal with this group, which lacks it.
+        """
         clusters = self._map
         if self._waiting:
             self._grow()
-        dirty, clusters.dirty = clusters.dirty, {}
-        clusters.pin_slices(dirty)
+        dirty = clusters.take_dirty()
         tables = set(clusters.unwritten)
         sectors = [clusters.sector(number, sector) for number, changed in dirty.items() for sector in changed]
         sectors += self._l1_sectors(tables)
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
-        return _Group(_joined(sectors), dirty, tables, cold, self.journal.end if self.journal is not None else 0)
+        return _Group(joined(sectors), dirty, tables, cold, self._journal.end)
 
     def _grow(self) -> None:
         """Make the file as long as what is allocated.
 
         On the event loop, where nobody can allocate between the look at the length and the change: in a thread, a write
-        behind the end that the group saw would be cut off again.
+        beyond the end that the group saw would be cut off again.
         """
         if self._storage.size() < self._map.file_end:
             self._storage.resize(self._map.file_end)
@@ -242,56 +241,36 @@ class Committer:
         if self._reread:
             return  # the map has what the disk has, and nothing is written any more
         for number, changed in group.dirty.items():
-            self._map.dirty.setdefault(number, set()).update(changed)
+            self._map.make_dirty(number, changed)
+        # The tables are still `unwritten`, and the journal still has the entries: only `_landed` takes them out.
         self._map.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
 
     def _write(self, group: _Group, *, durable: bool) -> None:
         """Steps 2 and 3 of the module's text; runs in a worker thread."""
         storage = self._storage
         if group.dirty or group.tables:
-            self.barrier()
+            # This one orders data before entries. If it fails, none of the entries is written.
+            self._barriers.barrier()
             for offset, data in group.sectors:
                 storage.write(offset, [data])
         if durable:
             # What was flushed includes its entries: without this barrier an fsync could return and its clusters
             # still read as the backing after a power cut.
-            self.barrier()
+            self._barriers.barrier()
+        # After the first barrier: the kernel drops clean pages only.
         for offset, size in group.cold:
             storage.drop_cache(offset, size)
-
-    def barrier(self) -> None:
-        """Every barrier of the overlay goes through here, in a worker thread.
-
-        ReadOnlyOverlay: it failed. BadOverlay: the file was cut.
-        """
-        self.barriers += 1
-        began = time.monotonic()
-        try:
-            self._storage.barrier()
-        except BadOverlay:
-            raise  # the file was cut, which says nothing of the disk; it takes nothing more
-        except QedfsError as exc:
-            # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing.
-            self.failure = ReadOnlyOverlay(
-                f"{exc}; it is read-only until it is opened again, and writes since its last flush may be lost"
-            )
-            if (journal := self.journal) is not None:
-                # Nobody knows which data the disk has: entries that were never committed must not be brought back by
-                # the next session, or clusters could read as garbage.
-                journal.void()
-            raise self.failure.fresh() from exc
-        finally:
-            self.barrier_seconds += time.monotonic() - began
 
     async def durably(self, call: Callable[[], None]) -> None:
         """Run a call with barriers in a thread. ReadOnlyOverlay: one failed; the map now shows what the disk has."""
         # One at a time: Linux tells one caller of a lost page, and to a second fdatasync beside it all is well.
         async with self._barrier_lock:
-            self._check_failure()
+            self._barriers.check()  # the barrier that we have waited for may have failed
             try:
                 await self._storage.in_thread(call)
             except ReadOnlyOverlay:
-                if self.failure is not None:
+                if self._barriers.failure is not None:
+                    # Before the await, and before the caller's `_put_back`, which would make dirty what is taken back.
                     self._reread = True
                     await self._read_again()
                 raise
@@ -305,6 +284,7 @@ class Committer:
         once its pages are gone.
         """
         self._map.begin_reread()
+        # Until `end_reread` look-ups wait. Shielded: a cancelled caller would leave tables out that the disk has.
         unwritten = sorted(self._map.unwritten)
         l1: dict[int, int] = {}
         try:
@@ -324,12 +304,8 @@ class Committer:
                 found[index] = decode_table(entry)[0]
         return found
 
-    def _check_failure(self) -> None:
-        if self.failure is not None:
-            raise self.failure.fresh()
-
     def _check(self) -> None:
-        self._check_failure()
+        self._barriers.check()
         if self._closed:
             raise ReadOnlyOverlay("the overlay is closed")
 
@@ -337,16 +313,3 @@ class Committer:
         for first in {round_down(index, SECTOR_ENTRIES) for index in indices}:
             entries = self._map.l1.part(first, SECTOR_ENTRIES)
             yield self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)
-
-
-def _joined(writes: list[Write]) -> list[Write]:
-    """Neighbouring sectors as one write each, in order of offset; the last one of L1 may be cut at the image's end."""
-    joined: list[tuple[int, list[bytes]]] = []
-    end = -1
-    for offset, data in sorted(writes):
-        if offset == end:
-            joined[-1][1].append(data)
-        else:
-            joined.append((offset, [data]))
-        end = offset + len(data)
-    return [(offset, b"".join(parts)) for offset, parts in joined]

@@ -14,6 +14,7 @@ from qedfs.format.header import NEED_CHECK
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
 from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
@@ -24,9 +25,11 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.recovery import apply, fits
 from qedfs.overlay.revalidation import revalidate
 from qedfs.overlay.session import Session, read_header, read_record
+from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.session_start import SessionStart
 from qedfs.overlay.storage import FileStorage, Storage
 from qedfs.overlay.truncation import mark_beyond
+from qedfs.overlay.truncation_marks import TruncationMarks
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,9 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     if storage.locked:  # else somebody may be writing to it, and has the last word
         revalidate(storage, journal_folder)
     header, backing = read_header(storage)
-    session = Session(storage, header, read_record(storage, header))
+    journal = SessionJournal()
+    barriers = Barriers(storage, journal)
+    session = Session(storage, header, read_record(storage, header), barrier=barriers.barrier)
     found = find(storage, journal_folder, session.record.session, session.record.journal)
     remark = _unread(found, session, writable=storage.writable)
     if storage.writable and header.dirty:
@@ -87,9 +92,9 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
     # What lies behind the last whole cluster does not exist.
-    clusters = ClusterMap(storage, header, l1, round_down(file_end, cluster_size), share)
-    committer = Committer(storage, session.header, clusters, None)
-    session.barrier = committer.barrier
+    marks = TruncationMarks(storage, barriers)
+    clusters = ClusterMap(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
+    committer = Committer(storage, session.header, clusters, journal=journal, barriers=barriers, marks=marks)
     allocator = Allocator(storage, clusters)
     if storage.writable:
         _mark_cut_tables(clusters, committer)
@@ -98,17 +103,26 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         remark, orphan = _not_used(orphan, session), None
     if storage.writable or orphan:
         # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
-        clusters.file_end = round_up(file_end, cluster_size)
+        clusters.reach(round_up(file_end, cluster_size))
     if orphan:
         # The file may have some of it.
         apply(orphan.pairs, clusters, allocator.make_table)
     session_start = None
     if storage.writable:
-        session_start = SessionStart(storage, session, committer, journal_folder, orphan)
+        session_start = SessionStart(storage, session, committer, journal, journal_folder, orphan)
         session_start.at_open()
-    overlay = Overlay(storage, session, clusters, committer, allocator, session_start)
-    overlay.backing, overlay.journal_remark = backing, remark if storage.locked else ""
-    return overlay
+    return Overlay(
+        storage,
+        session,
+        clusters,
+        committer,
+        barriers,
+        journal,
+        allocator,
+        session_start,
+        backing=backing,
+        journal_remark=remark if storage.locked else "",
+    )
 
 
 def _unread(found: Found, session: Session, *, writable: bool) -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 from collections.abc import Callable, Sequence
 
@@ -41,17 +40,17 @@ from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.session import Session
+from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.session_start import SessionStart
 from qedfs.overlay.split import laid_out, pieces, zero_bytes
 from qedfs.overlay.storage import Buffer, Storage
-
-log = logging.getLogger(__name__)
 
 Change = Callable[[Record], Record]
 
@@ -74,22 +73,32 @@ class Overlay:
         session: Session,
         clusters: ClusterMap,
         committer: Committer,
+        barriers: Barriers,
+        journal: SessionJournal,
         allocator: Allocator,
         session_start: SessionStart | None,
+        *,
+        backing: str | None,
+        journal_remark: str,
     ) -> None:
-        """Take over what `open.py` has read; `session_start`: of a writable session."""
+        """Take over what `open.py` has read.
+
+        `session_start`: of a writable session. `journal_remark`: what was found of a killed session's writes that is
+        not served.
+        """
         self.storage = storage
         self.geometry = clusters.geometry
         self.clusters = clusters
         self.committer = committer
-        self.backing: str | None = None
-        self.journal_remark = ""  # what the open found of a killed session's writes that is not served
+        self.backing = backing
+        self.journal_remark = journal_remark
         self.times = session.times  # of the image
         self._session = session
         self._session_lock = trio.Lock()
         self._session_start = session_start
         self._changes: list[Change] = []  # of the record, that are being stored or wait for it
-        self._journal = committer.journal
+        self._barriers = barriers
+        self._journal = journal
         self._pending = PendingAllocations(clusters)
         self._allocator = allocator
         self._adopting = trio.Semaphore(ADOPTIONS)
@@ -124,7 +133,7 @@ class Overlay:
     @property
     def writable(self) -> bool:
         """Whether writes and adoptions are taken."""
-        return self.storage.writable and self.committer.failure is None
+        return self.storage.writable and self._barriers.failure is None
 
     @property
     def damage(self) -> BadOverlay | None:
@@ -139,7 +148,7 @@ class Overlay:
     @property
     def failure(self) -> ReadOnlyOverlay | None:
         """That a barrier has failed: the overlay takes nothing more until it is opened again."""
-        return self.committer.failure
+        return self._barriers.failure
 
     @property
     def missing(self) -> int | None:
@@ -164,12 +173,12 @@ class Overlay:
     @property
     def barriers(self) -> int:
         """How many barriers there have been since the overlay was opened."""
-        return self.committer.barriers
+        return self._barriers.count
 
     @property
     def barrier_seconds(self) -> float:
         """Time spent in them."""
-        return self.committer.barrier_seconds
+        return self._barriers.seconds
 
     @property
     def file_size(self) -> int:
@@ -200,11 +209,11 @@ class Overlay:
 
         Where the disk has been full since the open, it becomes durable with the beginning of the session.
         """
-        self._check_writable()
+        self._barriers.check_writable()
         self._changes.append(change)
         try:
             async with self._session_lock:
-                self._check_writable()  # the barrier of the change before may have failed
+                self._barriers.check_writable()  # the barrier of the change before may have failed
                 try:
                     await self._begin_late()
                 except NoSpace:
@@ -294,7 +303,7 @@ class Overlay:
         """
         if len(data) > WRITE_NOW_BYTES or not self.writable or not self.times.may_move or dirty_pages.crowded():
             return False
-        if self._journal is None and (self.committer.pending or self.full):
+        if not self._journal.takes_entries and (self.committer.pending or self.full):
             return False  # the cluster's entry may be among the pending ones, and has to be committed first
         offset = self.clusters.data_offset(pos, len(data))
         if not offset:
@@ -330,16 +339,17 @@ class Overlay:
                 if not lacking:
                     break
                 rest |= await filled(lacking, fill)
-            self._check_writable()  # a barrier may have failed while we waited: no slice may come up empty then
+            # A barrier may have failed while we waited: no slice may come up empty then.
+            self._barriers.check_writable()
             writes, entries = self._place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
             try:
                 await self._write_placed(writes, entries, now=now)
             finally:
                 self.times.move()
-        if self.committer.pending and (self._journal is None or self.clusters.crowded):
+        if self.committer.pending and (not self._journal.takes_entries or self.clusters.crowded):
             await self.committer.commit()
-            if self._journal is None:
+            if not self._journal.takes_entries:
                 await self._note_no_journal()
 
     async def set_modified(self, modified_ns: int) -> None:
@@ -352,7 +362,7 @@ class Overlay:
         """Once in a session, before the first write, the record has to say that it comes."""
         if not self.times.may_move:
             async with self._session_lock:
-                self._check_writable()  # the barrier of a record may have failed
+                self._barriers.check_writable()  # the barrier of a record may have failed
                 await self._note_first_write()
 
     async def _note_first_write(self) -> None:
@@ -436,7 +446,7 @@ class Overlay:
             self._allocator.give_back(offset for _, offset in entries)
             raise
         # After a barrier that failed meanwhile nobody answers for these bytes, nor takes their entries.
-        self._check_writable()
+        self._barriers.check_writable()
         self._publish(entries)
 
     def _publish(self, entries: Sequence[tuple[int, int]]) -> None:
@@ -445,17 +455,8 @@ class Overlay:
             return
         for cluster, entry in entries:
             self.clusters.set(cluster, entry)
-        self.committer.uncommitted_bytes += len(entries) * self.cluster_size
-        if self._journal is not None:
-            try:
-                self._journal.append(entries)
-            except OSError as exc:
-                # From here on the group commit stands in for the journal; the entries that it holds are all pending,
-                # so the next commit brings them into the file.
-                if self.writable:
-                    text = "%s: %s; writes to new clusters wait for a commit until the overlay is opened again"
-                    log.warning(text, self._journal.path, exc.strerror)
-                self._journal = None
+        self.committer.note_data(len(entries) * self.cluster_size)
+        self._journal.append(entries)
 
     async def _note_no_journal(self) -> None:
         """The journal was lost, and the file has all that was in it: the next session need not look for it."""
@@ -502,7 +503,7 @@ class Overlay:
         """Return, without a further await, when the slices are loaded and the file may grow."""
         while not self.clusters.is_loaded(pos, size) or await self.committer.secure_marks():
             await self.clusters.load(pos, size)
-        self._check_writable()
+        self._barriers.check_writable()
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
@@ -557,7 +558,7 @@ class Overlay:
 
         To be called now and then, and before anything is said of the overlay as a whole.
         """
-        if self.storage.damage is None and self.committer.failure is None:
+        if self.storage.damage is None and self._barriers.failure is None:
             async with self._session_lock:
                 await self._inspect()
         if self.storage.damage is not None:
@@ -606,7 +607,7 @@ class Overlay:
             raise self.damage.fresh()
         await self.committer.flush()
         async with self._session_lock:
-            self._check_writable()
+            self._barriers.check_writable()
             await self.committer.durably(self._session.detach)
         self.backing = None
 
@@ -633,15 +634,12 @@ class Overlay:
                     if in_order and self.writable and not self.committer.pending and not self.full:
                         await self.storage.in_thread(self._session.end)
                 # After the note: a session that has not ended must not lack its journal.
-                if self.committer.journal is not None:
-                    self.committer.journal.close(remove=not self.committer.pending)
-                    self._journal = self.committer.journal = None
+                self._journal.close(remove=not self.committer.pending)
                 self.storage.close()
                 self.clusters.close()
         if self.storage.writable and self.storage.damage is not None:
             raise self.storage.damage.fresh()
-        if self.committer.failure is not None:
-            raise self.committer.failure.fresh()
+        self._barriers.check()
 
     def close_now(self) -> None:
         """Give up the file of an overlay that is open read-only: there is nothing to wait for."""
@@ -650,22 +648,14 @@ class Overlay:
 
     # Inside.
 
-    def _check_writable(self) -> None:
-        if self.storage.damage is not None:
-            raise self.storage.damage.fresh()
-        if self.committer.failure is not None:
-            raise self.committer.failure.fresh()
-        if not self.storage.writable:
-            raise ReadOnlyOverlay("the overlay is open read-only")
-
     async def _ready(self) -> None:
         """Return when the session has begun. NoSpace: there is no room for that."""
-        self._check_writable()
+        self._barriers.check_writable()
         if self.full:
             async with self._session_lock:
                 await self._begin_late()
 
     async def _begin_late(self) -> None:
         """Have the session lock."""
-        if self._session_start is not None and await self._session_start.late():
-            self._journal = self.committer.journal
+        if self._session_start is not None:
+            await self._session_start.late()

@@ -51,10 +51,13 @@ class Session:
     The methods are synchronous and wait for the disk: call them through `Storage.in_thread`.
     """
 
-    def __init__(self, storage: Storage, header: Header, record: Record | None) -> None:
+    def __init__(
+        self, storage: Storage, header: Header, record: Record | None, *, barrier: Callable[[], None] | None = None
+    ) -> None:
+        """`barrier`: of the open overlay (`barrier.py`); None: nothing is written but NEED_CHECK."""
         self.header = header
-        self.barrier: Callable[[], None] = storage.barrier  # the committer's, once there is one: it minds failures
         self._storage = storage
+        self._barrier = barrier or storage.barrier
         self._slots = slot_offsets(header)
         self.record = record or Record()
         # Whether the slot that was written last has no barrier behind it, as far as we know: an earlier session may
@@ -129,7 +132,7 @@ class Session:
         if found != ours:
             self._write_header(dataclasses.replace(self.header, autoclear_features=ours))
         if found & ~UNTOUCHED:
-            self.barrier()
+            self._barrier()
 
     def end(self) -> None:
         """Note that the session has ended in order: the disk has all that the page cache has, and there is no journal.
@@ -149,7 +152,7 @@ class Session:
         """Write a record into the slot that does not hold the present one, and wait until it is durable."""
         record = self._write_slot(record)
         if self._slots is not None:
-            self.barrier()
+            self._barrier()
         self._unordered = False
         self.record = record
 
@@ -170,7 +173,7 @@ class Session:
         record = dataclasses.replace(record, sequence=self.record.sequence + 1)
         if self._slots is not None:
             if self._unordered:
-                self.barrier()
+                self._barrier()
             self._storage.write(self._slots[slot_index(record)], [encode_record(record)])
         return record
 
@@ -178,8 +181,11 @@ class Session:
         return self.times.modified_ns, self.times.changed_ns
 
     def clear_dirty(self, need_check: int) -> None:
-        """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing."""
-        self.barrier()
+        """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing.
+
+        The overlay is not open yet: a barrier that fails here is an error of the open, and no failure of a session.
+        """
+        self._storage.barrier()
         self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
 
     def detach(self) -> None:
@@ -188,7 +194,7 @@ class Session:
             return
         name_offset, name_size = self.header.backing_name_offset, self.header.backing_name_size
         self._write_header(self.header.without_backing())
-        self.barrier()
+        self._barrier()
         # The name may hold a password, which nobody needs who is handed a complete overlay. It is overwritten after the
         # barrier: a power cut that kept the zeros and lost the header would leave an overlay without its backing. The
         # record's barrier makes the zeros durable.

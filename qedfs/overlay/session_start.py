@@ -17,6 +17,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.journal import Journal, OrphanJournal
 from qedfs.overlay.journal_search import note
 from qedfs.overlay.session import Session
+from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
 
 
@@ -28,6 +29,7 @@ class SessionStart:
         storage: Storage,
         session: Session,
         committer: Committer,
+        journal: SessionJournal,
         folder: Path | None,
         orphan: OrphanJournal | None,
     ) -> None:
@@ -35,6 +37,7 @@ class SessionStart:
         self._storage = storage
         self._session = session
         self._committer = committer
+        self._journal = journal
         self._folder = folder
         # To be removed; what was in it, up to 64 MiB, would stay in memory as long as we do.
         self._orphan = dataclasses.replace(orphan, data=b"") if orphan is not None else None
@@ -52,17 +55,16 @@ class SessionStart:
         except NoSpace as exc:
             self.full = exc.fresh()
 
-    async def late(self) -> bool:
-        """Begin if that is still to be done; returns whether it was. One call at a time. NoSpace: there is no room."""
+    async def late(self) -> None:
+        """Begin if that is still to be done. One call at a time. NoSpace: there is no room."""
         if self.full is None:
-            return False
+            return
         try:
             await self._committer.flush()
         except ReadOnlyOverlay:
             await self._storage.in_thread(self._void)
             raise
         await self._committer.durably(self._begin)
-        return True
 
     def _begin(self) -> None:
         """The file has what was left: only then may the new session void the journal.
@@ -82,7 +84,7 @@ class SessionStart:
             raise
         if self._orphan:
             self._orphan.remove()
-        self._committer.journal = journal
+        self._journal.begin(journal)
         self.full = None
 
     def _void(self) -> None:

@@ -29,14 +29,16 @@ MUTANTS = (
     Mutant(
         "commit: a barrier between data and the entries that point to it",
         "commit:Committer._write",
-        "self.barrier()\n        for offset, data in group.sectors",
+        "self._barriers.barrier()\n        for offset, data in group.sectors",
         "for offset, data in group.sectors",
     ),
     Mutant(
         "commit: tables are written behind the barrier, not before it",
         "commit:Committer._write",
-        "self.barrier()\n        for offset, data in group.sectors:\n            storage.write(offset, [data])",
-        "for offset, data in group.sectors:\n            storage.write(offset, [data])\n        self.barrier()",
+        "self._barriers.barrier()\n"
+        "        for offset, data in group.sectors:\n            storage.write(offset, [data])",
+        "for offset, data in group.sectors:\n            storage.write(offset, [data])\n"
+        "        self._barriers.barrier()",
     ),
     Mutant(
         "commit: entries are those of the start of the group",
@@ -53,7 +55,7 @@ MUTANTS = (
     Mutant(
         "commit: the entries of a failed group stay dirty",
         "commit:Committer._put_back",
-        "self._map.dirty.setdefault(number, set()).update(changed)",
+        "self._map.make_dirty(number, changed)",
         "pass",
         "full_disk",
         first=49,
@@ -80,14 +82,14 @@ MUTANTS = (
     Mutant(
         "detach: a barrier behind the header",
         "session:Session.detach",
-        "self.barrier()",
+        "self._barrier()",
         "pass",
         "detach",
     ),
     Mutant(
         "record: a barrier behind each",
         "session:Session.store",
-        "self.barrier()",
+        "self._barrier()",
         "pass",
     ),
     Mutant(
@@ -112,7 +114,7 @@ MUTANTS = (
     Mutant(
         "repair: a barrier before NEED_CHECK is cleared",
         "session:Session.clear_dirty",
-        "self.barrier()\n    self._write_header",
+        "self._storage.barrier()\n    self._write_header",
         "self._write_header",
         "dirty",
     ),

@@ -29,10 +29,11 @@ from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
 from qedfs.host import memory_pool
-from qedfs.overlay.clustermap import SECTOR_ENTRIES, SLICE_ENTRIES
+from qedfs.overlay.clustermap import SLICE_ENTRIES
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
+from qedfs.overlay.sectors import SECTOR_ENTRIES
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
 
@@ -323,8 +324,7 @@ class Actors:
             await self.write(sector * SECTOR, SECTOR)
         self._storage.lose_now(self._rng, told=self.history.scenario.killed == "told")
         self._lost()
-        if (journal := self.overlay.committer.journal) is not None:
-            journal.close(remove=False)
+        self.overlay._journal.close(remove=False)
         try:
             await self._open_again()
         except QedfsError:

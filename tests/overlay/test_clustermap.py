@@ -242,7 +242,7 @@ async def test_a_write_over_a_bad_entry_takes_no_place() -> None:
         with pytest.raises(BadOverlay, match="cluster 2 points to 0x1200"):
             await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
     assert overlay.clusters.file_end == end
-    assert not overlay.committer.pending
+    assert not overlay.commit_pending
 
 
 async def test_a_gap_ends_where_something_was_written_since_it_was_seen() -> None:

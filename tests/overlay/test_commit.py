@@ -97,11 +97,11 @@ async def test_a_write_in_place_waits_for_the_entry_that_is_under_way() -> None:
 async def test_waiting_writers_share_barriers() -> None:
     storage = RecordingStorage(empty(backing=b"").data, seed=1)
     overlay = await open_storage(storage)
-    before = overlay.committer.barriers
+    before = overlay.barriers
     async with trio.open_nursery() as nursery:
         for cluster in range(20):
             nursery.start_soon(overlay.write, cluster * CLUSTER, b"x" * CLUSTER, no_fill)
-    assert overlay.committer.barriers - before <= 3
+    assert overlay.barriers - before <= 3
 
 
 @pytest.mark.parametrize("how", ["commit", "flush", "change_record", "detach"])

@@ -208,7 +208,7 @@ async def test_a_killed_session_is_replayed(tmp_path: Path) -> None:
     overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.write(0, b"a" * CLUSTER, no_fill)
     await overlay.write(2 << 20, b"b" * 512, no_fill)
-    assert overlay.committer.pending
+    assert overlay.commit_pending
 
     again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert [run.size for run in await again.map(0, CLUSTER) if run.offset > 1] == [CLUSTER]

@@ -107,7 +107,7 @@ RULES = (
         "the journal is emptied when the file has its entries, not before",
         "commit:Committer._landed",
         "group.journal_end",
-        "self.journal.end",
+        "self._journal.end",
     ),
     Mutant(
         "the journal is looked for where any session can have put it",

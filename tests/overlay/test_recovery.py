@@ -54,7 +54,7 @@ async def content(overlay: Overlay) -> str:
 
 def die(overlay: Overlay) -> None:
     """What is left of a killed process: the journal's file, but nobody holds it."""
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.close(remove=False)
 
 
@@ -253,7 +253,7 @@ async def test_an_older_state_is_told_by_what_was_committed_since(tmp_path: Path
 async def test_a_journal_that_cannot_be_is_not_used(tmp_path: Path, entry: int) -> None:
     overlay, storage = await opened(new(), tmp_path)
     await write(overlay, "1")
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.append([(2, entry)])
     die(overlay)
     again, _ = await opened(storage.bytes, tmp_path)
@@ -267,7 +267,7 @@ async def test_a_cluster_that_has_another_place_shows_that_the_journal_is_of_ano
     await overlay.commit()
     place = overlay.clusters.entry(1)
     await write(overlay, "23")
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.append([(1, place + CLUSTER)])
     die(overlay)
     again, _ = await opened(storage.bytes, tmp_path)
@@ -282,7 +282,7 @@ async def test_no_place_that_a_journal_invents_ends_the_server(tmp_path: Path, e
     path = str(tmp_path / "disk.qed")
     create_overlay(path, image_size=1 << 20, backing=None, cluster_size=CLUSTER)
     overlay = await open_overlay(path, writable=True, journal_folder=tmp_path)
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.append([(2, entry)])
     die(overlay)
     overlay.storage.close()
@@ -294,7 +294,7 @@ async def test_no_place_that_a_journal_invents_ends_the_server(tmp_path: Path, e
 async def test_a_journal_is_read_no_more_often_than_the_file_has_clusters(tmp_path: Path) -> None:
     overlay, storage = await opened(new(), tmp_path)
     await write(overlay, "1")
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.append([(1, overlay.clusters.entry(1))] * 10_000)
     die(overlay)
     again, left = await opened(storage.bytes, tmp_path)
@@ -306,7 +306,7 @@ async def test_a_journal_that_was_brought_in_takes_no_memory(tmp_path: Path) -> 
     """One may be 64 MiB, and there is one for each overlay of a folder."""
     overlay, storage = await opened(new(), tmp_path)
     await write(overlay, "1")
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     overlay._journal.append([(1, overlay.clusters.entry(1))] * 200_000)
     left_bytes = overlay._journal.end
     die(overlay)
@@ -323,7 +323,7 @@ async def test_no_journal_takes_all_memory(tmp_path: Path, monkeypatch: pytest.M
     """Sixteen invented bytes take a table in memory each; a true journal waits until there is room."""
     overlay, storage = await opened(empty(backing=b"", image_size=1 << 29).data, tmp_path)
     await write(overlay, "1")
-    assert overlay._journal is not None
+    assert overlay._journal.takes_entries
     slices = [cluster for cluster in range(0, overlay.geometry.clusters, overlay.clusters.slice_entries) if cluster]
     overlay._journal.append([(cluster, overlay.clusters.entry(1)) for cluster in slices])
     die(overlay)

@@ -59,7 +59,7 @@ async def storm(overlay: Overlay, rng: random.Random) -> None:
             try:
                 await a_call(overlay, rng)()
             except QedfsError:
-                assert overlay.committer.failure is not None
+                assert overlay.failure is not None
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -73,7 +73,7 @@ async def same_as_the_file(overlay: Overlay, image: bytearray) -> None:
     other = await open_storage(onlooker)
     await other.clusters.count()
     await overlay.clusters.count()
-    assert not overlay.committer.pending
+    assert not overlay.commit_pending
     assert await overlay.map(0, IMAGE) == await other.map(0, IMAGE)
     assert overlay.clusters.missing == other.clusters.missing
     await other.close()
@@ -89,7 +89,7 @@ def test_a_failed_barrier_leaves_the_map_of_the_file(seed: int, journal: bool, t
         overlay = await open_storage(storage, journal_folder=tmp_path if journal else None)
         storage.fail("barrier", QedfsError("EIO"), nth=rng.randrange(2, MOST_BARRIER))
         await storm(overlay, rng)
-        while overlay.committer.failure is None:
+        while overlay.failure is None:
             with contextlib.suppress(QedfsError):
                 await overlay.flush()
         await same_as_the_file(overlay, storage.bytes)

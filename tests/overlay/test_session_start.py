@@ -84,7 +84,7 @@ async def test_the_session_begins_when_there_is_room(tmp_path: Path) -> None:
     assert overlay.full is None
     assert overlay.write_now(0, b"now")
     (journal,) = journals(tmp_path)
-    assert overlay.committer.pending
+    assert overlay.commit_pending
 
     # Killed: the journal is that of the session that the overlay carries.
     again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)

@@ -172,7 +172,7 @@ async def test_a_whole_overlay_is_left_as_it_is() -> None:
     storage = MemoryStorage(filled({0: b"0", 513: b"5"}, image_size=4 * SPAN).data)
     overlay = await open_storage(storage)
     assert await states(overlay, 0, 513) == [b"0", b"5"]
-    assert not overlay.committer.pending
+    assert not overlay.commit_pending
 
 
 async def test_a_kill_before_the_commit_keeps_the_marks(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_a_kill_before_the_commit_keeps_the_marks(tmp_path: Path) -> None:
     overlay = await open_storage(storage, journal_folder=tmp_path)
     expected = [b"0", b"1", None, None, None]
     assert await states(overlay, 0, 1, 2, 3, 513) == expected
-    assert not overlay.committer.pending
+    assert not overlay.commit_pending
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
     assert overlay.clusters.dirty
 
@@ -214,7 +214,7 @@ async def test_marks_that_cannot_be_written_wait_for_the_next_group() -> None:
     overlay = await open_storage(storage)
     storage.fail("write", NoSpace("full"), wrote=0)
     assert await states(overlay, 0, 2) == [b"0", None]
-    assert overlay.committer.pending
+    assert overlay.commit_pending
     await overlay.flush()
     assert await states(await open_storage(MemoryStorage(storage.bytes)), 0, 2, 3) == [b"0", None, None]
 
