@@ -49,6 +49,11 @@ class Barriers:
         finally:
             self.seconds += time.monotonic() - began
 
+    @property
+    def writable(self) -> bool:
+        """Whether writes and adoptions are taken."""
+        return self._storage.writable and self.failure is None
+
     def check(self) -> None:
         """Raise ReadOnlyOverlay if a barrier has failed."""
         if self.failure is not None:
@@ -58,6 +63,7 @@ class Barriers:
         """Raise what keeps the overlay from taking writes: BadOverlay or ReadOnlyOverlay."""
         if self._storage.damage is not None:
             raise self._storage.damage.fresh()
-        self.check()
+        if self.failure is not None:
+            raise self.failure.fresh()
         if not self._storage.writable:
             raise ReadOnlyOverlay("the overlay is open read-only")

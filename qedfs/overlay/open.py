@@ -21,6 +21,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.journal import OrphanJournal
 from qedfs.overlay.journal_search import Found, find
 from qedfs.overlay.l1 import read_l1
+from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.recovery import apply, fits
 from qedfs.overlay.revalidation import revalidate
@@ -113,13 +114,12 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         session_start.at_open()
     return Overlay(
         storage,
-        session,
+        OpenSession(storage, session, committer, barriers, session_start),
         clusters,
         committer,
         barriers,
         journal,
         allocator,
-        session_start,
         backing=backing,
         journal_remark=remark if storage.locked else "",
     )

@@ -1,17 +1,18 @@
 """One QED overlay that is open: map, read, write, adopt, flush, detach. No network here.
 
-Owns the rule who wins; `pending.py` keeps the books for it. What a missing cluster holds is asked of the caller.
+Owns the rule whose bytes win; `pending.py` keeps the books for it. The caller knows what a missing cluster holds.
+Places and writes are in `cluster_writer.py`, adoptions in `adoption.py`, header and record in `open_session.py`.
 
 Concurrency protocol
 --------------------
 Everything runs on one event loop; the state changes only between two awaits.
 
 - A cluster's entry goes from missing to zero or data, or from zero to data, and never back, with one exception: a
-  barrier that fails takes back all entries that the disk may lack (`Committer.durably`), and `epoch` counts that. Who
-  has read data by runs of an `epoch` that has passed reads again; who was about to publish entries gets the error.
+  barrier that fails takes back all entries that the disk may lack (`Committer.durably`), and `epoch` counts that. A
+  reader whose runs are of an `epoch` that has passed reads again; a writer about to publish entries gets the error.
 - A cluster is *claimed* from the moment its place is allocated until its entry is set, where the data is written by a
-  worker thread in between. Who wants to write to a claimed cluster waits for the claim to end and looks again; who
-  wants to adopt it leaves it alone. So a guest's bytes always land on top of fetched ones, never below.
+  worker thread in between. A write to a claimed cluster waits for the claim to end and looks again; an adoption
+  leaves the cluster alone. So a guest's bytes always land on top of fetched ones, never below.
 - While a write in part waits for the rest of its clusters, nobody adopts them: the write brings them in whole.
 - Between the look at the entries and the allocation there must be no await; `PendingAllocations.settle` is the last
   one.
@@ -27,41 +28,29 @@ journal, committed: either survives the death of the process.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import os
-from collections.abc import Callable, Sequence
-
-import trio
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
-from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
-from qedfs.format.tables import MISSING, ZERO
+from qedfs.format.tables import MISSING
+from qedfs.overlay.adoption import Adoption
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.cluster_writer import ClusterWriter
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.fill import Fill, filled
+from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
-from qedfs.overlay.session import Session
 from qedfs.overlay.session_journal import SessionJournal
-from qedfs.overlay.session_start import SessionStart
-from qedfs.overlay.split import laid_out, pieces, zero_bytes
 from qedfs.overlay.storage import Buffer, Storage
-
-Change = Callable[[Record], Record]
 
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
-ZEROS_AT_ONCE = 8192  # clusters: 40 us on the event loop if all are missing, up to 1 ms otherwise
 MAX_READ_BYTES = 1 << 20  # what one FUSE request asks for at most
 # For reads on the spot, of all overlays: who gets a view of it hands it on before anybody can read again.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
-# At once: fewer than the storage has threads, so that readers and guests never wait for one behind these.
-ADOPTIONS = 4
 
 
 class Overlay:
@@ -70,21 +59,19 @@ class Overlay:
     def __init__(
         self,
         storage: Storage,
-        session: Session,
+        session: OpenSession,
         clusters: ClusterMap,
         committer: Committer,
         barriers: Barriers,
         journal: SessionJournal,
         allocator: Allocator,
-        session_start: SessionStart | None,
         *,
         backing: str | None,
         journal_remark: str,
     ) -> None:
         """Take over what `open.py` has read.
 
-        `session_start`: of a writable session. `journal_remark`: what was found of a killed session's writes that is
-        not served.
+        `journal_remark`: what was found of a killed session's writes that is not served.
         """
         self.storage = storage
         self.geometry = clusters.geometry
@@ -94,14 +81,11 @@ class Overlay:
         self.journal_remark = journal_remark
         self.times = session.times  # of the image
         self._session = session
-        self._session_lock = trio.Lock()
-        self._session_start = session_start
-        self._changes: list[Change] = []  # of the record, that are being stored or wait for it
         self._barriers = barriers
         self._journal = journal
         self._pending = PendingAllocations(clusters)
-        self._allocator = allocator
-        self._adopting = trio.Semaphore(ADOPTIONS)
+        self._writer = ClusterWriter(storage, clusters, committer, barriers, journal, allocator, self._pending)
+        self._adoption = Adoption(clusters, committer, barriers, session, allocator, self._pending, self._writer)
 
     # What it is.
 
@@ -118,12 +102,12 @@ class Overlay:
     @property
     def record(self) -> Record:
         """What qedfs remembers in this overlay, including what is being stored."""
-        return functools.reduce(lambda record, change: change(record), self._changes, self._session.record)
+        return self._session.record
 
     @property
     def probes_backing(self) -> bool:
         """Whether the format of the backing is left open (QEMU would look at its first bytes)."""
-        return self.backing is not None and not self._session.header.features & NO_PROBE
+        return self.backing is not None and not self._session.names_format
 
     @property
     def epoch(self) -> int:
@@ -133,7 +117,7 @@ class Overlay:
     @property
     def writable(self) -> bool:
         """Whether writes and adoptions are taken."""
-        return self.storage.writable and self._barriers.failure is None
+        return self._barriers.writable
 
     @property
     def damage(self) -> BadOverlay | None:
@@ -143,7 +127,7 @@ class Overlay:
     @property
     def full(self) -> NoSpace | None:
         """What keeps this session from beginning: the disk was full at the open, and has been since."""
-        return self._session_start.full if self._session_start is not None else None
+        return self._session.full
 
     @property
     def failure(self) -> ReadOnlyOverlay | None:
@@ -199,29 +183,12 @@ class Overlay:
         """Why entries that wait for a commit are not in the file yet: the last one has failed."""
         return self.committer.error
 
-    @property
-    def keeps_record(self) -> bool:
-        """Whether the pin outlives this session."""
-        return self._session.has_room
-
     async def change_record(self, change: Change) -> None:
         """Make the overlay remember this too, durably. Calls take effect in order; an error undoes this change only.
 
         Where the disk has been full since the open, it becomes durable with the beginning of the session.
         """
-        self._barriers.check_writable()
-        self._changes.append(change)
-        try:
-            async with self._session_lock:
-                self._barriers.check_writable()  # the barrier of the change before may have failed
-                try:
-                    await self._begin_late()
-                except NoSpace:
-                    self._session.record = change(self._session.record)
-                else:
-                    await self.committer.durably(lambda: self._session.store(change(self._session.record)))
-        finally:
-            self._changes.remove(change)
+        await self._session.change_record(change)
 
     # Read.
 
@@ -301,7 +268,12 @@ class Overlay:
 
         Errors as for `write`.
         """
-        if len(data) > WRITE_NOW_BYTES or not self.writable or not self.times.may_move or dirty_pages.crowded():
+        if (
+            len(data) > WRITE_NOW_BYTES
+            or not self._barriers.writable
+            or not self.times.may_move
+            or dirty_pages.crowded()
+        ):
             return False
         if not self._journal.takes_entries and (self.committer.pending or self.full):
             return False  # the cluster's entry may be among the pending ones, and has to be committed first
@@ -311,7 +283,7 @@ class Overlay:
         try:
             self.storage.write(offset, (data,))
         finally:
-            # Behind the write, whatever has come of it: who sees the new bytes, or what was there, sees a later time.
+            # After the write, whatever has come of it: who sees the new bytes, or what was there, sees a later time.
             self.times.move()
         return True
 
@@ -319,18 +291,20 @@ class Overlay:
         """Write inside the image.
 
         A new cluster that is written in part gets the rest from zeros where it was a zero cluster, from `fill` where it
-        was missing, and zeros behind the image's end.
+        was missing, and zeros beyond the image's end.
 
         Raises:
             NoSpace: part of the data may have been written, to clusters that had a place already.
             ReadOnlyOverlay: the overlay takes no writes.
             QedfsError: whatever `fill` raised; nothing was written.
         """
-        await self._ready()
-        await self._let_times_move()
+        await self._session.ready()
+        # Before the data: after a kill the image would otherwise show new bytes under its old time.
+        await self._session.let_times_move()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
         with self._pending.merging(self._partial_clusters(pos, len(view))):
+            # Every await in here ends with another look at the clusters: what was true before it may not be any more.
             while True:
                 await self._pending.settle(pos, len(view))
                 if await self.committer.secure_marks():
@@ -341,40 +315,22 @@ class Overlay:
                 rest |= await filled(lacking, fill)
             # A barrier may have failed while we waited: no slice may come up empty then.
             self._barriers.check_writable()
-            writes, entries = self._place(pos, view, rest)
+            writes, entries = self._writer.place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
             try:
-                await self._write_placed(writes, entries, now=now)
+                await self._writer.write(writes, entries, now=now)
             finally:
                 self.times.move()
         if self.committer.pending and (not self._journal.takes_entries or self.clusters.crowded):
             await self.committer.commit()
             if not self._journal.takes_entries:
-                await self._note_no_journal()
+                await self._session.note_no_journal()
 
     async def set_modified(self, modified_ns: int) -> None:
         """Give the image this mtime. Errors as for `write`."""
-        await self._ready()
-        await self._let_times_move()
+        await self._session.ready()
+        await self._session.let_times_move()
         self.times.set(modified_ns)
-
-    async def _let_times_move(self) -> None:
-        """Once in a session, before the first write, the record has to say that it comes."""
-        if not self.times.may_move:
-            async with self._session_lock:
-                self._barriers.check_writable()  # the barrier of a record may have failed
-                await self._note_first_write()
-
-    async def _note_first_write(self) -> None:
-        """Have the session lock."""
-        if self.times.may_move:
-            return
-        # On a full disk that takes no write to an old place either (btrfs) the next write tries again.
-        with contextlib.suppress(NoSpace):
-            if dirty_pages.crowded():
-                await self.storage.in_thread(self._session.let_times_move)
-            else:
-                self._session.let_times_move()
 
     def _is_missing(self, cluster: int) -> bool:
         # Without a backing a missing cluster reads as zeros, like a zero cluster.
@@ -391,79 +347,6 @@ class Overlay:
             partial.append(end // cluster_size)
         return partial
 
-    def _place(
-        self, pos: int, view: memoryview, rest: dict[int, Buffer]
-    ) -> tuple[list[tuple[int, list[Buffer]]], list[tuple[int, int]]]:
-        """Decide where every byte goes: (writes, new entries). Allocates; must be followed by the write at once."""
-        self.clusters.runs(pos, len(view))  # BadOverlay for what cannot be, before anything is allocated
-        cluster_size = self.cluster_size
-        writes: list[tuple[int, list[Buffer]]] = []
-        entries: list[tuple[int, int]] = []
-        expected = 0  # offset at which the next piece would continue the last write
-        for cluster, start, piece in pieces(pos, view, cluster_size):
-            entry = self.clusters.entry(cluster)
-            buffers: list[Buffer] = [piece]
-            if entry > ZERO:
-                offset = self.clusters.checked(entry, cluster) + start
-            else:
-                self._allocator.make_table(cluster)
-                if cluster in rest and self._is_missing(cluster):
-                    start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
-                whole = sum(map(len, buffers)) == cluster_size
-                entry = self._allocator.clusters(1)[0] if whole else self._allocator.zeros(cluster_size)
-                entries.append((cluster, entry))
-                offset = entry + start
-            size = sum(map(len, buffers))
-            if offset == expected:
-                writes[-1][1].extend(buffers)
-            else:
-                writes.append((offset, buffers))
-            expected = offset + size
-        return writes, entries
-
-    def _merged(self, cluster: int, start: int, piece: memoryview, rest: Buffer) -> list[Buffer]:
-        """The cluster's fetched content with the guest's piece in it; nothing of it lies behind the image's end."""
-        inside = min(self.cluster_size, self.image_size - cluster * self.cluster_size)
-        view = memoryview(rest)
-        return [view[:start], piece, view[start + len(piece) : inside]]
-
-    async def _write_placed(
-        self, writes: list[tuple[int, list[Buffer]]], entries: list[tuple[int, int]], *, now: bool
-    ) -> None:
-        """Write the data and publish the entries; in a thread the new clusters are claimed meanwhile."""
-
-        def write_all() -> None:
-            for offset, buffers in writes:
-                self.storage.write(offset, buffers)
-
-        try:
-            if now:
-                write_all()
-            else:
-                with self._pending.allocating([cluster for cluster, _ in entries]):
-                    await self.storage.in_thread(write_all)
-        except BaseException:
-            self._allocator.give_back(offset for _, offset in entries)
-            raise
-        # After a barrier that failed meanwhile nobody answers for these bytes, nor takes their entries.
-        self._barriers.check_writable()
-        self._publish(entries)
-
-    def _publish(self, entries: Sequence[tuple[int, int]]) -> None:
-        """Set entries whose data is written, and let them survive the death of the process."""
-        if not entries:
-            return
-        for cluster, entry in entries:
-            self.clusters.set(cluster, entry)
-        self.committer.note_data(len(entries) * self.cluster_size)
-        self._journal.append(entries)
-
-    async def _note_no_journal(self) -> None:
-        """The journal was lost, and the file has all that was in it: the next session need not look for it."""
-        if self.record.journal:
-            with contextlib.suppress(QedfsError):
-                await self.change_record(lambda record: dataclasses.replace(record, journal=""))
-
     # Adopt.
 
     async def adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool = False) -> int:
@@ -479,52 +362,7 @@ class Overlay:
             NoSpace: nothing was kept of the clusters that hold data.
             ReadOnlyOverlay: the overlay takes no writes.
         """
-        clusters = range(pos // self.cluster_size, -(-(pos + size) // self.cluster_size))
-        if len(self.pending(clusters.start, len(clusters))) == len(clusters):
-            return 0  # for a write in part, most likely, which has no use for an adoption: not worth a turn
-        async with self._adopting:
-            return await self._adopt(pos, buffer, size, cold=cold)
-
-    async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
-        await self._ready()
-        await self._load_to_allocate(pos, size)
-        data, kept = self._sort_out(pos, buffer, size)
-        if not data:
-            return kept
-        places = self._allocator.clusters(len(data))
-        writes = list(laid_out(places, buffer, size, [at for _, at in data], self.cluster_size))
-        await self._write_placed(writes, [(cluster, places[i]) for i, (cluster, _) in enumerate(data)], now=False)
-        if cold:
-            for offset, buffers in writes:
-                self.committer.note_cold(offset, sum(map(len, buffers)))
-        return kept + len(data) * self.cluster_size
-
-    async def _load_to_allocate(self, pos: int, size: int) -> None:
-        """Return, without a further await, when the slices are loaded and the file may grow."""
-        while not self.clusters.is_loaded(pos, size) or await self.committer.secure_marks():
-            await self.clusters.load(pos, size)
-        self._barriers.check_writable()
-
-    def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
-        """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
-        cluster_size = self.cluster_size
-        zeros = zero_bytes(cluster_size)
-        data: list[tuple[int, int]] = []
-        kept = 0
-        first = pos // cluster_size
-        for at in range(0, size, cluster_size):
-            cluster = first + at // cluster_size
-            if self.clusters.entry(cluster) != MISSING or self._pending.is_pending(cluster):
-                continue
-            self._allocator.make_table(cluster)
-            length = min(cluster_size, size - at)
-            # startswith compares in place, 15 us for 1 MiB of zeros, and stops at the first other byte.
-            if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
-                self.clusters.set(cluster, ZERO)
-                kept += cluster_size
-            else:
-                data.append((cluster, at))
-        return data, kept
+        return await self._adoption.adopt(pos, buffer, size, cold=cold)
 
     def pending(self, cluster: int, count: int) -> list[int]:
         """Those of the clusters that somebody is about to give an entry: an adoption would leave them alone."""
@@ -532,24 +370,7 @@ class Overlay:
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Make the clusters that are still missing zero clusters: the source has a hole there."""
-        await self._ready()
-        for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
-            await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
-            if self.clusters.crowded:
-                await self.committer.commit()
-            await trio.lowlevel.checkpoint()
-
-    async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
-        pos = cluster * self.cluster_size
-        size = min(count * self.cluster_size, self.image_size - pos)
-        await self._load_to_allocate(pos, size)
-        pending = self.pending(cluster, count)
-        for number in range(cluster, cluster + count, self.clusters.slice_entries):
-            self._allocator.make_table(number)
-        self._allocator.make_table(cluster + count - 1)
-        for taken in (*pending, cluster + count):
-            self.clusters.set_zeros(cluster, taken - cluster)
-            cluster = taken + 1
+        await self._adoption.adopt_zeros(cluster, count)
 
     # What others do to the file.
 
@@ -558,33 +379,14 @@ class Overlay:
 
         To be called now and then, and before anything is said of the overlay as a whole.
         """
-        if self.storage.damage is None and self._barriers.failure is None:
-            async with self._session_lock:
-                await self._inspect()
-        if self.storage.damage is not None:
-            raise self.storage.damage.fresh()
-
-    async def _inspect(self) -> None:
-        """Have the session lock; the file is open."""
-        if self.storage.damage is not None:
-            return
-        try:
-            if self._session.is_seen():
-                self.storage.check_length()
-            else:
-                # What the page cache does not have, or a file server has to be asked for.
-                await self.storage.in_thread(self.storage.check_length)
-                await self.storage.in_thread(self._session.inspect)
-        except BadOverlay as exc:
-            if self.storage.damage is None:
-                self.storage.condemn(exc)
+        await self._session.inspect()
 
     # Commit, flush, detach, close.
 
     async def commit(self) -> None:
         """Bring all entries into the file."""
         if self.full and self.committer.pending:
-            await self._ready()
+            await self._session.ready()
         await self.committer.commit()
 
     async def flush(self) -> None:
@@ -592,7 +394,7 @@ class Overlay:
         if not self.storage.writable:
             return
         if self.full and self.committer.pending:
-            await self._ready()
+            await self._session.ready()
         await self.committer.flush()
 
     async def detach(self) -> None:
@@ -601,14 +403,12 @@ class Overlay:
         The flush comes first. Without its barrier the header could reach the disk before the last entries, and a
         power cut would leave an overlay without backing whose last clusters read as zeros.
         """
-        await self._ready()
+        await self._session.ready()
         await self.inspect()
         if self.damage is not None:
             raise self.damage.fresh()
         await self.committer.flush()
-        async with self._session_lock:
-            self._barriers.check_writable()
-            await self.committer.durably(self._session.detach)
+        await self._session.detach()
         self.backing = None
 
     async def close(self) -> None:
@@ -626,13 +426,9 @@ class Overlay:
                 in_order = True
         finally:
             # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
-            async with self._session_lock, self.committer.ended():
-                # Errors of a disk that is not well: without the note the next session asks it, and the file is closed.
-                with contextlib.suppress(QedfsError):
-                    if self.writable:
-                        await self._inspect()
-                    if in_order and self.writable and not self.committer.pending and not self.full:
-                        await self.storage.in_thread(self._session.end)
+            # The session first, in the order in which a change of the record takes the two locks.
+            async with self._session.lock, self.committer.ended():
+                await self._session.end(in_order=in_order)
                 # After the note: a session that has not ended must not lack its journal.
                 self._journal.close(remove=not self.committer.pending)
                 self.storage.close()
@@ -645,17 +441,3 @@ class Overlay:
         """Give up the file of an overlay that is open read-only: there is nothing to wait for."""
         self.storage.close()
         self.clusters.close()
-
-    # Inside.
-
-    async def _ready(self) -> None:
-        """Return when the session has begun. NoSpace: there is no room for that."""
-        self._barriers.check_writable()
-        if self.full:
-            async with self._session_lock:
-                await self._begin_late()
-
-    async def _begin_late(self) -> None:
-        """Have the session lock."""
-        if self._session_start is not None:
-            await self._session_start.late()

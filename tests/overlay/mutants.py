@@ -108,7 +108,7 @@ MUTANTS = (
     Mutant(
         "times: the record says that a guest writes, before it does",
         "overlay:Overlay.write",
-        "await self._let_times_move()",
+        "await self._session.let_times_move()",
         "self.times.may_move = True",
     ),
     Mutant(

@@ -106,7 +106,7 @@ async def test_an_overlay_without_room_for_a_record_has_those_of_its_file() -> N
     built = empty(backing=b"n" * 1000)
     built.replace(header_size=1)
     overlay = await open_storage(MemoryStorage(built.data))
-    assert not overlay.keeps_record
+    assert not overlay.record.session
     await overlay.write(0, b"x", no_fill)
     assert times(overlay) > (FILE, FILE)
     await overlay.close()

@@ -82,12 +82,12 @@ RULES = (
     Mutant(
         "the record says that a guest writes, before it does",
         "overlay:Overlay.write",
-        "await self._let_times_move()",
+        "await self._session.let_times_move()",
         "self.times.may_move = True",
     ),
     Mutant(
         "a write is answered after its entries are in the journal",
-        "overlay:Overlay._publish",
+        "cluster_writer:ClusterWriter._publish",
         "self._journal.append(entries)",
         "pass",
     ),

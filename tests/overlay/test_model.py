@@ -149,14 +149,14 @@ def test_readers_beside_writers_see_no_undone_write(first: int) -> None:
 RULES = (
     Mutant(
         "an adoption leaves claimed clusters alone",
-        "overlay:Overlay._sort_out",
+        "adoption:Adoption._sort_out",
         "or self._pending.is_pending(cluster)",
         "",
     ),
     Mutant(
         "an adoption leaves clusters alone that have something",
-        "overlay:Overlay._sort_out",
-        "self.clusters.entry(cluster) != MISSING or",
+        "adoption:Adoption._sort_out",
+        "self._map.entry(cluster) != MISSING or",
         "",
     ),
     Mutant(

@@ -63,7 +63,7 @@ async def one_behind_the_other(storage: MemoryStorage) -> tuple[Overlay, Attempt
     """A pin, and a pause that waits for it to be stored."""
     overlay = await open_storage(storage)
     first, second = Attempt(overlay, pinned), Attempt(overlay, paused)
-    async with trio.open_nursery() as nursery, overlay._session_lock:
+    async with trio.open_nursery() as nursery, overlay._session.lock:
         nursery.start_soon(first.run)
         while overlay.record.pin is None:
             await trio.lowlevel.checkpoint()
@@ -107,7 +107,7 @@ async def test_autoclear_bits_of_others_are_cleared_before_the_first_write(room:
     built.replace(autoclear_features=bits)
     storage = RecordingStorage(built.data)
     overlay = await open_storage(storage)
-    assert overlay.keeps_record == room
+    assert bool(overlay.record.session) == room
     assert read_header(storage)[0].autoclear_features == (UNTOUCHED if room else 0)
     if bits & 4:
         assert isinstance(storage.log[-1], BarrierEnded)

@@ -1,0 +1,120 @@
+"""How fetched bytes become part of the overlay: those of clusters that are still missing, and no others.
+
+Owns what is kept of them, and how many adoptions run at once. Must not know where the bytes come from, nor how they are
+written (`cluster_writer.py`). The rules it obeys are in the protocol at the top of `overlay.py`.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.cluster_writer import ClusterWriter
+from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.open_session import OpenSession
+from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.split import laid_out, zero_bytes
+
+ZEROS_AT_ONCE = 8192  # clusters: 40 us on the event loop if all are missing, up to 1 ms otherwise
+# At once: fewer than the storage has threads, so that readers and guests never wait for one behind these.
+ADOPTIONS = 4
+
+
+class Adoption:
+    """The adoptions of one overlay."""
+
+    def __init__(
+        self,
+        clusters: ClusterMap,
+        committer: Committer,
+        barriers: Barriers,
+        session: OpenSession,
+        allocator: Allocator,
+        pending: PendingAllocations,
+        writer: ClusterWriter,
+    ) -> None:
+        self._map = clusters
+        self._committer = committer
+        self._barriers = barriers
+        self._session = session
+        self._allocator = allocator
+        self._pending = pending
+        self._writer = writer
+        self._cluster_size = clusters.geometry.cluster_size
+        self._image_size = clusters.geometry.image_size
+        self._turns = trio.Semaphore(ADOPTIONS)
+
+    async def adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
+        """See `Overlay.adopt`."""
+        clusters = range(pos // self._cluster_size, -(-(pos + size) // self._cluster_size))
+        if len(self._pending.pending_in(clusters)) == len(clusters):
+            return 0  # for a write in part, most likely, which has no use for an adoption: not worth a turn
+        async with self._turns:
+            return await self._adopt(pos, buffer, size, cold=cold)
+
+    async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
+        await self._session.ready()
+        await self._load_to_allocate(pos, size)
+        # No await from here to the claims of `write`: what is missing now has to be missing when it gets its place.
+        data, kept = self._sort_out(pos, buffer, size)
+        if not data:
+            return kept
+        places = self._allocator.clusters(len(data))
+        writes = list(laid_out(places, buffer, size, [at for _, at in data], self._cluster_size))
+        await self._writer.write(writes, [(cluster, places[i]) for i, (cluster, _) in enumerate(data)], now=False)
+        if cold:
+            for offset, buffers in writes:
+                self._committer.note_cold(offset, sum(map(len, buffers)))
+        return kept + len(data) * self._cluster_size
+
+    async def _load_to_allocate(self, pos: int, size: int) -> None:
+        """Return, without a further await, when the slices are loaded and the file may grow."""
+        while not self._map.is_loaded(pos, size) or await self._committer.secure_marks():
+            await self._map.load(pos, size)
+        self._barriers.check_writable()
+
+    def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
+        """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
+        cluster_size = self._cluster_size
+        zeros = zero_bytes(cluster_size)
+        data: list[tuple[int, int]] = []
+        kept = 0
+        first = pos // cluster_size
+        for at in range(0, size, cluster_size):
+            cluster = first + at // cluster_size
+            if self._map.entry(cluster) != MISSING or self._pending.is_pending(cluster):
+                continue
+            self._allocator.make_table(cluster)
+            length = min(cluster_size, size - at)
+            # startswith compares in place, 15 us for 1 MiB of zeros, and stops at the first other byte.
+            if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
+                # Not in the journal: if a kill takes the entry, the cluster is missing again, and reads the same.
+                self._map.set(cluster, ZERO)
+                kept += cluster_size
+            else:
+                data.append((cluster, at))
+        return data, kept
+
+    async def adopt_zeros(self, cluster: int, count: int) -> None:
+        """See `Overlay.adopt_zeros`."""
+        await self._session.ready()
+        for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
+            await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
+            if self._map.crowded:
+                await self._committer.commit()
+            await trio.lowlevel.checkpoint()
+
+    async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
+        pos = cluster * self._cluster_size
+        size = min(count * self._cluster_size, self._image_size - pos)
+        await self._load_to_allocate(pos, size)
+        pending = self._pending.pending_in(range(cluster, cluster + count))
+        for number in range(cluster, cluster + count, self._map.slice_entries):
+            self._allocator.make_table(number)
+        self._allocator.make_table(cluster + count - 1)
+        for taken in (*pending, cluster + count):
+            self._map.set_zeros(cluster, taken - cluster)
+            cluster = taken + 1
