@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,10 +28,30 @@ def sparse_content(size: int, *, seed: int = 1) -> bytes:
 @asynccontextmanager
 async def serving(fake: FakeNbd) -> AsyncIterator[str]:
     """Run `fake` at a free port of 127.0.0.1; yields its URL. All its connections are cut at the end."""
-    async with trio.open_nursery() as nursery:
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        nursery.start_soon(trio.serve_listeners, fake.handle, listeners)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with _running(fake, *listeners):
         yield f"nbd://127.0.0.1:{listeners[0].socket.getsockname()[1]}/{fake.export}"
+
+
+@asynccontextmanager
+async def serving_on_mock_clock(fake: FakeNbd) -> AsyncIterator[str]:
+    """As `serving`, at a Unix socket: what is sent there has arrived, so that whoever waits then waits for time.
+
+    The mock clock jumps while all tasks wait, and bytes may still be on their way through the loopback.
+    """
+    with tempfile.TemporaryDirectory(prefix="qedfs-") as folder:
+        listening = trio.socket.socket(trio.socket.AF_UNIX)
+        await listening.bind(f"{folder}/socket")
+        listening.listen()
+        async with _running(fake, trio.SocketListener(listening)):
+            yield f"nbd+unix:///{fake.export}?socket={folder}/socket"
+
+
+@asynccontextmanager
+async def _running(fake: FakeNbd, *listeners: trio.SocketListener) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, fake.handle, [*listeners])
+        yield
         nursery.cancel_scope.cancel()
 
 

@@ -19,7 +19,7 @@ from tests.fakes.nbd_behaviours import (
     WELL_BEHAVED,
 )
 from tests.fakes.nbd_server import CORRECT, Behaviour, FakeNbd
-from tests.source.nbd.support import MiB, opened, read, serving, sparse_content
+from tests.source.nbd.support import MiB, opened, read, serving, serving_on_mock_clock, sparse_content
 
 CONTENT = sparse_content(MiB)
 POS = 64 * 1024  # not 0: some servers answer with the byte before
@@ -30,13 +30,6 @@ KEEPS_CONNECTION = {name for name in READING if name.startswith("E") and name !=
 KEEPS_CONNECTION |= {"extents-EIO"}
 
 
-@pytest.fixture
-def fast_clock(autojump_clock: trio.testing.MockClock) -> trio.testing.MockClock:
-    """Deadlines pass at once when nothing moves; a moment is left for bytes on their way through the kernel."""
-    autojump_clock.autojump_threshold = 0.05
-    return autojump_clock
-
-
 def _single_line(error: BaseException, url: str) -> str:
     text = str(error)
     assert text.startswith(url)
@@ -45,16 +38,16 @@ def _single_line(error: BaseException, url: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*OPENING, *OPENING_LATER])
-async def test_refuses_to_open(name: str, fast_clock: trio.testing.MockClock) -> None:
+async def test_refuses_to_open(name: str, autojump_clock: trio.testing.MockClock) -> None:
     behaviour = BEHAVIOURS[name]
-    async with serving(FakeNbd(CONTENT, behaviour)) as url:
+    async with serving_on_mock_clock(FakeNbd(CONTENT, behaviour)) as url:
         with pytest.RaisesGroup(SourceError) as caught:
             async with opened(url):
                 pytest.fail("it opened")
         error = caught.value.exceptions[0]
         assert behaviour.says in _single_line(error, url)
         assert isinstance(error, SourceUnreachable) is not behaviour.permanent
-    assert fast_clock.current_time() < 11
+    assert autojump_clock.current_time() < 11
 
 
 @pytest.mark.parametrize("name", TLS)
@@ -129,16 +122,16 @@ async def test_all_reads_in_flight_fail_with_the_connection() -> None:
     assert failures == [f"{url}: connection dropped: the server sent something other than a reply"] * 16
 
 
-async def test_a_silent_server_is_given_up(fast_clock: trio.testing.MockClock) -> None:
-    async with serving(FakeNbd(CONTENT, WELL_BEHAVED["silent"])) as url, opened(url) as source:
+async def test_a_silent_server_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    async with serving_on_mock_clock(FakeNbd(CONTENT, WELL_BEHAVED["silent"])) as url, opened(url) as source:
         with pytest.raises(SourceUnreachable, match="no progress for 30 s"):
             await read(source, 0, 4096)
-    assert 29 < fast_clock.current_time() < 40
+    assert 29 < autojump_clock.current_time() < 40
 
 
-async def test_a_dribbling_server_is_given_up(fast_clock: trio.testing.MockClock) -> None:
+async def test_a_dribbling_server_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeNbd(CONTENT)
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
         # A byte a second is activity, but no progress.
         async def dribble(_call: object) -> None:
             (stream,) = fake.streams
@@ -151,21 +144,21 @@ async def test_a_dribbling_server_is_given_up(fast_clock: trio.testing.MockClock
         fake.before_answer = dribble
         with pytest.raises(SourceUnreachable, match="no progress for 30 s"):
             await read(source, 0, 4096)
-    assert 29 < fast_clock.current_time() < 70
+    assert 29 < autojump_clock.current_time() < 70
 
 
-async def test_an_idle_connection_is_not_given_up(fast_clock: trio.testing.MockClock) -> None:
+async def test_an_idle_connection_is_not_given_up(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeNbd(CONTENT)
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
         for _ in range(3):
             assert await read(source, 5, 5) == CONTENT[5:10]
             await trio.sleep(1000)
         assert fake.connections == 1
 
 
-async def test_a_slow_answer_is_waited_for(fast_clock: trio.testing.MockClock) -> None:
+async def test_a_slow_answer_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeNbd(CONTENT)
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
 
         async def late(_call: object) -> None:
             await trio.sleep(25)

@@ -15,9 +15,10 @@ from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 from tests.fakes.nbd_behaviours import WELL_BEHAVED
 from tests.fakes.nbd_server import CORRECT, READ, Behaviour, Call, FakeNbd
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.process import free_port
 from tests.harness.servers import nbdkit
-from tests.source.nbd.support import MiB, opened, read, serving, sparse_content
+from tests.source.nbd.support import MiB, opened, read, serving, serving_on_mock_clock, sparse_content
 
 CONTENT = sparse_content(MiB)
 
@@ -93,9 +94,8 @@ async def test_one_connection_when_the_server_promises_no_more() -> None:
 
 
 async def test_further_connections_that_never_come_cost_no_time(autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
     fake = FakeNbd(CONTENT, WELL_BEHAVED["multi-conn-in-name-only"])
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
         for number in range(20):
             assert await read(source, number, 100) == CONTENT[number : number + 100]
         assert autojump_clock.current_time() == 0
@@ -268,9 +268,8 @@ async def test_a_read_cancelled_in_the_middle_of_its_payload() -> None:
 
 
 async def test_a_deadline_on_a_silent_connection_ends_the_connection(autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
     fake = FakeNbd(CONTENT, WELL_BEHAVED["silent"])
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
         with trio.move_on_after(5) as scope:
             await read(source, 0, 4096)
         assert scope.cancelled_caught
@@ -295,9 +294,8 @@ async def test_closing_fails_what_is_in_flight() -> None:
 
 
 async def test_closing_ends_an_attempt_to_connect(autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
     fake = FakeNbd(CONTENT)
-    async with serving(fake) as url, opened(url) as source:
+    async with serving_on_mock_clock(fake) as url, opened(url) as source:
         fake.behaviour = Behaviour(deaf=True)
         fake.hang_up()
         await _settle()
@@ -401,7 +399,7 @@ async def test_closing_at_any_moment_leaves_no_connection_behind() -> None:
     async with serving(fake) as url:
         for turns in range(0, 60, 3):
             # `opened` waits for the nursery, so a connection that is left open would never let it end.
-            with trio.fail_after(5):
+            with trio.fail_after(HANG_SECONDS):
                 async with opened(url) as source:
                     await read(source, 0, 1)
                     for _ in range(turns):

@@ -9,7 +9,7 @@ from qedfs.errors import Reason, SourceUnreachable
 from tests.fakes.nbd_behaviours import BEHAVIOURS, READING
 from tests.fakes.nbd_server import FakeNbd
 from tests.harness.process import free_port
-from tests.source.nbd.support import MiB, opened, read, serving, sparse_content
+from tests.source.nbd.support import MiB, opened, read, serving, serving_on_mock_clock, sparse_content
 
 CONTENT = sparse_content(MiB)
 CUT = {"hangs-up", "cut-in-header", "cut-in-payload"}
@@ -22,16 +22,14 @@ def _expected(name: str) -> Reason:
 
 @pytest.mark.parametrize("name", [name for name, behaviour in READING.items() if not behaviour.permanent])
 async def test_of_a_read(name: str, autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
-    async with serving(FakeNbd(CONTENT, BEHAVIOURS[name])) as url, opened(url) as source:
+    async with serving_on_mock_clock(FakeNbd(CONTENT, BEHAVIOURS[name])) as url, opened(url) as source:
         with pytest.raises(SourceUnreachable) as caught:
             await read(source, 65536, 16384)
         assert caught.value.reason is _expected(name)
 
 
 async def test_of_silence(autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
-    async with serving(FakeNbd(CONTENT, BEHAVIOURS["silent"])) as url, opened(url) as source:
+    async with serving_on_mock_clock(FakeNbd(CONTENT, BEHAVIOURS["silent"])) as url, opened(url) as source:
         with pytest.raises(SourceUnreachable) as caught:
             await read(source, 0, 4096)
         assert caught.value.reason is Reason.TIMEOUT
@@ -41,8 +39,7 @@ async def test_of_silence(autojump_clock: trio.testing.MockClock) -> None:
     ("name", "reason"), [("deaf", Reason.TIMEOUT), ("greeting-cut", Reason.CONNECT), ("shutting-down", Reason.SERVER)]
 )
 async def test_of_an_opening(name: str, reason: Reason, autojump_clock: trio.testing.MockClock) -> None:
-    autojump_clock.autojump_threshold = 0.05
-    async with serving(FakeNbd(CONTENT, BEHAVIOURS[name])) as url:
+    async with serving_on_mock_clock(FakeNbd(CONTENT, BEHAVIOURS[name])) as url:
         assert await _reason_of_opening(url) is reason
 
 
