@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.process import Child, wait_for
 from ..harness.require import require, require_root
@@ -74,7 +75,7 @@ def test_an_image_that_is_open_in_a_copy_is_not_taken_away(
                 assert waiting.stderr is not None
                 assert b"waiting for that, for" in waiting.stderr.readline()
                 _end_group(holder)
-                assert waiting.wait(60) == 0
+                assert waiting.wait(HANG_SECONDS) == 0
                 assert b"Traceback" not in waiting.stderr.read()
             assert not is_running(pid)
 

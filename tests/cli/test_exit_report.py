@@ -15,6 +15,7 @@ from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted
 from qedfs.overlay.create import create_overlay
 
+from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import Mount, mounted, qedfs
 from ..harness.process import Child, wait_for
 from ..harness.require import require, require_root
@@ -91,7 +92,7 @@ def test_a_server_that_is_killed_while_it_closes_the_overlays(tmp_path: Path) ->
         try:
             wait_for(lambda: not _is_served(mount.mountpoint), "the end of the control socket")
             os.kill(mount.pid, signal.SIGKILL)
-            assert umount.wait(60) == 1
+            assert umount.wait(HANG_SECONDS) == 1
             assert "its server has ended before it had closed the overlays" in umount.output()
         finally:
             umount.kill()

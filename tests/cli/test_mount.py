@@ -13,6 +13,7 @@ import pytest
 
 from qedfs.host.runtime import mount_folder
 from qedfs.overlay.create import create_overlay
+from tests.harness.hang import HANG_OPTION, HANG_SECONDS
 
 from ..harness.images import first_difference, random_image
 from ..harness.mounts import is_mounted, mounted, qedfs
@@ -90,7 +91,7 @@ def test_an_interrupted_start_leaves_no_daemon(overlay: Path, mountpoint: Path, 
         wait_for(lambda: flag.exists() and flag.stat().st_size > 0, "the start of the daemon")
         pid = int(flag.read_text())
         os.kill(waiting.pid, signal.SIGINT)
-        _, errors = waiting.communicate(timeout=20)
+        _, errors = waiting.communicate(timeout=HANG_SECONDS)
         assert (waiting.returncode, errors.strip()) == (130, b"")
         assert not is_running(pid)
         assert not in_mount_table(mountpoint)
@@ -167,7 +168,7 @@ def test_umount_waits_for_whom_it_names(overlay: Path, mountpoint: Path) -> None
             waiting = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
             assert waiting.stderr is not None
             assert f"in use by pid {os.getpid()} " in waiting.stderr.readline()
-        _, rest = waiting.communicate(timeout=60)
+        _, rest = waiting.communicate(timeout=HANG_SECONDS)
         assert (waiting.returncode, rest) == (0, "")  # said once
         assert not in_mount_table(mountpoint)
 
@@ -273,7 +274,7 @@ def test_no_secret_is_shown(web: Nginx, folder: Path, mountpoint: Path) -> None:
     gone = f"http://user:geheim@127.0.0.1:{free_port()}/x?sig=geheim"
     qedfs("create", folder / "gone.qed", "--backing", gone, "--size", "1M")
     with daemon(folder, mountpoint, "--verbose", "--source-timeout", "300ms"):
-        qedfs("wait", mountpoint, "disk", "--timeout", "50s")
+        qedfs("wait", mountpoint, "disk", "--timeout", HANG_OPTION)
         wait_for(lambda: "geheim" not in _shown(mountpoint) and "127.0.0.1" in _shown(mountpoint), "a trouble")
         shown = _shown(mountpoint)
         pid = server_pid(mountpoint)

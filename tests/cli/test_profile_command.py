@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_OPTION
 from tests.harness.images import random_image
 from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import wait_for
@@ -43,7 +44,7 @@ def test_a_second_mount_brings_in_what_readers_of_the_first_waited_for(tmp_path:
         with mounted(tmp_path / "second.qed", tmp_path / "mnt", "--no-stream", "--profile", profile) as mount:
             wait_for(lambda: mount.image()["populated"] >= len(PLACES) * CLUSTER_SIZE, "the clusters of the profile")
             for pos in PLACES:
-                qedfs("wait", mount.mountpoint, "--for", f"populated:{pos}-{pos + 4096}", "--timeout", "10s")
+                qedfs("wait", mount.mountpoint, "--for", f"populated:{pos}-{pos + 4096}", "--timeout", HANG_OPTION)
             counters = mount.image()["counters"]
             assert not counters["missed"]
             assert counters["kept_asked"] < 2 * MIB

@@ -16,6 +16,7 @@ from qedfs.cli.ui.status_lines import fitted_lines, status_lines
 from qedfs.control.qmp.client import Client
 from qedfs.overlay.create import create_overlay
 
+from ..harness.hang import HANG_OPTION
 from ..harness.images import random_image
 from ..harness.mounts import qedfs
 from ..harness.process import free_port
@@ -264,7 +265,7 @@ def test_watching_thirty_images(thirty: Path, mountpoint: Path, columns: int, li
 
 def test_waiting_shows_what_it_waits_for_and_leaves_nothing(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--no-stream"):
-        with Terminal("wait", mountpoint, "--timeout", "20s") as terminal:
+        with Terminal("wait", mountpoint, "--timeout", HANG_OPTION) as terminal:
             terminal.wait_for(lambda grid: "0%  off" in grid.text, "bar")
             qedfs("stream", "start", mountpoint)
             assert terminal.wait() == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ..harness.hang import HANG_OPTION
 from ..harness.images import first_difference
 from ..harness.mounts import COMMAND_SECONDS, qedfs
 from .support import QEDFS, daemon, in_mount_table, is_running, server_pid
@@ -48,7 +49,7 @@ def test_commands_end_with_their_own_code(
         for code, *words in (
             (0, "status", mountpoint),
             (0, "status", mountpoint, "--json"),
-            (0, "wait", mountpoint, "--timeout", "50s"),
+            (0, "wait", mountpoint, "--timeout", HANG_OPTION),
             (3, "info", tmp_path / "text.qed"),
             (10, "status", tmp_path),
             (2, "status"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ..harness.hang import HANG_OPTION
 from ..harness.images import first_difference
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
@@ -31,7 +32,7 @@ def test_driving_a_stream(overlay: Path, disk: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint):
         wait_for(lambda: image(mountpoint)["state"] == "paused", "a pause")
         qedfs("stream", "resume", mountpoint)
-        qedfs("wait", mountpoint, "--timeout", "50s")
+        qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         assert first_difference(mountpoint / "disk.raw", disk) is None
         qedfs("umount", mountpoint)
 
@@ -41,7 +42,7 @@ def test_cancel_and_start(overlay: Path, mountpoint: Path) -> None:
         qedfs("stream", "cancel", mountpoint)
         wait_for(lambda: image(mountpoint)["state"] == "off", "the cancel")
         qedfs("stream", "start", mountpoint, "--limit", "0")
-        qedfs("wait", mountpoint, "--timeout", "50s")
+        qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         qedfs("umount", mountpoint)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
+
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
 from ..harness.servers import Nginx
@@ -76,7 +78,7 @@ def test_a_mount_that_ends_before_its_time(overlay: Path, mountpoint: Path) -> N
     with daemon(overlay, mountpoint, *SLOW), subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as waiting:
         wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
         qedfs("umount", mountpoint)
-        _, told = waiting.communicate(timeout=20)
+        _, told = waiting.communicate(timeout=HANG_SECONDS)
         assert waiting.returncode == NOT_MOUNTED
         assert told.endswith(f"the mount has ended, and what is not complete is {overlay}\n")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_OPTION, HANG_SECONDS
+
 from ..harness.images import random_image
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
@@ -57,7 +59,7 @@ def test_watching_ends_with_the_mount(overlay: Path, mountpoint: Path) -> None:
         qedfs("umount", mountpoint)
         for line in watch.stdout.readlines():
             assert json.loads(line)
-        assert watch.wait(20) == 0
+        assert watch.wait(HANG_SECONDS) == 0
 
 
 # wait
@@ -65,7 +67,7 @@ def test_watching_ends_with_the_mount(overlay: Path, mountpoint: Path) -> None:
 
 def test_wait_until_complete(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--limit", "16M"):
-        qedfs("wait", mountpoint, "disk", "--timeout", "50s")
+        qedfs("wait", mountpoint, "disk", "--timeout", HANG_OPTION)
         assert image(mountpoint)["state"] == "complete"
         qedfs("wait", mountpoint, "--timeout", "1ms")
         qedfs("umount", mountpoint)
@@ -77,9 +79,9 @@ def test_wait_knows_an_overlay_that_has_just_come(
     web: Nginx, overlay: Path, folder: Path, mountpoint: Path, name: tuple[str, ...]
 ) -> None:
     with daemon(folder, mountpoint):
-        qedfs("wait", mountpoint, "--timeout", "50s")
+        qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         qedfs("create", folder / "new.qed", "--backing", f"{web.url}/disk.img")
-        qedfs("wait", mountpoint, *name, "--timeout", "50s")
+        qedfs("wait", mountpoint, *name, "--timeout", HANG_OPTION)
         assert json.loads(qedfs("status", mountpoint, "--json").stdout)["images"][1]["state"] == "complete"
         qedfs("umount", mountpoint)
     assert json.loads(qedfs("info", folder / "new.qed", "--json").stdout)["complete"]
@@ -125,7 +127,7 @@ def test_wait_fails_when_the_source_is_another_version(web: Nginx, disk: Path, o
         random_image(disk, SIZE, seed=1)
         os.utime(disk, (1, 1))
         qedfs("stream", "start", mountpoint)
-        done = qedfs("wait", mountpoint, "--timeout", "30s", check=False)
+        done = qedfs("wait", mountpoint, "--timeout", HANG_OPTION, check=False)
         assert done.returncode == 5
         qedfs("umount", mountpoint)
 
@@ -133,17 +135,17 @@ def test_wait_fails_when_the_source_is_another_version(web: Nginx, disk: Path, o
 def test_wait_fails_when_the_source_is_gone_for_good(disk: Path, overlay: Path, mountpoint: Path) -> None:
     disk.unlink()
     with daemon(overlay, mountpoint):
-        done = qedfs("wait", mountpoint, "--timeout", "30s", check=False)
+        done = qedfs("wait", mountpoint, "--timeout", HANG_OPTION, check=False)
         assert (done.returncode, "404" in done.stderr) == (4, True)
         qedfs("umount", mountpoint)
 
 
 def test_wait_for_a_mount_that_leaves_when_it_is_done(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--until-streamed", *SLOW):
-        with subprocess.Popen([*QEDFS, "wait", mountpoint, "--timeout", "50s"]) as waiting:
+        with subprocess.Popen([*QEDFS, "wait", mountpoint, "--timeout", HANG_OPTION]) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             qedfs("stream", "limit", mountpoint, "0")
-            assert waiting.wait(60) == 0
+            assert waiting.wait(HANG_SECONDS) == 0
         wait_for(lambda: not in_mount_table(mountpoint), "the mount's end")
 
 
@@ -152,7 +154,7 @@ def test_wait_for_a_mount_that_ends_too_early(overlay: Path, mountpoint: Path) -
         with subprocess.Popen([*QEDFS, "wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             qedfs("umount", mountpoint)
-            _, told = waiting.communicate(timeout=20)
+            _, told = waiting.communicate(timeout=HANG_SECONDS)
         assert waiting.returncode == 10
         assert "before the images were complete" in told
 
@@ -162,6 +164,6 @@ def test_interrupted_wait_says_nothing(overlay: Path, mountpoint: Path) -> None:
         with subprocess.Popen([*QEDFS, "wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             waiting.send_signal(signal.SIGINT)
-            _, told = waiting.communicate(timeout=20)
+            _, told = waiting.communicate(timeout=HANG_SECONDS)
         assert (waiting.returncode, told.strip()) == (130, "")
         qedfs("umount", mountpoint)

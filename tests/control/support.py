@@ -22,6 +22,7 @@ from qedfs.overlay.open import open_overlay
 from qedfs.source.base import Extent, Identity
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
+from tests.harness.hang import HANG_SECONDS
 
 T = TypeVar("T")
 CLUSTER = 4096
@@ -173,7 +174,7 @@ class Talk:
 
     async def line(self) -> dict[str, Any]:
         """The next message, event or not."""
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             while b"\r\n" not in self._buffer:
                 data = await self.stream.receive_some(65536)
                 if not data:

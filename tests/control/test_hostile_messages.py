@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from qedfs.control.qmp.wire import MAX_MESSAGE_BYTES
+from tests.harness.hang import HANG_SECONDS
 
 from .support import FakeMount, MemorySource, Talk, controlled, talking
 
@@ -155,7 +156,7 @@ async def test_a_thousand_bad_messages_harm_nobody(tmp_path: Path) -> None:
         await _one_answer(path)
         tasks = trio.lowlevel.current_statistics().tasks_living
         before = _start_of_peak()
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_ask_on, path, asked)
                 await _attack(path, clients)
@@ -183,7 +184,7 @@ async def _one_answer(path: Path) -> None:
 
 async def _all_gone(path: Path, tasks: int) -> None:
     """Wait until the server has no more tasks than before, and answers."""
-    with trio.fail_after(10):
+    with trio.fail_after(HANG_SECONDS):
         while trio.lowlevel.current_statistics().tasks_living > tasks:
             await trio.testing.wait_all_tasks_blocked(0.01)
     await _one_answer(path)

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from qedfs.errors import NoSpace, SourceChanged, SourceError, SourceUnreachable
+from tests.harness.hang import HANG_SECONDS
 
 from .support import CLUSTER, MemorySource, Talk, controlled, talking
 
@@ -36,7 +37,7 @@ async def status_of(talk: Talk) -> dict[str, object]:
 
 async def until(talk: Talk, key: str, value: object) -> dict[str, object]:
     """The job, once it shows this value."""
-    with trio.fail_after(10):
+    with trio.fail_after(HANG_SECONDS):
         while True:
             job = await status_of(talk)
             if job[key] == value:

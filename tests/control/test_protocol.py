@@ -14,6 +14,7 @@ import trio
 from qedfs.control.monitoring.metrics import exposition
 from qedfs.errors import SourceError
 from qedfs.source.url import parse_location
+from tests.harness.hang import HANG_SECONDS
 
 from .support import CLUSTER, MemorySource, controlled, talking
 
@@ -133,7 +134,7 @@ async def test_large_messages_are_refused_and_the_connection_stays(tmp_path: Pat
 async def test_quit_is_answered_first(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         assert await talk.get("quit") == {}
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             await mount.has_quit.wait()
 
 
@@ -143,7 +144,7 @@ async def test_quit_takes_effect_though_its_client_hangs_up(tmp_path: Path) -> N
             # Without a checkpoint between the two: the server finds the command and the end of the connection.
             os.write(talk.stream.socket.fileno(), b'{"execute":"quit"}')
             talk.stream.socket.close()
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             await mount.has_quit.wait()
 
 
@@ -153,7 +154,7 @@ async def test_quit_of_a_client_that_never_reads_takes_effect(tmp_path: Path) ->
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-version"}{"execute":"quit"}')
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             await mount.has_quit.wait()
 
 

@@ -19,6 +19,7 @@ from qedfs.control.qmp import session as session_module
 from qedfs.control.qmp.server import MAX_CLIENTS, serve_control
 from qedfs.control.qmp.session import MAX_EVENTS, QmpSession
 from qedfs.errors import InUse, UsageError
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require_root
 
 from .support import CLUSTER, FakeMount, MemorySource, Talk, controlled, talking
@@ -149,7 +150,7 @@ async def test_a_client_that_never_reads_its_events_is_dropped(tmp_path: Path) -
             await talk.get("block-stream", device="disk")
             await talk.events_until("null", "disk")
             talk.events.clear()
-        with trio.fail_after(10), pytest.raises((EOFError, trio.BrokenResourceError)):
+        with trio.fail_after(HANG_SECONDS), pytest.raises((EOFError, trio.BrokenResourceError)):
             await deaf.reply()  # it never comes; the connection ends instead
 
 
@@ -228,7 +229,7 @@ async def test_a_client_may_be_dropped_while_an_event_is_being_sent(monkeypatch:
             session.drop()
 
     monkeypatch.setattr(stream, "send_all", send_and_drop)
-    with theirs, trio.fail_after(5):
+    with theirs, trio.fail_after(HANG_SECONDS):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(session.run, {"QMP": {}})
             await trio.testing.wait_all_tasks_blocked()

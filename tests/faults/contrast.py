@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from qedfs.overlay.create import create_overlay
 from tests.faults.hostile import IMAGE_SIZE, content
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import mounted
 from tests.harness.require import require
 from tests.mount.support import read_direct
@@ -129,7 +130,7 @@ def told_to_nbdkit(lie: str) -> str:
 
 
 def _judge(argv: list[str]) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     found = b"".join(bytes.fromhex(line) for line in _LINE.findall(done.stdout))
     return _verdict(found) if len(found) == SIZE else "error"
 

@@ -7,11 +7,11 @@ that had been kept would be in that comparison: nothing overwrites a cluster tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import random
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +22,12 @@ from qedfs.overlay.create import create_overlay
 from tests.faults.farm import Farm, Row
 from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted
+from tests.harness.process import wait_for
 from tests.mount.support import read_direct
 
 IMAGE_SIZE = 1 << 20  # the scripted NBD exports have it
 CLUSTER_SIZE = 1 << 16
 SECTOR = 512
-SETTLE_SECONDS = 60.0
 CURE_ATTEMPTS = 5
 
 RIGHT, FAILED, CHANGED, FORBIDDEN = "right bytes", "EIO", "EIO, source changed", "EACCES"
@@ -141,19 +141,18 @@ class _Trial:
 
     def stream(self, mount: Mount) -> None:
         """Let the streams come to their end, good or bad."""
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < deadline:
-            found = list(self._with_status(mount))
-            states = {image["state"] for outcome, image in found if outcome.row.can_be_cured}
-            if states <= {"complete", "failed", "source-changed"}:
-                break
-            time.sleep(0.1)
+        with contextlib.suppress(TimeoutError):  # the outcomes tell which has not ended
+            wait_for(lambda: self._have_ended(mount), "the end of the streams")
         for outcome, image in self._with_status(mount):
             outcome.end = image["state"]
             if outcome.row.can_be_cured and outcome.end != "complete":
                 outcome.wrong.append(f"did not complete: {image['error']}")
             if not outcome.row.can_be_cured and image["populated"]:
                 outcome.wrong.append("has kept something")
+
+    def _have_ended(self, mount: Mount) -> bool:
+        states = {image["state"] for outcome, image in self._with_status(mount) if outcome.row.can_be_cured}
+        return states <= {"complete", "failed", "source-changed"}
 
     def compare(self, outcome: Outcome) -> None:
         if outcome.end != "complete":

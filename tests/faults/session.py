@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import time
 from pathlib import Path
 
 from qedfs.control.qmp.client import Client
 from qedfs.errors import QedfsError
+from tests.harness.hang import HANG_SECONDS
+from tests.harness.process import wait_for
 
 CLUSTER_SIZE = 4096
 # Just above what one L2 table of two 4 KiB clusters maps, so that there are two of them.
 IMAGE_SIZE = (4 << 20) + (64 << 10)
 BORDER = 4 << 20
-STREAM_SECONDS = 2.0
+ENDS = ("complete", "failed", "source-changed", "broken")  # states of a stream
 _SECTOR = 512
 
 
@@ -76,9 +77,13 @@ class Expectation:
 class Session:
     """The script. `run` goes through it to its end, or until the mount is dead."""
 
-    def __init__(self, mountpoint: Path, expectation: Expectation, *, seed: int) -> None:
+    def __init__(
+        self, mountpoint: Path, expectation: Expectation, *, seed: int, stream_seconds: float = HANG_SECONDS
+    ) -> None:
+        """`stream_seconds`: less than a hang where a fault may leave a stream that never ends."""
         self.failed: list[str] = []  # the operations that did
         self._mountpoint = mountpoint
+        self._stream_seconds = stream_seconds
         self._expected = expectation
         self._random = random.Random(seed)
 
@@ -118,15 +123,10 @@ class Session:
             with Client.connect(str(self._mountpoint)) as client:
                 client.execute("x-qedfs-start", device="disk")
                 self._write(fd, (2 << 20) + 1, 5000)
-                deadline = time.monotonic() + STREAM_SECONDS
-                state = "running"
-                while state in ("off", "running", "waiting", "paused") and time.monotonic() < deadline:
-                    (image,) = client.execute("x-qedfs-status")["images"]
-                    state = image["state"]
-                    client.event(0.02)
-                if state != "complete":
+                wait_for(lambda: _state(client) in ENDS, "the end of the stream", self._stream_seconds)
+                if (state := _state(client)) != "complete":
                     self.failed.append(f"stream: {state}")
-        except (QedfsError, OSError) as exc:
+        except (QedfsError, OSError) as exc:  # TimeoutError is one
             self.failed.append(f"stream: {exc}")
 
     def _write(self, fd: int, pos: int, size: int, *, zeros: bool = False) -> None:
@@ -155,3 +155,9 @@ class Session:
             self._expected.synced()
             return
         self.failed.append("fsync")
+
+
+def _state(client: Client) -> str:
+    (image,) = client.execute("x-qedfs-status")["images"]
+    state: str = image["state"]
+    return state

@@ -151,7 +151,7 @@ class _Image:
                 totals.add("failed")
                 if time.monotonic() > deadline:
                     raise
-                stop.wait(0.2)
+                stop.wait(PAUSE_SECONDS)
         self._expected[pos : pos + len(data)] = data
         totals.add("writes")
         if self._random.random() < 0.1:

@@ -21,13 +21,14 @@ from qedfs.overlay.create import create_overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import FileStorage
 from tests.faults.session import CLUSTER_SIZE, IMAGE_SIZE, Expectation, Session, Wrong
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_check, qemu_info, qemu_same
 from tests.harness.mounts import Mount, is_mounted, mounted
 from tests.harness.process import Child, Died
 from tests.harness.require import require
 
-PATIENCE_SECONDS = 60.0
-UMOUNT_SECONDS = 120.0  # one that hangs elsewhere on the machine holds up the others
+PATIENCE_SECONDS = 2 * HANG_SECONDS
+FAULTY_STREAM_SECONDS = 5.0  # for a stream with a fault; none has to end
 SYSCALLS = ("pwrite64", "pwritev2", "fdatasync", "ftruncate")
 STRACE_ACTIONS = {"kill": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 
@@ -109,7 +110,7 @@ class Bench:
         options = ("--no-stream", "--allow-backing", self._folder, "--source-timeout", "2s")
         arguments = ("mount", self._overlay, self._mountpoint, *options)
         child = self._child = Child([*_command(fault, record), *arguments], self._folder / "disk.log")
-        session = Session(self._mountpoint, expectation, seed=self._seed)
+        session = Session(self._mountpoint, expectation, seed=self._seed, stream_seconds=FAULTY_STREAM_SECONDS)
         try:
             with _patience(child), contextlib.suppress(Died):
                 child.wait_until(lambda: is_mounted(self._mountpoint), "a mount")
@@ -134,7 +135,7 @@ class Bench:
     def _end(self, child: Child) -> int:
         """Unmount and return the exit code; a process that has died leaves a mount that is detached."""
         failed = _umount(self._mountpoint)
-        code = child.wait(20)
+        code = child.wait()
         if failed:
             _umount("-l", self._mountpoint)
         return code
@@ -176,7 +177,7 @@ class Bench:
 def _umount(*arguments: str | Path) -> int:
     """Run umount; returns its exit code."""
     argv: list[str | Path] = [require("umount"), *arguments]
-    return subprocess.run(argv, capture_output=True, check=False, timeout=UMOUNT_SECONDS).returncode
+    return subprocess.run(argv, capture_output=True, check=False, timeout=HANG_SECONDS).returncode
 
 
 def _command(fault: Fault, record: Path) -> list[str | Path]:

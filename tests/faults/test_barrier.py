@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.overlay.create import create_overlay
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check, random_image
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import Child, wait_for
@@ -107,7 +108,9 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
         assert mount.unmount() == 0
     assert qemu_check(overlay).corruptions == 0
     final = tmp_path / "final"
-    subprocess.run([require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, final], check=True, timeout=60)
+    subprocess.run(
+        [require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, final], check=True, timeout=HANG_SECONDS
+    )
     # The write whose fsync has failed is there or not; around it is what was there before.
     found = bytearray(final.read_bytes())
     assert bytes(found[MIB : MIB + 8]) in (b"returned", bytes(expected[MIB : MIB + 8]))

@@ -18,6 +18,7 @@ from qedfs.format.header import HEADER_BYTES, UNTOUCHED, decode_header
 from qedfs.overlay.create import create_overlay
 from tests.faults.test_barrier import assert_told_at_the_end
 from tests.harness.failing_disk import FailingDisk, failing_disk
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check, random_image
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
@@ -53,7 +54,9 @@ def pattern_of(what: str, overlay: Path, backing: Path) -> bytes:
 def raw(overlay: Path, folder: Path) -> Path:
     """The image as QEMU reads it."""
     made = folder / "converted.raw"
-    subprocess.run([require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, made], check=True, timeout=60)
+    subprocess.run(
+        [require("qemu-img"), "convert", "-f", "qed", "-O", "raw", overlay, made], check=True, timeout=HANG_SECONDS
+    )
     return made
 
 

@@ -23,6 +23,7 @@ from qedfs.format.header import (
     decode_header,
     valid_table_offset,
 )
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require
 
 KIB = 1 << 10
@@ -136,7 +137,10 @@ def qemu_opens(header: Header, length: int, folder: Path) -> bool:
     for name in ("base.raw", "QED"):
         (folder / name).write_bytes(bytes(512))
     done = subprocess.run(
-        [require("qemu-img"), "check", "-q", "-f", "qed", str(path)], capture_output=True, check=False, timeout=60
+        [require("qemu-img"), "check", "-q", "-f", "qed", str(path)],
+        capture_output=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
     return done.returncode != 1
 

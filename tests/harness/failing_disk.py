@@ -21,6 +21,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.process import Child
 from tests.harness.require import require, require_fuse, require_root
 
@@ -90,7 +91,7 @@ def _unmounted(folder: Path) -> None:
 
 
 def _run(program: str, *args: str | Path) -> str:
-    done = subprocess.run([require(program), *args], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([require(program), *args], capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     if done.returncode:
         raise RuntimeError(f"{program}: exit code {done.returncode}: {done.stderr}{done.stdout}")
     return done.stdout

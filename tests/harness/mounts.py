@@ -15,7 +15,7 @@ from typing import Any
 
 from qedfs.control.qmp.client import Client
 
-from .hang import HANG_SECONDS
+from .hang import HANG_OPTION, HANG_SECONDS
 from .process import QEDFS, Child, Command, Died, wait_for
 from .require import require, require_fuse
 from .starter import needs_interpreter, run
@@ -98,7 +98,7 @@ class Mount:
             raise LookupError(f"{name or 'one image'} among {[image['name'] for image in images]}")
         return found[0]
 
-    def wait(self, *image: str, timeout: str = f"{HANG_SECONDS:g}s") -> None:
+    def wait(self, *image: str, timeout: str = HANG_OPTION) -> None:
         """Waits until the image, or every image, is complete (`qedfs wait`).
 
         Raises:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check
 from tests.harness.mounts import mounted
 
@@ -64,7 +65,7 @@ def kill_once(overlay: Overlay, seed: int, *options: str) -> Outcome:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 writer.wait(deadline)
             mount.kill()
-            writer.wait(30)
+            writer.wait(HANG_SECONDS)
         finally:
             writer.kill()
             writer.wait()

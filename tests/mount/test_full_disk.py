@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
@@ -29,12 +30,12 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     require_root()
     folder.mkdir()
     subprocess.run(
-        [require("mount"), "-t", "tmpfs", "-o", f"size={size}", "qedfs-test", folder], check=True, timeout=30
+        [require("mount"), "-t", "tmpfs", "-o", f"size={size}", "qedfs-test", folder], check=True, timeout=HANG_SECONDS
     )
     try:
         yield folder
     finally:
-        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=30)
+        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=HANG_SECONDS)
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def test_a_mount_that_finds_a_full_disk_serves_and_fills_the_overlay_when_there_
     with origin(tmp_path, SIZE) as source, small_disk(tmp_path / "small", SIZE + 4 * MIB) as disk:
         overlay = disk / "disk.qed"
         options = ["-q", "-f", "qed", "-u", "-b", source.url, "-F", "raw"]
-        subprocess.run([require("qemu-img"), "create", *options, overlay, str(SIZE)], check=True, timeout=30)
+        subprocess.run([require("qemu-img"), "create", *options, overlay, str(SIZE)], check=True, timeout=HANG_SECONDS)
         _fill_up(disk / "ballast")
         with mounted(overlay, tmp_path / "mnt") as mount:
             wait_for(lambda: mount.image()["state"] == "paused", "the pause")

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from qedfs.mount.fuse_wait import CREDIT, PAUSE, POLLS, REQUESTS_PER_YIELD, Lock, Poller, Trio
+from tests.harness.hang import HANG_SECONDS
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ async def test_waits_for_what_is_not_there_yet(pipe: tuple[int, int]) -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert not arrived.is_set()
         os.write(pipe[1], b"x")
-        with trio.fail_after(5):
+        with trio.fail_after(HANG_SECONDS):
             await arrived.wait()
 
 
@@ -163,7 +164,7 @@ async def test_one_holder_at_a_time_and_nobody_is_forgotten(seed: int) -> None:
             await trio.lowlevel.checkpoint()
         scope.cancel()
 
-    with trio.fail_after(20):
+    with trio.fail_after(HANG_SECONDS):
         async with trio.open_nursery() as nursery:
             for _ in range(8):
                 nursery.start_soon(use)

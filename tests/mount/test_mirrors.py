@@ -9,6 +9,7 @@ import pytest
 
 from qedfs.control.qmp.client import Client
 from tests.fakes.http_server import FakeHttpServer
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.mount.support import MIB
@@ -35,7 +36,7 @@ def test_a_stream_survives_its_mirror(tmp_path: Path, trouble: str) -> None:
             wait_for(lambda: state(mount)[0] == "waiting", "the stream to wait")
             assert "/a" in state(mount)[1]
             origin.redirect_to = other.url("/b")
-            qedfs("wait", mount.mountpoint, timeout_seconds=120)
+            qedfs("wait", mount.mountpoint, timeout_seconds=HANG_SECONDS)
             assert mount.path("disk.raw").read_bytes() == CONTENT
             qedfs("umount", mount.mountpoint)
     assert other.requests

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_OPTION, HANG_SECONDS
 from tests.harness.images import qemu_check
 from tests.harness.mounts import is_mounted, mounted, qedfs
 from tests.harness.process import wait_for
@@ -124,7 +125,7 @@ def test_daemon_returns_when_it_serves(tmp_path: Path) -> None:
         qedfs("mount", tmp_path / "disk.qed", _made(tmp_path / "mnt"), "--daemon")
         try:
             assert_same(tmp_path / "mnt" / "disk.raw", source.raw)
-            qedfs("wait", tmp_path / "mnt", "--timeout", "50s")
+            qedfs("wait", tmp_path / "mnt", "--timeout", HANG_OPTION)
         finally:
             qedfs("umount", tmp_path / "mnt")
     assert_whole(tmp_path / "disk.qed", source.raw)
@@ -182,7 +183,7 @@ class User:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=60,
+            timeout=HANG_SECONDS,
             env={**environment, "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
@@ -225,7 +226,7 @@ def test_any_user_mounts_through_fusermount(tmp_path: Path) -> None:
         nobody.qedfs("create", overlay, "--backing", source.url)
         nobody.qedfs("mount", overlay, mountpoint, "--daemon")
         nobody.run("cmp", mountpoint / "disk.raw", _public(source.raw, nobody.folder))
-        nobody.qedfs("wait", mountpoint, "--timeout", "50s")
+        nobody.qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         # Not even root sees it, unless the user has said --allow-other.
         with pytest.raises(PermissionError):
             (mountpoint / "disk.raw").stat()
@@ -294,4 +295,4 @@ def _made(folder: Path) -> Path:
 
 
 def _run(*argv: str | Path) -> None:
-    subprocess.run(argv, check=True, capture_output=True, timeout=30)
+    subprocess.run(argv, check=True, capture_output=True, timeout=HANG_SECONDS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import ext4_image, qemu_create, qemu_io, random_image
 from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
@@ -233,7 +234,7 @@ def test_qemu_io_without_cache(tmp_path: Path) -> None:
         argv = [require("qemu-io"), "-f", "raw", "-t", "none"]
         for command in ("write -P 9 256k 4k", "read -P 9 256k 4k", "flush", "aio_write -P 7 320k 64k", "aio_flush"):
             argv += ["-c", command]
-        subprocess.run([*argv, mount.path("disk.raw")], check=True, capture_output=True, timeout=30)
+        subprocess.run([*argv, mount.path("disk.raw")], check=True, capture_output=True, timeout=HANG_SECONDS)
         expected = bytearray(source.data())
         expected[256 << 10 : 260 << 10] = b"\x09" * 4096
         expected[320 << 10 : 384 << 10] = b"\x07" * CLUSTER_SIZE
@@ -292,4 +293,4 @@ def _loop(*args: str | Path) -> str:
 
 
 def _run(*argv: str | Path) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=HANG_SECONDS).stdout.strip()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require, require_fuse, require_root
 from tests.host.test_procfs import NAMES
 
@@ -47,7 +48,7 @@ def test_a_mount_lives_beside_and_at_any_name(tmp_path: Path) -> None:
             check=False,
             capture_output=True,
             errors="replace",
-            timeout=100,
+            timeout=HANG_SECONDS,
             env={**os.environ, "LC_ALL": "C.UTF-8", "LANGUAGE": "de"},
         )
         assert done.returncode == 0, done.stderr + done.stdout

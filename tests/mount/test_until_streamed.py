@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.control.qmp.client import Client
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
@@ -50,7 +51,9 @@ def test_an_overlay_that_cannot_be_written_ends_it_with_an_error(tmp_path: Path)
         create(overlays / "good.qed", source.url)
         fixed = create(overlays / "fixed.qed", source.url)
         with read_only(fixed):
-            done = qedfs("mount", overlays, tmp_path / "mnt", "--until-streamed", check=False, timeout_seconds=30)
+            done = qedfs(
+                "mount", overlays, tmp_path / "mnt", "--until-streamed", check=False, timeout_seconds=HANG_SECONDS
+            )
     assert done.returncode == 1
     assert "fixed.qed: is read-only and keeps nothing" in done.stderr.splitlines()[-1]
     assert '"backing": null' in qedfs("info", overlays / "good.qed", "--json").stdout

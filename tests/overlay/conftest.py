@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require
 
 
@@ -23,7 +24,9 @@ class Qemu:
 
     def run(self, *arguments: str, fails: bool = False) -> str:
         """Run a tool; returns what it printed. `fails`: it must end with an error."""
-        done = subprocess.run(arguments, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            arguments, cwd=self.folder, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+        )
         assert (done.returncode != 0) == fails, f"{arguments}: {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -45,7 +48,9 @@ class Qemu:
     def check(self, name: str) -> dict[str, Any]:
         """`qemu-img check`: corruptions are a failure, leaks are not."""
         arguments = ["qemu-img", "check", "-f", "qed", "--output=json", name]
-        done = subprocess.run(arguments, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            arguments, cwd=self.folder, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+        )
         assert done.returncode in (0, 3), done.stdout + done.stderr
         report: dict[str, Any] = json.loads(done.stdout)
         return report
@@ -64,7 +69,7 @@ class Qemu:
             try:
                 yield
             finally:
-                process.communicate(b"quit\n", timeout=10)
+                process.communicate(b"quit\n", timeout=HANG_SECONDS)
 
     def raw(self, name: str) -> bytes:
         """The image as QEMU reads it."""

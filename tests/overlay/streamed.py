@@ -12,7 +12,6 @@ import re
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,14 +122,12 @@ def _block_stream(folder: Path) -> None:
 def _run_job(client: Client) -> None:
     client.execute("qmp_capabilities")
     client.execute("block-stream", device="disk", job_id="stream")
-    deadline = time.monotonic() + HANG_SECONDS
-    while time.monotonic() < deadline:
-        event = client.event(deadline - time.monotonic())
-        if event is not None and event["event"] == "BLOCK_JOB_COMPLETED":
+    while (event := client.event(HANG_SECONDS)) is not None:
+        if event["event"] == "BLOCK_JOB_COMPLETED":
             if "error" in event["data"]:
                 raise Died(f"block-stream: {event['data']['error']}")
             return
-    raise Died(f"block-stream has not ended within {HANG_SECONDS} s")
+    raise Died(f"block-stream has told nothing for {HANG_SECONDS} s")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.harness.hang import HANG_SECONDS
 from tests.overlay.images import Built, empty, filled
 
 CLUSTER = 4096
@@ -174,7 +175,7 @@ async def reopened(overlay: Overlay, storage: MemoryStorage) -> Overlay:
 async def test_a_request_larger_than_the_cache_is_answered() -> None:
     overlay = await opened(many_tables(4))
     overlay.clusters._cache_slices = 1
-    with trio.fail_after(1):
+    with trio.fail_after(HANG_SECONDS):
         assert len(await overlay.map(0, 4 * SPAN)) == 8
 
 

@@ -15,6 +15,7 @@ from qedfs.host import memory_pool
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.harness.hang import HANG_SECONDS
 from tests.overlay.images import empty
 from tests.overlay.scenario import repeatable
 
@@ -61,7 +62,7 @@ async def storm(overlay: Overlay, rng: random.Random) -> None:
             except QedfsError:
                 assert overlay.failure is not None
 
-    with trio.fail_after(60):
+    with trio.fail_after(HANG_SECONDS):
         async with trio.open_nursery() as nursery:
             for _ in range(WORKERS):
                 nursery.start_soon(worker)

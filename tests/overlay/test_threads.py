@@ -14,6 +14,7 @@ from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
+from tests.harness.hang import HANG_SECONDS
 
 MIB = 1 << 20
 READERS = 8
@@ -40,7 +41,7 @@ async def test_no_reader_waits_for_a_thread_behind_adoptions(tmp_path: Path, mon
 
     def slow_write(self: FileStorage, offset: int, data: Sequence[Buffer]) -> None:
         if sum(map(len, data)) == MIB:
-            released.wait(60)
+            released.wait(HANG_SECONDS)
         real_write(self, offset, data)
 
     monkeypatch.setattr(FileStorage, "write", slow_write)
@@ -54,7 +55,7 @@ async def test_no_reader_waits_for_a_thread_behind_adoptions(tmp_path: Path, mon
                 nursery.start_soon(overlay.adopt, (16 + number) * MIB, bytearray(b"s" * MIB), MIB)
             await trio.testing.wait_all_tasks_blocked()
             try:
-                with trio.fail_after(20):
+                with trio.fail_after(HANG_SECONDS):
                     async with trio.open_nursery() as guests:
                         for number in range(READERS):
                             guests.start_soon(read, overlay, number * 5, 4096)

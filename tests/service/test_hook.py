@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_OPTION
 from tests.harness.process import wait_for
 from tests.mount.support import MIB, assert_whole, create, mounted_over, origin
 
@@ -43,7 +44,7 @@ def test_mounted_before_the_guest_and_until_the_images_are_complete(host: Machin
         assert host.show(MOUNT, "MainPID") == server
         assert host.path(mountpoint / "disk.raw").exists()
         host.qedfs("stream", "start", mountpoint)
-        host.qedfs("wait", mountpoint, "--timeout", "30s")
+        host.qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         assert _hook(host, "release", "end") == 0
         host.wait_for_state(MOUNT, "inactive")
         host.wait_for_state(END, "inactive")

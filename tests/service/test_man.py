@@ -11,6 +11,7 @@ import click
 import pytest
 
 from qedfs.cli.main import main
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require
 
 from .machine import CONTRIB, ROOT
@@ -21,7 +22,7 @@ COMMANDS = sorted(main.commands)
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("man")
-    subprocess.run([sys.executable, CONTRIB / "man", folder], check=True, timeout=60)
+    subprocess.run([sys.executable, CONTRIB / "man", folder], check=True, timeout=HANG_SECONDS)
     return folder
 
 
@@ -35,25 +36,25 @@ def test_a_page_for_every_command(pages: Path) -> None:
 def test_groff_has_nothing_to_complain_about(pages: Path) -> None:
     for page in sorted(pages.iterdir()):
         words: list[str | Path] = [require("groff"), "-man", "-ww", "-Tutf8", "-z", "-rLL=100n", page]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_mandoc_has_nothing_to_complain_about(pages: Path) -> None:
     words: list[str | Path] = [require("mandoc"), "-T", "lint", "-W", "all", *sorted(pages.iterdir())]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_their_names_are_found_by_apropos(pages: Path) -> None:
     page = pages / "qedfs.1"
-    done = subprocess.run([require("lexgrog"), page], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([require("lexgrog"), page], capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     assert done.stdout.startswith(f'{page}: "qedfs - mount QED overlays')
 
 
 def test_the_same_source_makes_the_same_pages(tmp_path: Path) -> None:
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
-    subprocess.run([sys.executable, CONTRIB / "man", tmp_path], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, CONTRIB / "man", tmp_path], env=environment, check=True, timeout=HANG_SECONDS)
     assert (tmp_path / "qedfs.1").read_text().startswith(".TH QEDFS 1 2023-11-14 ")
 
 
@@ -80,7 +81,7 @@ def test_quotes_and_hyphens_can_be_pasted(pages: Path) -> None:
 def _shown(page: Path) -> str:
     # -P-c: without the terminal's codes for bold and italics.
     words: list[str | Path] = [require("groff"), "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=200n", page]
-    return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+    return subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_bash_completes(program: str, typed: str, offered: list[str]) -> None:
         env={**os.environ, "PATH": program},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=HANG_SECONDS,
         check=True,
     )
     assert done.stdout.split() == offered
@@ -127,5 +128,5 @@ def test_bash_completes(program: str, typed: str, offered: list[str]) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_gets_its_script(program: str, shell: str) -> None:
     environment = {**os.environ, "PATH": program, "_QEDFS_COMPLETE": f"{shell}_source"}
-    done = subprocess.run(["qedfs"], env=environment, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(["qedfs"], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     assert "_QEDFS_COMPLETE" in done.stdout

@@ -27,6 +27,7 @@ from qedfs.fetch.latency import BOUNDS
 from qedfs.image.condition import Cause
 from tests.control.support import FakeMount
 from tests.fakes.http_server import FakeHttpServer
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import free_port, wait_for
 from tests.harness.require import require
@@ -168,7 +169,9 @@ def test_the_waits_are_a_histogram(scraped: Scraped) -> None:
 
 def test_curl_gets_them(scraped: Scraped) -> None:
     url = f"http://127.0.0.1:{scraped.address[1]}/metrics"
-    done = subprocess.run([require("curl"), "-sSf", url], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        [require("curl"), "-sSf", url], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
     assert f'qedfs_info{{mountpoint="{scraped.mount.mountpoint}"' in done.stdout
 
 
@@ -206,7 +209,7 @@ def test_what_other_requests_get(scraped: Scraped, request_text: bytes, status: 
 
 
 def test_clients_that_say_nothing_do_not_use_it_up(scraped: Scraped) -> None:
-    silent = [socket.create_connection(scraped.address, timeout=20) for _ in range(MAX_CLIENTS)]
+    silent = [socket.create_connection(scraped.address, timeout=HANG_SECONDS) for _ in range(MAX_CLIENTS)]
     try:
         silent[0].sendall(b"GET /metr")
         # One too many is hung up on; its request may have been on the way.
@@ -264,7 +267,7 @@ def test_an_address_in_use_is_told_and_nothing_stays_mounted(tmp_path: Path) -> 
 def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['prometheus_client'] = None; from qedfs.cli.main import main; main()"
     words = [sys.executable, "-c", hide, "mount", "--metrics", "9188", str(tmp_path / "disk.qed"), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 2
     assert "install it: pip install 'qedfs[metrics]'" in done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import Mount, is_mounted, qedfs
 from tests.harness.require import require, require_fuse, require_root, unavailable
 from tests.mount.support import MIB, Origin, assert_same, create, origin
@@ -32,7 +33,7 @@ class Host:
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Runs a program."""
-        return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
     def image(self) -> dict[str, object]:
         """The image's entry in the status."""
@@ -60,7 +61,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
         finally:
             PLACE.unlink()
             left: list[str | Path] = [require("umount"), "--lazy", tmp_path / "mnt"]
-            subprocess.run(left, check=False, capture_output=True, timeout=20)
+            subprocess.run(left, check=False, capture_output=True, timeout=HANG_SECONDS)
 
 
 def _checkout(folder: Path, installed: Installed) -> Path:
@@ -132,7 +133,7 @@ def test_without_qedfs_it_says_where_it_looked(tmp_path: Path) -> None:
     helper = shutil.copy(HELPER, tmp_path / "contrib")
     if any(Path(place, "qedfs").exists() for place in ("/usr/local/bin", "/usr/bin", "/bin")):
         unavailable("qedfs is installed on this machine")
-    done = subprocess.run([helper, "a", "b"], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([helper, "a", "b"], capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 32
     assert f"no qedfs in /usr/local/bin:/usr/bin:/bin:{tmp_path}" in done.stderr
 
@@ -144,7 +145,7 @@ def test_a_dry_run_does_nothing(host: Host) -> None:
 
 @pytest.mark.parametrize("words", [[], ["one"], ["a", "b", "c"], ["a", "b", "-x"], ["a", "b", "-N", "/proc/1/ns/mnt"]])
 def test_wrong_usage(words: list[str]) -> None:
-    done = subprocess.run([HELPER, *words], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([HELPER, *words], capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 1
     assert "mount.qedfs" in done.stderr
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.host.runtime import RUN
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import mounted, qedfs
 from tests.harness.require import require, require_fuse, require_root
 from tests.mount.support import MIB, create, origin
@@ -62,7 +63,7 @@ def test_a_mount_finds_a_place_and_its_commands_find_it(tmp_path: Path, spoil: s
                 check=False,
                 capture_output=True,
                 text=True,
-                timeout=100,
+                timeout=HANG_SECONDS,
             )
             assert done.returncode == 0, done.stderr + done.stdout
     finally:

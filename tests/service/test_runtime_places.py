@@ -13,6 +13,7 @@ import pytest
 
 from qedfs.cli.mount_table import mounted_type
 from qedfs.host.runtime import place_of
+from tests.harness.hang import HANG_OPTION, HANG_SECONDS
 from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require_root
@@ -26,7 +27,7 @@ def test_a_service_is_found_from_a_login_session(tmp_path: Path) -> None:
     with origin(tmp_path, MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
         with mounted(overlay, tmp_path / "mnt") as mount:
-            qedfs("wait", mount.mountpoint, "--timeout", "30s", env={"XDG_RUNTIME_DIR": str(session)})
+            qedfs("wait", mount.mountpoint, "--timeout", HANG_OPTION, env={"XDG_RUNTIME_DIR": str(session)})
             assert mount.unmount() == 0
     assert list(session.iterdir()) == []
 
@@ -38,11 +39,10 @@ def test_a_mountpoint_that_is_a_link(tmp_path: Path) -> None:
     with origin(tmp_path, MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
         with mounted(overlay, link) as mount:
-            qedfs("wait", link, "--timeout", "30s")
+            qedfs("wait", link, "--timeout", HANG_OPTION)
             assert qedfs("status", link).stdout == qedfs("status", tmp_path / "mnt").stdout
             qedfs("umount", link)
-            # It has waited for the end of the server, so there is no mount left to wait for.
-            assert mount.wait_exit(1.0) == 0
+            assert mount.wait_exit() == 0
 
 
 def test_a_server_that_stands_still_is_unmounted(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_server_that_stands_still_is_unmounted(tmp_path: Path) -> None:
                 wait_for(lambda: mounted_type(str(mount.mountpoint)) is None, "the end of the mount")
                 assert umount.poll() is None
                 os.kill(mount.pid, signal.SIGCONT)
-                assert umount.wait(20) == 0
+                assert umount.wait(HANG_SECONDS) == 0
                 assert mount.wait_exit() == 0
             finally:
                 umount.kill()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require
@@ -54,7 +55,7 @@ def test_a_mount_that_flushes_after_an_unmount_heeds_the_first_signal_too(tmp_pa
             with mount.path("disk.raw").open("r+b") as image:
                 image.write(b"something to flush")
             (tmp_path / "slow").touch()
-            subprocess.run([require("fusermount3"), "-u", mount.mountpoint], check=True, timeout=30)
+            subprocess.run([require("fusermount3"), "-u", mount.mountpoint], check=True, timeout=HANG_SECONDS)
             os.kill(mount.pid, signal.SIGTERM)
             assert mount.wait_exit() == 0
 
@@ -88,7 +89,7 @@ def test_sigusr1_tells_whom_a_reader_waits_for(tmp_path: Path) -> None:
             wait_for(lambda: "SIGUSR1" in mount.output(), "the dump")
         finally:
             _signal_all(source.server.pid, signal.SIGCONT)
-            reader.join(20)
+            reader.join(HANG_SECONDS)
         message = next(line["message"] for line in _lines(mount.output()) if "SIGUSR1" in line["message"])
         assert " 1 readers wait" in message
         assert f" at {3 * MIB} for a reader, for 0." in message

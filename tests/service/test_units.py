@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.control.qmp.client import Client
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require
@@ -58,7 +59,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -68,7 +69,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 def test_systemd_finds_them_hardened(unit: Path) -> None:
     threshold = f"--threshold={MOST_EXPOSURE[unit.name]}"
     words: list[str | Path] = [require("systemd-analyze"), "security", "--offline=yes", "--no-pager", threshold, unit]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
 
 
@@ -202,7 +203,7 @@ def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> 
 def allowed_system_calls(unit: Path) -> set[str]:
     """Those of SystemCallFilter=, and the few that are always allowed (systemd.exec(5))."""
     words = [require("systemd-analyze"), "syscall-filter", "--no-pager"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     groups: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         if line.startswith("@"):

@@ -20,6 +20,7 @@ from qedfs.source.open import allowed, remote_source
 from qedfs.source.path import THREADS, Held
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
+from tests.harness.hang import HANG_SECONDS
 
 Listen = Callable[[Path], socket.socket]
 
@@ -197,7 +198,7 @@ async def test_a_dead_file_server_takes_its_own_backing_only(
     for _ in range(THREADS):
         nursery.start_soon(read, dead, 4)
         nursery.start_soon(allowed, file_at(folder / "dead"), policy)
-    with trio.fail_after(4):
+    with trio.fail_after(HANG_SECONDS):
         while dead_server.waiting < THREADS:  # noqa: ASYNC110 - counted in threads
             await trio.sleep(0.001)
         assert await read(healthy, 8) == b"harmless"
@@ -223,6 +224,6 @@ async def test_an_opening_that_ends_behind_its_deadline_leaves_nothing_open(
         await LocalSource.open(file_at(folder / "base"), policy)
     assert not opened.is_set()
     dead_server.revive()
-    with trio.fail_after(4):
+    with trio.fail_after(HANG_SECONDS):
         while not opened.is_set() or is_held(folder / "base"):  # noqa: ASYNC110 - a thread's doing
             await trio.sleep(0.001)

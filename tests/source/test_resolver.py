@@ -19,6 +19,7 @@ from qedfs.source.nbd import NbdSource
 from qedfs.source.policy import Policy
 from qedfs.source.resolver import THREADS, addresses
 from qedfs.source.url import parse_location
+from tests.harness.hang import HANG_SECONDS
 
 HEALTHY = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 9))]
 NAMES = 100  # more than trio lets run by itself
@@ -56,7 +57,7 @@ async def test_a_name_is_found_while_others_are_not(names: NameServer) -> None:
     async with trio.open_nursery() as nursery:
         for number in range(NAMES):
             nursery.start_soon(addresses, f"silent{number}", 9)
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             await names.all_asked.wait()
             assert await addresses("healthy", 9) == [(socket.AF_INET, ("127.0.0.1", 9))]
         nursery.cancel_scope.cancel()
@@ -66,7 +67,7 @@ async def test_look_ups_that_were_given_up_take_no_place_from_others(names: Name
     for number in range(NAMES):
         with trio.move_on_after(0.01):
             await addresses(f"silent{number}", 9)
-    with trio.fail_after(60):
+    with trio.fail_after(HANG_SECONDS):
         assert await addresses("healthy", 9)
         await trio.to_thread.run_sync(lambda: None)
 
@@ -75,7 +76,7 @@ async def test_one_name_takes_few_threads(names: NameServer) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(NAMES):
             nursery.start_soon(addresses, "silent", 9)
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             assert await addresses("healthy", 9)
             await trio.testing.wait_all_tasks_blocked(0.1)
         assert names.asked["silent"] <= THREADS
@@ -105,7 +106,7 @@ async def test_a_source_is_reached_while_names_of_others_are_not_found(names: Na
     async with trio.open_nursery() as nursery:
         for number in range(NAMES):
             nursery.start_soon(try_to_open, number)
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             await names.all_asked.wait()
             # Nobody listens there: the error of a connection shows that the name was found.
             with pytest.raises(SourceUnreachable, match="refused"):

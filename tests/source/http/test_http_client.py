@@ -14,6 +14,7 @@ from qedfs.source.http import HttpSource, handle
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
+from tests.harness.hang import HANG_SECONDS
 from tests.source.http.conftest import CONTENT, OpenSource, read
 
 RIGHT = [
@@ -111,7 +112,7 @@ async def test_a_transfer_that_does_not_move_is_given_up(
     monkeypatch.setattr(handle, "STALL_SECONDS", 1)
     source = await open_source(server.url())
     server.behaviour = behaviour
-    with trio.fail_after(8), pytest.raises(SourceUnreachable, match="too slow"):
+    with trio.fail_after(HANG_SECONDS), pytest.raises(SourceUnreachable, match="too slow"):
         await read(source, 0, 65536)
 
 
@@ -263,7 +264,7 @@ async def test_what_came_of_an_answer_that_was_given_up_counts(server: FakeHttpS
     source = await open_source(server.url())
     server.behaviour = "slow-body"
     before = source.received
-    with trio.fail_after(60), trio.CancelScope() as scope:
+    with trio.fail_after(HANG_SECONDS), trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, source, 0, 65536)
             while source.received == before:  # noqa: ASYNC110 - bytes are no event
@@ -283,9 +284,8 @@ async def test_a_server_that_is_slower_than_the_deadline_is_not_dead(
     server.behaviour = "slow-body"
     with pytest.raises(SourceUnreachable):
         await remote.read(0, memoryview(bytearray(65536)), urgent=True)
+    assert not remote.is_dead
     server.behaviour = "silence"
-    began = trio.current_time()
     with pytest.raises(SourceUnreachable):
-        async with remote.reader():
-            await remote.read(0, memoryview(bytearray(65536)), urgent=True)
-    assert trio.current_time() - began >= 1  # the whole deadline: a dead source would have less
+        await remote.read(0, memoryview(bytearray(65536)), urgent=True)
+    assert remote.is_dead

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.nbd_behaviours import BEHAVIOURS, WELL_BEHAVED
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.process import Child
 from tests.harness.require import require
 from tests.source.nbd.support import MiB, opened, read, sparse_content
@@ -33,7 +34,7 @@ def test_qemu_reads_it_right(name: str, tmp_path: Path) -> None:
     child, url = _start(tmp_path, "--behaviour", name, "--unix", str(tmp_path / "s"))
     try:
         compare: list[str | Path] = [require("qemu-img"), "compare", "-f", "raw", "-F", "raw", tmp_path / "disk", url]
-        subprocess.run(compare, check=True, capture_output=True, timeout=60)
+        subprocess.run(compare, check=True, capture_output=True, timeout=HANG_SECONDS)
     finally:
         child.kill()
 
