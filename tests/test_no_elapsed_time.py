@@ -21,8 +21,10 @@ LIMITED = frozenset({"fail_after", "wait", "wait_exit", "join"})
 # Files that read a real clock, and judge nothing by it.
 READERS = {
     "harness/process.py": "its waits end with HANG_SECONDS",
+    "harness/starter.py": "its waits end with HANG_SECONDS",
     "harness/terminal.py": "its waits end with HANG_SECONDS; it watches a screen for a while",
     "faults/soak.py": "it goes on for as long as it is told",
+    "faults/test_failed_commit.py": "a time of day in the status lies between two readings, however far apart",
 }
 
 

@@ -75,7 +75,7 @@ def test_a_daemon_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     for options in (("--daemon",), ()):
         done = qedfs("mount", overlay, tmp_path / "mnt", "--credentials", file, *options, check=False)
         assert done.returncode == 2
-        assert f"{file}: [https://h/] has 'token'" in done.stderr
+        assert f"{file}: [https://h/] has the unknown key 'token'" in done.stderr
         assert CANARY not in done.stderr
 
 
