@@ -1,1 +1,1 @@
-"""Fetching from one source: a queue, one flight per cluster, a scheduler for the background. Knows no overlay."""
+"""Fetching from one source: the request queue, its scheduler, congestion window and budget. Knows no overlay."""

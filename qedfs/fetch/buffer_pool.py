@@ -1,26 +1,26 @@
-"""Buffers that are used again: a fresh one of 1 MiB costs 200 us of page faults.
+"""A pool of free buffers for reuse, because a fresh buffer of 1 MiB costs 200 us of page faults.
 
-Owns nothing but free buffers, and at most so many bytes of them, however many sources share them and however many
-sizes there are; those that nobody takes for a while go. A leaf.
+Owns only the free buffers. The pool is bounded in bytes, however many sources share it and however many sizes there
+are. Buffers that are not used for a while are freed. Imports nothing of the project.
 """
 
 from __future__ import annotations
 
-MOST_BYTES = 32 << 20  # a window of 1 MiB requests
+MOST_BYTES = 32 << 20  # 32 requests of 1 MiB
 
 
 class BufferPool:
-    """Free buffers by size. What is handed out holds any bytes."""
+    """Free buffers by size. A buffer from the pool has arbitrary contents."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        """`most_bytes`: kept at the most, all sizes together."""
+        """`most_bytes`: the bound for the free buffers of all sizes."""
         self.kept_bytes = 0
         self._most_bytes = most_bytes
-        self._free: dict[int, list[bytearray]] = {}  # in the order in which the sizes were last used
-        self._unused: dict[int, int] = {}  # how many of a size have been free ever since the last `forget_unused`
+        self._free: dict[int, list[bytearray]] = {}  # by size, the least recently used size first
+        self._unused: dict[int, int] = {}  # by size, how many have been free since the last `forget_unused`
 
     def take(self, size: int) -> bytearray:
-        """A buffer of this size."""
+        """Take a buffer of this size."""
         free = self._free.pop(size, None)
         if not free:
             return bytearray(size)
@@ -33,7 +33,7 @@ class BufferPool:
         return buffer
 
     def give(self, buffer: bytearray) -> None:
-        """Take it back; nobody may use it any more. Sizes that nobody has asked for lately make room."""
+        """Return a buffer, which must not be used any more. The least recently used sizes make room for it."""
         size = len(buffer)
         if size > self._most_bytes:
             return
@@ -45,7 +45,7 @@ class BufferPool:
             self._drop(next(iter(self._free)))
 
     def forget_unused(self) -> None:
-        """Let the buffers go that were free all the time since the last call."""
+        """Free the buffers that have not been used since the last call."""
         for size, count in self._unused.items():
             for _ in range(min(count, len(self._free.get(size, ())))):
                 self._drop(size)

@@ -1,15 +1,16 @@
-"""How many bytes may be in flight in the background: enough to fill the link, not more.
+"""The congestion window of one source: how many background bytes may be in flight to fill the link, and not more.
 
-Owns the estimate of the link. Pure: it is told what was started and what has arrived, and asked; no I/O, no clock.
+Owns the estimate of the link's rate and round trip. Pure: the caller reports what was sent and what has arrived. No
+I/O, no clock.
 
-The product of the link's rate and its round trip is what has to be in flight to keep it busy. Both are measured: the
-rate as the most that has arrived in a stretch of time, the round trip as the shortest time that a request has taken. At
-first the window grows by what arrives, which doubles it every round trip, for as long as that brings more bytes;
-afterwards it is a fixed multiple of the product (as BBR does, Cardwell et al., ACM Queue 2016), and tries a larger one
-now and then, since links change.
+The bytes in flight that keep a link busy are the product of its rate and its round trip. Both are measured: the rate as
+the best one over any interval, the round trip as the shortest time of a request. At first the window grows by the bytes
+that arrive, which doubles it every round trip, as long as the rate increases. After that it is a fixed multiple of the
+product, as in BBR (Cardwell et al., ACM Queue 2016). Now and then it tries a larger window, because links change.
 
-On a slow link the round trip cannot be told from the time that our own requests spend behind one another. What is in
-flight there is bounded by that time itself: a reader may have to wait behind it, and each request has a deadline.
+On a slow link the round trip cannot be distinguished from the time that our own requests wait for one another. There
+the window is bounded by the time that a request takes, because a reader may have to wait behind it, and because each
+request has a deadline.
 """
 
 from __future__ import annotations
@@ -18,96 +19,100 @@ import math
 from collections import deque
 
 MIN_BYTES = 8 << 20
-MAX_BYTES = 64 << 20  # what the fetched clusters of one source may take in memory
-REQUESTS = 16  # in flight in a full window
-FEWEST_REQUESTS = 4  # on a link so fast that our own work for each request counts
-REQUEST_SECONDS = 0.002  # that a request takes such a link: some times our work for it, 0.3 ms of a processor
+MAX_BYTES = 64 << 20  # bounds the memory for one source's clusters in flight
+REQUESTS = 16  # how many requests make up a full window
+FEWEST_REQUESTS = 4  # the same on a fast link, where our own work per request matters
+REQUEST_SECONDS = 0.002  # transfer time of a request on such a link: a multiple of our work for it, 0.3 ms of a CPU
 MIN_REQUEST_BYTES = 256 << 10
-MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to end
-GAIN = 2.0  # of the window over rate x round trip: room for jitter, and for answers that end together in lumps
-GROWTH = 1.15  # a smaller gain in rate is none
-QUEUE_SECONDS = 5.0  # that a request may take because of what is in flight before it
-PROBE_SECONDS = 3.0
-PROBE = 1.5  # times the window, to see whether the link has become faster
-QUEUE_MARGIN = 1.25  # a request that takes less than this times its queue's length says nothing of the round trip
-# A request is late after the longest of these: seconds, round trips, or times of what was to cross the link before it.
+MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to finish
+GAIN = 2.0  # window / (rate x round trip): leaves room for jitter, and for answers that end in bursts
+GROWTH = 1.15  # the rate has grown if it is at least this many times the best one
+QUEUE_SECONDS = 5.0  # how long a request may take because of the bytes ahead of it
+PROBE_SECONDS = 3.0  # between two tries of a larger window
+PROBE = 1.5  # how much larger that window is
+QUEUE_MARGIN = 1.25  # a request that takes less than this times its queueing time says nothing about the round trip
+# A request is late when it takes longer than LATE_SECONDS, than LATE_ROUND_TRIPS round trips, and than LATE_TRANSFERS
+# times what its bytes and those ahead of it need to cross the link.
 LATE_SECONDS = 1.0
 LATE_ROUND_TRIPS = 4.0
 LATE_TRANSFERS = 4.0
-DECAY = 0.95  # of the best rate in every stretch that does not reach it, so that a slower link is noticed
-MEMORY_SECONDS = 10.0  # how long a measurement counts
+DECAY = 0.95  # factor for the best rate after an interval with a lower one, so that a slower link is noticed
+MEMORY_SECONDS = 10.0  # how long a measured round trip counts
 
 
 class CongestionWindow:
-    """The window of one source. Times in seconds of any monotonic clock."""
+    """The window of one source. Times are in seconds of any monotonic clock."""
 
     def __init__(self) -> None:
-        self._bytes = MIN_BYTES  # that the link needs
-        self._bound = MAX_BYTES  # that it takes within QUEUE_SECONDS
-        self._starting = True
-        self._stalls = 0
+        self._bytes = MIN_BYTES  # what the link needs to be busy
+        self._bound = MAX_BYTES  # what it can transfer within QUEUE_SECONDS
+        self._starting = True  # the window still doubles every round trip
+        self._stalls = 0  # intervals in a row in which that did not increase the rate
         self._best = 0.0  # bytes per second
-        self._rate = 0.0  # of the last stretch
+        self._rate = 0.0  # in the last interval
         self._round_trips: deque[tuple[float, float]] = deque()  # (when, seconds), increasing in both
-        self._stretch_start: float | None = None
-        self._stretch_from = 0
+        self._interval_start: float | None = None
+        self._interval_from = 0  # bytes received in total when the interval started
         self._next_probe = 0.0
 
     @property
     def bytes(self) -> int:
-        """That may be in flight in the background."""
+        """How many background bytes may be in flight."""
         return min(self._bytes, self._bound)
 
     @property
     def request_bytes(self) -> int:
-        """A good size for one background request.
+        """The best size for a background request.
 
-        Over loopback a stream with 2 MiB is 1.4 times as fast as one with 512 KiB, a sixteenth of the least window.
+        Over loopback, a stream with requests of 2 MiB is 1.4 times as fast as with 512 KiB, which is 1/16 of MIN_BYTES.
         """
         fast = min(int(self._best * REQUEST_SECONDS), self.bytes // FEWEST_REQUESTS)
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, max(fast, self.bytes // REQUESTS)))
 
     @property
     def round_trip(self) -> float:
-        """The shortest time that a request took lately; 0.05 before there was one."""
+        """The shortest recent time of a request in seconds; 0.05 before the first one."""
         return self._round_trips[0][1] if self._round_trips else 0.05
 
     @property
     def rate(self) -> float:
-        """Bytes per second that the link has shown."""
+        """The estimated rate of the link in bytes per second."""
         return self._best
 
-    def late_after(self, size: int, behind: int) -> float:
-        """Seconds after which a request that left behind so many bytes is late; infinite while nothing is known."""
+    def late_after(self, size: int, ahead: int) -> float:
+        """After how many seconds a request is late. `ahead`: the bytes in flight when it was sent.
+
+        Infinite while nothing is known about the link.
+        """
         if not self._best:
             return math.inf
-        return max(LATE_SECONDS, LATE_ROUND_TRIPS * self.round_trip, LATE_TRANSFERS * (behind + size) / self._best)
+        return max(LATE_SECONDS, LATE_ROUND_TRIPS * self.round_trip, LATE_TRANSFERS * (ahead + size) / self._best)
 
     def started(self, now: float, in_flight: int, received: int) -> None:
-        """A request leaves; `in_flight` bytes were in flight before it, `received` have come so far in all."""
+        """Record that a request is sent. `in_flight`: bytes in flight before it. `received`: total bytes so far."""
         if in_flight == 0:
-            # An idle stretch says nothing about the link.
-            self._stretch_start, self._stretch_from = now, received
+            # The link was idle, which says nothing about its rate.
+            self._interval_start, self._interval_from = now, received
 
-    def arrived(self, now: float, size: int, seconds: float, received: int, behind: int) -> None:
-        """A request of `size` bytes has taken `seconds`; `behind` bytes were in flight when it left."""
-        if self._tells_round_trip(seconds, behind + size):
+    def arrived(self, now: float, size: int, seconds: float, received: int, ahead: int) -> None:
+        """Record that a request of `size` bytes took `seconds`. `ahead`: the bytes in flight when it was sent."""
+        if self._shows_round_trip(seconds, ahead + size):
             self._remember(now, seconds)
         if self._starting:
             self._bytes = min(MAX_BYTES, self._bytes + size)
-        self._note_queue(size, seconds, behind + size)
-        come = received - self._stretch_from
-        if self._stretch_start is None or come < 0:
-            self._stretch_start, self._stretch_from = now, received
+        self._update_bound(size, seconds, ahead + size)
+        received_bytes = received - self._interval_from
+        if self._interval_start is None or received_bytes < 0:
+            self._interval_start, self._interval_from = now, received
             return
-        length = now - self._stretch_start
-        # Long enough that the requests of the last change are behind us.
-        if length < max(0.05, 2 * self.round_trip) or come < MIN_BYTES:
+        length = now - self._interval_start
+        # Only judge an interval that is long enough for the last change of the window to take effect.
+        if length < max(0.05, 2 * self.round_trip) or received_bytes < MIN_BYTES:
             return
-        self._judge(now, come / length)
-        self._stretch_start, self._stretch_from = now, received
+        self._update(now, received_bytes / length)
+        self._interval_start, self._interval_from = now, received
 
-    def _judge(self, now: float, rate: float) -> None:
+    def _update(self, now: float, rate: float) -> None:
         grown = rate > self._best * GROWTH
         self._rate = rate
         self._best = max(rate, self._best * DECAY)
@@ -129,20 +134,22 @@ class CongestionWindow:
     def _target(self) -> int:
         return int(max(MIN_BYTES, min(MAX_BYTES, GAIN * self._best * self.round_trip)))
 
-    def _note_queue(self, size: int, seconds: float, queued: int) -> None:
-        """Bound what is in flight if a request among so many bytes has taken long; else let it double every round trip.
+    def _update_bound(self, size: int, seconds: float, queued: int) -> None:
+        """Lower the bound if a request with `queued` bytes in flight took too long, raise it if it was fast.
 
-        This asks for no stretch without idle time: there may be none while one request at a time is all that is left.
+        Raising can double it every round trip. This does not need an interval without idle time, because there may be
+        none once the bound allows only one request at a time.
         """
         if seconds > QUEUE_SECONDS:
             self._bound = max(MIN_REQUEST_BYTES, min(self._bound, int(queued * QUEUE_SECONDS / seconds)))
         elif seconds < QUEUE_SECONDS / 2:
             self._bound = min(MAX_BYTES, self._bound + size)
 
-    def _tells_round_trip(self, seconds: float, queued: int) -> bool:
-        """Whether the time of a request is the link's, and not that of the bytes which we had put before it.
+    def _shows_round_trip(self, seconds: float, queued: int) -> bool:
+        """Whether the time of a request shows the round trip of the link, and not just our own queueing.
 
-        Without this a window that queues makes every request slow, the round trip look long, and the window grow.
+        Otherwise a window that is too large would slow down every request, make the round trip look longer, and so grow
+        further.
         """
         return not self._rate or seconds < self.round_trip or seconds > QUEUE_MARGIN * queued / self._rate
 

@@ -1,7 +1,7 @@
-"""A request under way and those who wait for it: the state that readers, takers and the queue share.
+"""A flight: one request to the source, and the readers and consumers that wait for it.
 
-Owns what a flight is and how a reader gets its bytes out of it. Must not know when a request may leave, nor the source.
-The rules of its use are in the protocol at the top of `queue.py`.
+Owns the state of a flight, and how a reader gets its bytes from it. Must not know when a request may be sent, nor the
+source. The concurrency protocol is at the top of `queue.py`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from qedfs.errors import QedfsError
 
 
 class Consumer(Protocol):
-    """Somebody who keeps fetched bytes: one served image."""
+    """A user of the queue that stores the fetched bytes: one served image."""
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Keep what of these bytes is still missing; `asked`: a reader wanted them. Must not raise."""
+        """Store those of the bytes that are still missing. `asked`: a reader wanted them. Must not raise."""
         ...
 
     def lost(self, error: QedfsError) -> None:
-        """A flight that it was a taker of has failed."""
+        """Called when a flight for this consumer has failed."""
         ...
 
     def wants(self, pos: int, size: int) -> bool:
-        """Whether it would keep bytes of this range that somebody else has fetched."""
+        """Whether it would store bytes of this range that another consumer has fetched."""
         ...
 
 
 class Flight:
-    """One request under way. `error` or the bytes are there when `arrived` is set."""
+    """One request. Once `arrived` is set, either `error` is set or the bytes are in `buffer`."""
 
     __slots__ = (
+        "ahead_bytes",
         "arrived",
         "asked",
-        "behind",
         "buffer",
         "consumers",
         "error",
@@ -52,35 +52,35 @@ class Flight:
     def __init__(self, first: int, pos: int, size: int, buffer: bytearray, *, since: float, urgent: bool) -> None:
         self.first = first
         self.pos = pos
-        self.size = size  # bytes of the image that it carries, zeros behind the source's end included
+        self.size = size  # bytes of the image that it carries, including zeros past the source's end
         self.buffer = buffer
-        self.since = since  # when it left, by trio's clock
+        self.since = since  # when it was sent, by trio's clock
         self.arrived = trio.Event()
         self.error: QedfsError | None = None
-        self.consumers: list[Consumer] = []  # who will keep the bytes, or are about to; changed by `Budget` only
-        self.urgent = urgent  # somebody waited for it when it was started
-        self.asked = False  # somebody wanted it before the stream came there
-        self.behind = 0  # bytes that were in flight when it left
-        self.overdue = False  # a reader has waited for it in vain
-        self.rivals: list[trio.CancelScope] = []  # around what readers have asked for beside it
-        self.holders = 1
+        self.consumers: list[Consumer] = []  # those that will store the bytes; only `Budget` changes it
+        self.urgent = urgent  # a reader waited for it when it was sent
+        self.asked = False  # a reader wanted it, or read-ahead or a command did, not only the stream
+        self.ahead_bytes = 0  # bytes that were in flight when it was sent
+        self.overdue = False  # a reader has found it late
+        self.rivals: list[trio.CancelScope] = []  # the requests that readers have sent because it is late
+        self.holders = 1  # readers, and the flight itself until it has landed
 
     def arrive(self) -> None:
-        """Wake all who wait: `error` is set, or the bytes are there and what was asked for beside it is not needed."""
+        """Wake all waiting readers. Unless it has failed, also cancel the rival requests."""
         self.arrived.set()
         if self.error is None:
             for rival in self.rivals:
                 rival.cancel()
 
     async def arrives(self, latest: float) -> bool:
-        """Wait for it until this moment of trio's clock, and say whether it has arrived."""
+        """Wait for the arrival, at most until `latest` by trio's clock. Returns whether it has arrived."""
         if not self.arrived.is_set():
             with trio.move_on_at(latest):
                 await self.arrived.wait()
         return self.arrived.is_set()
 
     async def copy_to(self, pos: int, view: memoryview) -> None:
-        """Wait for the bytes, and fill `view` with those at `pos` of the image. Raises the flight's error."""
+        """Wait for the arrival, and fill `view` with the bytes at `pos` of the image. Raises the flight's error."""
         await self.arrived.wait()
         if self.error is not None:
             raise self.error.fresh()

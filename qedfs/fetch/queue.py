@@ -1,29 +1,29 @@
-"""The queue of one source: who fetches what, once, and in which order.
+"""The fetch queue of one source: fetches each cluster once, for any number of readers and overlays.
 
-Owns the flights (requests under way). When one of the background may start is decided in `scheduler.py`. Must not know
-overlays: whoever wants to keep bytes is a `Consumer`.
+Owns the flights (requests to the source). `scheduler.py` decides when a background request may be sent. Must not know
+overlays: what stores the bytes is a `Consumer`.
 
 Concurrency protocol
 --------------------
-- A *flight* carries neighbouring clusters from the source. `_flights` maps each cluster to the flight that carries it,
-  from the moment it is asked for until it has *landed*: every taker has adopted it. Whoever wants a cluster that is in
-  flight joins the flight, so a cluster crosses the wire once however many readers and overlays want it.
-- Bytes are there from `arrived` on; readers copy what they need without waiting for the adoption.
-- Each taker adopts in a task of its own. One whose disk hangs holds up no requests but its own, and is offered nothing
-  more when half of what may be held waits for it (`budget.py`).
-- A flight is a task of the nursery, not of the reader who asked first: a reader that is killed ends nobody's flight.
-- Look-up and registration of flights happen without an await in between.
-- A flight's buffer goes back to the free ones when it has no readers and no takers left (`Flight.holders`).
-- A flight of the background may live for minutes, on a slow link or because its answer got lost. A reader that finds it
-  late (`_late_at`) asks for its own bytes beside it, urgently; the first answer wins, and only the flight is kept.
+- A *flight* carries neighbouring clusters from the source. `_flights` maps each cluster to its flight, from the request
+  until the flight has *landed*, which is when every consumer has adopted it. A reader or consumer of a cluster in
+  flight joins that flight. So each cluster crosses the wire once, however many readers and overlays want it.
+- The bytes are available once `arrived` is set. Readers copy what they need and do not wait for the adoption.
+- Each consumer adopts in a task of its own. A consumer whose disk hangs delays only its own requests. It is offered no
+  more bytes once half of the budget waits for it (`budget.py`).
+- A flight runs in a task of the nursery, not of the reader that caused it. Killing a reader ends no flight.
+- There is no await between the look-up and the registration of a flight.
+- The buffer of a flight returns to the pool when the flight has no readers and consumers left (`Flight.holders`).
+- A background flight may take minutes, on a slow link or because its answer is lost. A reader that finds it late
+  (`_late_at`) requests just its own bytes urgently. The first answer wins. Only the flight's bytes are adopted.
 
-Order: a reader's request leaves at once. The others wait for their turn.
+Order: a reader's request is sent at once. All others wait for their turn.
 
-Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever clusters an overlay has, and less where those of
-other queues need the room (`memory_pool.py`); `bring`, which a user asks for, may add a request. A reader that finds no
-room for a flight, or whose clusters are larger than LARGE_CLUSTER_BYTES, gets only the bytes that it asked for,
-straight into its own buffer, and nothing is kept; there is a bound for all such readers. Beside that there are free
-buffers (`buffer_pool.py`) and, for each image, the rest of clusters written in part (`rmw_budget.py`).
+Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever the cluster size, and less if other queues need
+the memory (`memory_pool.py`). `bring`, which serves a command of the user, may exceed that by one request. If there is
+no room for a flight, or if clusters are larger than LARGE_CLUSTER_BYTES, a reader gets only the bytes that it asked
+for. They go straight into its own buffer and are not adopted; another bound covers all such readers. In addition there
+are the free buffers (`buffer_pool.py`) and, for each image, the rest of partially written clusters (`rmw_budget.py`).
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from qedfs.source.zeros import clear
 
 log = logging.getLogger(__name__)
 
-Part = tuple[int, memoryview, Flight | None]  # position, bytes of a reader's request, and who carries them
+Part = tuple[int, memoryview, Flight | None]  # a part of a read: position, buffer, and the flight that carries it
 
-LATE_DEADLINES = 1 / 3  # that a reader waits at the most for a flight of the background
-# A reader does not wait until a larger one has come; such clusters are for the background to bring in.
+LATE_DEADLINES = 1 / 3  # how long, in deadlines, a reader waits for a background flight at most
+# A reader does not wait for a whole cluster larger than this. Only the background fetches such clusters.
 LARGE_CLUSTER_BYTES = 4 << 20
 
 
 class FetchQueue:
-    """All fetching from one source in units of one cluster size."""
+    """The fetch queue of one source, for one cluster size."""
 
     def __init__(
         self, remote: RetryingSource, cluster_size: int, nursery: trio.Nursery, *, buffers: BufferPool | None = None
     ) -> None:
-        """`buffers`: shared with the queues of other sources, so that their number does not count."""
+        """`buffers`: shared with the queues of other sources, so that the bound is for all of them."""
         self.remote = remote
         self.cluster_size = cluster_size
         self.window = CongestionWindow()
-        self.consumers: list[Consumer] = []  # who may want what others fetch
+        self.consumers: list[Consumer] = []  # those that may want what others fetch
         self.fetched_bytes = 0
-        self.waits = Histogram()  # of readers, from the question to the last byte or the error
+        self.waits = Histogram()  # of readers, from the request to the last byte or the error
         self.nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or BufferPool()
@@ -79,43 +79,43 @@ class FetchQueue:
 
     @property
     def readers(self) -> int:
-        """How many wait for bytes, or for the first connection."""
+        """How many readers wait for bytes, or for the first connection."""
         return self._scheduler.readers
 
     @property
     def held_bytes(self) -> int:
-        """Of all flights: on the way, or here and not adopted yet."""
+        """Bytes of all flights: in flight, or arrived and not yet adopted."""
         return self._budget.held
 
     @property
     def background_bytes(self) -> int:
-        """On the way, and nobody waited for them when they left."""
+        """Bytes in flight, excluding urgent flights."""
         return self._budget.background
 
     def background_request_bytes(self) -> int:
-        """A good size for the next background request, another one each time."""
+        """The size for the next background request. It varies from call to call."""
         return self._scheduler.request_bytes()
 
     async def identity(self) -> Identity:
-        """The version that the source serves; connects if need be. Errors of the source."""
+        """The version that the source serves. Connects if necessary. Raises the errors of the source."""
         return self.remote.identity or await self.remote.connect()
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
-        """Which parts of the source read as zeros. Errors of the source."""
+        """Which parts of the source read as zeros. Raises the errors of the source."""
         return await self.remote.extents(pos, size)
 
     # For readers.
 
     @contextlib.asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """Around all that a reader waits for: the first connection and the look at the version too.
+        """The context of a reader's whole wait, including the first connection and the check of the version.
 
-        As long as it lasts, and for a moment after, the background holds back. It ends with the deadline, whatever it
-        is that still waits: each of the steps may have one of its own, and a flight of the background has more time. It
-        ends sooner if the source is dead (`RetryingSource.reader`).
+        Meanwhile, and for a moment after, background requests hold back. The deadline ends the wait, whichever step it
+        is in: a step may have a deadline of its own, and a background flight has more time than a reader. If the source
+        is dead, the wait ends sooner (`RetryingSource.reader`).
 
         Raises:
-            SourceUnreachable: it has ended so.
+            SourceUnreachable: the time is up, or the source is dead.
         """
         started = trio.current_time()
         try:
@@ -126,11 +126,14 @@ class FetchQueue:
             self.waits.note(trio.current_time() - started)
 
     async def read(self, pieces: Sequence[tuple[int, memoryview]], *, consumer: Consumer | None) -> None:
-        """Fill each view with the image's bytes at its position; called inside `waiting`. Errors of the source."""
+        """Fill each view with the image's bytes at its position. Call it inside `waiting`.
+
+        Raises the errors of the source.
+        """
         source_size = (await self.identity()).size
-        if consumer is None:  # nobody would keep them
+        if consumer is None:  # nobody would store the zeros
             pieces = [piece for piece in pieces if not self._fill_known_zeros(*piece)]
-        # All of them before the first wait: what lands meanwhile would be taken for missing and fetched again.
+        # Join all flights before the first wait. A cluster that landed during a wait would be fetched again.
         parts = [part for pos, view in pieces for part in self._parts(pos, view, source_size, consumer)]
         try:
             for pos, view, flight in parts:
@@ -144,14 +147,14 @@ class FetchQueue:
                     self._release(flight)
 
     def _fill_known_zeros(self, pos: int, view: memoryview) -> bool:
-        """Answer from what the source knows of its holes; a flight of zeros costs five times as much."""
+        """Fill the view if the source knows that the range is a hole. A flight of zeros costs five times as much."""
         if not self.remote.zeros_now(pos, len(view)):
             return False
         clear(view)
         return True
 
     def _parts(self, pos: int, view: memoryview, source_size: int, consumer: Consumer | None) -> Iterator[Part]:
-        """Cut a piece at the borders of flights, which are held; None in place of one where there is no room for it."""
+        """Split a piece at the borders of flights, and hold these. The flight is None if there is no room for one."""
         first, end = pos // self.cluster_size, pos + len(view)
         count = -(-end // self.cluster_size) - first
         for stop, flight in self._join(first, count, source_size, consumer, asked=True, urgent=True):
@@ -160,7 +163,7 @@ class FetchQueue:
             pos, view = pos + size, view[size:]
 
     async def _copy(self, flight: Flight, pos: int, view: memoryview, source_size: int) -> None:
-        """As `Flight.copy_to`; the bytes are fetched beside the flight if it belongs to the background and is late."""
+        """Copy the bytes from the flight. If that is a background flight and late, also request them directly."""
         if not (flight.urgent or await flight.arrives(self._late_at(flight))):
             flight.overdue = True
             with trio.CancelScope() as race:
@@ -170,24 +173,24 @@ class FetchQueue:
         await flight.copy_to(pos, view)
 
     def _late_at(self, flight: Flight) -> float:
-        """When a reader that comes now gives a flight of the background up."""
+        """Until when a reader that arrives now waits for a background flight."""
         now = trio.current_time()
         if flight.overdue:
             return now
-        late = flight.since + self.window.late_after(flight.size, flight.behind)
+        late = flight.since + self.window.late_after(flight.size, flight.ahead_bytes)
         return min(late, now + LATE_DEADLINES * self.remote.deadline_seconds)
 
     async def _read_alone(self, pos: int, view: memoryview, source_size: int) -> None:
-        """Fetch bytes for one reader, and nobody else."""
+        """Fetch bytes for one reader only, straight into its buffer."""
         wanted = max(0, min(len(view), source_size - pos))
         if wanted:
-            # A reader's buffer takes no memory before there are bytes in it: a server that sends half of each answer
-            # could fill those of all readers.
+            # The buffer of a reader takes memory only once bytes are written to it. Without a bound, a server that
+            # sends half of each answer could fill the buffers of all readers.
             while not self._alone.fits(wanted):
                 await self._alone.change()
             self._alone.take(wanted)
             if self.remote.is_dead:
-                self.nursery.start_soon(self._ask, pos)
+                self.nursery.start_soon(self._probe, pos)
             try:
                 await self.remote.read(pos, view[:wanted], urgent=True)
             finally:
@@ -195,24 +198,24 @@ class FetchQueue:
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
 
-    async def _ask(self, pos: int) -> None:
-        """Ask a dead source for a byte. It goes on when the reader has got its error, as a flight would.
+    async def _probe(self, pos: int) -> None:
+        """Request a byte from a dead source, in a task that outlives the reader, as a flight does.
 
-        Otherwise a source that is back, but needs longer than such a reader waits, would stay dead for good.
+        Otherwise a source that is back but needs longer than the reader's short wait would be considered dead for ever.
         """
         try:
             await self.remote.read(pos, memoryview(bytearray(1)), urgent=True)
         except QedfsError as exc:
-            log.debug("asked a dead source: %s", exc)
+            log.debug("probe of a dead source: %s", exc)
         except Exception:
-            log.exception("cannot ask a dead source")  # nobody's child: it must cost no other image
+            log.exception("cannot probe a dead source")  # logged only: raised in the nursery, it would end all images
 
     # For the background: read-ahead and stream.
 
     def ahead(self, first: int, count: int, *, consumer: Consumer) -> int:
-        """Start fetching clusters that a sequential reader will want soon, without waiting for them.
+        """Start to fetch clusters that a sequential reader will want soon. Does not wait for them.
 
-        Returns how many of them: there may not be room for all.
+        Returns the number of clusters, since there may not be room for all.
         """
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
@@ -222,23 +225,23 @@ class FetchQueue:
         return count
 
     async def turn(self, first: int, count: int, *, consumer: Consumer, preferred: bool = False) -> None:
-        """Wait until a background request for these clusters may leave. `preferred`: a reader will soon want them.
+        """Wait until a background request for these clusters may be sent. `preferred`: a reader will soon want them.
 
-        Joining what is in flight already needs no turn. Others may have brought the clusters in meanwhile: the caller
-        looks again, and calls `start` with no await in between.
+        Returns without a wait if all of them are in flight already. During the wait, another task may have fetched the
+        clusters. So the caller must check again, and call `start` without an await in between.
         """
         await self.identity()
         if any(cluster not in self._flights for cluster in range(first, first + count)):
             await self._scheduler.turn(consumer, count * self.cluster_size, preferred=preferred)
 
     def start(self, first: int, count: int, *, consumer: Consumer, asked: bool = False) -> None:
-        """Fetch clusters that nobody waits for yet; the source has been reached before (`identity`)."""
+        """Fetch clusters that nobody waits for yet. Does nothing before the first connection (`identity`)."""
         self._send(first, count, consumer, asked=asked, urgent=False)
 
     async def bring(self, first: int, count: int, *, consumer: Consumer) -> list[Flight]:
-        """Fetch clusters for a taker who waits for them; called inside `waiting`. Errors of the source.
+        """Fetch clusters for a consumer that waits for them. Call it inside `waiting`. Raises the errors of the source.
 
-        Returns when the bytes are here; `adopted` tells when the taker has had them.
+        Returns when the bytes have arrived; `adopted` waits until the consumer has adopted them.
         """
         await self.identity()
         flights = self._send(first, count, consumer, asked=True, urgent=True)
@@ -249,12 +252,12 @@ class FetchQueue:
         return flights
 
     async def adopted(self, flights: Sequence[Flight], *, consumer: Consumer) -> None:
-        """Wait until this taker has had the bytes of these flights."""
+        """Wait until this consumer has adopted the bytes of these flights."""
         while any(consumer in flight.consumers for flight in flights):
             await self._scheduler.change()
 
     def flights(self) -> list[Flight]:
-        """The requests under way, the oldest first."""
+        """All flights, the oldest first."""
         return sorted(set(self._flights.values()), key=lambda flight: flight.since)
 
     def in_flight(self, cluster: int) -> bool:
@@ -262,7 +265,7 @@ class FetchQueue:
         return cluster in self._flights
 
     async def landed(self, consumer: Consumer) -> None:
-        """Wait until no flight has this taker."""
+        """Wait until there is no flight for this consumer."""
         while self._budget.held_for(consumer):
             await self._scheduler.change()
 
@@ -279,9 +282,10 @@ class FetchQueue:
         urgent: bool,
         needed: bool = False,
     ) -> list[tuple[int, Flight | None]]:
-        """The flights that carry these clusters, in order, and where each ends; those not under way are started.
+        """The flights that carry these clusters, in order, each with its end. Starts those that are missing.
 
-        Each of them is held; give it back with `_release`. None: there is no room for one, and none is `needed`.
+        Each flight is held until the caller passes it to `_release`. If there is no room for a flight, it is None;
+        with `needed`, it is started all the same.
         """
         found: list[tuple[int, Flight | None]] = []
         cluster, end = first, first + count
@@ -293,7 +297,7 @@ class FetchQueue:
                 if needed or self._has_room(stop - cluster):
                     flight = self._start(cluster, stop - cluster, source_size, consumer, urgent=urgent)
             elif self._large and not needed and not flight.arrived.is_set():
-                flight = None  # it will take too long
+                flight = None  # it would take too long
             if flight is not None:
                 if consumer is not None:
                     self._offer(flight, consumer)
@@ -305,7 +309,7 @@ class FetchQueue:
         return found
 
     def _send(self, first: int, count: int, consumer: Consumer, *, asked: bool, urgent: bool) -> list[Flight]:
-        """Have flights under way that bring these clusters to a taker."""
+        """Join or start the flights that bring these clusters to a consumer."""
         identity = self.remote.identity
         if identity is None:
             return []
@@ -316,11 +320,11 @@ class FetchQueue:
         return flights
 
     def _has_room(self, count: int) -> bool:
-        """Whether so many clusters may be fetched that a reader wants, or will want."""
+        """Whether there is room to fetch `count` clusters for a reader or for read-ahead."""
         return not self._large and self._budget.has_room(count * self.cluster_size)
 
     def _offer(self, flight: Flight, consumer: Consumer) -> None:
-        """Let somebody have the flight's bytes as soon as they are here."""
+        """Make `consumer` a consumer of the flight, unless it lags too far behind."""
         if consumer in flight.consumers or self._budget.is_behind(consumer, flight.size):
             return
         if flight.arrived.is_set():
@@ -329,22 +333,22 @@ class FetchQueue:
 
     def _start(self, first: int, count: int, source_size: int, consumer: Consumer | None, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
-        size = count * self.cluster_size  # whole: images of other sizes share the flight
+        size = count * self.cluster_size  # whole clusters, even at the end, as images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
-        # Before it is registered: a flight without a task would be waited for in vain. It runs at the next await.
+        # First of all, because this may fail: readers would wait for ever for a registered flight without a task.
         self.nursery.start_soon(self._fly, flight, max(0, min(size, source_size - pos)))
-        # Counted here and not by the flight's task, which runs later: whoever asks for its turn next must see it.
-        flight.behind = self._budget.in_flight(consumer)
-        self.window.started(now, flight.behind, self.remote.received)
+        # Counted here, not in the flight's task, which runs at the next await. The next request must see the count.
+        flight.ahead_bytes = self._budget.in_flight(consumer)
+        self.window.started(now, flight.ahead_bytes, self.remote.received)
         self._budget.start(flight)
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         return flight
 
     async def _fly(self, flight: Flight, wanted: int) -> None:
-        """One request, and what becomes of it. `wanted` bytes are inside the source, the rest is zeros."""
-        # Stays so if this task is cancelled: readers who are not would take the zeros of the buffer for the bytes.
+        """Run one flight to its end. `wanted` bytes are inside the source, the rest is zeros."""
+        # The error if this task is cancelled. Without it, readers would take the contents of the buffer for the bytes.
         flight.error = SourceUnreachable(f"backing {self.remote.location}: closed")
         try:
             await self._bring(flight, wanted)
@@ -370,17 +374,17 @@ class FetchQueue:
             await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
         view[wanted:] = bytes(len(view) - wanted)
         if not wanted:
-            return  # behind the source's end: that says nothing of the link
+            return  # past the source's end: this says nothing about the link
         self.fetched_bytes += wanted
         now = trio.current_time()
-        self.window.arrived(now, wanted, now - started, self.remote.received, flight.behind)
+        self.window.arrived(now, wanted, now - started, self.remote.received, flight.ahead_bytes)
 
     def _arrived(self, flight: Flight) -> list[Consumer]:
-        """Tell all who wait; returns those who have something to take."""
+        """Wake the readers and count the arrival. Returns the consumers that have to adopt the bytes."""
         flight.arrive()
         self._budget.arrive(flight)
         if flight.error is not None:
-            # They have to know: without a word they would ask again at once.
+            # Tell the consumers, which would otherwise request the clusters again at once.
             for consumer in list(flight.consumers):
                 consumer.lost(flight.error)
                 self._budget.leave(flight, consumer)
@@ -394,7 +398,7 @@ class FetchQueue:
         try:
             await consumer.take(flight.pos, flight.buffer, flight.size, asked=flight.asked)
         except Exception:
-            # It has its own ways to tell of its failures: this is a fault of ours, and costs this flight only.
+            # A consumer handles its own failures, so this is a bug. It must affect this flight only.
             consumer.lost(_fault(flight))
         finally:
             self._budget.leave(flight, consumer)
@@ -417,6 +421,6 @@ class FetchQueue:
 
 
 def _fault(flight: Flight) -> QedfsError:
-    """The error for an exception that nobody expected: it must cost one flight, not every image of the mount."""
+    """The error for an unexpected exception, which must fail one flight and not every image of the mount."""
     log.exception("fetch of %d bytes at %d failed", flight.size, flight.pos)
     return QedfsError("internal error, see the log")

@@ -11,7 +11,7 @@ import trio
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.fetch.flight import Consumer
 from qedfs.fetch.queue import FetchQueue
-from qedfs.fetch.scheduler import LOOK_SECONDS, Scheduler
+from qedfs.fetch.scheduler import RECHECK_SECONDS, Scheduler
 from qedfs.image.image import Image
 from qedfs.jobs.stream import State, StreamJob
 from qedfs.overlay.open import open_storage
@@ -173,7 +173,7 @@ async def test_who_waits_for_a_disk_that_hangs_looks_seldom(
         await trio.sleep(10)
         looks.clear()
         await trio.sleep(10)
-        assert 0 < len(looks) <= 20 / LOOK_SECONDS
+        assert 0 < len(looks) <= 20 / RECHECK_SECONDS
         storage.well.set()
         await trio.sleep(10)
         assert job.state is State.COMPLETE
