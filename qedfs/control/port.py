@@ -7,6 +7,7 @@ from typing import Protocol
 
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.image.condition import Trouble
 from qedfs.image.image import Image
 from qedfs.jobs.stream import StreamJob
 
@@ -40,6 +41,11 @@ class ServedImage(Protocol):
     @property
     def error(self) -> QedfsError | None:
         """Why it is not served."""
+        ...
+
+    @property
+    def troubles(self) -> Sequence[Trouble]:
+        """What is wrong with it now, served or not, the most lasting first."""
         ...
 
     @property

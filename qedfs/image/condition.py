@@ -23,6 +23,7 @@ from qedfs.overlay.overlay import Overlay
 class Cause(enum.StrEnum):
     """What is wrong, the most lasting first: the order in which troubles are told."""
 
+    NOT_SERVED = "not-served"  # the overlay could not be opened, so that there is no image
     DAMAGED = "damaged"  # the overlay was cut or overwritten
     REPLACED = "replaced"  # the overlay's name leads to another file
     BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what the disk has
@@ -39,6 +40,7 @@ class Cause(enum.StrEnum):
 _ORDER = {cause: number for number, cause in enumerate(Cause)}
 _SPACE = "free space on the overlay's file system"
 _ENDS_WITH = {
+    Cause.NOT_SERVED: "the file being repaired, or let go of by its other user; the mount looks once a second",
     Cause.DAMAGED: "the end of the mount and qedfs check",
     Cause.REPLACED: "the end of the mount",
     Cause.BARRIER_FAILED: "the next mount of the overlay",

@@ -11,11 +11,13 @@ import errno
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable
 
 import trio
 
 from qedfs.errors import InUse, NoMemory, QedfsError, UsageError
+from qedfs.image.condition import Cause, Trouble
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
 from qedfs.mount.served import Served
@@ -167,19 +169,19 @@ class Registry:
             self._scanned_mtime = -1  # and look again
             self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), seen)
             return None
-        return await self._add(path, seen, known.error if known else None)
+        return await self._add(path, seen, known.refusal if known else None)
 
     def _note_unseen(self, path: str, error: OSError) -> None:
         """A file is there and cannot be looked at. An image that is served goes on: it has its own descriptor."""
         known = self._by_path.get(path)
         if known is None or known.image is None:
             unseen = Served(_image_name(path), path, next(self._inodes), _UNSEEN)
-            self._refuse(unseen, UsageError(f"{path}: {error.strerror}"), known.error if known else None)
+            self._refuse(unseen, UsageError(f"{path}: {error.strerror}"), known.refusal if known else None)
             self._by_path[path] = unseen
 
     # Coming and going.
 
-    async def _add(self, path: str, seen: tuple[int, int, int], before: QedfsError | None) -> Served | None:
+    async def _add(self, path: str, seen: tuple[int, int, int], before: Trouble | None) -> Served | None:
         """Open an overlay. `before`: why it could not be opened the last time, which the log has."""
         name = _image_name(path)
         served = Served(name, path, next(self._inodes), seen)
@@ -198,11 +200,12 @@ class Registry:
         self._by_name[name] = self._by_inode[served.inode] = served
         return served
 
-    def _refuse(self, served: Served, error: QedfsError, before: QedfsError | None) -> None:
+    def _refuse(self, served: Served, error: QedfsError, before: Trouble | None) -> None:
         """Note why an overlay is not served, and log it unless the log has it from `before`."""
-        served.error = error.fresh()
+        since = time.time() if before is None else before.since
+        served.refusal = Trouble(Cause.NOT_SERVED, error.fresh(), since)
         text = str(error)
-        if text != str(before):
+        if before is None or text != str(before.error):
             log.error("not served: %s", text if text.startswith(served.path) else f"{served.path}: {text}")
 
     def _check_not_ours(self, path: str) -> None:

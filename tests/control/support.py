@@ -15,6 +15,7 @@ import trio
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.image.condition import Cause, Trouble
 from qedfs.image.image import Image
 from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.create import create_overlay
@@ -79,6 +80,12 @@ class Served:
     job: StreamJob | None = None
     error: QedfsError | None = None
     opens: int = 0
+
+    @property
+    def troubles(self) -> list[Trouble]:
+        if self.image is not None:
+            return self.image.condition.troubles()
+        return [] if self.error is None else [Trouble(Cause.NOT_SERVED, self.error, 0.0)]
 
     def is_complete(self) -> bool:
         assert self.image is not None

@@ -99,7 +99,7 @@ async def test_the_most_lasting_trouble_is_told_first() -> None:
     noted = [cause for cause in Cause if cause not in OF_OVERLAY]  # the rest is over: the overlay says so
     assert [trouble.cause for trouble in found.troubles()] == noted
     assert found.worst is not None
-    assert found.worst.cause is Cause.REPLACED
+    assert found.worst.cause is Cause.NOT_SERVED
     assert all(trouble.ends_with for trouble in found.troubles())
     assert str(found.first(Cause.FETCH_FAILED, Cause.SOURCE_CHANGED)) == "source-changed"
 
@@ -123,4 +123,8 @@ async def test_a_complete_image_has_no_trouble_with_its_source() -> None:
     found = await condition(b"")
     for cause in Cause:
         found.note(cause, QedfsError(cause))
-    assert [trouble.cause for trouble in found.troubles()] == [Cause.REPLACED, Cause.INTERNAL_ERROR]
+    assert [trouble.cause for trouble in found.troubles()] == [
+        Cause.NOT_SERVED,
+        Cause.REPLACED,
+        Cause.INTERNAL_ERROR,
+    ]

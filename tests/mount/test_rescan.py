@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from qedfs.errors import BadOverlay, QedfsError
+from qedfs.image.condition import Cause
 from qedfs.jobs.stream import State
 from qedfs.mount import source_pool
 from qedfs.mount.images import Images
@@ -104,10 +105,14 @@ async def test_what_has_passed_is_looked_for_again(
         create(overlay)
         with monkeypatch.context() as patch:
             patch.setattr(os, "open" if number == errno.EMFILE else "preadv", failing)
+            since = set()
             for _ in range(2):
                 assert await registry.rescan(broken=True)
-            (served,) = registry.everything()
-            assert served.error is not None
+                (served,) = registry.everything()
+                (trouble,) = served.troubles
+                assert trouble.cause is Cause.NOT_SERVED
+                since.add(trouble.since)
+            assert len(since) == 1
         assert len(caplog.records) == 1
         assert await registry.rescan(broken=True)
         (served,) = registry.everything()

@@ -92,7 +92,7 @@ def test_the_figures_agree_with_status(scraped: Scraped) -> None:
         for state in STATES:
             expected = 1.0 if state == image["state"] else 0.0
             assert samples["qedfs_image_state", (*name, ("state", state))] == expected
-        for wrong in Cause if image["served"] else ():
+        for wrong in Cause:
             expected = 1.0 if wrong in {trouble["cause"] for trouble in image["condition"]} else 0.0
             assert samples["qedfs_image_trouble", (("cause", wrong), *name)] == expected
         if image["state"] == "broken":

@@ -93,8 +93,8 @@ class MountCollector(Collector):
         yield info
         everything = self._mount.everything()
         yield _states(everything)
+        yield _troubles(everything)
         served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
-        yield _troubles(served)
         yield from _image_metrics(served)
         yield from _source_metrics(self._mount.fetches())
 
@@ -108,12 +108,12 @@ def _states(everything: Sequence[ServedImage]) -> Metric:
     return metric
 
 
-def _troubles(served: Sequence[Served]) -> Metric:
+def _troubles(everything: Sequence[ServedImage]) -> Metric:
     metric = GaugeMetricFamily("qedfs_image_trouble", "1 for what is wrong with it now.", labels=["image", "cause"])
-    for image_name, image, _ in served:
-        now = {trouble.cause for trouble in image.condition.troubles()}
+    for found in everything:
+        now = {trouble.cause for trouble in found.troubles}
         for cause in Cause:
-            metric.add_metric([image_name, str(cause)], cause in now)
+            metric.add_metric([_label(found.name), str(cause)], cause in now)
     return metric
 
 

@@ -34,7 +34,6 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     image, job = served.image, served.job
     if image is None or job is None:
         return _unserved_status(served)
-    troubles = image.condition.troubles()
     left = job.total - job.populated
     running = job.state is State.RUNNING and image.counted
     eta = rate.seconds_for(left) if rate and running else None
@@ -50,8 +49,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
         "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),
-        "error": str(troubles[0].error) if troubles else None,
-        "condition": [_trouble_status(trouble) for trouble in troubles],
+        **_condition(served.troubles),
         "exit_code": 0 if job.error is None else job.error.exit_code,
         "limit": job.rate_limiter.limit,
         "copy_on_read": image.copy_on_read,
@@ -83,18 +81,22 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
         "total": 0,
         "rate": 0,
         "eta_seconds": None,
-        "error": None if error is None else str(error),
+        **_condition(served.troubles),
         "exit_code": QedfsError.exit_code if error is None else error.exit_code,
     }
 
 
-def _trouble_status(trouble: Trouble) -> dict[str, Any]:
-    return {
-        "cause": str(trouble.cause),
-        "error": str(trouble.error),
-        "since": round(trouble.since, 3),
-        "ends_with": trouble.ends_with,
-    }
+def _condition(troubles: Sequence[Trouble]) -> dict[str, Any]:
+    found = [
+        {
+            "cause": str(trouble.cause),
+            "error": str(trouble.error),
+            "since": round(trouble.since, 3),
+            "ends_with": trouble.ends_with,
+        }
+        for trouble in troubles
+    ]
+    return {"error": found[0]["error"] if found else None, "condition": found}
 
 
 def _by_connection(fetches: Sequence[FetchQueue]) -> list[list[FetchQueue]]:
