@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from qedfs.cli.command_line import arguments_for
 from qedfs.cli.commands.mount import MountArguments, _absolute, mount
 
 # Of this process alone.
@@ -46,7 +47,15 @@ def test_an_option_is_handed_on(option: click.Option, monkeypatch: pytest.Monkey
     assert any(one != plain for one in said)
     monkeypatch.chdir("/")
     for one in [plain, *said]:
-        assert _parsed(one.command_line()) == one
+        assert _parsed(arguments_for(mount, dataclasses.asdict(one))) == one
+
+
+def test_places_are_handed_on_as_seen_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = [one for one in mount.params if isinstance(one.type, click.Path)]
+    options = [word for one in places if isinstance(one, click.Option) for word in (one.opts[0], "here")]
+    arguments = dataclasses.asdict(_parsed([*options, "here", "here"]))
+    assert [arguments[str(one.name)] for one in places] == [str(tmp_path / "here")] * len(places)
 
 
 def test_nothing_is_kept_that_is_no_option() -> None:

@@ -93,7 +93,7 @@ def test_sigusr1_tells_whom_a_reader_waits_for(tmp_path: Path) -> None:
         message = next(line["message"] for line in _lines(mount.output()) if "SIGUSR1" in line["message"])
         assert " 1 readers wait" in message
         assert f" at {3 * MIB} for a reader, for 0." in message
-        assert "task qedfs.fetch.queue.Fetch._fly at qedfs/source/http/multi.py:" in message
+        assert "task qedfs.fetch.queue.FetchQueue._fly at qedfs/source/http/multi.py:" in message
 
 
 def _slow_disk(folder: Path, seconds: int) -> dict[str, str]:

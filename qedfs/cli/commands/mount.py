@@ -12,6 +12,7 @@ import trio
 from rich.console import Console
 
 from qedfs.cli import daemon, logs
+from qedfs.cli.command_line import arguments_for
 from qedfs.cli.commands.profile import read_profile
 from qedfs.cli.credentials_option import credentials, credentials_option
 from qedfs.cli.exit_status import explain
@@ -42,7 +43,7 @@ class MountCommand(click.Command):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MountArguments:
-    """The options as the user gave them. The names are those of the long options."""
+    """The parameters of `mount` as the user gave them, under click's names, but for those of this process alone."""
 
     source: str
     mountpoint: str
@@ -63,30 +64,6 @@ class MountArguments:
     identity: str | None
     log_json: bool
     verbose: bool
-
-    def command_line(self) -> list[str]:
-        """The arguments that say the same again."""
-        words = [f"--stream={self.stream}", f"--limit={self.limit}", f"--source-timeout={self.source_timeout}"]
-        words += [f"--allow-backing={prefix}" for prefix in self.allow_backing]
-        if self.copy_on_read is not None:
-            words.append("--copy-on-read" if self.copy_on_read else "--no-copy-on-read")
-        if self.stream_between is not None:
-            words.append(f"--stream-between={self.stream_between}")
-        if self.stream_delay is not None:
-            words.append(f"--stream-delay={self.stream_delay}")
-        if self.profile is not None:
-            words.append(f"--profile={self.profile}")
-        if self.pin != "all":
-            words.append(f"--pin={self.pin}")
-        if self.identity is not None:
-            words.append(f"--identity={self.identity}")
-        if self.credentials is not None:
-            words.append(f"--credentials={self.credentials}")
-        if self.metrics is not None:
-            words.append(f"--metrics={self.metrics}")
-        flags = ("read_only", "until_streamed", "allow_other", "log_json", "verbose")
-        words += [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name)]
-        return [*words, "--", self.source, self.mountpoint]
 
     def rules(self) -> Rules:
         """When the streams hold off."""
@@ -189,7 +166,7 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
     if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
         raise UsageError("--profile brings clusters in, and nothing would be kept; leave it out")
     if in_background:
-        daemon.start(arguments.command_line(), arguments.mountpoint)
+        daemon.start(arguments_for(mount, dataclasses.asdict(arguments)), arguments.mountpoint)
         return
     readiness = daemon.Readiness(ready_fd)
     if ready_fd is not None:
@@ -203,8 +180,9 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
+    """The same from any folder: a daemon runs in another one."""
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
-    named = ("source", "mountpoint", "profile", "credentials")
+    named = [one.name for one in mount.params if isinstance(one.type, click.Path) and one.name is not None]
     places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
     metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
     return {**options, **places, "allow_backing": prefixes, "metrics": metrics}

@@ -1,0 +1,30 @@
+"""The arguments that say again what a command was told, for another process that runs it.
+
+Derived from the command's own list of parameters, so that a new option cannot be forgotten. Pure; must not know which
+command it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import click
+
+
+def arguments_for(command: click.Command, values: Mapping[str, object]) -> list[str]:
+    """The arguments from which `command` gets these values of its parameters. One without a value is left out."""
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    words = [word for option in options if option.name in values for word in _spelled(option, values[option.name])]
+    places = [str(values[one.name]) for one in command.params if isinstance(one, click.Argument) and one.name in values]
+    return [*words, "--", *places]
+
+
+def _spelled(option: click.Option, value: object) -> Iterator[str]:
+    if value is None or (option.is_flag and not option.is_bool_flag):
+        return  # not said, or a short form of another option of that name
+    if option.is_flag:
+        yield from (option.opts if value else option.secondary_opts)[:1]
+    elif isinstance(value, tuple):
+        yield from (f"{option.opts[0]}={one}" for one in value)
+    else:
+        yield f"{option.opts[0]}={value}"
