@@ -1,7 +1,7 @@
-"""Which bytes of an image its readers had to wait for, in their order: what the next boot of such an image will want.
+"""Boot profiles: the ranges that readers of an image had to wait for, in order, so that a later boot can prefetch them.
 
-A leaf. Owns the list and the file it is kept in: a first line that names the format, then `pos size` in bytes on each
-line, and lines of remarks that begin with `#`. It is a hint. A wrong one costs requests, and never a byte of the image.
+Owns the list and its file format: a first line that names the format, then lines of `pos size` in bytes, and comment
+lines that start with `#`. A profile is a hint: a wrong one costs requests, but never a byte of the image.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from qedfs.errors import UsageError
 Range = tuple[int, int]  # pos, size in bytes
 
 FIRST_LINE = "qedfs profile 1"
-# The boot of a desktop system reads some thousand pieces. Beyond, the list is left as it is.
+# The boot of a desktop system reads some thousand ranges. Further ones are not recorded.
 MOST_RANGES = 16384
 MOST_FILE_BYTES = 1 << 20
-_MOST = 1 << 62  # of a position: more than any image has
+_MOST = 1 << 62  # largest position; no image is that large
 _LINE = re.compile(r"([0-9]{1,20}) ([0-9]{1,20})", re.ASCII)
 
 
 class ReadTrace:
-    """What readers of one image have waited for since it was opened."""
+    """The ranges that readers of one image have waited for since it was opened."""
 
     def __init__(self) -> None:
-        # Of many images together: two numbers take 16 bytes here, and 130 as objects.
+        # There may be many images: a pair of numbers takes 16 bytes in arrays, and 130 as objects.
         self._starts, self._sizes = array("Q"), array("Q")
 
     @property
     def ranges(self) -> list[Range]:
-        """In their order."""
+        """The ranges in the order of the reads."""
         return list(zip(self._starts, self._sizes, strict=True))
 
     def note(self, pos: int, size: int) -> None:
-        """A reader waits for these bytes."""
+        """Record that a reader waits for these bytes."""
         if self._starts and self._starts[-1] + self._sizes[-1] == pos:
             self._sizes[-1] += size
         elif len(self._starts) < MOST_RANGES:
@@ -50,7 +50,7 @@ def written(ranges: Iterable[Range], remark: str) -> str:
 
 
 def parsed(text: str, name: str) -> tuple[Range, ...]:
-    """The ranges of a profile. Raises UsageError, with `name` and the line, if it is none."""
+    """The ranges of a profile. Raises UsageError, with `name` and the line number, if the text is malformed."""
     lines = text.splitlines()
     if not lines or lines[0] != FIRST_LINE:
         raise UsageError(f"{name}: is not a profile; qedfs profile makes one")

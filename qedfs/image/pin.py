@@ -1,6 +1,7 @@
-"""Which version of its source the clusters of one image are of: found out, compared with the pin, stored as the pin.
+"""The pin of one image: the version of the source that its clusters come from.
 
-Owns the look at the source's version, which all who wait share. Must not know reads, writes or the stream.
+Owns the check of the source's version against the pin, which all waiting tasks share, and the storing of the pin. Must
+not know reads, writes or the stream.
 """
 
 from __future__ import annotations
@@ -41,31 +42,31 @@ class SourceVersion:
     """The version of the source of one image. `name` is the image's, for the log."""
 
     def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue, condition: Condition) -> None:
-        self.identity: Identity | None = None  # what the source serves, if it has been compared with the pin
+        self.identity: Identity | None = None  # of the source, after it was compared with the pin
         self._name = name
         self._overlay = overlay
         self._fetch = fetch
         self._condition = condition
         self._look: _Look | None = None  # while one is under way
-        self._agreed = False  # after a refusal: what was read before it was of the pinned version
-        self._asking = trio.CancelScope()  # around what the source is asked for a look
+        self._agreed = False  # after a refusal: all bytes read before it were of the pinned version
+        self._asking = trio.CancelScope()  # around the requests of a check
         self._closed = False
 
     @property
     def changed(self) -> QedfsError | None:
-        """Says so if the source is another version than the overlay's clusters."""
+        """The error if the source now serves another version than the overlay's clusters; otherwise None."""
         return self._condition.noted(Cause.SOURCE_CHANGED)
 
     @property
     def size(self) -> int | None:
-        """Bytes of the version that the overlay's clusters are of; None as long as there is none."""
+        """The size in bytes of the pinned version; None if nothing is pinned yet."""
         if self.identity is not None:
             return self.identity.size
         pin = self._overlay.record.pin
         return pin.size if pin is not None and pin.backing == digest(self._overlay.backing or "") else None
 
     def refuse(self, error: SourceChanged) -> None:
-        """Take nothing from the source any more."""
+        """Use nothing more from the source, because it serves another version."""
         self._agreed = self._agrees
         text = str(error)
         known = _WAY_OUT in text
@@ -74,10 +75,10 @@ class SourceVersion:
         self.identity = None
 
     def close(self) -> None:
-        """Ask the source nothing more: whoever waits for that gets SourceUnreachable at once.
+        """Stop asking the source. Tasks that wait for an answer get SourceUnreachable at once.
 
-        What has been fetched and waits to be kept may be in doubt, and its source silent; the end of a mount must not
-        wait for that.
+        Fetched bytes may still wait for a check by a source that does not answer. The end of a mount must not wait for
+        that.
         """
         self._closed = True
         self._asking.cancel()
@@ -90,18 +91,18 @@ class SourceVersion:
 
     @property
     def _agrees(self) -> bool:
-        """Whether all that has been read so far is of the pinned version."""
+        """Whether all bytes read so far are of the pinned version."""
         return self._agreed or (self.identity is not None and self.identity is self._fetch.remote.identity)
 
     async def check(self) -> Identity:
-        """The source's identity, compared with the pin; the first time ever, it becomes the pin.
+        """The source's identity, after comparing it with the pin. The very first identity becomes the pin.
 
-        The pin is durable before a byte of that version can be adopted: otherwise a power cut could leave clusters of
-        a version that the overlay does not know about. An answer may tell more than the ones before: the pin knows
-        that too, or refuses it, before a byte of that answer is of any use.
+        The pin is durable before any byte of that version is adopted. Otherwise a power cut could leave clusters of a
+        version that the overlay has no record of. If an answer reveals more about the version, the pin is extended, or
+        the answer refused, before its bytes are used.
 
         Raises:
-            SourceChanged: it is another version.
+            SourceChanged: the source serves another version.
             QedfsError: the source cannot be reached, or the pin cannot be stored.
         """
         if (changed := self.changed) is not None:
@@ -110,7 +111,7 @@ class SourceVersion:
             look = self._look
             if look is None:
                 look = _Look()
-                # A task of its own: a reader that is killed must not end the look that others wait for.
+                # In a task of its own, so that a killed reader does not cancel the check that others wait for.
                 self._fetch.nursery.start_soon(self._look_at_source, look)
                 self._look = look
             await look.done.wait()
@@ -119,8 +120,8 @@ class SourceVersion:
         return self.identity
 
     async def _look_at_source(self, look: _Look) -> None:
-        """Find out the identity for all who wait. One by one, each would wait for the deadlines of those before it."""
-        # Stays so if the task is cancelled, while those who wait need not be.
+        """Check the version once for all waiting tasks. If each did it, their deadlines would add up."""
+        # This is the result if this task is cancelled while others wait for it.
         look.error = SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
         try:
             self.identity = await self._pinned()
@@ -151,13 +152,13 @@ class SourceVersion:
                 found = _joined(pin, found, remote.pinning)
                 if found == pin:
                     return identity
-        # Without copy-on-read too: a stream keeps what it fetches, and so does a write of part of a cluster.
+        # Even without copy-on-read: the stream and partial writes keep what they fetch.
         if overlay.writable:
             await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
         return identity
 
     async def _difference(self, pin: Pin, found: Pin) -> str:
-        """Say how the source is another version than the pinned one, "" if it is the same."""
+        """How the source differs from the pinned version, in words; "" if it is the same version."""
         remote = self._fetch.remote
         if pin.called and found.called:
             if pin.called != found.called:
@@ -176,9 +177,9 @@ class SourceVersion:
         return "" if different is None else ", and ".join(filter(None, (verdict.why, different)))
 
     async def remember(self) -> None:
-        """Store samples of what has been read, for another session to compare.
+        """Store samples of the bytes read so far, for the next session to compare.
 
-        Not in the way of those who read: without samples a doubt is a change.
+        Readers never wait for this. Without samples, a doubtful version counts as changed.
         """
         samples, overlay = self._fetch.remote.samples.encode(), self._overlay
         pin = overlay.record.pin
@@ -186,14 +187,14 @@ class SourceVersion:
             return
 
         def with_samples(record: Record) -> Record:
-            # The overlay may have been detached meanwhile, and has no pin then.
+            # The overlay may have been detached meanwhile, and then has no pin.
             pin = None if record.pin is None else dataclasses.replace(record.pin, samples=samples)
             return dataclasses.replace(record, pin=pin)
 
         await overlay.change_record(with_samples)
 
     async def _start_over_or_refuse(self, difference: str) -> None:
-        """Return if the overlay has no cluster, so that none can be of the old version; otherwise SourceChanged."""
+        """Return if the overlay has no clusters yet, so that any version can be pinned; else raise SourceChanged."""
         await self._overlay.count_missing()
         what = f"backing {self._fetch.remote.location} is not the version that this overlay was started from"
         if self._overlay.missing == self._overlay.geometry.clusters:
@@ -208,7 +209,7 @@ class SourceVersion:
 def _way_out(difference: str) -> str:
     ways = _WAY_OUT
     if "ETag was" in difference or "Last-Modified was" in difference:
-        # Several servers behind one name may have tags and dates of their own for the same file.
+        # Several servers behind one name may give the same file different tags and dates.
         ways += "; if the bytes are the same nevertheless: mount --pin date, --pin etag or --pin size"
     return ways
 
@@ -230,7 +231,7 @@ def _identity(pin: Pin) -> Identity:
 
 
 def _joined(pin: Pin, found: Pin, pinning: Pinning) -> Pin:
-    """What is pinned from now on: what is told now, and what only the pin knows of the same version."""
+    """The new pin: what the source reports now, completed with what only the old pin has of the same version."""
     kept = dataclasses.replace(found, samples=pin.samples, called=found.called or pin.called)
     if pin.place != found.place and pin.place and found.place:
         return kept  # the tags of another server

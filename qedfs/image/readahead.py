@@ -1,7 +1,7 @@
-"""Sees that a reader goes straight ahead, and says how far to fetch before it.
+"""Read-ahead: detects sequential readers of one image, and advises how far to fetch ahead of them.
 
-Owns the memory of the last few readers of one image. Pure: positions in, a range out. The window doubles with every
-request that continues the last one and is forgotten when the pattern breaks, as in the kernel's own read-ahead.
+Owns the state of the last few readers. Pure: positions in, a range out. As in the kernel's read-ahead, the window
+doubles with every request that continues the last one, and is reset when the pattern breaks.
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ from __future__ import annotations
 import dataclasses
 
 FIRST_BYTES = 512 << 10
-READERS = 8  # interleaved sequential readers of one image that are told apart
-# The kernel has a few reads of up to 1 MiB under way for one reader, and they may change places.
+READERS = 8  # interleaved sequential readers of one image that can be told apart
+# The kernel has several reads of up to 1 MiB in flight for one reader, and they may arrive out of order.
 SLACK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(slots=True)
 class _Reader:
-    end: int  # highest byte it has read
+    end: int  # the end of the highest range it has read
     window: int = 0
-    fetched_to: int = 0  # everything below has been asked for on its behalf, or is about to be
+    fetched_to: int = 0  # everything below has been requested for it, or is about to be
 
 
 class Readahead:
     """The sequential readers of one image."""
 
     def __init__(self) -> None:
-        self.active = False  # somebody has gone straight ahead: tell of every read, not only of those that miss
+        # Whether a sequential reader has been seen. From then on `advise` needs every read, not only the misses.
+        self.active = False
         self._readers: list[_Reader] = []
 
     def advise(self, pos: int, size: int, *, most: int, step: int) -> tuple[int, int] | None:
-        """Tell of a read; returns the range (pos, size) to fetch ahead of it, or None.
+        """Note a read. Returns the range (pos, size) to fetch ahead of it, or None.
 
-        `most`: bytes to be ahead of the reader at the most. `step`: bytes that are worth a request.
+        `most`: maximum distance ahead of the reader in bytes. `step`: minimum size of a worthwhile request.
         """
         reader = self._find(pos, size)
         if reader is None:
@@ -49,7 +50,7 @@ class Readahead:
         return start, stop - start
 
     def fell_short(self, pos: int, stop: int) -> None:
-        """Of what was advised up to `stop`, nothing from `pos` on has been asked for: tell its reader again."""
+        """Note that nothing from `pos` up to `stop` was requested after all, so that it is advised again."""
         for reader in self._readers:
             if reader.end < stop <= reader.fetched_to:
                 reader.fetched_to = max(pos, reader.end)

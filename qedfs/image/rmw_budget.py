@@ -1,6 +1,6 @@
-"""Room in memory for the rest of clusters that are written in part: each write holds up to two whole clusters.
+"""The memory budget of partial writes: each holds up to two whole clusters while it fetches their missing parts.
 
-Owns what one write takes of its image's share. Must not know what is done with it.
+Owns what one write takes of the image's share. Must not know what the memory is used for.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import trio
 
 from qedfs.host import memory_pool
 
-# Of one image. Others may leave it less.
+# Per image. The other images may leave it less.
 MOST_BYTES = 128 << 20
 
 
 class RmwBudget:
-    """What the writes of one image hold."""
+    """The budget of one image."""
 
     def __init__(self, cluster_size: int) -> None:
         self._size = 2 * cluster_size
         self._share = memory_pool.Share(memory_pool.PARTIAL_WRITES)
 
     def take_now(self) -> bool:
-        """Take room for one write, if there is any."""
+        """Reserve memory for one write if there is room. Returns whether it did."""
         held = self._share.held_bytes
         if (held and held + self._size > MOST_BYTES) or not self._share.fits(self._size):
             return False
@@ -29,17 +29,17 @@ class RmwBudget:
         return True
 
     async def take(self) -> None:
-        """Take room for one write as soon as there is any."""
+        """Reserve memory for one write; waits until there is room."""
         while not self.take_now():
             await self._share.change()
 
     def give_back(self) -> None:
-        """Of one write."""
+        """Release the memory of one write."""
         self._share.give(self._size)
 
 
 class RmwReservation:
-    """The room of one write, taken when it first needs some, for both of its clusters."""
+    """The reservation of one write. Made when the write first needs memory, and covers both of its clusters."""
 
     def __init__(self, rests: RmwBudget) -> None:
         self._rmw_budget = rests
@@ -47,13 +47,13 @@ class RmwReservation:
         self._taken = False
 
     def take_now(self) -> bool:
-        """Take it if there is room at once; False: wait for it with `take`."""
+        """Reserve if there is room. If it returns False, wait with `take`."""
         if not self._taken and self._begun is None:
             self._taken = self._rmw_budget.take_now()
         return self._taken
 
     async def take(self) -> None:
-        """Wait until there is room for this write."""
+        """Reserve; waits until there is room."""
         if self._begun is not None:
             await self._begun.wait()
             return
@@ -63,6 +63,6 @@ class RmwReservation:
         self._begun.set()
 
     def give_back(self) -> None:
-        """The write has ended."""
+        """Release it after the write has ended."""
         if self._taken:
             self._rmw_budget.give_back()

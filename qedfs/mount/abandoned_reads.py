@@ -1,16 +1,17 @@
-"""Finds the images for whose reads nobody waits any more, so that their readers' places come free.
+"""Finds images whose waiting reads nobody needs any more, and gives these reads up.
 
-Owns the look at who has an image open. Must not know how a read waits, nor for what.
+Owns the check who has an image open. Must not know how a read waits, nor what for.
 
-The kernel keeps a process that was killed until its reads are answered (O_DIRECT and writes; it tells nobody of it, but
-for an interruption that pyfuse3 does not pass on), and an unmount until read-ahead is answered whose reader has long
-gone. That takes as long as a source's deadline. Nobody waits for an image when
+A killed process does not end before its O_DIRECT reads and its writes are answered. The kernel reports the kill with
+FUSE_INTERRUPT only, which pyfuse3 ignores. Likewise an unmount does not end before read-ahead is answered, even if the
+reader has long gone. Both may take as long as a source's deadline. Nobody needs the reads of an image if
 
-- all that have it open are dying. A process is when SIGKILL is pending or it is exiting. Others may have it open that
-  cannot be seen from here (another user's, another PID namespace's, a mapping): the kernel's count of opens tells;
-- or it is unmounted, every open() of it has seen a close(), and nobody who lives has it open as far as can be seen. The
-  kernel sends FLUSH for a close(), but RELEASE only when the last read has been answered. (A close() alone says little:
-  a shell that redirects closes a copy. And after a lazy unmount programs go on.)
+- all processes that have it open are dying: SIGKILL is pending, or the process is exiting. Some processes cannot be
+  seen from here (another user's, another PID namespace's, a memory mapping), so their number is compared with the
+  kernel's count of opens;
+- or it is unmounted, every open() has been matched by a close(), and no living process is seen to have it open. The
+  kernel sends FLUSH at a close(), but RELEASE only after the last read has been answered. (A close() alone proves
+  little, since a shell that redirects closes a duplicate, and programs go on after a lazy unmount.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import trio
 
 from qedfs.mount.served import Served
 
-LOOK_SECONDS = 1.0  # from one look to the next; a read that is younger is left alone
+LOOK_SECONDS = 1.0  # between checks; younger reads are left alone
 _KILLED = 1 << 8  # SIGKILL in the masks of /proc/PID/status: bit 9 - 1
 _PF_EXITING = 0x4  # <linux/sched.h>, in the flags of /proc/PID/stat
 
@@ -32,7 +33,7 @@ _PF_EXITING = 0x4  # <linux/sched.h>, in the flags of /proc/PID/stat
 async def release_abandoned_reads(
     images: Callable[[], Sequence[Served]], mountpoint: str, stands: Callable[[], bool]
 ) -> None:
-    """Give up the reads that nobody waits for, until cancelled. `stands`: whether the mount is still there."""
+    """Give up reads that nobody needs, until cancelled. `stands`: whether the mount is still there."""
     limiter = trio.CapacityLimiter(1)
     while True:
         await trio.sleep(LOOK_SECONDS)
@@ -41,7 +42,7 @@ async def release_abandoned_reads(
         if not waiting:
             continue
         if stands():
-            # One that was closed and not released yet is read-ahead of somebody who has gone.
+            # An open that was closed but not released is read-ahead of a process that has ended.
             opens = {os.path.join(mountpoint, one.name): max(1, one.opens - one.closes) for one in waiting}
             deserted = await trio.to_thread.run_sync(held_by_the_dying, opens, abandon_on_cancel=True, limiter=limiter)
             left = [served for served in waiting if os.path.join(mountpoint, served.name) in deserted]
@@ -60,7 +61,7 @@ def _waits(served: Served) -> bool:
 
 
 def held_by_the_dying(opens: dict[str, int]) -> set[str]:
-    """Of these files, each opened so many times, those that nobody has open but processes that are dying."""
+    """The files that only dying processes have open. `opens`: path -> the kernel's count of opens."""
     dying: Counter[str] = Counter()
     living: set[str] = set()
     for task in _tasks():
@@ -75,9 +76,9 @@ def held_by_the_dying(opens: dict[str, int]) -> set[str]:
 
 
 def held_by_the_living(inodes: dict[str, int]) -> set[str]:
-    """Of these names, with their inodes, those that a process which is not dying has open somewhere.
+    """The names that a process which is not dying has open. `inodes`: name -> inode.
 
-    Not by the path, which is another one in each mount namespace, and none after an unmount.
+    The path does not matter: it differs between mount namespaces, and there is none after an unmount.
     """
     return {
         name
@@ -89,7 +90,7 @@ def held_by_the_living(inodes: dict[str, int]) -> set[str]:
 
 
 def _inode(task: Path, link: str) -> int | None:
-    """The inode behind a descriptor, without asking its file system; None if the kernel does not say (before 5.14)."""
+    """The inode of a descriptor, without asking its file system. None before Linux 5.14, which does not tell it."""
     try:
         lines = (task / "fdinfo" / link).read_bytes().splitlines()
     except OSError:
@@ -98,11 +99,11 @@ def _inode(task: Path, link: str) -> int | None:
 
 
 def is_dying(task: Path) -> bool:
-    """Whether a process or thread will do nothing any more. `task`: its folder in /proc; it may be gone by now."""
+    """Whether a process or thread is dead or dying. `task`: its folder in /proc, which may have disappeared."""
     try:
         lines = (task / "status").read_bytes().splitlines()
         masks = [int(line.split()[1], 16) for line in lines if line.startswith((b"SigPnd:", b"ShdPnd:"))]
-        # After the name, which is in brackets and may hold any: state, ppid, pgrp, session, tty, tpgid, flags.
+        # After the name, which is in brackets and may hold anything: state, ppid, pgrp, session, tty, tpgid, flags.
         flags = int((task / "stat").read_bytes().rpartition(b")")[2].split()[6])
     except (OSError, ValueError, IndexError):
         return True
@@ -110,7 +111,7 @@ def is_dying(task: Path) -> bool:
 
 
 def _tasks() -> Iterator[Path]:
-    """One for each process: a thread that still has files. The first one is often gone when others are not."""
+    """For each process a thread that still has files. The main thread may have ended before the others."""
     try:
         processes = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
@@ -124,7 +125,7 @@ def _tasks() -> Iterator[Path]:
 
 
 def _links(task: Path) -> Iterator[tuple[str, str]]:
-    """Its descriptors, and what they lead to. Reading these links asks nothing of the file systems they lead to."""
+    """(descriptor, path) of its open files. Reading these links sends no request to the files' file systems."""
     try:
         links = os.listdir(task / "fd")
     except OSError:

@@ -1,10 +1,10 @@
 """The sources that the images of one mount share, each with its fetch queues.
 
-Owns the connections from the first overlay that needs a backing to the last. Must not know which images there are.
+Owns a source from the first overlay that needs it to the last. Must not know which images exist.
 
-A place is judged when an overlay that names it comes, so that a refusal stands in the list and in the log. The source
-judges it again before it opens anything, so this first look may be given up: the way to a local backing may lead over a
-dead file server, which must not hold up the images beside it.
+The policy is applied as soon as an overlay appears, so that a refusal shows in status and in the log. The source
+applies it again before it opens anything, so this first check may be abandoned: the path of a local backing may lead
+through a dead file server, which must not delay the other images.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from qedfs.source.policy import Policy
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import Location, parse_location
 
-PATIENCE_SECONDS = 1.0  # of all the first looks of one scan together
+PATIENCE_SECONDS = 1.0  # for all first checks of one scan together
 PAST_FETCHES = 16
-FREE_SHARE = 8  # of the memory for what is fetched, that may lie free
+FREE_SHARE = 8  # at most 1/8 of the memory for fetched bytes may be free buffers
 
 
 class SourcePool:
-    """What the overlays of a mount are filled from."""
+    """The sources of one mount."""
 
     def __init__(
         self,
@@ -61,31 +61,31 @@ class SourcePool:
         self._past_fetches: deque[FetchQueue] = deque(maxlen=PAST_FETCHES)
 
     def fetches(self) -> list[FetchQueue]:
-        """The fetch queues in use, and the last ones that were: their counts are still of interest."""
+        """The fetch queues in use, and the last PAST_FETCHES that were, whose counters are still of interest."""
         return [*self._fetches.values(), *self._past_fetches]
 
     def renew_patience(self) -> None:
-        """A scan begins."""
+        """Call this at the start of a scan."""
         self._patience_seconds = PATIENCE_SECONDS
 
     @property
     def count(self) -> int:
-        """Of sources that overlays need."""
+        """How many sources are in use."""
         return len(self._remotes)
 
     async def fetch_for(self, overlay: Overlay, *, overlays: int) -> FetchQueue | None:
         """The queue for an overlay's backing, shared by all overlays on the same source; None without a backing.
 
         Raises:
-            Refused: the policy does not allow the place.
-            UsageError: it is none.
-            OSError: EMFILE, it would be a source too many beside so many open `overlays`.
+            Refused: the policy does not allow the backing.
+            UsageError: the name of the backing is malformed.
+            OSError: EMFILE, there are too few descriptors for another source beside this number of open `overlays`.
         """
         if overlay.backing is None:
             return None
         location = parse_location(overlay.backing, relative_to=self._root)
         await self._judge(location)
-        # One URL may be raw for one overlay and read in its own format for another: two sources.
+        # If one overlay uses a URL as raw and another one probes its format, these are two sources.
         place = (location.secret_url, not overlay.probes_backing)
         remote = self._remotes.get(place)
         if remote is None:
@@ -113,7 +113,7 @@ class SourcePool:
         self._patience_seconds = max(0.0, self._patience_seconds - (trio.current_time() - begun))
 
     async def let_go(self, remote: RetryingSource) -> None:
-        """Drop the connections to a source that no overlay needs any more: its server may want to stop."""
+        """Close the connections to a source that no overlay needs any more, so that its server can stop."""
         for place in [place for place, known in self._remotes.items() if known is remote]:
             del self._remotes[place]
         for key in [key for key, known in self._fetches.items() if known.remote is remote]:
@@ -121,6 +121,6 @@ class SourcePool:
         await remote.aclose()
 
     async def aclose(self) -> None:
-        """Drop all connections."""
+        """Close all connections."""
         for remote in self._remotes.values():
             await remote.aclose()
