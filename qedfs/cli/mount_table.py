@@ -7,23 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.errors import NotMounted, QedfsError, UsageError
-from qedfs.host.procfs import mounts
+from qedfs.host.procfs import MountLine, mounts
 from qedfs.host.runtime import place_of
-from qedfs.mount.mountpoint import is_dead, mount_info_at
+from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at
 
 FILESYSTEM = "fuse.qedfs"
 
 
-def device_of(mountpoint: str) -> str:
-    """What names the file system that is mounted at this path, wherever else it is; "" if there is none."""
-    standing = mount_info_at(place_of(mountpoint))
-    return "" if standing is None else standing.device
+def mounted_at(mountpoint: str) -> MountInfo | None:
+    """The file system mounted at this path, the topmost if there are several; None if there is none."""
+    return mount_info_at(place_of(mountpoint))
 
 
 def mounted_type(mountpoint: str) -> str | None:
-    """The type of the file system mounted at this path, the topmost if there are several; None if there is none."""
-    standing = mount_info_at(place_of(mountpoint))
-    return None if standing is None else standing.kind
+    """The type of the file system mounted at this path; None if there is none."""
+    found = mounted_at(mountpoint)
+    return None if found is None else found.kind
 
 
 def missing(mountpoint: str) -> QedfsError:
@@ -50,20 +49,27 @@ def holders(mountpoint: str) -> list[str]:
     return [*_processes(folder), *_loops(folder)]
 
 
-def copies(device: str) -> tuple[list[str], list[str]]:
-    """Where a file system is mounted besides: the places that we see, and who holds it in other mount namespaces.
+def copies(mounted: MountInfo) -> tuple[list[str], list[str]]:
+    """Where else a file system is mounted: the places that we see, and who holds it in other mount namespaces.
+
+    An empty `source` stands for any.
 
     A copy is made by `mount --bind`, and by whatever starts a namespace of its own: unshare, a container, a sandboxed
     service. Of those we see what /proc shows us; each is named by its oldest process, as "pid 123 (sleep)".
     """
-    places = [os.fsdecode(line.place) for line in mounts() if line.device == device]
+
+    # Not the device number alone: after the last unmount the kernel gives it to whatever is mounted next.
+    def is_copy(line: MountLine) -> bool:
+        return (line.device, line.kind) == mounted[:2] and mounted.source in (b"", line.source)
+
+    places = [os.fsdecode(line.place) for line in mounts() if is_copy(line)]
     found = {_namespace(Path("/proc/self"))}
     holders = []
     for process in sorted((path for path in Path("/proc").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)):
         namespace = _namespace(process)
         if namespace and namespace not in found:
             found.add(namespace)
-            if any(line.device == device for line in mounts(_table(process))):
+            if any(map(is_copy, mounts(_table(process)))):
                 holders.append(_named(process))
     return places, holders
 

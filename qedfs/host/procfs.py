@@ -27,9 +27,10 @@ class MountLine(NamedTuple):
     """A line of mountinfo, proc(5)."""
 
     number: int
-    device: str  # "0:57": unique to this file system for as long as it exists, even after it is unmounted
+    device: str  # "0:57": unique to this file system while it is mounted anywhere, and then free for another one
     place: bytes  # where it is mounted, as this process sees it
     kind: str  # "ext4", "fuse.qedfs"
+    source: bytes  # what is mounted: "/dev/sda1"; for our mounts the path of the overlay or folder
     options: list[bytes]  # the file system's ("super options"), not the mount's
 
 
@@ -39,11 +40,12 @@ def mounts(table: bytes | None = None) -> Iterator[MountLine]:
         fields = line.split(b" ")
         try:
             # Any number of optional fields stands before the dash.
-            kind, _, options = fields[fields.index(b"-", 6) + 1 :][:3]
+            kind, source, options = fields[fields.index(b"-", 6) + 1 :][:3]
             number, device = int(fields[0]), fields[2].decode("ascii")
         except ValueError:
             continue  # the empty last line, or a format that only a later kernel has
-        yield MountLine(number, device, _unescaped(fields[4]), os.fsdecode(_unescaped(kind)), options.split(b","))
+        place, name = _unescaped(fields[4]), os.fsdecode(_unescaped(kind))
+        yield MountLine(number, device, place, name, _unescaped(source), options.split(b","))
 
 
 def _unescaped(field: bytes) -> bytes:

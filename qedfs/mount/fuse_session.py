@@ -33,16 +33,23 @@ class FuseSession:
         # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
         self.mountpoint = os.path.realpath(mountpoint)
         self._mounted: MountInfo | None = None  # our file system, once it is mounted
+        self._ended = False  # the kernel's connection: what is mounted there now is dead, or is not ours
 
     @property
     def device(self) -> str:
-        """Which file system this is, in the kernel's tables of mounts; "" if they cannot be read."""
-        return "" if self._mounted is None else self._mounted.device
+        """The device number of our file system in the kernel's tables of mounts.
+
+        "" if the tables cannot be read, and after the end of the session, when another mount may have got the number.
+        """
+        return "" if self._mounted is None or self._ended else self._mounted.device
 
     @property
     def stands(self) -> bool:
         """Whether the mountpoint shows our file system."""
-        return self._mounted is not None and self._found() == self._mounted
+        if self._mounted is None or self._found() != self._mounted:
+            return False
+        # After the end a new mount of the same overlays may look the same in the table, and it is alive.
+        return not self._ended or is_dead(self.mountpoint)
 
     def _found(self) -> MountInfo | None:
         try:
@@ -85,6 +92,7 @@ class FuseSession:
         Returns the error if it was cut and the mount is still there.
         """
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        self._ended = True
         if self.stands:
             # umount -f cuts the connection first, and unmounts a moment later unless somebody has a file open.
             await trio.sleep(FORCED_SECONDS)

@@ -19,8 +19,9 @@ from qedfs.host.runtime import place_of
 class MountInfo(NamedTuple):
     """A mounted file system."""
 
-    device: str  # "0:57": no other file system has it for as long as this one lives, mounted or not
+    device: str  # "0:57": the kernel gives it to another file system as soon as this one is mounted nowhere
     kind: str
+    source: bytes
 
 
 def mount_info_at(place: str) -> MountInfo | None:
@@ -29,7 +30,7 @@ def mount_info_at(place: str) -> MountInfo | None:
     found = None
     for line in mounts():
         if line.place == wanted:
-            found = MountInfo(line.device, line.kind)
+            found = MountInfo(line.device, line.kind, line.source)
     return found
 
 

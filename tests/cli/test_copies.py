@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.cli.mount_table import FILESYSTEM, copies
+from qedfs.host import procfs
+from qedfs.mount.mountpoint import MountInfo
+
 from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.process import Child, wait_for
@@ -99,3 +103,13 @@ def test_a_mount_that_stands_elsewhere_too_goes_on_there(
         finally:
             subprocess.run([require("umount"), other], check=True)
         wait_for(lambda: not is_running(pid), "the end of the server")
+
+
+def test_a_later_mount_with_the_same_number_is_no_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernel gives the number of a file system to the next one, which is soon where many mounts come and go."""
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"36 35 0:57 / /mnt/b rw - fuse.qedfs /b.qed rw\n37 35 0:57 / /mnt/c rw - tmpfs /a.qed rw\n")
+    monkeypatch.setattr(procfs, "_TABLE", table)
+    assert copies(MountInfo("0:57", FILESYSTEM, b"/a.qed"))[0] == []
+    assert copies(MountInfo("0:57", FILESYSTEM, b"/b.qed"))[0] == ["/mnt/b"]
+    assert copies(MountInfo("0:57", FILESYSTEM, b""))[0] == ["/mnt/b"]

@@ -19,6 +19,7 @@ from qedfs.control.qmp import client
 from qedfs.control.qmp.client import Client, NotServed
 from qedfs.errors import TimedOut
 from qedfs.host.runtime import SOCKET_NAME, mount_folder
+from qedfs.mount.mountpoint import MountInfo
 from tests.harness.hang import HANG_SECONDS
 
 # Hangs up on its first client, and lives on until its input ends.
@@ -139,7 +140,9 @@ def test_status_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_umount_waits_for_the_end_of_a_server_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmounted = threading.Event()
-    monkeypatch.setattr(umount, "device_of", lambda _: "0:0")  # something is mounted there
+    monkeypatch.setattr(
+        umount, "mounted_at", lambda _: MountInfo("0:0", "fuse.qedfs", b"x")
+    )  # something is mounted there
     monkeypatch.setattr(umount, "_unmount", lambda _, **__: unmounted.set())
     codes: list[int | str | None] = []
     command = threading.Thread(target=lambda: codes.append(run("umount", tmp_path)))

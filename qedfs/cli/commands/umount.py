@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.mount_table import FILESYSTEM, copies, device_of, holders, missing, mounted_type
+from qedfs.cli.mount_table import FILESYSTEM, copies, holders, missing, mounted_at, mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import remark
@@ -19,7 +19,7 @@ from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import InUse, QedfsError, TimedOut
 from qedfs.host.runtime import RuntimeFolder, is_held, mount_places
 from qedfs.mount import exit_report
-from qedfs.mount.mountpoint import is_dead, unmount
+from qedfs.mount.mountpoint import MountInfo, is_dead, unmount
 from qedfs.units import format_seconds
 
 SILENCE_SECONDS = 10.0  # of a server, before the user is told what we wait for: a flush takes less
@@ -87,11 +87,11 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
     with client:
         process = _process(client)
         try:
-            device = device_of(mountpoint)
-            if device:  # else a copy has kept its server from ending, or it is about to
+            mounted = mounted_at(mountpoint)
+            if mounted is not None:  # else a copy has kept its server from ending, or it is about to
                 _unmount(mountpoint, served=True)
             if not _has_ended(process, GRACE_SECONDS):
-                _ask_to_end(mountpoint, client, process, device, deadline)
+                _ask_to_end(mountpoint, client, process, mounted, deadline)
             _wait_for_end(mountpoint, client, process)
         finally:
             if process is not None:
@@ -118,7 +118,7 @@ def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> No
     One that begins holds it too, and ends this once it has mounted.
     """
     said = time.monotonic() + SILENCE_SECONDS
-    while any(map(is_held, places)) and not device_of(mountpoint):
+    while any(map(is_held, places)) and mounted_at(mountpoint) is None:
         if time.monotonic() > said:
             remark(f"{mountpoint}: is not mounted; its server is still to close the overlays")
             said = math.inf
@@ -162,13 +162,15 @@ def _has_ended(process: int | None, seconds: float) -> bool:
     return process is not None and bool(select.select([process], [], [], seconds)[0])
 
 
-def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str, deadline: float) -> None:
+def _ask_to_end(
+    mountpoint: str, client: Client, process: int | None, mounted: MountInfo | None, deadline: float
+) -> None:
     """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
 
     One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
     those of containers and of sandboxed services, which got them unasked. The server lets go of these.
 
-    `stood`: the file system that was mounted here until now; "" if that had ended before.
+    `mounted`: the file system that was mounted here until now; None if that had ended before.
 
     Raises:
         InUse: the mount goes on for the sake of a copy.
@@ -176,11 +178,13 @@ def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str
     try:
         client.deadline = time.monotonic() + SILENCE_SECONDS
         client.negotiate()
-        # Without it the copies could not be recognized, and would all be taken for nobody's.
-        device = stood or str(client.execute("x-qedfs-status").get("device", ""))
-        if _wait_for_users(mountpoint, client, device, deadline) and _has_ended(process, GRACE_SECONDS):
+        # Without its number the copies could not be recognized, and would all be taken for nobody's. After the end of
+        # its session the server tells none, since there are no copies any more.
+        device = str(client.execute("x-qedfs-status").get("device", ""))
+        mounted = mounted or MountInfo(device, FILESYSTEM, b"")
+        if _wait_for_users(mountpoint, client, mounted, deadline) and _has_ended(process, GRACE_SECONDS):
             return
-        _, holders = copies(device)
+        _, holders = copies(mounted)
         client.execute("quit")
     except (Gone, TimedOut):
         return  # it comes to its end already, or stands still: there is nothing to do but to wait for it
@@ -190,15 +194,15 @@ def _ask_to_end(mountpoint: str, client: Client, process: int | None, stood: str
     remark(f"{mountpoint}: a mount namespace {whose} has a copy of it, which ends with the server")
 
 
-def _wait_for_users(mountpoint: str, client: Client, device: str, deadline: float) -> bool:
+def _wait_for_users(mountpoint: str, client: Client, mounted: MountInfo, deadline: float) -> bool:
     """Whether anybody has used a copy of the mount; nobody does any more. Raises InUse after the deadline.
 
     Where no copy is seen an image may be open for a moment all the same: its reader was killed, and the server is about
     to give up what it waited for.
     """
     begun, said = time.monotonic(), ""
-    while used := _use_of_copies(client, device):
-        sure = not device or any(copies(device))  # it goes on for longer than any killed reader
+    while used := _use_of_copies(client, mounted):
+        sure = not mounted.device or any(copies(mounted))  # it goes on for longer than any killed reader
         left = (deadline if sure else max(deadline, begun + SILENCE_SECONDS)) - time.monotonic()
         if left <= 0:
             raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
@@ -210,9 +214,9 @@ def _wait_for_users(mountpoint: str, client: Client, device: str, deadline: floa
     return bool(said)
 
 
-def _use_of_copies(client: Client, device: str) -> str:
+def _use_of_copies(client: Client, mounted: MountInfo) -> str:
     """Who needs the copies of a mount, in words; "" if nobody does."""
-    places, holders = copies(device)
+    places, holders = copies(mounted)
     if places:
         return f"is still mounted at {listed(places)}"
     images: list[dict[str, Any]] = client.execute("x-qedfs-status")["images"]
