@@ -1,34 +1,27 @@
 """The FUSE adapter: inodes and handles <-> images, exceptions <-> errno. Nothing else, no cluster arithmetic.
 
 pyfuse3 answers a request only if its handler returns or raises FUSEError; any other exception leaves the caller hanging
-and ends every image of the mount. So each handler translates all it can meet, in `_translated`.
+and ends every image of the mount. So each handler answers with an errno whatever it meets.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import logging
 import os
-import stat
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import pyfuse3
-import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
 
-from qedfs.errors import QedfsError, SourceError, UsageError
+from qedfs.errors import QedfsError
 from qedfs.image.image import Image
+from qedfs.mount.fuse_attributes import changes, folder_attributes, image_attributes
+from qedfs.mount.fuse_errors import FailureReplies
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
-
-log = logging.getLogger(__name__)
-
-# The image changes through the mount only, so the kernel may believe us; st_blocks is what becomes stale.
-ATTRIBUTE_SECONDS = 2.0
-LOG_SECONDS = 30.0  # between two lines on the same trouble of one image
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -37,14 +30,14 @@ def total(handler: F) -> F:
     """A handler that raises nothing but FUSEError. (read and write do the same by themselves: a call less.)"""
 
     @functools.wraps(handler)
-    async def translated(self: Operations, *args: Any) -> object:  # noqa: ANN401 - whatever the handler takes
+    async def answering(self: Operations, *args: Any) -> object:  # noqa: ANN401 - whatever the handler takes
         try:
             return await handler(self, *args)
         except Exception as exc:
             inode = args[0] if args and isinstance(args[0], int) else 0
-            raise self._translated(exc, inode) from exc
+            raise self._reply(exc, inode) from exc
 
-    return cast("F", translated)
+    return cast("F", answering)
 
 
 class Operations(pyfuse3.Operations):
@@ -58,7 +51,7 @@ class Operations(pyfuse3.Operations):
         self._registry = registry
         self._folder = folder
         self._images: dict[int, Image] = {}  # by handle, which is the inode
-        self._logged: dict[tuple[str, str], float] = {}
+        self._failures = FailureReplies()
 
     # The read and write path.
 
@@ -67,21 +60,21 @@ class Operations(pyfuse3.Operations):
         try:
             return await self._images[fh].read(off, size)
         except Exception as exc:
-            raise self._translated(exc, fh) from exc
+            raise self._reply(exc, fh) from exc
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write inside an image."""
         try:
             return await self._images[fh].write(off, buf)
         except Exception as exc:
-            raise self._translated(exc, fh) from exc
+            raise self._reply(exc, fh) from exc
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Flush the image; data and entries are one thing here."""
         try:
             await self._images[fh].flush()
         except Exception as exc:
-            raise self._translated(exc, fh) from exc
+            raise self._reply(exc, fh) from exc
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor: promises nothing."""
@@ -107,7 +100,11 @@ class Operations(pyfuse3.Operations):
     @total
     async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
         """Owner and mode: those of the overlay file; st_blocks is what it takes on disk. Times are the image's own."""
-        return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._served(inode))
+        return (
+            folder_attributes(self._folder.stat())
+            if inode == pyfuse3.ROOT_INODE
+            else self._attributes(self._served(inode))
+        )
 
     @total
     async def setattr(
@@ -118,7 +115,7 @@ class Operations(pyfuse3.Operations):
         An atime is passed over: it is that of the overlay file.
         """
         served = self._served(inode)
-        if served.image is None or _changes(self._attributes(served), attr, fields):
+        if served.image is None or changes(self._attributes(served), attr, fields):
             raise FUSEError(errno.EPERM)
         if fields.update_mtime:
             await served.image.overlay.set_modified(attr.st_mtime_ns)
@@ -233,69 +230,11 @@ class Operations(pyfuse3.Operations):
     def _attributes(self, served: Served) -> EntryAttributes:
         if served.image is None:
             raise FUSEError(errno.ENOENT)
-        status = served.image.overlay.file_status()
-        attributes = EntryAttributes()
-        attributes.st_ino = InodeT(served.inode)
-        write = 0 if served.image.overlay.writable else 0o222
-        attributes.st_mode = pyfuse3.ModeT(stat.S_IFREG | (stat.S_IMODE(status.st_mode) & 0o666 & ~write))
-        attributes.st_size = served.image.size
-        attributes.st_blocks = status.st_blocks
-        _with_owner(attributes, status)
-        times = served.image.overlay.times
-        attributes.st_mtime_ns, attributes.st_ctime_ns = times.modified_ns, times.changed_ns
-        return attributes
+        return image_attributes(served.image, served.inode)
 
-    def _root_attributes(self) -> EntryAttributes:
-        status = self._folder.stat()
-        attributes = EntryAttributes()
-        attributes.st_ino = pyfuse3.ROOT_INODE
-        attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | (stat.S_IMODE(status.st_mode) & 0o555))
-        attributes.st_nlink = 2
-        return _with_owner(attributes, status)
-
-    def _translated(self, exc: Exception, inode: int) -> FUSEError:
-        """The errno of an exception, and a line in the log; never more than one line in a while for one trouble."""
-        if isinstance(exc, FUSEError):
-            return exc
+    def _reply(self, exc: Exception, inode: int) -> FUSEError:
         served = self._registry.by_inode(inode)
-        name = served.name if served else f"inode {inode}"
-        if isinstance(exc, QedfsError):
-            self._log_once(name, str(exc), logging.WARNING if isinstance(exc, SourceError) else logging.ERROR)
-            # The overlay names something impossible: its maker's mistake. EINVAL would blame the reader.
-            return FUSEError(errno.EIO if isinstance(exc, UsageError) else exc.errno)
-        if isinstance(exc, OSError) and exc.errno:
-            self._log_once(name, str(exc), logging.ERROR)
-            return FUSEError(exc.errno)
-        log.error("%s: internal error", name, exc_info=exc)
-        return FUSEError(errno.EIO)
-
-    def _log_once(self, name: str, text: str, level: int) -> None:
-        now = trio.current_time()
-        if now - self._logged.get((name, text), float("-inf")) < LOG_SECONDS:
-            return
-        if len(self._logged) > 1000:
-            self._logged.clear()
-        self._logged[name, text] = now
-        log.log(level, "%s: %s", name, text)
-
-
-def _changes(now: EntryAttributes, wanted: EntryAttributes, fields: SetattrFields) -> bool:
-    """Whether anything but a time would become different. `cp -p`, `rsync -a` and `tar -x` set what is so already."""
-    return (
-        (fields.update_size and wanted.st_size != now.st_size)
-        or (fields.update_mode and stat.S_IMODE(wanted.st_mode) != stat.S_IMODE(now.st_mode))
-        or (fields.update_uid and wanted.st_uid != now.st_uid)
-        or (fields.update_gid and wanted.st_gid != now.st_gid)
-    )
-
-
-def _with_owner(attributes: EntryAttributes, status: os.stat_result) -> EntryAttributes:
-    attributes.st_uid, attributes.st_gid = status.st_uid, status.st_gid
-    attributes.st_blksize = 4096
-    attributes.st_atime_ns, attributes.st_mtime_ns = status.st_atime_ns, status.st_mtime_ns
-    attributes.st_ctime_ns = status.st_ctime_ns
-    attributes.attr_timeout = attributes.entry_timeout = ATTRIBUTE_SECONDS
-    return attributes
+        return self._failures.reply(exc, served.name if served else f"inode {inode}")
 
 
 def forget_name(name: str) -> None:
