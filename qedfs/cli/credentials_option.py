@@ -13,7 +13,7 @@ credentials_option = click.option(
     "--credentials",
     type=click.Path(),
     metavar="FILE",
-    help="What is shown to which server: header fields, client certificates, pre-shared keys; see README.",
+    help="Credentials for each server: header fields, client certificates, pre-shared keys; see README.",
 )
 
 

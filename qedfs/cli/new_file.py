@@ -51,7 +51,7 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{path}: the file system is full") from exc
         if cause.errno == errno.EFBIG:
-            raise NoSpace(f"{path}: the file system, or a limit of this process, allows no file of that size") from exc
+            raise NoSpace(f"{path}: the file system, or a process limit, does not allow a file of that size") from exc
         raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
 
 
@@ -67,4 +67,4 @@ def check_replaceable(path: str, magic: bytes, kind: str) -> None:
         return
     except OSError as exc:
         raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
-    raise UsageError(f"{path}: exists already and is no {kind}; remove it or choose another name")
+    raise UsageError(f"{path}: exists already and is not a {kind}; remove it or choose another name")

@@ -16,15 +16,15 @@ _PIN = click.option(
     type=click.Choice([by.value for by in By]),
     default=By.ALL.value,
     show_default=True,
-    help="What must stay the same for the backing to be the same version: all that the server tells; the ETag alone, "
-    "or the date alone, where servers behind one name differ in the other; the size and the sampled bytes; or nothing, "
-    "and you answer for it.",
+    help="What must match for the backing to be the same version: everything that the server reports; only the ETag or "
+    "only the date, if servers behind one name differ in the other; the size and the sampled bytes; or nothing, at "
+    "your own risk.",
 )
 _IDENTITY = click.option(
     "--identity",
     metavar="NAME",
-    help="Your own name for this version of the backing. It is stored: where a later NAME is the same, so is the "
-    "version, whatever the server says of it; where it is another, that is another version.",
+    help="Your own name for this version of the backing. It is stored. A later mount with the same NAME has the same "
+    "version, whatever the server reports; one with another NAME has another version.",
 )
 
 

@@ -22,7 +22,7 @@ HELD_STATES = {
 
 
 class Goal(Protocol):
-    """A state that each image must reach. Its str() fits into "not ... within the time"."""
+    """A state that each image must reach. Its str() fits into "not ... within the timeout"."""
 
     def reached(self, client: Client, image: Image) -> bool:
         """Whether the image has reached it. Raises an error if it never can."""

@@ -165,7 +165,7 @@ def test_the_picture_of_an_overlay(overlay: Path, tmp_path: Path) -> None:
         "disk.qed; dark blue: data 128 KiB, yellow: zeros 128 KiB, light grey: missing"
     )
     assert shown.splitlines() == [
-        f"{tmp_path}/map.png: one cell 64.0 KiB, one row 512 KiB, image 1.00 MiB, read like a text",
+        f"{tmp_path}/map.png: one cell 64.0 KiB, one row 512 KiB, image 1.00 MiB, in reading order",
         "dark blue   data 128 KiB",
         "yellow      zeros 128 KiB",
         "light grey  missing 768 KiB",
@@ -186,8 +186,8 @@ def test_a_png_is_replaced_and_json_is_printed_beside_it(overlay: Path, tmp_path
     ("target", "text"),
     [
         ("nope/map.png", "cannot be written: No such file or directory"),
-        ("disk.qed", "exists already and is no PNG; remove it or choose another name"),
-        (".", "exists already and is no PNG; remove it or choose another name"),
+        ("disk.qed", "exists already and is not a PNG; remove it or choose another name"),
+        (".", "exists already and is not a PNG; remove it or choose another name"),
         ("base.raw/map.png", "cannot be written: Not a directory"),
     ],
 )

@@ -115,7 +115,7 @@ def test_daemon_says_what_it_does_not_serve_as_expected(overlay: Path, folder: P
         path.unlink()
     done = qedfs("mount", folder, mountpoint, "--daemon")
     qedfs("umount", mountpoint)
-    assert done.stderr == f"qedfs: {folder}: has no overlay (*.qed) yet; one that comes is served\n"
+    assert done.stderr == f"qedfs: {folder}: has no overlay (*.qed) yet; any that appears will be served\n"
 
 
 def test_an_overlay_that_cannot_be_written_is_said_to_be_read_only(overlay: Path, mountpoint: Path) -> None:
@@ -189,7 +189,7 @@ def test_wait_until_nobody_has_an_image_open(overlay: Path, mountpoint: Path) ->
             done = qedfs(*words, "0.1s", check=False)
             assert done.returncode == 7
             assert done.stderr.splitlines()[0] == "qedfs: disk.raw is open"
-            assert done.stderr.endswith("not unused within the time: disk.raw is open\n")
+            assert done.stderr.endswith("not unused within the timeout: disk.raw is open\n")
         done = qedfs(*words, "20s")
         assert (done.stdout, done.stderr) == ("", "")
         qedfs("umount", mountpoint)

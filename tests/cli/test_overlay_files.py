@@ -160,7 +160,7 @@ def test_map_as_a_picture(overlay: Path) -> None:
     assert picture == "·██░░···········"
     assert legend == [
         "█ data 128 KiB, ░ zeros 128 KiB, · missing 768 KiB, ▒ in part",
-        "one sign is 64.0 KiB, the image 1.00 MiB",
+        "one character is 64.0 KiB, the image 1.00 MiB",
     ]
     picture, *_ = qedfs("map", overlay, env={"PYTHONIOENCODING": "ascii"}).stdout.splitlines()
     assert picture == ".##00..........."
@@ -173,7 +173,7 @@ def test_picture_of_a_large_image_has_few_lines(folder: Path) -> None:
     assert [len(row) for row in rows] == [80] * 12 + [64]
     assert "".join(rows).index("#") == 512
     assert "".join(rows).count("#") == 1
-    assert scale == "one sign is 1.00 GiB, the image 1.00 TiB"
+    assert scale == "one character is 1.00 GiB, the image 1.00 TiB"
 
 
 def test_check_of_a_sound_overlay(overlay: Path) -> None:
@@ -252,7 +252,7 @@ def test_export_of_a_file_whose_name_goes_to_another(
         assert qemu_same(folder / "moved.qed", folder / "disk.raw")
     else:
         assert end.value.code == 2
-        assert "has become another file" in capsys.readouterr().err
+        assert "was replaced by another file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["cut", "overwritten"])
@@ -340,7 +340,7 @@ def test_export_never_replaces_what_is_no_file(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     refused = qedfs("export", path, folder / "pipe", "--force", check=False)
     assert refused.returncode == 2
-    assert "is no regular file" in refused.stderr
+    assert "is not a regular file" in refused.stderr
     assert (folder / "pipe").is_fifo()
 
 

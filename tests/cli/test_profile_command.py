@@ -30,7 +30,7 @@ def test_a_second_mount_brings_in_what_readers_of_the_first_waited_for(tmp_path:
             assert nothing.returncode == 2
             assert (
                 nothing.stderr
-                == "qedfs: first.raw: nobody has waited for anything yet; a profile of it would be empty\n"
+                == "qedfs: first.raw: no reader has waited for anything yet, so the profile would be empty\n"
             )
             _read(mount.path("first.raw"), raw)
             done = json.loads(qedfs("profile", mount.mountpoint, "first.raw", profile, "--json").stdout)
@@ -39,7 +39,7 @@ def test_a_second_mount_brings_in_what_readers_of_the_first_waited_for(tmp_path:
             assert json.loads(qedfs("profile", mount.mountpoint, "first", profile, "--json").stdout) == done
             swapped = qedfs("profile", mount.mountpoint, "first", tmp_path / "second.qed", check=False)
             assert swapped.returncode == 2
-            assert "second.qed: exists already and is no profile; remove it or choose another name" in swapped.stderr
+            assert "second.qed: exists already and is not a profile; remove it or choose another name" in swapped.stderr
             assert mount.unmount() == 0
         with mounted(tmp_path / "second.qed", tmp_path / "mnt", "--no-stream", "--profile", profile) as mount:
             wait_for(lambda: mount.image()["populated"] >= len(PLACES) * CLUSTER_SIZE, "the clusters of the profile")
@@ -66,10 +66,10 @@ def _read(image: Path, raw: Path) -> None:
         (
             ["--read-only"],
             "qedfs profile 1\n0 1\n",
-            "--profile brings clusters in, and nothing would be kept; leave it out",
+            "--profile fetches clusters, and nothing would be kept; omit it",
         ),
         ([], "0 1\n", "PROFILE: is not a profile; qedfs profile makes one"),
-        ([], None, "PROFILE: No such file or directory; qedfs profile makes a profile"),
+        ([], None, "PROFILE: No such file or directory; qedfs profile creates profiles"),
         ([], "x" * (2 << 20), "PROFILE: is too large for a profile"),
     ],
     ids=["read-only", "no-profile", "missing", "large"],

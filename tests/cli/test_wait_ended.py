@@ -35,7 +35,7 @@ def test_the_good_end_is_told_by_the_overlay(overlay: Path, folder: Path, mountp
     stream_in(overlay, mountpoint)
     code, line = wait(mountpoint)
     assert code == NOT_MOUNTED
-    assert "nothing is mounted there; if it has ended by --until-streamed, --overlay OVERLAY tells" in line
+    assert "nothing is mounted there; if --until-streamed has ended it, --overlay OVERLAY shows" in line
     assert wait(mountpoint, "--overlay", overlay) == (0, "")
     assert wait(mountpoint, "--overlay", folder) == (0, "")
     assert wait(mountpoint, "disk", "--overlay", folder, "--for", "populated:0-1M", "--timeout", "1s") == (0, "")
@@ -49,7 +49,7 @@ def test_of_a_folder_each_has_to_be_complete_or_the_one_that_is_named(
     qedfs("create", other, "--backing", f"{web.url}/disk.img")
     code, line = wait(mountpoint, "--overlay", folder)
     assert code == NOT_MOUNTED
-    assert line.endswith(f"nothing is mounted there, and what is not complete is {other}\n")
+    assert line.endswith(f"nothing is mounted there, and not complete: {other}\n")
     assert wait(mountpoint, "disk.raw", "--overlay", folder) == (0, "")
     assert wait(mountpoint, "other", "--overlay", folder)[0] == NOT_MOUNTED
 
@@ -80,7 +80,7 @@ def test_a_mount_that_ends_before_its_time(overlay: Path, mountpoint: Path) -> N
         qedfs("umount", mountpoint)
         _, told = waiting.communicate(timeout=HANG_SECONDS)
         assert waiting.returncode == NOT_MOUNTED
-        assert told.endswith(f"the mount has ended, and what is not complete is {overlay}\n")
+        assert told.endswith(f"the mount has ended, and not complete: {overlay}\n")
 
 
 @pytest.mark.parametrize("command", [["status"], ["wait"], ["stream", "pause"], ["umount"]])

@@ -127,5 +127,5 @@ def test_nothing_can_be_waited_for(overlay: Path, tmp_path: Path) -> None:
 def test_what_contradicts_it(overlay: Path, tmp_path: Path, option: str) -> None:
     (tmp_path / "mnt").mkdir()
     refused = qedfs("mount", overlay, tmp_path / "mnt", "-o", "ro", option, check=False)
-    reason = "--read-only keeps nothing; leave --until-streamed and --copy-on-read out"
+    reason = "--read-only keeps nothing; omit --until-streamed and --copy-on-read"
     assert (refused.returncode, refused.stderr) == (2, f"qedfs: {reason}\n")

@@ -21,16 +21,16 @@ from qedfs.overlay.storage import Storage
 
 @click.command(short_help="Look for damage, and repair it.")
 @click.argument("overlay", type=click.Path())
-@click.option("--repair", is_flag=True, help="Clear entries that point where nothing can be.")
-@click.option("--drop-journal", is_flag=True, help="Give up what a killed mount has answered and not brought in.")
+@click.option("--repair", is_flag=True, help="Clear entries that point to invalid places.")
+@click.option("--drop-journal", is_flag=True, help="Discard the writes that a killed mount has left in its journal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None:
     """Check the tables of OVERLAY, which must not be mounted or open elsewhere.
 
-    Exit codes: 0 sound, or sound after --repair; 3 damaged. Leaked clusters, which a crash may leave, take space and
-    do no harm: they are counted, and are no error. What two entries claim cannot be repaired. Clusters that a killed
-    mount has left in its journal count as missing here; the next mount brings them in. If that may be the journal of
-    another user, only this user's and root's mounts can; --drop-journal lets others mount the overlay without it.
+    Exit codes: 0 sound, or sound after --repair; 3 damaged. Leaked clusters, which a crash may leave, waste space but
+    do no harm: they are counted, and are not an error. A cluster that two entries refer to cannot be repaired. Clusters
+    in the journal of a killed mount count as missing here; the next mount restores them. If the journal may be another
+    user's, only mounts of that user and of root can do so; --drop-journal lets others mount the overlay without it.
     """
     with locked_file(overlay, writable=repair or drop_journal) as storage:
         if drop_journal:
@@ -44,7 +44,7 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
     else:
         print_fields(_for_people(report, waiting, remark))
     if report.corruptions:
-        hint = "" if repair else "; qedfs check --repair mends what can be mended"
+        hint = "" if repair else "; qedfs check --repair repairs what can be repaired"
         raise BadOverlay(f"{overlay}: {report.corruptions} damaged entries: {report.first_problem}{hint}")
 
 
@@ -88,7 +88,7 @@ def _for_people(report: Report, waiting: int, remark: str) -> dict[str, object]:
         "repaired": report.repaired or None,
         "damaged": report.corruptions or None,
         "leaked": f"{report.leaks} clusters; harmless" if report.leaks else None,
-        "in a journal": f"{waiting} clusters of a killed mount; the next one brings them in" if waiting else None,
+        "in a journal": f"{waiting} clusters of a killed mount; the next mount restores them" if waiting else None,
         "journal": remark or None,
         "result": "damaged" if report.corruptions else "sound",
     }

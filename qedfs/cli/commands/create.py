@@ -22,21 +22,21 @@ FORMATS = ("raw", "qcow2", "qed")
 
 @click.command(short_help="Make an overlay of a remote image.")
 @click.argument("overlay", type=click.Path())
-@click.option("--backing", metavar="URL", help="Where the bytes come from: http(s), nbd(s), nbd+unix or a file.")
+@click.option("--backing", metavar="URL", help="Where missing data comes from: http(s), nbd(s), nbd+unix or a file.")
 @click.option(
     "--backing-format",
     type=click.Choice(FORMATS),
     metavar="[raw|qcow2]",
-    help="Format of the backing. Default: raw; a backing that looks like another format or is packed is refused.",
+    help="Format of the backing. Default: raw; one that looks like another format or is compressed is refused.",
 )
-@click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image; without it, that of the backing.")
+@click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image. Default: the size of the backing.")
 @click.option(
-    "--cluster-size", type=SIZE, default="64K", show_default=True, metavar="SIZE", help="What is fetched at least."
+    "--cluster-size", type=SIZE, default="64K", show_default=True, metavar="SIZE", help="Smallest unit to fetch."
 )
 @click.option(
     "--table-size", type=int, default=4, show_default=True, metavar="CLUSTERS", help="Clusters per table; QEMU: 2 or 4."
 )
-@click.option("--no-copy-on-read", is_flag=True, help="Mounts do not keep what readers fetch, unless told to.")
+@click.option("--no-copy-on-read", is_flag=True, help="By default, mounts do not keep what they fetch for readers.")
 @click.option(
     "--source-timeout", type=DURATION, default="10s", show_default=True, help="How long to try to reach the backing."
 )
@@ -56,9 +56,9 @@ def create(
 ) -> None:
     """Make OVERLAY, an empty QED file over a backing image.
 
-    Without --size the backing is asked for its size, which also shows that it can be used. With --size it is not asked,
-    and without --backing-format too the mount looks at what it is. A local backing that is not an absolute path is
-    looked for in OVERLAY's folder, as QEMU does.
+    Without --size, the size comes from the backing, which also shows that it can be used. With --size, the backing is
+    not contacted; unless --backing-format is given as well, the mount then detects its format. A local backing that is
+    not an absolute path is relative to OVERLAY's folder, as in QEMU.
     """
     if backing is None and size is None:
         raise UsageError("give --backing, --size or both")

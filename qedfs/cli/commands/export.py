@@ -39,7 +39,7 @@ ZEROS = bytes(HOLE_BYTES)
 @click.command(short_help="Write an image to a raw file.")
 @click.argument("overlay", type=click.Path())
 @click.argument("file", type=click.Path())
-@click.option("--with-backing", is_flag=True, help="Fetch what is missing, instead of refusing.")
+@click.option("--with-backing", is_flag=True, help="Fetch what is missing. Default: refuse an incomplete overlay.")
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
 @pin_options
@@ -60,11 +60,11 @@ def export(
 ) -> None:
     """Write the image of OVERLAY, which must not be mounted, to the raw file FILE.
 
-    Zeros become holes. Where the file system can share blocks (XFS, btrfs), the data takes no further space. FILE
-    appears when it is whole.
+    Zeros become holes. If the file system can share blocks (XFS, btrfs), the data takes no additional space. FILE
+    appears only when it is complete.
     """
     if os.path.exists(file) and not os.path.isfile(file):
-        raise UsageError(f"{file}: is no regular file, which is what an export makes; mount OVERLAY and copy its image")
+        raise UsageError(f"{file}: is not a regular file; to write elsewhere, mount OVERLAY and copy its image")
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
     asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity))
@@ -73,7 +73,7 @@ def export(
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     else:
-        click.echo(f"{file}: {format_size(written['size'])}, of them {format_size(written['data'])} data")
+        click.echo(f"{file}: {format_size(written['size'])}, {format_size(written['data'])} of it data")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
         if missing and not with_backing:
             size = format_size(sum(run.size for run in missing))
-            raise UsageError(f"{path}: {size} are still missing; mount it until it is complete, or use --with-backing")
+            raise UsageError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
         target.truncate(overlay.image_size)
         data = [run for run in runs if run.offset > ZERO]
         with _opened_again(path, overlay) as source:
@@ -114,7 +114,7 @@ def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
     """The overlay's file through a second descriptor, since the first one belongs to Storage. Reading needs no lock."""
     with open(path, "rb") as file:
         if not os.path.samestat(os.fstat(file.fileno()), overlay.file_status()):
-            raise UsageError(f"{path}: has become another file while it was opened; try again")
+            raise UsageError(f"{path}: was replaced by another file while it was being opened; try again")
         yield file
 
 

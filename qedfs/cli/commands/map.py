@@ -31,15 +31,15 @@ _ASCII_SIGNS = "#0.+"
 @click.command("map", short_help="Show which parts are local.")
 @click.argument("overlay", type=click.Path())
 @click.option("--png", metavar="FILE", type=click.Path(), help="Draw into this file instead of on the terminal.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, in the shape of qemu-img map --output=json.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in the format of qemu-img map --output=json.")
 def show_map(overlay: str, png: str | None, as_json: bool) -> None:
     """Draw which parts of OVERLAY are data, zeros or missing. It may be mounted meanwhile.
 
-    Data was written or fetched: the overlay keeps no difference between them. FILE is replaced if it is a PNG, and
-    nothing else is.
+    Data was either written or fetched; the overlay does not record which. An existing FILE is replaced only if it is a
+    PNG.
 
-    In JSON, parts of depth 0 are in the overlay and those of depth 1 in its backing, which is not asked; `offset` is
-    where data lies in the overlay file.
+    In JSON, parts with depth 0 are in the overlay and those with depth 1 in its backing, which is not contacted;
+    `offset` is the position of data in the overlay file.
     """
     if png is not None:
         check_replaceable(png, SIGNATURE, "PNG")
@@ -124,12 +124,12 @@ def _draw(cells: Cells, width: int) -> None:
         click.echo(line[at : at + width])
     legend = ", ".join(f"{signs[kind]} {text}" for kind, text in map_picture.legend(cells).items())
     click.echo(legend)
-    click.echo(f"one sign is {format_size(cells.size)}, the image {format_size(cells.image_size)}")
+    click.echo(f"one character is {format_size(cells.size)}, the image {format_size(cells.image_size)}")
 
 
 def _explain(cells: Cells, path: str) -> None:
     """Print the legend of the picture in the file."""
-    click.echo(f"{path}: {map_picture.scale_of(cells)}, read like a text")
+    click.echo(f"{path}: {map_picture.scale_of(cells)}, in reading order")
     for kind in Kind:
         name, _ = map_picture.COLOURS[kind]
         click.echo(f"{name:<11} {map_picture.legend(cells)[kind]}")

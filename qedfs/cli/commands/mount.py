@@ -81,19 +81,20 @@ class MountArguments:
     "--daemon",
     "in_background",
     is_flag=True,
-    help="Return as soon as the mount serves; it goes on behind, and logs beside its control socket (status --json).",
+    help="Return once the mount serves; it continues in the background. Its log is next to its control socket "
+    "(status --json).",
 )
 @click.option(
     "--read-only",
     is_flag=True,
-    help="Nobody can write the images, and the overlays stay as they are: nothing that is fetched is kept.",
+    help="The images cannot be written to, and the overlays stay unchanged: nothing that is fetched is kept.",
 )
 @click.option(
     "--stream",
     type=click.Choice(["eager", "idle", "off"]),
     default="eager",
     show_default=True,
-    help="When to bring in what nobody has read: at once; while guests and the machine are quiet; never.",
+    help="When to fetch what nobody has read: at once; while guests and the machine are idle; never.",
 )
 @click.option("--no-stream", "stream", flag_value="off", help="The same as --stream off.")
 @click.option(
@@ -103,19 +104,19 @@ class MountArguments:
     help="Stream only between these times of the day.",
 )
 @click.option(
-    "--stream-delay", type=Checked(parse_delay), metavar="TIME[-TIME]", help="Begin to stream TIME after the start."
+    "--stream-delay", type=Checked(parse_delay), metavar="TIME[-TIME]", help="Start to stream TIME after the mount."
 )
 @click.option(
     "--copy-on-read/--no-copy-on-read",
     default=None,
-    help="Keep what is fetched for a reader, or not; without this option each overlay decides.",
+    help="Whether to keep what is fetched for readers. Default: as recorded in each overlay.",
 )
 @click.option("--limit", type=SIZE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
 @click.option(
     "--profile",
     type=click.Path(),
     metavar="FILE",
-    help="Bring in first what FILE lists: what readers of such an image waited for (qedfs profile).",
+    help="Fetch the ranges in FILE first: those that readers of such an image waited for (qedfs profile).",
 )
 @click.option("--until-streamed", is_flag=True, help="Unmount when every overlay is complete and no image is open.")
 @click.option(
@@ -126,13 +127,13 @@ class MountArguments:
     "nbd server, no local files.",
 )
 @credentials_option
-@click.option("--allow-other", is_flag=True, help="Let other users read the images, as their modes say.")
+@click.option("--allow-other", is_flag=True, help="Let other users access the images, subject to the file modes.")
 @click.option(
     "--source-timeout",
     type=DURATION,
     default="30s",
     show_default=True,
-    help="A read fails when the source gives nothing in this time, retries included.",
+    help="A read fails if the source does not deliver within this time, retries included.",
 )
 @pin_options
 @click.option(
@@ -147,24 +148,25 @@ class MountArguments:
 def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  # noqa: ANN401 - MountArguments' fields
     """Serve SOURCE, one overlay or a folder of them, at the folder MOUNTPOINT.
 
-    disk.qed appears as MOUNTPOINT/disk.raw, and can be read and written at once. What is missing is fetched from the
-    overlay's backing when it is read; meanwhile the rest streams in.
+    disk.qed appears as MOUNTPOINT/disk.raw, and can be read and written at once. Missing parts are fetched from the
+    overlay's backing when they are read; meanwhile the rest is streamed in.
 
-    --stream-delay takes a range like 30s-2m too, of which each mount draws a moment: so a fleet does not start in step.
+    --stream-delay also takes a range like 30s-2m. Each mount picks a random delay from it, so that the machines of a
+    fleet do not all start at once.
 
     --read-only, or -o ro, opens the overlays read-only: there is no copy-on-read and no stream, and several such
     mounts, and QEMU, can read one overlay at the same time.
 
-    Runs until it is unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1
-    logs what it is doing. `-o limit=20M,allow_other,...` is another way to write the options.
+    Runs until unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1 logs
+    what it is doing. The options can also be written as `-o limit=20M,allow_other,...`.
     """
     arguments = MountArguments(**_absolute(options))
     if arguments.until_streamed and arguments.stream == "off":
         raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
     if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
-        raise UsageError("--read-only keeps nothing; leave --until-streamed and --copy-on-read out")
+        raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
     if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
-        raise UsageError("--profile brings clusters in, and nothing would be kept; leave it out")
+        raise UsageError("--profile fetches clusters, and nothing would be kept; omit it")
     if in_background:
         daemon.start(arguments_for(mount, dataclasses.asdict(arguments)), arguments.mountpoint)
         return
@@ -199,7 +201,7 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
     """What the user should know of the overlays at once: what the log of a daemon would keep from them."""
     found = mounted.everything()
     if not found:
-        return [f"{arguments.source}: has no overlay (*.qed) yet; one that comes is served"]
+        return [f"{arguments.source}: has no overlay (*.qed) yet; any that appears will be served"]
     lines = [
         text if (text := str(served.error)).startswith(served.path) else f"{served.path}: {text}"
         for served in found
@@ -265,4 +267,4 @@ async def _draw(bars: Bars) -> None:
     try:
         await bars.run()
     except Exception:
-        log.exception("no bars are drawn any more")
+        log.exception("the progress bars have failed")

@@ -15,19 +15,19 @@ from qedfs.image.boot_profile import FIRST_LINE, MOST_FILE_BYTES, Range, parsed,
 from qedfs.units import format_size
 
 
-@click.command(short_help="Write down what readers of an image waited for.")
+@click.command(short_help="Record what readers of an image waited for.")
 @click.argument("mountpoint", type=PLACE)
 @click.argument("image")
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
-    """Write to FILE what readers of IMAGE have waited for since the mount at MOUNTPOINT began, in their order.
+    """Write to FILE which ranges readers of IMAGE have waited for since the mount at MOUNTPOINT started, in order.
 
-    Boot a guest once from a fresh overlay that is mounted with --no-stream, write the profile, and give it to later
-    mounts with --profile: each overlay of the same disk then has what a boot reads before the guest asks for it. A
-    stream would hide from the profile what it brings in first.
+    Boot a guest once from a fresh overlay that is mounted with --no-stream, write the profile, and pass it to later
+    mounts with --profile. Then each overlay of the same disk has what a boot reads before the guest asks for it. With a
+    stream, the profile would lack the ranges that the stream fetches first.
 
-    FILE is replaced if it is a profile, and nothing else is.
+    An existing FILE is replaced only if it is a profile.
     """
     check_replaceable(file, FIRST_LINE.encode(), "profile")
     with connect(mountpoint) as client:
@@ -35,7 +35,7 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
         told = client.execute("x-qedfs-profile", device=found["name"])["ranges"]
     ranges: list[Range] = [(pos, size) for pos, size in told]
     if not ranges:
-        raise UsageError(f"{found['name']}: nobody has waited for anything yet; a profile of it would be empty")
+        raise UsageError(f"{found['name']}: no reader has waited for anything yet, so the profile would be empty")
     size = sum(size for _, size in ranges)
     with new_file(file) as target:
         target.write(written(ranges, f"{found['name']}: pos and size of what readers waited for, in bytes").encode())
@@ -51,7 +51,7 @@ def read_profile(path: str) -> tuple[Range, ...]:
         with open(path, "rb") as file:
             data = file.read(MOST_FILE_BYTES + 1)
     except OSError as exc:
-        raise UsageError(f"{path}: {exc.strerror}; qedfs profile makes a profile") from exc
+        raise UsageError(f"{path}: {exc.strerror}; qedfs profile creates profiles") from exc
     if len(data) > MOST_FILE_BYTES:
         raise UsageError(f"{path}: is too large for a profile")
     return parsed(data.decode(errors="replace"), path)

@@ -23,11 +23,11 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 @click.command(short_help="Show what a mount is doing.")
 @click.argument("mountpoint", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line of it each second.")
-@click.option("--watch", is_flag=True, help="Go on until the mount ends or Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Keep showing it until the mount ends or Ctrl-C.")
 def status(mountpoint: str, as_json: bool, watch: bool) -> None:
     """Show the images of the mount at MOUNTPOINT: state, how much is local, pace and remaining time.
 
-    --watch shows as many of them as the terminal has lines for; those that are complete give way first.
+    --watch shows as many images as the terminal has lines for; complete ones are left out first.
     """
     with connect(mountpoint, deadline=time.monotonic() + ANSWER_SECONDS) as client:
         if watch:

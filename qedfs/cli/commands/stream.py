@@ -13,11 +13,11 @@ from qedfs.errors import UsageError
 from qedfs.units import format_size
 
 
-@click.group(short_help="Start, hold, pace and step streams.")
+@click.group(short_help="Start, pause, limit and step streams.")
 def stream() -> None:
     """Drive the streams of a mount.
 
-    Without IMAGE a command is for all images of the mount.
+    Without IMAGE, a command applies to all images of the mount.
     """
 
 
@@ -38,7 +38,7 @@ _image = click.argument("image", required=False)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
 
 
-@stream.command(short_help="Start, also after a failure.")
+@stream.command(short_help="Start, or restart after a failure.")
 @_mountpoint
 @_image
 @click.option("--limit", type=SIZE, metavar="SIZE", help="At most SIZE bytes per second, 0 for no limit.")
@@ -48,34 +48,34 @@ def start(mountpoint: str, image: str | None, limit: int | None, as_json: bool) 
     _on_each(mountpoint, image, "x-qedfs-start", as_json=as_json, limit=limit)
 
 
-@stream.command(short_help="Hold until resumed.")
+@stream.command(short_help="Pause until resumed.")
 @_mountpoint
 @_image
 @_json
 def pause(mountpoint: str, image: str | None, as_json: bool) -> None:
-    """Hold the stream of IMAGE. The overlay remembers it: the next mount finds it paused."""
+    """Pause the stream of IMAGE. The overlay records this, so the stream stays paused in later mounts."""
     _on_each(mountpoint, image, "x-qedfs-pause", as_json=as_json)
 
 
-@stream.command(short_help="Go on after a pause.")
+@stream.command(short_help="Continue after a pause.")
 @_mountpoint
 @_image
 @_json
 def resume(mountpoint: str, image: str | None, as_json: bool) -> None:
-    """Go on with the stream of IMAGE."""
+    """Resume the stream of IMAGE."""
     _on_each(mountpoint, image, "x-qedfs-resume", as_json=as_json)
 
 
-@stream.command(short_help="End for this mount.")
+@stream.command(short_help="Stop for this mount.")
 @_mountpoint
 @_image
 @_json
 def cancel(mountpoint: str, image: str | None, as_json: bool) -> None:
-    """End the stream of IMAGE until it is started again. What is local stays."""
+    """Stop the stream of IMAGE until it is started again. What is local stays local."""
     _on_each(mountpoint, image, "x-qedfs-cancel", as_json=as_json)
 
 
-@stream.command(short_help="Cap the rate.")
+@stream.command(short_help="Limit the rate.")
 @_mountpoint
 @click.argument("words", nargs=-1, required=True, metavar="[IMAGE] RATE")
 @_json
@@ -91,12 +91,13 @@ def limit(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
 @stream.command(short_help="Populate the next missing run.")
 @_mountpoint
 @_image
-@click.option("--offset", type=SIZE, default=0, metavar="SIZE", help="Where in the image to look from.")
+@click.option("--offset", type=SIZE, default=0, metavar="SIZE", help="Where in the image to start searching.")
 @click.option("--json", "as_json", is_flag=True, help="Print image, pos, size and next as JSON.")
 def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None:
-    """Populate the next missing run of IMAGE with one request, and say how far it got.
+    """Populate the next missing run of IMAGE with one request, and report how far it got.
 
-    For managers that own the pace: mount with --no-stream, then step at the `next` of the step before until it is null.
+    For managers that control the pace: mount with --no-stream, then call step with the `next` of the previous step as
+    --offset, until it is null.
     """
     with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
@@ -110,5 +111,5 @@ def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None
     elif not done["size"]:
         click.echo(f"{name}: nothing is missing from {offset} on")
     else:
-        following = "nothing missing behind it" if done["next"] is None else f"next at {done['next']}"
+        following = "nothing missing after it" if done["next"] is None else f"next at {done['next']}"
         click.echo(f"{name}: {format_size(done['size'])} at {done['pos']}, {following}")

@@ -36,16 +36,16 @@ BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
     type=DURATION,
     default=0.0,
     metavar="TIME",
-    help="If it is in use, say by whom, and wait up to TIME for that to end.",
+    help="If it is in use, say by whom, and wait up to TIME for it to become free.",
 )
-@click.option("--if-mounted", is_flag=True, help="It is no failure if nothing is mounted there.")
+@click.option("--if-mounted", is_flag=True, help="Succeed if nothing is mounted there.")
 def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
     """Unmount MOUNTPOINT.
 
-    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them; fails,
-    with the reason, if the last flush of one did, also if another program has unmounted it. Fails if something in it
-    is in use, with exit code 8, and leaves it as it is. A mount whose server has died is cleared away. A copy of the
-    mount in another mount namespace, such as a container's, ends too, unless an image is open there.
+    Returns when the server has flushed and closed every overlay, so that QEMU or another mount may open them. If the
+    last flush of an overlay has failed, fails with the reason, even if another program unmounted it. If something in
+    the mount is in use, fails with exit code 8 and leaves it mounted. Removes a mount whose server has died. A copy of
+    the mount in another mount namespace, such as a container's, ends too, unless an image is open there.
     """
     mountpoint = os.path.abspath(mountpoint)
     os.chdir("/")  # the user may stand in it, and so we would keep it busy
@@ -82,7 +82,7 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
     except TimedOut as exc:
         _unmount(mountpoint, served=True)
         raise TimedOut(
-            f"{mountpoint}: is unmounted, but its server takes no client, so it may still have the overlays open"
+            f"{mountpoint}: is unmounted, but its server accepts no client, so it may still have the overlays open"
         ) from exc
     with client:
         process = _process(client)
@@ -120,7 +120,7 @@ def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> No
     said = time.monotonic() + SILENCE_SECONDS
     while any(map(is_held, places)) and mounted_at(mountpoint) is None:
         if time.monotonic() > said:
-            remark(f"{mountpoint}: is not mounted; its server is still to close the overlays")
+            remark(f"{mountpoint}: is not mounted; waiting for its server to close the overlays")
             said = math.inf
         time.sleep(RELEASE_LOOK_SECONDS)
 
@@ -231,7 +231,7 @@ def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
     """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
     if process is not None:
         if not _has_ended(process, SILENCE_SECONDS):
-            remark(f"{mountpoint}: is unmounted; its server, pid {client.server_pid}, is still to close the overlays")
+            remark(f"{mountpoint}: is unmounted; waiting for server pid {client.server_pid} to close the overlays")
             select.select([process], [], [])
         return
     try:

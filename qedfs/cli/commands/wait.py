@@ -39,14 +39,14 @@ POLL_SECONDS = 0.5  # the end of a job is noticed at once, through its event
     "place",
     type=click.Path(),
     metavar="OVERLAY|FOLDER",
-    help="What was mounted: if nothing is any more, as after mount --until-streamed, the files themselves tell.",
+    help="What was mounted. If the mount has ended, as after mount --until-streamed, the files themselves are checked.",
 )
 def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
     """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
 
-    Overlays that have just come into the folder count. A source that is away and a full disk are waited for. A stream
-    that has failed ends the wait with exit code 4, one whose source is another version with 5. If nothing is mounted
-    there, or no longer, it is 10; with --overlay it is 0 all the same if what was mounted is complete.
+    Overlays that have just appeared in the folder count. An unreachable source or a full disk does not end the wait. A
+    failed stream ends it with exit code 4, a changed source with 5. If nothing is mounted there (any more), the exit
+    code is 10; but with --overlay it is 0 if what was mounted is complete.
     """
     waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
     try:
@@ -62,7 +62,7 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
             raise _explained(exc, mountpoint) from exc
         left = [overlay for overlay in overlays_at(place, image) if not stands_alone(overlay)]
         if left:
-            raise NotMounted(f"{exc}, and what is not complete is {listed(left, MOST_NAMED)}") from exc
+            raise NotMounted(f"{exc}, and not complete: {listed(left, MOST_NAMED)}") from exc
 
 
 class _Waiting:
@@ -96,7 +96,7 @@ class _Waiting:
             show()
             left = self.deadline - time.monotonic()
             if left <= 0:
-                raise TimedOut(f"{self._mountpoint}: not {self.goal} within the time: {self._summary()}")
+                raise TimedOut(f"{self._mountpoint}: not {self.goal} within the timeout: {self._summary()}")
             client.event(min(left, POLL_SECONDS))
 
     def _reached_by_all(self, client: Client) -> bool:
@@ -130,7 +130,7 @@ def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
         return NotMounted(f"{mountpoint}: the mount has ended before the images were complete")
     if mounted_type(mountpoint) is not None:
         return exc
-    return NotMounted(f"{exc}; if it has ended by --until-streamed, --overlay OVERLAY tells whether it is complete")
+    return NotMounted(f"{exc}; if --until-streamed has ended it, --overlay OVERLAY shows whether it is complete")
 
 
 def _stands_alone(overlay: str) -> bool:
