@@ -27,6 +27,7 @@ from qedfs.image.readahead import Readahead
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.storage import Buffer
+from qedfs.source.retrying import RetryingSource
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,16 @@ class Image:
     def complete(self) -> bool:
         """Whether the overlay stands alone."""
         return self.overlay.backing is None
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written, and what is fetched can be kept."""
+        return self.overlay.writable
+
+    @property
+    def source(self) -> RetryingSource | None:
+        """Where its missing bytes come from; None for an overlay that never had a backing. Images share it."""
+        return None if self.fetch is None else self.fetch.remote
 
     @property
     def populated(self) -> int:

@@ -127,7 +127,7 @@ class Operations(pyfuse3.Operations):
         served = self._served(inode)
         if served.image is None:
             raise FUSEError(errno.EIO)
-        if flags & (os.O_WRONLY | os.O_RDWR) and not served.image.overlay.writable:
+        if flags & (os.O_WRONLY | os.O_RDWR) and not served.image.writable:
             raise FUSEError(errno.EROFS)
         if flags & os.O_TRUNC:
             # It comes here and not to setattr; after a success the kernel takes the image for empty.

@@ -22,7 +22,7 @@ def image_attributes(image: Image, inode: int) -> EntryAttributes:
     overlay, status = image.overlay, image.overlay.file_status()
     attributes = _like(status)
     attributes.st_ino = InodeT(inode)
-    write = 0 if overlay.writable else 0o222
+    write = 0 if image.writable else 0o222
     attributes.st_mode = pyfuse3.ModeT(stat.S_IFREG | (stat.S_IMODE(status.st_mode) & 0o666 & ~write))
     attributes.st_size = image.size
     attributes.st_blocks = status.st_blocks

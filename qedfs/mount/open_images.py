@@ -34,6 +34,6 @@ class OpenImages:
         """How long barriers have taken so far."""
         return sum(image.overlay.barrier_seconds for image in self._images)
 
-    def need(self, remote: RetryingSource) -> bool:
+    def need(self, source: RetryingSource) -> bool:
         """Whether one of them is still being filled from this source."""
-        return any(one.fetch is not None and one.fetch.remote is remote and not one.complete for one in self._images)
+        return any(image.source is source and not image.complete for image in self._images)

@@ -124,5 +124,5 @@ class Opener:
 
     async def let_go(self, image: Image) -> None:
         """Drop the connections to the source of an image that needs it no longer, if no other one does."""
-        if image.fetch is not None and not self._images.need(image.fetch.remote):
-            await self._sources.let_go(image.fetch.remote)
+        if image.source is not None and not self._images.need(image.source):
+            await self._sources.let_go(image.source)

@@ -50,7 +50,7 @@ def _failure(served: Served) -> QedfsError | None:
     condition = served.image.condition
     if served.job.state in (State.FAILED, State.SOURCE_CHANGED):
         return condition.first(Cause.JOB_STOPPED)
-    if not served.image.overlay.writable and not _is_complete(served):
+    if not served.image.writable and not _is_complete(served):
         text = f"{served.path}: is read-only and keeps nothing, so it cannot become complete"
         return condition.first(Cause.BARRIER_FAILED) or ReadOnlyOverlay(text)
     return None

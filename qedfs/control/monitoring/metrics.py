@@ -43,7 +43,7 @@ _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, StreamJob], float]], ...] 
     ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.populated),
     ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.disk_usage),
     ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
-    ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.overlay.writable),
+    ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.writable),
     (
         "uncommitted_bytes",
         "Bytes written to the overlay whose commit is still to come.",

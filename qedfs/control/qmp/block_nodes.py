@@ -42,7 +42,7 @@ def _node(served: ServedImage, image: Image) -> dict[str, Any]:
         "node-name": device_name(served),
         "drv": "qed",
         "file": served.path,
-        "ro": not image.overlay.writable,
+        "ro": not image.writable,
         "encrypted": False,
         "detect_zeroes": "off",
         "write_threshold": 0,
@@ -51,7 +51,7 @@ def _node(served: ServedImage, image: Image) -> dict[str, Any]:
         "image": _image_info(served, image),
         **dict.fromkeys(_THROTTLES, 0),
     }
-    return node if image.complete or image.fetch is None else {**node, "backing_file": str(image.fetch.remote.location)}
+    return node if image.complete or image.source is None else {**node, "backing_file": str(image.source.location)}
 
 
 def _image_info(served: ServedImage, image: Image) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def _image_info(served: ServedImage, image: Image) -> dict[str, Any]:
         "cluster-size": image.overlay.cluster_size,
         "dirty-flag": False,
     }
-    if not image.complete and image.fetch is not None:
-        backing = str(image.fetch.remote.location)
+    if not image.complete and image.source is not None:
+        backing = str(image.source.location)
         info |= {"backing-filename": backing, "full-backing-filename": backing}
         if not image.overlay.probes_backing:
             info["backing-filename-format"] = "raw"

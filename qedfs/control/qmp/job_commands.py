@@ -60,7 +60,7 @@ async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
     job_id = arguments.get("job-id", device_name(served))
     if "job-id" in arguments and not _JOB_ID.fullmatch(job_id):
         raise QmpError(f"Invalid job ID '{job_id}'")
-    if not image.overlay.writable:
+    if not image.writable:
         raise QmpError("Block node is read-only")
     wishes = Wishes(
         on_error=arguments.get("on-error", "report"),
@@ -88,7 +88,7 @@ def _ends_above_backing(call: Call, image: Image, served: ServedImage, arguments
     name = device_name(served)
     if "base" in arguments:
         # The name in the overlay, and the one that `query-block` shows, without secrets.
-        shown = None if image.fetch is None else str(image.fetch.remote.location)
+        shown = None if image.source is None else str(image.source.location)
         if arguments["base"] not in (image.overlay.backing, shown):
             raise QmpError(f"Can't find '{arguments['base']}' in the backing chain")
         return True

@@ -111,7 +111,7 @@ async def _rescan(call: Call, _: Arguments) -> Nothing:
 
 
 def _check_writable(served: ServedImage, image: Image) -> None:
-    if not image.overlay.writable:
+    if not image.writable:
         raise ReadOnlyOverlay(f"{served.name}: the overlay is read-only, nothing that is fetched could be kept")
 
 
