@@ -1,12 +1,9 @@
-"""What is wrong with one image: the cause, the error, since when, and what will end it.
+"""The condition of one image: what is wrong, with cause, error, since when, and what will end it.
 
-Owns the list of troubles and the order in which they are told. Must not know who is told, nor what anybody does about
-them.
+Owns the list of troubles and their order. Must not know who reads it, nor what anybody does about a trouble.
 
-The part that owns a cause notes it and clears it: bytes from the source end the trouble of fetching and no
-other. The
-overlay stands below this room and can note nothing here. It keeps the errors that decide what it still takes, and
-`look` reads them.
+The code that owns a cause notes it and clears it. So bytes from the source end the trouble of fetching, and no other.
+The overlay is below this room and cannot note anything here. It keeps its errors itself, and `look` reads them.
 """
 
 from __future__ import annotations
@@ -21,34 +18,34 @@ from qedfs.overlay.overlay import Overlay
 
 
 class Cause(enum.StrEnum):
-    """What is wrong, the most lasting first: the order in which troubles are told."""
+    """What is wrong. The most lasting causes come first, which is also the order in which troubles are reported."""
 
-    NOT_SERVED = "not-served"  # the overlay could not be opened, so that there is no image
-    DAMAGED = "damaged"  # the overlay was cut or overwritten
-    REPLACED = "replaced"  # the overlay's name leads to another file
-    BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what the disk has
-    INTERNAL_ERROR = "internal-error"  # a fault of ours has ended the tasks of the image
-    NO_SPACE = "no-space"  # what was fetched finds no room in the overlay
+    NOT_SERVED = "not-served"  # the overlay could not be opened, so there is no image
+    DAMAGED = "damaged"  # the overlay was truncated or overwritten
+    REPLACED = "replaced"  # the overlay's name refers to another file now
+    BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what is on the disk
+    INTERNAL_ERROR = "internal-error"  # a bug has ended the tasks of the image
+    NO_SPACE = "no-space"  # there is no space for fetched clusters
     NOT_BEGUN = "not-begun"  # the overlay's file system has been full since the overlay was opened
-    COMMIT_FAILED = "commit-failed"  # entries wait in memory: the overlay's tables could not be written
+    COMMIT_FAILED = "commit-failed"  # the overlay's tables could not be written; the entries wait in memory
     SOURCE_CHANGED = "source-changed"  # the source is another version than the overlay's clusters
-    JOB_STOPPED = "job-stopped"  # the background job of the image, for an error
-    NOT_KEPT = "not-kept"  # what was fetched could not be written to the overlay
-    FETCH_FAILED = "fetch-failed"  # a read of missing bytes, or the stream, got none of them
+    JOB_STOPPED = "job-stopped"  # an error has stopped the background job of the image
+    NOT_KEPT = "not-kept"  # fetched clusters could not be written to the overlay
+    FETCH_FAILED = "fetch-failed"  # the last read of missing bytes, or the stream, has failed
 
 
 _ORDER = {cause: number for number, cause in enumerate(Cause)}
 _SPACE = "free space on the overlay's file system"
 _ENDS_WITH = {
-    Cause.NOT_SERVED: "the file being repaired, or let go of by its other user; the mount looks once a second",
+    Cause.NOT_SERVED: "the repair of the file, or its release by another user; the mount checks once a second",
     Cause.DAMAGED: "the end of the mount and qedfs check",
     Cause.REPLACED: "the end of the mount",
     Cause.BARRIER_FAILED: "the next mount of the overlay",
     Cause.INTERNAL_ERROR: "the next mount of the overlay",
     Cause.NO_SPACE: _SPACE,
     Cause.NOT_BEGUN: _SPACE,
-    Cause.COMMIT_FAILED: "the next commit that succeeds; one is tried every other second",
-    Cause.SOURCE_CHANGED: "the next mount, over the old version again or of a new overlay",
+    Cause.COMMIT_FAILED: "the next commit that succeeds; the mount tries every two seconds",
+    Cause.SOURCE_CHANGED: "the next mount, with the old version again or with a new overlay",
     Cause.JOB_STOPPED: "qedfs stream start",
     Cause.NOT_KEPT: "the next fetched cluster that can be written",
     Cause.FETCH_FAILED: "the next fetch that succeeds",
@@ -61,11 +58,11 @@ _OF_INCOMPLETE = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trouble:
-    """One thing that is wrong. Raise `error.fresh()`, never `error`: it is kept."""
+    """One thing that is wrong. Raise `error.fresh()`, never `error`, because that is stored."""
 
     cause: Cause
     error: QedfsError
-    since: float  # seconds since 1970; the errors of one cause without a success in between count as one
+    since: float  # seconds since 1970, of the first error of this cause since the last success
 
     @property
     def ends_with(self) -> str:
@@ -82,41 +79,41 @@ class Condition:
         self._troubles: dict[Cause, Trouble] = {}
 
     def note(self, cause: Cause, error: QedfsError) -> None:
-        """Something is wrong, or still is. Keeps the error without its traceback."""
+        """Record that something is wrong, or still is. Stores the error without its traceback."""
         known = self._troubles.get(cause)
         self._troubles[cause] = Trouble(cause, error.fresh(), time.time() if known is None else known.since)
 
     def clear(self, cause: Cause) -> None:
-        """It is over, if it was there at all."""
+        """Record that a trouble is over, if there was one."""
         self._troubles.pop(cause, None)
 
     def noted(self, cause: Cause) -> QedfsError | None:
-        """The error of a cause that was noted; one dictionary access."""
+        """The noted error of a cause, or None. As cheap as a dictionary access."""
         known = self._troubles.get(cause)
         return None if known is None else known.error
 
     def first(self, *causes: Cause) -> QedfsError | None:
-        """The error of the most lasting of these causes."""
+        """The error of the most lasting of these causes, or None."""
         self.look()
         found = self._in_order(cause for cause in causes if cause in self._troubles)
         return found[0].error if found else None
 
     def troubles(self) -> list[Trouble]:
-        """All that is wrong, the most lasting first."""
+        """All troubles, the most lasting first."""
         self.look()
         over = _OF_INCOMPLETE if self._overlay.backing is None else frozenset[Cause]()
         return self._in_order(self._troubles.keys() - over)
 
     @property
     def worst(self) -> Trouble | None:
-        """The most lasting trouble; None: all is well."""
+        """The most lasting trouble; None if all is well."""
         return next(iter(self.troubles()), None)
 
     def _in_order(self, causes: Iterable[Cause]) -> list[Trouble]:
         return [self._troubles[cause] for cause in sorted(causes, key=_ORDER.__getitem__)]
 
     def look(self) -> None:
-        """Take over what the overlay says of itself. To be called now and then, so that `since` tells when it began."""
+        """Read the overlay's own errors. To be called regularly, so that `since` is about right."""
         overlay = self._overlay
         for cause, error in (
             (Cause.DAMAGED, overlay.damage),

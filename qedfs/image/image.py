@@ -1,10 +1,10 @@
-"""THE object: one served image = an overlay, its source, and the fetching between them.
+"""One served image: the overlay, the source of its missing clusters, and the fetching between them.
 
-Owns what a read, a write and a flush of the image mean, which version of the source its clusters may come from (the
-pin), and when entries are committed. Must not know FUSE, names or sockets.
+Owns what a read, a write and a flush of the image do, and when entries are committed. Must not know FUSE, names or
+sockets.
 
-Tasks: readers and writers call in from anywhere on the event loop; `run` is one background task per image that commits
-by age. Fetched bytes come in through `take`, from the flight's task.
+Tasks. Any task on the event loop may read and write. One background task per image, `run`, commits changes that have
+become old. Fetched bytes arrive through `take`, in a task of the fetch queue.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from qedfs.source.retrying import RetryingSource
 
 log = logging.getLogger(__name__)
 
-COMMIT_BYTES = 64 << 20  # of new data before a commit; 16 barriers per GiB
-# A power cut may take writes that nobody has flushed; this bounds how old they are (ext4's own commit interval is 5 s).
+COMMIT_BYTES = 64 << 20  # commit after this much new data: 16 barriers per GiB
+# A power cut may lose writes that were not flushed. This bounds their age (ext4's own commit interval is 5 s).
 COMMIT_SECONDS = 2.0
-MOST_UNCOMMITTED_BYTES = 256 << 20  # beyond, adoption waits for the disk
+MOST_UNCOMMITTED_BYTES = 256 << 20  # above this, adoption waits for a commit
 NO_SPACE_RETRY_SECONDS = 5.0
-AHEAD_SECONDS = 5.0  # of the link's rate, that a sequential reader is served ahead at the most
-MOST_AHEAD_BYTES = 48 << 20  # well below what may wait for one disk (`budget.py`)
-AHEAD_UNKNOWN_BYTES = 2 << 20  # while the rate has not been measured
+AHEAD_SECONDS = 5.0  # read-ahead fetches at most what the link transfers in this time
+MOST_AHEAD_BYTES = 48 << 20  # and at most this, well below what may wait for one disk (`budget.py`)
+AHEAD_UNKNOWN_BYTES = 2 << 20  # the limit while the rate of the link is unknown
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,9 +47,9 @@ class Counters:
 
     read: int = 0
     written: int = 0
-    missed: int = 0  # read by somebody from clusters that were missing
+    missed: int = 0  # read from clusters that were missing
     kept_asked: int = 0  # adopted because a reader wanted them
-    kept_stream: int = 0  # adopted in the background
+    kept_stream: int = 0  # adopted from background requests
 
     @property
     def kept(self) -> int:
@@ -58,10 +58,10 @@ class Counters:
 
 
 class Image:
-    """One served image. Positions and sizes in bytes of the image. It is its own `Consumer`."""
+    """One served image. Positions and sizes are in bytes of the image. Also the `Consumer` of its fetch queue."""
 
     def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue | None, *, copy_on_read: bool = True) -> None:
-        """`fetch`: None for an overlay without backing. `copy_on_read`: keep what readers make us fetch."""
+        """`fetch`: None for an overlay without backing. `copy_on_read`: keep what is fetched for readers."""
         self.name = name
         self.overlay = overlay
         self.fetch = fetch
@@ -70,22 +70,22 @@ class Image:
         self.copy_on_read = copy_on_read and overlay.writable
         self.size = overlay.image_size
         self.counters = Counters()
-        self.streaming = False  # set by the stream: this image wants whatever others fetch
-        self.failures = 0  # to fetch, keep or commit: whoever retries tells a new one from the one that it knows
-        self._full_at = float("-inf")  # when the overlay could not grow, unless it has since
-        self.waits = ReadTrace()  # of readers, for a profile
+        self.streaming = False  # set by the stream: this image wants everything that other images fetch
+        self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
+        self._full_at = float("-inf")  # when the overlay could not grow, unless it has grown since
+        self.waits = ReadTrace()  # what readers had to wait for, for a profile
         self._readahead = Readahead()
         self._rmw_budget = RmwBudget(overlay.cluster_size)
         self._committing = False
-        self._commit_told = ""  # what the log has of a commit that failed
+        self._logged_commit_error = ""  # the error of the last failed commit, to log it only once
         self._closed = False
-        self._reads: dict[trio.CancelScope, float] = {}  # that wait for the source, and since when
-        self._takes = 0  # adoptions under way
-        self._untouched = trio.Event()  # set when the last of them has ended
+        self._reads: dict[trio.CancelScope, float] = {}  # the reads that wait for the source, and since when
+        self._adopting = 0  # running adoptions
+        self._adopted = trio.Event()  # set when the last of them has ended
 
     @property
     def complete(self) -> bool:
-        """Whether the overlay stands alone."""
+        """Whether the overlay has no backing."""
         return self.overlay.backing is None
 
     @property
@@ -100,7 +100,7 @@ class Image:
 
     @property
     def populated(self) -> int:
-        """Bytes of the image that need no source, 0 until they have been counted."""
+        """Bytes of the image that need no source; 0 until they have been counted."""
         missing = self.overlay.missing
         if self.complete:
             return self.size
@@ -108,7 +108,7 @@ class Image:
 
     @property
     def counted(self) -> bool:
-        """Whether `populated` tells: not before the missing clusters have been counted once."""
+        """Whether `populated` is valid, which it is once the missing clusters have been counted."""
         return self.complete or self.overlay.missing is not None
 
     # Read.
@@ -116,11 +116,11 @@ class Image:
     async def read(self, pos: int, size: int) -> Buffer:
         """Up to `size` bytes at `pos`; fewer at the image's end.
 
-        The result may be a view of a buffer that the next read overwrites: hand it on before the next await.
+        The result may be a view of a buffer that the next read overwrites, so pass it on before the next await.
 
         Raises:
-            SourceError and its children: bytes that only the source has did not come within the deadline.
-            BadOverlay: an entry on the way cannot be.
+            SourceError and its subclasses: missing bytes could not be fetched within the deadline.
+            BadOverlay: a table entry is invalid.
         """
         if pos + size > self.size:
             size = max(0, self.size - pos)
@@ -142,12 +142,12 @@ class Image:
         buffer = bytearray(size)
         view = memoryview(buffer)
         missing = [(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in runs if run.offset == MISSING]
-        # A complete overlay has no entry for what was a hole of the source: that reads as zeros, as without a backing.
+        # A complete overlay has no entries for former holes of the source. Without a backing they read as zeros.
         if missing and self.fetch is not None and not self.complete:
             if not self._readahead.active:
                 self._fetch_ahead(pos, size)
-            # Before anything that waits for the disk: while we waited, the stream would bring these clusters in, and
-            # they would cross the wire again.
+            # Before any wait for the disk. During such a wait the stream could fetch these clusters and adopt them, and
+            # then they would cross the wire twice.
             if not await self._read_missing(missing):
                 return await self._read_runs(pos, size)
         for run in runs:
@@ -156,17 +156,17 @@ class Image:
         return buffer if epoch == self.overlay.epoch else await self._read_runs(pos, size)
 
     async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """Fill each view with the image's bytes at its position, which only the source has; zeros behind its end.
+        """Fill each view with the image's bytes at its position, from the source. Past its end there are zeros.
 
-        False: the source has failed, and is needed no longer. The stream has come to its end meanwhile, and whoever
-        waited for that may have deleted it: the overlay has the bytes now, or they are zeros.
+        Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
+        and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
         """
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have looked
-        assert self.version is not None  # noqa: S101 - as above
+        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have checked
+        assert self.version is not None  # noqa: S101 - likewise
         if (changed := self.version.changed) is not None:
             raise changed.fresh()
         if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
-            return True  # there is nothing to wait for
+            return True  # all of it is past the source's end
         with self._reading() as scope:
             try:
                 async with self.fetch.waiting():
@@ -199,17 +199,17 @@ class Image:
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest read came that waits for the source, by trio's clock."""
+        """When the oldest read started that waits for the source, by trio's clock; None if there is none."""
         return next(iter(self._reads.values()), None)
 
     def give_up(self, *, since: float) -> None:
-        """End the reads that have waited for the source since then, with an error. What is on the way is kept."""
+        """Fail the reads that have waited for the source since then. Bytes in flight are still adopted."""
         for scope, began in self._reads.items():
             if began <= since:
                 scope.cancel()
 
     def _failed(self, error: QedfsError) -> None:
-        """Nothing came from the source, whatever the reason."""
+        """Record that a fetch has failed."""
         if isinstance(error, SourceChanged) and self.version is not None:
             self.version.refuse(error)
         self._note(Cause.FETCH_FAILED, error)
@@ -219,12 +219,12 @@ class Image:
         self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
-        """Go ahead of a sequential reader: by some windows, since a part of that has arrived and waits to be read."""
+        """Start read-ahead for a sequential reader: up to three windows, as part of it has arrived and is unread."""
         identity = self.version.identity if self.version is not None else None
         if not self.copy_on_read or self.fetch is None or identity is None:
             return
         window = self.fetch.window
-        # On a slow link, what is ahead of the reader is also in its way: at most some seconds of it.
+        # On a slow link, read-ahead also delays the reader's next request. So limit it to a few seconds.
         most = int(min(3 * window.bytes, AHEAD_SECONDS * window.rate)) if window.rate else AHEAD_UNKNOWN_BYTES
         most = min(most, MOST_AHEAD_BYTES)
         advice = self._readahead.advise(pos, size, most=most, step=window.request_bytes)
@@ -243,14 +243,14 @@ class Image:
             await self.overlay.map(pos, size)
             self._start_ahead(pos, size)
         except QedfsError as exc:
-            # Nobody waits for these bytes; a reader who comes here meets the same error and tells it.
+            # Nobody waits for these bytes. A reader that needs them gets the same error and reports it.
             log.debug("%s: no read-ahead at %d: %s", self.name, pos, exc)
         except Exception:
-            # This task is nobody's child: a fault of ours here would end every image of the mount.
+            # This task runs in a nursery of the mount. If it raised, a bug here would end every image.
             log.exception("%s: no read-ahead at %d", self.name, pos)
 
     def _start_ahead(self, pos: int, size: int) -> None:
-        # The stream may have come to its end while the map was loaded, and the source may be gone with it.
+        # The stream may have finished while the map was loaded, so the source may be closed.
         if self.fetch is None or self._closed or self.complete:
             return
         for run in self.overlay.map_now(pos, size) or ():
@@ -265,16 +265,16 @@ class Image:
     # Write.
 
     async def write(self, pos: int, data: Buffer) -> int:
-        """Write what lies inside the image; returns how many bytes that were.
+        """Write the part of `data` that lies inside the image. Returns its size.
 
         Raises:
-            NoSpace: the overlay cannot grow, or `pos` is at or behind the image's end (as on a block device).
+            NoSpace: the overlay cannot grow, or `pos` is at or past the image's end (as on a block device).
             ReadOnlyOverlay, SourceError: as `Overlay.write`.
         """
         inside = self.size - pos
         if inside < len(data):
             if inside <= 0:
-                raise NoSpace(f"{self.name}: write behind the end of the image")
+                raise NoSpace(f"{self.name}: write past the end of the image")
             data = memoryview(data)[:inside]
         if not self.overlay.write_now(pos, data):
             taken = RmwReservation(self._rmw_budget)
@@ -287,9 +287,9 @@ class Image:
         return len(data)
 
     async def _fill(self, taken: RmwReservation, cluster: int) -> Buffer:
-        """The whole content of a missing cluster, for a write that covers it in part. Errors of the source.
+        """The whole content of a missing cluster, for a write to a part of it. Raises the errors of the source.
 
-        With many such writes at once, a deadline at the most goes by until there is room for another one.
+        If too many such writes are running, it first waits for its turn, at most one deadline.
         """
         assert self.fetch is not None  # noqa: S101 - for the type checker; without a backing no cluster is missing
         if not taken.take_now():
@@ -302,36 +302,36 @@ class Image:
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)
         if not await self._read_missing([(pos, memoryview(buffer)[:size])]):
-            return bytes(len(buffer))  # what is missing of a complete image is zeros
+            return bytes(len(buffer))  # missing clusters of a complete image read as zeros
         return buffer
 
     async def flush(self) -> None:
-        """Make every write that has returned survive a power cut. Errors as `Overlay.flush`."""
+        """Make every write that has returned durable. Raises what `Overlay.flush` raises."""
         await self.overlay.flush()
 
-    # Adopt: this image as a taker.
+    # Adopt: the methods of `Consumer`.
 
     def wants(self, pos: int, size: int) -> bool:
-        """Whether bytes that another image made us fetch are of use here: it streams, from this same version."""
+        """Whether to adopt bytes that were fetched for another image: if this one streams, and knows the version."""
         known = self.version is not None and self.version.identity is not None
         return self.streaming and known and pos < self.size
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Adopt fetched bytes; see `Overlay.adopt`. A full disk is remembered, not raised: the reader has its bytes."""
+        """Adopt fetched bytes, see `Overlay.adopt`. Errors are recorded, not raised: the reader has its bytes."""
         if self.changed is not None or self._closed or pos >= self.size or self._too_full():
             return
-        self._takes += 1
+        self._adopting += 1
         try:
             await self._keep(pos, buffer, min(size, self.size - pos), asked=asked)
         finally:
-            self._takes -= 1
-            if not self._takes:
-                self._untouched.set()
+            self._adopting -= 1
+            if not self._adopting:
+                self._adopted.set()
 
     async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         try:
             if self.version is not None:
-                await self.version.check()  # once more: the answer may have told more of it
+                await self.version.check()  # again, because the answer may have revealed more about the version
             self.condition.clear(Cause.FETCH_FAILED)
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
@@ -343,12 +343,12 @@ class Image:
             return
         except Exception as exc:
             if not isinstance(exc, QedfsError):
-                # A fault of ours; the stream must know of it, or it would ask for these clusters again at once.
+                # A bug. Record it for the stream, which would otherwise request these clusters again at once.
                 log.exception("%s: cannot keep what was fetched", self.name)
                 exc = QedfsError("internal error, see the log")
             self._note(Cause.NOT_KEPT, exc)
             return
-        if kept:  # what a guest's write had claimed says nothing of the disk
+        if kept:  # 0 if guest writes got there first, which says nothing about free space
             self._full_at = float("-inf")
             self.condition.clear(Cause.NO_SPACE)
             self.condition.clear(Cause.NOT_KEPT)
@@ -362,7 +362,7 @@ class Image:
             self._commit_soon()
 
     def lost(self, error: QedfsError) -> None:
-        """A flight that should have brought clusters here has failed."""
+        """Record that a flight for this image has failed."""
         if not self.complete:
             self._failed(error)
 
@@ -371,23 +371,23 @@ class Image:
 
     @property
     def full(self) -> QedfsError | None:
-        """What was fetched last found no room in the overlay."""
+        """The error if there was no space for what was fetched last."""
         return self.condition.noted(Cause.NO_SPACE)
 
     def try_again(self) -> None:
-        """Let the next fetched bytes find out whether there is room by now."""
+        """Try to store the next fetched bytes, even if the disk was full a moment ago."""
         self._full_at = float("-inf")
 
     # The version of the source.
 
     @property
     def changed(self) -> QedfsError | None:
-        """Says so if the source is another version than the overlay's clusters."""
+        """The error if the source is another version than the overlay's clusters, otherwise None."""
         return None if self.version is None else self.version.changed
 
     async def source_size(self) -> int:
-        """Bytes of the source, once it is known to be the right version. Errors of the source."""
-        assert self.version is not None  # noqa: S101 - for the type checker; callers have looked
+        """The size of the source, after the check of its version. Raises the errors of the source."""
+        assert self.version is not None  # noqa: S101 - for the type checker; callers have checked
         try:
             return (await self.version.check()).size
         except QedfsError as exc:
@@ -410,32 +410,32 @@ class Image:
             self.failures += 1
         except Exception as exc:
             if not isinstance(exc, QedfsError):
-                # A fault of ours must cost this image only, not every image of the mount.
+                # A bug must affect this image only, not every image of the mount.
                 log.exception("%s: cannot commit", self.name)
                 exc = QedfsError("internal error, see the log")
-            if self._commit_told != str(exc):
+            if self._logged_commit_error != str(exc):
                 log.error("%s: %s", self.name, exc)
-                self._commit_told = str(exc)
+                self._logged_commit_error = str(exc)
             self.failures += 1
         else:
-            self._commit_told = ""
+            self._logged_commit_error = ""
         finally:
             self._committing = False
 
     async def run(self) -> None:
-        """Commit what has become old; runs until cancelled."""
+        """Commit changes that have become old. Runs until cancelled."""
         while not self._closed:
             await trio.sleep(COMMIT_SECONDS)
             if self.overlay.missing is None and not self.overlay.writable:
-                with contextlib.suppress(QedfsError):  # of a bad table, which the first count has told
-                    await self.overlay.count_missing()  # again, since a failed barrier has taken entries back
+                with contextlib.suppress(QedfsError):  # about a bad table, which the first count has reported
+                    await self.overlay.count_missing()  # again, because a failed barrier has taken entries back
             if self.overlay.writable and self.overlay.commit_pending and not self._committing:
                 await self._commit()
             self.condition.look()
             await self._remember_version()
 
     async def detach(self) -> None:
-        """Drop the backing: the stream has seen that nothing of it is missing. See `Overlay.detach`."""
+        """Drop the backing, after the stream has found no missing cluster. See `Overlay.detach`."""
         await self.overlay.detach()
         self.streaming = False
         self._readahead.active = False
@@ -443,26 +443,26 @@ class Image:
             self.fetch.consumers.remove(self)
 
     async def _remember_version(self) -> None:
-        """Let the overlay know more of the version that its clusters are of, once it holds some."""
+        """Store in the overlay what has been learned about the version of its clusters, once it has any."""
         if self.version is None or not (self.counters.kept or self.counters.written) or self.complete:
             return
         try:
             await self.version.remember()
         except Exception as exc:
-            # Without it the next session knows less; whatever hinders it hinders the commits too, which tell.
+            # The next session then knows less about the version. The cause also affects commits, which report it.
             log.debug("%s: samples are not stored: %s", self.name, exc)
 
     async def close(self) -> None:
-        """Flush and close the overlay; the source is its owner's matter."""
+        """Flush and close the overlay, but not the source, which the image does not own."""
         if not self._closed:
             self._closed = True
             if self.version is not None:
                 self.version.close()
             if self.fetch is not None and self in self.fetch.consumers:
                 self.fetch.consumers.remove(self)
-            if self._takes:
-                # A thread may be writing into the overlay: closed now, its clusters would be lost and their place leak.
-                self._untouched = trio.Event()
-                await self._untouched.wait()
+            if self._adopting:
+                # A thread may be writing to the overlay. If we closed it now, its clusters would be lost and leak.
+                self._adopted = trio.Event()
+                await self._adopted.wait()
             await self._remember_version()
             await self.overlay.close()

@@ -1,1 +1,1 @@
-"""Background jobs of an image: the stream, the prefetch of a boot profile, and when they hold off."""
+"""The background jobs of an image: the stream, the prefetch of a boot profile, and when they hold off."""

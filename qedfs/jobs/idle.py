@@ -1,13 +1,13 @@
-"""When the stream should hold off, and why: a time window, a delay after the start, readers, other load of the machine.
+"""The rules when a stream holds off: a time window, a delay after the start, active readers, other load of the machine.
 
-Owns the rules and their measurements. The 2010 proposal left open who detects that a machine is idle, since a process
-sees its own requests only. The kernel now tells how long tasks of the whole system have waited for I/O or a processor
-(pressure stall information, Documentation/accounting/psi.rst), so load from another machine's disk on the same host
-counts too. What our own barriers add to that figure is taken off.
+Owns the rules and their measurements. The 2010 proposal left open who detects that a machine is idle, because a process
+only sees its own requests. Today the kernel reports how long tasks of the whole system have waited for I/O or a CPU
+(pressure stall information, Documentation/accounting/psi.rst). So the load of other virtual machines on the same host
+counts, too. The share of our own barriers is subtracted.
 
-The I/O class of our threads (ioprio_set(2)) is left as it is. Streamed data is written into the page cache, and the
-kernel's own threads bring it to the disk, in their class. What our threads wait for are barriers; a guest's flush
-waits for the same ones, so a barrier in the idle class would hold back the very guests that the class should protect.
+The I/O class of our threads (ioprio_set(2)) is not changed. Streamed data goes into the page cache, and threads of the
+kernel write it to the disk, in their own class. Our threads only wait for barriers. A guest's flush waits for the same
+barriers, so the idle class would delay the very guests that it should protect.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ import trio
 from qedfs.errors import UsageError
 from qedfs.units import format_seconds, parse_seconds
 
-GRACE_SECONDS = 2.0  # without a read or write before a guest counts as quiet (stargz-snapshotter waits 5 s)
+GRACE_SECONDS = 2.0  # a guest is quiet after this time without a read or write (stargz-snapshotter waits 5 s)
 LOOK_SECONDS = 0.5
-# Between two looks at what guests do: each costs a sum over all images, and all their jobs ask. Short beside the grace.
+# Between two checks of the guests' activity, far below GRACE_SECONDS. A check sums over all images, and all their jobs
+# ask for it.
 GUEST_LOOK_SECONDS = 0.05
-STALE_SECONDS = 5.0  # a figure of a longer time says little about now
-IO_SHARE = 0.10  # of the time in which some task waited for I/O, beyond which the disk is busy
-CPU_SHARE = 0.60  # likewise for a processor; one of two tasks waiting half of the time is common on small machines
+STALE_SECONDS = 5.0  # an average over a longer time says little about the present
+IO_SHARE = 0.10  # the disk is busy if some task waited for I/O for more than this share of the time
+CPU_SHARE = 0.60  # likewise for a CPU. On small machines, it is normal that one of two tasks waits half of the time.
 
 _WINDOW = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rules:
-    """What the user asked for. `between`: minutes of the day (start, end), local time; it may span midnight."""
+    """The user's rules. `between`: minutes of the day (start, end), in local time. The window may span midnight."""
 
-    quiet: bool = False  # stream only while readers and machine are quiet
+    quiet: bool = False  # stream only while guests and machine are idle
     between: tuple[int, int] | None = None
-    delay: tuple[float, float] = (0.0, 0.0)  # seconds after the start, a random point of this range
+    delay: tuple[float, float] = (0.0, 0.0)  # seconds after the start, picked at random from this range
 
 
 def parse_between(text: str) -> tuple[int, int]:
-    """Minutes of the day of "22:00-06:00". Raises UsageError."""
+    """Parse "22:00-06:00" into minutes of the day. Raises UsageError."""
     found = _WINDOW.match(text.strip())
     if found is not None:
         hour, minute, end_hour, end_minute = map(int, found.groups())
@@ -56,7 +57,7 @@ def parse_between(text: str) -> tuple[int, int]:
 
 
 def parse_delay(text: str) -> tuple[float, float]:
-    """Seconds of "30s" or of the range "30s-2m". Raises UsageError."""
+    """Parse "30s", or the range "30s-2m", into seconds. Raises UsageError."""
     first, dash, last = text.partition("-")
     start = parse_seconds(first)
     end = parse_seconds(last) if dash else start
@@ -66,10 +67,10 @@ def parse_delay(text: str) -> tuple[float, float]:
 
 
 class Pressure:
-    """How much of the time since the last look tasks of this machine had to wait, without our own part."""
+    """Measures how much of the time tasks of this machine had to wait, without our own share."""
 
     def __init__(self, own_waits: Callable[[], float], *, folder: Path = Path("/proc/pressure")) -> None:
-        """`own_waits`: seconds that we have spent in barriers so far."""
+        """`own_waits`: returns the seconds that we have spent in barriers so far."""
         self._own_waits = own_waits
         self._folder = folder
         self._looked_at: float | None = None
@@ -78,17 +79,17 @@ class Pressure:
         self._busy = ""
 
     def busy(self) -> str:
-        """What the machine is busy with, "" if it is quiet; measured anew at most every LOOK_SECONDS.
+        """What the machine is busy with, "" if it is idle. Measured at most once per LOOK_SECONDS.
 
-        The figures are sums since boot, so the first look tells nothing yet: a stream that went ahead on it could have
-        brought in gigabytes before the second one.
+        The kernel's figures are sums since boot, so the first measurement gives no result yet. Until the second one the
+        machine counts as busy; otherwise a stream could fetch gigabytes by then.
         """
         now = trio.current_time()
         seconds = now - self._looked_at if self._looked_at is not None else float("inf")
         if seconds >= LOOK_SECONDS:
             totals, own = {kind: self._total(kind) for kind in ("io", "cpu")}, self._own_waits()
             known = seconds < STALE_SECONDS
-            self._busy = self._judge(totals, own, seconds) if known else "looks how busy the machine is"
+            self._busy = self._judge(totals, own, seconds) if known else "measuring how busy the machine is"
             self._looked_at, self._totals, self._own = now, totals, own
         return self._busy
 
@@ -102,7 +103,7 @@ class Pressure:
         return ""
 
     def _total(self, kind: str) -> float:
-        """Seconds in which some task waited, since boot; 0 where the kernel does not tell."""
+        """Seconds since boot in which some task waited; 0 if the kernel does not report it."""
         try:
             line = (self._folder / kind).read_text().splitlines()[0]
         except (OSError, IndexError):
@@ -112,7 +113,7 @@ class Pressure:
 
 
 class Idle:
-    """The rules at work for all images of one mount."""
+    """Applies the rules to the images of one mount."""
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class Idle:
         *,
         clock: Callable[[], datetime.datetime] = datetime.datetime.now,
     ) -> None:
-        """`activity`: any number that changes whenever a guest reads or writes; asked for now and then only."""
+        """`activity`: returns a number that changes whenever a guest reads or writes. Not called often."""
         self.rules = rules
         self._pressure = pressure
         self._activity = activity
@@ -133,7 +134,7 @@ class Idle:
         self._seen_at = float("-inf")
 
     def reason(self) -> str:
-        """Why the stream should hold off now, "" if it may run."""
+        """Why streams should hold off now, "" if they may run."""
         left = self._start - trio.current_time()
         if left > 0:
             return f"starts in {format_seconds(left)}"
@@ -142,7 +143,7 @@ class Idle:
             return f"outside its hours, until {start // 60:02}:{start % 60:02}"
         if not self.rules.quiet:
             return ""
-        # Also measured while a reader is about, so that the figure is fresh when it has gone.
+        # Measure even while a guest is active, so that the result is fresh when it becomes quiet.
         busy = self._pressure.busy()
         return self._reader() or busy
 

@@ -1,7 +1,7 @@
-"""Brings in first what a profile lists: what a reader of such an image is about to ask for, in that order.
+"""The prefetch job: fetches the ranges of a boot profile first, in the order in which a guest will need them.
 
-Owns the walk over the list. Must not know files or commands. It is a hint: a source that fails ends it, and readers
-then meet the same failure themselves.
+Owns the walk over the ranges. Must not know files or commands. A profile is only a hint: if the source fails, the job
+ends, and readers get the same failure themselves.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qedfs.image.image import Image
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_TURN = 4  # along one range, until other tasks get their turn
+STEPS_PER_TURN = 4  # steps within a range before other tasks get their turn
 
 
 async def replay(image: Image, ranges: Sequence[Range]) -> None:
-    """Ask for the missing clusters of these ranges, ahead of the stream and beside waiting readers.
+    """Fetch the missing clusters of these ranges, before the stream, and without holding back for waiting readers.
 
-    Without copy-on-read nothing would be kept, so nothing is asked for. Ends with the first failure of the source or
-    of the overlay.
+    Does nothing without copy-on-read, because nothing would be kept. Ends with the first failure of the source or the
+    overlay.
     """
     if not ranges or image.complete or not image.copy_on_read:
         return
@@ -36,11 +36,11 @@ async def replay(image: Image, ranges: Sequence[Range]) -> None:
             if pos < end and not await _bring(image, pos, min(size, end - pos), known_failures):
                 return
     except QedfsError as exc:
-        log.warning("%s: the profile is left: %s", image.name, exc)
+        log.warning("%s: the profile is abandoned: %s", image.name, exc)
 
 
 async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool:
-    """Ask for one range, in pieces of one request; False: there is no more to do for this image."""
+    """Fetch one range, in pieces of one request. Returns False if there is nothing more to do for this image."""
     fetch, cluster_size = image.fetch, image.overlay.cluster_size
     if fetch is None:
         return False
@@ -57,7 +57,7 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
             await fetch.turn(first, count, consumer=image, preferred=True)
             if image.complete or image.full or image.failures != known_failures or not image.overlay.writable:
                 return False
-            # Meanwhile a reader or the stream may have brought them in.
+            # A reader or the stream may have fetched them meanwhile.
             if image.overlay.all_missing(first, count):
                 fetch.start(first, count, consumer=image, asked=True)
     return True

@@ -14,7 +14,7 @@ from qedfs.jobs.stream import State, StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 
-FIRST_LOOK = "looks how busy the machine is"
+FIRST_LOOK = "measuring how busy the machine is"
 
 
 class Machine:
