@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from qedfs.control.port import ServedImage
-from qedfs.jobs.stream import State
+from qedfs.jobs.state import State
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def status_line(images: Sequence[ServedImage]) -> str:
     """The progress of a mount's streams for people: "2 of 5 images complete, 40% local"."""
     jobs = [image.job for image in images if image.job is not None]
     total = sum(job.total for job in jobs)
-    percent = 100 * sum(job.populated for job in jobs) // total if total else 100
+    percent = 100 * sum(job.progress for job in jobs) // total if total else 100
     complete = sum(job.state is State.COMPLETE for job in jobs)
     broken = sum(image.error is not None for image in images if image.job is None)
     note = f", {broken} not served" if broken else ""

@@ -73,8 +73,7 @@ class Opener:
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
         image = Image(name, overlay, fetch, copy_on_read=keep)
-        job = StreamJob(image, enabled=options.stream, limit=options.limit)
-        job.hold_off = self._hold_off
+        job = StreamJob(image, enabled=options.stream, limit=options.limit, hold_off=self._hold_off)
         self._images.add(image)
         return image, job
 

@@ -16,7 +16,8 @@ from qedfs.image.boot_profile import Range
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.prefetch import replay
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.served import Served

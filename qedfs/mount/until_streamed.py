@@ -8,7 +8,7 @@ import trio
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.image.condition import Cause
-from qedfs.jobs.stream import State
+from qedfs.jobs.state import State
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
 from qedfs.mount.settling import BeingWritten

@@ -365,7 +365,7 @@ async def test_another_version_of_the_source_ends_the_job_of_the_mount(tmp_path:
 
 
 async def test_the_job_of_the_mount_waits_for_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qedfs.jobs.stream.RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("qedfs.jobs.job.RETRY_SECONDS", (0.01, 0.01))
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         backing = source()
         backing.failures[0] = SourceUnreachable("connection refused")

@@ -7,7 +7,8 @@ import trio
 
 from qedfs.errors import SourceUnreachable
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 

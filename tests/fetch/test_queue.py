@@ -13,7 +13,8 @@ from qedfs.fetch.flight import Consumer
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.scheduler import RECHECK_SECONDS, Scheduler
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage

@@ -13,7 +13,8 @@ from qedfs.format.tables import ZERO
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import MIB, Pool, Share
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
 from qedfs.source.qcow2.source import Qcow2Source
 from tests.fakes.source import FakeSource, remote

@@ -10,7 +10,8 @@ import trio
 from qedfs.errors import NoSpace, SourceChanged, SourceError, SourceUnreachable
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
@@ -214,7 +215,7 @@ async def test_the_stream_completes_and_detaches(autojump_clock: trio.testing.Mo
     storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=len(CONTENT), backing=b"http://fake/disk.raw").data)
     async with served(source, storage=storage) as image:
         job = await streamed(image)
-        assert (job.state, job.populated) == (State.COMPLETE, len(CONTENT))
+        assert (job.state, job.progress) == (State.COMPLETE, len(CONTENT))
         assert source.bytes_read == len(CONTENT)
     alone = await open_storage(MemoryStorage(storage.bytes))
     assert alone.backing is None
@@ -359,12 +360,11 @@ async def test_a_fault_of_ours_ends_the_stream_and_says_so(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with served(FakeSource(CONTENT)) as image, trio.open_nursery() as nursery:
-        job = StreamJob(image)
 
         def broken() -> str:
             raise KeyError("a fault")
 
-        job.hold_off = broken
+        job = StreamJob(image, hold_off=broken)
         nursery.start_soon(job.run)
         await trio.sleep(1)
         assert state_of(job) is State.FAILED

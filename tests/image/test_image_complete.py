@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.jobs.job import Driver, Job
 from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import served
@@ -35,16 +36,15 @@ async def test_a_request_under_way_outlives_the_source(
         async def write() -> None:
             await image.write(pos + 5000, b"guest")
 
-        async def wait_for_requests() -> bool:
-            source.gate = trio.Event()
-            nursery.start_soon(read)
-            nursery.start_soon(write)
-            await trio.testing.wait_all_tasks_blocked()
-            return True
+        class WaitsForRequests(Driver):
+            async def may_finish(self, job: Job) -> bool:
+                source.gate = trio.Event()
+                nursery.start_soon(read)
+                nursery.start_soon(write)
+                await trio.testing.wait_all_tasks_blocked()
+                return True
 
-        job = StreamJob(image)
-        job.may_detach = wait_for_requests
-        await job.run()
+        await StreamJob(image, driver=WaitsForRequests()).run()
         assert image.complete
         assert source.gate is not None
         source.fail = error

@@ -8,7 +8,8 @@ import trio.testing
 
 from qedfs.errors import ReadOnlyOverlay, SourceChanged, SourceError
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage

@@ -10,7 +10,8 @@ import trio
 
 from qedfs.errors import UsageError
 from qedfs.jobs.idle import GUEST_LOOK_SECONDS, Idle, Pressure, Rules, parse_between, parse_delay
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 
@@ -172,8 +173,7 @@ async def test_the_job_waits_with_the_reason_and_goes_on(autojump_clock: trio.te
     source = FakeSource(b"x" * (20 * CLUSTER))
     reason = "the machine's disk is busy"
     async with served(source) as image, trio.open_nursery() as nursery:
-        job = StreamJob(image)
-        job.hold_off = lambda: reason
+        job = StreamJob(image, hold_off=lambda: reason)
         nursery.start_soon(job.run)
         await trio.sleep(5)
         assert (job.state, job.reason) == (State.WAITING, reason)

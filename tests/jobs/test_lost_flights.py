@@ -7,9 +7,12 @@ import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceUnreachable
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
+
+from .support import Told
 
 CONTENT = b"s" * (40 * CLUSTER)
 
@@ -90,9 +93,9 @@ async def test_it_says_what_it_waits_for_until_bytes_come(
 
     source = FakeSource(CONTENT)
     async with served(source, deadline_seconds=0.5) as image, trio.open_nursery() as nursery:
-        job = StreamJob(image)
-        told: list[tuple[State, str]] = []
-        job.listeners.append(lambda job: told.append((job.state, job.reason)))
+        driver = Told()
+        told = driver.changes
+        job = StreamJob(image, driver=driver)
         with monkeypatch.context() as patch:
             if isinstance(error, NoSpace):
                 patch.setattr(image.overlay, "adopt", full)
@@ -120,11 +123,11 @@ async def test_a_user_who_resumes_it_sees_it_try(autojump_clock: trio.testing.Mo
         await trio.sleep(60)
         await job.pause()
         await trio.sleep(1)
-        told: list[State] = []
-        job.listeners.append(lambda job: told.append(job.state))
+        told = Told()
+        job.attach(told)
         await job.resume()
         await trio.sleep(60)
-        assert told == [State.RUNNING, State.WAITING]
+        assert told.states == [State.RUNNING, State.WAITING]
         nursery.cancel_scope.cancel()
 
 

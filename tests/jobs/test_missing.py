@@ -9,7 +9,8 @@ import trio
 
 from qedfs.format.tables import ZERO
 from qedfs.jobs.missing import MissingRuns
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.source.base import Extent
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
@@ -56,7 +57,7 @@ async def test_a_hole_of_two_million_tables_is_passed_over_at_once() -> None:
         job = StreamJob(image)
         # Step by step it takes 65536 turns, 9 s, and 120 MiB for the numbers.
         assert 10 < await turns_of_others(job.run) < 5000
-        assert (job.state, job.populated) == (State.COMPLETE, size)
+        assert (job.state, job.progress) == (State.COMPLETE, size)
 
 
 async def test_tables_without_number_between_holes_stop_nobody() -> None:

@@ -10,7 +10,8 @@ import trio
 
 from qedfs.errors import NoSpace
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty

@@ -7,7 +7,8 @@ import random
 import trio
 import trio.testing
 
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
 

@@ -13,7 +13,8 @@ import trio
 
 from qedfs.errors import BadOverlay, QedfsError
 from qedfs.image.condition import Cause
-from qedfs.jobs.stream import State
+from qedfs.jobs.job import Driver, Job
+from qedfs.jobs.state import State
 from qedfs.mount import source_pool
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
@@ -129,6 +130,11 @@ async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monk
     states: list[tuple[State, QedfsError | None]] = []
     failed = trio.Event()
 
+    class WaitsForFailure(Driver):
+        def changed(self, job: Job) -> None:
+            if job.state is State.FAILED:
+                failed.set()
+
     async def inspect(_: Overlay) -> None:
         (served,) = registry.everything()
         assert served.job is not None
@@ -142,7 +148,7 @@ async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monk
         assert await registry.rescan()
         (served,) = registry.everything()
         assert served.job is not None
-        served.job.listeners.append(lambda job: failed.set() if job.state is State.FAILED else None)
+        served.job.attach(WaitsForFailure())
         await failed.wait()
         assert states == [(State.OFF, None)] * 4
         assert (served.job.state, str(served.job.error)) == (State.FAILED, "was cut")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qedfs.format.sparse import PAGE_ENTRIES, SparseTable
 from qedfs.host.memory_pool import Pool, Share
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.state import State
+from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.l1 import read_l1
 from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource
@@ -89,7 +90,7 @@ async def test_a_stream_over_the_largest_table_takes_what_is_in_it(autojump_cloc
         try:
             job = StreamJob(image)
             await job.run()
-            assert (job.state, job.populated) == (State.COMPLETE, SIZE)
+            assert (job.state, job.progress) == (State.COMPLETE, SIZE)
             assert tracemalloc.get_traced_memory()[1] < MIB
         finally:
             tracemalloc.stop()

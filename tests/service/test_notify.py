@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from qedfs.errors import BadOverlay
-from qedfs.jobs.stream import State
+from qedfs.jobs.state import State
 from qedfs.mount.notify import Notifier, status_line
 from tests.harness.mounts import mounted, qedfs
 from tests.mount.support import MIB, create, mounted_over, origin

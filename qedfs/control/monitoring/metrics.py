@@ -25,9 +25,10 @@ from qedfs.fetch.latency import BOUNDS
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
-from qedfs.jobs.stream import State, StreamJob
+from qedfs.jobs.job import Job
+from qedfs.jobs.state import State
 
-Served = tuple[str, Image, StreamJob]
+Served = tuple[str, Image, Job]
 
 STATES = (*(str(state) for state in State), BROKEN)
 
@@ -38,9 +39,9 @@ _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
     ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.barriers),
     ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.barrier_seconds),
 )
-_IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, StreamJob], float]], ...] = (
+_IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, Job], float]], ...] = (
     ("size_bytes", "Size of the image.", lambda image, job: job.total),
-    ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.populated),
+    ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.progress),
     ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.disk_usage),
     ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
     ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.writable),

@@ -12,7 +12,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Trouble
-from qedfs.jobs.stream import State
+from qedfs.jobs.state import State
 
 BROKEN = "broken"  # state of an overlay that cannot be served
 SETTLING = "the overlay is new and may still be being copied into the folder"
@@ -34,7 +34,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     image, job = served.image, served.job
     if image is None or job is None:
         return _unserved_status(served)
-    left = job.total - job.populated
+    left = job.total - job.progress
     running = job.state is State.RUNNING and image.counted
     eta = rate.seconds_for(left) if rate and running else None
     return {
@@ -45,7 +45,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "served": True,
         "state": str(job.state),
         "reason": job.reason or None,
-        "populated": job.populated,
+        "populated": job.progress,
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
         "eta_seconds": 0.0 if image.complete else None if eta is None else round(eta, 1),

@@ -1,9 +1,9 @@
-"""One stream as QEMU shows it: a block job with an id, a state and events, on top of the StreamJob of an image.
+"""One run of a background job as QEMU shows it: a block job with an id, a status and events, on top of a `Job`.
 
-Owns the life of a job from `created` to `null` and the order of its events (qapi/job.json, qapi/block-core.json). Must
-not know who asks, nor other jobs; events go out through `emit`.
+Owns the life of a block job from `created` to `null` and the order of its events (qapi/job.json, qapi/block-core.json).
+Must not know who asks, nor other jobs; events go out through `emit`.
 
-What QEMU's job would do at once on an error, or at the end, the StreamJob asks of us: `judge` and `may_detach`.
+What QEMU's job would do at once on an error, or at the end, the `Job` asks of us: `judge` and `may_finish`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import trio
 
 from qedfs.control.qmp.errors import QmpError
 from qedfs.errors import NoSpace, QedfsError
-from qedfs.jobs.stream import Action, State, StreamJob, usual_action
+from qedfs.jobs.job import Action, Job, usual_action
+from qedfs.jobs.state import ENDED, State
 
 Emit = Callable[[str, dict[str, Any]], None]
 
-ENDED = frozenset({State.COMPLETE, State.FAILED, State.SOURCE_CHANGED})
-
 
 class Status(enum.StrEnum):
-    """JobStatus of qapi/job.json, as far as a stream comes through it."""
+    """JobStatus of qapi/job.json, as far as our jobs come through it."""
 
     UNDEFINED = "undefined"
     CREATED = "created"
@@ -45,11 +44,11 @@ ALLOWED = {
     "resume": _RUNS,
     "set-speed": _RUNS,
     "cancel": _RUNS | {Status.WAITING, Status.PENDING},
-    "complete": frozenset[Status](),  # for jobs that mirror
+    "complete": frozenset[Status](),  # for jobs that become ready: none of ours does
     "finalize": frozenset({Status.PENDING}),
     "dismiss": frozenset({Status.CONCLUDED}),
 }
-# What each `on-error` does. "retry" is ours, and that of streams that began with the mount.
+# What each `on-error` does. "retry" is ours, and that of jobs that began with the mount.
 _POLICIES: dict[str, Callable[[QedfsError], Action]] = {
     "retry": usual_action,
     "report": lambda _: Action.STOP,
@@ -73,10 +72,10 @@ class Wishes:
 class BlockJob:
     """One block job, as QMP clients see it."""
 
-    def __init__(self, job_id: str, stream: StreamJob, wishes: Wishes, emit: Emit, *, nothing: bool = False) -> None:
-        """`nothing`: there is nothing to stream; it only comes through its states."""
+    def __init__(self, job_id: str, job: Job, wishes: Wishes, emit: Emit, *, nothing: bool = False) -> None:
+        """`nothing`: there is nothing to do; it only comes through its states."""
         self.id = job_id
-        self.stream = stream
+        self.job = job
         self.wishes = wishes
         self.status = Status.UNDEFINED
         self.error: str | None = None
@@ -84,14 +83,14 @@ class BlockJob:
         self._emit = emit
         self._nothing = nothing
         self._cancelled = False
-        self._detaching = False  # past the point of no return
+        self._finishing = False  # past the point of no return
         self._finalized = trio.Event()
         self._change(Status.CREATED)
 
     @property
     def position(self) -> tuple[int, int]:
-        """(offset, len) in bytes; both 0 where there was nothing to stream from the beginning, as in QEMU."""
-        return (0, 0) if self._nothing else (self.stream.populated, self.stream.total)
+        """(offset, len) in bytes; both 0 where there was nothing to do from the beginning, as in QEMU."""
+        return (0, 0) if self._nothing else (self.job.progress, self.job.total)
 
     def require(self, verb: str) -> None:
         """Raise QmpError unless the job takes this command in its state."""
@@ -106,38 +105,38 @@ class BlockJob:
     async def pause(self) -> None:
         """Hold it."""
         self.require("pause")
-        if self.stream.paused:
+        if self.job.paused:
             raise QmpError("Job is already paused")
-        await self.stream.pause()
+        await self.job.pause()
 
     async def resume(self) -> None:
         """Go on."""
-        if not self.stream.paused and self.status is not Status.PAUSED:
+        if not self.job.paused and self.status is not Status.PAUSED:
             raise QmpError("Can't resume a job that was not paused")
         self.require("resume")
-        await self.stream.resume()
+        await self.job.resume()
 
     def cancel(self) -> None:
-        """End it; what has been brought in stays."""
+        """End it; what has been done stays."""
         self.require("cancel")
-        if self._detaching:
+        if self._finishing:
             self._refuse("cancel")
         self._cancelled = True
         if self.status is Status.PAUSED:
             self._change(Status.RUNNING)
         self._change(Status.ABORTING)
-        self.stream.cancel()
+        self.job.cancel()
         self._finalized.set()
-        if self.stream.state is State.OFF or self.stream.state in ENDED:
+        if self.job.state is State.OFF or self.job.state in ENDED:
             # It had not begun yet, and so will not say that it has ended.
             self.end()
 
     def finalize(self) -> None:
-        """Let a job that waits for it drop the backing."""
+        """Let a job that waits for it come to its end."""
         self.require("finalize")
         self._finalized.set()
 
-    # What the stream asks and tells.
+    # What the job asks and tells.
 
     def judge(self, error: QedfsError) -> Action:
         """What to do about a failure; told to the clients unless it is only tried again."""
@@ -149,22 +148,22 @@ class BlockJob:
             self._emit("BLOCK_JOB_ERROR", data)
         return action
 
-    async def may_detach(self) -> bool:
-        """Nothing is missing any more: come to the end, where the client may want to have the last word."""
+    async def may_finish(self) -> bool:
+        """Nothing is left to do: come to the end, where the client may want to have the last word."""
         if self._cancelled:
             return False
         self._change(Status.WAITING)
         self._change(Status.PENDING)
         if not self.wishes.auto_finalize:
-            self._emit("BLOCK_JOB_PENDING", {"type": "stream", "id": self.id})
+            self._emit("BLOCK_JOB_PENDING", {"type": self.job.kind, "id": self.id})
             await self._finalized.wait()
-        self._detaching = not self._cancelled
-        return self._detaching
+        self._finishing = not self._cancelled
+        return self._finishing
 
     def follow(self) -> None:
-        """The stream is in another state."""
-        state = self.stream.state
-        self._detaching = False
+        """The job is in another state."""
+        state = self.job.state
+        self._finishing = False
         if state in ENDED or state is State.OFF:
             self.end()
         elif self._cancelled:
@@ -177,17 +176,17 @@ class BlockJob:
             self._change(Status.RUNNING)
 
     def end(self) -> None:
-        """The stream has come to an end, whatever it is."""
+        """The job has come to an end, whatever it is."""
         if self.status in (Status.CONCLUDED, Status.NULL):
             return
-        if self.stream.state is State.COMPLETE or self._nothing:
+        if self.job.state is State.COMPLETE or self._nothing:
             # A job that found nothing to do comes through all its states all the same.
             for status in (Status.RUNNING, Status.WAITING, Status.PENDING):
                 if list(Status).index(self.status) < list(Status).index(status):
                     self._change(status)
             self._emit("BLOCK_JOB_COMPLETED", self._result())
-        elif self.stream.state in ENDED and not self._cancelled:
-            self.error = self.stream.reason
+        elif self.job.state in ENDED and not self._cancelled:
+            self.error = self.job.reason
             self._change(Status.ABORTING)
             self._emit("BLOCK_JOB_COMPLETED", {**self._result(), "error": self.error})
         else:
@@ -207,13 +206,13 @@ class BlockJob:
         """One element of `query-block-jobs`."""
         offset, length = self.position
         found = {
-            "type": "stream",
+            "type": self.job.kind,
             "device": self.id,
             "len": length,
             "offset": offset,
             "busy": self.status is Status.RUNNING,
-            "paused": self.stream.paused or self.status is Status.PAUSED,
-            "speed": self.stream.rate_limiter.limit,
+            "paused": self.job.paused or self.status is Status.PAUSED,
+            "speed": self.job.rate_limiter.limit,
             "io-status": self.io_status,
             "ready": False,
             "status": str(self.status),
@@ -227,7 +226,7 @@ class BlockJob:
         offset, length = self.position
         found = {
             "id": self.id,
-            "type": "stream",
+            "type": self.job.kind,
             "status": str(self.status),
             "current-progress": offset,
             "total-progress": length,
@@ -237,11 +236,11 @@ class BlockJob:
     def _result(self) -> dict[str, Any]:
         offset, length = self.position
         return {
-            "type": "stream",
+            "type": self.job.kind,
             "device": self.id,
             "len": length,
             "offset": offset,
-            "speed": self.stream.rate_limiter.limit,
+            "speed": self.job.rate_limiter.limit,
         }
 
     def _change(self, status: Status) -> None:

@@ -134,14 +134,14 @@ async def _query_jobs(call: Call, _: Arguments) -> list[dict[str, Any]]:
 async def _set_speed(call: Call, arguments: Arguments) -> Nothing:
     block = call.control.jobs.block_job(arguments["device"])
     block.require("set-speed")
-    block.stream.set_limit(_speed(arguments))
+    block.job.set_limit(_speed(arguments))
     return {}
 
 
 @job_commands("block-job-cancel", Arg("device"), Arg("force", "boolean", optional=True))
 async def _block_job_cancel(call: Call, arguments: Arguments) -> Nothing:
     block = call.control.jobs.block_job(arguments["device"])
-    if block.stream.paused and not arguments.get("force", False):
+    if block.job.paused and not arguments.get("force", False):
         raise QmpError(f"The block job for device '{block.id}' is currently paused")
     call.control.jobs.cancel(block)
     return {}

@@ -1,45 +1,48 @@
-"""The block jobs of a mount: which stream is which job, and who is called what.
+"""The block jobs of a mount: which of them stands for which `Job` of an image, and who is called what.
 
-Owns the ids. A StreamJob is there as long as its image; a block job is there while it has something to do, and after it
-if the client wants to dismiss it itself. A stream that begins by itself, with the mount, is a job with the image's name
-as its id.
+Owns the ids, and QEMU's rule that an image has one block job at a time. A stream is there as long as its image; a block
+job is there while it has something to do, and afterwards if the client wants to dismiss it itself. A job that begins by
+itself, with the mount, has the image's name as its id.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 from qedfs.control.port import Mounted, ServedImage
-from qedfs.control.qmp.block_job import ENDED, BlockJob, Emit, Status, Wishes
+from qedfs.control.qmp.block_job import BlockJob, Emit, Status, Wishes
 from qedfs.control.qmp.errors import DeviceNotActive, QmpError
 from qedfs.errors import QedfsError
-from qedfs.jobs.stream import Action, State, StreamJob, usual_action
+from qedfs.jobs.job import Action, Driver, Job, usual_action
+from qedfs.jobs.state import ENDED, State
 
 SUFFIX = ".raw"
 
 
-class Jobs:
-    """All block jobs. Call `sync` before looking: images come and go with their overlays."""
+class Jobs(Driver):
+    """All block jobs, and the driver of the `Job`s that they stand for.
+
+    Call `sync` before looking: images come and go with their overlays.
+    """
 
     def __init__(self, mount: Mounted, emit: Emit) -> None:
         self._mount = mount
         self._emit = emit
-        self._names: dict[StreamJob, str] = {}  # of the streams that we listen to
-        self._active: dict[StreamJob, BlockJob] = {}
+        self._names: dict[Job, str] = {}  # of the images of the jobs that we supervise
+        self._active: dict[Job, BlockJob] = {}
         self._by_id: dict[str, BlockJob] = {}
 
     def sync(self) -> None:
         """Take note of images that have come, and end the jobs of those that have gone."""
         there = {served.job: device_name(served) for served in self._mount.everything() if served.job is not None}
-        for stream in self._names.keys() - there.keys():
-            del self._names[stream]
-            if (block := self._active.get(stream)) is not None:
+        for job in self._names.keys() - there.keys():
+            del self._names[job]
+            if (block := self._active.get(job)) is not None:
                 block.end()
                 self._tidy(block)
-        for stream, name in there.items():
-            if stream not in self._names:
-                self._adopt(stream, name)
+        for job, name in there.items():
+            if job not in self._names:
+                self._adopt(job, name)
 
     def all(self) -> list[BlockJob]:
         """Every job that is not forgotten."""
@@ -57,23 +60,24 @@ class Jobs:
             raise DeviceNotActive(f"Block job '{job_id}' not found")
         return self._by_id[job_id]
 
-    def active(self, stream: StreamJob) -> BlockJob | None:
-        """The job that is under way for this stream."""
-        return self._active.get(stream)
+    def active(self, job: Job) -> BlockJob | None:
+        """The block job that is under way for this job."""
+        return self._active.get(job)
 
-    def begin(self, stream: StreamJob, name: str, job_id: str, wishes: Wishes, *, nothing: bool = False) -> BlockJob:
-        """A new job for a stream; the caller starts the stream. `name`: of the image's node.
+    def begin(self, job: Job, name: str, job_id: str, wishes: Wishes, *, nothing: bool = False) -> BlockJob:
+        """A new block job for a job that the caller starts. `name`: of the image's node.
 
         Raises:
-            QmpError: the image has a job already, or the id is taken.
+            QmpError: the image has a block job already, or the id is taken.
         """
-        if stream in self._active:
-            raise QmpError(f"Node '{name}' is busy: block device is in use by block job: stream")
+        for other in self._active:
+            if other.image is job.image:
+                raise QmpError(f"Node '{name}' is busy: block device is in use by block job: {other.kind}")
         if job_id in self._by_id:
             raise QmpError(f"Job ID '{job_id}' already in use")
-        block = BlockJob(job_id, stream, wishes, self._emit, nothing=nothing)
+        block = BlockJob(job_id, job, wishes, self._emit, nothing=nothing)
         self._by_id[job_id] = block
-        self._active[stream] = block
+        self._active[job] = block
         return block
 
     def free_id(self, name: str) -> str:
@@ -82,7 +86,7 @@ class Jobs:
         return next(found for found in itertools.chain([name], numbered) if found not in self._by_id)
 
     def settle(self, block: BlockJob) -> None:
-        """End a job that its stream will tell nothing of any more."""
+        """End a block job whose `Job` will tell nothing of any more."""
         block.end()
         self._tidy(block)
 
@@ -96,47 +100,49 @@ class Jobs:
         block.cancel()
         self._tidy(block)
 
+    # What the jobs tell and ask.
+
+    def changed(self, job: Job) -> None:
+        """See `Driver`. A job that runs without a client having asked for it gets its block job here."""
+        if job not in self._active and (job.state in ENDED or job.state is State.OFF):
+            return
+        if job in self._active or self._begin_unasked(job) is not None:
+            self._follow_if_begun(job)
+
+    def judge(self, job: Job, error: QedfsError) -> Action:
+        """See `Driver`."""
+        block = self._active.get(job)
+        return usual_action(error) if block is None else block.judge(error)
+
+    async def may_finish(self, job: Job) -> bool:
+        """See `Driver`."""
+        block = self._active.get(job)
+        return block is None or await block.may_finish()
+
     # Inside.
 
-    def _adopt(self, stream: StreamJob, name: str) -> None:
-        self._names[stream] = name
-        stream.listeners.append(self._follow)
-        stream.judge = functools.partial(self._judge, stream)
-        stream.may_detach = functools.partial(self._may_detach, stream)
-        if stream.enabled and stream.state not in ENDED:
-            self._begin_unasked(stream)
-            self._follow_if_begun(stream)
+    def _adopt(self, job: Job, name: str) -> None:
+        self._names[job] = name
+        job.attach(self)
+        if job.enabled and job.state not in ENDED:
+            self._begin_unasked(job)
+            self._follow_if_begun(job)
 
-    def _begin_unasked(self, stream: StreamJob) -> BlockJob | None:
-        """A job for a stream that runs without a QMP client having asked for it."""
-        name = self._names.get(stream)
+    def _begin_unasked(self, job: Job) -> BlockJob | None:
+        name = self._names.get(job)
         if name is None:
             return None
-        return self.begin(stream, name, self.free_id(name), Wishes())
+        return self.begin(job, name, self.free_id(name), Wishes())
 
-    def _follow(self, stream: StreamJob) -> None:
-        if stream not in self._active and (stream.state in ENDED or stream.state is State.OFF):
-            return
-        if stream in self._active or self._begin_unasked(stream) is not None:
-            self._follow_if_begun(stream)
-
-    def _follow_if_begun(self, stream: StreamJob) -> None:
-        block = self._active[stream]
-        if block.status is not Status.CREATED or stream.state is not State.OFF:
+    def _follow_if_begun(self, job: Job) -> None:
+        block = self._active[job]
+        if block.status is not Status.CREATED or job.state is not State.OFF:
             block.follow()
         self._tidy(block)
 
-    def _judge(self, stream: StreamJob, error: QedfsError) -> Action:
-        block = self._active.get(stream)
-        return usual_action(error) if block is None else block.judge(error)
-
-    async def _may_detach(self, stream: StreamJob) -> bool:
-        block = self._active.get(stream)
-        return block is None or await block.may_detach()
-
     def _tidy(self, block: BlockJob) -> None:
-        if block.status in (Status.CONCLUDED, Status.NULL) and self._active.get(block.stream) is block:
-            del self._active[block.stream]
+        if block.status in (Status.CONCLUDED, Status.NULL) and self._active.get(block.job) is block:
+            del self._active[block.job]
         if block.status is Status.NULL and self._by_id.get(block.id) is block:
             del self._by_id[block.id]
 

@@ -1,0 +1,104 @@
+"""A kind of job for tests, and a driver that writes down what it is told."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import trio
+
+from qedfs.errors import QedfsError
+from qedfs.image.image import Image
+from qedfs.jobs.job import Action, Driver, HoldOff, Job, never, usual_action
+from qedfs.jobs.state import State
+
+STEP_SECONDS = 1.0
+STEP_BYTES = 10
+
+
+class CountJob(Job):
+    """Counts to ten, a step a second. A step fails with the error that `failures` has for its number."""
+
+    kind: ClassVar[str] = "count"
+    steps = 10
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        enabled: bool = True,
+        limit: int = 0,
+        hold_off: HoldOff = never,
+        driver: Driver | None = None,
+    ) -> None:
+        super().__init__(image, enabled=enabled, limit=limit, hold_off=hold_off, driver=driver)
+        self.failures: dict[int, Exception] = {}
+        self.counted: list[int] = []
+        self.tried: list[tuple[float, int]] = []  # when, which step
+        self.finished = False
+
+    @property
+    def done(self) -> bool:
+        return self.finished
+
+    @property
+    def progress(self) -> int:
+        return len(self.counted) * STEP_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.steps * STEP_BYTES
+
+    async def work(self) -> bool:
+        while self.cursor < self.steps:
+            if not self.allowed or self.hold_off():
+                return False
+            if self.cursor in self.counted:
+                self.cursor += 1
+            elif due := self.rate_limiter.due():
+                await self.sleep(due)
+            else:
+                await self._step()
+        self.cursor = 0
+        return len(self.counted) == self.steps
+
+    async def _step(self) -> None:
+        number = self.cursor
+        self.cursor += 1
+        self.tried.append((trio.current_time(), number))
+        self.rate_limiter.sent(STEP_BYTES)
+        await trio.sleep(STEP_SECONDS)
+        if number in self.failures:
+            raise self.failures[number]
+        self.counted.append(number)
+        if self.hindered:
+            self.gets_on()
+
+    async def finish(self) -> None:
+        self.finished = True
+
+
+class Told(Driver):
+    """Writes down what it is told; decides what it was made with."""
+
+    def __init__(self, action: Action | None = None) -> None:
+        """`action`: about every failure; None for what helps."""
+        self.changes: list[tuple[State, str]] = []  # with the reason
+        self.judged: list[str] = []
+        self.finish = True
+        self._action = action
+
+    @property
+    def states(self) -> list[State]:
+        return [state for state, _ in self.changes]
+
+    def changed(self, job: Job) -> None:
+        self.changes.append((job.state, job.reason))
+
+    def judge(self, job: Job, error: QedfsError) -> Action:
+        self.judged.append(str(error))
+        return self._action or usual_action(error)
+
+    async def may_finish(self, job: Job) -> bool:
+        if not self.finish:
+            job.cancel()
+        return self.finish
