@@ -1,7 +1,7 @@
-"""The FUSE adapter: inodes and handles <-> images, exceptions <-> errno. Nothing else, no cluster arithmetic.
+"""The FUSE adapter: maps the kernel's requests to images of the registry. No cluster arithmetic.
 
-pyfuse3 answers a request only if its handler returns or raises FUSEError; any other exception leaves the caller hanging
-and ends every image of the mount. So each handler answers with an errno whatever it meets.
+pyfuse3 replies to a request only if its handler returns or raises FUSEError; after any other exception the caller hangs
+and pyfuse3's main loop ends, for all images. So each handler turns every exception into an errno.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 
 def total(handler: F) -> F:
-    """A handler that raises nothing but FUSEError. (read and write do the same by themselves: a call less.)"""
+    """Let a handler raise nothing but FUSEError. (read and write do this themselves, to save a call.)"""
 
     @functools.wraps(handler)
-    async def answering(self: Operations, *args: Any) -> object:  # noqa: ANN401 - whatever the handler takes
+    async def replying(self: Operations, *args: Any) -> object:  # noqa: ANN401 - as the handler
         try:
             return await handler(self, *args)
         except Exception as exc:
             inode = args[0] if args and isinstance(args[0], int) else 0
             raise self._reply(exc, inode) from exc
 
-    return cast("F", answering)
+    return cast("F", replying)
 
 
 class Operations(pyfuse3.Operations):
-    """What the kernel may ask of a mount: one flat folder of images of fixed size."""
+    """The requests of the kernel for one flat folder of images of fixed size."""
 
     supports_dot_lookup = False
-    enable_writeback_cache = False  # a returned write would still be the kernel's, and die with the mount
+    enable_writeback_cache = False  # writes that returned would stay in the kernel, and be lost with the mount
 
     def __init__(self, registry: Registry, folder: OverlayFolder) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class Operations(pyfuse3.Operations):
             raise self._reply(exc, fh) from exc
 
     async def flush(self, fh: int) -> None:
-        """close() of one descriptor: promises nothing."""
+        """close() of one descriptor. Nothing is made durable."""
         served = self._registry.by_inode(fh)
         if served is not None:
             served.note_close()
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """The folder has nothing of its own."""
+        """Nothing to do: the folder has no data of its own."""
 
     # Names and attributes.
 
@@ -91,7 +91,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """An image by its name."""
         served = self._registry.by_name(os.fsdecode(name))
-        if served is None and await self._registry.rescan():
+        if served is None and await self._registry.scan_if_changed():
             served = self._registry.by_name(os.fsdecode(name))
         if parent_inode != pyfuse3.ROOT_INODE or served is None:
             raise FUSEError(errno.ENOENT)
@@ -110,9 +110,9 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """The mtime; of the rest nothing but what is so already: an image is what its overlay says.
+        """Set the mtime. Other attributes are those of the overlay and may only be set to what they are.
 
-        An atime is passed over: it is that of the overlay file.
+        The atime is ignored: it is that of the overlay file.
         """
         served = self._served(inode)
         if served.image is None or changes(self._attributes(served), attr, fields):
@@ -123,14 +123,14 @@ class Operations(pyfuse3.Operations):
 
     @total
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open an image. The page cache stays: an image changes through the mount only."""
+        """Open an image. The page cache stays valid, since an image changes through the mount only."""
         served = self._served(inode)
         if served.image is None:
             raise FUSEError(errno.EIO)
         if flags & (os.O_WRONLY | os.O_RDWR) and not served.image.writable:
             raise FUSEError(errno.EROFS)
         if flags & os.O_TRUNC:
-            # It comes here and not to setattr; after a success the kernel takes the image for empty.
+            # With this flag no setattr follows: after a success the kernel assumes an empty image.
             raise FUSEError(errno.EPERM)
         self._images[inode] = served.image
         served.note_open()
@@ -138,39 +138,39 @@ class Operations(pyfuse3.Operations):
 
     @total
     async def release(self, fh: int) -> None:
-        """The last descriptor of one open() is gone."""
+        """The last descriptor of one open() was closed."""
         served = self._served(fh)
         served.note_release()
         if not served.opens:
             del self._images[fh]
-        await self._registry.drop_if_unused(served)
+        await self._registry.close_if_unused(served)
 
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
-        """Inodes live as long as their overlay is in the folder."""
+        """Nothing to do: an inode lives as long as its overlay is in the folder or open."""
 
     @total
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
-        """Look into the folder again, so that a listing shows what is there now."""
+        """Scan the folder, so that a listing is up to date."""
         if inode != pyfuse3.ROOT_INODE:
             raise FUSEError(errno.ENOTDIR)
-        await self._registry.rescan()
+        await self._registry.scan_if_changed()
         return int(inode)
 
     @total
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """The images, in the order of their inodes, which never come back."""
+        """The images, in the order of their inodes, which are never reused."""
         for served in self._registry.images():
             if served.inode <= start_id:
                 continue
             try:
                 attributes = self._attributes(served)
             except (FUSEError, QedfsError):
-                continue  # one that cannot be looked at costs itself only
+                continue  # an error of one image must not hide the others
             if not pyfuse3.readdir_reply(token, os.fsencode(served.name), attributes, served.inode):
                 return
 
     async def releasedir(self, fh: int) -> None:
-        """Nothing was kept."""
+        """Nothing to do: opendir keeps no state."""
 
     @total
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -181,10 +181,10 @@ class Operations(pyfuse3.Operations):
             setattr(data, name, getattr(found, name))
         return data
 
-    # What a folder of images does not have: names are those of the overlays.
+    # Not supported: the folder's entries follow the overlays.
 
     async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
-        """Not asked: the kernel checks (default_permissions)."""
+        """Never called: the kernel checks permissions (default_permissions)."""
         return True
 
     async def create(self, *_: object) -> tuple[FileInfo, EntryAttributes]:
@@ -204,19 +204,19 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.EPERM)
 
     async def link(self, *_: object) -> EntryAttributes:
-        """One name an image."""
+        """An image has one name."""
         raise FUSEError(errno.EPERM)
 
     async def unlink(self, *_: object) -> None:
-        """Remove the overlay, the image goes with it."""
+        """Remove the overlay instead."""
         raise FUSEError(errno.EPERM)
 
     async def rmdir(self, *_: object) -> None:
-        """There is none."""
+        """There are no folders."""
         raise FUSEError(errno.EPERM)
 
     async def rename(self, *_: object) -> None:
-        """Rename the overlay."""
+        """Rename the overlay instead."""
         raise FUSEError(errno.EPERM)
 
     # Inside.
@@ -238,5 +238,5 @@ class Operations(pyfuse3.Operations):
 
 
 def forget_name(name: str) -> None:
-    """Let the kernel ask again for an image that it may still know, and that is no longer there."""
+    """Drop the name of a removed image from the kernel's cache."""
     pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True)

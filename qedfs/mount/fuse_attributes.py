@@ -1,4 +1,4 @@
-"""The attributes of an image and of the folder, as the kernel gets them. Reads the overlay's, changes nothing."""
+"""The attributes of an image and of the folder, for the kernel. Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pyfuse3 import EntryAttributes, InodeT, SetattrFields
 
 from qedfs.image.image import Image
 
-# The image changes through the mount only, so the kernel may believe us; st_blocks is what becomes stale.
+# An image changes through the mount only, so the kernel may cache its attributes; only st_blocks becomes stale.
 ATTRIBUTE_SECONDS = 2.0
 
 
 def image_attributes(image: Image, inode: int) -> EntryAttributes:
-    """Owner and mode are those of the overlay file, st_blocks is what it takes on disk. The times are the image's own.
+    """Owner, mode and st_blocks are those of the overlay file; mtime and ctime are the image's own.
 
-    Raises QedfsError if the file cannot be looked at.
+    Raises QedfsError if the attributes of the overlay file cannot be read.
     """
     overlay, status = image.overlay, image.overlay.file_status()
     attributes = _like(status)
@@ -31,7 +31,7 @@ def image_attributes(image: Image, inode: int) -> EntryAttributes:
 
 
 def folder_attributes(status: os.stat_result) -> EntryAttributes:
-    """Those of the folder of overlays, which nobody can write to."""
+    """The attributes of the folder of overlays, but not writable."""
     attributes = _like(status)
     attributes.st_ino = pyfuse3.ROOT_INODE
     attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | (stat.S_IMODE(status.st_mode) & 0o555))
@@ -40,7 +40,7 @@ def folder_attributes(status: os.stat_result) -> EntryAttributes:
 
 
 def changes(now: EntryAttributes, wanted: EntryAttributes, fields: SetattrFields) -> bool:
-    """Whether anything but a time would become different. `cp -p`, `rsync -a` and `tar -x` set what is so already."""
+    """Whether a setattr changes anything but times. `cp -p`, `rsync -a` and `tar -x` set mode and owner as they are."""
     return (
         (fields.update_size and wanted.st_size != now.st_size)
         or (fields.update_mode and stat.S_IMODE(wanted.st_mode) != stat.S_IMODE(now.st_mode))

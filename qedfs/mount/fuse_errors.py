@@ -1,4 +1,4 @@
-"""What the kernel is told of a request that failed, an errno, and what the log is. Must not know requests or images."""
+"""The errno and the log line of a request that has failed. Must not know requests or images."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from qedfs.errors import QedfsError, SourceError, UsageError
 
 log = logging.getLogger(__name__)
 
-LOG_SECONDS = 30.0  # between two lines on the same trouble of one image
-MOST_REMEMBERED = 1000  # troubles that the log has had lately
+LOG_SECONDS = 30.0  # between two log lines with the same error of one image
+MOST_REMEMBERED = 1000  # error messages that were logged lately
 
 
 class FailureReplies:
-    """Exceptions as replies to the kernel. The log has one line in a while for one trouble, however often it is met."""
+    """Exceptions as replies to the kernel. Each error is logged at most once in LOG_SECONDS per image."""
 
     def __init__(self) -> None:
         self._logged: dict[tuple[str, str], float] = {}
 
     def reply(self, exc: Exception, name: str) -> FUSEError:
-        """The reply for an exception that was met on behalf of the image `name`."""
+        """The reply for an exception that a request for the image `name` has raised."""
         if isinstance(exc, FUSEError):
             return exc
         if isinstance(exc, QedfsError):
             self._log_once(name, str(exc), logging.WARNING if isinstance(exc, SourceError) else logging.ERROR)
-            # The overlay names something impossible: its maker's mistake. EINVAL would blame the reader.
+            # The overlay names an impossible backing. That is not the reader's mistake, as EINVAL would say.
             return FUSEError(errno.EIO if isinstance(exc, UsageError) else exc.errno)
         if isinstance(exc, OSError) and exc.errno:
             self._log_once(name, str(exc), logging.ERROR)

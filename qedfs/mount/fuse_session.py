@@ -1,6 +1,6 @@
-"""The session with the kernel: our file system at one mountpoint, from the mount to its end, whoever ends it.
+"""The FUSE session with the kernel: mounts our file system, answers requests, unmounts.
 
-Owns pyfuse3's start, its loop and its end, and the knowledge whether what stands at the mountpoint is still ours. Must
+Owns pyfuse3's init, main loop and close, and the check whether the file system at the mountpoint is still ours. Must
 not know what is served, nor why the mount ends.
 """
 
@@ -19,18 +19,18 @@ from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at, unmount, w
 
 log = logging.getLogger(__name__)
 
-FORCED_SECONDS = 0.2  # from the cut of the connection to the end of the mount by umount -f
-# Requests in work at once over all images: those that wait for a dead source must not keep others from being read. More
-# than the kernel has of reads in flight: the others, like names, attributes and writes, it sends without a bound.
+FORCED_SECONDS = 0.2  # for umount -f to unmount after it has aborted the connection
+# Concurrent requests of all images: those that wait for a dead source must not block the others. More than the kernel
+# has reads in flight, since it does not bound the number of other requests, like lookup, getattr and write.
 MAX_TASKS = 2 * MAX_BACKGROUND
-MIN_TASKS = 16  # idle workers kept: below, pyfuse3 starts and ends a task per request
+MIN_TASKS = 16  # idle workers; with fewer, pyfuse3 starts and ends a task for every request
 
 
 class FuseSession:
-    """Our file system at one mountpoint: `mount`, then `answer`, and in any case `end`."""
+    """Our file system at one mountpoint. After `mount`, run `answer`, and call `end` in any case."""
 
     def __init__(self, mountpoint: str) -> None:
-        # Looked up now: once mounted, a look at the mountpoint is a request to ourselves.
+        # Resolved before the mount: afterwards this would send a request to ourselves.
         self.mountpoint = os.path.realpath(mountpoint)
         self._mounted: MountInfo | None = None  # our file system, once it is mounted
         self._ended = False  # the kernel's connection: what is mounted there now is dead, or is not ours
@@ -44,8 +44,8 @@ class FuseSession:
         return "" if self._mounted is None or self._ended else self._mounted.device
 
     @property
-    def stands(self) -> bool:
-        """Whether the mountpoint shows our file system."""
+    def is_mounted(self) -> bool:
+        """Whether our file system is mounted at the mountpoint, and nothing on top of it."""
         if self._mounted is None or self._found() != self._mounted:
             return False
         # After the end a new mount of the same overlays may look the same in the table, and it is alive.
@@ -54,15 +54,15 @@ class FuseSession:
     def _found(self) -> MountInfo | None:
         try:
             return mount_info_at(self.mountpoint)
-        except (OSError, ValueError, LookupError) as exc:  # whatever is in the table, a mount must come to its end
+        except (OSError, ValueError, LookupError) as exc:  # an unreadable table must not keep a mount from ending
             log.warning("cannot look what is mounted at %s: %s", self.mountpoint, exc)
             return None
 
     def mount(self, operations: pyfuse3.Operations, source: str, *, allow_other: bool, read_only: bool) -> None:
-        """Mount. `source`: a path for the kernel's table of mounts.
+        """Mount the file system. `source`: shown in the kernel's table of mounts.
 
         Raises:
-            QedfsError: the kernel or libfuse refuses. Nothing is mounted then.
+            QedfsError: the kernel or libfuse refuses; nothing is mounted.
         """
         fuse_wait.install()
         # Commas separate options there.
@@ -77,10 +77,10 @@ class FuseSession:
             pyfuse3.init(operations, self.mountpoint, options)
             self._mounted = self._found()
         except BaseException as exc:
-            # The kernel may have mounted it all the same: fusermount3 has, when we cannot take its descriptor. Without
-            # us it would be a dead mount, and with us one that hangs: hence no question to it.
+            # It may be mounted all the same: fusermount3 mounts before it passes the descriptor, which can fail. After
+            # our end that would be a dead mount; until then it hangs, so it must not be asked anything.
             if self._found() != before:
-                self._take_away()
+                self._unmount_lazily()
             if not isinstance(exc, RuntimeError):
                 raise
             why = why_not_mounted(self.mountpoint, allow_other=allow_other)
@@ -93,10 +93,10 @@ class FuseSession:
         """
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         self._ended = True
-        if self.stands:
+        if self.is_mounted:
             # umount -f cuts the connection first, and unmounts a moment later unless somebody has a file open.
             await trio.sleep(FORCED_SECONDS)
-        if not self.stands:
+        if not self.is_mounted:
             return None
         return QedfsError(
             f"{self.mountpoint}: its connection to the kernel was cut, by umount -f or through "
@@ -104,16 +104,16 @@ class FuseSession:
         )
 
     def end(self) -> None:
-        """Take our file system away: libfuse unmounts whatever is at the path, and so may do it only if we are."""
-        if not self.stands and self._found() is not None:
+        """Unmount, unless another file system is mounted at the path: libfuse would unmount that one."""
+        if not self.is_mounted and self._found() is not None:
             log.warning("%s: another file system is mounted there now; it is left alone", self.mountpoint)
-        # Where the kernel's table cannot be read nobody can tell; a mount that stays would be a dead one.
-        pyfuse3.close(unmount=self._mounted is None or self.stands)
-        # libfuse takes a connection that was cut for a mount that is gone.
-        if self.stands and is_dead(self.mountpoint):
-            self._take_away()
+        # If the table could not be read, unmount: a mount that stays would be dead.
+        pyfuse3.close(unmount=self._mounted is None or self.is_mounted)
+        # libfuse does not unmount if the connection was aborted.
+        if self.is_mounted and is_dead(self.mountpoint):
+            self._unmount_lazily()
 
-    def _take_away(self) -> None:
+    def _unmount_lazily(self) -> None:
         done = unmount(self.mountpoint, lazy=True)
         if done.returncode:
             log.error("%s: cannot be unmounted: %s", self.mountpoint, done.stderr.strip())

@@ -1,6 +1,6 @@
-"""The images of one mount: puts folder, sources, opener, supervisor and registry together, and ends them in order.
+"""The images of one mount: creates folder, sources, opener, supervisor and registry, and closes them in order.
 
-Must not know FUSE, nor how long the mount goes on.
+Must not know FUSE, nor when the mount ends.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from qedfs.mount.supervisor import Supervisor
 
 
 class Images:
-    """All that one mount serves. `registry` says what there is, `sources` what it is filled from."""
+    """All that one mount serves. `registry`: the overlays and images. `sources`: what they are filled from."""
 
     def __init__(
         self, source: str, options: Options, nursery: trio.Nursery, *, forget: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`source`: a folder of overlays, or one overlay file. `nursery` runs the images' tasks.
+        """`source`: a folder of overlays, or one overlay file. `nursery` runs the tasks of images and connections.
 
-        `forget`: told the name of an image that is no longer there, which the kernel may still know.
+        `forget`: called with the name of an image that is removed, which the kernel may have cached.
 
         Raises:
-            UsageError: it is not there.
+            UsageError: `source` cannot be opened.
         """
         self.folder = OverlayFolder(source)
         self.sources = SourcePool(
@@ -49,11 +49,11 @@ class Images:
         self.registry = Registry(self.folder, opener, self._supervisor, forget)
 
     async def close(self) -> list[QedfsError]:
-        """Flush and close every overlay, then drop the connections.
+        """Flush and close every overlay, then close the connections.
 
-        Returns why what was written may not be in the overlays, for each that was closed in this mount, now or before.
+        Returns an error for each overlay in which answered writes may be missing, also for those closed earlier.
         """
-        await self._supervisor.end_all(self.registry.known())
+        await self._supervisor.end_all(self.registry.including_removed())
         await self.sources.aclose()
         self.folder.close()
         return self._supervisor.losses

@@ -1,7 +1,7 @@
-"""The folder to mount on: which file system is mounted there, whether ours can be, and the command that unmounts it.
+"""The mountpoint: which file system is mounted there, whether ours can be, and the command that unmounts it.
 
-Owns the look into the kernel's table of mounts, which asks nothing of a file system that may hang. Must not know what
-is served there, nor who serves it.
+Owns the queries of the kernel's table of mounts, which send no request to a file system that may hang. Must not know
+what is served there, nor by which process.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def mount_info_at(place: str) -> MountInfo | None:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether a mount is there whose server has died, or whose connection to the kernel was cut."""
+    """Whether a FUSE mount is there whose server has died, or whose connection to the kernel was aborted."""
     try:
-        # Not stat: the kernel would answer it from what the dead server said a moment ago.
+        # Not stat: the kernel would answer it from cached attributes.
         os.statvfs(mountpoint)
     except OSError as exc:
         return exc.errno == errno.ENOTCONN
@@ -45,11 +45,11 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def check_mountpoint(mountpoint: str, source: str) -> None:
-    """Return if the images of `source` can be mounted there, as far as can be seen without trying.
+    """Check that `source` can be mounted there, as far as this can be known without trying.
 
     Raises:
         InUse: something is mounted there already.
-        UsageError: it is not a folder, or the one that holds the overlays.
+        UsageError: it is not a folder, or it is the folder of the overlays.
     """
     try:
         busy = os.path.ismount(mountpoint)
@@ -69,7 +69,7 @@ def check_mountpoint(mountpoint: str, source: str) -> None:
 
 
 def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
-    """The likely reason, for a line: libfuse tells its own to nobody but standard error, which a daemon has not."""
+    """The likely reason of a failed mount. libfuse prints its own on standard error only, which a daemon lacks."""
     if not os.path.exists("/dev/fuse"):
         return "there is no /dev/fuse; is the kernel's module fuse loaded?"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
@@ -81,18 +81,18 @@ def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the system's unmount command: umount for root, fusermount3 for others. Asks nothing of the mount."""
+    """Run the system's unmount command: umount for root, fusermount3 for others. Sends no request to the mount."""
     place = place_of(mountpoint)
     if os.getuid() == 0:
-        # -c: umount(8) would look at the mountpoint, and hang with its server.
+        # -c: otherwise umount(8) resolves the path, and hangs if the server hangs.
         command = ["umount", "-c", *(["-l"] if lazy else []), "--", place]
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
-    # "busy" is looked for in what it says; the path in there may be in no encoding.
+    # Callers search the message for "busy"; the path in it may be in any encoding.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(  # noqa: S603 - no shell
             command, capture_output=True, text=True, errors="surrogateescape", env=environment, check=False
         )
-    except OSError as exc:  # no such program, or nothing left to start one with
+    except OSError as exc:  # no such program, or no memory or process left for it
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: {exc.strerror}")

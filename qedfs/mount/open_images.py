@@ -1,6 +1,6 @@
-"""The images of a mount that are open, taken together: how many there are, and how busy.
+"""The open images of a mount as a whole: their number, their load, and the sources that they still need.
 
-Also those whose overlay has left the folder, as long as somebody uses them or they are being closed.
+They include images whose overlay was removed from the folder, until they are closed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from qedfs.source.retrying import RetryingSource
 
 
 class OpenImages:
-    """The images that have their overlay open."""
+    """The images whose overlay is open."""
 
     def __init__(self) -> None:
         self._images: set[Image] = set()
@@ -19,21 +19,21 @@ class OpenImages:
         return len(self._images)
 
     def add(self, image: Image) -> None:
-        """It has been opened."""
+        """Count an image that was opened."""
         self._images.add(image)
 
     def discard(self, image: Image) -> None:
-        """It has been closed."""
+        """Forget an image that was closed."""
         self._images.discard(image)
 
     def activity(self) -> int:
-        """Changes whenever a guest reads or writes."""
+        """A number that changes whenever a guest reads or writes."""
         return sum(image.counters.read + image.counters.written for image in self._images)
 
     def barrier_seconds(self) -> float:
-        """How long barriers have taken so far."""
+        """Seconds spent in barriers."""
         return sum(image.overlay.barrier_seconds for image in self._images)
 
     def need(self, source: RetryingSource) -> bool:
-        """Whether one of them is still being filled from this source."""
+        """Whether an image that is not complete uses this source."""
         return any(image.source is source and not image.complete for image in self._images)

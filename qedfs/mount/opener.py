@@ -1,7 +1,7 @@
-"""Opens one overlay as an image that can be served, and closes it.
+"""Opens an overlay as an image with its source and its stream, and closes it.
 
-Owns what has to hold before an overlay is opened, and how: whole, writable if it may be, with its source and its
-stream. Must not know names and inodes of the mount, nor when an overlay comes and goes.
+Owns the checks before an overlay is opened, the choice between writable and read-only, and the release of sources.
+Must not know the inodes of the mount, nor when overlays appear and disappear.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ class Opener:
         images: OpenImages,
         hold_off: Callable[[], str],
     ) -> None:
-        """`images`: what is open is noted there. `hold_off`: why streams should wait, "" if they may run."""
+        """`images`: the opener records there which images are open. `hold_off`: why streams must wait, "" if not."""
         self._folder = folder
         self._options = options
         self._sources = sources
         self._images = images
         self._hold_off = hold_off
 
-    def renew_patience(self) -> None:
-        """Several overlays will be opened now, which share the time for a first look at their sources."""
-        self._sources.renew_patience()
+    def begin_scan(self) -> None:
+        """Call this before a series of `open`: they share the time for the first checks of their sources."""
+        self._sources.begin_scan()
 
-    async def open(self, path: str, name: str, *, came: bool) -> tuple[Image, StreamJob]:
-        """Open an overlay as the image `name`, and return that with its stream, which does not run yet.
+    async def open(self, path: str, name: str, *, is_new: bool) -> tuple[Image, StreamJob]:
+        """Open an overlay as the image `name`. Returns the image and its stream, which does not run yet.
 
-        `came`: the file did while we serve, and may still be being copied.
+        `is_new`: the file appeared while the mount serves, and may still be being copied.
 
         Raises:
             QedfsError: it cannot be served.
-            OSError: it cannot be looked at.
+            OSError: its attributes cannot be read, or no descriptor is left.
         """
-        overlay = await self._open_overlay(path, came=came)
+        overlay = await self._open_overlay(path, is_new=is_new)
         try:
             self._check_clusters(path, overlay)
             fetch = await self._sources.fetch_for(overlay, overlays=len(self._images) + 1)
         except BaseException:
-            # Also if cancelled: the descriptor's locks would keep the overlay in use for as long as we run.
+            # Even if cancelled: the locks of an open descriptor would keep the overlay in use.
             with trio.CancelScope(shield=True):
                 await overlay.close()
             raise
@@ -77,11 +77,11 @@ class Opener:
         self._images.add(image)
         return image, job
 
-    async def _open_overlay(self, path: str, *, came: bool) -> Overlay:
+    async def _open_overlay(self, path: str, *, is_new: bool) -> Overlay:
         check_room(len(self._images) + 1, self._sources.count)
         if stat.S_ISLNK(self._folder.lstat(path).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
-        await check_settled(path, self._folder.fd, came=came)
+        await check_settled(path, self._folder.fd, is_new=is_new)
         journals, dir_fd = self._options.journal_folder, self._folder.fd
         try:
             return await open_overlay(
@@ -97,7 +97,7 @@ class Opener:
         return overlay
 
     def _check_clusters(self, path: str, overlay: Overlay) -> None:
-        """Raise NoMemory if the overlay cannot be filled: clusters are brought in, and merged with writes, whole."""
+        """Raise NoMemory if a cluster, which is fetched and merged with writes as a whole, does not fit into memory."""
         most = memory_pool.largest_cluster()
         if overlay.backing is not None and overlay.writable and overlay.cluster_size > most:
             raise NoMemory(
@@ -106,7 +106,7 @@ class Opener:
             )
 
     async def close(self, image: Image) -> QedfsError | None:
-        """Flush and close an image; returns why what was written last may not be in the overlay."""
+        """Flush and close an image. Returns an error if the last writes may not be in the overlay."""
         try:
             with trio.CancelScope(shield=True):
                 await image.close()
@@ -114,14 +114,14 @@ class Opener:
             log.error("%s: %s", image.name, exc)
             return exc
         except Exception:
-            # The others have to be flushed and closed all the same.
+            # The other images must be flushed and closed all the same.
             log.exception("%s: cannot be closed", image.name)
             return QedfsError(f"{image.name}: cannot be closed: internal error, see the log")
         finally:
             self._images.discard(image)
         return None
 
-    async def let_go(self, image: Image) -> None:
-        """Drop the connections to the source of an image that needs it no longer, if no other one does."""
+    async def release_source(self, image: Image) -> None:
+        """Close the connections of an image that does not need its source any more, unless another image does."""
         if image.source is not None and not self._images.need(image.source):
-            await self._sources.let_go(image.source)
+            await self._sources.release(image.source)

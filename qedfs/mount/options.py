@@ -1,4 +1,4 @@
-"""What the user said at the mount, for every image of it. Plain values."""
+"""The options of a mount that concern its images. Plain values."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qedfs.source.retrying import DEADLINE_SECONDS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `qedfs mount` that concern its images."""
+    """The options of `qedfs mount` for its images."""
 
     stream: bool = True
     rules: Rules = dataclasses.field(default_factory=Rules)
-    read_only: bool = False  # leave the overlays as they are
+    read_only: bool = False  # open the overlays read-only
     copy_on_read: bool | None = None  # None: as the overlay says
     limit: int = 0  # bytes per second and image, 0 for none
-    profile: tuple[Range, ...] = ()  # what to bring in first
+    profile: tuple[Range, ...] = ()  # to populate first
     policy: Policy = dataclasses.field(default_factory=Policy)
     pinning: Pinning = USUAL
     credentials: Credentials = NO_CREDENTIALS

@@ -1,4 +1,4 @@
-"""The folder of overlays that was mounted, or the one overlay file: what is there on disk.
+"""The folder of overlays on disk, or the single overlay file, that the user mounts.
 
 Owns the descriptor of the folder. Must not know which overlays are served.
 """
@@ -14,7 +14,7 @@ SUFFIX = ".qed"
 
 
 class OverlayFolder:
-    """A folder of overlays. `single`: of one only, which the user named; the folder is the one that holds it."""
+    """A folder of overlays. `single`: the user named one overlay file; `root` is then the folder that holds it."""
 
     def __init__(self, source: str) -> None:
         """`source`: a folder of overlays, or one overlay file.
@@ -27,13 +27,13 @@ class OverlayFolder:
         self.root = os.path.dirname(self.source) if self.single else self.source
         try:
             os.stat(self.source)
-            # Held open, so that mounting over the folder itself does not hide the overlays from us.
+            # Kept open: a mount on the folder itself must not hide the overlays.
             self.fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as exc:
             raise UsageError(f"{source}: {exc.strerror}; qedfs create makes an overlay") from exc
 
     def close(self) -> None:
-        """Give the descriptor up."""
+        """Close the descriptor."""
         os.close(self.fd)
 
     def stat(self) -> os.stat_result:
@@ -45,14 +45,14 @@ class OverlayFolder:
         return os.fstatvfs(self.fd)
 
     def lstat(self, path: str) -> os.stat_result:
-        """The attributes of a file of the folder, or of the symbolic link that stands there. Raises OSError."""
+        """The attributes of a file in the folder; of the link itself if it is a symbolic link. Raises OSError."""
         return os.stat(os.path.basename(path), dir_fd=self.fd, follow_symlinks=False)
 
     def overlays(self) -> Iterator[tuple[str, os.stat_result | OSError]]:
-        """The paths of the overlays that the folder holds, with their attributes, or with the reason for none.
+        """The path of each overlay, with its attributes or the error of reading them.
 
-        One may be on a bad sector, or be the place of another file system: a mount that its user has made and does not
-        let us into, or one whose server has died.
+        Such an error may come from a bad sector, or from another file system that is mounted there: a FUSE mount of
+        another user, or one whose server has died.
         """
         if self.single:
             yield self.source, os.stat(os.path.basename(self.source), dir_fd=self.fd)

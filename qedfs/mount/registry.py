@@ -1,8 +1,8 @@
-"""Which overlays are served, under which names and inodes: the folder, or the one file, that was mounted.
+"""Which overlays are served, under which names and inodes.
 
-Owns the list of what was found, and the look into the folder that keeps it up to date. Must not know FUSE requests, how
-an overlay is opened, nor what runs for it. A file that cannot be served costs itself only: it is kept in the list with
-the reason, for the log and for `status`.
+Owns the list of overlays, and the scan of the folder that keeps it up to date. Must not know FUSE requests, how an
+overlay is opened, nor which tasks its image has. An overlay that cannot be served does not affect the others: it stays
+in the list with the reason, for the log and for `status`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from qedfs.mount.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-RESCAN_SECONDS = 1.0
-# Of this machine or of a file server, not of the file. EAGAIN: somebody has a lease on it.
-_PASSING = frozenset(
+SCAN_SECONDS = 1.0
+# Errors of this machine or of a file server, not of the file. EAGAIN: a process has a lease on the file.
+_TRANSIENT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
 )
-_UNSEEN = (0, 0, 0)  # what no file looks like: one that can be looked at later has changed
+_NO_STAMP = (0, 0, 0)  # unlike that of any file: once the attributes can be read, the file has changed
 
 
 class Registry:
@@ -40,7 +40,7 @@ class Registry:
     def __init__(
         self, folder: OverlayFolder, opener: Opener, supervisor: Supervisor, forget: Callable[[str], None]
     ) -> None:
-        """`forget`: told the name of an image that is no longer there, which the kernel may still know."""
+        """`forget`: called with the name of an image that is removed, which the kernel may have cached."""
         self._folder = folder
         self._opener = opener
         self._supervisor = supervisor
@@ -53,7 +53,7 @@ class Registry:
         self._scanned_mtime = -1
         self._scanned_before = False
 
-    # What is there.
+    # Queries.
 
     def by_name(self, name: str) -> Served | None:
         """The served image with this name."""
@@ -64,53 +64,50 @@ class Registry:
         return self._by_inode.get(inode)
 
     def images(self) -> list[Served]:
-        """All that can be read, in the order in which they came."""
-        return [served for served in self._by_inode.values() if not served.gone]
+        """The served images, in the order in which they were opened."""
+        return [served for served in self._by_inode.values() if not served.removed]
 
     def everything(self) -> list[Served]:
-        """All that was found, broken ones included, by name."""
+        """All overlays in the folder, sorted by name, including those that cannot be served."""
         return sorted(self._by_path.values(), key=lambda served: served.name)
 
-    def known(self) -> set[Served]:
-        """All that was found, and the images whose overlay has left the folder while somebody has them open."""
+    def including_removed(self) -> set[Served]:
+        """All overlays in the folder, and the images that are still open after their overlay was removed from it."""
         return {*self._by_path.values(), *self._by_inode.values()}
 
     @property
     def in_use(self) -> bool:
-        """Whether anybody has an image open, or one is being closed; also of an overlay that has left the folder."""
+        """Whether an image is open or being closed, also one whose overlay was removed from the folder."""
         return bool(self._supervisor.ending) or any(served.opens for served in self._by_inode.values())
 
-    # Looking.
+    # Scanning.
 
     async def watch(self) -> None:
-        """Notice overlays that come and go, until cancelled.
-
-        A look costs one fstat while the folder does not change and all are served.
-        """
+        """Scan once a second, until cancelled. This costs one fstat while nothing changes and everything is served."""
         while True:
-            await trio.sleep(RESCAN_SECONDS)
+            await trio.sleep(SCAN_SECONDS)
             try:
-                await self.rescan(broken=True)
+                await self.scan_if_changed(retry=True)
             except (OSError, QedfsError) as exc:
                 log.warning("cannot look into %s: %s", self._folder.source, exc)
 
-    async def rescan(self, *, broken: bool = False) -> bool:
-        """Look again if the folder has changed; returns whether it did look.
+    async def scan_if_changed(self, *, retry: bool = False) -> bool:
+        """Scan if the folder has changed. Returns whether it has scanned.
 
-        `broken`: also if there are overlays that could not be served. A file that is repaired in place, and one that
-        its other user has closed, leave no trace in the folder.
+        `retry`: scan also if an overlay could not be served. A repair of the file, or the end of the program that had
+        it open, does not change the folder.
         """
         changed = self._folder.stat().st_mtime_ns != self._scanned_mtime
-        if self._folder.single or not (changed or (broken and self._any_broken())):
+        if self._folder.single or not (changed or (retry and self._any_refused())):
             return False
         await self.scan()
         return True
 
-    def _any_broken(self) -> bool:
+    def _any_refused(self) -> bool:
         return any(served.image is None for served in self._by_path.values())
 
-    async def look(self) -> None:
-        """Look again, changed or not; a single overlay is all that there can be.
+    async def rescan(self) -> None:
+        """Scan even if the folder seems unchanged, unless a single overlay is mounted.
 
         Raises:
             QedfsError: the folder cannot be read.
@@ -123,76 +120,76 @@ class Registry:
             raise QedfsError(f"{self._folder.source}: cannot be looked into: {exc.strerror}") from exc
 
     async def scan(self) -> None:
-        """Bring the list up to date with the folder. A single overlay that cannot be served raises its QedfsError."""
+        """Bring the list up to date with the folder. Raises QedfsError for a single overlay that cannot be served."""
         async with self._scanning:
-            # Taken first: what comes while we look is looked for the next time.
+            # Read first: a change during this scan is for the next one.
             self._scanned_mtime = self._folder.stat().st_mtime_ns
             try:
                 await self._scan()
             except BaseException:
-                self._scanned_mtime = -1  # what was not come to has to be looked for again
+                self._scanned_mtime = -1  # scan again: this one may have missed some
                 raise
             self._scanned_before = True
 
     async def _scan(self) -> None:
-        self._opener.renew_patience()
+        self._opener.begin_scan()
         found = dict(self._folder.overlays())
         for path in [path for path in self._by_path if path not in found]:
             await self._remove(self._by_path[path])
         added: list[Served] = []
         try:
             for path, status in found.items():
-                if served := await self._look_at(path, status):
+                if served := await self._examine(path, status):
                     added.append(served)
         finally:
-            # Together: what the first stream fetches is of use to the others only once they stream as well. And
-            # in any case: an image that is served without its tasks would never be committed.
+            # All at once: streams share what they fetch, so none should run ahead of the others. And even after an
+            # error: an image that is served without its tasks would never be committed.
             for served in added:
                 self._supervisor.start(served)
 
-    async def _look_at(self, path: str, status: os.stat_result | OSError) -> Served | None:
-        """Take notice of one file; returns the image if one can be served now that could not before."""
+    async def _examine(self, path: str, status: os.stat_result | OSError) -> Served | None:
+        """Open a file that is new, replaced, or refused before. Returns it if it is served from now on."""
         if isinstance(status, OSError):
-            self._note_unseen(path, status)
+            self._note_unreadable(path, status)
             return None
-        seen = (status.st_ino, status.st_size, status.st_ctime_ns)
+        stamp = (status.st_ino, status.st_size, status.st_ctime_ns)
         known = self._by_path.get(path)
         if known is not None and not known.settling:
-            replaced = known.image is not None and known.seen[0] != status.st_ino
-            retry = known.image is None and (known.seen != seen or known.passing)
+            replaced = known.image is not None and known.stamp[0] != status.st_ino
+            retry = known.image is None and (known.stamp != stamp or known.transient)
             if not replaced and not retry:
                 return None
             if replaced:
                 await self._remove(known)
-            # A broken one stays in the list until `_add` knows better, so that `status` never lacks it.
+            # A refused overlay stays in the list until `_add` replaces it, so that it never disappears from `status`.
         elif self._scanned_before and settling(status):
-            self._scanned_mtime = -1  # and look again
-            self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), seen)
+            self._scanned_mtime = -1  # scan again
+            self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), stamp)
             return None
-        return await self._add(path, seen, known.refusal if known else None)
+        return await self._add(path, stamp, known.refusal if known else None)
 
-    def _note_unseen(self, path: str, error: OSError) -> None:
-        """A file is there and cannot be looked at. An image that is served goes on: it has its own descriptor."""
+    def _note_unreadable(self, path: str, error: OSError) -> None:
+        """List a file whose attributes cannot be read. An image that is already served goes on: its file is open."""
         known = self._by_path.get(path)
         if known is None or known.image is None:
-            unseen = Served(_image_name(path), path, next(self._inodes), _UNSEEN)
-            self._refuse(unseen, UsageError(f"{path}: {error.strerror}"), known.refusal if known else None)
-            self._by_path[path] = unseen
+            unreadable = Served(_image_name(path), path, next(self._inodes), _NO_STAMP)
+            self._refuse(unreadable, UsageError(f"{path}: {error.strerror}"), known.refusal if known else None)
+            self._by_path[path] = unreadable
 
-    # Coming and going.
+    # Adding and removing.
 
-    async def _add(self, path: str, seen: tuple[int, int, int], before: Trouble | None) -> Served | None:
-        """Open an overlay. `before`: why it could not be opened the last time, which the log has."""
+    async def _add(self, path: str, stamp: tuple[int, int, int], before: Trouble | None) -> Served | None:
+        """Open an overlay and list it. `before`: why it was refused the last time, which was logged."""
         name = _image_name(path)
-        served = Served(name, path, next(self._inodes), seen)
+        served = Served(name, path, next(self._inodes), stamp)
         try:
-            self._check_not_ours(path)
-            served.image, served.job = await self._opener.open(path, name, came=self._scanned_before)
+            self._check_not_open(path)
+            served.image, served.job = await self._opener.open(path, name, is_new=self._scanned_before)
         except (QedfsError, OSError) as exc:
             if self._folder.single:
                 raise
-            served.passing = _may_pass(exc)
-            # OSError: the file went away, or its file system did, while we looked at it.
+            served.transient = _is_transient(exc)
+            # OSError: the file or its file system disappeared meanwhile.
             self._refuse(served, exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}"), before)
         self._by_path[path] = served
         if served.image is None:
@@ -201,38 +198,38 @@ class Registry:
         return served
 
     def _refuse(self, served: Served, error: QedfsError, before: Trouble | None) -> None:
-        """Note why an overlay is not served, and log it unless the log has it from `before`."""
+        """Record why an overlay is not served, and log it unless it was logged for `before`."""
         since = time.time() if before is None else before.since
         served.refusal = Trouble(Cause.NOT_SERVED, error.fresh(), since)
         text = str(error)
         if before is None or text != str(before.error):
             log.error("not served: %s", text if text.startswith(served.path) else f"{served.path}: {text}")
 
-    def _check_not_ours(self, path: str) -> None:
-        """Raise InUse if this mount has the file open under another name: one inode is one image."""
+    def _check_not_open(self, path: str) -> None:
+        """Raise InUse if this mount has the file open under another name."""
         found = self._folder.lstat(path)
         for other in self._by_inode.values():
             if not other.is_on(found):
                 continue
             name = os.path.basename(other.path)
-            if other.gone:
+            if other.removed:
                 text = f"was {name}, whose image {other.name} somebody still has open; it is served when that is closed"
             else:
                 text = f"is the same file as {name}, which is served as {other.name}"
             raise InUse(f"{path}: {text}")
 
     async def _remove(self, served: Served) -> None:
-        """Take an overlay off the list. Who has it open keeps reading and writing until the last close."""
+        """Take an overlay off the list. Programs that have its image open can use it until they close it."""
         del self._by_path[served.path]
         self._by_name.pop(served.name, None)
         if served.image is not None:
             self._forget(served.name)
-        served.gone = True
-        await self.drop_if_unused(served)
+        served.removed = True
+        await self.close_if_unused(served)
 
-    async def drop_if_unused(self, served: Served) -> None:
-        """Close an image whose overlay has left the folder, once nobody has it open."""
-        if not served.gone or served.opens:
+    async def close_if_unused(self, served: Served) -> None:
+        """Close an image whose overlay was removed, unless it is open."""
+        if not served.removed or served.opens:
             return
         self._by_inode.pop(served.inode, None)
         await self._supervisor.end(served)
@@ -242,7 +239,7 @@ def _image_name(path: str) -> str:
     return os.path.basename(path).removesuffix(SUFFIX) + ".raw"
 
 
-def _may_pass(exc: QedfsError | OSError) -> bool:
-    """Whether another look may find it otherwise, without a change of the file that could be seen."""
+def _is_transient(exc: QedfsError | OSError) -> bool:
+    """Whether another attempt may succeed though the file stays the same."""
     cause = exc if isinstance(exc, OSError) else exc.__cause__
-    return isinstance(exc, (InUse, NoMemory)) or (isinstance(cause, OSError) and cause.errno in _PASSING)
+    return isinstance(exc, (InUse, NoMemory)) or (isinstance(cause, OSError) and cause.errno in _TRANSIENT)

@@ -1,6 +1,6 @@
-"""One overlay file that was found: its name and inode in the mount, its image if it can be served, its open files.
+"""One overlay file of the mount: its name and inode, its image if it can be served, and how many times it is open.
 
-Must not know FUSE requests, and not the other overlays.
+Must not know FUSE requests, nor other overlays.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from qedfs.jobs.stream import StreamJob
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Served:
-    """One overlay file that was found. `image` is None, and `refusal` says why, if it cannot be served.
+    """One overlay file. If it cannot be served, `image` and `job` are None and `refusal` says why.
 
-    Neither is there while the file is settling: it may still be being copied into the folder.
+    While the file is settling, all three are None: it may still be being copied into the folder.
     """
 
     name: str
     path: str
     inode: int
-    seen: tuple[int, int, int]  # inode, size and ctime of the file when it was opened
+    stamp: tuple[int, int, int]  # inode, size and ctime of the file at the last attempt to open it
     image: Image | None = None
     job: StreamJob | None = None
     refusal: Trouble | None = None
     opens: int = 0
-    closes: int = 0  # of descriptors of these opens; one open may have several
-    gone: bool = False  # the overlay has left the folder
-    passing: bool = False  # what `refusal` says may pass though the file stays as it is
-    scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of what runs for the image
+    closes: int = 0  # of descriptors of these opens; one open() may have several descriptors
+    removed: bool = False  # from the folder; the image lives on while it is open
+    transient: bool = False  # the refusal may end without any change of the file
+    scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
 
     @property
     def error(self) -> QedfsError | None:
@@ -43,41 +43,41 @@ class Served:
 
     @property
     def troubles(self) -> list[Trouble]:
-        """What is wrong with it now, the most lasting first."""
+        """What is wrong with it now, the most lasting trouble first."""
         if self.image is not None:
             return self.image.condition.troubles()
         return [] if self.refusal is None else [self.refusal]
 
     @property
     def settling(self) -> bool:
-        """Whether it is listed, so that nobody takes it for absent, but not looked into yet."""
+        """Whether it is listed, but not opened yet."""
         return self.image is None and self.refusal is None
 
     def is_on(self, found: os.stat_result) -> bool:
-        """Whether this is the file that the image is open on."""
+        """Whether the image is open on the file with this status."""
         try:
             return self.image is not None and os.path.samestat(self.image.overlay.file_status(), found)
         except QedfsError:
-            return False  # its file server is gone, say: that is its own trouble
+            return False  # perhaps its file server is down, which readers of the image will notice themselves
 
     def is_deleted(self) -> bool:
-        """Whether nobody can want what the overlay holds: its file has no name any more."""
+        """Whether the file has no name any more, so that its content cannot be used after it is closed."""
         try:
             return self.image is not None and not self.image.overlay.file_status().st_nlink
         except QedfsError:
             return False
 
-    # What the kernel tells of open files.
+    # What the kernel reports of open files.
 
     def note_open(self) -> None:
-        """One more open() of the image."""
+        """FUSE_OPEN: one more open()."""
         self.opens += 1
 
     def note_close(self) -> None:
-        """A descriptor was closed; its open() may have others."""
+        """FUSE_FLUSH: a descriptor was closed; its open() may have others."""
         self.closes += 1
 
     def note_release(self) -> None:
-        """The last descriptor of one open() is gone."""
+        """FUSE_RELEASE: the last descriptor of one open() was closed."""
         self.opens -= 1
         self.closes = max(0, self.closes - 1) if self.opens else 0

@@ -1,8 +1,8 @@
-"""Serves one mount from start to stop: the nursery, the readiness, the order of stopping.
+"""Serves one mount from start to stop.
 
-Owns the life of everything else. Order of starting: overlays are opened, then the file system is mounted, then the
-control socket listens, then `ready` is called. Order of stopping: the file system goes first, so that no request comes
-any more; then each overlay is flushed and closed; then the connections are dropped.
+Owns the nursery and the order of starting and stopping. Start: the overlays are opened, the file system is mounted, the
+control socket listens, `ready` is called. Stop: the file system is unmounted, so that no more requests arrive; each
+overlay is flushed and closed; the connections to sources are closed.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Mount:
     def __init__(self, images: Images, session: FuseSession) -> None:
         self.images = images
         self.session = session
-        self.failure: QedfsError | None = None  # why it does not end well, by the overlays apart
+        self.failure: QedfsError | None = None  # why the mount has failed, apart from lost writes
         self._quit = trio.Event()
 
     @property
     def mountpoint(self) -> str:
-        """Where, as an absolute path."""
+        """The absolute path of the mountpoint."""
         return self.session.mountpoint
 
     @property
@@ -69,7 +69,7 @@ class Mount:
         return self.session.device
 
     def everything(self) -> list[Served]:
-        """All overlays that were found."""
+        """All overlays in the folder."""
         return self.images.registry.everything()
 
     def fetches(self) -> list[FetchQueue]:
@@ -77,16 +77,16 @@ class Mount:
         return self.images.sources.fetches()
 
     async def rescan(self) -> None:
-        """Look into the folder again."""
-        await self.images.registry.look()
+        """Scan the folder again. Raises QedfsError."""
+        await self.images.registry.rescan()
 
     def quit(self, failure: QedfsError | None = None) -> None:
-        """Begin to stop. `failure`: why it does not end well; the first one is what is reported."""
+        """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure
         self._quit.set()
 
     async def stopping(self) -> None:
-        """Wait until somebody wants us to stop."""
+        """Wait until `quit` is called."""
         await self._quit.wait()
 
 
@@ -107,10 +107,10 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
 async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path) -> None:
     descriptors.raise_limit()
     memory.set_up()
-    exit_report.discard(settings.mountpoint)  # that of an earlier mount, which nobody has asked for
+    exit_report.discard(settings.mountpoint)  # of an earlier mount, if nobody has read it
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
-        # What runs here also runs while the overlays are being closed.
+        # Tasks of this nursery run until the overlays are closed.
         nursery.start_soon(notifier.watchdog)
         images = Images(settings.source, settings.options, nursery, forget=forget_name)
         try:
@@ -133,7 +133,7 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
 
 
 def _summed_up(errors: list[QedfsError]) -> QedfsError:
-    """One error for all: whoever ends a mount gets one line and one exit code."""
+    """One error for all of them, since the user gets one line and one exit code."""
     if len(errors) == 1:
         return errors[0]
     return type(errors[0])(f"{errors[0]}; and {len(errors) - 1} more overlays, which the log names")
@@ -156,7 +156,7 @@ async def _serve_mounted(
             nursery.start_soon(images.registry.watch)
             nursery.start_soon(memory.give_back_memory, images.sources.buffers)
             nursery.start_soon(
-                release_abandoned_reads, images.registry.images, mount.mountpoint, lambda: session.stands
+                release_abandoned_reads, images.registry.images, mount.mountpoint, lambda: session.is_mounted
             )
             await nursery.start(serve_control, socket, mount)
             if settings.metrics is not None:
@@ -187,7 +187,7 @@ async def _quit_when_streamed(mount: Mount) -> None:
 
 
 def _log_open_images(mount: Mount) -> None:
-    """Log which images are taken from somebody: a signal ends a mount that is in use, where `qedfs umount` refuses."""
-    names = [served.name for served in mount.everything() if served.opens] if mount.session.stands else []
+    """Log which images are still open: unlike `qedfs umount`, a signal ends a mount that is in use."""
+    names = [served.name for served in mount.everything() if served.opens] if mount.session.is_mounted else []
     if names:
         log.warning("%s: still open; whoever has it open gets errors from now on", ", ".join(names))

@@ -29,8 +29,8 @@ def settling(status: os.stat_result) -> bool:
     return 0 <= time.time() - status.st_mtime < SETTLE_SECONDS
 
 
-async def check_settled(path: str, dir_fd: int, *, came: bool) -> None:
-    """Return if the overlay may be opened. Writes nothing. `came`: the file appeared while the mount serves.
+async def check_settled(path: str, dir_fd: int, *, is_new: bool) -> None:
+    """Return if the overlay may be opened. Writes nothing. `is_new`: the file appeared while the mount serves.
 
     Raises:
         InUse: QEMU or another mount has it open for writing; try again later.
@@ -42,7 +42,7 @@ async def check_settled(path: str, dir_fd: int, *, came: bool) -> None:
         written = storage.open_for_writing()
         if written:
             raise BeingWritten(f"{path}: another program has it open for writing; it is served once that has closed it")
-        if came and written is None:
+        if is_new and written is None:
             problem = await storage.in_thread(lambda: _problem(storage))
             if problem:
                 raise BadOverlay(f"{path}: {problem}; it may still be being copied")

@@ -27,7 +27,7 @@ from qedfs.source.policy import Policy
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import Location, parse_location
 
-PATIENCE_SECONDS = 1.0  # for all first checks of one scan together
+CHECK_SECONDS = 1.0  # for all first policy checks of one scan together
 PAST_FETCHES = 16
 FREE_SHARE = 8  # at most 1/8 of the memory for fetched bytes may be free buffers
 
@@ -51,7 +51,7 @@ class SourcePool:
         self._deadline_seconds = deadline_seconds
         self._pinning = pinning
         self._nursery = nursery
-        self._patience_seconds = PATIENCE_SECONDS
+        self._check_seconds_left = CHECK_SECONDS
         self._remotes: dict[tuple[str, bool], RetryingSource] = {}
         self._slots = ReaderSlots(background_limit())  # of the readers of all sources together
         self.buffers = BufferPool(
@@ -64,9 +64,9 @@ class SourcePool:
         """The fetch queues in use, and the last PAST_FETCHES that were, whose counters are still of interest."""
         return [*self._fetches.values(), *self._past_fetches]
 
-    def renew_patience(self) -> None:
-        """Call this at the start of a scan."""
-        self._patience_seconds = PATIENCE_SECONDS
+    def begin_scan(self) -> None:
+        """Grant the overlays that are opened from now on CHECK_SECONDS together for their first policy checks."""
+        self._check_seconds_left = CHECK_SECONDS
 
     @property
     def count(self) -> int:
@@ -84,7 +84,7 @@ class SourcePool:
         if overlay.backing is None:
             return None
         location = parse_location(overlay.backing, relative_to=self._root)
-        await self._judge(location)
+        await self._check_policy(location)
         # If one overlay uses a URL as raw and another one probes its format, these are two sources.
         place = (location.secret_url, not overlay.probes_backing)
         remote = self._remotes.get(place)
@@ -106,13 +106,13 @@ class SourcePool:
             self._fetches[key] = FetchQueue(remote, overlay.cluster_size, self._nursery, buffers=self.buffers)
         return self._fetches[key]
 
-    async def _judge(self, location: Location) -> None:
-        begun = trio.current_time()
-        with trio.move_on_after(self._patience_seconds):
+    async def _check_policy(self, location: Location) -> None:
+        began = trio.current_time()
+        with trio.move_on_after(self._check_seconds_left):
             await allowed(location, self._policy)
-        self._patience_seconds = max(0.0, self._patience_seconds - (trio.current_time() - begun))
+        self._check_seconds_left = max(0.0, self._check_seconds_left - (trio.current_time() - began))
 
-    async def let_go(self, remote: RetryingSource) -> None:
+    async def release(self, remote: RetryingSource) -> None:
         """Close the connections to a source that no overlay needs any more, so that its server can stop."""
         for place in [place for place, known in self._remotes.items() if known is remote]:
             del self._remotes[place]

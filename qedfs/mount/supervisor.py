@@ -1,7 +1,7 @@
-"""Runs what an image needs for as long as it is served, and ends it: counting, commits, its profile and its stream.
+"""Runs the tasks of each image from when it is served until it is closed: count, commits, profile, stream, inspection.
 
-Owns these tasks, the look whether the file is still what was opened, and what is to be reported of images whose last
-flush has failed. Must not know how an overlay is found, nor under which name it is served.
+Owns these tasks, the order in which an image ends, and the errors of images whose last flush has failed. Must not know
+how overlays are found.
 """
 
 from __future__ import annotations
@@ -24,44 +24,43 @@ from qedfs.mount.served import Served
 
 log = logging.getLogger(__name__)
 
-INSPECT_SECONDS = 1.0  # between two looks whether an overlay file is still what it was: 5 us each
-# Overlays that are closed at once at the end: flushes wait for the disk, which takes many together.
-CLOSING = 16
+INSPECT_SECONDS = 1.0  # between inspections of an overlay file; one takes 5 us
+MAX_CLOSING = 16  # overlays that are closed at the same time: the disk takes many flushes together
 
 
 class Supervisor:
-    """What runs for the images of one mount."""
+    """The tasks of the images of one mount."""
 
     def __init__(self, folder: OverlayFolder, opener: Opener, profile: Sequence[Range], nursery: trio.Nursery) -> None:
-        """`profile`: what to bring in first. `nursery` runs the images' tasks."""
+        """`profile`: ranges to populate first. `nursery` runs the tasks."""
         self._folder = folder
         self._opener = opener
         self._profile = profile
         self._nursery = nursery
-        self.losses: list[QedfsError] = []  # why answered writes may not be in an overlay that was closed
-        self.ending = 0  # images that are being closed because their overlay has left
+        self.losses: list[QedfsError] = []  # writes that were answered may not be in these overlays
+        self.ending = 0  # images that are being closed because their overlay was removed
 
     def start(self, served: Served) -> None:
-        """Run the tasks of one image."""
+        """Run the tasks of an image."""
         self._nursery.start_soon(self._run, served)
 
     async def end(self, served: Served) -> None:
-        """End the tasks of an image whose overlay has left the folder, and close it."""
+        """Stop the tasks of an image whose overlay was removed from the folder, and close it."""
         served.scope.cancel()
         self.ending += 1
         try:
-            # Looked at now: a closed file tells nothing.
+            # Now, since it cannot be asked of a closed file.
             deleted = served.is_deleted()
             if (error := await self._closed(served)) and not deleted:
                 self.losses.append(error)
             if served.image is not None:
-                await self._opener.let_go(served.image)
+                await self._opener.release_source(served.image)
         finally:
             self.ending -= 1
 
     async def end_all(self, everything: Iterable[Served]) -> None:
-        """End the tasks of all images, and close these, some at once."""
-        places = trio.CapacityLimiter(CLOSING)
+        """Stop the tasks of all images, and close up to MAX_CLOSING images at the same time."""
+        places = trio.CapacityLimiter(MAX_CLOSING)
 
         async def end(served: Served) -> None:
             async with places:
@@ -77,7 +76,7 @@ class Supervisor:
         return None if served.image is None else await self._opener.close(served.image)
 
     async def _run(self, served: Served) -> None:
-        """The tasks of one image: counting, committing, streaming."""
+        """The tasks of one image."""
         image, job = served.image, served.job
         if image is None or job is None:
             return
@@ -90,43 +89,43 @@ class Supervisor:
                     try:
                         await image.overlay.count_missing()
                     except QedfsError as exc:
-                        # The image goes on being read, written and committed as far as it can be.
+                        # Reads, writes and commits go on as far as they can.
                         job.fail(exc)
                     if image.overlay.damage is not None and job.error is None:
                         job.fail(image.overlay.damage)
                     if job.state is not State.COMPLETE:
                         await job.run()
-                        await self._opener.let_go(image)
+                        await self._opener.release_source(image)
             except* QedfsError as group:
                 error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
                 image.condition.note(Cause.INTERNAL_ERROR, error)
                 log.error("%s: %s", served.name, error)
             except* Exception as group:
-                # A fault of ours must cost this image's stream only, not every image of the mount.
+                # A bug must cost the tasks of this image only, not every image of the mount.
                 image.condition.note(Cause.INTERNAL_ERROR, QedfsError("internal error, see the log"))
                 log.error("%s: internal error", served.name, exc_info=group)
 
     async def _inspect(self, image: Image, job: StreamJob, served: Served) -> None:
-        """Notice what others do to the file, until it is no longer what was opened; then it is not complete either."""
+        """Check once a second that the file is still the one that was opened; otherwise fail the stream and end."""
         while True:
             await trio.sleep(INSPECT_SECONDS)
             try:
                 await image.overlay.inspect()
-                self._check_place(image, served)
+                self._check_path(image, served)
             except BadOverlay as exc:
                 if image.overlay.damage is None:
                     image.condition.note(Cause.REPLACED, exc)
                 job.fail(exc)
                 return
             except QedfsError as exc:
-                # The disk, or a file server that is away: it proves nothing, and whoever reads meets it too.
+                # An error of the disk or of a file server proves nothing, and readers will meet it too.
                 log.debug("%s: cannot be looked at: %s", image.name, exc)
 
-    def _check_place(self, image: Image, served: Served) -> None:
-        """Raise BadOverlay if the single overlay's path leads to another file. (A folder takes that one up instead.)
+    def _check_path(self, image: Image, served: Served) -> None:
+        """Raise BadOverlay if the path of a single overlay leads to another file. (A folder serves that one instead.)
 
-        Whoever waits for the image means the file that has the name. One that was removed is legal: it lives for as
-        long as it is mounted.
+        Users who wait for the image mean the file at that path. A removed overlay is no error: it exists as long as it
+        is mounted.
         """
         if not self._folder.single:
             return

@@ -1,4 +1,4 @@
-"""`--until-streamed`: when there is nothing left to wait for, and what has kept an overlay from becoming complete."""
+"""`--until-streamed`: waits until every overlay is complete or has failed, and no image is open."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ async def until_streamed(registry: Registry) -> QedfsError | None:
     """
     while True:
         if _is_streamed(registry):
-            # The last look is up to a second old: an overlay may have come, or one that was in use may be free.
+            # The last scan is up to a second old: an overlay may be new, or not in use any more.
             with contextlib.suppress(QedfsError):
-                await registry.look()
+                await registry.rescan()
                 if _is_streamed(registry):
                     break
         await trio.sleep(LOOK_SECONDS)

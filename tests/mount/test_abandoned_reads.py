@@ -69,7 +69,7 @@ def readers(mount: Mount) -> int:
 
 
 @pytest.mark.parametrize("kind", ["buffered", "direct", "mapped", "threads", "asynchronous", "write"])
-def test_a_killed_reader_is_let_go(mount: Mount, kind: str) -> None:
+def test_a_killed_reader_ends(mount: Mount, kind: str) -> None:
     process = start(mount, kind)
     process.kill()
     process.wait(LIMIT_SECONDS)

@@ -22,7 +22,7 @@ from qedfs.mount.images import Images
 from qedfs.mount.mountpoint import MountInfo, mount_info_at
 from qedfs.mount.options import Options
 from qedfs.mount.source_pool import SourcePool
-from qedfs.mount.supervisor import CLOSING
+from qedfs.mount.supervisor import MAX_CLOSING
 from qedfs.overlay.create import create_overlay
 from tests.harness.fusectl import fusectl
 from tests.harness.hang import HANG_SECONDS
@@ -106,7 +106,9 @@ def test_a_forced_unmount_that_succeeds_is_a_good_end(tmp_path: Path) -> None:
 def test_overlays_are_closed_side_by_side_and_each_failure_is_told(tmp_path: Path) -> None:
     (tmp_path / "overlays").mkdir()
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_DISK.format(flag=str(tmp_path / "slow"), together=CLOSING))
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        SLOW_DISK.format(flag=str(tmp_path / "slow"), together=MAX_CLOSING)
+    )
     names = [*(f"good{number}" for number in range(30)), "bad1", "bad2"]
     with origin(tmp_path, MIB) as source:
         first = create(tmp_path / "overlays" / "good0.qed", source.url)
@@ -126,7 +128,7 @@ def test_overlays_are_closed_side_by_side_and_each_failure_is_told(tmp_path: Pat
 async def test_connections_are_dropped_when_all_overlays_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(2 * CLOSING):
+    for number in range(2 * MAX_CLOSING):
         create_overlay(str(tmp_path / f"{number}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
     events = []
     under_way = 0
@@ -151,8 +153,8 @@ async def test_connections_are_dropped_when_all_overlays_are_closed(
         await images.registry.scan()
         assert await images.close() == []
         nursery.cancel_scope.cancel()
-    assert len(events) == 2 * CLOSING + 1
-    assert max(events) == CLOSING
+    assert len(events) == 2 * MAX_CLOSING + 1
+    assert max(events) == MAX_CLOSING
     assert events[-1] == 0
 
 
@@ -206,6 +208,6 @@ async def test_a_mount_that_has_taken_the_place_is_not_ours(monkeypatch: pytest.
     monkeypatch.setattr(fuse_session, "mount_info_at", lambda _: MountInfo("0:57", "fuse.qedfs", b"/disk.qed"))
     session = FuseSession(str(tmp_path))
     session.mount(cast("pyfuse3.Operations", None), "/disk.qed", allow_other=False, read_only=False)
-    assert (session.stands, session.device) == (True, "0:57")
+    assert (session.is_mounted, session.device) == (True, "0:57")
     assert await session.answer() is None
-    assert (session.stands, session.device) == (False, "")
+    assert (session.is_mounted, session.device) == (False, "")

@@ -57,7 +57,7 @@ async def cancelled_look(registry: Registry, monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as patch, scope:
         patch.setattr(source_pool, "allowed", hang_up)
-        await registry.look()
+        await registry.rescan()
     assert scope.cancelled_caught
 
 
@@ -69,7 +69,7 @@ async def test_a_cancelled_look_gives_up_the_overlay(tmp_path: Path, monkeypatch
         FileStorage.open(str(overlay), writable=True).close()  # InUse, were it still held
         assert registry.everything() == []
         os.utime(overlay, (1, 1))  # giving it up may have marked it clean
-        assert await registry.rescan()
+        assert await registry.scan_if_changed()
         (served,) = registry.everything()
         assert served.image is not None
 
@@ -85,11 +85,11 @@ async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patch:
             patch.setattr(os, "scandir", no_descriptor)
             with pytest.raises(OSError, match="Too many open files"):
-                await registry.rescan()
-        assert await registry.rescan()
+                await registry.scan_if_changed()
+        assert await registry.scan_if_changed()
         (served,) = registry.everything()
         assert served.image is not None
-        assert not await registry.rescan()
+        assert not await registry.scan_if_changed()
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
@@ -108,17 +108,17 @@ async def test_what_has_passed_is_looked_for_again(
             patch.setattr(os, "open" if number == errno.EMFILE else "preadv", failing)
             since = set()
             for _ in range(2):
-                assert await registry.rescan(broken=True)
+                assert await registry.scan_if_changed(retry=True)
                 (served,) = registry.everything()
                 (trouble,) = served.troubles
                 assert trouble.cause is Cause.NOT_SERVED
                 since.add(trouble.since)
             assert len(since) == 1
         assert len(caplog.records) == 1
-        assert await registry.rescan(broken=True)
+        assert await registry.scan_if_changed(retry=True)
         (served,) = registry.everything()
         assert served.image is not None
-        assert not await registry.rescan(broken=True)
+        assert not await registry.scan_if_changed(retry=True)
 
 
 @pytest.mark.expect_log("the stream has stopped: was cut")
@@ -145,7 +145,7 @@ async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monk
     monkeypatch.setattr(Overlay, "inspect", inspect)
     async with empty_folder(overlay.parent) as registry:
         create(overlay)
-        assert await registry.rescan()
+        assert await registry.scan_if_changed()
         (served,) = registry.everything()
         assert served.job is not None
         served.job.attach(WaitsForFailure())

@@ -15,7 +15,7 @@ from qedfs.mount import source_pool
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
 from qedfs.mount.registry import Registry
-from qedfs.mount.source_pool import PATIENCE_SECONDS
+from qedfs.mount.source_pool import CHECK_SECONDS
 from qedfs.overlay.create import create_overlay
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
@@ -64,14 +64,14 @@ async def registry_of(path: Path) -> AsyncIterator[Registry]:
             nursery.cancel_scope.cancel()
 
 
-async def test_a_dead_file_server_costs_a_scan_one_patience(
+async def test_a_dead_file_server_delays_a_scan_once(
     tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
 ) -> None:
     for number in range(OVERLAYS):
         create(tmp_path / f"{number}.qed")
     async with registry_of(tmp_path) as registry:
         await registry.scan()
-        assert dead_server.waited_seconds == pytest.approx(PATIENCE_SECONDS)
+        assert dead_server.waited_seconds == pytest.approx(CHECK_SECONDS)
         assert len(registry.images()) == OVERLAYS
 
 
@@ -88,7 +88,7 @@ async def test_what_could_not_be_looked_at_is_judged_when_it_is_opened(
 
 
 @pytest.mark.expect_log("not served: .*new.qed: backing /secret/base.raw is outside every --allow-backing prefix")
-async def test_the_next_scan_has_patience_again(
+async def test_the_next_scan_checks_again(
     tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
 ) -> None:
     create(tmp_path / "disk.qed")

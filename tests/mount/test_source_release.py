@@ -1,4 +1,4 @@
-"""A source that no overlay needs any more is let go of, so that its server can stop."""
+"""The connections to a source that no overlay needs any more are closed, so that its server can stop."""
 
 from __future__ import annotations
 
