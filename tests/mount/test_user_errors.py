@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.mountpoint import why_not_mounted
 from tests.harness.images import qemu_create, random_image
 from tests.harness.mounts import is_mounted, mounted, qedfs
 from tests.harness.process import Child, free_port, wait_for
@@ -312,13 +311,3 @@ def test_secrets_of_a_url_are_nowhere(tmp_path: Path) -> None:
             with opened(mount.path("copy.raw")) as fd, pytest.raises(OSError, match="Input/output"):
                 os.pread(fd, 1, 0)
             assert password not in mount.output() + str(mount.status())
-
-
-@pytest.mark.parametrize(
-    ("refused", "why"),
-    [("/dev/fuse", "/dev/fuse may not be opened"), ("/mnt", "may not write to that folder"), ("", "libfuse says why")],
-)
-def test_the_likely_reason_why_a_mount_fails(monkeypatch: pytest.MonkeyPatch, refused: str, why: str) -> None:
-    monkeypatch.setattr(os.path, "exists", lambda _: True)
-    monkeypatch.setattr(os, "access", lambda path, _: path != refused)
-    assert why in why_not_mounted("/mnt", allow_other=False)

@@ -1,0 +1,106 @@
+"""An image ends when its overlay has left the folder and nobody has it open, and its last flush is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import NoSpace
+from qedfs.image.image import Image
+from qedfs.mount.images import Images
+from qedfs.mount.options import Options
+from qedfs.overlay.create import create_overlay
+
+Leave = Callable[[Path], object]
+
+
+def renamed(overlay: Path) -> None:
+    overlay.rename(overlay.with_suffix(".away"))
+
+
+@pytest.fixture
+def failing_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last flush of every image fails."""
+    close = Image.close
+
+    async def fail(image: Image) -> None:
+        await close(image)
+        raise NoSpace(f"{image.name}: no room")
+
+    monkeypatch.setattr(Image, "close", fail)
+
+
+@pytest.mark.expect_log("disk.raw: no room")
+@pytest.mark.usefixtures("failing_flush")
+@pytest.mark.parametrize(
+    ("leave", "lost"),
+    [
+        pytest.param(renamed, ["disk.raw: no room"], id="renamed"),
+        # Nobody can read what is in a file that has no name.
+        pytest.param(Path.unlink, [], id="deleted"),
+    ],
+)
+async def test_a_lost_write_is_reported_at_the_end_unless_the_overlay_is_deleted(
+    tmp_path: Path, leave: Leave, lost: list[str]
+) -> None:
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=65536, backing=None)
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), Options(), nursery)
+        await images.registry.scan()
+        leave(overlay)
+        assert await images.registry.scan_if_changed()
+        assert images.registry.including_removed() == set()
+        assert not images.registry.in_use
+        assert [str(error) for error in await images.close()] == lost
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_open_image_lives_on_without_its_overlay_in_the_folder(tmp_path: Path) -> None:
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=65536, backing=None)
+    forgotten: list[str] = []
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), Options(), nursery, forget=forgotten.append)
+        registry = images.registry
+        await registry.scan()
+        (served,) = registry.everything()
+        assert served.image is not None
+        served.note_open()
+        renamed(overlay)
+        await registry.scan()
+        assert (registry.everything(), registry.images(), forgotten) == ([], [], ["disk.raw"])
+        assert (registry.by_inode(served.inode), registry.in_use) == (served, True)
+        await served.image.write(0, b"guest")
+        served.note_release()
+        await registry.close_if_unused(served)
+        assert (registry.by_inode(served.inode), registry.in_use) == (None, False)
+        assert await images.close() == []
+        nursery.cancel_scope.cancel()
+    assert b"guest" in overlay.with_suffix(".away").read_bytes()
+
+
+@pytest.mark.expect_log("disk.raw: internal error")
+async def test_a_bug_in_a_task_costs_its_image_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("disk", "other"):
+        create_overlay(str(tmp_path / f"{name}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
+    run = Image.run
+
+    async def fail(image: Image) -> None:
+        if image.name == "disk.raw":
+            raise RuntimeError("a bug")
+        await run(image)
+
+    monkeypatch.setattr(Image, "run", fail)
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), Options(stream=False), nursery)
+        await images.registry.scan()
+        disk, other = images.registry.everything()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert [str(trouble.error) for trouble in disk.troubles] == ["internal error, see the log"]
+        assert other.troubles == []
+        assert await images.close() == []
+        nursery.cancel_scope.cancel()
