@@ -102,7 +102,7 @@ class Opener:
         if overlay.backing is not None and overlay.writable and overlay.cluster_size > most:
             raise NoMemory(
                 f"{path}: its clusters of {format_size(overlay.cluster_size)} are too large for the memory that this "
-                f"mount may use, which has room for clusters of {format_size(most)}"
+                f"mount may use; the limit is {format_size(most)}"
             )
 
     async def close(self, image: Image) -> QedfsError | None:

@@ -213,7 +213,7 @@ class Registry:
                 continue
             name = os.path.basename(other.path)
             if other.removed:
-                text = f"was {name}, whose image {other.name} somebody still has open; it is served when that is closed"
+                text = f"was {name}, whose image {other.name} is still open; it will be served when that is closed"
             else:
                 text = f"is the same file as {name}, which is served as {other.name}"
             raise InUse(f"{path}: {text}")

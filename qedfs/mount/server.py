@@ -136,7 +136,7 @@ def _summed_up(errors: list[QedfsError]) -> QedfsError:
     """One error for all of them, since the user gets one line and one exit code."""
     if len(errors) == 1:
         return errors[0]
-    return type(errors[0])(f"{errors[0]}; and {len(errors) - 1} more overlays, which the log names")
+    return type(errors[0])(f"{errors[0]}; and {len(errors) - 1} more overlays, see the log")
 
 
 async def _serve_mounted(
@@ -190,4 +190,4 @@ def _log_open_images(mount: Mount) -> None:
     """Log which images are still open: unlike `qedfs umount`, a signal ends a mount that is in use."""
     names = [served.name for served in mount.everything() if served.opens] if mount.session.is_mounted else []
     if names:
-        log.warning("%s: still open; whoever has it open gets errors from now on", ", ".join(names))
+        log.warning("%s: still open; its users get errors from now on", ", ".join(names))

@@ -134,7 +134,5 @@ class Supervisor:
         except OSError:
             return
         if not served.is_on(found):
-            fate = "has another name" if image.overlay.file_status().st_nlink else "ends with the mount"
-            raise BadOverlay(
-                f"{served.path}: is another file now; what is mounted is the one that was there, which {fate}"
-            )
+            fate = "has another name" if image.overlay.file_status().st_nlink else "was removed and ends with the mount"
+            raise BadOverlay(f"{served.path}: is another file now; the mounted one {fate}")

@@ -112,7 +112,7 @@ def test_a_file_that_takes_the_place_of_a_mounted_overlay_is_not_complete(tmp_pa
             mount.wait()
             _replaced(source, overlay)
             wait_for(lambda: state(mount)[0] == "failed", "notice of it")
-            assert "is another file now; what is mounted is the one that was there, which ends" in state(mount)[1]
+            assert "is another file now; the mounted one was removed and ends with the mount" in state(mount)[1]
             assert wrong_pieces(mount.path("disk.raw"), source.data()) == (0, 0)
             assert qedfs("wait", mount.mountpoint, check=False).returncode == BAD_OVERLAY
 

@@ -284,7 +284,7 @@ def test_another_name_of_a_served_overlay_is_told_as_that(tmp_path: Path) -> Non
         with opened(mount.path("a.raw")) as fd:
             (overlays / "a.qed").rename(overlays / "new.qed")
             wait_for(lambda: error("new.raw") != "is not there", "notice of the new name")
-            expected = "was a.qed, whose image a.raw somebody still has open; it is served when that is closed"
+            expected = "was a.qed, whose image a.raw is still open; it will be served when that is closed"
             assert error("new.raw") == f"{overlays}/new.qed: {expected}"
             assert os.pwrite(fd, b"guest", 0) == 5
         wait_for(lambda: error("new.raw") is None, "the image under its new name")

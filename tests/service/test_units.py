@@ -175,7 +175,7 @@ def test_whoever_has_an_image_taken_away_is_told_of(host: Machine, tmp_path: Pat
                 os.close(image)
         assert host.state("qedfs@vm1.service") == "failed"
         assert not host.is_mounted(mountpoint)
-    assert "disk.raw: still open; whoever has it open gets errors from now on" in host.log()
+    assert "disk.raw: still open; its users get errors from now on" in host.log()
 
 
 def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> None:
