@@ -132,7 +132,8 @@ class Extent:
 class Source(Protocol):
     """The bytes of a backing image. All sizes and positions are in bytes.
 
-    Many tasks may call `read` and `extents` at the same time.
+    Many tasks may call `read` and `extents` at the same time. A range outside `identity.size` is a ValueError: the
+    caller's mistake. Every source passes `tests/source/test_source_contract.py`, which tests this protocol.
     """
 
     @property
@@ -155,7 +156,7 @@ class Source(Protocol):
         ...
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer` with the bytes at `pos`; the range must lie inside `identity.size`.
+        """Fill `buffer`, any contiguous view, with the bytes at `pos`.
 
         `urgent` reads, for which a reader waits, do not queue behind the others. Cancelling is safe: the source drops
         the connection or discards the reply, and does not touch `buffer` after the call has ended.
@@ -176,8 +177,14 @@ class Source(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Drop all connections. Reads in flight raise SourceUnreachable."""
+        """Drop all connections. Reads in flight and later ones raise SourceUnreachable. A second call does nothing."""
         ...
+
+
+def check_range(pos: int, size: int, whole: int) -> None:
+    """Raise ValueError unless the range lies inside a source of `whole` bytes."""
+    if pos < 0 or size < 0 or pos + size > whole:
+        raise ValueError(f"{pos}+{size} is not inside the {whole} bytes of the source")
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.base import Extent, Identity
+from qedfs.source.base import Extent, Identity, check_range
 from qedfs.source.path import Held, in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
@@ -74,16 +74,23 @@ class LocalSource:
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer`. Raises SourceChanged if the file has been truncated or written to."""
+        view = buffer.cast("B")
+        self._check(pos, len(view))
         try:
-            data = await in_thread(self._path, lambda: self._read(pos, len(buffer)))
+            data = await in_thread(self._path, lambda: self._read(pos, len(view)))
         except OSError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc.strerror}") from exc
-        if len(data) < len(buffer):
+        if len(data) < len(view):
             raise SourceChanged(f"backing {self._location} has become shorter")
         # The thread reads into its own buffer, because it may go on after this call has been cancelled.
-        buffer[:] = data
+        view[:] = data
         self.received += len(data)
-        self._samples.offer(pos, buffer)
+        self._samples.offer(pos, view)
+
+    def _check(self, pos: int, size: int) -> None:
+        check_range(pos, size, self._identity.size)
+        if self._fd < 0:
+            raise SourceUnreachable(f"backing {self._location}: closed")
 
     def _read(self, pos: int, size: int) -> bytes:
         parts = []
@@ -103,6 +110,9 @@ class LocalSource:
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The holes of the file, as reported by the file system. Raises SourceChanged as `read` does."""
+        self._check(pos, size)
+        if not size:
+            return []
         try:
             return await in_thread(self._path, lambda: self._extents(pos, size))
         except OSError as exc:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import trio
 
-from qedfs.errors import QedfsError
-from qedfs.source.base import Extent, Identity
+from qedfs.errors import QedfsError, SourceUnreachable
+from qedfs.source.base import Extent, Identity, check_range
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.samples import Samples
@@ -33,13 +33,15 @@ class FakeSource:
         self.fail: QedfsError | None = None
         self.gate: trio.Event | None = None
         self.holes: list[tuple[int, int]] | None = None  # (pos, size) that `extents` tells; None: it cannot tell
+        self.is_closed = False
         self.in_flight = 0
         self.most_in_flight = 0
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` after a round trip."""
-        assert pos + len(buffer) <= len(self.content), "asked for bytes behind the end"
-        self.reads.append((pos, len(buffer), urgent))
+        view = buffer.cast("B")
+        self._check(pos, len(view))
+        self.reads.append((pos, len(view), urgent))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -48,17 +50,19 @@ class FakeSource:
             await trio.sleep(self.round_trip)
             if self.fail is not None:
                 # What a failed read leaves behind must never be used.
-                buffer[:] = b"\xee" * len(buffer)
+                view[:] = b"\xee" * len(view)
                 raise self.fail
-            buffer[:] = self.content[pos : pos + len(buffer)]
-            self.received += len(buffer)
-            self.samples.offer(pos, buffer)
+            self._check(pos, len(view))
+            view[:] = self.content[pos : pos + len(view)]
+            self.received += len(view)
+            self.samples.offer(pos, view)
         finally:
             self.in_flight -= 1
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The holes of `holes`, one extent at a time, as some servers answer."""
-        if self.holes is None:
+        self._check(pos, size)
+        if self.holes is None or not size:
             return None
         for start, length in self.holes:
             if start <= pos < start + length:
@@ -68,7 +72,13 @@ class FakeSource:
         return [Extent(pos, size, zero=False)]
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Reads under way end with the round trip, and then as later ones."""
+        self.is_closed = True
+
+    def _check(self, pos: int, size: int) -> None:
+        check_range(pos, size, self.identity.size)
+        if self.is_closed:
+            raise SourceUnreachable("http://fake/: closed")
 
     @property
     def bytes_read(self) -> int:
@@ -81,6 +91,7 @@ def remote(source: FakeSource, *, deadline_seconds: float = 30.0, pinning: Pinni
 
     async def connect() -> FakeSource:
         await trio.sleep(source.round_trip)
+        source.is_closed = False
         return source
 
     location = parse_location("http://fake/disk.raw")

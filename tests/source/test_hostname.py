@@ -17,10 +17,6 @@ from qedfs.source.nbd.transport import connect
 from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
-from tests.source.http.conftest import bare_environment
-
-pytestmark = pytest.mark.usefixtures(bare_environment.__name__)
-__all__ = ["bare_environment"]
 
 # Asked of curl 7.88.1 through a proxy that wrote down the request line, unless a comment says otherwise.
 NAMES = {

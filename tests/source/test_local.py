@@ -45,19 +45,6 @@ async def test_bytes_and_holes(tmp_path: Path) -> None:
     await source.aclose()
 
 
-async def test_a_file_that_is_written_to_is_another_version(tmp_path: Path) -> None:
-    path = tmp_path / "disk"
-    path.write_bytes(b"a" * 65536)
-    os.utime(path, (1, 1))
-    source = await opened(path)
-    assert await read(source, 0, 100) == b"a" * 100
-    with path.open("r+b") as file:
-        file.write(b"x")
-    with pytest.raises(SourceChanged):
-        await read(source, 100, 100)
-    await source.aclose()
-
-
 def cut(path: Path) -> None:
     os.truncate(path, 0)
 

@@ -25,7 +25,7 @@ import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceError, SourceUnreachable, UsageError
 from qedfs.host.descriptors import connections
-from qedfs.source.base import Extent, Identity
+from qedfs.source.base import Extent, Identity, check_range
 from qedfs.source.ca_files import read_files
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.http.answer import Answer
@@ -189,8 +189,7 @@ class HttpSource:
 
         If a redirect target keeps failing, or redirects itself, ask the origin again and read from the new target.
         """
-        if not 0 <= pos <= pos + buffer.nbytes <= self.identity.size:
-            raise ValueError(f"range {pos}+{buffer.nbytes} is outside the source of {self.identity.size} bytes")
+        check_range(pos, buffer.nbytes, self.identity.size)
         if not buffer.nbytes:
             await trio.lowlevel.checkpoint()
             return
@@ -218,6 +217,7 @@ class HttpSource:
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """None: HTTP does not report holes."""
+        check_range(pos, size, self.identity.size)
         await trio.lowlevel.checkpoint()
         return None
 

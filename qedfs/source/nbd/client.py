@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceUnreachable
-from qedfs.source.base import WEAK, Extent, Identity, Sameness
+from qedfs.source.base import WEAK, Extent, Identity, Sameness, check_range
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.nbd import errors
 from qedfs.source.nbd.connection import Connection
@@ -127,7 +127,7 @@ class NbdSource:
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` with the bytes at `pos`; see `Source.read`."""
         view = buffer.cast("B")
-        self._check_range(pos, len(view))
+        check_range(pos, len(view), self._identity.size)
         await trio.lowlevel.checkpoint_if_cancelled()
         if view:
             connection = await self._pick(urgent=urgent)
@@ -136,7 +136,7 @@ class NbdSource:
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts of a range read as zeros; needs base:allocation on the server. See `Source.extents`."""
-        self._check_range(pos, size)
+        check_range(pos, size, self._identity.size)
         if not size:
             return []
         connection = await self._pick(urgent=True)
@@ -161,10 +161,6 @@ class NbdSource:
         finally:
             for connection in connections:
                 connection.drop("closed")
-
-    def _check_range(self, pos: int, size: int) -> None:
-        if pos < 0 or size < 0 or pos + size > self.identity.size:
-            raise ValueError(f"{pos}+{size} is not inside the {self.identity.size} bytes of the source")
 
     # Which connection
 

@@ -30,7 +30,7 @@ from qedfs.errors import QedfsError, SourceError, SourceUnreachable
 from qedfs.format.sparse import SparseTable
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
-from qedfs.source.base import LAYOUT, Extent, Identity, Source
+from qedfs.source.base import LAYOUT, Extent, Identity, Source, check_range
 from qedfs.source.qcow2.cache import Cache
 from qedfs.source.qcow2.format import (
     HEADER_BYTES,
@@ -208,8 +208,7 @@ class Qcow2Source:
         await self._inner.aclose()
 
     def _check(self, pos: int, size: int) -> None:
-        if pos < 0 or size < 0 or pos + size > self._header.size:
-            raise ValueError(f"{pos}+{size} is not inside the {self._header.size} bytes of the source")
+        check_range(pos, size, self._header.size)
         if self._closed:
             raise SourceUnreachable(f"backing {self._name}: closed")
 

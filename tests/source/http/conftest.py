@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import trio
@@ -15,22 +14,10 @@ from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.hang import HANG_SECONDS
-from tests.harness.tls import Certificate, certificate
 
 CONTENT = random.Random(1).randbytes(1_000_003)
 
 OpenSource = Callable[..., Awaitable[HttpSource]]
-
-
-@pytest.fixture(autouse=True)
-def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No proxy, no CA file and no ~/.netrc of the machine that runs the tests."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture
@@ -43,11 +30,6 @@ def server() -> Iterator[FakeHttpServer]:
 def other_server() -> Iterator[FakeHttpServer]:
     with FakeHttpServer(CONTENT) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def credentials(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -1,130 +1,22 @@
-"""The Source port over HTTP, kept by two servers: the fake one and nginx, which shares no code with it. And TLS."""
+"""What is nginx's own way, and what lies between a server and us: TLS and proxies."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import ssl
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trio
 
-from qedfs.errors import Refused, SourceChanged, SourceError, SourceUnreachable
+from qedfs.errors import Refused, SourceError, SourceUnreachable
 from qedfs.source import ca_files
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.servers import nginx
 from tests.harness.tls import Certificate
+from tests.source.backings import server_context
 from tests.source.http.conftest import CONTENT, OpenSource, read
-
-
-@dataclass
-class Served:
-    """A file on a server, and how to replace it."""
-
-    url: str
-    fake: FakeHttpServer | None
-    path: Path
-
-    def replace(self, content: bytes) -> None:
-        if self.fake is not None:
-            self.fake.content = content
-            self.fake.etag = '"version-2"'
-            return
-        beside = self.path.with_suffix(".new")
-        beside.write_bytes(content)
-        os.utime(beside, (1_600_000_000, 1_600_000_000))  # older than the file that it replaces
-        beside.replace(self.path)
-
-
-@pytest.fixture(params=["fake", "nginx", "fake-tls", "nginx-tls"])
-def served(
-    request: pytest.FixtureRequest, tmp_path: Path, credentials: Certificate, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Served]:
-    kind, _, tls = request.param.partition("-")
-    if tls:
-        monkeypatch.setenv("SSL_CERT_FILE", str(credentials.ca))
-    with contextlib.ExitStack() as stack:
-        if kind == "fake":
-            fake = stack.enter_context(FakeHttpServer(CONTENT, tls=server_context(credentials) if tls else None))
-            yield Served(fake.url(), fake, tmp_path)
-        else:
-            path = tmp_path / "disk.raw"
-            path.write_bytes(CONTENT)
-            running = stack.enter_context(nginx(tmp_path, https=credentials if tls else None))
-            yield Served(f"{running.url}/disk.raw", None, path)
-
-
-def server_context(credentials: Certificate) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(credentials.cert, credentials.key)
-    return context
-
-
-async def test_every_corner_of_the_file(served: Served, open_source: OpenSource) -> None:
-    source = await open_source(served.url)
-    assert source.identity.size == len(CONTENT)
-    assert source.identity.name == served.url
-    for pos, size in ((0, 1), (0, len(CONTENT)), (len(CONTENT) - 1, 1), (len(CONTENT), 0), (4095, 131074), (0, 0)):
-        for urgent in (False, True):
-            assert await read(source, pos, size, urgent=urgent) == CONTENT[pos : pos + size]
-    assert await source.extents(0, len(CONTENT)) is None
-
-
-async def test_64_reads_at_once(served: Served, open_source: OpenSource) -> None:
-    source = await open_source(served.url)
-
-    async def check(pos: int, size: int) -> None:
-        assert await read(source, pos, size, urgent=pos % 2 == 0) == CONTENT[pos : pos + size]
-
-    async with trio.open_nursery() as nursery:
-        for n in range(64):
-            nursery.start_soon(check, n * 1021, 500_000 + n)
-
-
-@pytest.mark.parametrize("delay_seconds", [0, 0.0005, 0.002])
-async def test_cancelling_some_reads_spares_the_others(
-    served: Served, open_source: OpenSource, delay_seconds: float
-) -> None:
-    source = await open_source(served.url)
-    right = []
-
-    async def check(pos: int) -> None:
-        right.append(await read(source, pos, 100_000) == CONTENT[pos : pos + 100_000])
-
-    async with trio.open_nursery() as kept, trio.open_nursery() as cancelled:
-        for pos in range(8):
-            kept.start_soon(check, pos)
-            cancelled.start_soon(read, source, pos, 900_000)
-        await trio.sleep(delay_seconds)
-        cancelled.cancel_scope.cancel()
-    assert right == [True] * 8
-
-
-async def test_a_file_replaced_by_an_older_one_of_the_same_length(served: Served, open_source: OpenSource) -> None:
-    source = await open_source(served.url)
-    assert await read(source, 0, 10) == CONTENT[:10]
-    served.replace(CONTENT[::-1])
-    for urgent in (False, True):
-        with pytest.raises(SourceChanged):
-            await read(source, 0, 10, urgent=urgent)
-
-
-async def test_a_file_replaced_by_a_shorter_one(served: Served, open_source: OpenSource) -> None:
-    source = await open_source(served.url)
-    served.replace(CONTENT[:100])
-    with pytest.raises(SourceChanged):
-        await read(source, 5000, 10)
-
-
-async def test_an_empty_file(served: Served, open_source: OpenSource) -> None:
-    served.replace(b"")
-    source = await open_source(served.url)
-    assert source.identity.size == 0
-
 
 # ---- nginx's own ways ----
 

@@ -1,4 +1,4 @@
-"""The port `Source`, kept by the qcow2 source; and how few reads of the file it takes."""
+"""How the qcow2 source uses the one that has the file: what passes through, and how few reads it takes."""
 
 from __future__ import annotations
 
@@ -35,68 +35,15 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return convert(folder / "raw", folder / "disk.qcow2", compress=request.param == "compressed")
 
 
-# The port.
+# What it has of the source that has the file.
 
 
-async def test_ranges(file: bytes) -> None:
-    source, _ = await opened(file)
-    for pos, size in [(0, 1), (SIZE - 1, 1), (511, 2), (MiB - 5, 10), (65535, 65538), (0, SIZE), (MiB, MiB), (9, 0)]:
-        for urgent in (False, True):
-            assert await read(source, pos, size, urgent=urgent) == CONTENT[pos : pos + size], (pos, size)
-
-
-async def test_any_contiguous_view_is_filled(file: bytes) -> None:
-    source, _ = await opened(file)
-    words = memoryview(bytearray(4096)).cast("Q")
-    await source.read(512, words)
-    assert words.tobytes() == CONTENT[512 : 512 + 4096]
-
-
-async def test_a_range_outside_is_the_callers_mistake(file: bytes) -> None:
-    source, _ = await opened(file)
-    for pos, size in [(-1, 2), (SIZE, 1), (SIZE - 1, 2)]:
-        with pytest.raises(ValueError, match="is not inside"):
-            await source.read(pos, memoryview(bytearray(size)))
-        with pytest.raises(ValueError, match="is not inside"):
-            await source.extents(pos, size)
-
-
-async def test_many_reads_at_once_do_not_mix(file: bytes) -> None:
-    source, _ = await opened(file)
-    rng = random.Random(2)
-
-    async def one(pos: int, size: int, urgent: bool) -> None:
-        assert await read(source, pos, size, urgent=urgent) == CONTENT[pos : pos + size]
-
-    async with trio.open_nursery() as nursery:
-        for number in range(64):
-            pos = rng.randrange(SIZE - 1)
-            nursery.start_soon(one, pos, rng.randrange(1, min(SIZE - pos, 200_000) + 1), number % 4 == 0)
-
-
-async def test_a_cancelled_read_leaves_buffer_and_source_alone(file: bytes) -> None:
-    source, inner = await opened(file)
-    await read(source, 0, 1)
-    inner.gate = trio.Event()
-    buffer = bytearray(SIZE)
-    with trio.move_on_after(0) as scope:
-        await source.read(0, memoryview(buffer))
-    assert scope.cancelled_caught
-    before = bytes(buffer)
-    inner.gate = None
-    assert await read(source, 0, SIZE) == CONTENT
-    assert buffer == before
-
-
-async def test_nothing_is_read_after_the_end(file: bytes) -> None:
+async def test_closing_closes_the_source_of_the_file(file: bytes) -> None:
     source, inner = await opened(file)
     await source.aclose()
     assert inner.closed
     with pytest.raises(SourceUnreachable, match=r"disk\.qcow2: closed"):
         await read(source, MiB, 1)
-    with pytest.raises(SourceUnreachable, match="closed"):
-        await source.extents(0, 1)
-    await source.aclose()
 
 
 async def test_closing_ends_a_read_in_flight(file: bytes) -> None:
