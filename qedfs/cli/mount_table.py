@@ -25,7 +25,7 @@ def mounted_type(mountpoint: str) -> str | None:
     return None if found is None else found.kind
 
 
-def missing(mountpoint: str) -> QedfsError:
+def not_served(mountpoint: str) -> QedfsError:
     """Why no server of ours answers for this path: a UsageError where none could, else NotMounted."""
     kind = mounted_type(mountpoint)
     if kind == FILESYSTEM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qedfs.cli.mount_table import missing
+from qedfs.cli.mount_table import not_served
 from qedfs.cli.ui.layout import listed
 from qedfs.control.qmp.client import Client, NotServed, error_of
 from qedfs.errors import QedfsError, UsageError
@@ -26,7 +26,7 @@ def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
     try:
         return Client.connect(mountpoint, deadline=deadline)
     except NotServed as exc:
-        raise missing(mountpoint) from exc
+        raise not_served(mountpoint) from exc
 
 
 def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:

@@ -9,17 +9,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
-import pyfuse3
 import pytest
 import trio
 
 from qedfs.image.image import Image
-from qedfs.mount import fuse_session, fuse_wait
-from qedfs.mount.fuse_session import FuseSession
 from qedfs.mount.images import Images
-from qedfs.mount.mountpoint import MountInfo, mount_info_at
+from qedfs.mount.mountpoint import mount_info_at
 from qedfs.mount.options import Options
 from qedfs.mount.source_pool import SourcePool
 from qedfs.mount.supervisor import MAX_CLOSING
@@ -194,20 +190,3 @@ def _tmpfs(place: Path) -> Iterator[None]:
 
 def _run(command: str, *arguments: str | Path) -> None:
     subprocess.run([require(command), *arguments], check=True, timeout=HANG_SECONDS)
-
-
-async def test_a_mount_that_has_taken_the_place_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It may look the same in the kernel's table: the same overlays, and the number that ours has had."""
-
-    async def main(**_: int) -> None:
-        pass
-
-    monkeypatch.setattr(pyfuse3, "main", main)
-    monkeypatch.setattr(pyfuse3, "init", lambda *_: None)
-    monkeypatch.setattr(fuse_wait, "install", lambda: None)
-    monkeypatch.setattr(fuse_session, "mount_info_at", lambda _: MountInfo("0:57", "fuse.qedfs", b"/disk.qed"))
-    session = FuseSession(str(tmp_path))
-    session.mount(cast("pyfuse3.Operations", None), "/disk.qed", allow_other=False, read_only=False)
-    assert (session.is_mounted, session.device) == (True, "0:57")
-    assert await session.answer() is None
-    assert (session.is_mounted, session.device) == (False, "")

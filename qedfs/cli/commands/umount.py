@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.mount_table import FILESYSTEM, copies, holders, missing, mounted_at, mounted_type
+from qedfs.cli.mount_table import FILESYSTEM, copies, holders, mounted_at, mounted_type, not_served
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import remark
@@ -109,7 +109,7 @@ def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounte
     _wait_until_released(mountpoint, places)
     _exit_as_reported(mountpoint, places, but_killed=not absent)
     if absent and not if_mounted:
-        raise missing(mountpoint)
+        raise not_served(mountpoint)
 
 
 def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> None:
@@ -147,7 +147,7 @@ def _process(client: Client) -> int | None:
 def _unmount(mountpoint: str, *, served: bool = False) -> None:
     """`served`: its server lives. It may stand still, so nothing is asked of the mount."""
     if mounted_type(mountpoint) != FILESYSTEM:
-        raise missing(mountpoint)
+        raise not_served(mountpoint)
     done = unmount(mountpoint)
     if done.returncode and not served and is_dead(mountpoint):
         done = unmount(mountpoint, lazy=True)
