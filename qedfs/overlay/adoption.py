@@ -17,6 +17,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.split import laid_out, zero_bytes
+from qedfs.overlay.table_slices import TableSlices
 
 ZEROS_AT_ONCE = 8192  # clusters: 40 us on the event loop if all are missing, up to 1 ms otherwise
 # At once: fewer than the storage has threads, so that readers and guests never wait for one behind these.
@@ -28,6 +29,7 @@ class Adoption:
 
     def __init__(
         self,
+        tables: TableSlices,
         clusters: ClusterMap,
         committer: Committer,
         barriers: Barriers,
@@ -36,6 +38,7 @@ class Adoption:
         pending: PendingAllocations,
         writer: ClusterWriter,
     ) -> None:
+        self._tables = tables
         self._map = clusters
         self._committer = committer
         self._barriers = barriers
@@ -103,7 +106,7 @@ class Adoption:
         await self._session.ready()
         for first in range(cluster, cluster + count, ZEROS_AT_ONCE):
             await self._adopt_some_zeros(first, min(ZEROS_AT_ONCE, cluster + count - first))
-            if self._map.crowded:
+            if self._tables.crowded:
                 await self._committer.commit()
             await trio.lowlevel.checkpoint()
 

@@ -15,23 +15,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qedfs.errors import QedfsError
-from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.table_slices import TableSlices
 
 
 class Allocator:
     """Allocation in one overlay, on the event loop. Offsets and sizes in bytes."""
 
-    def __init__(self, storage: Storage, clusters: ClusterMap) -> None:
+    def __init__(self, storage: Storage, tables: TableSlices) -> None:
         self._storage = storage
-        self._map = clusters
-        self._cluster_size = clusters.geometry.cluster_size
+        self._tables = tables
+        self._cluster_size = tables.geometry.cluster_size
         self._free: list[int] = []  # clusters, in rising order
 
     def zeros(self, size: int) -> int:
         """A place of `size` bytes, whole clusters, that reads as zeros: at the end. The file is not grown yet."""
-        offset = self._map.file_end
-        self._map.reach(offset + size)
+        offset = self._tables.file_end
+        self._tables.reach(offset + size)
         return offset
 
     def clusters(self, count: int) -> list[int]:
@@ -43,25 +43,25 @@ class Allocator:
 
     def make_table(self, cluster: int) -> None:
         """Have an L2 table and its slice for `cluster`; the table becomes part of the file with the next commit."""
-        index = self._map.needs_table(cluster)
+        index = self._tables.needs_table(cluster)
         if index is not None:
-            self._map.add_table(index, self.zeros(self._map.geometry.table_bytes))
-        self._map.make_slice(cluster)
+            self._tables.add_table(index, self.zeros(self._tables.geometry.table_bytes))
+        self._tables.make_slice(cluster)
 
     def give_back(self, offsets: Iterable[int]) -> None:
         """Undo the allocation of clusters whose write has failed and has ended."""
         self._free = sorted([*self._free, *offsets])
-        end = self._map.file_end
+        end = self._tables.file_end
         kept = len(self._free)
         while kept and self._free[kept - 1] == end - self._cluster_size:
             kept -= 1
             end = self._free[kept]
-        if end == self._map.file_end:
+        if end == self._tables.file_end:
             return
         if self._storage.size() > end:
             try:
                 self._storage.resize(end)
             except QedfsError:
                 return  # they stay as free places; the caller is about to report the write's own error
-        self._map.cut_back(end)
+        self._tables.cut_back(end)
         del self._free[kept:]

@@ -35,10 +35,10 @@ from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import decode_table, encode_table
 from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.table_slices import TableSlices
 from qedfs.overlay.truncation_marks import TruncationMarks
 
 
@@ -60,18 +60,18 @@ class Committer:
         self,
         storage: Storage,
         header: Header,
-        clusters: ClusterMap,
+        tables: TableSlices,
         *,
         journal: SessionJournal,
         barriers: Barriers,
         marks: TruncationMarks,
     ) -> None:
-        """`marks`: those that the map finds (`secure_marks`)."""
+        """`marks`: those that are found when slices are read (`secure_marks`)."""
         self._group_error: QedfsError | None = None  # of the last group
         self.uncommitted_bytes = 0  # of data written since the last group was taken
         self._storage = storage
         self._header = header
-        self._map = clusters
+        self._tables = tables
         self._journal = journal
         self._barriers = barriers
         self._marks = marks
@@ -97,7 +97,7 @@ class Committer:
 
     @property
     def _waiting(self) -> bool:
-        return bool(self._map.dirty or self._map.unwritten)
+        return bool(self._tables.dirty or self._tables.unwritten)
 
     def note_cold(self, offset: int, size: int) -> None:
         """Data written by the stream: to be dropped from the page cache after its barrier."""
@@ -206,8 +206,8 @@ class Committer:
 
     def _landed(self, group: _Group) -> None:
         """The file has the entries, if only in its page cache: as the journal does, that survives a kill."""
-        self._map.pin_slices(())
-        self._map.tables_written(group.tables)
+        self._tables.pin_slices(())
+        self._tables.tables_written(group.tables)
         self._journal.landed(group.journal_end)
 
     def _take(self) -> _Group:
@@ -216,16 +216,16 @@ class Committer:
         No await in here. A cluster allocated after the growth could get its entry into the file before the file reaches
         that far, and an entry published after the snapshot would go from the journal with this group, which lacks it.
         """
-        clusters = self._map
+        tables = self._tables
         if self._waiting:
             self._grow()
-        dirty = clusters.take_dirty()
-        tables = set(clusters.unwritten)
-        sectors = [clusters.sector(number, sector) for number, changed in dirty.items() for sector in changed]
-        sectors += self._l1_sectors(tables)
+        dirty = tables.take_dirty()
+        unwritten = set(tables.unwritten)
+        sectors = [tables.sector(number, sector) for number, changed in dirty.items() for sector in changed]
+        sectors += self._l1_sectors(unwritten)
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
-        return _Group(joined(sectors), dirty, tables, cold, self._journal.end)
+        return _Group(joined(sectors), dirty, unwritten, cold, self._journal.end)
 
     def _grow(self) -> None:
         """Make the file as long as what is allocated.
@@ -233,17 +233,17 @@ class Committer:
         On the event loop, where nobody can allocate between the look at the length and the change: in a thread, a write
         beyond the end that the group saw would be cut off again.
         """
-        if self._storage.size() < self._map.file_end:
-            self._storage.resize(self._map.file_end)
+        if self._storage.size() < self._tables.file_end:
+            self._storage.resize(self._tables.file_end)
 
     def _put_back(self, group: _Group) -> None:
         """The entries stay in memory and dirty, whatever part of the group has reached the file."""
         if self._reread:
             return  # the map has what the disk has, and nothing is written any more
         for number, changed in group.dirty.items():
-            self._map.make_dirty(number, changed)
+            self._tables.make_dirty(number, changed)
         # The tables are still `unwritten`, and the journal still has the entries: only `_landed` takes them out.
-        self._map.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
+        self._tables.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
 
     def _write(self, group: _Group, *, durable: bool) -> None:
         """Steps 2 and 3 of the module's text; runs in a worker thread."""
@@ -283,15 +283,15 @@ class Committer:
         would leave, and so does whoever opens the overlay next. The entries go first: no look-up may find one of them
         once its pages are gone.
         """
-        self._map.begin_reread()
+        self._tables.begin_reread()
         # Until `end_reread` look-ups wait. Shielded: a cancelled caller would leave tables out that the disk has.
-        unwritten = sorted(self._map.unwritten)
+        unwritten = sorted(self._tables.unwritten)
         l1: dict[int, int] = {}
         try:
             with trio.CancelScope(shield=True):
                 l1 = await self._storage.in_thread(lambda: self._l1_of_the_disk(unwritten))
         finally:
-            self._map.end_reread(l1)
+            self._tables.end_reread(l1)
 
     def _l1_of_the_disk(self, indices: Iterable[int]) -> dict[int, int]:
         with contextlib.suppress(QedfsError):  # the disk may not be well yet; what it has is all the same what it has
@@ -311,5 +311,5 @@ class Committer:
 
     def _l1_sectors(self, indices: Iterable[int]) -> Iterator[Write]:
         for first in {round_down(index, SECTOR_ENTRIES) for index in indices}:
-            entries = self._map.l1.part(first, SECTOR_ENTRIES)
+            entries = self._tables.l1.part(first, SECTOR_ENTRIES)
             yield self._header.l1_table_offset + first * ENTRY_SIZE, encode_table(entries)

@@ -29,6 +29,7 @@ from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.session_start import SessionStart
 from qedfs.overlay.storage import FileStorage, Storage
+from qedfs.overlay.table_slices import TableSlices
 from qedfs.overlay.truncation import mark_beyond
 from qedfs.overlay.truncation_marks import TruncationMarks
 
@@ -94,20 +95,21 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     cluster_size = header.geometry.cluster_size
     # What lies behind the last whole cluster does not exist.
     marks = TruncationMarks(storage, barriers)
-    clusters = ClusterMap(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
-    committer = Committer(storage, session.header, clusters, journal=journal, barriers=barriers, marks=marks)
-    allocator = Allocator(storage, clusters)
+    tables = TableSlices(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
+    clusters = ClusterMap(tables, header)
+    committer = Committer(storage, session.header, tables, journal=journal, barriers=barriers, marks=marks)
+    allocator = Allocator(storage, tables)
     if storage.writable:
-        _mark_cut_tables(clusters, committer)
+        _mark_cut_tables(tables, committer)
     orphan = found.orphan
     if orphan and (not session.untouched or not fits(orphan, session.header, clusters, storage.size())):
         remark, orphan = _not_used(orphan, session), None
     if storage.writable or orphan:
         # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
-        clusters.reach(round_up(file_end, cluster_size))
+        tables.reach(round_up(file_end, cluster_size))
     if orphan:
         # The file may have some of it.
-        apply(orphan.pairs, clusters, allocator.make_table)
+        apply(orphan.pairs, clusters, tables, allocator.make_table)
     session_start = None
     if storage.writable:
         session_start = SessionStart(storage, session, committer, journal, journal_folder, orphan)
@@ -115,6 +117,7 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     return Overlay(
         storage,
         OpenSession(storage, session, committer, barriers, session_start),
+        tables,
         clusters,
         committer,
         barriers,
@@ -154,9 +157,9 @@ def _not_used(orphan: OrphanJournal, session: Session) -> str:
     )
 
 
-def _mark_cut_tables(clusters: ClusterMap, committer: Committer) -> None:
+def _mark_cut_tables(tables: TableSlices, committer: Committer) -> None:
     """Keep L2 tables out that the file does not hold whole, before it grows. See `truncation.py`."""
-    first_bad = clusters.file_end - clusters.geometry.table_bytes + 1
-    for first, page in clusters.l1.filled_pages():
-        if cut := mark_beyond(page, first_bad, clusters.geometry.cluster_size):
+    first_bad = tables.file_end - tables.geometry.table_bytes + 1
+    for first, page in tables.l1.filled_pages():
+        if cut := mark_beyond(page, first_bad, tables.geometry.cluster_size):
             committer.mark_l1(first + index for index in cut)

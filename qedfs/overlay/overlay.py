@@ -45,6 +45,7 @@ from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Buffer, Storage
+from qedfs.overlay.table_slices import TableSlices
 
 # Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
@@ -60,6 +61,7 @@ class Overlay:
         self,
         storage: Storage,
         session: OpenSession,
+        tables: TableSlices,
         clusters: ClusterMap,
         committer: Committer,
         barriers: Barriers,
@@ -76,6 +78,7 @@ class Overlay:
         self.storage = storage
         self.geometry = clusters.geometry
         self.clusters = clusters
+        self.tables = tables
         self.committer = committer
         self.backing = backing
         self.journal_remark = journal_remark
@@ -83,9 +86,9 @@ class Overlay:
         self._session = session
         self._barriers = barriers
         self._journal = journal
-        self._pending = PendingAllocations(clusters)
-        self._writer = ClusterWriter(storage, clusters, committer, barriers, journal, allocator, self._pending)
-        self._adoption = Adoption(clusters, committer, barriers, session, allocator, self._pending, self._writer)
+        self._pending = pending = PendingAllocations(clusters)
+        self._writer = ClusterWriter(storage, clusters, committer, barriers, journal, allocator, pending)
+        self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
     # What it is.
 
@@ -152,7 +155,7 @@ class Overlay:
     @property
     def crowded(self) -> bool:
         """Whether entries that wait for a commit take more memory than they should."""
-        return self.clusters.crowded
+        return self.tables.crowded
 
     @property
     def barriers(self) -> int:
@@ -232,7 +235,7 @@ class Overlay:
 
         For an overlay that is looked at while a mount writes to it, after a `load` and before the look at the entries.
         """
-        self.clusters.follow_growth()
+        self.tables.follow_growth()
 
     async def read_data(self, offset: int, view: memoryview) -> None:
         """Fill `view` from a data run."""
@@ -259,7 +262,7 @@ class Overlay:
 
     def has_table(self, cluster: int) -> bool:
         """Whether there is an L2 table for this cluster."""
-        return self.clusters.needs_table(cluster) is None
+        return self.clusters.has_table(cluster)
 
     # Write.
 
@@ -321,7 +324,7 @@ class Overlay:
                 await self._writer.write(writes, entries, now=now)
             finally:
                 self.times.move()
-        if self.committer.pending and (not self._journal.takes_entries or self.clusters.crowded):
+        if self.committer.pending and (not self._journal.takes_entries or self.tables.crowded):
             await self.committer.commit()
             if not self._journal.takes_entries:
                 await self._session.note_no_journal()
@@ -432,7 +435,7 @@ class Overlay:
                 # After the note: a session that has not ended must not lack its journal.
                 self._journal.close(remove=not self.committer.pending)
                 self.storage.close()
-                self.clusters.close()
+                self.tables.close()
         if self.storage.writable and self.storage.damage is not None:
             raise self.storage.damage.fresh()
         self._barriers.check()
@@ -440,4 +443,4 @@ class Overlay:
     def close_now(self) -> None:
         """Give up the file of an overlay that is open read-only: there is nothing to wait for."""
         self.storage.close()
-        self.clusters.close()
+        self.tables.close()

@@ -21,6 +21,7 @@ from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.journal import OrphanJournal, Pair
+from qedfs.overlay.table_slices import TableSlices
 
 
 def fits(orphan: OrphanJournal, header: Header, clusters: ClusterMap, file_size: int) -> bool:
@@ -50,19 +51,19 @@ def _can_be(pair: Pair, header: Header, clusters: ClusterMap, file_size: int) ->
 
 def _entry(clusters: ClusterMap, cluster: int) -> int:
     """The entry that the file has."""
-    if clusters.needs_table(cluster) is not None:
+    if not clusters.has_table(cluster):
         return MISSING
     clusters.load_now(cluster)
     return clusters.entry(cluster)
 
 
-def apply(pairs: Iterable[Pair], clusters: ClusterMap, make_table: Callable[[int], None]) -> None:
+def apply(pairs: Iterable[Pair], clusters: ClusterMap, tables: TableSlices, make_table: Callable[[int], None]) -> None:
     """Let the map have these entries; `make_table` gives a cluster its table.
 
     NoMemory: they need more slices of tables than a session ever leaves. Invented ones may need a new one each.
     """
     for cluster, entry in pairs:
-        clusters.check_room()
+        tables.check_room()
         make_table(cluster)
         clusters.load_now(cluster)
         if clusters.entry(cluster) in (MISSING, ZERO):

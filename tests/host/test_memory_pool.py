@@ -93,7 +93,7 @@ async def test_what_is_remembered_of_the_slices_of_a_cut_overlay_is_bounded() ->
     """A count goes through all that is claimed, and a table may be claimed any number of times."""
     overlay = await open_storage(MemoryStorage(with_shared_table(64, entry=1 << 40).data, writable=False))
     await overlay.clusters.count()
-    assert len(overlay.clusters._cut._judged._starts) == 1
+    assert len(overlay.tables._cut._judged._starts) == 1
     await overlay.close()
 
 

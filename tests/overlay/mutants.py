@@ -44,7 +44,7 @@ MUTANTS = (
         "commit: entries are those of the start of the group",
         "commit:Committer._write",
         "in group.sectors:",
-        "in group.sectors + [self._map.sector(n, s) for n, changed in group.dirty.items() for s in changed]:",
+        "in group.sectors + [self._tables.sector(n, s) for n, changed in group.dirty.items() for s in changed]:",
     ),
     Mutant(
         "commit: the file is whole clusters long before an entry is written",
@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant(
         "commit: the entries of a failed group stay dirty",
         "commit:Committer._put_back",
-        "self._map.make_dirty(number, changed)",
+        "self._tables.make_dirty(number, changed)",
         "pass",
         "full_disk",
         first=49,

@@ -21,19 +21,19 @@ from unittest import mock
 
 import trio
 
-import qedfs.overlay.clustermap as clustermap_module
 import qedfs.overlay.overlay as overlay_module
+import qedfs.overlay.table_slices as table_slices_module
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import Geometry
 from qedfs.format.header import NEED_CHECK, decode_header
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
 from qedfs.host import memory_pool
-from qedfs.overlay.clustermap import SLICE_ENTRIES
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
 from qedfs.overlay.sectors import SECTOR_ENTRIES
+from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
 
@@ -254,7 +254,7 @@ def repeatable(seed: int) -> Iterator[None]:
             yield
     finally:
         overlay_module.WRITE_NOW_BYTES = WRITE_NOW_BYTES
-        clustermap_module.SLICE_ENTRIES = SLICE_ENTRIES
+        table_slices_module.SLICE_ENTRIES = SLICE_ENTRIES
 
 
 class Actors:
@@ -269,7 +269,7 @@ class Actors:
     ) -> None:
         """`clock` tells the model's time; by default the length of the log."""
         overlay_module.WRITE_NOW_BYTES = history.scenario.write_now
-        clustermap_module.SLICE_ENTRIES = history.scenario.slice_entries
+        table_slices_module.SLICE_ENTRIES = history.scenario.slice_entries
         self.history = history
         self._now = clock or (lambda: len(self._storage.log))
         self._journals = journals
@@ -290,7 +290,7 @@ class Actors:
 
     async def open(self) -> None:
         self.overlay = await open_storage(self._storage, journal_folder=self._journals)
-        self.overlay.clusters._cache_slices = 2
+        self.overlay.tables._cache_slices = 2
 
     def meet_full_disk(self) -> None:
         scenario = self.history.scenario

@@ -139,7 +139,7 @@ def many_tables(count: int) -> Built:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight slices to a table of 512 entries."""
-    monkeypatch.setattr("qedfs.overlay.clustermap.SLICE_ENTRIES", 64)
+    monkeypatch.setattr("qedfs.overlay.table_slices.SLICE_ENTRIES", 64)
 
 
 async def no_fill(cluster: int) -> bytes:
@@ -174,7 +174,7 @@ async def reopened(overlay: Overlay, storage: MemoryStorage) -> Overlay:
 
 async def test_a_request_larger_than_the_cache_is_answered() -> None:
     overlay = await opened(many_tables(4))
-    overlay.clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
     with trio.fail_after(HANG_SECONDS):
         assert len(await overlay.map(0, 4 * SPAN)) == 8
 
@@ -183,7 +183,7 @@ async def test_a_request_larger_than_the_cache_is_answered() -> None:
 async def test_a_slice_stays_while_a_thread_writes_its_cluster(seed: int) -> None:
     storage = MemoryStorage(many_tables(6).data, seed=seed)
     overlay = await open_storage(storage)
-    overlay.clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
 
     async def browse() -> None:
         for index in [*range(6)] * 3:
@@ -201,7 +201,7 @@ async def test_a_slow_read_of_a_slice_does_not_bring_back_what_it_was() -> None:
     for seed in range(60):
         storage = MemoryStorage(many_tables(6).data, seed=seed)
         overlay = await open_storage(storage)
-        overlay.clusters._cache_slices = 1
+        overlay.tables._cache_slices = 1
 
         async def change(overlay: Overlay = overlay) -> None:
             await overlay.adopt(CLUSTER, bytearray(b"x" * CLUSTER), CLUSTER)
@@ -238,11 +238,11 @@ async def test_a_bad_entry_is_refused_and_the_rest_is_served(entry: int) -> None
 
 async def test_a_write_over_a_bad_entry_takes_no_place() -> None:
     overlay = await opened(filled({2: 0x1200}, image_size=4 << 20), writable=True)
-    end = overlay.clusters.file_end
+    end = overlay.tables.file_end
     for _ in range(3):
         with pytest.raises(BadOverlay, match="cluster 2 points to 0x1200"):
             await overlay.write(0, b"a" * 3 * CLUSTER, no_fill)
-    assert overlay.clusters.file_end == end
+    assert overlay.tables.file_end == end
     assert not overlay.commit_pending
 
 
@@ -251,7 +251,7 @@ async def test_a_gap_ends_where_something_was_written_since_it_was_seen() -> Non
     built = filled({index * 512: MISSING for index in range(4)}, image_size=4 * SPAN)
     overlay = await opened(built, writable=True)
     clusters = overlay.clusters
-    clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
     assert [await clusters.gap(index * 512 + 5) for index in range(4)] == [512 - 5] * 4
     await overlay.adopt(SPAN + 3 * CLUSTER, bytearray(b"x" * CLUSTER), CLUSTER)
     assert await clusters.gap(512) == 0

@@ -359,7 +359,7 @@ async def test_what_a_failed_write_left_is_never_seen(tmp_path: Path) -> None:
     storage = Gated(empty(image_size=4 << 20).data, name="disk")
     overlay = await open_storage(storage, journal_folder=tmp_path)
     await overlay.adopt_zeros(0, 3)
-    place = overlay.clusters.file_end
+    place = overlay.tables.file_end
 
     async def meet_full_disk() -> None:
         with pytest.raises(NoSpace):

@@ -118,7 +118,7 @@ RULES = (
     Mutant(
         "the journal is replayed before the new session voids it",
         "open:_open",
-        "apply(orphan.pairs, clusters, allocator.make_table)",
+        "apply(orphan.pairs, clusters, tables, allocator.make_table)",
         "pass",
     ),
 )

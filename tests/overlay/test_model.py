@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from qedfs.format.geometry import Geometry
 from qedfs.overlay.check import check
-from qedfs.overlay.clustermap import SLICE_ENTRIES
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
+from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import fresh_image, read_all, run_seed
@@ -52,7 +52,7 @@ class Machine:
 
     async def open(self) -> None:
         self.overlay = await open_storage(self._storage, journal_folder=self._journals)
-        self.overlay.clusters._cache_slices = 2
+        self.overlay.tables._cache_slices = 2
 
     async def step(self, name: str, place: int, count: int) -> None:
         await getattr(self, name)(place, count)
@@ -133,7 +133,7 @@ def test_it_reads_as_an_array_would(
             await machine.step(*step)
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qedfs.overlay.clustermap.SLICE_ENTRIES", slice_entries)
+        patch.setattr("qedfs.overlay.table_slices.SLICE_ENTRIES", slice_entries)
         trio.run(main, Path(folder) if journal else None)
 
 

@@ -57,7 +57,7 @@ async def test_a_cluster_behind_the_end_stays_bad(lost: int) -> None:
     assert await states(await open_storage(MemoryStorage(storage.bytes, writable=False)), 0, 1, 2, 3, 513) == expected
 
     overlay = await open_storage(storage)
-    overlay.clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
     assert await states(overlay, 0, 1, 2, 3, 513) == expected
     await overlay.flush()
@@ -75,7 +75,7 @@ async def test_counting_marks_what_nobody_else_reads() -> None:
     """The next session finds the file grown: a guest's write to a lost cluster would land in somebody else's."""
     storage = cut_at(3 * CLUSTER)
     overlay = await open_storage(storage)
-    overlay.clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
     await overlay.clusters.count()
     assert overlay.clusters.missing == 4 * SPAN // CLUSTER - 5
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
@@ -112,7 +112,7 @@ async def test_what_this_session_wrote_behind_the_end_of_then_is_good() -> None:
     """Its slice is read again, for the first time from the file."""
     storage = cut_at(3 * CLUSTER)
     overlay = await open_storage(storage)
-    overlay.clusters._cache_slices = 1
+    overlay.tables._cache_slices = 1
     await overlay.write(1024 * CLUSTER, b"new", no_fill)
     await overlay.flush()
     await overlay.map(0, 1)
@@ -183,7 +183,7 @@ async def test_a_kill_before_the_commit_keeps_the_marks(tmp_path: Path) -> None:
     assert await states(overlay, 0, 1, 2, 3, 513) == expected
     assert not overlay.commit_pending
     await overlay.write(1024 * CLUSTER, b"other" * CLUSTER * 2, no_fill)
-    assert overlay.clusters.dirty
+    assert overlay.tables.dirty
 
     again = await open_storage(MemoryStorage(storage.bytes, name="disk"), journal_folder=tmp_path)
     assert await states(again, 0, 1, 2, 3, 513, 1024) == [*expected, b"o"]
