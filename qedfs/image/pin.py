@@ -21,6 +21,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.source.base import Identity, Sameness
 from qedfs.source.pinning import By, Pinning
 from qedfs.source.samples import Samples
+from qedfs.source.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +29,6 @@ T = TypeVar("T")
 
 
 _WAY_OUT = "Bring the old version back, or start a new overlay"
-
-
-class _Look:
-    """One look at the version of the source. `error` is there, or the version is known, when `done` is set."""
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.error: QedfsError | None = None
 
 
 class SourceVersion:
@@ -47,7 +40,9 @@ class SourceVersion:
         self._overlay = overlay
         self._fetch = fetch
         self._condition = condition
-        self._look: _Look | None = None  # while one is under way
+        self._looks = SingleFlight(
+            fetch.nursery, self._look_at_source, name=f"{name}: cannot look at the source", cancelled=self._closed_error
+        )
         self._agreed = False  # after a refusal: all bytes read before it were of the pinned version
         self._asking = trio.CancelScope()  # around the requests of a check
         self._closed = False
@@ -87,7 +82,10 @@ class SourceVersion:
         if not self._closed:
             with trio.CancelScope() as self._asking:
                 return await question()
-        raise SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
+        raise self._closed_error()
+
+    def _closed_error(self) -> SourceUnreachable:
+        return SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
 
     @property
     def _agrees(self) -> bool:
@@ -108,32 +106,12 @@ class SourceVersion:
         if (changed := self.changed) is not None:
             raise changed.fresh()
         while self.identity is None or self.identity is not self._fetch.remote.identity:
-            look = self._look
-            if look is None:
-                look = _Look()
-                # In a task of its own, so that a killed reader does not cancel the check that others wait for.
-                self._fetch.nursery.start_soon(self._look_at_source, look)
-                self._look = look
-            await look.done.wait()
-            if look.error is not None:
-                raise look.error.fresh()
+            # In a loop: while we waited, an answer may have revealed more of the version than this look has compared.
+            await self._looks.result()
         return self.identity
 
-    async def _look_at_source(self, look: _Look) -> None:
-        """Check the version once for all waiting tasks. If each did it, their deadlines would add up."""
-        # This is the result if this task is cancelled while others wait for it.
-        look.error = SourceUnreachable(f"backing {self._fetch.remote.location}: closed")
-        try:
-            self.identity = await self._pinned()
-            look.error = None
-        except QedfsError as exc:
-            look.error = exc
-        except Exception:
-            log.exception("%s: cannot look at the source", self._name)
-            look.error = QedfsError("internal error, see the log")
-        finally:
-            self._look = None
-            look.done.set()
+    async def _look_at_source(self) -> None:
+        self.identity = await self._pinned()
 
     async def _pinned(self) -> Identity:
         identity = await self._ask(self._fetch.identity)

@@ -12,7 +12,7 @@ a process per connection. NBD reports no more than a size, so blocks that were r
 connection is used (`samples.py`).
 
 Concurrency. Shared state is only changed between awaits. Readers that find no connection wait together for one
-connection attempt (`_attempt`). It runs in a task of its own, so cancelling a reader does not end it for the others.
+connection attempt (`_reconnection`), which goes on if one of them is cancelled.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
+from qedfs.source.single_flight import SingleFlight
 from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 4
@@ -40,15 +41,6 @@ GROW_LOAD = 4  # requests in flight on each background connection before another
 GROW_PAUSE_SECONDS = 60.0  # until the next attempt, after another connection could not be opened
 PARALLEL_SINGLE = 32  # background reads on a single connection
 PARALLEL_MULTI = 64  # on several connections
-
-
-class _Attempt:
-    """One attempt to connect that several readers wait for."""
-
-    def __init__(self) -> None:
-        self.over = trio.Event()
-        self.connection: Connection | None = None
-        self.failure: QedfsError | None = None
 
 
 class NbdSource:
@@ -76,7 +68,12 @@ class NbdSource:
         self._multi_conn = connection.negotiated.multi_conn
         self._connections = [connection]
         self._opening: set[trio.CancelScope] = set()
-        self._attempt: _Attempt | None = None
+        self._reconnection = SingleFlight(
+            nursery,
+            self._connect,
+            name=f"{location}: cannot connect again",
+            cancelled=lambda: errors.dropped(location, "closed"),
+        )
         self._growing = False
         self._grow_after = 0.0
         self._closed = False
@@ -172,7 +169,7 @@ class NbdSource:
             self._received += sum(each.received for each in self._connections if each.broken is not None)
         self._connections = live
         if not live:
-            return await self._reconnect()
+            return await self._reconnection.result()
         if urgent or not self._multi_conn:
             return live[0]
         background = live[1:] or live
@@ -194,28 +191,6 @@ class NbdSource:
             self._grow_after = trio.current_time() + GROW_PAUSE_SECONDS
         finally:
             self._growing = False
-
-    async def _reconnect(self) -> Connection:
-        attempt = self._attempt
-        if attempt is None:
-            attempt = _Attempt()
-            self._nursery.start_soon(self._try, attempt)
-            self._attempt = attempt
-        await attempt.over.wait()
-        if attempt.connection is not None:
-            return attempt.connection
-        if attempt.failure is None:
-            raise errors.dropped(self._location, "closed")
-        raise attempt.failure.fresh()
-
-    async def _try(self, attempt: _Attempt) -> None:
-        try:
-            attempt.connection = await self._connect()
-        except QedfsError as exc:
-            attempt.failure = exc
-        finally:
-            self._attempt = None
-            attempt.over.set()
 
     async def _connect(self) -> Connection:
         """Open one more connection, and check that it leads to the same version of the export."""

@@ -5,6 +5,9 @@ Owns what is cached and who loads it. Must not know what the values are.
 Concurrency. A *flight* is one call of a loader, for all its keys at once. There is no await between the look-up and the
 registration of flights. A cancelled flight leaves nothing behind, and the tasks that waited for it load the values
 themselves. A task never waits for another flight while its own is under way, so there is no deadlock.
+
+A flight is not a `SingleFlight`: that shares one result, while the keys of two tasks here overlap in part only, and a
+load runs in the task that needs it.
 """
 
 from __future__ import annotations
