@@ -1,1 +1,1 @@
-"""One QED file on disk: its map, its allocator, its commits, its recovery. Knows no network."""
+"""One QED overlay on disk: cluster map, allocation, commit, journal and recovery. Knows no network."""

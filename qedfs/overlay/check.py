@@ -1,11 +1,11 @@
-"""Walk an overlay's tables, say what is wrong with them, repair what can be repaired.
+"""Checks and repairs the tables of an overlay.
 
-Owns the rules of what is a corruption: those of QEMU's check, except that its phantom leaks (one per cluster_size - 1
-clusters of file) are not copied. Works on a file that nobody else has open; synchronous. Takes time in proportion to
-what is in the tables: their holes are passed over.
+Owns the definition of a corruption. It is that of QEMU's check, without its phantom leaks (one per cluster_size - 1
+clusters of file). Needs a file that no other program has open. Synchronous. The time is proportional to the entries
+that exist, because holes of the tables are skipped.
 
-What can be repaired is an entry that points where no table or cluster can be: it becomes 0, and its clusters read from
-the backing (or zeros) again. A place that two entries use cannot be: nobody knows whose it is. Leaks are harmless.
+An entry that points to an invalid place can be repaired: it becomes 0, and its clusters read from the backing again, or
+as zeros. A cluster that two entries refer to cannot be repaired, because nobody knows whose it is. Leaks are harmless.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from qedfs.overlay.storage import Storage
 # (index, entry) -> whether the entry may stay
 _Judge = Callable[[int, int], bool]
 
-CHUNK_ENTRIES = 8192  # entries read at once, 64 KiB
+CHUNK_ENTRIES = 8192  # entries per read, 64 KiB
 _ZEROS = bytes(CHUNK_ENTRIES * ENTRY_SIZE)
-MAX_CLUSTERS = 1 << 29  # one bit each: 64 MiB of memory; a file beyond is sparse by design and not of our making
+MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a file that was made to be huge and sparse exceeds it.
 
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """What a check found. Counts of clusters, except `corruptions` and `repaired`: of entries."""
+    """The result of a check. `corruptions` and `repaired` count entries, the others clusters."""
 
-    total: int  # of the image
+    total: int  # clusters of the image
     allocated: int = 0
     zero: int = 0
     tables: int = 0
-    corruptions: int = 0  # that are (still) in the file
+    corruptions: int = 0  # (still) in the file
     repaired: int = 0
     leaks: int = 0
     first_problem: str = ""
 
     def problem(self, text: str) -> None:
-        """Count a corruption and remember the first one's description."""
+        """Count a corruption. Keeps the description of the first one."""
         self.corruptions += 1
         self.first_problem = self.first_problem or text
 
 
 def check(storage: Storage, header: Header) -> Report:
-    """Look at every entry. Raises BadOverlay only where the file is too large to keep a map of."""
+    """Check every entry. Raises BadOverlay only if the file is too large to check."""
     return _Walk(storage, header, mend=False).run()
 
 
 def repair(storage: Storage, header: Header) -> Report:
-    """Look at every entry and clear those that point where nothing can be.
+    """Check every entry, and clear those that point to an invalid place.
 
-    The entries only go from "unusable" to "missing", so the order of the writes does not matter; the caller makes them
-    durable before it clears NEED_CHECK.
+    Entries only change from "unusable" to "missing", so the order of the writes does not matter. The caller has to make
+    them durable before it clears NEED_CHECK.
     """
     return _Walk(storage, header, mend=True).run()
 
@@ -73,7 +73,7 @@ class _Walk:
         clusters = self._end // header.geometry.cluster_size
         if clusters > MAX_CLUSTERS:
             raise BadOverlay(f"the file claims {clusters} clusters, too many to check")
-        self._used = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # a table is claimed with whole bytes
+        self._used = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # with room for `_claim_table` at the end
         self._used_count = 0
         self.report = Report(total=header.geometry.clusters)
 
@@ -86,14 +86,14 @@ class _Walk:
         return report
 
     def _each_entry(self, table: int, judge: _Judge) -> None:
-        """Call `judge(index, entry)` for each entry that is not 0; clear those for which it says so."""
+        """Call `judge(index, entry)` for each entry that is not 0. When repairing, clear those that it rejects."""
         for first, entries in self._filled(table):
             bad = [i for i, entry in enumerate(entries) if entry != MISSING and not judge(first + i, entry)]
             if bad and self._mend:
                 self._clear(table + first * ENTRY_SIZE, entries, bad)
 
     def _filled(self, table: int) -> Iterator[tuple[int, array[int]]]:
-        """The parts of a table that are not all zeros, each with the index of its first entry."""
+        """The chunks of a table that are not all zeros, each with the index of its first entry."""
         first, count = 0, self._geometry.entries
         while first < count:
             offset = table + first * ENTRY_SIZE
@@ -115,7 +115,7 @@ class _Walk:
 
     def _l1_entry(self, index: int, entry: int) -> bool:
         if not valid_table_offset(entry, self._header, self._end):
-            self.report.problem(f"L1 entry {index} points to {entry:#x}, where no table can be")
+            self.report.problem(f"L1 entry {index} points to {entry:#x}, which is not a valid place for a table")
             return False
         self.report.tables += 1
         shared = self._claim_table(entry)
@@ -132,7 +132,7 @@ class _Walk:
             return True
         cluster_size = self._geometry.cluster_size
         if entry % cluster_size or not self._header.area_bytes <= entry < self._end:
-            self.report.problem(f"L2 entry {index} points to {entry:#x}, where no cluster can be")
+            self.report.problem(f"L2 entry {index} points to {entry:#x}, which is not a valid place for a cluster")
             return False
         self.report.allocated += 1
         if not self._claim(entry // cluster_size):
@@ -140,7 +140,7 @@ class _Walk:
         return True
 
     def _claim_table(self, offset: int) -> int:
-        """Mark a table's clusters as used; returns how many of them were used already."""
+        """Mark a table's clusters as used. Returns how many of them were used already."""
         byte, shift = divmod(offset // self._geometry.cluster_size, 8)
         mask = ((1 << self._geometry.table_size) - 1) << shift
         part = slice(byte, byte + 1 + MAX_TABLE_SIZE // 8)

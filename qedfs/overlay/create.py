@@ -1,4 +1,4 @@
-"""Make a new, empty overlay. Owns the layout of a fresh file; must not know how a backing is reached."""
+"""Creates new, empty overlays. Owns the layout of a new file. Must not know how a backing is reached."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def create_overlay(
     table_size: int = 4,
     copy_on_read: bool = True,
 ) -> Header:
-    """Write an empty overlay at `path`, which must not exist. Sizes in bytes, `table_size` in clusters.
+    """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
 
-    The image size is rounded up to a multiple of 512, as QEMU does. The file appears whole or not at all: a folder that
-    is mounted never shows half of one. It survives a power cut from the return on. The default geometry is QEMU's;
-    table sizes 8 and 16 make QEMU corrupt images, and 1 it cannot open.
+    The image size is rounded up to a multiple of 512, as in QEMU. The file appears atomically, so a mounted folder
+    never shows an incomplete one. After the return it survives a power cut. The default geometry is QEMU's. With table
+    sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them.
 
     Raises:
-        UsageError: the file exists, the folder takes no file, or the numbers or the backing's name cannot be.
-        NoSpace: the file system is full, or takes no file of that size.
+        UsageError: the file exists or cannot be created, or the geometry or the backing's name is invalid.
+        NoSpace: the file system is full, or does not allow a file of that size.
     """
     name = encode_backing_name(backing or "")
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
@@ -52,13 +52,13 @@ def encode_backing_name(text: str) -> bytes:
     """The backing name as it is stored.
 
     Raises:
-        UsageError: it is too long, or not UTF-8 (from the command line such bytes come as surrogates). QED would hold
-            any bytes, but what shows, logs or sends the name needs text, so an overlay that has others is not served.
+        UsageError: it is too long, or not UTF-8. (In arguments of the command line, other bytes become surrogates.) QED
+            allows any bytes. But to show, log or send a name it must be text, so other overlays are not served.
     """
     try:
         name = text.encode()
     except UnicodeEncodeError as exc:
-        hint = "in a URL write its bytes like %FF, to a file make a link with another name"
+        hint = "in a URL write its bytes like %FF, for a file create a link with another name"
         raise UsageError(f"the backing name is not UTF-8; {hint}") from exc
     if len(name) > MAX_BACKING_NAME:
         raise UsageError(f"the backing name is longer than {MAX_BACKING_NAME} bytes")
@@ -93,16 +93,16 @@ def _write_new(path: str, header: Header, name: bytes, record: bytes) -> None:
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(fd, 0o666 & ~umask)
-            # Before the name is there: a power cut must leave no overlay without its bytes. Not fdatasync, which leaves
-            # the mode to chance.
+            # Before the file gets its name: a power cut must not leave a name without content. Not fdatasync, which
+            # does not make the mode durable.
             os.fsync(fd)
-        # link, not rename: it fails where the name is taken.
+        # link, not rename, because it fails if the name exists.
         os.link(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     try:
-        # Behind the link: otherwise a power cut could take away an overlay that we said was made.
+        # After the link: otherwise a power cut could remove an overlay that we have reported as created.
         sync_folder(folder)
     except OSError:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Whether a write into the page cache may have to sleep: the host has nearly as many dirty pages as it allows.
+"""Detects whether a write to the page cache may block, because the host has nearly as many dirty pages as it allows.
 
-Below the middle between the kernel's two thresholds a buffered write returns at once; above, the kernel makes the
-writer sleep (balance_dirty_pages). On the event loop that would stall every image of the mount, so then writes go to a
-worker thread. The kernel's counters are looked at a few times a second: 60 us a look.
+Below the midpoint of the kernel's two thresholds a buffered write returns at once. Above it, the kernel makes the
+writer sleep (balance_dirty_pages). On the event loop this would stall every image of the mount, so writes then go to a
+worker thread. The kernel's counters are read a few times per second, which takes 60 us.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import time
 
 LOOK_SECONDS = 0.1
-MARGIN = 0.8  # of the middle: other writers go on between two looks
+MARGIN = 0.8  # of the midpoint, because other writers continue between two checks
 
 
 class DirtyPages:
-    """The host's dirty pages, as of at most LOOK_SECONDS ago."""
+    """The state of the host's dirty pages, at most LOOK_SECONDS old."""
 
     def __init__(self) -> None:
         self._crowded = False
@@ -38,8 +38,8 @@ class DirtyPages:
             held = int(counters[b"nr_dirty"]) + int(counters[b"nr_writeback"])
             middle = (int(counters[b"nr_dirty_threshold"]) + int(counters[b"nr_dirty_background_threshold"])) / 2
         except (OSError, KeyError, ValueError):
-            return False  # a kernel that does not tell
+            return False  # the kernel does not report it
         return held > MARGIN * middle
 
 
-dirty_pages = DirtyPages()  # of this machine, so one for all overlays
+dirty_pages = DirtyPages()  # one for all overlays, as it is about the machine

@@ -1,7 +1,7 @@
-"""Where the tables of an overlay are holes of the file: there they have no entries, whatever size they claim.
+"""Finds the holes of the overlay file, where tables have no entries, so that a walk can skip them.
 
-Owns the memory of the extent that was looked at last. A sparse file of some KiB can claim tables of terabytes; looked
-at hole by hole instead of entry by entry, it costs what is really in it. Must not know which tables there are.
+Owns the last extent as a cache. A sparse file of some KiB can claim terabytes of tables. Walked hole by hole instead of
+entry by entry, it takes only the time for the data that it really has. Must not know which tables there are.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from qedfs.overlay.storage import FileExtent, Storage
 
 
 class Holes:
-    """What the file was like when it was looked at. Who writes to it must mind that a hole may be none any more."""
+    """The holes of a file. The cached extent may be out of date after a write to the file."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._last = (0, FileExtent(0, hole=False))  # its start, and the rest: one value, as threads share it
+        self._last = (0, FileExtent(0, hole=False))  # (start, extent) in one value, because threads share it
 
     def known(self, offset: int) -> bool:
-        """Whether `at` answers from memory."""
+        """Whether `at` can answer from the cache."""
         start, extent = self._last
         return start <= offset < extent.end
 
     def at(self, offset: int) -> int:
-        """Bytes of the hole that `offset` lies in, from there on; 0: there may be data. May wait for the disk."""
+        """Bytes from `offset` to the end of the hole that it lies in; 0 if there may be data. May wait for the disk."""
         start, extent = self._last
         if not start <= offset < extent.end:
             extent = self._storage.extent(offset)

@@ -1,4 +1,4 @@
-"""Reads the L1 table of an overlay into memory: the holes of the file are passed over, and there is a bound.
+"""Reads the L1 table of an overlay into memory, within the memory limit. Skips the holes of the file.
 
 Owns the order of reads. Must not know what the entries mean. Waits for the disk.
 """
@@ -18,23 +18,23 @@ READ_BYTES = 64 << 10  # whole pages
 
 
 def read_l1(storage: Storage, offset: int, length: int, share: Share) -> SparseTable:
-    """The table of `length` entries at `offset` of the file; `share` holds what it takes in memory.
+    """Read the table of `length` entries at `offset` of the file. `share` takes its memory.
 
     Raises:
-        NoMemory: there is no room for it.
+        NoMemory: it does not fit into the memory limit.
     """
     table = SparseTable(length)
     holes = Holes(storage)
     at, end = 0, length * ENTRY_SIZE
     while at < end:
-        # Whole pages, as they are held: what follows in a page that begins in a hole is read with it.
+        # Skip whole pages of the sparse table only. If a page begins in a hole and ends in data, all of it is read.
         if hole := round_down(holes.at(offset + at), PAGE_BYTES):
             at += hole
             continue
         data = memoryview(bytearray(min(READ_BYTES, end - at)))
         if not share.fits(len(data)):
             raise NoMemory(
-                f"its L1 table takes more than the {format_size(share.held_bytes)} of memory that there is room for"
+                f"its L1 table takes more than the {format_size(share.held_bytes)} of memory available for it"
             )
         storage.read(offset + at, data)
         table.load(at // ENTRY_SIZE, data, decode_table)

@@ -1,6 +1,7 @@
-"""Which clusters somebody is about to give an entry, and who has to wait for it or leave it alone.
+"""The pending allocations of an overlay: clusters that a running write is about to give an entry.
 
-Owns the claims and the merges of one overlay. The rules they serve are in the protocol at the top of `overlay.py`.
+Owns the set of these clusters and of those being merged, on which other writes wait and which adoptions skip. The
+protocol is at the top of `overlay.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qedfs.overlay.clustermap import ClusterMap
 
 
 class PendingAllocations:
-    """Clusters in transition. All methods but `settle` are synchronous."""
+    """The clusters in transition. All methods except `settle` are synchronous."""
 
     def __init__(self, clusters: ClusterMap) -> None:
         self._map = clusters
@@ -24,18 +25,18 @@ class PendingAllocations:
         self._merges: Counter[int] = Counter()
 
     def is_pending(self, cluster: int) -> bool:
-        """Whether an adoption must leave this cluster alone."""
+        """Whether an adoption must skip this cluster."""
         return cluster in self._pending or self._merges[cluster] > 0
 
     def pending_in(self, clusters: range) -> list[int]:
-        """Those of the clusters that an adoption must leave alone."""
+        """Those of the clusters that an adoption must skip."""
         if not self._pending and not self._merges:
             return []
         return [cluster for cluster in clusters if self.is_pending(cluster)]
 
     @contextlib.contextmanager
     def allocating(self, clusters: Sequence[int]) -> Iterator[None]:
-        """A worker thread writes these clusters' data; their slices stay in memory until the entries are set."""
+        """Claim these clusters while a worker thread writes their data. Their slices stay in memory meanwhile."""
         done = trio.Event()
         for cluster in clusters:
             self._pending[cluster] = done
@@ -50,19 +51,19 @@ class PendingAllocations:
 
     @contextlib.contextmanager
     def merging(self, clusters: Sequence[int]) -> Iterator[None]:
-        """A write in part is about to bring these clusters in whole, with less work than an adoption before it."""
+        """Make adoptions skip these clusters, because a partial write will store them whole in any case."""
         self._merges.update(clusters)
         try:
             yield
         finally:
-            # One by one: with several such writes at any time there is no moment at which all have ended.
+            # Delete counts individually. With overlapping writes there may never be a moment when all have ended.
             for cluster in clusters:
                 self._merges[cluster] -= 1
                 if not self._merges[cluster]:
                     del self._merges[cluster]
 
     async def settle(self, pos: int, size: int) -> None:
-        """Return, without a further await, when no cluster of the request is claimed and its slices are loaded."""
+        """Wait until no cluster of the request is claimed and its slices are loaded. No await follows that check."""
         while True:
             claim = self._claim_in(pos, size)
             if claim is not None:

@@ -1,4 +1,4 @@
-"""Ranges of numbers that were marked, joined where they meet: it takes memory for gaps and not for numbers. A leaf."""
+"""A set of integers, stored as ranges: takes memory per gap, not per number. Imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from bisect import bisect_right
 
 
 class Ranges:
-    """Half-open ranges in rising order, none of which touches the next."""
+    """Half-open ranges in ascending order. Adjacent ranges are merged."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
     def end_of(self, number: int) -> int | None:
-        """Where the range ends that holds this number; None: it is not marked."""
+        """The end of the range that contains this number; None if none does."""
         at = bisect_right(self._starts, number) - 1
         return self._ends[at] if at >= 0 and number < self._ends[at] else None
 
     def next_from(self, number: int, limit: int) -> int:
-        """The first number from here on that is marked, or `limit`."""
+        """The first number of the set from `number` on, at most `limit`."""
         if self.end_of(number) is not None:
             return min(number, limit)
         at = bisect_right(self._starts, number)
         return min(self._starts[at], limit) if at < len(self._starts) else limit
 
     def add(self, start: int, end: int) -> None:
-        """Mark the numbers from `start` up to the one before `end`; none of them is marked yet."""
+        """Add the numbers from `start` to `end`, exclusive. None of them may be in the set yet."""
         if start >= end:
             return
         at = bisect_right(self._starts, start)

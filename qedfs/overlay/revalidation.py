@@ -1,15 +1,14 @@
-"""Whether the page cache can be believed about an overlay that is opened, or only the disk.
+"""Decides, when an overlay is opened, whether the page cache can be trusted or must be evicted first.
 
-Owns that decision. After a write-back that failed, the page cache shows tables and data that the disk lacks, and
-nothing tells it from the rest (`pagecache.py`). A session that ends in order says so in its record, after its last
-barrier; a failed barrier, a kill (before or after the kernel has noticed an error), and any other program that has
-written leave no such word. Then all is read from the disk. So distrust needs no note of its own, which a failing disk
-might not take.
+After a failed write-back, the page cache shows tables and data that the disk lacks, and nothing distinguishes them from
+the rest (`pagecache.py`). A session that ends in order says so in its record, after its last barrier. A failed barrier,
+a kill (before or after the kernel has noticed an error), and any other program that writes leave no such note. Then the
+page cache is evicted. So distrust needs no note of its own, which a failing disk might not store.
 
-The journal of a killed session names places whose data was in the page cache only. The kernel tells of data that it
-could not write once, to whoever asks first, and that may have been another program. So that data is compared as well:
-as the page cache shows it, and as the disk has it. What this does not tell: data that was lost, told to somebody else,
-and dropped from the page cache before the overlay was opened.
+The journal of a killed session refers to data that may have been in the page cache only. The kernel reports lost data
+only once, to the first process that asks, which may be another program. So that data is compared as well: as in the
+page cache, and as on the disk. One case goes unnoticed: data that was lost, reported to another program, and dropped
+from the page cache before the overlay was opened.
 
 Must not know what is read afterwards.
 """
@@ -28,13 +27,13 @@ from qedfs.overlay.storage import Storage
 
 
 def revalidate(storage: Storage, journal_folder: Path | None) -> None:
-    """Return when reads show what the disk has. Waits for the disk; the caller has the locks of the overlay.
+    """Make sure that reads show what is on the disk. Waits for the disk. The caller has the locks of the overlay.
 
     Raises:
-        BadOverlay: it is none that can be served.
-        InUse: another program keeps pages of it.
-        QedfsError: the disk has not taken what was written before the kill. The journal is removed: it names places
-            whose data may be lost, and their clusters would read as garbage.
+        BadOverlay: the overlay cannot be served.
+        InUse: another program keeps pages of the file in memory.
+        QedfsError: the disk lacks data that was written before the kill. The journal is removed, because the data that
+            it refers to may be lost, and its clusters would read as garbage.
     """
     header, _ = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
@@ -42,7 +41,7 @@ def revalidate(storage: Storage, journal_folder: Path | None) -> None:
         return
     found = find(storage, journal_folder, session.record.session, session.record.journal)
     if found.unread and session.untouched:
-        return  # no session begins before it was read, and until then the page cache may be all that has its data
+        return  # no session starts before the journal is read, and until then its data may be in the page cache only
     orphan = found.orphan if session.untouched else None
     try:
         _refresh(storage, orphan, header.geometry.cluster_size)
@@ -52,13 +51,13 @@ def revalidate(storage: Storage, journal_folder: Path | None) -> None:
         if orphan:
             orphan.remove()
         raise QedfsError(
-            f"{exc}: writes that were answered before a crash, and not flushed, are lost; open it again to go on with "
-            "what the disk has"
+            f"{exc}: writes that were acknowledged before a crash, but not flushed, are lost; open it again to go on "
+            "with what is on the disk"
         ) from exc
 
 
 def _refresh(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) -> None:
-    """Have reads show what the disk has. QedfsError: the clusters that were left are not, or may not be, there."""
+    """Evict the page cache. Raises QedfsError if clusters in the journal are not, or may not be, on the disk."""
     before = _checksum(storage, orphan, cluster_size)
     storage.refresh()
     if _checksum(storage, orphan, cluster_size) != before:
@@ -66,10 +65,10 @@ def _refresh(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) 
 
 
 def _checksum(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) -> int:
-    """Of the clusters that were left: 64 MiB, about as much as waits for a commit, take 60 ms.
+    """The checksum of the clusters in the journal. Takes 60 ms for 64 MiB, about as much as waits for a commit.
 
-    What this journal names may be anybody's invention, until it is seen to fit: it is looked at inside the file only,
-    and not more often than the file has clusters.
+    The journal has not been validated yet and may be forged. So offsets outside the file are ignored, and no more
+    clusters are read than the file has.
     """
     if orphan is None:
         return 0

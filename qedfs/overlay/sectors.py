@@ -1,4 +1,4 @@
-"""Changed sectors of the tables as writes to the file. Pure: bytes in, bytes out."""
+"""Joins changed sectors of the tables into writes to the file. Pure: bytes in, bytes out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE
 
 SECTOR_ENTRIES = SECTOR_SIZE // ENTRY_SIZE
 
-Write = tuple[int, bytes]  # offset in the file, and what comes there
+Write = tuple[int, bytes]  # offset in the file, and the data
 
 
 def joined(writes: list[Write]) -> list[Write]:
-    """Neighbouring sectors as one write each, in order of offset; the last one of L1 may be cut at the image's end."""
+    """Join adjacent sectors, in order of offset. The last sector of L1 may be shorter, where the image ends."""
     found: list[tuple[int, list[bytes]]] = []
     end = -1
     for offset, data in sorted(writes):

@@ -1,4 +1,4 @@
-"""Requests and fetched buffers cut at cluster borders. Pure: views of bytes in, views of bytes out."""
+"""Splits requests and fetched buffers at cluster borders. Pure: views of bytes in, views of bytes out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qedfs.overlay.storage import Buffer
 
 
 def pieces(pos: int, view: memoryview, cluster_size: int) -> Iterator[tuple[int, int, memoryview]]:
-    """Cut a request at `pos` of the image at cluster borders: (cluster, start in it, bytes)."""
+    """Split a request at `pos` of the image at cluster borders into (cluster, start in the cluster, bytes)."""
     done = 0
     while done < len(view):
         start = (pos + done) % cluster_size
@@ -19,9 +19,9 @@ def pieces(pos: int, view: memoryview, cluster_size: int) -> Iterator[tuple[int,
 
 
 def adopted_views(buffer: bytearray, size: int, starts: Sequence[int], cluster_size: int) -> Iterator[Buffer]:
-    """The clusters at these starts of `buffer` as few views, in order.
+    """The clusters that start at these positions of `buffer`, in order, as few views.
 
-    Only `size` bytes of the buffer count: a last cluster that is cut there is filled up with zeros.
+    Only the first `size` bytes of the buffer count. A last cluster that is cut off there is padded with zeros.
     """
     view = memoryview(buffer)
     first = end = -1
@@ -39,9 +39,9 @@ def adopted_views(buffer: bytearray, size: int, starts: Sequence[int], cluster_s
 def laid_out(
     places: Sequence[int], buffer: bytearray, size: int, starts: Sequence[int], cluster_size: int
 ) -> Iterator[tuple[int, list[Buffer]]]:
-    """The writes that bring the clusters at `starts` of `buffer` to `places` in the file, whole: (offset, bytes).
+    """The writes, as (offset, buffers), that store the clusters at `starts` of `buffer` at `places` in the file.
 
-    Clusters that come to lie behind one another are one write. `size` as for `adopted_views`.
+    Clusters that are adjacent in the file are one write. `size`: as for `adopted_views`.
     """
     first = 0
     for stop in range(1, len(places) + 1):

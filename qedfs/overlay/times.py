@@ -1,16 +1,16 @@
-"""The image's own times: they move when a guest writes, and not when the overlay file does.
+"""The mtime and ctime of the image, which change when a guest writes and not when the overlay file changes.
 
-Each cluster that is adopted, and each table, moves the times of the overlay file. As times of the image these would
-tell backup programs that a disk has changed because they read it, and the kernel to drop what it has cached of the
-image (it does so whenever the mtime moves: fs/fuse/inode.c, auto_inval_data).
+Each adopted cluster and each table changes the times of the overlay file. If the image showed these times, backup
+programs would consider a disk changed because they have read it. And the kernel would drop its cache of the image,
+which it does whenever the mtime changes (fs/fuse/inode.c, auto_inval_data).
 
-Owns what they are in an open overlay, and how they begin. They last in the private record:
+Owns the times of an open overlay, and their initial values. They are stored in the private record:
 
-- A session begins with a record that has them. Before the first write of a guest the record says that they move
-  (`written`), and after the last flush what they have come to. Neither costs a barrier.
-- A session that was killed, or lost its power, leaves `written` if a guest had written: when it last did is not known,
-  so they become the time of the opening. Whoever compares then sees a change, which there is.
-- Without a record, or after another program has written to the overlay, they begin as the times of the file.
+- A session starts with a record that has the times. Before the first write of a guest, the record is changed to say
+  that they are changing (`written`). After the last flush it gets their final values. Neither costs a barrier.
+- If a guest has written, a killed session, or a power cut, leaves `written` set. The time of the last write is unknown,
+  so the times become that of the opening. A comparison then shows a change, which is right.
+- Without a record, or after another program has written to the overlay, the times start as those of the file.
 
 Must not know who writes, nor how the record is stored.
 """
@@ -23,27 +23,27 @@ from qedfs.format.record import MAX_TIME, Record
 
 
 class Times:
-    """Of one open image, in nanoseconds since 1970 (st_mtime_ns, st_ctime_ns)."""
+    """The times of one open image, in nanoseconds since 1970 (st_mtime_ns, st_ctime_ns)."""
 
     def __init__(self, modified_ns: int, changed_ns: int) -> None:
         self.modified_ns = _storable(modified_ns)
         self.changed_ns = _storable(changed_ns)
-        self.may_move = False  # whether a write may move them: the record says so
+        self.may_move = False  # whether the record says `written`, so that a write may change them
 
     def move(self) -> None:
-        """A guest has written. 0.1 us."""
+        """Set both times to now, because a guest has written. Takes 0.1 us."""
         self.modified_ns = self.changed_ns = time.time_ns()
 
     def set(self, modified_ns: int) -> None:
-        """Somebody wants the image to have this mtime."""
+        """Set the mtime as a user asked for. The ctime becomes now."""
         self.modified_ns, self.changed_ns = _storable(modified_ns), time.time_ns()
 
 
 def times_at_open(record: Record, *, trusted: bool, file_ns: int, writable: bool) -> Times:
-    """The times with which a session begins.
+    """The times at the start of a session.
 
-    `trusted`: nobody else has written to the overlay since the record; `file_ns`: the mtime of its file; `writable`:
-    what is found here comes to last. Otherwise it has to be the same at each opening.
+    `trusted`: no other program has written to the overlay since the record. `file_ns`: the mtime of its file.
+    `writable`: the result will be stored. Otherwise it has to be the same at each opening.
     """
     if trusted and record.written and writable:
         now = time.time_ns()
@@ -54,5 +54,5 @@ def times_at_open(record: Record, *, trusted: bool, file_ns: int, writable: bool
 
 
 def _storable(time_ns: int) -> int:
-    """The nearest time that a record can hold: one that it cannot would cost the whole record."""
+    """The nearest time that a record can store. A time out of range would make the whole record invalid."""
     return max(-MAX_TIME, min(time_ns, MAX_TIME))

@@ -174,7 +174,7 @@ class MemoryStorage:
 
     def check_length(self) -> None:
         if self.damage is None and len(self.bytes) < self._length:
-            self.damage = BadOverlay(f"was cut to {len(self.bytes)} bytes, of {self._length}")
+            self.damage = BadOverlay(f"was truncated to {len(self.bytes)} bytes, of {self._length}")
         if self.damage is not None:
             raise self.damage.fresh()
 

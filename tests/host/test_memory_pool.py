@@ -142,7 +142,7 @@ async def test_an_overlay_whose_table_finds_no_room_is_refused_and_takes_none() 
         built.put_u64(built.header.l1_table_offset + 8 * page, built.header.l1_table_offset)
     first = await open_storage(MemoryStorage(built.data, writable=False))
     for _ in range(3):
-        with pytest.raises(NoMemory, match=r"L1 table takes more than the .* of memory that there is room for"):
+        with pytest.raises(NoMemory, match=r"L1 table takes more than the .* of memory available for it"):
             await open_storage(MemoryStorage(built.data, writable=False))
     assert memory_pool.TABLES.used_bytes == 512 << 10
     await first.close()

@@ -51,7 +51,7 @@ def state(mount: Mount) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-@pytest.mark.parametrize(("harm", "words"), [(cut, "was cut to"), (overwrite, "was overwritten")])
+@pytest.mark.parametrize(("harm", "words"), [(cut, "was truncated to"), (overwrite, "was overwritten")])
 def test_harm_is_noticed_and_told_by_all(
     tmp_path: Path, harm: Callable[[Path], None], words: str, *, complete: bool
 ) -> None:

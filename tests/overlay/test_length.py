@@ -88,11 +88,11 @@ async def test_nothing_is_written_to_a_cut_overlay(how: str) -> None:
         "adopt": lambda: overlay.adopt(30 * CLUSTER, block, CLUSTER),
         "adopt_zeros": lambda: overlay.adopt_zeros(30, 1),
     }
-    with pytest.raises(QedfsError, match="was cut to"):
+    with pytest.raises(QedfsError, match="was truncated to"):
         await act()
     assert storage.bytes == cut
     assert overlay.backing is not None
-    with pytest.raises(QedfsError, match="was cut to"):
+    with pytest.raises(QedfsError, match="was truncated to"):
         await overlay.inspect()
 
 

@@ -210,11 +210,11 @@ def test_a_cut_is_noticed_and_never_hidden(opener: Opener, call: str, grown: str
         storage.resize(16_384)
     storage.check_length()
     cut(storage, 8004)
-    with pytest.raises(BadOverlay, match="was cut to 8004 bytes"):
+    with pytest.raises(BadOverlay, match="was truncated to 8004 bytes"):
         CALLS[call](storage)
     assert storage.damage is not None
     for other in CALLS.values():
-        with pytest.raises(BadOverlay, match="was cut to 8004 bytes"):
+        with pytest.raises(BadOverlay, match="was truncated to 8004 bytes"):
             other(storage)
     assert (storage.size(), read(storage, 0, 8000)) == (8004, b"a" * 8000)
 
