@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.images import first_difference, random_image, sparse_image
+from tests.harness.process import wait_for
 from tests.harness.servers import Nginx, Server, nbdkit, nginx, qemu_nbd
 
 from .support import MIB, assert_whole, create, mounted_over
@@ -81,10 +82,12 @@ def test_a_stream_that_was_cut_goes_on_and_fetches_nothing_twice(tmp_path: Path)
         url = f"{server.url}/disk"
         populated = 0
         for _ in range(3):
-            with mounted_over(tmp_path, url, "--limit", "16M") as mount:
-                while (now := mount.image()["populated"]) < populated + 6 * MIB:
-                    pass
-                populated = now
+            # Slow enough that the image is far from complete, however long the unmount takes.
+            with mounted_over(tmp_path, url, "--limit", "1M") as mount:
+                least = populated + MIB
+                wait_for(lambda: mount.image()["populated"] >= least, "more of the image")  # noqa: B023 - called at once
+                populated = mount.image()["populated"]
+                assert mount.image()["state"] == "running"
                 assert mount.unmount() == 0
         with mounted_over(tmp_path, url) as mount:
             assert mount.image()["populated"] >= populated
