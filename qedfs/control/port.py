@@ -9,11 +9,12 @@ from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Trouble
 from qedfs.image.image import Image
-from qedfs.jobs.stream import StreamJob
+from qedfs.jobs.image_jobs import ImageJobs
+from qedfs.jobs.job import Job
 
 
 class ServedImage(Protocol):
-    """One overlay of the mount. If it cannot be served, `image` and `job` are None and `error` says why.
+    """One overlay of the mount. If it cannot be served, `image`, `job` and `jobs` are None and `error` says why.
 
     If `error` is None as well, the file has just appeared, and is opened when it is no longer being changed.
     """
@@ -34,8 +35,13 @@ class ServedImage(Protocol):
         ...
 
     @property
-    def job(self) -> StreamJob | None:
-        """The stream of the image."""
+    def job(self) -> Job | None:
+        """The job that makes the image complete, whose state is the image's."""
+        ...
+
+    @property
+    def jobs(self) -> ImageJobs | None:
+        """All jobs of the image, and the way to begin another one."""
         ...
 
     @property

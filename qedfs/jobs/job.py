@@ -5,7 +5,7 @@ transitions are in `state.py`. Must not know any kind of job, nor who drives one
 `Driver` hears of the states and decides what is not for the job to decide.
 
 How to add a kind: derive from `Job`, give it a name (`kind`) and the hooks `done`, `progress`, `total`, `work` and
-`finish`.
+`finish`, and name the class in `kinds.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.image.image import NO_SPACE_RETRY_SECONDS, Image
 from qedfs.jobs.idle import LOOK_SECONDS
 from qedfs.jobs.rate_limiter import RateLimiter
-from qedfs.jobs.state import Event, JobState, Order, Pause, State
+from qedfs.jobs.state import AT_WORK, Event, JobState, Order, Pause, State
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +153,11 @@ class Job(abc.ABC):
         return self._machine.order is Order.ON
 
     @property
+    def active(self) -> bool:
+        """Whether it is at work, or will be by itself or when somebody resumes it."""
+        return self.state in AT_WORK or (self.enabled and self.state is not State.COMPLETE)
+
+    @property
     def paused(self) -> bool:
         """Whether it waits for `resume`."""
         return self._machine.pause is not Pause.NONE
@@ -210,12 +215,15 @@ class Job(abc.ABC):
 
     # The task.
 
-    async def run(self) -> None:
-        """Work until the job is done; waits where it must. Ends when the job is done."""
+    async def run(self, *, once: bool = False) -> None:
+        """Work until the job is done; waits where it must.
+
+        `once`: also ends when the job has been cancelled or has failed, since nobody will start it again.
+        """
         pause = RETRY_SECONDS[0]
         while not self.done:
             try:
-                if not await self._gate():
+                if not await self._gate(once=once):
                     break
                 # Another try is no news: who looks at the state wants to know what it waits for.
                 self._report(*(self._hindrance or (Event.RUN, "")))
@@ -228,14 +236,20 @@ class Job(abc.ABC):
                 # A fault of ours costs this job only, and whoever waits for it must hear of it.
                 log.exception("%s: internal error", self.image.name)
                 self.fail(QedfsError("internal error, see the log"))
-        self._report(Event.COMPLETE)
+        if self.done:
+            self._report(Event.COMPLETE)
 
-    async def _gate(self) -> bool:
-        """Return True when the job may work; False if it has become done without its own work."""
+    async def _gate(self, *, once: bool) -> bool:
+        """Return True when the job may work; False if its task has nothing to wait for.
+
+        The work may be done without the job, by readers and guests; and with `once` a job that is off has ended.
+        """
         while not self.done:
             if not self.allowed:
                 self.stand_still()
                 self._report(Event.HALT if self.enabled else Event.REST, self._why_held())
+                if once and not self.enabled:
+                    return False
                 await self.sleep(None if self.error is None else LOOK_SECONDS)
                 if self.error is not None:
                     await self.look_again()

@@ -73,6 +73,7 @@ class State(enum.StrEnum):
     SOURCE_CHANGED = "source-changed"
 
 
+AT_WORK = frozenset({State.WAITING, State.RUNNING, State.PAUSED})
 ENDED = frozenset({State.COMPLETE, State.FAILED, State.SOURCE_CHANGED})
 
 # A failure takes the order back: nothing is tried again before somebody starts the job.

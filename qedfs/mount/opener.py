@@ -17,6 +17,7 @@ from qedfs.errors import BadOverlay, NoMemory, QedfsError, UsageError
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.image import Image
+from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
@@ -52,8 +53,8 @@ class Opener:
         """Call this before a series of `open`: they share the time for the first checks of their sources."""
         self._sources.begin_scan()
 
-    async def open(self, path: str, name: str, *, is_new: bool) -> tuple[Image, StreamJob]:
-        """Open an overlay as the image `name`. Returns the image and its stream, which does not run yet.
+    async def open(self, path: str, name: str, *, is_new: bool) -> tuple[Image, ImageJobs]:
+        """Open an overlay as the image `name`. Returns the image and its jobs, which do not run yet.
 
         `is_new`: the file appeared while the mount serves, and may still be being copied.
 
@@ -73,9 +74,9 @@ class Opener:
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
         image = Image(name, overlay, fetch, copy_on_read=keep)
-        job = StreamJob(image, enabled=options.stream, limit=options.limit, hold_off=self._hold_off)
+        stream = StreamJob(image, enabled=options.stream, limit=options.limit, hold_off=self._hold_off)
         self._images.add(image)
-        return image, job
+        return image, ImageJobs(stream)
 
     async def _open_overlay(self, path: str, *, is_new: bool) -> Overlay:
         check_room(len(self._images) + 1, self._sources.count)

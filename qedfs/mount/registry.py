@@ -184,7 +184,7 @@ class Registry:
         served = Served(name, path, next(self._inodes), stamp)
         try:
             self._check_not_open(path)
-            served.image, served.job = await self._opener.open(path, name, is_new=self._scanned_before)
+            served.image, served.jobs = await self._opener.open(path, name, is_new=self._scanned_before)
         except (QedfsError, OSError) as exc:
             if self._folder.single:
                 raise

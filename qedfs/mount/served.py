@@ -13,12 +13,13 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.image.condition import Trouble
 from qedfs.image.image import Image
+from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Served:
-    """One overlay file. If it cannot be served, `image` and `job` are None and `refusal` says why.
+    """One overlay file. If it cannot be served, `image` and `jobs` are None and `refusal` says why.
 
     While the file is settling, all three are None: it may still be being copied into the folder.
     """
@@ -28,13 +29,18 @@ class Served:
     inode: int
     stamp: tuple[int, int, int]  # inode, size and ctime of the file at the last attempt to open it
     image: Image | None = None
-    job: StreamJob | None = None
+    jobs: ImageJobs | None = None
     refusal: Trouble | None = None
     opens: int = 0
     closes: int = 0  # of descriptors of these opens; one open() may have several descriptors
     removed: bool = False  # from the folder; the image lives on while it is open
     transient: bool = False  # the refusal may end without any change of the file
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
+
+    @property
+    def job(self) -> StreamJob | None:
+        """The stream of the image."""
+        return None if self.jobs is None else self.jobs.stream
 
     @property
     def error(self) -> QedfsError | None:

@@ -15,9 +15,9 @@ from qedfs.errors import BadOverlay, QedfsError
 from qedfs.image.boot_profile import Range
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
+from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.prefetch import replay
 from qedfs.jobs.state import State
-from qedfs.jobs.stream import StreamJob
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.served import Served
@@ -77,24 +77,26 @@ class Supervisor:
 
     async def _run(self, served: Served) -> None:
         """The tasks of one image."""
-        image, job = served.image, served.job
-        if image is None or job is None:
+        image, jobs = served.image, served.jobs
+        if image is None or jobs is None:
             return
+        stream = jobs.stream
         with served.scope:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(image.run)
-                    nursery.start_soon(self._inspect, image, job, served)
+                    nursery.start_soon(jobs.run)
+                    nursery.start_soon(self._inspect, image, jobs, served)
                     nursery.start_soon(replay, image, self._profile)
                     try:
                         await image.overlay.count_missing()
                     except QedfsError as exc:
                         # Reads, writes and commits go on as far as they can.
-                        job.fail(exc)
-                    if image.overlay.damage is not None and job.error is None:
-                        job.fail(image.overlay.damage)
-                    if job.state is not State.COMPLETE:
-                        await job.run()
+                        stream.fail(exc)
+                    if image.overlay.damage is not None and stream.error is None:
+                        stream.fail(image.overlay.damage)
+                    if stream.state is not State.COMPLETE:
+                        await stream.run()
                         await self._opener.release_source(image)
             except* QedfsError as group:
                 error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
@@ -105,8 +107,8 @@ class Supervisor:
                 image.condition.note(Cause.INTERNAL_ERROR, QedfsError("internal error, see the log"))
                 log.error("%s: internal error", served.name, exc_info=group)
 
-    async def _inspect(self, image: Image, job: StreamJob, served: Served) -> None:
-        """Check once a second that the file is still the one that was opened; otherwise fail the stream and end."""
+    async def _inspect(self, image: Image, jobs: ImageJobs, served: Served) -> None:
+        """Check once a second that the file is still the one that was opened; otherwise fail the jobs and end."""
         while True:
             await trio.sleep(INSPECT_SECONDS)
             try:
@@ -115,7 +117,7 @@ class Supervisor:
             except BadOverlay as exc:
                 if image.overlay.damage is None:
                     image.condition.note(Cause.REPLACED, exc)
-                job.fail(exc)
+                jobs.fail(exc)
                 return
             except QedfsError as exc:
                 # An error of the disk or of a file server proves nothing, and readers will meet it too.

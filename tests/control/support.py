@@ -17,6 +17,7 @@ from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause, Trouble
 from qedfs.image.image import Image
+from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay
@@ -78,6 +79,7 @@ class Served:
     path: str
     image: Image | None = None
     job: StreamJob | None = None
+    jobs: ImageJobs | None = None
     error: QedfsError | None = None
     opens: int = 0
 
@@ -143,9 +145,11 @@ class FakeMount:
         image = Image(f"{name}.raw", overlay, fetch)
         await overlay.clusters.count()
         job = StreamJob(image, enabled=stream, limit=limit)
-        served = Served(f"{name}.raw", str(path), image, job)
+        jobs = ImageJobs(job)
+        served = Served(f"{name}.raw", str(path), image, job, jobs)
         self.served.append(served)
         self.nursery.start_soon(job.run)
+        self.nursery.start_soon(jobs.run)
         return served
 
     def add_broken(self, name: str, error: QedfsError | None) -> None:

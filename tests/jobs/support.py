@@ -11,15 +11,16 @@ from qedfs.image.image import Image
 from qedfs.jobs.job import Action, Driver, HoldOff, Job, never, usual_action
 from qedfs.jobs.state import State
 
-STEP_SECONDS = 1.0
+STEP_SECONDS = 1.0  # of the mock clock
 STEP_BYTES = 10
 
 
 class CountJob(Job):
-    """Counts to ten, a step a second. A step fails with the error that `failures` has for its number."""
+    """Counts to ten, in steps of `step_seconds`. A step fails with the error that `failures` has for its number."""
 
     kind: ClassVar[str] = "count"
     steps = 10
+    step_seconds = STEP_SECONDS
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class CountJob(Job):
         self.cursor += 1
         self.tried.append((trio.current_time(), number))
         self.rate_limiter.sent(STEP_BYTES)
-        await trio.sleep(STEP_SECONDS)
+        await trio.sleep(self.step_seconds)
         if number in self.failures:
             raise self.failures[number]
         self.counted.append(number)

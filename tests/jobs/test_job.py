@@ -49,6 +49,11 @@ def state_of(job: CountJob) -> State:
     return job.state
 
 
+def is_active(job: CountJob) -> bool:
+    """As above."""
+    return job.active
+
+
 async def test_it_works_to_the_end(autojump_clock: trio.testing.MockClock) -> None:
     told = Told()
     async with counting(told) as job:
@@ -210,8 +215,10 @@ async def test_stopped_by_an_error_it_waits_for_a_start(autojump_clock: trio.tes
         await trio.sleep(100)
         assert len(job.tried) == 3
         job.failures.clear()
+        assert not job.active
         job.start()
         assert job.error is None
+        assert is_active(job)  # though its state is still that of the failure
         await trio.sleep(SECONDS)
         assert told.states == [State.RUNNING, State.FAILED, *SUCCESS]
 

@@ -27,9 +27,9 @@ def find_served(call: Call, device: str) -> tuple[ServedImage, Image, StreamJob]
     """The served image that a client calls `device`: disk or disk.raw. Raises QmpError."""
     for served in call.control.mount.everything():
         if device in (served.name, device_name(served)):
-            if served.image is None or served.job is None:
+            if served.image is None or served.jobs is None:
                 raise QmpError(f"Device '{device}' cannot be served: {served.error or SETTLING}")
-            return served, served.image, served.job
+            return served, served.image, served.jobs.stream
     raise QmpError(f"Cannot find device='{device}' nor node-name='{device}'")
 
 

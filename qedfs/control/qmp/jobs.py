@@ -13,6 +13,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.control.qmp.block_job import BlockJob, Emit, Status, Wishes
 from qedfs.control.qmp.errors import DeviceNotActive, QmpError
 from qedfs.errors import QedfsError
+from qedfs.image.image import Image
 from qedfs.jobs.job import Action, Driver, Job, usual_action
 from qedfs.jobs.state import ENDED, State
 
@@ -29,15 +30,20 @@ class Jobs(Driver):
         self._mount = mount
         self._emit = emit
         self._names: dict[Job, str] = {}  # of the images of the jobs that we supervise
-        self._active: dict[Job, BlockJob] = {}
+        self._active: dict[Image, BlockJob] = {}
         self._by_id: dict[str, BlockJob] = {}
 
     def sync(self) -> None:
         """Take note of images that have come, and end the jobs of those that have gone."""
-        there = {served.job: device_name(served) for served in self._mount.everything() if served.job is not None}
+        there = {
+            job: device_name(served)
+            for served in self._mount.everything()
+            if served.jobs is not None
+            for job in served.jobs.all()
+        }
         for job in self._names.keys() - there.keys():
             del self._names[job]
-            if (block := self._active.get(job)) is not None:
+            if (block := self.active(job)) is not None:
                 block.end()
                 self._tidy(block)
         for job, name in there.items():
@@ -62,7 +68,13 @@ class Jobs(Driver):
 
     def active(self, job: Job) -> BlockJob | None:
         """The block job that is under way for this job."""
-        return self._active.get(job)
+        block = self._active.get(job.image)
+        return block if block is not None and block.job is job else None
+
+    def check_free(self, image: Image, name: str) -> None:
+        """Raise QmpError if the image has a block job. `name`: of its node."""
+        if (block := self._active.get(image)) is not None:
+            raise QmpError(f"Node '{name}' is busy: block device is in use by block job: {block.job.kind}")
 
     def begin(self, job: Job, name: str, job_id: str, wishes: Wishes, *, nothing: bool = False) -> BlockJob:
         """A new block job for a job that the caller starts. `name`: of the image's node.
@@ -70,14 +82,14 @@ class Jobs(Driver):
         Raises:
             QmpError: the image has a block job already, or the id is taken.
         """
-        for other in self._active:
-            if other.image is job.image:
-                raise QmpError(f"Node '{name}' is busy: block device is in use by block job: {other.kind}")
+        self.check_free(job.image, name)
         if job_id in self._by_id:
             raise QmpError(f"Job ID '{job_id}' already in use")
+        self._names[job] = name
+        job.attach(self)
         block = BlockJob(job_id, job, wishes, self._emit, nothing=nothing)
         self._by_id[job_id] = block
-        self._active[job] = block
+        self._active[job.image] = block
         return block
 
     def free_id(self, name: str) -> str:
@@ -104,19 +116,20 @@ class Jobs(Driver):
 
     def changed(self, job: Job) -> None:
         """See `Driver`. A job that runs without a client having asked for it gets its block job here."""
-        if job not in self._active and (job.state in ENDED or job.state is State.OFF):
-            return
-        if job in self._active or self._begin_unasked(job) is not None:
-            self._follow_if_begun(job)
+        block = self.active(job)
+        if block is None and job.state not in ENDED and job.state is not State.OFF:
+            block = self._begin_unasked(job)
+        if block is not None:
+            self._follow(block)
 
     def judge(self, job: Job, error: QedfsError) -> Action:
         """See `Driver`."""
-        block = self._active.get(job)
+        block = self.active(job)
         return usual_action(error) if block is None else block.judge(error)
 
     async def may_finish(self, job: Job) -> bool:
         """See `Driver`."""
-        block = self._active.get(job)
+        block = self.active(job)
         return block is None or await block.may_finish()
 
     # Inside.
@@ -124,25 +137,24 @@ class Jobs(Driver):
     def _adopt(self, job: Job, name: str) -> None:
         self._names[job] = name
         job.attach(self)
-        if job.enabled and job.state not in ENDED:
-            self._begin_unasked(job)
-            self._follow_if_begun(job)
+        if job.enabled and job.state not in ENDED and (block := self._begin_unasked(job)) is not None:
+            self._follow(block)
 
     def _begin_unasked(self, job: Job) -> BlockJob | None:
         name = self._names.get(job)
-        if name is None:
+        if name is None or job.image in self._active:
             return None
         return self.begin(job, name, self.free_id(name), Wishes())
 
-    def _follow_if_begun(self, job: Job) -> None:
-        block = self._active[job]
-        if block.status is not Status.CREATED or job.state is not State.OFF:
+    def _follow(self, block: BlockJob) -> None:
+        # A job that has just been told to run is still off, and has not ended.
+        if block.status is not Status.CREATED or block.job.state is not State.OFF:
             block.follow()
         self._tidy(block)
 
     def _tidy(self, block: BlockJob) -> None:
-        if block.status in (Status.CONCLUDED, Status.NULL) and self._active.get(block.job) is block:
-            del self._active[block.job]
+        if block.status in (Status.CONCLUDED, Status.NULL) and self._active.get(block.job.image) is block:
+            del self._active[block.job.image]
         if block.status is Status.NULL and self._by_id.get(block.id) is block:
             del self._by_id[block.id]
 

@@ -1,7 +1,8 @@
 """The commands `x-qedfs-*` that QMP lacks: they name an image rather than a job, and repeating one is no error.
 
 - `x-qedfs-status`: what `qedfs status --json` prints.
-- `x-qedfs-start {device, limit?}`: stream; waits while the source is unreachable or the disk is full.
+- `x-qedfs-start {device, limit?, type?}`: stream, or run a job of another type; waits while the source is unreachable
+  or the disk is full.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: doing it twice is no error.
 - `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit, also while nothing streams.
 - `x-qedfs-step {device, offset?}`: populate the next missing run at or after `offset` with one request; returns
@@ -27,6 +28,7 @@ from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
 from qedfs.errors import ReadOnlyOverlay
 from qedfs.image.image import Image
+from qedfs.jobs.kinds import KINDS
 
 our_commands: Commands[Call] = Commands()
 
@@ -37,10 +39,15 @@ async def _status(call: Call, _: Arguments) -> dict[str, Any]:
     return mount_status(control.mount, control.socket, control.rates)
 
 
-@our_commands("x-qedfs-start", Arg("device"), Arg("limit", "integer", optional=True))
+@our_commands(
+    "x-qedfs-start", Arg("device"), Arg("limit", "integer", optional=True), Arg("type", "string", optional=True)
+)
 async def _start(call: Call, arguments: Arguments) -> Nothing:
     served, image, stream = find_served(call, arguments["device"])
     limit = _not_negative(arguments, "limit") if "limit" in arguments else None
+    if (kind := arguments.get("type", stream.kind)) != stream.kind:
+        _start_other(call, served, image, kind, limit or 0)
+        return {}
     if image.complete:
         return {}
     _check_writable(served, image)
@@ -50,6 +57,16 @@ async def _start(call: Call, arguments: Arguments) -> Nothing:
         jobs.begin(stream, device_name(served), job_id, Wishes())
     await begin_stream(stream, limit)
     return {}
+
+
+def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit: int) -> None:
+    """Begin a job of a kind that an image does not have by itself."""
+    jobs, name = call.control.jobs, device_name(served)
+    if served.jobs is None or kind not in KINDS:
+        raise QmpError(f"Parameter 'type' does not accept value '{kind}'")
+    _check_writable(served, image)
+    jobs.check_free(image, name)
+    jobs.begin(served.jobs.begin(kind, limit=limit), name, jobs.free_id(name), Wishes())
 
 
 @our_commands("x-qedfs-pause", Arg("device"))
