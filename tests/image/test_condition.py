@@ -87,6 +87,27 @@ async def test_what_cannot_be_kept_is_told_though_readers_get_it(autojump_clock:
         assert status(image)["error"] is None
 
 
+async def test_a_full_disk_stays_told_while_the_stream_tries_again(autojump_clock: trio.testing.MockClock) -> None:
+    content = b"s" * len(ZEROS)
+    storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=len(content), backing=b"http://fake/disk.raw").data)
+    async with served(FakeSource(content), storage=storage) as image, trio.open_nursery() as nursery:
+        await image.read(0, 512)
+        await trio.sleep(3)
+        storage.fail("write", NoSpace("full"), forever=True, wrote=0)
+        job = StreamJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(3)
+        told: list[str | None] = []
+        storage.before_step = lambda: told.append(status(image)["error"])
+        await trio.sleep(20)
+        storage.before_step = None
+        assert len(told) > 2  # a step of the overlay's file for each try of the stream, at least
+        assert set(told) == {"full"}
+        storage.mend()
+        await trio.sleep(60)
+        assert (image.complete, status(image)["condition"]) == (True, [])
+
+
 async def condition(backing: bytes = b"http://fake/disk.raw") -> Condition:
     """Of an overlay that is well."""
     return Condition(await open_storage(MemoryStorage(empty(image_size=len(ZEROS), backing=backing).data)))
