@@ -1,4 +1,4 @@
-"""What holds for every test: a quiet log, and long runs only on request.
+"""What holds for every test: its tiers, a quiet log, and long runs only on request.
 
 Log guard: a test during which anything logs at WARNING or above fails, unless it announced the line with the marker
 `@pytest.mark.expect_log("pattern")` or the fixture `expect_log("pattern")` (regular expressions, searched in the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ import trio
 from trio.testing import MockClock
 
 from qedfs.host import memory_pool
+from tests.harness import require, sample
+from tests.harness.tiers import TIERS, tiers_of
 
 # How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
 # works, and short enough for the tests whose call hangs on purpose.
@@ -25,22 +27,36 @@ THREAD_SECONDS = 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and sweeps as a whole")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A run that is told to end (`timeout`, CI) leaves by the road of Ctrl-C: servers and mounts are taken down.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Test modules are imported after this.
+    sample.whole_sweeps = config.getoption("--slow")
     config.addinivalue_line("markers", "expect_log(*patterns): log lines at WARNING or above that the test provokes")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for tier in sorted(tiers_of(item)):
+                item.add_marker(tier)
     # Deselected, not skipped: a skip says that a test could not run here.
     if config.getoption("--slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """`require` refuses what the test's tier has not."""
+    with require.only({tier for tier in TIERS if item.get_closest_marker(tier)}):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ Every file is parsed, none is imported: an import inside a function counts as mu
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,7 @@ def _broken_rules(path: str, name: str) -> Iterator[str]:
         yield "format/ has no I/O and no trio"
 
 
+@functools.cache
 def modules() -> list[Module]:
     return [Module(str(path.relative_to(PACKAGE)), path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 

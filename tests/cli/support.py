@@ -15,6 +15,7 @@ from qedfs.control.qmp.client import Client
 from qedfs.host.runtime import mount_folder
 
 from ..harness.mounts import qedfs
+from ..harness.require import require_fuse
 
 QEDFS = [sys.executable, "-m", "qedfs"]
 SLOW = ("--limit", "512K")
@@ -23,6 +24,7 @@ SLOW = ("--limit", "512K")
 @contextlib.contextmanager
 def daemon(source: Path, mountpoint: Path, *options: str) -> Iterator[None]:
     """A mount in the background that ends with the block, whatever happened."""
+    require_fuse()
     qedfs("mount", source, mountpoint, "--daemon", *options)
     try:
         yield

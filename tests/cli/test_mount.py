@@ -46,6 +46,8 @@ if "--ready-fd" in sys.orig_argv:
 """,
 }
 
+pytestmark = pytest.mark.fuse
+
 
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
     with daemon(folder, mountpoint):

@@ -11,6 +11,7 @@ import pytest
 from ..harness.hang import HANG_OPTION
 from ..harness.images import first_difference
 from ..harness.mounts import COMMAND_SECONDS, qedfs
+from ..harness.require import require_fuse
 from .support import QEDFS, daemon, in_mount_table, is_running, server_pid
 
 ENTRY = Path(sys.executable).with_name("qedfs")
@@ -26,6 +27,7 @@ def run(redirections: str, *args: str | Path) -> subprocess.CompletedProcess[str
 def test_a_daemon_starts_with_streams_closed_or_full(
     overlay: Path, disk: Path, folder: Path, mountpoint: Path, redirections: str
 ) -> None:
+    require_fuse()
     (folder / "bad.qed").write_text("no overlay")  # for a remark
     try:
         done = run(redirections, "mount", folder, mountpoint, "--daemon")

@@ -146,7 +146,10 @@ def test_guest_notices_a_wrong_byte(tmp_path: Path) -> None:
         guest.boot(f"file={disk},format=raw")
 
 
-def test_a_noisy_log_fails_the_test_that_did_not_announce_it(pytester: pytest.Pytester) -> None:
+def test_a_noisy_log_fails_the_test_that_did_not_announce_it(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     pytester.makeconftest((Path(__file__).parents[1] / "conftest.py").read_text())
     pytester.makepyfile(
         """

@@ -15,6 +15,7 @@ from qedfs.format.tables import MISSING
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.harness.sample import sample
 from tests.overlay.images import filled
 
 CLUSTER = 4096
@@ -164,7 +165,7 @@ async def test_an_overlay_that_was_cut_before_is_not_complete() -> None:
             await overlay.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=sample(50, whole=200), deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 30 * CLUSTER), st.booleans())
 def test_a_cut_loses_and_never_invents(rng: random.Random, size: int, whole: bool) -> None:
     """Whatever is done before and after it, and at the next opening."""

@@ -15,11 +15,12 @@ from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.session import read_header
+from tests.harness.sample import sample
 from tests.overlay.images import empty
 from tests.overlay.malformed import Malformed, generate, judge, named
 from tests.overlay.work import at_most
 
-RANDOM_CASES = 400
+RANDOM_CASES = sample(100, whole=400)
 
 
 @pytest.fixture

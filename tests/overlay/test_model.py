@@ -23,6 +23,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import MemoryStorage
+from tests.harness.sample import sample
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import fresh_image, read_all, run_seed
 
@@ -113,7 +114,7 @@ class Machine:
             await self.overlay.detach()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sample(40, whole=150), deadline=None)
 @given(
     st.sampled_from(SIZES),
     st.sampled_from((0, 4096, 30_000, 3 << 20)),
@@ -137,7 +138,7 @@ def test_it_reads_as_an_array_would(
         trio.run(main, Path(folder) if journal else None)
 
 
-@pytest.mark.parametrize("first", range(0, 400, 50))
+@pytest.mark.parametrize("first", range(0, sample(100, whole=400), 50))
 def test_readers_beside_writers_see_no_undone_write(first: int) -> None:
     """Guest bytes win over adopted ones in every interleaving."""
     for seed in range(first, first + 50):

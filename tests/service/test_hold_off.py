@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import Child, wait_for
-from tests.harness.require import require, unavailable
+from tests.harness.require import require, require_fuse, unavailable
 from tests.mount.support import MIB, assert_whole, create, mounted_over, origin
 
 SIZE = 4 * MIB
@@ -137,6 +137,7 @@ def _reason(mount: Mount) -> str:
 
 @contextlib.contextmanager
 def _daemon(overlay: Path, mountpoint: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[_Daemon]:
+    require_fuse()
     qedfs("mount", overlay, mountpoint, "--daemon", *options, env=env)
     try:
         yield _Daemon(mountpoint)

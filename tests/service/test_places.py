@@ -72,6 +72,7 @@ def test_a_mount_finds_a_place_and_its_commands_find_it(tmp_path: Path, spoil: s
 
 def test_a_mountpoint_leaves_nothing_behind(tmp_path: Path) -> None:
     require_root()
+    require_fuse()
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     folder = RUN / "qedfs" / hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]

@@ -38,7 +38,11 @@ async def test_of_a_read(
     assert caught.value.reason is reason
 
 
-@pytest.mark.parametrize("url", [f"http://127.0.0.1:{free_port()}/disk.raw", "http://nowhere.invalid/disk.raw"])
+@pytest.mark.parametrize(
+    "url",
+    [f"http://127.0.0.1:{free_port()}/disk.raw", "http://nowhere.invalid/disk.raw"],
+    ids=["no listener", "no name"],
+)
 async def test_without_a_connection(open_source: OpenSource, url: str) -> None:
     with pytest.raises(SourceUnreachable) as caught:
         await open_source(url)
