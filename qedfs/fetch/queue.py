@@ -83,11 +83,6 @@ class FetchQueue:
         return self._scheduler.readers
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of all flights: in flight, or arrived and not yet adopted."""
-        return self._budget.held
-
-    @property
     def background_bytes(self) -> int:
         """Bytes in flight, excluding urgent flights."""
         return self._budget.background

@@ -142,11 +142,6 @@ class Source(Protocol):
         ...
 
     @property
-    def parallel(self) -> int:
-        """How many background reads at once are useful at most."""
-        ...
-
-    @property
     def received(self) -> int:
         """Bytes of payload received so far. Includes those of unfinished reads, if the source knows them.
 

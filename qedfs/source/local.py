@@ -67,11 +67,6 @@ class LocalSource:
         """Size and modification time when the file was opened."""
         return self._identity
 
-    @property
-    def parallel(self) -> int:
-        """More would gain little on a local disk."""
-        return 8
-
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer`. Raises SourceChanged if the file has been truncated or written to."""
         view = buffer.cast("B")

@@ -69,11 +69,6 @@ class RetryingSource:
         self._breaker = CircuitBreaker(deadline_seconds, lambda: self.received, slots or ReaderSlots(UNBOUNDED))
 
     @property
-    def parallel(self) -> int:
-        """How many background reads at once are useful at most."""
-        return self._source.parallel if self._source else 16
-
-    @property
     def is_dead(self) -> bool:
         """Whether the source let a whole deadline pass without a sign of life, and has not answered since."""
         return self._breaker.dead is not None

@@ -34,8 +34,6 @@ URL = "http://user:secret@example.org/disk.img?token=secret"
 class MemorySource:
     """A source whose reads can be held back (`gate`) and made to fail (`failures`, by position)."""
 
-    parallel = 4
-
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.identity = Identity(len(content))

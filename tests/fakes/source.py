@@ -26,7 +26,6 @@ class FakeSource:
         self.content = content
         self.identity = Identity(len(content), etag, last_modified, name="http://fake/")
         self.samples = Samples()  # of the `RetryingSource`
-        self.parallel = 64
         self.received = 0
         self.round_trip = round_trip
         self.reads: list[tuple[int, int, bool]] = []  # (pos, size, urgent), in the order in which they came

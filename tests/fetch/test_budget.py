@@ -29,7 +29,7 @@ async def test_of_large_clusters_readers_get_what_they_ask_for(autojump_clock: t
             for number in range(6):
                 nursery.start_soon(check, image, number * LARGE + 512, 4096)
             await trio.testing.wait_all_tasks_blocked()
-            assert image.fetch.held_bytes == 0
+            assert image.fetch._budget.held == 0
         assert sorted(source.reads) == [(number * LARGE + 512, 4096, True) for number in range(6)]
         # Across two of them, and behind the source's end.
         await check(image, 2 * LARGE - 512, 1024)
@@ -64,7 +64,7 @@ async def test_large_clusters_are_streamed_within_the_bound(
         job = StreamJob(image)
         nursery.start_soon(job.run)
         while job.state is not State.COMPLETE:
-            most = max(most, image.fetch.held_bytes)
+            most = max(most, image.fetch._budget.held)
             await trio.sleep(0.001)
         assert LARGE <= most <= 2 * LARGE
         await check(image, 0, len(CONTENT))
@@ -105,7 +105,7 @@ async def test_without_room_readers_get_what_they_ask_for(
         for number in range(16):
             nursery.start_soon(check, image, number * 2 * CLUSTER + 100, 4096)
         await trio.testing.wait_all_tasks_blocked()
-        assert image.fetch.held_bytes == 4 * CLUSTER
+        assert image.fetch._budget.held == 4 * CLUSTER
         assert sorted(size for _, size, _ in source.reads) == 12 * [4096] + 4 * [CLUSTER]
         # What is under way already is joined.
         joined = next(pos for pos, size, _ in source.reads if size == CLUSTER)

@@ -70,7 +70,7 @@ async def test_a_queue_that_ends_leaves_its_readers_an_error(
             queue.scope.cancel()
         assert trio.current_time() - began < 1
         assert queue.fetch.flights() == []
-        assert (queue.fetch.held_bytes, queue.fetch.background_bytes, queue.fetch.readers) == (0, 0, 0)
+        assert (queue.fetch._budget.held, queue.fetch.background_bytes, queue.fetch.readers) == (0, 0, 0)
 
 
 async def test_a_queue_that_has_ended_keeps_nobody_waiting(autojump_clock: trio.testing.MockClock) -> None:
@@ -87,7 +87,7 @@ async def test_a_queue_that_has_ended_keeps_nobody_waiting(autojump_clock: trio.
                 await image.read(0, 512)
             assert trio.current_time() == began
         assert queue.fetch.flights() == []
-        assert (queue.fetch.held_bytes, queue.fetch.readers) == (0, 0)
+        assert (queue.fetch._budget.held, queue.fetch.readers) == (0, 0)
 
 
 class Hanging(MemoryStorage):
@@ -145,12 +145,12 @@ async def test_what_waits_for_a_disk_that_hangs_is_bounded(
         nursery.start_soon(StreamJob(stuck).run)
         for cluster in range(0, 400, 2):
             assert await stuck.read(cluster * CLUSTER, 512) == b"s" * 512
-            assert fetch.held_bytes <= 64 * CLUSTER
+            assert fetch._budget.held <= 64 * CLUSTER
         job = StreamJob(well)
         nursery.start_soon(job.run)
         await trio.sleep(60)
         assert job.state is State.COMPLETE
-        assert 0 < fetch.held_bytes < 64 * CLUSTER
+        assert 0 < fetch._budget.held < 64 * CLUSTER
         nursery.cancel_scope.cancel()
 
 
@@ -217,5 +217,5 @@ async def test_a_fault_of_a_taker_costs_nobody_else(
         assert faulty.failures == 1
         assert "a fault" in caplog.text
         assert well.overlay.clusters.missing == 0
-        assert faulty.fetch.held_bytes == 0
+        assert faulty.fetch._budget.held == 0
         nursery.cancel_scope.cancel()

@@ -435,7 +435,7 @@ async def test_bytes_that_wait_for_a_slow_disk_are_bounded(
         assert image.fetch is not None
         for cluster in range(0, 40, 2):
             assert await read(image, cluster * CLUSTER, 512) == CONTENT[cluster * CLUSTER : cluster * CLUSTER + 512]
-            assert image.fetch.held_bytes <= 5 * CLUSTER
+            assert image.fetch._budget.held <= 5 * CLUSTER
         await trio.sleep(200)
         assert await read(image, 0, len(CONTENT)) == CONTENT
 

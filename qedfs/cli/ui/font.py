@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-HEIGHT = 8  # dots
 ADVANCE = 6  # dots from one glyph to the next
 
 _DRAWN = {

@@ -58,9 +58,9 @@ class _Pool:
     """The connections for urgent or for background reads, and their idle handles."""
 
     def __init__(self, policy: Policy, nursery: trio.Nursery) -> None:
-        self.connections = connections()
-        self._multi = Multi(nursery, max_connections=self.connections)
-        self._slots = trio.Semaphore(self.connections)
+        most = connections()
+        self._multi = Multi(nursery, max_connections=most)
+        self._slots = trio.Semaphore(most)
         self._policy = policy
         self._idle: list[Exchange] = []
         self._busy: set[Exchange] = set()
@@ -173,11 +173,6 @@ class HttpSource:
     def identity(self) -> Identity:
         """The version found by `open`, with the validators that later answers have added."""
         return self._version.identity
-
-    @property
-    def parallel(self) -> int:
-        """As many background reads as the pool has connections."""
-        return self._background.connections
 
     @property
     def received(self) -> int:

@@ -39,8 +39,6 @@ from qedfs.source.url import Location
 MAX_CONNECTIONS = 4
 GROW_LOAD = 4  # requests in flight on each background connection before another one is opened
 GROW_PAUSE_SECONDS = 60.0  # until the next attempt, after another connection could not be opened
-PARALLEL_SINGLE = 32  # background reads on a single connection
-PARALLEL_MULTI = 64  # on several connections
 
 
 class NbdSource:
@@ -115,11 +113,6 @@ class NbdSource:
     def received(self) -> int:
         """Bytes received, including those of unfinished reads."""
         return self._received + sum(each.received for each in self._connections)
-
-    @property
-    def parallel(self) -> int:
-        """How many background reads at once are useful."""
-        return PARALLEL_MULTI if self._multi_conn else PARALLEL_SINGLE
 
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer` with the bytes at `pos`; see `Source.read`."""

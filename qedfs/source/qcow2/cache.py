@@ -46,11 +46,6 @@ class Cache(Generic[K, V]):
         self._share = Share(memory_pool.TABLES)
         self._flights: dict[K, _Flight[K, V]] = {}
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the values, including an estimate of Python's overhead."""
-        return self._share.held_bytes
-
     def close(self) -> None:
         """Drop everything. The cache must not be used afterwards."""
         self._kept.clear()

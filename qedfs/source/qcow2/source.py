@@ -130,11 +130,6 @@ class Qcow2Source:
         return self._identity
 
     @property
-    def parallel(self) -> int:
-        """As many as for the file's source."""
-        return self._inner.parallel
-
-    @property
     def received(self) -> int:
         """Bytes received of the file, including compressed data and tables."""
         return self._inner.received

@@ -121,7 +121,6 @@ async def test_identity(server: FakeHttpServer, open_source: OpenSource) -> None
     place = source.identity.place
     assert len(place) == 16
     assert source.identity == Identity(len(CONTENT), server.etag, server.last_modified, server.url(), place=place)
-    assert source.parallel == 64
     assert await source.extents(0, 10) is None
 
 

@@ -20,8 +20,6 @@ KiB, MiB = 1 << 10, 1 << 20
 class MemorySource:
     """A well-behaved inner source, whose reads can be seen, held up and made to fail."""
 
-    parallel = 7
-
     def __init__(self, content: bytes, identity: Identity | None = None) -> None:
         self.identity = identity or Identity(len(content), name="memory")
         self.content = content

@@ -51,7 +51,7 @@ async def test_the_least_recently_used_goes_first(loader: Loader) -> None:
     for key in (1, 2, 1, 3, 1, 2):
         assert await cache.get([key], loader) == {key: 10 * key}
     assert loader.calls == [[1], [2], [3], [2]]
-    assert cache.kept_bytes == 2 * ENTRY_OVERHEAD_BYTES
+    assert cache._share.held_bytes == 2 * ENTRY_OVERHEAD_BYTES
 
 
 async def test_a_value_above_the_bound_is_handed_out_and_not_kept(loader: Loader) -> None:
@@ -69,7 +69,7 @@ async def test_a_value_above_the_bound_is_handed_out_and_not_kept(loader: Loader
         loader.gate.set()
     assert found == [{1: 10}, {1: 10}]
     assert loader.calls == [[1]]
-    assert cache.kept_bytes == 0
+    assert cache._share.held_bytes == 0
 
 
 async def test_what_is_under_way_is_waited_for(loader: Loader) -> None:

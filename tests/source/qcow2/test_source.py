@@ -120,9 +120,8 @@ async def test_another_file_with_the_same_virtual_size_is_noticed(file: bytes, v
     assert identity.compare(await identity_of(bytes(moved), **validators)).sameness is Sameness.CHANGED
 
 
-async def test_parallel_is_that_of_the_file(file: bytes) -> None:
+async def test_received_is_that_of_the_file(file: bytes) -> None:
     source, inner = await opened(file)
-    assert source.parallel == inner.parallel == 7
     await read(source, 0, 100)
     assert source.received == inner.received > 0
 
@@ -204,7 +203,7 @@ async def test_memory_for_tables_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     source, inner = await opened(file)
     for pos in range(0, 32 * MiB, MiB):
         assert not any(await read(source, pos, MiB))
-    assert source._tables.kept_bytes <= 64 * KiB
+    assert source._tables._share.held_bytes <= 64 * KiB
     assert len(inner.reads) == 32
 
 
