@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each paper, and the folder that its paths are relative to.
-PAPERS = {"qedfs/README.md": "qedfs", "tests/README.md": "."}
+PAPERS = {"qedfs/README.md": "qedfs", "tests/README.md": ".", "contrib/CONTRIBUTING.md": "."}
 
 # `fetch/queue.py`, `fetch/queue.py:FetchQueue.read`, `tests/faults/`, `contrib/powercut`
 NAMED = re.compile(r"`([\w.-]+/[\w./-]*|[\w-]+\.py)(?::([\w.]+))?`")
