@@ -119,5 +119,5 @@ def test_nothing_is_sent_without_a_manager(tmp_path: Path) -> None:
         assert "service manager" not in mount.output()
 
 
-def _image(populated: int, state: State = State.RUNNING) -> SimpleNamespace:
-    return SimpleNamespace(job=SimpleNamespace(total=100, populated=populated, state=state))
+def _image(progress: int, state: State = State.RUNNING) -> SimpleNamespace:
+    return SimpleNamespace(job=SimpleNamespace(total=100, progress=progress, state=state))
