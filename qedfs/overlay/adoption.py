@@ -1,7 +1,7 @@
-"""How fetched bytes become part of the overlay: those of clusters that are still missing, and no others.
+"""Adoption: stores fetched clusters in the overlay, provided that they are still missing.
 
-Owns what is kept of them, and how many adoptions run at once. Must not know where the bytes come from, nor how they are
-written (`cluster_writer.py`). The rules it obeys are in the protocol at the top of `overlay.py`.
+Owns the choice of clusters to store, and how many adoptions run at once. Must not know where the bytes come from, nor
+how they are written (`cluster_writer.py`). The protocol is at the top of `overlay.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qedfs.overlay.split import laid_out, zero_bytes
 from qedfs.overlay.table_slices import TableSlices
 
 ZEROS_AT_ONCE = 8192  # clusters: 40 us on the event loop if all are missing, up to 1 ms otherwise
-# At once: fewer than the storage has threads, so that readers and guests never wait for one behind these.
+# How many adoptions run at once: fewer than the storage has threads, so that readers and guests always find one.
 ADOPTIONS = 4
 
 
@@ -54,14 +54,14 @@ class Adoption:
         """See `Overlay.adopt`."""
         clusters = range(pos // self._cluster_size, -(-(pos + size) // self._cluster_size))
         if len(self._pending.pending_in(clusters)) == len(clusters):
-            return 0  # for a write in part, most likely, which has no use for an adoption: not worth a turn
+            return 0  # most likely fetched for a partial write, which stores the cluster itself
         async with self._turns:
             return await self._adopt(pos, buffer, size, cold=cold)
 
     async def _adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
         await self._session.ready()
         await self._load_to_allocate(pos, size)
-        # No await from here to the claims of `write`: what is missing now has to be missing when it gets its place.
+        # No await from here until `write` has claimed the clusters: they must still be missing when they are allocated.
         data, kept = self._sort_out(pos, buffer, size)
         if not data:
             return kept
@@ -74,13 +74,16 @@ class Adoption:
         return kept + len(data) * self._cluster_size
 
     async def _load_to_allocate(self, pos: int, size: int) -> None:
-        """Return, without a further await, when the slices are loaded and the file may grow."""
+        """Wait until the slices are loaded and the file may grow. No await follows that check."""
         while not self._map.is_loaded(pos, size) or await self._committer.secure_marks():
             await self._map.load(pos, size)
         self._barriers.check_writable()
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
-        """Split what may be kept: zero clusters become entries now; the others are (cluster, start in buffer)."""
+        """Select the clusters to adopt. Zero clusters get their entries at once.
+
+        Returns the others as (cluster, start in buffer), and the bytes of the zero clusters.
+        """
         cluster_size = self._cluster_size
         zeros = zero_bytes(cluster_size)
         data: list[tuple[int, int]] = []
@@ -92,9 +95,9 @@ class Adoption:
                 continue
             self._allocator.make_table(cluster)
             length = min(cluster_size, size - at)
-            # startswith compares in place, 15 us for 1 MiB of zeros, and stops at the first other byte.
+            # startswith compares in place, takes 15 us for 1 MiB of zeros, and stops at the first other byte.
             if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
-                # Not in the journal: if a kill takes the entry, the cluster is missing again, and reads the same.
+                # Not in the journal: if the entry is lost in a kill, the cluster is missing again and reads the same.
                 self._map.set(cluster, ZERO)
                 kept += cluster_size
             else:

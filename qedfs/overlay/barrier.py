@@ -1,7 +1,7 @@
-"""The barriers of an overlay, and whether it takes writes: not after one of them has failed.
+"""The barriers (fdatasync) of an overlay. After one has failed, the overlay takes no more writes.
 
-Owns the failure, and the count of barriers. Must not know what a barrier orders, nor what a failed one does to the map:
-`Committer.durably` runs them one at a time, and takes entries back.
+Owns the failure, and the count of barriers. Must not know what a barrier orders, nor what its failure does to the map:
+`Committer.durably` runs barriers one at a time, and takes entries back.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from qedfs.overlay.storage import Storage
 
 
 class Barriers:
-    """Of one open overlay."""
+    """The barriers of one open overlay."""
 
     def __init__(self, storage: Storage, journal: SessionJournal) -> None:
         self.failure: ReadOnlyOverlay | None = None  # set by a failed barrier, never cleared
         self.count = 0
-        self.seconds = 0.0  # spent waiting in them
+        self.seconds = 0.0  # spent in barriers
         self._storage = storage
         self._journal = journal
 
     def barrier(self) -> None:
-        """Wait until all that was written before is durable, in a worker thread.
+        """Make everything that was written before durable. Blocks, so call it in a worker thread.
 
         Raises:
-            ReadOnlyOverlay: it failed.
-            BadOverlay: the file was cut, which says nothing of the disk; it takes nothing more.
+            ReadOnlyOverlay: the barrier has failed.
+            BadOverlay: the file was truncated. This says nothing about the disk, but nothing more is written.
         """
         self.count += 1
         began = time.monotonic()
@@ -37,13 +37,13 @@ class Barriers:
         except BadOverlay:
             raise
         except QedfsError as exc:
-            # Linux marks pages clean whose write-back failed: a second barrier that succeeds proves nothing. So the
-            # failure comes first, which stops every other writer, and then the journal.
+            # Linux marks pages clean whose write-back failed, so a second barrier would succeed without proving
+            # anything. Set the failure first, which stops every other writer, then void the journal.
             self.failure = ReadOnlyOverlay(
                 f"{exc}; it is read-only until it is opened again, and writes since its last flush may be lost"
             )
-            # Nobody knows which data the disk has: entries that were never committed must not be brought back by the
-            # next session, or clusters could read as garbage.
+            # Nobody knows which data is on the disk. If the next session restored uncommitted entries, clusters could
+            # read as garbage.
             self._journal.void()
             raise self.failure.fresh() from exc
         finally:
@@ -51,7 +51,7 @@ class Barriers:
 
     @property
     def writable(self) -> bool:
-        """Whether writes and adoptions are taken."""
+        """Whether the overlay takes writes and adoptions."""
         return self._storage.writable and self.failure is None
 
     def check(self) -> None:
@@ -60,7 +60,7 @@ class Barriers:
             raise self.failure.fresh()
 
     def check_writable(self) -> None:
-        """Raise what keeps the overlay from taking writes: BadOverlay or ReadOnlyOverlay."""
+        """Raise BadOverlay or ReadOnlyOverlay if the overlay takes no writes."""
         if self._storage.damage is not None:
             raise self._storage.damage.fresh()
         if self.failure is not None:

@@ -1,6 +1,6 @@
-"""How data gets into clusters: a place for every byte, the write, then the entries of the clusters that are new.
+"""Writes data to clusters: chooses the place of every byte, writes, then publishes the entries of new clusters.
 
-Owns that order, and that a write that failed leaves no entry and no claimed space. Must not know whose bytes win
+Owns that order, and the rule that a failed write leaves no entry and no allocated space. Must not know whose bytes win
 (`overlay.py`), nor where they come from.
 """
 
@@ -18,7 +18,7 @@ from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.split import pieces
 from qedfs.overlay.storage import Buffer, Storage
 
-DataWrite = tuple[int, list[Buffer]]  # offset in the file, and what comes there in one call
+DataWrite = tuple[int, list[Buffer]]  # offset in the file, and the data of one call
 NewEntry = tuple[int, int]  # cluster, offset
 
 
@@ -46,12 +46,13 @@ class ClusterWriter:
         self._image_size = clusters.geometry.image_size
 
     def place(self, pos: int, view: memoryview, rest: Mapping[int, Buffer]) -> tuple[list[DataWrite], list[NewEntry]]:
-        """Decide where every byte of a request goes; `rest`: the content of missing clusters that it covers in part.
+        """Decide where every byte of a request goes. `rest`: the content of missing clusters that it covers in part.
 
-        Allocates, so `write` has to follow without an await: another writer would give the same clusters other places.
+        This allocates, so call `write` without an await in between. Otherwise another writer could allocate other
+        places for the same clusters.
 
         Raises:
-            BadOverlay: an entry on the way cannot be; nothing has been allocated.
+            BadOverlay: an entry is invalid. Nothing has been allocated.
         """
         self._map.runs(pos, len(view))
         cluster_size = self._cluster_size
@@ -65,7 +66,7 @@ class ClusterWriter:
                 offset = self._map.checked(entry, cluster) + start
             else:
                 self._allocator.make_table(cluster)
-                # Not if it has become a zero cluster while the rest was fetched: then the rest is zeros.
+                # If it has become a zero cluster while the rest was fetched, the rest is zeros instead.
                 if entry == MISSING and cluster in rest:
                     start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
                 whole = sum(map(len, buffers)) == cluster_size
@@ -81,17 +82,19 @@ class ClusterWriter:
         return writes, entries
 
     def _merged(self, cluster: int, start: int, piece: memoryview, rest: Buffer) -> list[Buffer]:
-        """The cluster's fetched content with the guest's piece in it; nothing of it lies beyond the image's end."""
+        """The cluster's fetched content with the guest's piece in it, up to the end of the image."""
         inside = min(self._cluster_size, self._image_size - cluster * self._cluster_size)
         view = memoryview(rest)
         return [view[:start], piece, view[start + len(piece) : inside]]
 
     async def write(self, writes: Sequence[DataWrite], entries: Sequence[NewEntry], *, now: bool) -> None:
-        """Write the data and publish the entries. `now`: on the event loop; else new clusters are claimed meanwhile.
+        """Write the data and publish the entries.
+
+        `now`: on the event loop. Otherwise in a thread, while the new clusters are claimed.
 
         Raises:
-            NoSpace: some of it may have been written, to clusters that had a place already. No entry was published.
-            ReadOnlyOverlay: a barrier has failed meanwhile; the same.
+            NoSpace: data may have been written to clusters that were allocated before. No entry was published.
+            ReadOnlyOverlay: a barrier has failed meanwhile. Likewise.
         """
 
         def write_all() -> None:
@@ -105,17 +108,17 @@ class ClusterWriter:
                 with self._pending.allocating([cluster for cluster, _ in entries]):
                     await self._storage.in_thread(write_all)
         except BaseException:
-            # The thread has ended, also if we are cancelled: nobody writes to these places any more.
+            # The thread has ended, even if we are cancelled, so nobody writes to these places any more.
             self._allocator.give_back(offset for _, offset in entries)
             raise
-        # After a barrier that failed meanwhile nobody answers for these bytes, nor takes their entries.
+        # If a barrier has failed meanwhile, these bytes may be lost, so their entries must not be published.
         self._barriers.check_writable()
-        # No await between the end of the claims and the entries: a writer that has waited for a claim looks at its
-        # entry next, and would take the cluster for missing.
+        # No await between the end of the claims and the entries. A writer that has waited for a claim reads the entry
+        # next, and would consider the cluster missing.
         self._publish(entries)
 
     def _publish(self, entries: Sequence[NewEntry]) -> None:
-        """Set entries whose data is written, and let them survive the death of the process."""
+        """Set entries whose data has been written, and add them to the journal, in case the process is killed."""
         if not entries:
             return
         for cluster, entry in entries:

@@ -1,15 +1,15 @@
-"""The session journal: entries that a killed process had acknowledged and not yet brought into the overlay.
+"""The session journal: the entries of acknowledged writes that have not been committed yet, in case we are killed.
 
-Owns one small file on a tmpfs per open overlay. A write to a new cluster is answered as soon as its data is in the page
-cache and its entry is in this file: both survive the death of the process and neither survives the power, so the next
-open in the same boot loses nothing, and after a power cut the file is void, as the unflushed write is.
+Owns one small file on a tmpfs per open overlay. A write to a new cluster is acknowledged once its data is in the page
+cache and its entry is in this file. Both survive the death of the process, and neither survives a power cut. So the
+next opening in the same boot loses nothing. After a power cut the journal is gone, and so is the unflushed write.
 
-The file names the boot, the session and the device; the overlay carries the session (`format/record.py`). A journal of
-another boot, or of a session that the overlay no longer carries, is ignored: somebody else may have written since. A
-copy of an overlay may carry the session of another one that is still in use. What tells them apart is the device, and
-the lock that a process has on its journal while it lives.
+The file names the boot, the session and the device. The overlay has the session in its record (`format/record.py`). A
+journal of another boot, or of another session than the overlay's, is ignored, because another program may have written
+since. A copy of an overlay may have the session of one that is still in use. Two things distinguish them: the device,
+and the lock that a process holds on its journal while it lives.
 
-Must not know what the entries mean: `recovery.py` judges them.
+Must not know what the entries mean; `recovery.py` validates them.
 """
 
 from __future__ import annotations
@@ -36,53 +36,54 @@ _HEADER = struct.Struct("<8s40s40sQ16x")  # magic, boot, session, device; the fi
 _START = _HEADER.size + _PAIR.size
 _NO_WITNESS = (0, 0)
 _MAGIC = b"qedfsj\0\2"
-# What a commit every second and a slow disk come to is a hundredth of it. Also what is read of another user's.
+# A hundred times what accumulates with a commit every second and a slow disk. Also bounds how much of another user's
+# journal is read.
 MOST_BYTES = 64 << 20
 
 
 class Journal:
-    """An open journal. `append` is one write of 16 bytes an entry into memory and a look at the file: 1.3 us."""
+    """An open journal. `append` takes 1.3 us: a write of 16 bytes per entry to the tmpfs, and an fstat."""
 
     def __init__(self, fd: int, path: Path, header: bytes) -> None:
         self._fd = fd
         self.path = path
         self._header = header
         self._void = threading.Event()
-        self.end = _START  # of the entries in the file, in bytes
+        self.end = _START  # where the entries in the file end, in bytes
 
     @classmethod
     def create(cls, folder: Path, name: str, session: str, device: int) -> Self:
-        """Start the journal of `session`, of the overlay `name` on `device`.
+        """Create the journal of `session` for the overlay `name` on `device`.
 
         Raises:
-            OSError: the tmpfs is full or not writable; the caller does without a journal then.
+            OSError: the tmpfs is full or not writable. The caller then does without a journal.
         """
         path = _place(folder, name, session)
         header = _HEADER.pack(_MAGIC, boot_id().encode(), session.encode(), device)
         return cls(_replaced(path, header + _PAIR.pack(*_NO_WITNESS)), path, header)
 
     def append(self, pairs: Iterable[Pair]) -> None:
-        """Remember that these clusters have these entries now.
+        """Add the new entries of these clusters.
 
         Raises:
-            OSError: the tmpfs is full, or the file was removed (ENOENT), by a logout for example. The entries have to
-                be committed before the write is answered.
+            OSError: the tmpfs is full, or the file was removed (ENOENT), for example by a logout. The entries have to
+                be committed before the write is acknowledged.
         """
         data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
         if self.end > MOST_BYTES or os.pwrite(self._fd, data, self.end) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # Behind the write: what was removed before the answer is seen.
+        # After the write, so that a removal before the acknowledgement is noticed.
         if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         self.end += len(data)
 
     def landed(self, end: int) -> None:
-        """Forget the entries before `end`, an earlier value of the attribute: the overlay has them.
+        """Drop the entries before `end`, an earlier value of the attribute, because the overlay has them.
 
-        The last of them, now the witness, and the later ones go into a new file that takes the place of the old one:
-        whoever is killed leaves either. 14 us.
+        The last of them, now the witness, and all later ones go into a new file, which replaces the old one atomically.
+        So a kill leaves one of the two. Takes 14 us.
         """
-        # A void one must not come to its place again, not even until it is unlinked: we may be killed in between.
+        # A void journal must not get its name again, not even for a moment, because we may be killed then.
         if end == _START or self._void.is_set():
             return
         witness = end - _PAIR.size
@@ -90,20 +91,20 @@ class Journal:
             kept = os.pread(self._fd, self.end - witness, witness)
             fd = _replaced(self.path, self._header + kept)
         except OSError:
-            return  # what stays is in the overlay: a replay passes it over
+            return  # the entries stay, but the overlay has them, so a replay ignores them
         os.close(self._fd)
         self._fd, self.end = fd, len(self._header) + len(kept)
         if self._void.is_set():
             self.void()
 
     def void(self) -> None:
-        """Let no later session have the entries. From any thread: `landed` may be putting a new file there."""
+        """Make the journal void for later sessions. May be called from any thread, even during `landed`."""
         self._void.set()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def close(self, *, remove: bool) -> None:
-        """Close; `remove` when the overlay has all entries."""
+        """Close the journal. `remove` it if the overlay has all entries."""
         os.close(self._fd)
         if remove:
             self.void()
@@ -111,29 +112,29 @@ class Journal:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OrphanJournal:
-    """What a session that was killed has left.
+    """The journal of a killed session.
 
-    `witness`: an entry that the session had brought into the overlay, as late as possible.
+    `witness`: the last entry that the session committed to the overlay.
     """
 
     place: RuntimeFolder
     name: str  # of the file
-    same_device: bool  # else it is perhaps that of the overlay that ours is a snapshot of
+    same_device: bool  # otherwise it may belong to another overlay, of which ours is a snapshot
     witness: Pair | None
     data: bytes
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """The path of the file."""
         return self.place.path / self.name
 
     @property
     def pairs(self) -> Iterator[Pair]:
-        """Oldest first. Made one by one: there may be millions."""
+        """The entries, oldest first. An iterator, because there may be millions."""
         return _PAIR.iter_unpack(self.data)
 
     def remove(self) -> None:
-        """The overlay has all entries, or another session: nobody needs the journal, unless it may be another's."""
+        """Remove the file, after the overlay has all entries or a new session. Keep it if it may be of another one."""
         if self.same_device:
             with contextlib.suppress(OSError), self.place.opened() as folder:
                 for name in (self.name, _fresh(Path(self.name)).name):
@@ -142,13 +143,13 @@ class OrphanJournal:
 
 
 def read_journal(place: RuntimeFolder, name: str, session: str, device: int, *, locked: bool) -> OrphanJournal | None:
-    """What `session` left behind in this boot, if it did and its process is dead.
+    """Read the journal of `session` from this boot. None if it is void, or its process is still alive.
 
-    `locked`: the caller has the locks of the overlay on `device`. Then the process of a journal of the same device is
-    dead, even if it has not yet come to closing this file.
+    `locked`: the caller has the locks of the overlay on `device`. Then the process that wrote a journal for the same
+    device is dead, even if the kernel has not closed this file yet.
 
     Raises:
-        OSError: FileNotFoundError if there is none; else it was not read, so nobody knows what is in it.
+        OSError: FileNotFoundError if there is none. Otherwise it could not be read, so its contents are unknown.
     """
     file_name = _place(Path(), name, session).name
     with place.opened() as folder, open(_opened(file_name, folder, place.user), "rb") as file:
@@ -170,12 +171,12 @@ def read_journal(place: RuntimeFolder, name: str, session: str, device: int, *, 
         raise OSError(errno.EFBIG, f"is larger than {MOST_BYTES >> 20} MiB")
     witness = _PAIR.unpack(first)
     if rest := len(pairs) % _PAIR.size:
-        pairs = pairs[:-rest]  # a copy, which is why the first pair is read by itself
+        pairs = pairs[:-rest]  # this copies, so the first pair is read separately to avoid another copy
     return OrphanJournal(place, file_name, found == device, witness if witness != _NO_WITNESS else None, pairs)
 
 
 def _opened(name: str, folder: int, user: int | None) -> int:
-    """A journal of this user, opened for reading. Asks nothing of a device, a pipe or a file system in its place."""
+    """Open a journal of this user for reading. Does not open a device or a FIFO, nor access another file system."""
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
         same = mount_number(fd) == mount_number(folder)
@@ -196,7 +197,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _replaced(path: Path, content: bytes) -> int:
-    """Let the journal be `content` from one instant to the next; returns its descriptor, which holds the lock."""
+    """Replace the journal atomically by one with `content`. Returns its descriptor, which holds the lock."""
     fresh = _fresh(path)
     fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -213,7 +214,7 @@ def _replaced(path: Path, content: bytes) -> int:
 
 
 def _is_live(fd: int) -> bool:
-    """Whether the process that this journal belongs to lives. One that was replaced just now has a living process."""
+    """Whether the process of this journal is alive. It is, too, if the journal was replaced a moment ago."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -1,15 +1,16 @@
-"""Where the journal of a killed session is looked for, and whose journals are believed.
+"""Finds the journal of a killed session, and decides whose journals are trusted.
 
-Owns the note in the record that tells of a journal, and the search. A session puts its journal where its user can; the
-next one may be another user's. So the record notes that there is one, whose, of which file and of which boot. With it
-a session finds the journal, or knows that it has not, and says so. Without it (a session that had none) all is well.
+Owns the note about a journal in the record, and the search. A session creates its journal in a folder of its user, but
+the next session may be another user's. So the record notes that there is a journal, and its user, file and boot. With
+the note, a session finds the journal, or knows that it has not found it and says so. Without the note, the killed
+session had no journal.
 
-Trust: who writes a journal decides which places of the file its missing clusters lead to. That is nothing outside of
-this overlay, and so those are believed who may write to the overlay anyway, or see what is read: its owner, root, and
-the user who opens it. What others have left, or what may not be looked into, is not void for that: no session begins
-over it, unless its user says so (`check --drop-journal`).
+Trust: the writer of a journal decides which parts of the file the missing clusters show. It can refer to nothing
+outside this overlay. So the trusted users are those who may write to the overlay, or see its contents, anyway: its
+owner, root, and the user who opens it. A journal of another user, or one that cannot be accessed, is not void: no
+session starts until it is read, or the user gives it up (`check --drop-journal`).
 
-Must not know what a journal holds.
+Must not know the contents of a journal.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ _NOTE = re.compile(r"([0-9]{1,10})\.([0-9a-z]{1,16})\.([0-9a-f]{8})")
 
 
 class Found(NamedTuple):
-    """What the search came to: at most one of these."""
+    """The result of the search. At most one of the fields is set."""
 
     orphan: OrphanJournal | None = None
-    unread: str = ""  # why a journal that is there, or may be, was not read
-    gone: str = ""  # that there was one, and where it is no more
+    unread: str = ""  # why a journal that exists, or may exist, was not read
+    gone: str = ""  # in words, that the journal no longer exists
 
 
 def note(name: str) -> str:
-    """What the record says of a journal of ours for the file of this name; "" where nothing can be said."""
+    """The note, for the record, about our journal for the file of this name; "" if there can be no note."""
     text = f"{user_number()}.{name}.{_boot()}"
     return text if _NOTE.fullmatch(text) else ""
 
 
 def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Found:
-    """The journal of `session`, which has not ended in order. `folder`: one more place to look into, of the caller's.
+    """Find the journal of `session`, which has not ended in order. `folder`: an additional folder to search.
 
-    May wait for the disk only where the folder does.
+    Waits for the disk only if that folder is on one.
     """
     name = storage.name()
     if not session or not name:
@@ -51,15 +52,15 @@ def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Fou
     user = user_number()
     if told := _NOTE.fullmatch(noted):
         if told[3] != _boot():
-            return Found()  # lost with the power, as what was not flushed
+            return Found()  # lost in a power cut or reboot, like the writes that were not flushed
         user = int(told[1])
         if told[2] != name:
-            return Found(gone=f"it is a copy, made while a mount of it by {_called(user)} was not at its end")
+            return Found(gone=f"it is a copy, made while it was mounted by {_called(user)}")
         if user not in (0, user_number(), storage.owner()):
-            return Found(unread=f"{_killed(user)}, and nobody vouches for the journal of one who does not own it")
+            return Found(unread=f"{_killed(user)}, and the journal of a user who does not own it is not trusted")
     places = [RuntimeFolder(folder)] if folder is not None else []
     found = _search([*places, *journal_places(user)], storage, name, session, killed=_killed(user))
-    # Of one that the record does not tell of nothing needs to be left.
+    # Without a note in the record there need not be a journal, so its absence is not reported.
     return found if told or found.orphan else Found()
 
 
@@ -71,7 +72,7 @@ def _search(places: list[RuntimeFolder], storage: Storage, name: str, session: s
         except FileNotFoundError:
             continue
         except OSError as exc:
-            unread = unread or f"{killed}, and what it has left may be in {place.path}: {exc.strerror}"
+            unread = unread or f"{killed}, and its journal may be in {place.path}: {exc.strerror}"
         else:
             return Found(left)
     if unread:

@@ -1,7 +1,7 @@
-"""The session of an open overlay: begun late if need be, its record changed by one task at a time, ended in order.
+"""The session of an open overlay: its start, the changes of its record, the checks of the file, and its end.
 
-Owns the lock that orders these, and the changes that wait for it. Header and record are written by `session.py`; what
-has to be in the file before a session begins is known to `session_start.py`. Must not know clusters.
+Owns the lock that serializes these, and the queue of record changes. `session.py` writes header and record;
+`session_start.py` knows what must be in the file before a session starts. Must not know clusters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Change = Callable[[Record], Record]
 
 
 class OpenSession:
-    """Of one overlay. `start`: of a writable session."""
+    """The session of one overlay. `start`: None unless the session is writable."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class OpenSession:
         barriers: Barriers,
         start: SessionStart | None,
     ) -> None:
-        # Around every change of the header or the record. Taken before the committer's locks, which each change takes.
+        # Held during every change of the header or the record. Acquired before the committer's locks.
         self.lock = trio.Lock()
         self.times = session.times  # of the image
         self._storage = storage
@@ -45,11 +45,11 @@ class OpenSession:
         self._committer = committer
         self._barriers = barriers
         self._start = start
-        self._changes: list[Change] = []  # of the record, that are being stored or wait for it
+        self._changes: list[Change] = []  # changes of the record that are being stored, or wait to be
 
     @property
     def record(self) -> Record:
-        """What qedfs remembers in this overlay, including what is being stored."""
+        """The record, including changes that are not stored yet."""
         return functools.reduce(lambda record, change: change(record), self._changes, self._session.record)
 
     @property
@@ -59,29 +59,29 @@ class OpenSession:
 
     @property
     def full(self) -> NoSpace | None:
-        """What keeps the session from beginning: the disk was full at the open, and has been since."""
+        """Why the session has not started: the disk has been full since the opening. None if it has started."""
         return self._start.full if self._start is not None else None
 
     async def ready(self) -> None:
-        """Return when the session has begun. NoSpace: there is no room for that. Or what `check_writable` raises."""
+        """Make sure that the session has started. Raises NoSpace if it cannot, or what `check_writable` raises."""
         self._barriers.check_writable()
         if self.full:
             async with self.lock:
                 await self._begin_late()
 
     async def _begin_late(self) -> None:
-        """Have the lock."""
+        """Start the session if it has not started. The caller holds the lock."""
         if self._start is not None:
             await self._start.late()
 
     async def change_record(self, change: Change) -> None:
         """See `Overlay.change_record`."""
         self._barriers.check_writable()
-        # At once, so that `record` shows it, and in this order: a later change is made of what the earlier one leaves.
+        # Add it at once, so that `record` shows it. Changes are applied in this order.
         self._changes.append(change)
         try:
             async with self.lock:
-                self._barriers.check_writable()  # the barrier of the change before may have failed
+                self._barriers.check_writable()  # the barrier of an earlier change may have failed
                 try:
                     await self._begin_late()
                 except NoSpace:
@@ -89,21 +89,21 @@ class OpenSession:
                 else:
                     await self._committer.durably(lambda: self._session.store(change(self._session.record)))
         finally:
-            # No await since the session has the record: a reader of `record` would see the change twice, or not at all.
+            # No await between storing and this, or a reader of `record` would see the change twice.
             self._changes.remove(change)
 
     async def let_times_move(self) -> None:
-        """Once in a session, before the first write, the record has to say that it comes."""
+        """Before the first write of a session, store in the record that the times are going to change."""
         if not self.times.may_move:
             async with self.lock:
                 self._barriers.check_writable()  # the barrier of a record may have failed
                 await self._note_first_write()
 
     async def _note_first_write(self) -> None:
-        """Have the lock."""
+        """The caller holds the lock."""
         if self.times.may_move:
             return
-        # On a full disk that takes no write to an old place either (btrfs) the next write tries again.
+        # A full disk may not even allow overwriting (btrfs). The next write tries again.
         with contextlib.suppress(NoSpace):
             if dirty_pages.crowded():
                 await self._storage.in_thread(self._session.let_times_move)
@@ -111,7 +111,7 @@ class OpenSession:
                 self._session.let_times_move()
 
     async def note_no_journal(self) -> None:
-        """The journal was lost, and the file has all that was in it: the next session need not look for it."""
+        """Record that there is no journal for a later session to find: it was lost, but the file has its entries."""
         if self.record.journal:
             with contextlib.suppress(QedfsError):
                 await self.change_record(lambda record: dataclasses.replace(record, journal=""))
@@ -125,14 +125,14 @@ class OpenSession:
             raise self._storage.damage.fresh()
 
     async def _inspect(self) -> None:
-        """Have the lock, without which our own change of the header would look like somebody else's."""
+        """The caller holds the lock. Without it, our own change of the header would look like another program's."""
         if self._storage.damage is not None:
             return
         try:
             if self._session.is_seen():
                 self._storage.check_length()
             else:
-                # What the page cache does not have, or a file server has to be asked for.
+                # They are not in the page cache, or only a file server knows. So check in a thread.
                 await self._storage.in_thread(self._storage.check_length)
                 await self._storage.in_thread(self._session.inspect)
         except BadOverlay as exc:
@@ -146,13 +146,13 @@ class OpenSession:
             await self._committer.durably(self._session.detach)
 
     async def end(self, *, in_order: bool) -> None:
-        """Have the lock and the committer's: say in the record that the session has ended in order, if it has.
+        """Record that the session has ended in order, if it has. The caller holds the lock and the committer's.
 
-        Errors of a disk that is not well are passed over: without the note the next session asks the disk.
+        Disk errors are ignored: without the note, the next session evicts the page cache.
         """
         with contextlib.suppress(QedfsError):
             if self._barriers.writable:
                 await self._inspect()
-            # Once more: the look may have found that the file is another one's.
+            # Check again, because the inspection may have found that the file was overwritten.
             if in_order and self._barriers.writable and not self._committer.pending and not self.full:
                 await self._storage.in_thread(self._session.end)

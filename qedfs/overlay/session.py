@@ -1,6 +1,6 @@
-"""One writable opening of an overlay: its header, and the record in its header clusters.
+"""The header and the private record of an open overlay, as they are in the file.
 
-Owns the header and the record as they stand in the file, and the order of their writes.
+Owns them, and the order in which changes to them are written.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from qedfs.overlay.times import times_at_open
 
 
 def read_bytes(storage: Storage, offset: int, size: int) -> bytes:
-    """Bytes of the overlay, zeros past its end."""
+    """Read bytes of the overlay file. Past its end there are zeros."""
     data = bytearray(size)
     storage.read(offset, memoryview(data))
     return bytes(data)
 
 
 def read_header(storage: Storage) -> tuple[Header, str | None]:
-    """The header and the backing name (None: no backing).
+    """Read the header and the backing name (None if there is no backing).
 
     Raises:
-        BadOverlay: it is none that can be served.
+        BadOverlay: the overlay cannot be served.
     """
     size = storage.size()
     header = decode_header(read_bytes(storage, 0, min(size, HEADER_BYTES)), size)
@@ -37,7 +37,7 @@ def read_header(storage: Storage) -> tuple[Header, str | None]:
 
 
 def read_record(storage: Storage, header: Header) -> Record | None:
-    """The record, or None if there is none that can be trusted."""
+    """Read the record; None if there is no valid one."""
     offsets = slot_offsets(header)
     if offsets is None:
         return None
@@ -54,14 +54,14 @@ class Session:
     def __init__(
         self, storage: Storage, header: Header, record: Record | None, *, barrier: Callable[[], None] | None = None
     ) -> None:
-        """`barrier`: of the open overlay (`barrier.py`); None: nothing is written but NEED_CHECK."""
+        """`barrier`: that of the open overlay (`barrier.py`); None if nothing but NEED_CHECK is going to be written."""
         self.header = header
         self._storage = storage
         self._barrier = barrier or storage.barrier
         self._slots = slot_offsets(header)
         self.record = record or Record()
-        # Whether the slot that was written last has no barrier behind it, as far as we know: an earlier session may
-        # have ended, or been killed, before there was one.
+        # Whether the last write of a slot may not be durable yet. True at first: an earlier session may have ended, or
+        # been killed, before the barrier.
         self._unordered = self.record.sequence > 0
         self.times = times_at_open(
             self.record,
@@ -73,7 +73,7 @@ class Session:
 
     @property
     def has_room(self) -> bool:
-        """Whether this overlay can carry a record at all (4 KiB clusters made elsewhere may have no room)."""
+        """Whether this overlay can hold a record at all. (With 4 KiB clusters, a header by another program may not.)"""
         return self._slots is not None
 
     @property
@@ -83,13 +83,14 @@ class Session:
 
     @property
     def ended_in_order(self) -> bool:
-        """Whether the session before this one was ours and has ended with `end`, and nobody has written since."""
+        """Whether the previous session was ours and has ended with `end`, and no other program has written since."""
         return self.untouched and self.record.sequence > 0 and not self.record.session
 
     def is_seen(self) -> bool:
-        """Whether the file is seen to hold our header and our session, without waiting for the disk.
+        """Whether the page cache shows our header and our session in the file. Does not wait for the disk.
 
-        That of nobody: it has to be looked at more closely. Not while a record or a header is being written.
+        False may also mean that they are not in the page cache; then use `inspect`. Must not be called while a record
+        or a header is being written.
         """
         header, slot = bytearray(HEADER_BYTES), bytearray(SLOT_BYTES)
         if not self._storage.read_now(0, memoryview(header)) or header != self.header.encode():
@@ -100,9 +101,10 @@ class Session:
         return self._storage.read_now(place, memoryview(slot)) and self.record.session.encode() in slot
 
     def inspect(self) -> None:
-        """Raise BadOverlay if the file holds another overlay than the one that was opened. As for `is_seen`.
+        """Raise BadOverlay if the file contains another overlay than the one that was opened.
 
-        Somebody may have copied one over it: it is the same file then, and what our tables lead to is foreign.
+        A user may have copied another overlay over it. It is the same file then, but our tables refer to foreign data.
+        Must not be called while a record or a header is being written.
         """
         if not self._is_ours():
             raise BadOverlay("was overwritten while it was open, with another overlay or an older copy")
@@ -116,18 +118,18 @@ class Session:
         return header == self.header and record.session == self.record.session
 
     def fresh(self) -> str:
-        """What a new session is called; "" if the overlay has no room for a record."""
+        """The id of a new session; "" if the overlay has no room for a record."""
         return secrets.token_hex(16) if self.has_room else ""
 
     def begin(self, session: str, journal: str = "") -> None:
-        """Put a new session into the overlay; `journal`: the note of its journal (`journal_search.py`), which is there.
+        """Store a new session in the overlay. `journal`: the note of its journal (`journal_search.py`), which exists.
 
-        The record goes first and the bit that vouches for it second, with a barrier between: a bit that became
-        durable alone would vouch for the session before.
+        The record is written first, then, after a barrier, the bit that vouches for it. If only the bit became durable,
+        it would vouch for the previous session.
         """
         if session:
             self.store(dataclasses.replace(self.record, session=session, journal=journal))
-        # The bits of others say what our writes make untrue: QEMU clears all that it does not know, and so do we.
+        # Our writes invalidate what the autoclear bits of other programs say. Like QEMU, clear all unknown ones.
         found, ours = self.header.autoclear_features, UNTOUCHED if session else 0
         if found != ours:
             self._write_header(dataclasses.replace(self.header, autoclear_features=ours))
@@ -135,21 +137,21 @@ class Session:
             self._barrier()
 
     def end(self) -> None:
-        """Note that the session has ended in order: the disk has all that the page cache has, and there is no journal.
+        """Record that the session has ended in order: the disk has all of the page cache, and there is no journal.
 
-        It also tells what the image's times have come to. To be called after the last barrier, whose success it tells
-        of: a note that was there before would vouch for pages that the disk may not have taken. It needs no barrier of
-        its own. If it is lost, the next session asks the disk, as after a crash, so is the journal that it says is not
-        needed, and the image gets a later time.
+        The record also gets the final times of the image. Call this after the last barrier has succeeded; an earlier
+        note would vouch for pages that may not be on the disk. It needs no barrier of its own: if it is lost, the next
+        session evicts the page cache, as after a crash, and looks for the journal in vain, and the image gets a later
+        time.
         """
         if self.record.session:
-            self._unordered = False  # the last barrier was behind all records
+            self._unordered = False  # the last barrier came after all records
             ended = dataclasses.replace(self.record, session="", journal="", times=self._pair(), written=False)
             self.record = self._write_slot(ended)
             self._unordered = True
 
     def store(self, record: Record) -> None:
-        """Write a record into the slot that does not hold the present one, and wait until it is durable."""
+        """Write a record to the slot that does not hold the current one, and make it durable."""
         record = self._write_slot(record)
         if self._slots is not None:
             self._barrier()
@@ -157,18 +159,18 @@ class Session:
         self.record = record
 
     def let_times_move(self) -> None:
-        """Note that a guest is about to write.
+        """Record that a guest is about to write.
 
-        There is no barrier: the note is in the page cache before the guest's bytes are, so a kill leaves both, and the
-        guest's own flush covers both.
+        This needs no barrier. The record is in the page cache before the guest's bytes are, so a kill loses neither,
+        and the guest's own flush makes both durable.
         """
         self.record = self._write_slot(dataclasses.replace(self.record, written=True))
         self._unordered = self.times.may_move = True
 
     def _write_slot(self, record: Record) -> Record:
-        """Write a record into the slot that does not hold the present one, which the disk has by then.
+        """Write a record to the slot that does not hold the current one, after making the current one durable.
 
-        Otherwise one power cut could tear both, and lose the pin.
+        Otherwise one power cut could tear both, and the pin would be lost.
         """
         record = dataclasses.replace(record, sequence=self.record.sequence + 1)
         if self._slots is not None:
@@ -181,9 +183,9 @@ class Session:
         return self.times.modified_ns, self.times.changed_ns
 
     def clear_dirty(self, need_check: int) -> None:
-        """Clear NEED_CHECK after a repair, which has to be durable before. If the bit comes back it repairs nothing.
+        """Clear NEED_CHECK after a repair, which is made durable first. It is harmless if a power cut restores the bit.
 
-        The overlay is not open yet: a barrier that fails here is an error of the open, and no failure of a session.
+        The overlay is not open yet, so a barrier that fails here is an error of the opening, not of a session.
         """
         self._storage.barrier()
         self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
@@ -195,9 +197,9 @@ class Session:
         name_offset, name_size = self.header.backing_name_offset, self.header.backing_name_size
         self._write_header(self.header.without_backing())
         self._barrier()
-        # The name may hold a password, which nobody needs who is handed a complete overlay. It is overwritten after the
-        # barrier: a power cut that kept the zeros and lost the header would leave an overlay without its backing. The
-        # record's barrier makes the zeros durable.
+        # The name may contain a password, and users of a complete overlay do not need it. Overwrite it only after the
+        # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing. The
+        # barrier of the record makes the zeros durable.
         self._storage.write(name_offset, [bytes(name_size)])
         self.store(dataclasses.replace(self.record, pin=None, paused=False))
 

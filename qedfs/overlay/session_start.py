@@ -1,9 +1,9 @@
-"""How a writable session begins: the file gets what a killed one left, then the record of this one, then its journal.
+"""Starts a writable session: commits what a killed session left, stores the record of the new one, opens its journal.
 
-Owns that order, and the wait for room. What has to be written may need some: tables, and the place of the record, which
-is a hole where another program has made the overlay. On a full disk the overlay is readable all the same, with all that
-was left; the session begins with the first write, adoption or change of the record for which there is room. Must not
-know what is written in the session; before it has begun, nothing else is.
+Owns that order, and the wait for free space. The start may need space for tables, and for the record, whose slot is a
+hole if another program has created the overlay. On a full disk the overlay can still be read, including what the killed
+session left. The session then starts with the first write, adoption or change of the record for which there is space.
+Must not know what is written during the session. Nothing else is written before it has started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qedfs.overlay.storage import Storage
 
 
 class SessionStart:
-    """Of one session, whose map has what `orphan` holds."""
+    """The start of one session. Its map already has the entries of `orphan`."""
 
     def __init__(
         self,
@@ -33,17 +33,17 @@ class SessionStart:
         folder: Path | None,
         orphan: OrphanJournal | None,
     ) -> None:
-        self.full: NoSpace | None = None  # what has kept the session from beginning
+        self.full: NoSpace | None = None  # why the session has not started yet
         self._storage = storage
         self._session = session
         self._committer = committer
         self._journal = journal
         self._folder = folder
-        # To be removed; what was in it, up to 64 MiB, would stay in memory as long as we do.
+        # Needed only to remove it. Its data, up to 64 MiB, would otherwise stay in memory as long as this object.
         self._orphan = dataclasses.replace(orphan, data=b"") if orphan is not None else None
 
     def at_open(self) -> None:
-        """Begin if there is room, while nobody else uses the overlay; waits for the disk."""
+        """Start the session if there is space, while nobody else uses the overlay. Waits for the disk."""
         try:
             try:
                 if self._committer.pending:
@@ -56,7 +56,7 @@ class SessionStart:
             self.full = exc.fresh()
 
     async def late(self) -> None:
-        """Begin if that is still to be done. One call at a time. NoSpace: there is no room."""
+        """Start the session if it has not started. One call at a time. Raises NoSpace if there is still no space."""
         if self.full is None:
             return
         try:
@@ -67,9 +67,9 @@ class SessionStart:
         await self._committer.durably(self._begin)
 
     def _begin(self) -> None:
-        """The file has what was left: only then may the new session void the journal.
+        """Start the session. The old journal may become void now, because the file has all its entries.
 
-        Its own journal is there before the record tells of it: whoever finds none knows that it was lost.
+        The new journal is created before the record mentions it. If a later session does not find it, it was lost.
         """
         session, name = self._session.fresh(), self._storage.name()
         journal: Journal | None = None
@@ -88,8 +88,10 @@ class SessionStart:
         self.full = None
 
     def _void(self) -> None:
-        """A barrier has failed. Linux tells of data that it could not write once: the next opening would take its
-        entries for good. A journal that may be another overlay's stays, and a new session voids it for this one.
+        """Void the old journal after a failed barrier.
+
+        Linux reports lost data only once, so the next opening would consider the journal's entries valid. A journal
+        that may belong to another overlay is not removed, but a new session makes it void for this one.
         """
         if self._orphan:
             self._orphan.remove()

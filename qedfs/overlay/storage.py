@@ -1,9 +1,9 @@
-"""The overlay file as a port: the one holder of its descriptor, and the one place that writes to it.
+"""Access to the overlay file: the only module that holds its descriptor and writes to it.
 
 Owns the descriptor, its locks and the translation of OSError. Knows offsets and bytes; must not know what they mean.
 
-All methods are synchronous and short, except that the disk may make them wait; `in_thread` moves such a call off the
-event loop. A recording twin in the tests implements the same `Storage` port.
+All methods are synchronous and short, but may wait for the disk. `in_thread` moves such a call off the event loop. The
+tests have another implementation of `Storage`, which records the calls.
 """
 
 from __future__ import annotations
@@ -29,54 +29,54 @@ from qedfs.overlay.pagecache import evict
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
-# Threads per overlay: enough to read from a deep disk queue beside all adoptions (`overlay.py`), few enough that one
-# stuck disk costs one overlay.
+# Threads per overlay: enough to keep a deep disk queue busy with reads beside all adoptions (`adoption.py`), and few
+# enough that a disk that hangs affects only its own overlays.
 THREADS = 12
 
 # QEMU's image locks (block/file-posix.c): byte 100+i says "I use permission i", 200+i "I do not share it".
 _LOCK_USES, _LOCK_UNSHARED = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
-# File systems whose leases are those of a server (fs/nfs/nfs4proc.c, fs/smb/client/file.c).
+# File systems whose leases a server grants (fs/nfs/nfs4proc.c, fs/smb/client/file.c).
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _FLOCK = struct.Struct("hhqqi4x")
 
 
 class FileExtent(NamedTuple):
-    """A part of the file, up to the byte before `end`, that is a hole (and reads as zeros) or may be data."""
+    """A part of the file that ends before `end`, and is a hole (which reads as zeros) or may be data."""
 
     end: int
     hole: bool
 
 
 class Storage(Protocol):
-    """What the overlay needs of its file. Offsets and sizes in bytes. Errors: QedfsError."""
+    """The operations on the overlay file. Offsets and sizes are in bytes. All errors are QedfsErrors."""
 
     writable: bool
-    locked: bool  # whether nobody else has this very file open for writing, as long as we have it
+    locked: bool  # whether our locks keep other programs from writing to the file
 
     @property
     def damage(self) -> BadOverlay | None:
-        """What somebody has done to the file while it was open; nothing is written to it any more."""
+        """How another program has damaged the file while it was open. If set, nothing more is written to it."""
         ...
 
     def condemn(self, error: BadOverlay) -> None:
-        """The file is another one's now: nothing is written to it, or read from it, any more."""
+        """Stop all reads and writes, because the file contains another overlay now."""
         ...
 
     def check_length(self) -> None:
-        """Raise BadOverlay if the file is shorter than it must be, or is damaged otherwise."""
+        """Raise BadOverlay if the file is shorter than expected, or damaged otherwise."""
         ...
 
     def name(self) -> str:
-        """What names the file in its file system whatever path it has; "" if it has no such name."""
+        """An id of the file within its file system, independent of its path; "" if there is none."""
         ...
 
     def device(self) -> int:
-        """What tells the file from one of the same name in another file system; may change while it is not open."""
+        """Distinguishes files of the same `name` on different file systems. May change while the file is not open."""
         ...
 
     def owner(self) -> int:
-        """Whose the file is, by the number that the machine knows that user by; -1 if nobody can tell."""
+        """The uid of the owner, outside our user namespace; -1 if unknown."""
         ...
 
     def stat(self) -> os.stat_result:
@@ -88,54 +88,54 @@ class Storage(Protocol):
         ...
 
     def modified_ns(self) -> int:
-        """When the file was written to last, in nanoseconds since 1970."""
+        """The mtime of the file, in nanoseconds since 1970."""
         ...
 
     def disk_usage(self) -> int:
-        """Bytes that the file takes on disk, 0 if the file system does not tell. Raises nothing: it is shown only."""
+        """Bytes that the file takes on disk, 0 if unknown. Only for display, so it raises nothing."""
         ...
 
     def read_now(self, offset: int, view: memoryview) -> bool:
-        """Fill `view` if that needs no waiting for the disk; False: it was not filled, use `read`."""
+        """Fill `view` if that is possible without waiting for the disk. If it returns False, use `read`."""
         ...
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view`; past the end of the file there are zeros. BadOverlay: there was more when it was opened."""
+        """Fill `view`. Past the end of the file there are zeros. Raises BadOverlay if the file was truncated."""
         ...
 
     def extent(self, offset: int) -> FileExtent:
-        """What lies from `offset` on, as far as it is of one kind; behind the end of the file is a hole.
+        """Whether there is data or a hole at `offset`, and where it ends. Past the end of the file there is a hole.
 
-        A file system that cannot tell says that all is data. May wait for the disk, and fail, as `read` may.
+        If the file system cannot tell, everything is data. Like `read`, may wait for the disk, and fail.
         """
         ...
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
-        """Write all of the buffers, one behind the other.
+        """Write all of the buffers, one after the other.
 
-        NoSpace: some of it may have been written. BadOverlay: the file was cut, and nothing was written.
+        Raises NoSpace after writing a part, or BadOverlay, before writing anything, if the file was truncated.
         """
         ...
 
     def resize(self, size: int) -> None:
-        """Grow the file to `size`; the new bytes are zeros."""
+        """Set the length of the file. New bytes are zeros."""
         ...
 
     def barrier(self) -> None:
-        """Return when all that was written before this call survives a power cut (fdatasync).
+        """Make everything that was written before this call durable (fdatasync).
 
-        BadOverlay: the file was cut.
+        Raises BadOverlay if the file was truncated.
         """
         ...
 
     def refresh(self) -> None:
-        """From now on read what the disk has: write out what can be written, then drop the page cache.
+        """Write everything back, then evict the page cache, so that reads show what is on the disk.
 
-        For what may have gone wrong before: after a failed write-back the page cache shows what the disk lacks.
+        Needed because after a failed write-back the page cache shows data that the disk lacks.
 
         Raises:
-            QedfsError: the disk did not take everything. Reads tell what it has.
-            InUse: another program keeps part of the file in memory, so nobody can tell what the disk has.
+            QedfsError: the disk did not take everything. Reads show what it has.
+            InUse: another program keeps a part of the file in memory, so that part cannot be read from the disk.
         """
         ...
 
@@ -144,16 +144,16 @@ class Storage(Protocol):
         ...
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run a call that may wait for the disk without stopping the event loop; it is never abandoned half way."""
+        """Run a call that may wait for the disk in a worker thread. It is never abandoned half way."""
         ...
 
     def close(self) -> None:
-        """Give up the file and its locks."""
+        """Close the file, which releases its locks."""
         ...
 
 
 class FileStorage:
-    """A regular file."""
+    """A `Storage` on a regular file."""
 
     def __init__(self, fd: int, path: str, *, writable: bool, locked: bool = False) -> None:
         self._fd = fd
@@ -162,21 +162,21 @@ class FileStorage:
         self.locked = locked
         self._limiter: trio.CapacityLimiter | None = None
         kind = filesystem_type(fd)
-        # tmpfs refuses RWF_NOWAIT, and has no disk to wait for.
+        # tmpfs does not support RWF_NOWAIT, but has no disk to wait for.
         self._read_flags = 0 if kind in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
         self._length = Length(fd, path, kind)
-        self._foreign: BadOverlay | None = None  # why nothing in the file can be believed
+        self._foreign: BadOverlay | None = None  # set by `condemn`: why the file must not be read any more
 
     @classmethod
     def open(cls, path: str, *, writable: bool, locked: bool = True, dir_fd: int | None = None) -> Self:
-        """Open an overlay file, with QEMU's byte locks unless told otherwise. With `dir_fd`, `path` is for messages.
+        """Open an overlay file, with QEMU's byte locks if `locked`. With `dir_fd`, only the last part of `path` counts.
 
-        O_NOFOLLOW and O_NONBLOCK, then a look at the type: a folder of overlays may hold links, FIFOs and devices.
+        Opens with O_NOFOLLOW and O_NONBLOCK and checks the type, as a folder may contain links, FIFOs and devices.
 
         Raises:
-            UsageError: there is no such file, or it may not be opened so.
-            BadOverlay: it is no regular file.
+            UsageError: the file does not exist, or must not be opened in this mode.
+            BadOverlay: it is not a regular file.
             InUse: QEMU or qedfs has it open.
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -195,16 +195,16 @@ class FileStorage:
         return cls(fd, path, writable=writable, locked=locked)
 
     def open_for_writing(self) -> bool | None:
-        """Whether anybody has the file open for writing; None: nobody can tell. Of a file that is open for reading.
+        """Whether any process has the file open for writing; None if unknown. For a file that we have open for reading.
 
-        A read lease is granted only while nobody has (fcntl(2), F_SETLEASE); ours is given back at once. It takes the
-        file's owner or CAP_LEASE, and a file system of this machine: a server may refuse one for reasons of its own.
+        The kernel grants a read lease only if no process has (fcntl(2), F_SETLEASE); we release it at once. This needs
+        the file's owner or CAP_LEASE, and a local file system, because a server may refuse a lease for other reasons.
         """
         if filesystem_type(self._fd) in _SERVED_TYPES:
             return None
         try:
-            # Who opens the file for writing just now makes the kernel send us a signal: by default SIGIO, which would
-            # end us. SIGURG does nothing (signal(7)).
+            # If a process opens the file for writing during the lease, the kernel sends us a signal. The default SIGIO
+            # would kill us; SIGURG is ignored (signal(7)).
             fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -213,18 +213,18 @@ class FileStorage:
         return False
 
     def name(self) -> str:
-        """The inode: it follows the file through renames and is not shared with a copy in the same file system.
+        """The inode number. It survives renames, and differs from that of any copy on the same file system.
 
-        A snapshot of the file system (btrfs, LVM, ZFS) has the same inodes: `device` tells them apart.
+        A snapshot of the file system (btrfs, LVM, ZFS) has the same inode numbers, but another `device`.
         """
         return f"{self.stat().st_ino:x}"
 
     def device(self) -> int:
-        """st_dev. When the file system is mounted again, it may be another number."""
+        """st_dev. It may change when the file system is mounted again."""
         return self.stat().st_dev
 
     def owner(self) -> int:
-        """st_uid; inside a user namespace that of the one around it."""
+        """st_uid, mapped to the uid outside our user namespace."""
         return outer_user(self.stat().st_uid)
 
     def stat(self) -> os.stat_result:
@@ -232,21 +232,21 @@ class FileStorage:
         try:
             return os.fstat(self._fd)
         except OSError as exc:
-            raise self._translated("look at", exc) from exc
+            raise self._translated("access", exc) from exc
 
     @property
     def damage(self) -> BadOverlay | None:
-        """That it was cut, or is another one's."""
+        """Set if the file was truncated or condemned."""
         return self._length.damage
 
     def condemn(self, error: BadOverlay) -> None:
-        """Nothing is written or read any more."""
+        """Stop all reads and writes."""
         self._foreign = BadOverlay(f"{self.path}: {error}")
         self._length.condemn(self._foreign)
         self._nowait = False
 
     def check_length(self) -> None:
-        """One lseek."""
+        """Check the length with one lseek."""
         self._length.check()
 
     def size(self) -> int:
@@ -258,9 +258,9 @@ class FileStorage:
         return self.stat().st_mtime_ns
 
     def disk_usage(self) -> int:
-        """Bytes that the file takes on disk (st_blocks counts units of 512 whatever the file system's block).
+        """Bytes that the file takes on disk (st_blocks counts units of 512 bytes on every file system).
 
-        A look at an open file fails if a file server no longer knows it (ESTALE), or is gone.
+        fstat of an open file fails if its file server no longer knows it (ESTALE), or is gone.
         """
         try:
             return os.fstat(self._fd).st_blocks * 512
@@ -268,7 +268,7 @@ class FileStorage:
             return 0
 
     def read_now(self, offset: int, view: memoryview) -> bool:
-        """One `preadv2` with RWF_NOWAIT: 1.1 us for 4 KiB in the page cache, a thread hop costs 70 us."""
+        """One `preadv2` with RWF_NOWAIT: 1.1 us for 4 KiB in the page cache, while a worker thread would cost 70 us."""
         if not self._nowait:
             return False
         try:
@@ -281,7 +281,7 @@ class FileStorage:
             return False
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view`, waiting for the disk; zeros past the end of the file."""
+        """Fill `view`, waiting for the disk. Past the end of the file there are zeros."""
         if self._foreign is not None:
             raise self._foreign.fresh()
         done = 0
@@ -289,7 +289,7 @@ class FileStorage:
             while done < len(view):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
                 if not count:
-                    # Whoever looks on while others write to the file knows nothing of its length.
+                    # Without locks, others may be writing to the file, so its length means nothing.
                     if self.locked:
                         self._length.check()
                     view[done:] = bytes(len(view) - done)
@@ -299,7 +299,7 @@ class FileStorage:
             raise self._translated("read", exc) from exc
 
     def extent(self, offset: int) -> FileExtent:
-        """SEEK_DATA and SEEK_HOLE (lseek(2)); a file system without them answers as if there were no holes."""
+        """SEEK_DATA and SEEK_HOLE (lseek(2)). A file system without them reports no holes."""
         try:
             data = os.lseek(self._fd, offset, os.SEEK_DATA)
             if data > offset:
@@ -315,10 +315,10 @@ class FileStorage:
             raise self._translated("look for holes", exc) from exc
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
-        """Write all of the buffers; a short write is continued, so that a full disk shows as its ENOSPC."""
+        """Write all of the buffers. A short write is continued, so that a full disk results in ENOSPC."""
         left = [memoryview(buffer) for buffer in data if len(buffer)]
         if not left:
-            return  # it makes no file longer
+            return  # nothing to write, and the length does not change
         end = offset + sum(map(len, left))
         self._length.before_write(end)
         try:
@@ -342,15 +342,15 @@ class FileStorage:
             raise self._translated("resize", exc) from exc
 
     def barrier(self) -> None:
-        """Fdatasync: it covers the data and the length of the file (POSIX: what is needed to read the data back)."""
-        self._length.check()  # it would succeed over what is no longer there
+        """fdatasync, which covers data and file length (POSIX: everything that is needed to read the data back)."""
+        self._length.check()  # fdatasync would succeed although data was cut off
         try:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise self._translated("sync", exc) from exc
 
     def refresh(self) -> None:
-        """Fdatasync, then eviction. A tmpfs has no disk: its pages are the file."""
+        """fdatasync, then eviction. On a tmpfs there is no disk, and the pages are the file."""
         failure: OSError | None = None
         try:
             os.fdatasync(self._fd)
@@ -358,29 +358,29 @@ class FileStorage:
             failure = exc
         if filesystem_type(self._fd) not in TMPFS_TYPES and not evict(self._fd):
             raise InUse(
-                f"{self.path}: was not closed in order, and another program keeps part of it in memory, so that nobody "
-                "can tell what the disk has; close that program first"
+                f"{self.path}: was not closed in order, and another program keeps part of it in memory, so what is on "
+                "the disk cannot be read; close that program first"
             )
         if failure is not None:
             raise self._translated("sync", failure) from failure
 
     def drop_cache(self, offset: int, size: int) -> None:
-        """posix_fadvise; only advice, so it cannot fail in a way that matters."""
+        """posix_fadvise. It is only advice, so errors do not matter."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """A worker thread of trio; cancellation waits for the call to end, so no write is in doubt."""
+        """Run in a worker thread of trio. Cancellation waits for the end of the call, so no write is in doubt."""
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(THREADS)
         return await trio.to_thread.run_sync(function, limiter=self._limiter)
 
     def close(self) -> None:
-        """The locks belong to the open file description and go with it."""
+        """Close the descriptor. The locks belong to the open file description, so they are released."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # A file server may tell here that it has not taken something. What had to be durable had its barrier, and
-            # Linux has closed the file whatever it says (close(2)).
+            # A file server may report a failed write here. What had to be durable had its barrier, and Linux closes the
+            # descriptor even on an error (close(2)).
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -388,7 +388,7 @@ class FileStorage:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpace(f"{self.path}: the file system is full; free some space, the overlay is intact")
         if exc.errno == errno.EFBIG:
-            # 4 GiB on FAT, `ulimit -f`, LimitFSIZE=: there is room for no more, as on a full disk. What is there stays.
+            # 4 GiB on FAT, `ulimit -f`, LimitFSIZE=: the file cannot grow, as on a full disk, but loses nothing.
             return NoSpace(
                 f"{self.path}: cannot grow: the file system, or a limit of this process, allows no larger file"
             )
@@ -407,9 +407,9 @@ def _open_error(path: str, exc: OSError, *, writable: bool) -> QedfsError:
 
 
 def _lock_as_qemu(fd: int, path: str, *, writable: bool) -> None:
-    """Take QEMU's shared byte locks, then look whether anybody's permissions contradict ours.
+    """Take QEMU's shared byte locks, then check whether another program's permissions conflict with ours.
 
-    OFD locks are bound to the open file, not to the process: a second qedfs in the same process conflicts too.
+    OFD locks belong to the open file, not to the process, so two openings in the same process conflict, too.
     """
     uses = (_READ, _WRITE, _RESIZE) if writable else (_READ,)
     for byte in [_LOCK_USES + p for p in uses] + [_LOCK_UNSHARED + p for p in (_WRITE, _RESIZE)]:

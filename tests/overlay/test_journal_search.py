@@ -115,7 +115,7 @@ async def test_a_copy_is_told_to_lack_what_was_not_flushed(places: Path) -> None
     left = await killed(journal_folder())
     storage = MemoryStorage(left, name="another")
     copy = await open_storage(storage, journal_folder=journal_folder())
-    told = r"it is a copy, made while a mount of it by .+ was not at its end; writes that"
+    told = r"it is a copy, made while it was mounted by .+; writes that"
     assert re.search(told, copy.journal_remark)
     assert await seen(copy) == b"\0"
     await copy.close()
@@ -180,7 +180,7 @@ async def test_what_cannot_be_read_is_not_voided(places: Path, content: bytes) -
 
 async def test_the_journal_of_one_who_does_not_own_the_overlay_is_not_believed(places: Path) -> None:
     left = with_note(await killed(None), note("disk").replace(f"{os.getuid()}.", "77.", 1))
-    with pytest.raises(InUse, match="a mount of it by user 77 was killed, and nobody vouches"):
+    with pytest.raises(InUse, match="a mount of it by user 77 was killed, and the journal of a user"):
         await open_storage(MemoryStorage(left, name="disk"))
     storage = MemoryStorage(left, name="disk")
     storage.owner_number = 77
@@ -207,7 +207,7 @@ async def test_check_names_a_journal_that_nobody_vouches_for_and_gives_it_up(
     image = with_note(overlay.read_bytes(), f"77.{overlay.stat().st_ino:x}.{note('disk').rpartition('.')[2]}")
     overlay.write_bytes(image)
     check.main([str(overlay)], standalone_mode=False)
-    assert "a mount of it by user 77 was killed, and nobody vouches" in capsys.readouterr().out
+    assert "a mount of it by user 77 was killed, and the journal of a user" in capsys.readouterr().out
     with pytest.raises(InUse, match="by user 77"):
         await open_overlay(str(overlay), writable=True)
     check.main([str(overlay), "--drop-journal"], standalone_mode=False)
