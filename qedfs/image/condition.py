@@ -85,12 +85,11 @@ class Condition:
 
     def clear(self, cause: Cause) -> None:
         """Record that a trouble is over, if there was one."""
-        if self._troubles:  # rarely true; hashing an enum member costs more than the rest of this method
-            self._troubles.pop(cause, None)
+        self._troubles.pop(cause, None)
 
     def noted(self, cause: Cause) -> QedfsError | None:
         """The noted error of a cause, or None."""
-        known = self._troubles.get(cause) if self._troubles else None
+        known = self._troubles.get(cause)
         return None if known is None else known.error
 
     def first(self, *causes: Cause) -> QedfsError | None:
