@@ -66,7 +66,7 @@ def test_root_hears_of_the_end_of_another_users_mount(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--if-mounted",)])
-def test_an_end_that_another_program_has_begun(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_a_failed_flush_of_a_mount_that_another_program_unmounts(tmp_path: Path, options: tuple[str, ...]) -> None:
     with written(tmp_path) as mount, traced(mount.pid, tmp_path / "strace", *SLOW_EIO):
         subprocess.run([require("umount"), mount.mountpoint], check=True)
         done = qedfs("umount", mount.mountpoint, *options, check=False)

@@ -1,4 +1,4 @@
-"""A look into the folder that is given up or fails leaves nothing behind, and is made up for by the next one."""
+"""A scan of the folder that is cancelled or fails leaves nothing behind, and is repeated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def create(overlay: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def empty_folder(path: Path) -> AsyncIterator[Registry]:
-    """A folder that has been looked into when nothing was there yet."""
+    """A folder that was scanned when it was empty."""
     os.mkdir(path)
     async with trio.open_nursery() as nursery:
         images = Images(str(path), Options(stream=False), nursery)
@@ -47,8 +47,8 @@ async def empty_folder(path: Path) -> AsyncIterator[Registry]:
             nursery.cancel_scope.cancel()
 
 
-async def cancelled_look(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look, and be cancelled while the place of a backing is judged."""
+async def cancelled_scan(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scan, and be cancelled while the policy checks a backing."""
     scope = trio.CancelScope()
 
     async def hang_up(_: Location, __: Policy) -> None:
@@ -61,11 +61,11 @@ async def cancelled_look(registry: Registry, monkeypatch: pytest.MonkeyPatch) ->
     assert scope.cancelled_caught
 
 
-async def test_a_cancelled_look_gives_up_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancelled_scan_closes_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = tmp_path / "o" / "new.qed"
     async with empty_folder(overlay.parent) as registry:
         create(overlay)
-        await cancelled_look(registry, monkeypatch)
+        await cancelled_scan(registry, monkeypatch)
         FileStorage.open(str(overlay), writable=True).close()  # InUse, were it still held
         assert registry.everything() == []
         os.utime(overlay, (1, 1))  # giving it up may have marked it clean
@@ -74,7 +74,7 @@ async def test_a_cancelled_look_gives_up_the_overlay(tmp_path: Path, monkeypatch
         assert served.image is not None
 
 
-async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_scan_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = tmp_path / "o" / "new.qed"
 
     def no_descriptor(_: int) -> None:
@@ -93,7 +93,7 @@ async def test_a_look_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
-async def test_what_has_passed_is_looked_for_again(
+async def test_a_transient_error_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     """It leaves no trace in the file."""
@@ -122,7 +122,7 @@ async def test_what_has_passed_is_looked_for_again(
 
 
 @pytest.mark.expect_log("the stream has stopped: was cut")
-async def test_a_look_at_the_file_that_fails_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_inspection_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server is away for a while; a file that was cut stays so."""
     monkeypatch.setattr("qedfs.mount.supervisor.INSPECT_SECONDS", 0.01)
     overlay = tmp_path / "o" / "new.qed"

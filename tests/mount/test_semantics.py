@@ -104,7 +104,7 @@ def test_direct_writes(disk: Disk) -> None:
     assert disk.path.read_bytes()[2 * MIB : 3 * MIB] == disk.expected[2 * MIB : 3 * MIB]
 
 
-def test_a_write_across_the_end_is_short_and_one_behind_it_finds_no_space(disk: Disk) -> None:
+def test_a_write_across_the_end_is_short_and_one_past_it_finds_no_space(disk: Disk) -> None:
     assert disk.write(SIZE - 10, b"x" * 100) == 10
     with opened(disk.path) as fd:
         for pos in (SIZE, SIZE + 1, SIZE + MIB):

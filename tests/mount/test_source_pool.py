@@ -75,7 +75,7 @@ async def test_a_dead_file_server_delays_a_scan_once(
         assert len(registry.images()) == OVERLAYS
 
 
-async def test_what_could_not_be_looked_at_is_judged_when_it_is_opened(
+async def test_a_source_that_was_not_checked_is_checked_when_it_is_opened(
     tmp_path: Path, dead_server: DeadServer, autojump_clock: trio.testing.MockClock
 ) -> None:
     create(tmp_path / "disk.qed")

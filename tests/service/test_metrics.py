@@ -128,7 +128,7 @@ def test_two_queues_for_one_source_are_one_series(scraped: Scraped) -> None:
     assert samples["qedfs_source_requests_in_flight", source] == samples["qedfs_source_waiting_readers", source] == 0
 
 
-def test_the_figures_agree_behind_a_stream_with_retries(tmp_path: Path) -> None:
+def test_the_figures_agree_after_a_stream_with_retries(tmp_path: Path) -> None:
     with FakeHttpServer(random.Random(5).randbytes(SIZE)) as server:
         overlay = create(tmp_path / "disk.qed", server.url())
         server.queue += ["status-503", "wrong-start", "ok"]
