@@ -26,6 +26,8 @@ WRITERS = {
     "overlay/storage.py": WRITER_CALLS,
     "overlay/journal.py": {"pwrite"},
 }
+# What `Overlay` is made of: other rooms ask it instead, so that its parts can be cut anew.
+PARTS = frozenset({"clusters", "committer", "storage", "tables"})
 NETWORK_MODULES = frozenset({"socket", "ssl", "pycurl"})
 # The daemon's control socket is a Unix socket, and so is the service manager's; everything else that connects is a
 # source.
@@ -89,6 +91,14 @@ class Module:
                 name = node.value.id
                 yield Found(f"{self._aliases.get(name, name)}.{node.attr}", node.lineno)
 
+    def parts_of(self, owner: str) -> Iterator[Found]:
+        """The attributes that are taken of anything called `owner`, whether a name or an attribute itself."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
+                name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                if name.lstrip("_") == owner:
+                    yield Found(node.attr, node.lineno)
+
     def _module_aliases(self) -> dict[str, str]:
         # `import os as _os` must not hide a use.
         imports = [node for node in ast.walk(self._tree) if isinstance(node, ast.Import)]
@@ -135,6 +145,13 @@ def _broken_rules(path: str, name: str) -> Iterator[str]:
 
 
 @functools.cache
+def reached_through(module: Module) -> list[str]:
+    """Uses of the parts of an overlay from another room, which asks the overlay itself (`Overlay`)."""
+    if module.room == "overlay":
+        return []
+    return [f"{module.at(found)}: ask the overlay" for found in module.parts_of("overlay") if found.name in PARTS]
+
+
 def modules() -> list[Module]:
     return [Module(str(path.relative_to(PACKAGE)), path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
@@ -147,6 +164,25 @@ def test_arrows_between_rooms_point_one_way() -> None:
 def test_the_world_is_touched_in_one_place_each() -> None:
     wrong = [line for module in modules() for line in wrong_uses(module)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_room_reaches_through_the_overlay() -> None:
+    wrong = [line for module in modules() for line in reached_through(module)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "wrong"),
+    [
+        ("jobs/stream.py", "image.overlay.clusters.missing", 1),
+        ("mount/opener.py", "overlay.storage.close()", 1),
+        ("image/pin.py", "self._overlay.committer", 1),
+        ("image/pin.py", "self._overlay.missing; storage.close()", 0),
+        ("overlay/open.py", "overlay.storage.close()", 0),
+    ],
+)
+def test_overlay_rule(path: str, text: str, wrong: int) -> None:
+    assert len(reached_through(Module(path, text))) == wrong
 
 
 def test_every_file_is_in_a_known_room() -> None:

@@ -198,6 +198,7 @@ class ClusterMap:
         number = cluster >> self._shift
         part = self._slices[number]
         index = cluster & self._mask
+        # Of a slice that the count has still to come to, it will find the entry.
         if part[index] == MISSING and number < self._counted_to:
             self._counted_missing -= 1
             if self._missing is not None:
@@ -286,7 +287,8 @@ class ClusterMap:
             except BadOverlay as exc:
                 self._uncountable = self._uncountable or exc
                 missing, stop = 0, (number // self._tables.per_table + 1) * self._tables.per_table
-            # Somebody else may count as well, and have counted this slice while we waited for it.
+            # No await since the entries were looked at: one set in between would be counted as missing for good.
+            # Another task may count as well, and have counted this slice while we waited for it.
             if number == self._counted_to and self._count_epoch == self._tables.epoch:
                 self._counted_missing += missing
                 self._counted_to = stop

@@ -88,6 +88,7 @@ class Committer:
     @property
     def pending(self) -> bool:
         """Whether there are entries that the file does not have: they wait for a commit, or one is under way."""
+        # The entries of a group under way are neither dirty any more nor in the file.
         return self._running or self._waiting
 
     @property
@@ -123,6 +124,7 @@ class Committer:
 
     async def flush(self) -> None:
         """Commit, and make everything written before this call survive a power cut. Errors as for `commit`."""
+        # As in `commit`, and of the flushed groups: one without the second barrier makes nothing durable.
         mine = self._started + 1
         async with self._lock:
             self._check()
@@ -132,6 +134,7 @@ class Committer:
     @contextlib.asynccontextmanager
     async def ended(self) -> AsyncIterator[None]:
         """Enter when the groups that were asked for have run; there will be no further one: who asks gets an error."""
+        # Under the lock: a group may be under way in a thread, and its caller is about to give the descriptor up.
         async with self._lock:
             self._closed = True
             self._marks.close()
@@ -206,6 +209,7 @@ class Committer:
 
     def _landed(self, group: _Group) -> None:
         """The file has the entries, if only in its page cache: as the journal does, that survives a kill."""
+        # No await in between: a slice that is dropped by the first line would be taken for empty until the second.
         self._tables.pin_slices(())
         self._tables.tables_written(group.tables)
         self._journal.landed(group.journal_end)

@@ -37,13 +37,16 @@ class PendingAllocations:
     @contextlib.contextmanager
     def allocating(self, clusters: Sequence[int]) -> Iterator[None]:
         """Claim these clusters while a worker thread writes their data. Their slices stay in memory meanwhile."""
+        # No cluster has an older claim, whose event this would hide: adoptions skip those, and writes have come here
+        # from `settle` without an await.
         done = trio.Event()
         for cluster in clusters:
             self._pending[cluster] = done
-            self._map.hold(cluster)
+            self._map.hold(cluster)  # an entry can only be set in a slice that is in memory
         try:
             yield
         finally:
+            # The caller sets the entries next. Until its next await no slice is dropped, and no waiting task runs.
             for cluster in clusters:
                 del self._pending[cluster]
                 self._map.release(cluster)
@@ -64,6 +67,8 @@ class PendingAllocations:
 
     async def settle(self, pos: int, size: int) -> None:
         """Wait until no cluster of the request is claimed and its slices are loaded. No await follows that check."""
+        # From the beginning after each await: another write may have claimed clusters that were free, and a load for
+        # another request may have dropped our slices.
         while True:
             claim = self._claim_in(pos, size)
             if claim is not None:

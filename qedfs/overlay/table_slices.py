@@ -210,10 +210,10 @@ class TableSlices:
     def _keep(self, number: int, part: array[int]) -> None:
         """Have a slice in memory that was read; what is bad in it stays bad."""
         if number in self.slices:
-            return
+            return  # it has come meanwhile, and may have been changed since
         self._add_slice(number, part)
         if number in self._written:
-            return
+            return  # its entries beyond the end of then are this session's, and the file has grown
         self._expect_growth()
         if (bad := self._cut.marked(number, part)) and self._storage.writable:
             self._mark(number, {index // SECTOR_ENTRIES for index in bad})
@@ -282,6 +282,7 @@ class TableSlices:
     def make_slice(self, cluster: int) -> None:
         """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
         number = cluster // self.slice_entries
+        # Empty for sure: with an entry it would be dirty or pinned, and still be in memory.
         if number not in self.slices and number // self.per_table in self.unwritten:
             self._add_slice(number, empty_table(self.slice_entries))
 
@@ -325,11 +326,12 @@ class TableSlices:
     def take_dirty(self) -> Dirty:
         """The sectors that a group is about to write, which are not dirty from now on; their slices stay in memory."""
         dirty, self.dirty = self.dirty, {}
+        # At once: nothing else keeps them in memory now, and if the group fails they are needed again.
         self.pin_slices(dirty)
         return dirty
 
     def tables_written(self, indices: Iterable[int]) -> None:
-        """The file has the L1 entries of these tables."""
+        """The file has the L1 entries of these tables. From now on their slices are read, not taken for empty."""
         self.unwritten.difference_update(indices)
 
     def sector(self, number: int, sector: int) -> tuple[int, bytes]:
@@ -355,12 +357,13 @@ class TableSlices:
         self.epoch += 1
         self._rereading = trio.Event()
         self._share.give(len(self.slices) * self._slice_bytes)
-        self.slices.clear()
+        self.slices.clear()  # in place: the map looks into this very dictionary
         self.dirty.clear()
         self._pinned = frozenset()
 
     def end_reread(self, l1: Mapping[int, int]) -> None:
         """Go on with these L1 entries of the tables that were unwritten; without one, its clusters are missing."""
+        # A group may have written some of them: only the disk tells.
         for index in self.unwritten:
             self.l1[index] = l1.get(index, MISSING)
         self.unwritten.clear()
