@@ -94,6 +94,11 @@ class Image:
         return self.overlay.writable
 
     @property
+    def journal_remark(self) -> str:
+        """What the user should know of a killed session's writes that the image lacks; "" if there are none."""
+        return self.overlay.journal_remark
+
+    @property
     def source(self) -> RetryingSource | None:
         """Where its missing bytes come from; None for an overlay that never had a backing. Images share it."""
         return None if self.fetch is None else self.fetch.remote

@@ -207,14 +207,10 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
         for served in found
         if served.error is not None
     ]
+    images = [(served.path, served.image) for served in found if served.image is not None]
     if not arguments.read_only:
-        overlays = [(served.path, served.image.overlay) for served in found if served.image is not None]
-        lines += [f"{path}: {NOT_WRITABLE}" for path, overlay in overlays if not overlay.writable]
-    lines += [
-        f"{served.path}: {served.image.overlay.journal_remark}"
-        for served in found
-        if served.image is not None and served.image.overlay.journal_remark
-    ]
+        lines += [f"{path}: {NOT_WRITABLE}" for path, image in images if not image.writable]
+    lines += [f"{path}: {image.journal_remark}" for path, image in images if image.journal_remark]
     most = MOST_REMARKS if len(lines) > MOST_REMARKS + 1 else len(lines)
     more = [f"and {len(lines) - most} more such overlays: see qedfs status"] if most < len(lines) else []
     return [*lines[:most], *more]
