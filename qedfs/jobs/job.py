@@ -227,7 +227,7 @@ class Job(abc.ABC):
                     break
                 # Another try is no news: who looks at the state wants to know what it waits for.
                 self._report(*(self._hindrance or (Event.RUN, "")))
-                await self._work_and_finish()
+                await self._conclude(nothing_left=await self.work())
                 pause = RETRY_SECONDS[0]
             except QedfsError as exc:
                 await self._heed(exc, pause)
@@ -261,12 +261,13 @@ class Job(abc.ABC):
                 return True
         return False
 
-    async def _work_and_finish(self) -> None:
-        if await self.work():
+    async def _conclude(self, *, nothing_left: bool) -> None:
+        if nothing_left:
             self.gets_on()
             if await self._driver.may_finish(self):
                 await self.finish()
-        elif self.ignored is not None and self.allowed:
+        elif self.ignored is not None and self.allowed and not self.hold_off():
+            # The work did not break off: all that is left is what was ignored.
             self.fail(self.ignored)
 
     async def _heed(self, error: QedfsError, pause: float) -> None:

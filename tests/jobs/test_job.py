@@ -240,6 +240,24 @@ async def test_ignored_errors_are_what_it_ends_with(autojump_clock: trio.testing
         assert job.counted == [number for number in range(STEPS) if number not in errors]
 
 
+@pytest.mark.expect_log("the count has stopped: bad sector")
+async def test_a_hold_off_after_an_ignored_error_is_not_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    told, reason = Told(Action.IGNORE), ""
+    async with served(FakeSource(b"x" * CLUSTER)) as image, trio.open_nursery() as nursery:
+        job = CountJob(image, hold_off=lambda: reason, driver=told)
+        job.failures[3] = SourceError("bad sector")
+        nursery.start_soon(job.run)
+        await trio.sleep(5.5)
+        reason = "a guest is reading or writing"
+        await trio.sleep(100)
+        assert (job.state, job.reason) == (State.WAITING, reason)
+        reason = ""
+        await finished(job)
+        assert told.states == [State.RUNNING, State.WAITING, State.RUNNING, State.FAILED]
+        assert job.progress == job.total - STEP_BYTES
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.expect_log("internal error", "the count has stopped")
 async def test_a_fault_of_ours_costs_this_job_only(autojump_clock: trio.testing.MockClock) -> None:
     async with counting(Told(), failures={0: KeyError("a fault")}) as job:
