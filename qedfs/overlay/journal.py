@@ -85,7 +85,7 @@ class Journal:
         So a kill leaves one of the two. Takes 14 us.
         """
         # A void journal must not get its name again, not even for a moment, because we may be killed then.
-        if end == _START or self._void.is_set():
+        if end <= _START or self._void.is_set():  # below it: of a group that was taken before the session began
             return
         witness = end - _PAIR.size
         try:

@@ -67,3 +67,11 @@ def filled(
             built.data += content.ljust(shape.cluster_size, b"\0")
         built.put_u64(table + 8 * (cluster % shape.entries), entry)
     return built
+
+
+SPAN = 2 << 20  # of one table of 512 entries, at clusters of 4 KiB
+
+
+def many_tables(count: int) -> Built:
+    """One data cluster at the start of each of `count` L2 tables."""
+    return filled({index * 512: bytes([index + 1]) * 4096 for index in range(count)}, image_size=count * SPAN)
