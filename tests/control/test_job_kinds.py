@@ -62,7 +62,7 @@ async def test_it_comes_through_its_states(tmp_path: Path) -> None:
         (image,) = (await talk.get("x-qedfs-status"))["images"]
         assert (image["state"], image["populated"], image["error"]) == ("off", 0, None)
         talk.events.clear()
-        await talk.get("block-stream", device="disk")
+        await talk.get("x-qedfs-start", device="disk", type="stream")
         assert await talk.events_until("null", "disk") == SUCCESS
         assert served.is_complete()
         # A complete image can have it, too.
