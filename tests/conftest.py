@@ -8,6 +8,7 @@ message), or takes `caplog` and so looks at the log itself.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -18,7 +19,7 @@ import trio
 from trio.testing import MockClock
 
 from qedfs.host import memory_pool
-from tests.harness import require, sample
+from tests.harness import require, sample, worker
 from tests.harness.tiers import TIERS, tiers_of
 
 # How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # A run that is told to end (`timeout`, CI) leaves by the road of Ctrl-C: servers and mounts are taken down.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        worker.separate()
     # Test modules are imported after this.
     sample.whole_sweeps = config.getoption("--slow")
     config.addinivalue_line("markers", "expect_log(*patterns): log lines at WARNING or above that the test provokes")

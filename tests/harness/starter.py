@@ -198,6 +198,9 @@ def _serve(requests: socket.socket) -> _Request:
                     continue
                 text, fds, _, _ = socket.recv_fds(requests, _MOST_BYTES, 4)
                 if not text:
+                    # The run has ended, perhaps in the middle of a test.
+                    for pid, _ in running.values():
+                        os.kill(pid, signal.SIGTERM)
                     os._exit(0)
                 *streams, report = fds
                 pid = os.fork()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.alone import alone_with
 from tests.harness.hang import HANG_OPTION, HANG_SECONDS
 from tests.harness.images import qemu_check
 from tests.harness.mounts import is_mounted, mounted, qedfs
@@ -195,12 +196,13 @@ class User:
 @contextlib.contextmanager
 def fuse_for_all() -> Iterator[None]:
     """/dev/fuse as udev makes it (systemd's 50-udev-default.rules): a machine without udev has it for root alone."""
-    mode = FUSE.stat().st_mode
-    FUSE.chmod(0o666)
-    try:
-        yield
-    finally:
-        FUSE.chmod(stat.S_IMODE(mode))
+    with alone_with("dev-fuse"):
+        mode = FUSE.stat().st_mode
+        FUSE.chmod(0o666)
+        try:
+            yield
+        finally:
+            FUSE.chmod(stat.S_IMODE(mode))
 
 
 @contextlib.contextmanager

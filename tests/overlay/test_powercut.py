@@ -50,6 +50,7 @@ def cheap_seeds(needs: str) -> list[int]:
     ]
 
 
+@pytest.mark.xdist_group("power cut mutants")  # they share what `functools.cache` keeps
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.rule)
 def test_each_rule_is_necessary(mutant: Mutant) -> None:
     """Without the rule some state after a power cut breaks a promise; with it the same states keep them all."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.alone import alone_with
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import Mount, is_mounted, qedfs
 from tests.harness.require import require, require_fuse, require_root, unavailable
@@ -52,7 +53,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
     require_root()
     require_fuse()
     installed = Installed(tmp_path / "machine")
-    with origin(tmp_path, 4 * MIB) as source:
+    with alone_with(PLACE.name), origin(tmp_path, 4 * MIB) as source:
         if PLACE.exists() or PLACE.is_symlink():
             unavailable(f"{PLACE} is there already; it is left alone")
         PLACE.symlink_to(_checkout(tmp_path / "checkout", installed) / "contrib" / "mount.qedfs")
