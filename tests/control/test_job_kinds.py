@@ -17,7 +17,7 @@ from .support import CLUSTER, MemorySource, Served, Talk, controlled, talking
 SUCCESS = ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]
 CANCELLED = ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
 TOTAL = CountJob.steps * STEP_BYTES
-HELD = 1  # bytes per second: the first step is done at once, and the next one seconds later
+HELD = 1  # bytes per second: the first step is done at once, and the next one a quarter of an hour later
 
 
 class QuickCount(CountJob):

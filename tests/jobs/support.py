@@ -12,7 +12,7 @@ from qedfs.jobs.job import Action, Driver, HoldOff, Job, never, usual_action
 from qedfs.jobs.state import State
 
 STEP_SECONDS = 1.0  # of the mock clock
-STEP_BYTES = 10
+STEP_BYTES = 1000
 
 
 class CountJob(Job):
