@@ -1,8 +1,9 @@
 """The interface of a source: reads, extents, and the identity that tells versions apart. Not how a source is reached.
 
-Owns `Source`, `KnowsZeros`, `Identity`, `Extent`. Must not know overlays, clusters or who reads. A source validates
-every answer before it passes a byte on. When `read` returns, the caller's buffer holds exactly the requested bytes, of
-the version that `identity` describes. When `read` raises, the content of the buffer is undefined and must not be used.
+Owns `Source`, `KnowsZeros`, `HasFile`, `Identity`, `Extent`. Must not know overlays, clusters or who reads. A source
+validates every answer before it passes a byte on. When `read` returns, the caller's buffer holds exactly the requested
+bytes, of the version that `identity` describes. When `read` raises, the content of the buffer is undefined and must not
+be used.
 """
 
 from __future__ import annotations
@@ -188,4 +189,14 @@ class KnowsZeros(Protocol):
 
     def zeros_now(self, pos: int, size: int) -> bool:
         """Whether the range is known to read as zeros. False may mean unknown."""
+        ...
+
+
+@runtime_checkable
+class HasFile(Protocol):
+    """The optional interface of a source that reads a disk image format, out of a file that is a source itself."""
+
+    @property
+    def file(self) -> Source:
+        """The file. Samples (`samples.py`) are taken of it."""
         ...

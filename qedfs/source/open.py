@@ -52,7 +52,6 @@ def remote_source(
 
     async def connect() -> Source:
         source = await open_source()
-        remote.file = source
         if raw:
             return source
         try:
@@ -78,10 +77,9 @@ def remote_source(
             return await NbdSource.open(location, policy, nursery, tls=shown.tls, pinning=pinning, samples=samples)
         return await LocalSource.open(location, policy, pinning=pinning, samples=samples)
 
-    remote = RetryingSource(
+    return RetryingSource(
         location, connect, deadline_seconds=deadline_seconds, slots=slots, pinning=pinning, samples=samples
     )
-    return remote
 
 
 async def allowed(location: Location, policy: Policy) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
-from qedfs.source.base import Extent, Identity, KnowsZeros, Sameness, Source
+from qedfs.source.base import Extent, HasFile, Identity, KnowsZeros, Sameness, Source
 from qedfs.source.circuit_breaker import CircuitBreaker, ReaderSlots
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.samples import Samples
@@ -52,8 +52,6 @@ class RetryingSource:
         self.location = location
         self.pinning = pinning
         self.samples = Samples() if samples is None else samples
-        # The file that the samples are taken from, if that is not the source itself. Set by `opener`.
-        self.file: Source | None = None
         # What the source has reported of its version so far. Replaced when it reports more, or other values that still
         # stand for the same version.
         self.identity: Identity | None = None
@@ -121,7 +119,7 @@ class RetryingSource:
 
         async def difference() -> str | None:
             source = await self._connected()
-            file = self.file or source
+            file = source.file if isinstance(source, HasFile) else source
             read = functools.partial(file.read, urgent=True)
             return await samples.difference(read, file.identity.size)
 

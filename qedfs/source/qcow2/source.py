@@ -130,6 +130,11 @@ class Qcow2Source:
         return self._identity
 
     @property
+    def file(self) -> Source:
+        """The source of the qcow2 file."""
+        return self._inner
+
+    @property
     def received(self) -> int:
         """Bytes received of the file, including compressed data and tables."""
         return self._inner.received

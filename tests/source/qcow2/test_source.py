@@ -10,8 +10,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.base import Identity, Sameness
+from qedfs.source.base import Identity, Sameness, Source
 from qedfs.source.qcow2 import Qcow2Source
+from qedfs.source.retrying import RetryingSource
+from qedfs.source.samples import Samples
+from qedfs.source.url import parse_location
 from tests.source.qcow2.build import deflated, image, packed_entry
 from tests.source.qcow2.support import KiB, MemorySource, MiB, convert, opened, qemu_img, qemu_io, read
 
@@ -44,6 +47,17 @@ async def test_closing_closes_the_source_of_the_file(file: bytes) -> None:
     assert inner.closed
     with pytest.raises(SourceUnreachable, match=r"disk\.qcow2: closed"):
         await read(source, MiB, 1)
+
+
+async def test_samples_are_of_the_file_and_not_of_the_image_in_it(file: bytes) -> None:
+    async def connect() -> Source:
+        return (await opened(file))[0]
+
+    samples = Samples()
+    for pos in range(0, MiB, 64 * KiB):
+        samples.offer(pos, memoryview(file)[pos : pos + 64 * KiB])
+    assert samples
+    assert await RetryingSource(parse_location("http://memory/"), connect).difference(samples) is None
 
 
 async def test_closing_ends_a_read_in_flight(file: bytes) -> None:
