@@ -1,7 +1,7 @@
 """The version of a source: what is pinned, and what a later session that is told something else makes of it.
 
 Every kind of validator that may be pinned against every kind that may be shown after a remount, with the same bytes and
-with others. What happens while a file is read is in `tests/source/http/test_http_versions.py`.
+with others. What happens while a file is read is in `tests/source/http/test_http_version.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from qedfs.source.base import Identity, Sameness
-from qedfs.source.pinning import By, Pinning
 
 SIZE = 4096
 MONDAY, TUESDAY = "Mon, 01 Jan 2024 00:00:00 GMT", "Tue, 02 Jan 2024 00:00:00 GMT"
@@ -83,17 +82,3 @@ def test_every_kind_against_every_kind(pinned: str) -> None:
 )
 def test_digests_and_places(known: Identity, shown: Identity, sameness: Sameness) -> None:
     assert known.compare(shown).sameness is sameness
-
-
-@pytest.mark.parametrize(
-    ("by", "counted"),
-    [
-        (By.ALL, Identity(1, '"a"', MONDAY, "name", "md5:00", "x")),
-        (By.ETAG, Identity(1, '"a"', None, "name", "md5:00", "x")),
-        (By.DATE, Identity(1, None, MONDAY, "name", "md5:00", "x")),
-        (By.SIZE, Identity(1, None, None, "name", None, "x")),
-        (By.NONE, Identity(1, None, None, "name", None, "x")),
-    ],
-)
-def test_what_the_user_lets_count(by: By, counted: Identity) -> None:
-    assert Pinning(by).counted(Identity(1, '"a"', MONDAY, "name", "md5:00", "x")) == counted
