@@ -1,9 +1,9 @@
-"""Which cluster of the image is where, including entries that are not yet in the file: runs, gaps, and how many lack.
+"""The cluster map: where each cluster of the image is, which are missing, and how many. Includes uncommitted entries.
 
-Owns what an entry means, and the count of missing clusters. The tables with the entries are in `table_slices.py`.
+Owns the meaning of an entry, and the count of missing clusters. `table_slices.py` has the tables with the entries.
 
-Changes happen on the event loop between two awaits, so a look-up never sees half of one. Only `load`, `gap`, `count`
-and `next_missing` await; the caller must look again at whatever it had looked at before.
+Changes happen on the event loop between two awaits, so a look-up never sees a partial change. Only `load`, `gap`,
+`count` and `next_missing` await. After them, the caller must repeat any look-up that it made before.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.sectors import SECTOR_ENTRIES
 from qedfs.overlay.table_slices import TableSlices
 
-COUNT_AT_ONCE = 32  # slices or holes looked at between two turns of the event loop
+COUNT_AT_ONCE = 32  # slices or holes to examine before other tasks get their turn
 
 
 class Run(NamedTuple):
-    """Neighbouring clusters in one state, clipped to what was asked for.
+    """Neighbouring clusters in the same state, clipped to the request.
 
-    `offset` is where the bytes at `pos` lie in the overlay, for data; else MISSING or ZERO. `size` in bytes.
+    `offset`: for data, where the bytes at `pos` are in the overlay file; otherwise MISSING or ZERO. `size` in bytes.
     """
 
     offset: int
@@ -42,15 +42,15 @@ class ClusterMap:
     def __init__(self, tables: TableSlices, header: Header) -> None:
         geometry = header.geometry
         self.geometry = geometry
-        self.slice_entries = tables.slice_entries  # clusters that one slice describes
+        self.slice_entries = tables.slice_entries  # clusters that one slice maps
         self._tables = tables
-        self._slices = tables.slices  # the same dictionary: on the read path each look-up of an attribute counts
-        self._first_byte = header.area_bytes  # of the file that a cluster may lie at
-        self._missing: int | None = None  # as of the last count that has ended
-        self._count_epoch = 0  # of the tables that were counted
-        self._counted_to = 0  # slices below this one are part of _counted_missing
+        self._slices = tables.slices  # the same dictionary, to save an attribute look-up on the read path
+        self._first_byte = header.area_bytes  # the lowest valid offset of a cluster
+        self._missing: int | None = None  # as of the last complete count
+        self._count_epoch = 0  # the epoch of the tables that were counted
+        self._counted_to = 0  # slices below this one are included in _counted_missing
         self._counted_missing = 0
-        self._uncountable: BadOverlay | None = None  # the first table that cannot be
+        self._uncountable: BadOverlay | None = None  # the error of the first invalid table
         self._shift = self.slice_entries.bit_length() - 1
         self._mask = self.slice_entries - 1
         self._cluster_size = geometry.cluster_size
@@ -60,7 +60,7 @@ class ClusterMap:
     # Look-ups: synchronous, on the read path.
 
     def data_offset(self, pos: int, size: int) -> int:
-        """Where a request inside one data cluster lies in the file; 0 for every other request."""
+        """Where the bytes of a request are in the file, if it is inside one data cluster; 0 for any other request."""
         start = pos & self._cluster_mask
         if start + size > self._cluster_size:
             return 0
@@ -72,10 +72,10 @@ class ClusterMap:
         return self.checked(offset, cluster) + start if offset > ZERO else 0
 
     def checked(self, offset: int, cluster: int) -> int:
-        """The data offset of an entry, or BadOverlay if it points where no cluster can be."""
-        # Any low bit, an offset inside the header or beyond the end: QEMU answers EINVAL, and so must nobody read it.
+        """The data offset of an entry. Raises BadOverlay if it points to an invalid place."""
+        # Unaligned, inside the header, or past the end. QEMU returns EINVAL, and nothing may be read from there.
         if offset & self._cluster_mask or not self._first_byte <= offset < self._tables.file_end:
-            raise BadOverlay(f"cluster {cluster} points to {offset:#x}, where no cluster can be; run qedfs check")
+            raise BadOverlay(f"cluster {cluster} points to {offset:#x}, which is not a valid place; run qedfs check")
         return offset
 
     def entry(self, cluster: int) -> int:
@@ -89,10 +89,10 @@ class ClusterMap:
         return part[cluster & self._mask]
 
     def runs(self, pos: int, size: int) -> list[Run] | None:
-        """Split a request into runs, or None if a slice has to be loaded first (`load`).
+        """Split a request into runs; None if a slice has to be loaded first (`load`).
 
         Raises:
-            BadOverlay: an entry on the way points where no cluster can be.
+            BadOverlay: an entry points to an invalid place.
         """
         runs: list[Run] = []
         cluster_size = self._cluster_size
@@ -115,14 +115,14 @@ class ClusterMap:
         return runs
 
     def is_loaded(self, pos: int, size: int) -> bool:
-        """Whether `runs` of this request would answer."""
+        """Whether `runs` can answer this request without a `load`."""
         return all(map(self._tables.is_loaded, self._slices_of(pos, size)))
 
     async def load(self, pos: int, size: int) -> None:
-        """Bring the slices of a request into the cache.
+        """Load the slices of a request into the cache.
 
         Raises:
-            BadOverlay: an L1 entry on the way points where no table can be.
+            BadOverlay: an L1 entry points to an invalid place.
         """
         await self._tables.load(self._slices_of(pos, size))
 
@@ -133,7 +133,7 @@ class ClusterMap:
     async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
         """The first run of missing clusters at or after `cluster`: (first, count), at most `most` clusters long.
 
-        A stretch without an L2 table costs one step, however large it is. None: there is no further one.
+        A range without an L2 table costs one step, however large it is. None if no cluster is missing.
         """
         clusters = self.geometry.clusters
         full = 0
@@ -160,12 +160,12 @@ class ClusterMap:
         return None
 
     async def gap(self, cluster: int) -> int:
-        """How many clusters from here on are missing for want of a table, or of anything but a hole in it.
+        """How many clusters from here on are missing because there is no table, or only a hole of the file in it.
 
-        0: look at the entries. More may follow after the end of a gap.
+        0 means that the entries have to be examined. After the end of a gap there may be another one.
 
         Raises:
-            BadOverlay: the L1 entry points where no table can be.
+            BadOverlay: the L1 entry points to an invalid place.
         """
         number = cluster >> self._shift
         tables = self._tables
@@ -173,7 +173,7 @@ class ClusterMap:
         return max(0, min(stop << self._shift, self.geometry.clusters) - cluster)
 
     def all_missing(self, cluster: int, count: int) -> bool:
-        """Whether none of these clusters has an entry, as far as the cache can tell now."""
+        """Whether none of these clusters has an entry. False if the cache cannot tell."""
         try:
             return all(self.entry(number) == MISSING for number in range(cluster, cluster + count))
         except LookupError:
@@ -185,20 +185,20 @@ class ClusterMap:
 
     @property
     def epoch(self) -> int:
-        """Counts the times that entries were taken back, after a failed barrier."""
+        """How many times entries were taken back, after a failed barrier."""
         return self._tables.epoch
 
     # Changes: synchronous, on the event loop.
 
     def set(self, cluster: int, entry: int) -> None:
-        """Let `cluster` be `entry` from now on, in memory; the commit brings it into the file.
+        """Set the entry of `cluster` in memory. A commit writes it to the file.
 
-        The table and the slice must be there (`needs_table`, `load`).
+        The table must exist, and the slice be loaded (`needs_table`, `load`).
         """
         number = cluster >> self._shift
         part = self._slices[number]
         index = cluster & self._mask
-        # Of a slice that the count has still to come to, it will find the entry.
+        # In a slice that the count has not reached yet, it will find the new entry.
         if part[index] == MISSING and number < self._counted_to:
             self._counted_missing -= 1
             if self._missing is not None:
@@ -207,7 +207,7 @@ class ClusterMap:
         self._tables.make_dirty(number, {index // SECTOR_ENTRIES})
 
     def set_zeros(self, first: int, count: int) -> None:
-        """As `set` to ZERO, for those of neighbouring clusters that are missing: 10 us for 2048 that all are."""
+        """Set the missing ones among `count` clusters to ZERO. Takes 10 us for 2048 clusters that are all missing."""
         stop = first + count
         while first < stop:
             number, start = first >> self._shift, first & self._mask
@@ -242,36 +242,37 @@ class ClusterMap:
         self._tables.release(cluster >> self._shift)
 
     def load_now(self, cluster: int) -> None:
-        """Bring the slice of a cluster into memory, waiting for the disk (before anybody else uses the map)."""
+        """Load the slice of a cluster, waiting for the disk. Only before anybody else uses the map."""
         self._tables.load_now(cluster >> self._shift)
 
     # Counting.
 
     @property
     def missing(self) -> int | None:
-        """How many clusters are missing; None until `count` has ended. A failed barrier asks for another count."""
+        """How many clusters are missing; None until `count` has ended, and again after a failed barrier."""
         return self._missing if self._count_epoch == self._tables.epoch else None
 
     @property
     def damage(self) -> BadOverlay | None:
-        """What the overlay has lost, as far as its tables have been looked at: all of them, once `count` has ended."""
+        """How the overlay is damaged, according to the tables that have been read: all of them, after `count`."""
         return self._tables.damage if self._uncountable is None else self._uncountable.fresh()
 
     async def count(self) -> None:
-        """Count the missing clusters once; from then on `missing` is kept exact.
+        """Count the missing clusters once. From then on `missing` is kept exact.
 
-        Runs beside readers, writers and others who count: slices below `_counted_to` are kept up to date by `set`.
+        May run concurrently with readers, writers and other counts: `set` keeps the slices below `_counted_to` up to
+        date.
 
         Raises:
-            BadOverlay: an L1 entry points where no table can be. All other tables have been looked at: what is bad in
-                them has to be marked.
+            BadOverlay: an L1 entry points to an invalid place. All other tables have been read even so, because
+                their bad entries have to be marked.
         """
         slices = -(-self.geometry.clusters // self.slice_entries)
         for turn in itertools.count():
             if turn % COUNT_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             if self._count_epoch != self._tables.epoch:
-                # A failed barrier has taken entries back: what was counted as there may be missing.
+                # A failed barrier has taken entries back, so counted clusters may be missing now.
                 self._count_epoch = self._tables.epoch
                 self._missing, self._counted_to, self._counted_missing = None, 0, 0
             number = self._counted_to
@@ -287,8 +288,8 @@ class ClusterMap:
             except BadOverlay as exc:
                 self._uncountable = self._uncountable or exc
                 missing, stop = 0, (number // self._tables.per_table + 1) * self._tables.per_table
-            # No await since the entries were looked at: one set in between would be counted as missing for good.
-            # Another task may count as well, and have counted this slice while we waited for it.
+            # No await since the entries were examined, or one that is set in between would be counted as missing for
+            # good. Another task may be counting, too, and may have counted this slice while we waited for it.
             if number == self._counted_to and self._count_epoch == self._tables.epoch:
                 self._counted_missing += missing
                 self._counted_to = stop
@@ -298,7 +299,7 @@ class ClusterMap:
 
 
 def _continues(last: Run, offset: int) -> bool:
-    # Missing and zero runs have no place: five missing clusters of 64 KiB do not lead to offset 0x50000.
+    # Missing and zero runs have no offset that would advance from cluster to cluster.
     return last.offset + last.size == offset if last.offset > ZERO else last.offset == offset
 
 

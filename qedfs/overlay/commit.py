@@ -1,25 +1,25 @@
-"""The one writer of tables: brings entries from memory into the file, in groups, in an order that survives a power cut.
+"""Group commit: the only writer of tables. Writes entries to the file in an order that survives a power cut.
 
-Owns the group commit and the flush. Must not know where the bytes come from, nor how places are found (`allocator.py`).
+Owns the group commit and the flush. Must not know where the bytes come from, nor how space is allocated
+(`allocator.py`).
 
-One group:
+Steps of a group:
 
-1. The file is made as long as what is allocated, whole clusters. A new table is a hole there, which reads as zeros.
-2. **Barrier**. Without it an entry could reach the disk before its data, and a power cut would leave a cluster that
-   reads as garbage where the backing had good bytes; or an L1 entry before the zeros of its table.
-3. Changed sectors of the tables are written, L2 and L1, in any order: each entry stands for itself. An L2 entry without
-   its L1 entry is not seen, and an L1 entry without its L2 entries leads to "missing".
+1. Extend the file to the end of the allocated space, in whole clusters. A new table is a hole there and reads as zeros.
+2. **Barrier**. Without it, an entry could reach the disk before its data. After a power cut the cluster would then read
+   as garbage, although the backing has good bytes. Likewise an L1 entry could get there before the zeros of its table.
+3. Write the changed sectors of the tables, L2 and L1, in any order, because entries are independent. An L2 entry
+   without its L1 entry is invisible, and an L1 entry without L2 entries leads to "missing".
 
-A flush is a group and a **barrier** after it. A power cut at any point leaves at worst clusters that nothing refers
-to. Entries of one group are snapshots taken at its start: an entry published later has its data written after the
-barrier of step 2 began, and belongs to the next group.
+A flush is a group followed by another **barrier**. At worst, a power cut leaves clusters that nothing refers to. A
+group takes a snapshot of the entries at its start. An entry that is published later belongs to the next group, because
+its data may have been written after the barrier of step 2 started.
 
-A barrier that fails ends the session's writes, and the map goes back to what the disk has (`_read_again`). Barriers run
-one at a time, whoever asks for them: Linux reports a lost page to one of two that run side by side, and tells the other
-that all is well.
+A failed barrier ends the session's writes, and the map goes back to what is on the disk (`_read_again`). Barriers run
+one at a time. If two ran concurrently, Linux would report a lost page to only one of them, and success to the other.
 
-Groups run one after the other under a lock; a caller that finds a group started after its call already done has
-nothing left to do, so any number of waiting writers share one barrier.
+Groups run one at a time under a lock. A caller is done if a group that started after its call has finished. So any
+number of waiting writers share one barrier.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from qedfs.overlay.truncation_marks import TruncationMarks
 
 @dataclasses.dataclass(slots=True)
 class _Group:
-    """What one commit brings into the file."""
+    """The changes that one commit writes to the file."""
 
-    sectors: list[Write]  # of L2 tables and of L1
-    dirty: dict[int, set[int]]
-    tables: set[int]
+    sectors: list[Write]  # of L2 tables and L1
+    dirty: dict[int, set[int]]  # the changed sectors, by slice
+    tables: set[int]  # the L1 indices of new tables
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
-    journal_end: int  # the journal's entries before it are those of the group
+    journal_end: int  # all entries in the journal before it are in this group, or in an earlier one
 
 
 class Committer:
-    """The commits of one overlay. All offsets and sizes in bytes."""
+    """The commits of one overlay. All offsets and sizes are in bytes."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Committer:
         barriers: Barriers,
         marks: TruncationMarks,
     ) -> None:
-        """`marks`: those that are found when slices are read (`secure_marks`)."""
+        """`marks`: found when slices are read, see `secure_marks`."""
         self._group_error: QedfsError | None = None  # of the last group
-        self.uncommitted_bytes = 0  # of data written since the last group was taken
+        self.uncommitted_bytes = 0  # bytes of data written since the snapshot of the last group
         self._storage = storage
         self._header = header
         self._tables = tables
@@ -76,10 +76,10 @@ class Committer:
         self._barriers = barriers
         self._marks = marks
         self._lock = trio.Lock()
-        self._barrier_lock = trio.Lock()  # taken last
-        self._started = 0  # number of the group that was started last
-        self._committed = 0  # number of the last group that ended well
-        self._flushed = 0  # the same, of those with the second barrier
+        self._barrier_lock = trio.Lock()  # acquired after the other locks
+        self._started = 0  # number of the last group that was started
+        self._committed = 0  # number of the last group that succeeded
+        self._flushed = 0  # likewise, among the groups with the second barrier
         self._running = False
         self._closed = False
         self._reread = False  # after a failed barrier
@@ -87,13 +87,13 @@ class Committer:
 
     @property
     def pending(self) -> bool:
-        """Whether there are entries that the file does not have: they wait for a commit, or one is under way."""
-        # The entries of a group under way are neither dirty any more nor in the file.
+        """Whether there are entries that the file does not have: they wait for a commit, or one is running."""
+        # The entries of a running group are neither dirty any more nor in the file yet.
         return self._running or self._waiting
 
     @property
     def error(self) -> QedfsError | None:
-        """Why the entries that wait are not in the file yet: the last group has failed. The next commit tries again."""
+        """Why the pending entries are not in the file: the last group has failed. The next commit tries again."""
         return self._group_error if self.pending else None
 
     @property
@@ -101,21 +101,21 @@ class Committer:
         return bool(self._tables.dirty or self._tables.unwritten)
 
     def note_cold(self, offset: int, size: int) -> None:
-        """Data written by the stream: to be dropped from the page cache after its barrier."""
+        """Drop this data, written by the stream, from the page cache after its barrier."""
         self._cold.append((offset, size))
 
     def note_data(self, size: int) -> None:
-        """Data was written whose entries are now in the map."""
+        """Count data that was written, and whose entries are now in the map."""
         self.uncommitted_bytes += size
 
     async def commit(self) -> None:
-        """Bring all entries published before this call into the file.
+        """Write all entries that were published before this call to the file.
 
         Raises:
-            NoSpace: nothing is lost, the entries stay in memory and the next commit tries again.
-            ReadOnlyOverlay: a barrier failed, now or before.
+            NoSpace: nothing is lost. The entries stay in memory, and the next commit tries again.
+            ReadOnlyOverlay: a barrier has failed, now or before.
         """
-        # Before the lock: any group that starts from now on has our entries, and the one under way may lack them.
+        # Before acquiring the lock: a group that starts from now on has our entries, but a running one may lack them.
         mine = self._started + 1
         async with self._lock:
             self._check()
@@ -123,8 +123,8 @@ class Committer:
                 await self._run(durable=False)
 
     async def flush(self) -> None:
-        """Commit, and make everything written before this call survive a power cut. Errors as for `commit`."""
-        # As in `commit`, and of the flushed groups: one without the second barrier makes nothing durable.
+        """Commit, and make everything that was written before this call durable. Raises what `commit` raises."""
+        # As in `commit`, but only groups with the second barrier count, because the others make nothing durable.
         mine = self._started + 1
         async with self._lock:
             self._check()
@@ -133,15 +133,15 @@ class Committer:
 
     @contextlib.asynccontextmanager
     async def ended(self) -> AsyncIterator[None]:
-        """Enter when the groups that were asked for have run; there will be no further one: who asks gets an error."""
-        # Under the lock: a group may be under way in a thread, and its caller is about to give the descriptor up.
+        """Wait for the requested groups, and end the commits: later requests raise an error. Holds the lock."""
+        # Under the lock, because a group may be running in a thread, and the caller is about to close the descriptor.
         async with self._lock:
             self._closed = True
             self._marks.close()
             yield
 
     def commit_now(self) -> None:
-        """Commit and flush while nobody else uses the overlay, waiting for the disk."""
+        """Commit and flush, waiting for the disk. Only while nobody else uses the overlay."""
         if self._marks.unsecured:
             found = self._marks.found
             self._marks.write_owed()
@@ -156,27 +156,30 @@ class Committer:
         self._landed(group)
 
     def mark_l1(self, indices: Iterable[int]) -> None:
-        """Write these marked L1 entries, while nobody else uses the overlay. See `secure_marks`."""
+        """Write these marked L1 entries. Only while nobody else uses the overlay. See `secure_marks`."""
         self._marks.write(list(self._l1_sectors(indices)))
 
     async def secure_marks(self) -> bool:
-        """To be called before the file may grow, or space is allocated; returns whether that took an await.
+        """Make the marks of truncated entries durable, before the file grows or space is allocated.
 
-        What marks were found are in the file, and a barrier came after them: otherwise a power cut could keep the new
-        length and lose the marks, and the next session would take for good what they mark. ReadOnlyOverlay: the barrier
-        failed. NoSpace: a mark found no room (some file systems never overwrite in place), and there is none yet.
+        Otherwise a power cut could keep the new length but lose the marks, and the next session would consider the
+        marked entries valid. Returns whether it had to await.
+
+        Raises:
+            ReadOnlyOverlay: the barrier has failed.
+            NoSpace: there is no space to write a mark. (Some file systems never overwrite in place.)
         """
         if not self._marks.unsecured:
             return False
         self._check()
-        found = self._marks.found  # before the barrier: it need not cover a mark that is found while it runs
+        found = self._marks.found  # before the barrier, which may not cover marks that are found while it runs
         self._marks.write_owed()
         await self.durably(self._barriers.barrier)
         self._marks.secured(found)
         return True
 
     async def _run(self, *, durable: bool) -> None:
-        """The next group; `error` tells how it went."""
+        """Run the next group, and set `error`."""
         try:
             await self._run_group(durable=durable)
         except Exception as exc:
@@ -186,11 +189,11 @@ class Committer:
         self._group_error = None
 
     async def _run_group(self, *, durable: bool) -> None:
-        # Again after each await: it may have found another mark, and `_take` lets the file grow.
+        # Again after each await, during which another mark may have been found, because `_take` extends the file.
         while await self.secure_marks():
             self._check()
-        # No await between the snapshot and the number: the writer of an entry published there would take this group for
-        # one that began after its call, and be answered although the group lacks its entry.
+        # No await between the snapshot and the number. If an entry were published there, its writer would take this
+        # group for one that started after its call, and return although the group lacks its entry.
         self._started += 1
         group = self._take()
         self._running = True
@@ -201,24 +204,28 @@ class Committer:
             raise
         finally:
             self._running = False
-        # We have had the lock all the time: `_started` is still the number of this group.
+        # We have held the lock all the time, so `_started` is still the number of this group.
         self._committed = self._started
         if durable:
             self._flushed = self._started
         self._landed(group)
 
     def _landed(self, group: _Group) -> None:
-        """The file has the entries, if only in its page cache: as the journal does, that survives a kill."""
-        # No await in between: a slice that is dropped by the first line would be taken for empty until the second.
+        """Drop the group's entries from journal and caches. The file has them, perhaps only in the page cache.
+
+        That is enough: like the journal, the page cache survives a kill.
+        """
+        # No await in between: until the second line, a slice that the first line evicts would be considered empty.
         self._tables.pin_slices(())
         self._tables.tables_written(group.tables)
         self._journal.landed(group.journal_end)
 
     def _take(self) -> _Group:
-        """Everything that waits, as it is now.
+        """Take a snapshot of all pending changes, after extending the file.
 
-        No await in here. A cluster allocated after the growth could get its entry into the file before the file reaches
-        that far, and an entry published after the snapshot would go from the journal with this group, which lacks it.
+        There must be no await in here. If a cluster were allocated after the file was extended, its entry could be
+        written before the file is long enough. If an entry were published after the snapshot, it would be dropped from
+        the journal with this group, which lacks it.
         """
         tables = self._tables
         if self._waiting:
@@ -232,63 +239,66 @@ class Committer:
         return _Group(joined(sectors), dirty, unwritten, cold, self._journal.end)
 
     def _grow(self) -> None:
-        """Make the file as long as what is allocated.
+        """Extend the file to the end of the allocated space.
 
-        On the event loop, where nobody can allocate between the look at the length and the change: in a thread, a write
-        beyond the end that the group saw would be cut off again.
+        This runs on the event loop, so that nobody writes between the check of the length and the change. In a thread,
+        a concurrent write past the end would be cut off again.
         """
         if self._storage.size() < self._tables.file_end:
             self._storage.resize(self._tables.file_end)
 
     def _put_back(self, group: _Group) -> None:
-        """The entries stay in memory and dirty, whatever part of the group has reached the file."""
+        """After a failure, make the group's entries dirty again, whatever part of them has reached the file."""
         if self._reread:
-            return  # the map has what the disk has, and nothing is written any more
+            return  # the map shows what is on the disk, and nothing more is written
         for number, changed in group.dirty.items():
             self._tables.make_dirty(number, changed)
-        # The tables are still `unwritten`, and the journal still has the entries: only `_landed` takes them out.
-        self._tables.pin_slices(())  # last: until they are dirty again, it is what keeps them in memory
+        # The tables are still `unwritten`, and the journal still has the entries, as only `_landed` removes them.
+        self._tables.pin_slices(())  # last, because the pins keep the slices in memory until they are dirty again
 
     def _write(self, group: _Group, *, durable: bool) -> None:
-        """Steps 2 and 3 of the module's text; runs in a worker thread."""
+        """Steps 2 and 3 of the module docstring. Runs in a worker thread."""
         storage = self._storage
         if group.dirty or group.tables:
-            # This one orders data before entries. If it fails, none of the entries is written.
+            # This barrier orders data before entries. If it fails, none of the entries is written.
             self._barriers.barrier()
             for offset, data in group.sectors:
                 storage.write(offset, [data])
         if durable:
-            # What was flushed includes its entries: without this barrier an fsync could return and its clusters
-            # still read as the backing after a power cut.
+            # A flush must make the entries durable, too. Without this barrier, clusters could read as the backing after
+            # a power cut, although their fsync has returned.
             self._barriers.barrier()
-        # After the first barrier: the kernel drops clean pages only.
+        # After the first barrier, because the kernel only drops clean pages.
         for offset, size in group.cold:
             storage.drop_cache(offset, size)
 
     async def durably(self, call: Callable[[], None]) -> None:
-        """Run a call with barriers in a thread. ReadOnlyOverlay: one failed; the map now shows what the disk has."""
-        # One at a time: Linux tells one caller of a lost page, and to a second fdatasync beside it all is well.
+        """Run a call with barriers in a thread.
+
+        Raises ReadOnlyOverlay if a barrier has failed. The map then shows what is on the disk.
+        """
+        # One at a time: of two concurrent fdatasyncs, Linux reports a lost page to only one.
         async with self._barrier_lock:
-            self._barriers.check()  # the barrier that we have waited for may have failed
+            self._barriers.check()  # a barrier that we have waited for may have failed
             try:
                 await self._storage.in_thread(call)
             except ReadOnlyOverlay:
                 if self._barriers.failure is not None:
-                    # Before the await, and before the caller's `_put_back`, which would make dirty what is taken back.
+                    # Before the await and the caller's `_put_back`, which would make the dropped entries dirty again.
                     self._reread = True
                     await self._read_again()
                 raise
 
     async def _read_again(self) -> None:
-        """After a failed barrier: believe no entry and no page of which the disk may know nothing.
+        """After a failed barrier, drop every entry and page that may not be on the disk.
 
-        What waits for a commit may point to data that was never written, and the kernel may forget any page that it
-        could not write: a reader would get bytes that nobody wrote. So from here on this session shows what a power cut
-        would leave, and so does whoever opens the overlay next. The entries go first: no look-up may find one of them
-        once its pages are gone.
+        Pending entries may point to data that was never written, and the kernel may drop any page that it could not
+        write, so a reader could get bytes that nobody wrote. From now on this session shows what would be left after a
+        power cut, as will the next one. The entries are dropped first, because no look-up may find an entry whose pages
+        are gone.
         """
         self._tables.begin_reread()
-        # Until `end_reread` look-ups wait. Shielded: a cancelled caller would leave tables out that the disk has.
+        # Look-ups wait until `end_reread`. Shielded, because a cancelled caller would leave out tables on the disk.
         unwritten = sorted(self._tables.unwritten)
         l1: dict[int, int] = {}
         try:
@@ -298,7 +308,7 @@ class Committer:
             self._tables.end_reread(l1)
 
     def _l1_of_the_disk(self, indices: Iterable[int]) -> dict[int, int]:
-        with contextlib.suppress(QedfsError):  # the disk may not be well yet; what it has is all the same what it has
+        with contextlib.suppress(QedfsError):  # the disk may still fail, but what can be read counts
             self._storage.refresh()
         found: dict[int, int] = {}
         with contextlib.suppress(QedfsError):

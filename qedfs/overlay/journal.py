@@ -75,7 +75,7 @@ class Journal:
         # After the write, so that a removal before the acknowledgement is noticed.
         if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        # Only now. A replay may still find what a short write has left there: whole pairs, whose data is written.
+        # Only now. A replay may find what a short write has left there, but these are whole pairs, with their data.
         self.end += len(data)
 
     def landed(self, end: int) -> None:
@@ -96,13 +96,13 @@ class Journal:
         # The new file was locked before it got the name, so the file of that name has been locked all the time.
         os.close(self._fd)
         self._fd, self.end = fd, len(self._header) + len(kept)
-        # Once more: `void` may have removed the old file just before the new one took its name.
+        # Check again: `void` may have removed the old file just before the new one got its name.
         if self._void.is_set():
             self.void()
 
     def void(self) -> None:
         """Make the journal void for later sessions. May be called from any thread, even during `landed`."""
-        # First: `landed` looks at it after it has put a new file there, which our `unlink` may have come too early for.
+        # First. `landed` checks it after it has created a new file, which may be too late for our `unlink`.
         self._void.set()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""How an overlay is opened: read and judged, repaired, completed by what a killed session left, its session begun.
+"""Opens an overlay: validates and repairs it, replays the journal of a killed session, and starts a new session.
 
-Owns the order of these. Must not know what becomes of an open overlay. All of it waits for the disk, in a thread.
+Owns the order of these steps. Must not know what an open overlay is used for. Everything waits for the disk, in a
+thread.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 async def open_overlay(
     path: str, *, writable: bool, locked: bool = True, journal_folder: Path | None = None, dir_fd: int | None = None
 ) -> Overlay:
-    """Open the overlay file at `path`; see `FileStorage.open` and `open_storage`. Errors name the path."""
+    """Open the overlay file at `path`, see `FileStorage.open` and `open_storage`. Errors name the path."""
     storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
     try:
         overlay = await open_storage(storage, journal_folder=journal_folder)
@@ -57,17 +58,17 @@ async def open_overlay(
 
 
 async def open_storage(storage: Storage, *, journal_folder: Path | None = None) -> Overlay:
-    """Read and judge the overlay; if it is writable, repair it, replay its journal and begin a session.
+    """Read and validate the overlay. If it is writable, repair it, replay its journal and start a session.
 
-    On a full disk the session begins later (`session_start.py`): what needs it raises NoSpace until then. A read-only
-    overlay shows what a killed session left, and leaves it for the next writable opening.
+    On a full disk the session starts later (`session_start.py`), and operations that need it raise NoSpace until then.
+    A read-only overlay shows the entries of a killed session's journal, but does not remove the journal.
 
-    `journal_folder`: on a tmpfs; None: writes to new clusters are answered behind a group commit.
+    `journal_folder`: on a tmpfs. If None, writes to new clusters are acknowledged only after a group commit.
 
     Raises:
-        BadOverlay: it cannot be served; nothing has been written to it.
-        NoMemory: its tables do not fit beside those of the others.
-        InUse: a killed session may have left answered writes where we may not look; nothing has been written either.
+        BadOverlay: the overlay cannot be served. Nothing has been written to it.
+        NoMemory: its tables do not fit into memory beside those of other overlays.
+        InUse: a killed session may have a journal that we may not read. Nothing has been written to the overlay.
     """
     share = Share(memory_pool.TABLES)
     try:
@@ -78,7 +79,7 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 
 
 def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
-    if storage.locked:  # else somebody may be writing to it, and has the last word
+    if storage.locked:  # otherwise a running mount may be writing to it, whose view counts
         revalidate(storage, journal_folder)
     header, backing = read_header(storage)
     journal = SessionJournal()
@@ -90,10 +91,10 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
     l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used, share)
-    # Behind the read: where a mount writes to the file meanwhile, it is long enough for every table in this L1.
+    # After the read: if a mount writes to the file meanwhile, it is then long enough for every table in this L1.
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
-    # What lies behind the last whole cluster does not exist.
+    # Anything past the last whole cluster is ignored.
     marks = TruncationMarks(storage, barriers)
     tables = TableSlices(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
     clusters = ClusterMap(tables, header)
@@ -105,10 +106,10 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     if orphan and (not session.untouched or not fits(orphan, session.header, clusters, storage.size())):
         remark, orphan = _not_used(orphan, session), None
     if storage.writable or orphan:
-        # What is allocated starts behind all that exists. A killed session may have left its last cluster short.
+        # Allocate only past the end of the file, where a killed session may have left a partial cluster.
         tables.reach(round_up(file_end, cluster_size))
     if orphan:
-        # The file may have some of it.
+        # The file may have some of these entries already.
         apply(orphan.pairs, clusters, tables, allocator.make_table)
     session_start = None
     if storage.writable:
@@ -129,19 +130,19 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
 
 
 def _unread(found: Found, session: Session, *, writable: bool) -> str:
-    """What to say of a journal that was not read.
+    """What to tell the user about a journal that was not read.
 
     Raises:
-        InUse: a new session would void it.
+        InUse: a new session would void the journal.
     """
     if found.gone:
-        return f"{found.gone}; writes that were answered just before, and not flushed, may be lost"
+        return f"{found.gone}; writes that were acknowledged just before, and not flushed, may be lost"
     if not found.unread or not session.untouched:
-        return ""  # another program has written since: there is nothing left to void
+        return ""  # another program has written since, so the journal is void anyway
     if not writable:
-        return f"{found.unread}; writes that were answered just before may be missing here"
+        return f"{found.unread}; writes that were acknowledged just before may be missing here"
     raise InUse(
-        f"{found.unread}; mount it once as that user, which brings in the writes that were answered just before, or "
+        f"{found.unread}; mount it once as that user, which restores the writes that were acknowledged just before, or "
         "give them up with qedfs check --drop-journal"
     )
 
@@ -158,7 +159,7 @@ def _not_used(orphan: OrphanJournal, session: Session) -> str:
 
 
 def _mark_cut_tables(tables: TableSlices, committer: Committer) -> None:
-    """Keep L2 tables out that the file does not hold whole, before it grows. See `truncation.py`."""
+    """Mark the L1 entries of tables that are not entirely inside the file, before it grows. See `truncation.py`."""
     first_bad = tables.file_end - tables.geometry.table_bytes + 1
     for first, page in tables.l1.filled_pages():
         if cut := mark_beyond(page, first_bad, tables.geometry.cluster_size):

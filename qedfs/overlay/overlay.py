@@ -1,29 +1,29 @@
-"""One QED overlay that is open: map, read, write, adopt, flush, detach. No network here.
+"""An open QED overlay: map, read, write, adopt, flush, detach. No network here.
 
-Owns the rule whose bytes win; `pending.py` keeps the books for it. The caller knows what a missing cluster holds.
-Places and writes are in `cluster_writer.py`, adoptions in `adoption.py`, header and record in `open_session.py`.
+Owns the rule whose bytes win when a guest writes and a fetched cluster arrives. `pending.py` tracks the clusters
+concerned, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has header
+and record. The caller knows the contents of missing clusters.
 
 Concurrency protocol
 --------------------
-Everything runs on one event loop; the state changes only between two awaits.
+Everything runs on one event loop. The state only changes between two awaits.
 
-- A cluster's entry goes from missing to zero or data, or from zero to data, and never back, with one exception: a
-  barrier that fails takes back all entries that the disk may lack (`Committer.durably`), and `epoch` counts that. A
-  reader whose runs are of an `epoch` that has passed reads again; a writer about to publish entries gets the error.
-- A cluster is *claimed* from the moment its place is allocated until its entry is set, where the data is written by a
-  worker thread in between. A write to a claimed cluster waits for the claim to end and looks again; an adoption
-  leaves the cluster alone. So a guest's bytes always land on top of fetched ones, never below.
-- While a write in part waits for the rest of its clusters, nobody adopts them: the write brings them in whole.
-- Between the look at the entries and the allocation there must be no await; `PendingAllocations.settle` is the last
-  one.
-- A read takes its runs once. A write that has returned before the read began is in them; one that runs beside it may
-  or may not be seen, as on any disk.
-- The place of a write that failed is free again once its thread has ended (`allocator.py`): nobody else has ever known
-  it.
-- The tables are written by `commit.py` alone, under its lock.
+- An entry changes from missing to zero or data, or from zero to data, and never back. There is one exception: a failed
+  barrier takes back all entries that may not be on the disk (`Committer.durably`) and increments `epoch`. A reader
+  whose runs are from an earlier `epoch` reads again. A writer that is about to publish entries gets the error.
+- A cluster is *claimed* from its allocation until its entry is set, if a worker thread writes the data in between. A
+  write to a claimed cluster waits for the end of the claim and then looks it up again. An adoption skips the cluster.
+  So a guest's bytes always overwrite fetched ones, never the other way round.
+- While a partial write waits for the rest of its clusters, adoptions skip them, because the write stores them whole.
+- There must be no await between the look-up of entries and the allocation. `PendingAllocations.settle` is the last one.
+- A read looks up its runs once. A write that returned before the read started is included. A concurrent write may or
+  may not be seen, as on any disk.
+- When a write has failed, its clusters are free once its thread has ended (`allocator.py`): nothing ever referred to
+  them.
+- Only `commit.py` writes tables, under its lock.
 
-A write is answered when its data is in the page cache and its entries are in the session journal, or, without a
-journal, committed: either survives the death of the process.
+A write is acknowledged when its data is in the page cache and its entries are in the session journal or, without a
+journal, committed. Either way it survives the death of the process.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
 
-# Largest write done on the event loop: 1.4 us for 4 KiB into the page cache, some 20 us for 64 KiB; a hop costs 70 us.
+# The largest write on the event loop. To the page cache, 4 KiB take 1.4 us and 64 KiB some 20 us; a thread costs 70 us.
 WRITE_NOW_BYTES = 128 << 10
-MAX_READ_BYTES = 1 << 20  # what one FUSE request asks for at most
-# For reads on the spot, of all overlays: who gets a view of it hands it on before anybody can read again.
+MAX_READ_BYTES = 1 << 20  # the maximal size of a FUSE read
+# The buffer for reads on the event loop, for all overlays. A caller passes on its view of it before the next read.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
 
 
@@ -71,9 +71,9 @@ class Overlay:
         backing: str | None,
         journal_remark: str,
     ) -> None:
-        """Take over what `open.py` has read.
+        """Takes over what `open.py` has read.
 
-        `journal_remark`: what was found of a killed session's writes that is not served.
+        `journal_remark`: what to tell the user about writes of a killed session that are not served.
         """
         self.storage = storage
         self.geometry = clusters.geometry
@@ -104,37 +104,37 @@ class Overlay:
 
     @property
     def record(self) -> Record:
-        """What qedfs remembers in this overlay, including what is being stored."""
+        """The private record, including changes that are not stored yet."""
         return self._session.record
 
     @property
     def probes_backing(self) -> bool:
-        """Whether the format of the backing is left open (QEMU would look at its first bytes)."""
+        """Whether the format of the backing is not recorded (QEMU would probe its first bytes)."""
         return self.backing is not None and not self._session.names_format
 
     @property
     def epoch(self) -> int:
-        """Another value than at the time of a `map` means that its runs may have been taken back (a failed barrier)."""
+        """Changes when a failed barrier takes entries back. Then the runs of an earlier `map` may be invalid."""
         return self.clusters.epoch
 
     @property
     def writable(self) -> bool:
-        """Whether writes and adoptions are taken."""
+        """Whether the overlay takes writes and adoptions."""
         return self._barriers.writable
 
     @property
     def damage(self) -> BadOverlay | None:
-        """What the overlay has lost: it was cut or overwritten, while it was open or before. It is never complete."""
+        """Set if the overlay was truncated or overwritten, before or after the opening. Then it is never complete."""
         return self.storage.damage or self.clusters.damage
 
     @property
     def full(self) -> NoSpace | None:
-        """What keeps this session from beginning: the disk was full at the open, and has been since."""
+        """Why the session has not started: the disk has been full since the opening. None if it has started."""
         return self._session.full
 
     @property
     def failure(self) -> ReadOnlyOverlay | None:
-        """That a barrier has failed: the overlay takes nothing more until it is opened again."""
+        """Set if a barrier has failed. The overlay then takes no writes until it is opened again."""
         return self._barriers.failure
 
     @property
@@ -149,12 +149,12 @@ class Overlay:
 
     @property
     def uncommitted_bytes(self) -> int:
-        """Bytes of data whose commit is still to come."""
+        """Bytes of data whose entries are not committed yet."""
         return self.committer.uncommitted_bytes
 
     @property
     def crowded(self) -> bool:
-        """Whether entries that wait for a commit take more memory than they should."""
+        """Whether uncommitted entries take more memory than they should."""
         return self.tables.crowded
 
     @property
@@ -164,7 +164,7 @@ class Overlay:
 
     @property
     def barrier_seconds(self) -> float:
-        """Time spent in them."""
+        """Time spent in barriers."""
         return self._barriers.seconds
 
     @property
@@ -174,7 +174,7 @@ class Overlay:
 
     @property
     def disk_usage(self) -> int:
-        """Bytes that the overlay file takes on disk. Raises nothing: it is shown only."""
+        """Bytes that the overlay file takes on disk. Only for display, so it raises nothing."""
         return self.storage.disk_usage()
 
     def file_status(self) -> os.stat_result:
@@ -183,23 +183,23 @@ class Overlay:
 
     @property
     def commit_error(self) -> QedfsError | None:
-        """Why entries that wait for a commit are not in the file yet: the last one has failed."""
+        """Why entries are not in the file yet: the last commit has failed. Otherwise None."""
         return self.committer.error
 
     async def change_record(self, change: Change) -> None:
-        """Make the overlay remember this too, durably. Calls take effect in order; an error undoes this change only.
+        """Change the record durably. Calls take effect in order. An error undoes only this change.
 
-        Where the disk has been full since the open, it becomes durable with the beginning of the session.
+        If the disk has been full since the opening, the change becomes durable when the session starts.
         """
         await self._session.change_record(change)
 
     # Read.
 
     def read_now(self, pos: int, size: int) -> memoryview | None:
-        """The bytes, if they lie in one data cluster and in the page cache; None: go the long way.
+        """The bytes of a request if it is inside one data cluster and in the page cache; otherwise None.
 
-        The view is of a buffer that the next call, for whatever overlay, overwrites: hand it on before the next await.
-        (FUSE replies are written by the code that awaited us, with no await between.)
+        The view is of a buffer that the next call, for any overlay, overwrites. So pass it on before the next await.
+        (A FUSE reply is sent by the code that awaited us, without an await in between.)
         """
         offset = self.clusters.data_offset(pos, size) if size <= MAX_READ_BYTES else 0
         if not offset:
@@ -213,13 +213,13 @@ class Overlay:
         return view if self.storage.read_now(offset, view) else None
 
     async def map(self, pos: int, size: int) -> list[Run]:
-        """The runs of a request inside the image. Errors: BadOverlay for a bad entry."""
+        """The runs of a request inside the image. Raises BadOverlay for an invalid entry."""
         while (runs := self.clusters.runs(pos, size)) is None:
             await self.clusters.load(pos, size)
         return runs
 
     def map_now(self, pos: int, size: int) -> list[Run] | None:
-        """As `map`, if no table has to be read for it (`is_loaded`); else None."""
+        """Like `map` if no table has to be read (`is_loaded`); otherwise None."""
         return self.clusters.runs(pos, size)
 
     def is_loaded(self, pos: int, size: int) -> bool:
@@ -227,13 +227,13 @@ class Overlay:
         return self.clusters.is_loaded(pos, size)
 
     async def load(self, pos: int, size: int) -> None:
-        """Bring the tables of a request into memory. Errors as for `map`."""
+        """Load the tables of a request into memory. Raises what `map` raises."""
         await self.clusters.load(pos, size)
 
     def follow_growth(self) -> None:
-        """Take entries for good that lie inside the file as it is now: somebody else may have let it grow meanwhile.
+        """Accept entries inside the current length of the file, which another process may have extended.
 
-        For an overlay that is looked at while a mount writes to it, after a `load` and before the look at the entries.
+        For reading an overlay while a mount writes to it. Call this after `load` and before looking at the entries.
         """
         self.tables.follow_growth()
 
@@ -242,10 +242,10 @@ class Overlay:
         if not self.storage.read_now(offset, view):
             await self.storage.in_thread(lambda: self.storage.read(offset, view))
 
-    # What is missing; see the methods of the same names in `clustermap.py`.
+    # Missing clusters: see the methods of the same names in `clustermap.py`.
 
     async def count_missing(self) -> None:
-        """Have `missing` tell. BadOverlay: a table cannot be read; all others have been looked at."""
+        """Count the missing clusters. Raises BadOverlay if a table is invalid, after reading all others."""
         await self.clusters.count()
 
     async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
@@ -253,11 +253,11 @@ class Overlay:
         return await self.clusters.next_missing(cluster, most)
 
     async def gap(self, cluster: int) -> int:
-        """How many clusters from here on are missing for want of a table, or of anything but a hole in it."""
+        """How many clusters from here on are missing because there is no table, or only a hole of the file in it."""
         return await self.clusters.gap(cluster)
 
     def all_missing(self, cluster: int, count: int) -> bool:
-        """Whether none of these clusters has an entry, as far as the tables in memory tell."""
+        """Whether none of these clusters has an entry. False if the tables in memory cannot tell."""
         return self.clusters.all_missing(cluster, count)
 
     def has_table(self, cluster: int) -> bool:
@@ -267,9 +267,9 @@ class Overlay:
     # Write.
 
     def write_now(self, pos: int, data: Buffer) -> bool:
-        """Write in place, if the request lies in one data cluster and will not have to wait; False: use `write`.
+        """Write in place if the request is inside one data cluster and need not wait. If it returns False, use `write`.
 
-        Errors as for `write`.
+        Raises what `write` raises.
         """
         if (
             len(data) > WRITE_NOW_BYTES
@@ -279,35 +279,35 @@ class Overlay:
         ):
             return False
         if not self._journal.takes_entries and (self.committer.pending or self.full):
-            return False  # the cluster's entry may be among the pending ones, and has to be committed first
+            return False  # the entry of this cluster may be pending, and would have to be committed first
         offset = self.clusters.data_offset(pos, len(data))
         if not offset:
             return False
         try:
             self.storage.write(offset, (data,))
         finally:
-            # After the write, whatever has come of it: who sees the new bytes, or what was there, sees a later time.
+            # After the write, even if it fails: an mtime from before it must not be the final one of the new bytes.
             self.times.move()
         return True
 
     async def write(self, pos: int, data: Buffer, fill: Fill) -> None:
         """Write inside the image.
 
-        A new cluster that is written in part gets the rest from zeros where it was a zero cluster, from `fill` where it
-        was missing, and zeros beyond the image's end.
+        For a partial write to a cluster without data, the rest is zeros if it was a zero cluster, the result of `fill`
+        if it was missing, and zeros past the image's end.
 
         Raises:
-            NoSpace: part of the data may have been written, to clusters that had a place already.
+            NoSpace: a part of the data may have been written, to clusters that were allocated before.
             ReadOnlyOverlay: the overlay takes no writes.
-            QedfsError: whatever `fill` raised; nothing was written.
+            QedfsError: whatever `fill` raised. Nothing was written.
         """
         await self._session.ready()
-        # Before the data: after a kill the image would otherwise show new bytes under its old time.
+        # Before the data: otherwise, after a kill, the image could show new bytes with its old times.
         await self._session.let_times_move()
         view = memoryview(data)
         rest: dict[int, Buffer] = {}
         with self._pending.merging(self._partial_clusters(pos, len(view))):
-            # Every await in here ends with another look at the clusters: what was true before it may not be any more.
+            # After every await, examine the clusters again, because their state may have changed.
             while True:
                 await self._pending.settle(pos, len(view))
                 if await self.committer.secure_marks():
@@ -316,7 +316,7 @@ class Overlay:
                 if not lacking:
                     break
                 rest |= await filled(lacking, fill)
-            # A barrier may have failed while we waited: no slice may come up empty then.
+            # A barrier may have failed while we waited. Then no empty slice may be created.
             self._barriers.check_writable()
             writes, entries = self._writer.place(pos, view, rest)
             now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
@@ -330,7 +330,7 @@ class Overlay:
                 await self._session.note_no_journal()
 
     async def set_modified(self, modified_ns: int) -> None:
-        """Give the image this mtime. Errors as for `write`."""
+        """Set the mtime of the image. Raises what `write` raises."""
         await self._session.ready()
         await self._session.let_times_move()
         self.times.set(modified_ns)
@@ -340,7 +340,7 @@ class Overlay:
         return self.backing is not None and self.clusters.entry(cluster) == MISSING
 
     def _partial_clusters(self, pos: int, size: int) -> list[int]:
-        """The clusters that the request covers in part, at most two; what ends with the image is whole."""
+        """The clusters that the request covers in part, at most two. The last cluster of the image ends with it."""
         cluster_size = self.cluster_size
         end = pos + size
         partial = []
@@ -353,47 +353,47 @@ class Overlay:
     # Adopt.
 
     async def adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool = False) -> int:
-        """Keep the fetched bytes of all clusters that are still missing; returns how many bytes that were.
+        """Store the fetched bytes of all clusters that are still missing. Returns how many bytes were stored.
 
         Args:
             pos: start of a cluster.
-            buffer: its first `size` bytes are the image's bytes at `pos`: whole clusters, the image's last one
-                perhaps cut at its end. It must not change before the call has ended.
-            cold: nobody has asked for these bytes; they need not stay in the page cache.
+            buffer: its first `size` bytes are the image's bytes at `pos`, in whole clusters, except that the last one
+                may end with the image. It must not change before the call has ended.
+            cold: no reader has asked for these bytes, so they need not stay in the page cache.
 
         Raises:
-            NoSpace: nothing was kept of the clusters that hold data.
+            NoSpace: no cluster with data was stored.
             ReadOnlyOverlay: the overlay takes no writes.
         """
         return await self._adoption.adopt(pos, buffer, size, cold=cold)
 
     def pending(self, cluster: int, count: int) -> list[int]:
-        """Those of the clusters that somebody is about to give an entry: an adoption would leave them alone."""
+        """Those of the clusters that an adoption would skip, because a write is about to give them an entry."""
         return self._pending.pending_in(range(cluster, cluster + count))
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
-        """Make the clusters that are still missing zero clusters: the source has a hole there."""
+        """Turn the missing ones of these clusters into zero clusters, because the source has a hole there."""
         await self._adoption.adopt_zeros(cluster, count)
 
-    # What others do to the file.
+    # Changes by other programs.
 
     async def inspect(self) -> None:
-        """Look whether the file is still the one that was opened; raises BadOverlay if not. Some microseconds.
+        """Raise BadOverlay if the file is no longer the overlay that was opened. Takes some microseconds.
 
-        To be called now and then, and before anything is said of the overlay as a whole.
+        Call this regularly, and before reporting anything about the overlay as a whole.
         """
         await self._session.inspect()
 
     # Commit, flush, detach, close.
 
     async def commit(self) -> None:
-        """Bring all entries into the file."""
+        """Write all entries to the file."""
         if self.full and self.committer.pending:
             await self._session.ready()
         await self.committer.commit()
 
     async def flush(self) -> None:
-        """Make everything written before this call survive a power cut. Errors as for `Committer.commit`."""
+        """Make everything that was written before this call durable. Raises what `Committer.commit` raises."""
         if not self.storage.writable:
             return
         if self.full and self.committer.pending:
@@ -401,10 +401,10 @@ class Overlay:
         await self.committer.flush()
 
     async def detach(self) -> None:
-        """Drop the backing: every byte of the image that is not zero is in the overlay.
+        """Drop the backing, when every byte of the image that is not zero is in the overlay.
 
-        The flush comes first. Without its barrier the header could reach the disk before the last entries, and a
-        power cut would leave an overlay without backing whose last clusters read as zeros.
+        The flush comes first. Without its barrier the header could reach the disk before the last entries. A power cut
+        would then leave an overlay without backing whose last clusters read as zeros.
         """
         await self._session.ready()
         await self.inspect()
@@ -415,12 +415,12 @@ class Overlay:
         self.backing = None
 
     async def close(self) -> None:
-        """Flush if writable and give up the file. The journal goes if the overlay has all entries.
+        """Flush if writable, and close the file. The journal is removed if the overlay has all entries.
 
         Raises:
-            NoSpace: what is pending has no room; the journal has it.
-            ReadOnlyOverlay: a barrier has failed, now or at any time before, so that answered writes may be lost.
-            BadOverlay: somebody has cut or overwritten the file.
+            NoSpace: there is no space for pending entries. The journal has them.
+            ReadOnlyOverlay: a barrier has failed, now or at any time before, so acknowledged writes may be lost.
+            BadOverlay: the file was truncated or overwritten.
         """
         in_order = False
         try:
@@ -428,11 +428,11 @@ class Overlay:
                 await self.flush()
                 in_order = True
         finally:
-            # A record, a detach or a group may be under way in a thread: the descriptor must not be closed under it.
-            # The session first, in the order in which a change of the record takes the two locks.
+            # A thread may be writing a record, a header or a group, so the descriptor must not be closed yet. Acquire
+            # the session's lock first, as a change of the record does.
             async with self._session.lock, self.committer.ended():
                 await self._session.end(in_order=in_order)
-                # After the note: a session that has not ended must not lack its journal.
+                # After the note in the record, because a session that has not ended needs its journal.
                 self._journal.close(remove=not self.committer.pending)
                 self.storage.close()
                 self.tables.close()
@@ -441,6 +441,6 @@ class Overlay:
         self._barriers.check()
 
     def close_now(self) -> None:
-        """Give up the file of an overlay that is open read-only: there is nothing to wait for."""
+        """Close the file of an overlay that is open read-only, without waiting for anything."""
         self.storage.close()
         self.tables.close()

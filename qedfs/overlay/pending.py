@@ -46,7 +46,7 @@ class PendingAllocations:
         try:
             yield
         finally:
-            # The caller sets the entries next. Until its next await no slice is dropped, and no waiting task runs.
+            # The caller sets the entries next. Until its next await no slice is evicted, and no waiting task runs.
             for cluster in clusters:
                 del self._pending[cluster]
                 self._map.release(cluster)
@@ -67,8 +67,8 @@ class PendingAllocations:
 
     async def settle(self, pos: int, size: int) -> None:
         """Wait until no cluster of the request is claimed and its slices are loaded. No await follows that check."""
-        # From the beginning after each await: another write may have claimed clusters that were free, and a load for
-        # another request may have dropped our slices.
+        # Start again after each await: another write may have claimed clusters that were free, and a load for another
+        # request may have evicted our slices.
         while True:
             claim = self._claim_in(pos, size)
             if claim is not None:

@@ -1,15 +1,15 @@
-"""What a killed session left in its journal: whether it fits this overlay, and how it comes into the map.
+"""Recovery after a kill: decides whether a journal fits this overlay, and applies its entries to the map.
 
-Owns the judgement. A journal is found by the session that the overlay carries, but a copy carries it too: a snapshot of
-the file system, or an older state of the overlay that was put back in its place. An entry that a copy gets from the
-journal of its original leads to a place that holds no data of it. So a journal is used as a whole or not at all, and
+Owns that decision. A journal is found by the session id in the overlay. But a copy of the overlay has the same id: one
+in a snapshot of the file system, or an older state that was restored. If a copy got an entry from the journal of its
+original, the entry would refer to data that the copy does not have. So a journal is used as a whole or not at all, and
 only if
 
-- the file has the entry that the session brought in last (the witness): an older state lacks it, since entries stay;
-- every pair can be an entry of this file: the place lies inside it, and the cluster has no other place in it.
+- the file has the last entry that the session committed (the witness), which an older state lacks, as entries stay;
+- every entry in it is possible in this file: its place is inside the file, and the cluster has no other place.
 
-One that does not fit is left alone. What this does not tell: a copy that was made after the last commit before the
-kill, while a write was under way to a place that lay inside the file already.
+A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
+the kill, while a write was running to a place that was already inside the file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qedfs.overlay.table_slices import TableSlices
 
 
 def fits(orphan: OrphanJournal, header: Header, clusters: ClusterMap, file_size: int) -> bool:
-    """Whether this is a journal of this overlay in this state. Waits for the disk."""
+    """Whether the journal belongs to this overlay in this state. Waits for the disk."""
     try:
         if orphan.witness and not _has(orphan.witness, header, clusters):
             return False
         return all(_can_be(pair, header, clusters, file_size) for pair in orphan.pairs)
     except BadOverlay:
-        return False  # a table is bad that was good when the session ended
+        return False  # a table is invalid that was valid at the kill
 
 
 def _has(pair: Pair, header: Header, clusters: ClusterMap) -> bool:
@@ -50,7 +50,7 @@ def _can_be(pair: Pair, header: Header, clusters: ClusterMap, file_size: int) ->
 
 
 def _entry(clusters: ClusterMap, cluster: int) -> int:
-    """The entry that the file has."""
+    """The entry in the file."""
     if not clusters.has_table(cluster):
         return MISSING
     clusters.load_now(cluster)
@@ -58,9 +58,9 @@ def _entry(clusters: ClusterMap, cluster: int) -> int:
 
 
 def apply(pairs: Iterable[Pair], clusters: ClusterMap, tables: TableSlices, make_table: Callable[[int], None]) -> None:
-    """Let the map have these entries; `make_table` gives a cluster its table.
+    """Set these entries in the map. `make_table` makes sure that a cluster has a table.
 
-    NoMemory: they need more slices of tables than a session ever leaves. Invented ones may need a new one each.
+    Raises NoMemory if they need more slices than a real session leaves. Forged entries may each need another slice.
     """
     for cluster, entry in pairs:
         tables.check_room()

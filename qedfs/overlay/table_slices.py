@@ -1,20 +1,21 @@
-"""The L2 tables of an overlay, slice by slice: which are in memory, and what the file lacks of them.
+"""The cache of L2 table slices of an overlay, and the record of what the file does not have yet.
 
-Owns the L1 entries, the cached slices of L2 tables, and what the file does not have yet (`dirty` sectors, `unwritten`
-tables). Must not know what an entry means for a reader (`clustermap.py`), nor write to the file: `commit.py` does, and
-tells what has become durable, or that a barrier has failed and entries are to be taken back (`begin_reread`).
+Owns the L1 entries, the cached slices of L2 tables, and the changes that are not in the file (`dirty` sectors,
+`unwritten` tables). Must not know what an entry means for a reader (`clustermap.py`), and does not write to the file.
+`commit.py` does, and reports what has become durable, or that a barrier has failed and entries have to be taken back
+(`begin_reread`).
 
-L2 tables are cached in *slices* of at most 64 KiB, not whole: a legal L2 table can be 1 GiB. A slice stays while it has
-dirty sectors, while a group writes it, and while somebody holds it (`hold`: between a look at its entries and a change
-of them, or during a read of it, which would otherwise bring back what the slice was before). The others go, oldest
-first, when the cache is over its bound.
+L2 tables are cached in *slices* of at most 64 KiB, because a legal L2 table can be 1 GiB. A slice stays in memory while
+it has dirty sectors, while a group writes it, and while a task holds it (`hold`). A task holds a slice between a
+look-up of its entries and a change, and also during a read, which would otherwise restore an older state of the slice.
+The other slices are evicted, the oldest first, when the cache exceeds its bound.
 
-What is a hole of the file in a table is passed over where whole tables are walked (`hole_end`). A slice that this
-session has written is looked at itself: the hole may have been seen before. Where the file may grow, entries that
-pointed beyond its end at the open are marked (`truncation.py`) when they are read, and the marks are written at once.
+A walk over whole tables skips the holes of the file (`hole_end`). It still examines a slice that this session has
+written, because the cached hole may be out of date. If the file may grow, entries that pointed past its end at the
+opening are marked when they are read (`truncation.py`), and the marks are written at once.
 
-Slices have numbers, counted through the whole image; a table has `per_table` of them. Only `load`, `load_slice`,
-`entries` and `hole_end` await; the caller must look again at whatever it had looked at before.
+Slices are numbered across the whole image; a table has `per_table` of them. Only `load`, `load_slice`, `entries` and
+`hole_end` await. After them, the caller must repeat any look-up that it made before.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from qedfs.overlay.truncation import Truncation
 from qedfs.overlay.truncation_marks import TruncationMarks
 from qedfs.units import format_size
 
-SLICE_ENTRIES = 8192  # 64 KiB of table; at 64 KiB clusters one slice describes 512 MiB of the image
-GAP_STEPS = 4096  # L1 entries, or slices, looked at for the end of a gap, 0.1 to 0.4 ms
-CACHE_BYTES = 16 << 20  # of slices per overlay: 128 GiB of the image at 64 KiB clusters; less if others need the room
-LEAST_SLICES = 2  # of an overlay, however little room there is: a request may need two
+SLICE_ENTRIES = 8192  # 64 KiB of a table; with 64 KiB clusters a slice maps 512 MiB of the image
+GAP_STEPS = 4096  # how many L1 entries or slices one search for the end of a gap examines, 0.1 to 0.4 ms
+CACHE_BYTES = 16 << 20  # per overlay: maps 128 GiB with 64 KiB clusters; less if other overlays need the memory
+LEAST_SLICES = 2  # per overlay, however little memory there is, because a request may need two
 
-Dirty = dict[int, set[int]]  # slice -> sectors of it that the file does not have yet
+Dirty = dict[int, set[int]]  # slice -> its sectors that the file does not have yet
 
 
 class TableSlices:
@@ -59,20 +60,20 @@ class TableSlices:
         share: Share,
         marks: TruncationMarks,
     ) -> None:
-        """`l1` holds the entries inside the image only; `file_end`: where the file's last whole cluster ends.
+        """`l1` has only the entries inside the image. `file_end`: where the file's last whole cluster ends.
 
-        `share`: of the memory for tables; it holds what L1 takes. `marks`: for what is found to point beyond the end.
+        `share`: of the memory for tables, includes that of L1. `marks`: for entries that point past the file's end.
         """
         geometry = header.geometry
         self.geometry = geometry
-        self.file_end = file_end  # the first byte no cluster may lie at
+        self.file_end = file_end  # clusters must end at or before this offset
         self.l1 = l1
         self.slices: dict[int, array[int]] = {}  # in memory, oldest first
         self.dirty: Dirty = {}
         self.unwritten: set[int] = set()  # L1 indices of tables that the file does not have yet
-        self.epoch = 0  # counts the times that entries were taken back, after a failed barrier
+        self.epoch = 0  # how many times entries were taken back, after a failed barrier
         self.per_table = max(1, geometry.entries // SLICE_ENTRIES)
-        self.slice_entries = min(geometry.entries, SLICE_ENTRIES)  # clusters that one slice describes
+        self.slice_entries = min(geometry.entries, SLICE_ENTRIES)  # clusters that one slice maps
         self._storage = storage
         self._header = header
         self._cluster_size = geometry.cluster_size
@@ -80,32 +81,32 @@ class TableSlices:
         self._marks = marks
         self._cut = Truncation(file_end, geometry.cluster_size)
         self._holes = Holes(storage)
-        self._written: set[int] = set()  # slices that a group has brought or is bringing into the file
-        self._pinned: frozenset[int] = frozenset()
-        self._held: dict[int, int] = {}  # slice -> how many hold it
-        self._rereading: trio.Event | None = None  # until look-ups may go on
+        self._written: set[int] = set()  # slices that a group has written or is writing
+        self._pinned: frozenset[int] = frozenset()  # slices of the running group
+        self._held: dict[int, int] = {}  # slice -> how many tasks hold it
+        self._rereading: trio.Event | None = None  # set when look-ups may continue after a failed barrier
         self._slice_bytes = self.slice_entries * ENTRY_SIZE
         self._cache_slices = self._dirty_slices = max(LEAST_SLICES, CACHE_BYTES // self._slice_bytes)
 
     # The end of the file.
 
     def reach(self, end: int) -> None:
-        """Let clusters lie anywhere before `end` of the file, and be allocated from there on."""
+        """Allow clusters up to `end`. New ones are allocated from there on."""
         self.file_end = max(self.file_end, end)
 
     def cut_back(self, end: int) -> None:
-        """Undo `reach`: what was allocated from `end` on has never got an entry."""
+        """Undo `reach`, for clusters past `end` that never got an entry."""
         self.file_end = end
 
     def follow_growth(self) -> None:
-        """Let clusters lie anywhere inside the file as it is now: somebody else writes to it.
+        """Allow clusters anywhere inside the file as it is now, because another process is extending it.
 
-        What a killed session has left may lie beyond the last whole cluster already.
+        Keep the end if it is higher: a killed session's journal may refer to a cluster past the last whole one.
         """
         self.reach(self._whole_clusters_end())
 
     def _expect_growth(self) -> None:
-        """Who looks on while others write to the file finds entries in it beyond the end that it had a moment ago."""
+        """Without locks, another process may have extended the file, and its tables may refer to the new clusters."""
         if not self._storage.locked:
             self._cut.end = max(self._cut.end, self._whole_clusters_end())
 
@@ -114,21 +115,21 @@ class TableSlices:
 
     @property
     def damage(self) -> BadOverlay | None:
-        """That the file was cut, as far as the tables have been read."""
+        """Set if the file was truncated, according to the tables that have been read."""
         if not self._cut.lost:
             return None
-        return BadOverlay(f"{self._cut.lost} clusters point to where none can be: the file was cut; run qedfs check")
+        return BadOverlay(f"{self._cut.lost} clusters point to invalid places: the file was cut; run qedfs check")
 
     # Look-ups: synchronous.
 
     def table_offset(self, number: int) -> int:
-        """Where the table of a slice begins; 0: it has none."""
+        """The offset of the table of a slice; 0 if it has none."""
         return self.l1[number // self.per_table]
 
     def is_blank(self, number: int) -> bool:
-        """Whether a slice that is not in memory has no entries: its table is not there, or not yet in the file.
+        """Whether a slice that is not in memory has no entries, because its table does not exist or is not in the file.
 
-        After a failed barrier the disk tells whether the file has a table, and nobody knows before that has been read.
+        After a failed barrier it is unknown whether the file has the table, until that has been read from the disk.
         """
         index = number // self.per_table
         return not self.l1[index] or (index in self.unwritten and self._rereading is None)
@@ -138,7 +139,7 @@ class TableSlices:
         return number in self.slices or self.is_blank(number)
 
     def next_table(self, number: int) -> int:
-        """The first slice after this one's table that has a table, or where one look at L1 ends."""
+        """The first slice after this one's table that has a table, or where a search of GAP_STEPS ends."""
         return self.l1.next_filled(number // self.per_table, GAP_STEPS) * self.per_table
 
     def _slice_place(self, number: int) -> int:
@@ -152,20 +153,20 @@ class TableSlices:
     # In and out of memory.
 
     async def load(self, numbers: range) -> None:
-        """Bring these slices into memory. BadOverlay: an L1 entry points where no table can be."""
+        """Load these slices. Raises BadOverlay if an L1 entry points to an invalid place."""
         for number in numbers:
             if not self.is_loaded(number):
                 self._keep(number, await self._read_slice(number))
-        # Only now, and sparing all of them: a request over two slices needs both at once.
+        # Only now, and keeping all of them, because a request across two slices needs both at once.
         self._evict(numbers)
 
     async def load_slice(self, number: int) -> None:
-        """Bring one slice into memory, also if it has no entries (`is_blank`)."""
+        """Load one slice, even if it has no entries (`is_blank`)."""
         self._keep(number, await self._read_slice(number))
         self._evict(range(number, number + 1))
 
     def load_now(self, number: int) -> None:
-        """Bring a slice into memory, waiting for the disk (before anybody else uses the tables)."""
+        """Load a slice, waiting for the disk. Only before anybody else uses the tables."""
         if number not in self.slices:
             view = memoryview(bytearray(self._slice_bytes))
             if number // self.per_table not in self.unwritten:
@@ -174,7 +175,7 @@ class TableSlices:
             self._keep(number, decode_table(view))
 
     async def entries(self, number: int) -> array[int]:
-        """A slice that has a table; it is brought into memory only if something in it has to be marked."""
+        """The entries of a slice that has a table. It is kept in memory only if it has entries to be marked."""
         part = self.slices.get(number)
         if part is None:
             part = await self._read_slice(number)
@@ -185,7 +186,7 @@ class TableSlices:
         return part
 
     async def _read_slice(self, number: int) -> array[int]:
-        """The slice as it is when the call ends: from memory if somebody else has brought it there meanwhile."""
+        """The slice as of the end of the call: the one in memory if another task has loaded it meanwhile."""
         while self._rereading is not None:
             await self._rereading.wait()
         if self.is_blank(number):
@@ -195,8 +196,8 @@ class TableSlices:
         offset = self._slice_place(number)
         if not self._storage.read_now(offset, view):
             epoch = self.epoch
-            # Held: if others loaded, changed, committed and dropped it meanwhile, what the thread has read would bring
-            # back what it was before.
+            # Hold the slice. If another task loaded, changed, committed and evicted it meanwhile, the thread's result
+            # would be out of date.
             self.hold(number)
             try:
                 await self._storage.in_thread(lambda: self._storage.read(offset, view))
@@ -208,19 +209,19 @@ class TableSlices:
         return decode_table(view) if found is None else found
 
     def _keep(self, number: int, part: array[int]) -> None:
-        """Have a slice in memory that was read; what is bad in it stays bad."""
+        """Put a slice that was read into the cache, and mark its bad entries."""
         if number in self.slices:
-            return  # it has come meanwhile, and may have been changed since
+            return  # another task has loaded it meanwhile, and it may have been changed since
         self._add_slice(number, part)
         if number in self._written:
-            return  # its entries beyond the end of then are this session's, and the file has grown
+            return  # its entries past the old end are of this session, and the file has grown
         self._expect_growth()
         if (bad := self._cut.marked(number, part)) and self._storage.writable:
             self._mark(number, {index // SECTOR_ENTRIES for index in bad})
 
     def _mark(self, number: int, sectors: Collection[int]) -> None:
         if not self._marks.write(joined([self.sector(number, sector) for sector in sectors])):
-            self.make_dirty(number, sectors)  # the slice must be readable on a full disk too
+            self.make_dirty(number, sectors)  # the slice must be usable even if the disk is full
 
     def hold(self, number: int) -> None:
         """Keep a slice in memory until as many `release` calls."""
@@ -233,7 +234,7 @@ class TableSlices:
             del self._held[number]
 
     def _evict(self, wanted: range) -> None:
-        """Forget slices until the cache is within its bound; `wanted` are about to be used."""
+        """Evict slices until the cache is within its bound. `wanted`: about to be used, so not evicted."""
         if not self._too_many():
             return
         for number in list(self.slices):
@@ -252,37 +253,37 @@ class TableSlices:
         self._share.take(self._slice_bytes)
 
     def check_room(self) -> None:
-        """Raise NoMemory if what waits for a commit takes more than all overlays may. A session commits long before."""
+        """Raise NoMemory if the slices take more than all overlays together may. A session commits long before."""
         if self._share.is_beyond:
             raise NoMemory(
-                f"what a killed mount has left for it takes more than the {format_size(self._share.held_bytes)} of "
-                "memory that there is room for"
+                f"the journal of a killed mount needs more than the {format_size(self._share.held_bytes)} of memory "
+                "available for it"
             )
 
     def close(self) -> None:
-        """Give the memory up: nobody uses the map any more."""
+        """Free the memory. The map must not be used any more."""
         self.slices.clear()
         self._share.close()
-        self._share = Share(Pool(0))  # a read-ahead may still be reading a slice, which is nobody's then
+        self._share = Share(Pool(0))  # a read-ahead may still load a slice, which must not count
 
     # New tables.
 
     def needs_table(self, cluster: int) -> int | None:
-        """The L1 index that has no table yet, for a cluster that is to be set; None if the table is there."""
+        """The L1 index of the table that has to be created before this cluster can be set; None if there is a table."""
         index = cluster // self.geometry.entries
         return None if self.l1[index] else index
 
     def add_table(self, index: int, offset: int) -> None:
-        """A new L2 table of zeros at `offset` belongs to L1 entry `index`; the file has neither yet."""
+        """Set L1 entry `index` to a new L2 table of zeros at `offset`. The file has neither yet."""
         before = self.l1.held_bytes
         self.l1[index] = offset
         self._share.take(self.l1.held_bytes - before)
         self.unwritten.add(index)
 
     def make_slice(self, cluster: int) -> None:
-        """Have the slice of `cluster` in memory, if its table is one that the file does not have yet."""
+        """Create the slice of `cluster` in memory, if its table is not in the file yet."""
         number = cluster // self.slice_entries
-        # Empty for sure: with an entry it would be dirty or pinned, and still be in memory.
+        # It is certainly empty: with an entry it would be dirty or pinned, and so still in memory.
         if number not in self.slices and number // self.per_table in self.unwritten:
             self._add_slice(number, empty_table(self.slice_entries))
 
@@ -297,73 +298,73 @@ class TableSlices:
         if self._holes.known(place):
             hole = self._holes.at(place)
         else:
-            # In a thread: lseek waits for whoever writes to the file.
+            # In a thread, because lseek waits for writers of the file.
             hole = await self._storage.in_thread(lambda: self._holes.at(place))
         rest = self.per_table - number % self.per_table
         stop = number + min(hole // self._slice_bytes, rest, GAP_STEPS)
-        # Of the slices in the hole and those that may differ, the fewer are looked at: there may be 10^5 holes.
+        # Iterate over the smaller set: the slices in the hole, or those that may differ. There may be 10^5 holes.
         if len(self.slices) + len(self._written) < stop - number:
             known = itertools.chain(self.slices, self._written)
             return min((n for n in known if number <= n < stop), default=stop)
         return next((n for n in range(number, stop) if self._may_differ(n)), stop)
 
     def _may_differ(self, number: int) -> bool:
-        """Whether a slice may have entries where a hole was seen in the file."""
+        """Whether a slice may have entries even if the cached extent of the file is a hole there."""
         return number in self.slices or number in self._written
 
     # For the commit.
 
     @property
     def crowded(self) -> bool:
-        """Whether slices that wait for a commit take more memory than they should: others cannot go before that."""
+        """Whether dirty slices take more memory than they should. They cannot be evicted before a commit."""
         count = len(self.dirty)
         return count > self._dirty_slices or (count > LEAST_SLICES and self._share.is_over)
 
     def make_dirty(self, number: int, sectors: Iterable[int]) -> None:
-        """Let the next group write these sectors of a loaded slice."""
+        """Make the next group write these sectors of a loaded slice."""
         self.dirty.setdefault(number, set()).update(sectors)
 
     def take_dirty(self) -> Dirty:
-        """The sectors that a group is about to write, which are not dirty from now on; their slices stay in memory."""
+        """Take the dirty sectors for a group, which is about to write them. Their slices are pinned in memory."""
         dirty, self.dirty = self.dirty, {}
-        # At once: nothing else keeps them in memory now, and if the group fails they are needed again.
+        # At once, because nothing else keeps them in memory now, and they are needed again if the group fails.
         self.pin_slices(dirty)
         return dirty
 
     def tables_written(self, indices: Iterable[int]) -> None:
-        """The file has the L1 entries of these tables. From now on their slices are read, not taken for empty."""
+        """Record that the file has the L1 entries of these tables. From now on their slices are read from the file."""
         self.unwritten.difference_update(indices)
 
     def sector(self, number: int, sector: int) -> tuple[int, bytes]:
-        """Where one sector of a loaded slice lies in the file, and its bytes now."""
+        """The offset of one sector of a loaded slice, and its current bytes."""
         first = sector * SECTOR_ENTRIES
         data = encode_table(self.slices[number][first : first + SECTOR_ENTRIES])
         return self._slice_place(number) + sector * SECTOR_SIZE, data
 
     def pin_slices(self, numbers: Iterable[int]) -> None:
-        """Keep these slices in memory, beside the dirty ones, until the next call: a group writes them.
+        """Keep these slices in memory until the next call, because a group writes them.
 
-        Those that it has written may go now: writes to new tables never come to load any.
+        Then evict: the slices of the previous group can go now, and writes to new tables load none, which would evict.
         """
         self._pinned = frozenset(numbers)
         self._written |= self._pinned
         self._evict(range(0))
 
     def begin_reread(self) -> None:
-        """A barrier has failed: forget every entry that the file may lack. `load` waits for `end_reread`.
+        """After a failed barrier, drop every entry that may not be on the disk. `load` then waits for `end_reread`.
 
-        No entry may be set any more: whoever was about to finds out with the error of the barrier.
+        No entry may be set any more. A task that was about to set one gets the error of the barrier.
         """
         self.epoch += 1
         self._rereading = trio.Event()
         self._share.give(len(self.slices) * self._slice_bytes)
-        self.slices.clear()  # in place: the map looks into this very dictionary
+        self.slices.clear()  # in place, because the cluster map uses the same dictionary
         self.dirty.clear()
         self._pinned = frozenset()
 
     def end_reread(self, l1: Mapping[int, int]) -> None:
-        """Go on with these L1 entries of the tables that were unwritten; without one, its clusters are missing."""
-        # A group may have written some of them: only the disk tells.
+        """Continue with these L1 entries for the tables that were unwritten. Without an entry, clusters are missing."""
+        # A group may have written some of them, which only the disk shows.
         for index in self.unwritten:
             self.l1[index] = l1.get(index, MISSING)
         self.unwritten.clear()

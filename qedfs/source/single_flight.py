@@ -1,10 +1,10 @@
-"""One attempt at a time, for all tasks that ask for its result: they share the result, or the error.
+"""Single flight: tasks that need the result of the same call share one attempt, and its result or error.
 
-Owns the attempt that is under way. Must not know what is attempted. If each task made its own attempt, one after the
-other, the last one would wait for the deadlines of all before it.
+Owns the running attempt. Must not know what it does. If each task made its own attempt, one after the other, the last
+one would wait for the deadlines of all the others.
 
-An attempt is a task of its own: cancelling a task that waits for it, even the one that asked first, takes nothing from
-the others. Nothing is kept when it has ended: the next task that asks starts another attempt.
+An attempt runs in a task of its own. So cancelling a task that waits for it, even the first one, does not affect the
+others. Results are not cached: the next request after the end of an attempt starts another one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SingleFlight(Generic[T]):
         self._attempt: _Attempt[T] | None = None
 
     async def result(self) -> T:
-        """The result of the attempt under way, or of a new one.
+        """The result of the running attempt, or of a new one.
 
         Raises:
             QedfsError: as the function does, as a new object for each task; or what `cancelled` made.

@@ -104,7 +104,7 @@ async def test_a_lost_journal_is_told_once(places: Path) -> None:
     assert f"its journal is no longer in {places}" in (await open_storage(reader)).journal_remark
     storage = MemoryStorage(left, name="disk")
     again = await open_storage(storage, journal_folder=journal_folder())
-    assert "writes that were answered just before, and not flushed, may be lost" in again.journal_remark
+    assert "writes that were acknowledged just before, and not flushed, may be lost" in again.journal_remark
     await again.close()
     assert (await open_storage(MemoryStorage(storage.bytes, name="disk"))).journal_remark == ""
 

@@ -156,7 +156,7 @@ async def test_an_overlay_that_was_cut_before_is_not_complete() -> None:
         await overlay.clusters.count()
         assert overlay.clusters.missing == 0
         assert overlay.damage is not None
-        assert str(overlay.damage).startswith("5 clusters point to where none can be")
+        assert str(overlay.damage).startswith("5 clusters point to invalid places")
         if writable:
             with pytest.raises(BadOverlay, match="5 clusters"):
                 await overlay.detach()

@@ -330,7 +330,7 @@ async def test_no_journal_takes_all_memory(tmp_path: Path, monkeypatch: pytest.M
     small = memory_pool.Pool(len(slices) * CLUSTER // 4)
     with monkeypatch.context() as patch:
         patch.setattr(memory_pool, "TABLES", small)
-        with pytest.raises(NoMemory, match="a killed mount has left"):
+        with pytest.raises(NoMemory, match="the journal of a killed mount needs"):
             await opened(storage.bytes, tmp_path)
         assert small.used_bytes == 0
     again, _ = await opened(storage.bytes, tmp_path)
