@@ -27,7 +27,7 @@ ADOPTIONS = 4
 class Adoption:
     """The adoptions of one overlay."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it works with
         self,
         tables: TableSlices,
         clusters: ClusterMap,

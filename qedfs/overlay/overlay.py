@@ -57,7 +57,7 @@ _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
 class Overlay:
     """An open overlay. Positions are bytes of the image, offsets bytes of the overlay file."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it is made of
         self,
         storage: Storage,
         session: OpenSession,

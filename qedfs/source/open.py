@@ -23,7 +23,7 @@ from qedfs.source.url import Location
 LOCAL_PATH_SECONDS = 5.0
 
 
-def remote_source(
+def remote_source(  # noqa: PLR0913 - what a user may say of a backing
     location: Location,
     policy: Policy,
     nursery: trio.Nursery,

@@ -77,12 +77,14 @@ _HEADS = {
     b"-----BEGIN PGP": Found("PGP", _CHECK),
     b"version https://git-lfs.github.com/": Found("Git LFS pointer", _CHECK),
 }
-_BZIP2 = re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)")
-# Properties, dictionary size (a multiple of 64 KiB), size (unknown or below 1 TiB), and data whose first byte is zero.
-_LZMA = re.compile(rb"\x5d\0\0..(?:\xff{8}|.{5}\0{3})\0", re.DOTALL)
-# A skippable frame, which a zstd (RFC 8878, section 3.1.2) or lz4 file may begin with.
-_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
-_MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
+_PATTERNS = {
+    re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)"): _unpack("bzip2", "bunzip2"),
+    # A skippable frame, which a zstd (RFC 8878, section 3.1.2) or lz4 file may begin with.
+    re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL): _unpack("zstd or lz4", "zstd -d"),
+    # Properties, dictionary size (a multiple of 64 KiB), size (unknown or below 1 TiB), and data that begins with zero.
+    re.compile(rb"\x5d\0\0..(?:\xff{8}|.{5}\0{3})\0", re.DOTALL): _unpack("lzma", "xz -d"),
+    re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE): Found("HTML or XML", _CHECK),
+}
 _VDI = (64, b"\x7f\x10\xda\xbe")
 _TAR = (257, b"ustar")
 
@@ -104,15 +106,7 @@ def _by_head(head: bytes) -> Found | None:
         name = head[:100].partition(b"\0")[0]
         # In an OVA the descriptor comes first (DSP0243, section 5.3).
         return Found("OVA" if name.lower().endswith(b".ovf") else "tar", f"{_EXTRACT} with tar -x")
-    if _BZIP2.match(head):
-        return _unpack("bzip2", "bunzip2")
-    if _SKIPPABLE.match(head):
-        return _unpack("zstd or lz4", "zstd -d")
-    if _LZMA.match(head):
-        return _unpack("lzma", "xz -d")
-    if _MARKUP.match(head):
-        return Found("HTML or XML", _CHECK)
-    return None
+    return next((found for pattern, found in _PATTERNS.items() if pattern.match(head)), None)
 
 
 def _by_tail(tail: bytes) -> Found | None:

@@ -224,7 +224,7 @@ def nbdkit(
 
 
 @contextlib.contextmanager
-def qemu_nbd(
+def qemu_nbd(  # noqa: PLR0913 - its options
     file: Path,
     fmt: str = "raw",
     *,

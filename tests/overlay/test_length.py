@@ -165,51 +165,55 @@ async def test_an_overlay_that_was_cut_before_is_not_complete() -> None:
             await overlay.close()
 
 
+async def act(rng: random.Random, overlay: Overlay, model: list[str]) -> None:
+    """Do something to the overlay; `model` has who may have written each cluster, the backing or the guest."""
+    cluster = rng.randrange(CLUSTERS)
+    match rng.randrange(5):
+        case 0:
+            # Begun is as good as done where an error may have come between.
+            model[cluster] += "g"
+            await overlay.write(cluster * CLUSTER, content("g", cluster), fill)
+            model[cluster] = "g"
+        case 1:
+            block = bytearray(content("b", cluster))
+            await overlay.adopt(cluster * CLUSTER, block, CLUSTER)
+        case 2:
+            await overlay.flush()
+        case 3:
+            await overlay.inspect()
+        case 4:
+            for missing in range(CLUSTERS):
+                block = bytearray(content("b", missing))
+                await overlay.adopt(missing * CLUSTER, block, CLUSTER)
+            await overlay.detach()
+
+
+async def judge(overlay: Overlay, model: list[str]) -> None:
+    """Every cluster is of one who may have written it, or an error; and an error is never of a complete overlay."""
+    for cluster, legal in enumerate(model):
+        found = await found_in(overlay, cluster)
+        assert found in (None, *(content(who, cluster) for who in legal)), (cluster, legal)
+        assert found is not None or overlay.backing is not None or overlay.damage is not None
+
+
 @settings(max_examples=sample(50, whole=200), deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 30 * CLUSTER), st.booleans())
 def test_a_cut_loses_and_never_invents(rng: random.Random, size: int, whole: bool) -> None:
     """Whatever is done before and after it, and at the next opening."""
-
-    async def act(overlay: Overlay, model: list[str]) -> None:
-        cluster = rng.randrange(CLUSTERS)
-        match rng.randrange(5):
-            case 0:
-                # Begun is as good as done where an error may have come between.
-                model[cluster] += "g"
-                await overlay.write(cluster * CLUSTER, content("g", cluster), fill)
-                model[cluster] = "g"
-            case 1:
-                block = bytearray(content("b", cluster))
-                await overlay.adopt(cluster * CLUSTER, block, CLUSTER)
-            case 2:
-                await overlay.flush()
-            case 3:
-                await overlay.inspect()
-            case 4:
-                for missing in range(CLUSTERS):
-                    block = bytearray(content("b", missing))
-                    await overlay.adopt(missing * CLUSTER, block, CLUSTER)
-                await overlay.detach()
-
-    async def judge(overlay: Overlay, model: list[str]) -> None:
-        for cluster, legal in enumerate(model):
-            found = await found_in(overlay, cluster)
-            assert found in (None, *(content(who, cluster) for who in legal)), (cluster, legal)
-            assert found is not None or overlay.backing is not None or overlay.damage is not None
 
     async def main() -> None:
         storage = MemoryStorage(filled({}, image_size=SIZE).data)
         overlay = await open_storage(storage)
         model = ["b"] * CLUSTERS
         for _ in range(rng.randrange(12)):
-            await act(overlay, model)
+            await act(rng, overlay, model)
             if overlay.backing is None:
                 break
         del storage.bytes[size - (size % CLUSTER if whole else 0) :]
         for _ in range(8):
             try:
                 if overlay.backing is not None:
-                    await act(overlay, model)
+                    await act(rng, overlay, model)
             except QedfsError:
                 assert overlay.damage is not None
             await judge(overlay, model)

@@ -124,7 +124,22 @@ async def _request_head(stream: trio.SocketStream) -> bytes | None:
 
 
 def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
-    # RFC 9112, section 3: the request line.
+    refusal = _refuse_request(head) or _refuse_host(head, address)
+    if refusal is not None:
+        return refusal
+    try:
+        # Imported here: an extra, which parse_address has looked for.
+        from qedfs.control.monitoring.metrics import exposition
+
+        return _response(HTTPStatus.OK, exposition(mount))
+    except Exception:
+        # A bug must cost this response only, not the mount.
+        log.exception("cannot make the metrics")
+        return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _refuse_request(head: bytes) -> bytes | None:
+    """The response to a request that asks for anything but the metrics. RFC 9112, section 3: the request line."""
     method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
     target, _, version = rest.partition(b" ")
     if b"\r\n\r\n" not in head:
@@ -135,21 +150,18 @@ def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
         return _response(HTTPStatus.NOT_FOUND)
     if method != b"GET":
         return _response(HTTPStatus.METHOD_NOT_ALLOWED, extra="Allow: GET\r\n")
+    return None
+
+
+def _refuse_host(head: bytes, address: Address) -> bytes | None:
+    """The response to a request that was meant for another host."""
     hosts = hosts_of(head)
     if len(hosts) > 1:  # RFC 9112, section 3.2
         return _response(HTTPStatus.BAD_REQUEST)
     # No browser sends a request to a Unix socket, nor one without a Host.
     if address.path is None and hosts and not is_ours(hosts[0], address.host, socket.gethostname()):
         return _response(HTTPStatus.MISDIRECTED_REQUEST, hint=f"; ask for http://{address}{PATH}")
-    try:
-        # Imported here: an extra, which parse_address has looked for.
-        from qedfs.control.monitoring.metrics import exposition
-
-        return _response(HTTPStatus.OK, exposition(mount))
-    except Exception:
-        # A bug must cost this response only, not the mount.
-        log.exception("cannot make the metrics")
-        return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
+    return None
 
 
 def _response(status: HTTPStatus, body: bytes | None = None, *, extra: str = "", hint: str = "") -> bytes:

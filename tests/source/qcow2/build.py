@@ -9,7 +9,7 @@ from collections.abc import Mapping
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 
 
-def header(
+def header(  # noqa: PLR0913 - the fields of a header
     *,
     magic: bytes = b"QFI\xfb",
     version: int = 3,
