@@ -1,7 +1,7 @@
-"""The jobs of one image: its stream, which is there as long as the image, and the jobs that commands begin.
+"""The jobs of one image: its stream, which exists as long as the image, and the jobs that commands start.
 
-Owns the rule that an image has one job at work at a time, as a node of QEMU has, and the tasks of the jobs that were
-begun. Must not know what a job does, nor who begins one.
+Owns the rule that an image has one active job at a time, as a node in QEMU, and the tasks of the jobs that commands
+start. Must not know what a job does, nor who starts one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qedfs.jobs.stream import StreamJob
 
 
 class ImageJobs:
-    """The jobs of one image. Whoever made the stream runs its task; `run` runs those of the other jobs."""
+    """The jobs of one image. `run` runs the tasks of all jobs except the stream, whose creator runs it."""
 
     def __init__(self, stream: StreamJob) -> None:
         self.stream = stream
@@ -23,21 +23,21 @@ class ImageJobs:
         self._nursery: trio.Nursery | None = None
 
     def all(self) -> list[Job]:
-        """The stream, and every job that has been begun and has not ended."""
+        """The stream, and all other jobs that were started and have not ended."""
         return [self.stream, *self._begun]
 
     @property
     def at_work(self) -> Job | None:
-        """The job that keeps the image from having another one; paused and waiting jobs do, too."""
+        """The active job, because of which the image cannot have another one. Includes paused and waiting jobs."""
         return next((job for job in self.all() if job.active), None)
 
     def begin(self, kind: str, *, limit: int = 0) -> Job:
-        """Make a job of this kind, which runs as soon as `run` does; it is gone when it has ended, whatever the end.
+        """Start a job of this kind. It runs as soon as `run` does, and disappears when it has ended, well or not.
 
         `limit`: bytes per second, 0 for none.
 
         Raises:
-            InUse: another job is at work.
+            InUse: another job is active.
             KeyError: there is no such kind.
         """
         if (other := self.at_work) is not None:
@@ -49,14 +49,14 @@ class ImageJobs:
         return job
 
     def fail(self, error: QedfsError) -> None:
-        """Fail every job: the overlay is not what they were made for."""
+        """Fail every job, because the overlay is no longer usable."""
         for job in self.all():
             job.fail(error)
         for job in self._begun:
-            job.poke()  # its task may end now, since nobody starts it again
+            job.poke()  # let its task end, because nobody will start it again
 
     async def run(self) -> None:
-        """Run the tasks of the jobs that are begun; runs until cancelled."""
+        """Run the tasks of the started jobs, until cancelled."""
         async with trio.open_nursery() as self._nursery:
             for job in self._begun:
                 self._nursery.start_soon(self._run_begun, job)

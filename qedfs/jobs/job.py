@@ -1,8 +1,8 @@
-"""A background job of an image: what all kinds have in common. A kind says what its work is (`stream.py`).
+"""The base class of background jobs. Each kind of job, such as `stream.py`, defines the work.
 
-Owns the task's loop, pause and resume, the limit, the hold-off, and what becomes of an error. The states and their
-transitions are in `state.py`. Must not know any kind of job, nor who drives one: commands call the methods, and a
-`Driver` hears of the states and decides what is not for the job to decide.
+Owns the loop of the job's task, pause and resume, the rate limit, the hold-off, and the handling of errors. The states
+and their transitions are in `state.py`. Must not know any kind of job, nor who controls one: commands call the methods,
+and a `Driver` is notified of changes and decides the policy.
 
 How to add a kind: derive from `Job`, give it a name (`kind`) and the hooks `done`, `progress`, `total`, `work` and
 `finish`, and name the class in `kinds.py`.
@@ -26,7 +26,7 @@ from qedfs.jobs.state import AT_WORK, Event, JobState, Order, Pause, State
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = (1.0, 30.0)  # first and longest pause before work that has failed is tried again
+RETRY_SECONDS = (1.0, 30.0)  # first and longest pause before failed work is retried
 
 HoldOff = Callable[[], str]
 
@@ -34,36 +34,36 @@ HoldOff = Callable[[], str]
 class Action(enum.Enum):
     """What the job does about a failure."""
 
-    RETRY = enum.auto()  # after a while, by itself
-    HOLD = enum.auto()  # when the user resumes
-    STOP = enum.auto()  # when the user starts it again
-    IGNORE = enum.auto()  # go on after it, and stop at the end
+    RETRY = enum.auto()  # retry by itself, after a while
+    HOLD = enum.auto()  # pause until the user resumes the job
+    STOP = enum.auto()  # stop until the user starts the job again
+    IGNORE = enum.auto()  # continue after the failed part, and stop at the end
 
 
 def usual_action(error: QedfsError) -> Action:
-    """What helps: a source that is away may come back, a full disk may become emptier, the rest stays as it is."""
+    """Retry if the source is unreachable or the disk is full, which may change. Stop for any other error."""
     if isinstance(error, SourceChanged):
         return Action.STOP
     return Action.RETRY if isinstance(error, (SourceUnreachable, NoSpace)) else Action.STOP
 
 
 class Driver:
-    """Who answers for a job. This one lets it run by itself; derive from it to hear of it and to decide."""
+    """Receives the notifications of a job, and decides its policy. This base class lets the job run by itself."""
 
     def changed(self, job: Job) -> None:
-        """The job's state or the reason for it has changed."""
+        """Called when the job's state, or the reason for it, has changed."""
 
     def judge(self, job: Job, error: QedfsError) -> Action:
         """The error policy: what to do about a failure of the work."""
         return usual_action(error)
 
     async def may_finish(self, job: Job) -> bool:
-        """Nothing is left to do. Returns whether to finish; False: somebody has cancelled or paused the job."""
+        """Called when nothing is left to do. Returns whether to finish, False if the job was cancelled or paused."""
         return True
 
 
 def never() -> str:
-    """The hold-off of a job that need not care for others."""
+    """The hold-off of a job that never waits for others."""
     return ""
 
 
@@ -83,78 +83,78 @@ class Job(abc.ABC):
         state: State = State.OFF,
         paused: bool = False,
     ) -> None:
-        """A job that runs as soon as its task does if `enabled`; else `start` lets it run.
+        """`enabled`: the job works as soon as `run` is called. Otherwise it waits for `start`.
 
-        `limit`: bytes per second, 0 for none. `hold_off`: asked before every request; says why the job should wait, ""
-        if it may go on. `paused`: by the user, in an earlier mount.
+        `limit`: bytes per second, 0 for none. `hold_off`: called before every request; returns why the job should wait,
+        or "". `paused`: the user paused the job in an earlier mount.
         """
         self.image = image
-        self.reason = ""  # for the state, for people
+        self.reason = ""  # why it is in its state, for people
         self.rate_limiter = RateLimiter(limit)
-        self.error: QedfsError | None = None  # what it has stopped for
+        self.error: QedfsError | None = None  # why it has stopped
         self.hold_off = hold_off
-        self.cursor = 0  # where the work goes on; a failure that is not ignored sets it back to the start
-        self.ignored: QedfsError | None = None  # the last failure that the work has gone on after
-        self._ignored_at = 0  # the cursor then
-        self._hindrance: tuple[Event, str] | None = None  # the failure that it tries again after, until it gets on
-        self._held_for = ""  # the error that it waits with for the user
+        self.cursor = 0  # where the work continues; a failure that is not ignored resets it
+        self.ignored: QedfsError | None = None  # the last failure that was ignored
+        self._ignored_at = 0  # the cursor at that time
+        self._hindrance: tuple[Event, str] | None = None  # the failure after which it retries, until it makes progress
+        self._held_for = ""  # the error for which it waits for the user
         self._driver = driver or Driver()
         self._machine = JobState(state, Order.ON if enabled else Order.OFF, Pause.USER if paused else Pause.NONE)
         self._poked = trio.Event()
 
-    # What a kind of job is.
+    # To be implemented by each kind of job.
 
     @property
     @abc.abstractmethod
     def done(self) -> bool:
-        """Whether nothing is left to do, whoever did it."""
+        """Whether nothing is left to do, no matter who did it."""
 
     @property
     @abc.abstractmethod
     def progress(self) -> int:
-        """Bytes, of `total`, that are done."""
+        """How many of the `total` bytes are done."""
 
     @property
     @abc.abstractmethod
     def total(self) -> int:
-        """Bytes that are done in the end."""
+        """The number of bytes when the job is done."""
 
     @abc.abstractmethod
     async def work(self) -> bool:
-        """Work on from the cursor. Returns True when nothing is left but to finish.
+        """Continue the work from the cursor. Returns True when only `finish` is left to do.
 
-        Returns False when it has broken off because the job is not `allowed` to go on or should hold off, and when it
-        has come to the end without having done everything. Raises QedfsError for the policy to judge.
+        Returns False if it stopped because the job is not `allowed` to continue or should hold off, or if it has
+        reached the end without having done everything. Raises a QedfsError, which the policy judges.
         """
 
     @abc.abstractmethod
     async def finish(self) -> None:
-        """Draw the conclusion, after which the job is `done`. Raises QedfsError for the policy to judge."""
+        """Complete the job, which is `done` after that. Raises a QedfsError, which the policy judges."""
 
     def stand_still(self) -> None:  # noqa: B027 - most kinds have nothing to do here
-        """The job does not work for the time being."""
+        """Called when the job stops working for the time being."""
 
     async def look_again(self) -> None:  # noqa: B027 - as above
-        """Called every LOOK_SECONDS while the job stands because of an error. Must not raise QedfsError."""
+        """Called every LOOK_SECONDS while the job is stopped by an error. Must not raise QedfsError."""
 
     async def remember_pause(self, *, paused: bool) -> None:  # noqa: B027 - as above
-        """Let the next mount find the job paused, or not, if a pause of this kind outlives the mount."""
+        """Store whether the job is paused, if a pause of this kind of job outlives the mount."""
 
-    # How it stands.
+    # State.
 
     @property
     def state(self) -> State:
-        """What it is doing."""
+        """What the job is doing."""
         return self._machine.state
 
     @property
     def enabled(self) -> bool:
-        """Whether it runs, or would if it were not held or paused."""
+        """Whether it was told to run, even if it is held or paused."""
         return self._machine.order is Order.ON
 
     @property
     def active(self) -> bool:
-        """Whether it is at work, or will be by itself or when somebody resumes it."""
+        """Whether it is working, or will be by itself or when it is resumed."""
         return self.state in AT_WORK or (self.enabled and self.state is not State.COMPLETE)
 
     @property
@@ -164,22 +164,22 @@ class Job(abc.ABC):
 
     @property
     def allowed(self) -> bool:
-        """Whether it may go on, as far as commands and errors are concerned."""
+        """Whether it may continue, according to commands and errors."""
         return self._machine.allowed
 
     @property
     def hindered(self) -> bool:
-        """Whether it tries again after a failure and has not got on yet."""
+        """Whether it retries after a failure, and has made no progress since."""
         return self._hindrance is not None
 
     def attach(self, driver: Driver) -> None:
-        """Let `driver` answer for the job from now on."""
+        """Make `driver` the driver of the job."""
         self._driver = driver
 
     # Commands.
 
     def start(self, limit: int | None = None) -> None:
-        """Let it run, also after it has been cancelled or has failed."""
+        """Make the job run, also after it was cancelled or has failed."""
         if limit is not None:
             self.rate_limiter.limit = limit
         self.error = self.ignored = self._hindrance = None
@@ -187,27 +187,27 @@ class Job(abc.ABC):
         self._command(Event.START)
 
     def cancel(self) -> None:
-        """Stop it until `start`. What has been done stays."""
+        """Stop the job until `start`. Keeps what has been done."""
         self._command(Event.CANCEL)
 
     async def pause(self) -> None:
-        """Hold it until `resume`."""
+        """Pause the job until `resume`."""
         self._command(Event.PAUSE)
         await self.remember_pause(paused=True)
 
     async def resume(self) -> None:
-        """Go on, also after a failure that holds it."""
+        """Continue after a pause, or after a failure that holds the job."""
         self._hindrance = None
         self._command(Event.RESUME)
         await self.remember_pause(paused=False)
 
     def set_limit(self, limit: int) -> None:
-        """Bytes per second from now on, 0 for no limit."""
+        """Set the limit in bytes per second, 0 for none."""
         self.rate_limiter.limit = limit
         self.poke()
 
     def fail(self, error: QedfsError) -> None:
-        """Stop for this reason; `start` tries again."""
+        """Stop the job with this error until `start`."""
         log.error("%s: the %s has stopped: %s", self.image.name, self.kind, error)
         self.error = error.fresh()
         self.stand_still()
@@ -216,16 +216,16 @@ class Job(abc.ABC):
     # The task.
 
     async def run(self, *, once: bool = False) -> None:
-        """Work until the job is done; waits where it must.
+        """The job's task: works, or waits to, until the job is done.
 
-        `once`: also ends when the job has been cancelled or has failed, since nobody will start it again.
+        `once`: also end when the job was cancelled or has failed, because nobody will start it again.
         """
         pause = RETRY_SECONDS[0]
         while not self.done:
             try:
                 if not await self._gate(once=once):
                     break
-                # Another try is no news: who looks at the state wants to know what it waits for.
+                # A retry does not change the reported state: users want to know what the job waits for.
                 self._report(*(self._hindrance or (Event.RUN, "")))
                 await self._conclude(nothing_left=await self.work())
                 pause = RETRY_SECONDS[0]
@@ -233,16 +233,16 @@ class Job(abc.ABC):
                 await self._heed(exc, pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
             except Exception:
-                # A fault of ours costs this job only, and whoever waits for it must hear of it.
+                # A bug must end this job only, and be reported to those who wait for it.
                 log.exception("%s: internal error", self.image.name)
                 self.fail(QedfsError("internal error, see the log"))
         if self.done:
             self._report(Event.COMPLETE)
 
     async def _gate(self, *, once: bool) -> bool:
-        """Return True when the job may work; False if its task has nothing to wait for.
+        """Wait until the job may work. Returns False if its task has nothing left to wait for.
 
-        The work may be done without the job, by readers and guests; and with `once` a job that is off has ended.
+        Readers and guests may have done the work meanwhile, and with `once` a job that is off has ended.
         """
         while not self.done:
             if not self.allowed:
@@ -271,9 +271,9 @@ class Job(abc.ABC):
             self.fail(self.ignored)
 
     async def _heed(self, error: QedfsError, pause: float) -> None:
-        """Do about a failure what the policy says; `pause`: seconds until the next try."""
+        """Handle a failure according to the policy. `pause`: seconds until a retry."""
         action = self._driver.judge(self, error)
-        # Without progress since the last failure there is nothing to go on after.
+        # Ignore it only if there was progress since the last failure. Otherwise the work cannot get past it.
         if action is Action.IGNORE and self.cursor > self._ignored_at:
             self.ignored, self._ignored_at = error.fresh(), self.cursor
             return
@@ -287,7 +287,7 @@ class Job(abc.ABC):
             self.fail(error)
 
     async def _wait_to_retry(self, error: QedfsError, pause: float) -> None:
-        if pause == RETRY_SECONDS[0]:  # the next tries would say nothing new
+        if pause == RETRY_SECONDS[0]:  # log only the first failure of a series
             log.info("%s: the %s waits: %s", self.image.name, self.kind, error)
         full = isinstance(error, NoSpace)
         self._hindrance = (Event.HALT if full else Event.WAIT, str(error))
@@ -297,17 +297,17 @@ class Job(abc.ABC):
     # For the kinds.
 
     def gets_on(self) -> None:
-        """The work has got on: whatever hindered it is over."""
+        """Called by the work when it has made progress, which means that a failure is over."""
         self._hindrance = None
         self._report(Event.RUN)
 
     def poke(self) -> None:
-        """End the sleep of the job's task: something has changed."""
+        """Wake the job's task, because something has changed."""
         poked, self._poked = self._poked, trio.Event()
         poked.set()
 
     async def sleep(self, seconds: float | None) -> None:
-        """Sleep until a command comes or the time is over; None: until a command comes."""
+        """Sleep until the next command, and at most `seconds` unless that is None."""
         poked = self._poked
         with trio.move_on_after(float("inf") if seconds is None else seconds):
             await poked.wait()
@@ -319,7 +319,7 @@ class Job(abc.ABC):
         self.poke()
 
     def _report(self, event: Event, reason: str = "") -> None:
-        """Show what the task has come to, and tell the driver if that is news."""
+        """Report what the task is doing. Notifies the driver of a change."""
         before = self.state
         if self._machine.process(event) and (self.state, reason) != (before, self.reason):
             self.reason = reason

@@ -1,4 +1,4 @@
-"""All kinds of background jobs. A new kind is a module with a class derived from `Job`, and its name in this table."""
+"""The table of all kinds of background jobs. A new kind needs a module with a subclass of `Job`, and a name here."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
-"""The states of a background job, and every way from one to another.
+"""The states of a background job, and all transitions between them.
 
-Owns the tables: whatever decides about states stands in this file. Must not know what a job does, who commands it and
-who listens.
+Owns the tables. Everything that decides about states is in this file. Must not know what a job does, who controls it
+and who is notified.
 
-A job is three machines, which share their events (the idea is h11's, `_state.py`):
+A job has three state machines that share their events (an idea of h11, `_state.py`):
 
-1. `Order`: whether the job has been told to run. A command changes it at once.
-2. `Pause`: what holds the job although it has been told to run. Changes at once, too.
-3. `State`: what the job is doing, as `status` shows it. The job's task changes it when it gets there: what is in flight
-   lands first, so a job that is told to pause is `running` for a moment longer.
+1. `Order`: whether the job was told to run. A command changes it at once.
+2. `Pause`: what holds the job although it was told to run. Changes at once, too.
+3. `State`: what the job is doing, as `status` shows it. The job's task changes it when it gets there. Requests in
+   flight land first, so a job that is told to pause stays `running` for a moment.
 
-Two rules couple the machines and are no rows of a table:
+Two rules couple the machines and are not in the tables:
 
-- The job may go on (`allowed`) while its order is on and nothing pauses it.
-- While the order is off, the task's reports HALT, WAIT and RUN change nothing. The task sends them before it notices
-  that somebody has cancelled the job or that it has failed; what it failed with must stay to be seen.
+- The job may continue (`allowed`) while its order is on and nothing pauses it.
+- While the order is off, the task's reports HALT, WAIT and RUN change nothing. The task may send them before it notices
+  that the job was cancelled or has failed, and they must not hide the failure.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Event(enum.StrEnum):
     CANCEL = "cancel"
     PAUSE = "pause"
     RESUME = "resume"
-    # An error, by what was decided about it.
+    # An error, by how the policy judged it.
     HOLD = "hold"  # wait for the user to resume
     FAIL = "fail"  # stop until the user starts it again
     LOSE_SOURCE = "lose-source"  # likewise; the source has become another version
     # Reports of the job's task.
-    REST = "rest"  # it stands, because it has not been told to run
-    HALT = "halt"  # it stands until somebody resumes it, or makes room on the disk
-    WAIT = "wait"  # it stands, and goes on by itself
+    REST = "rest"  # it does not work, because it was not told to run
+    HALT = "halt"  # it does not work until a user resumes it, or frees space on the disk
+    WAIT = "wait"  # it does not work, but will continue by itself
     RUN = "run"
     COMPLETE = "complete"
 
@@ -76,7 +76,7 @@ class State(enum.StrEnum):
 AT_WORK = frozenset({State.WAITING, State.RUNNING, State.PAUSED})
 ENDED = frozenset({State.COMPLETE, State.FAILED, State.SOURCE_CHANGED})
 
-# A failure takes the order back: nothing is tried again before somebody starts the job.
+# A failure turns the order off: nothing is retried until a user starts the job.
 _ORDERS = {Event.START: Order.ON, Event.CANCEL: Order.OFF, Event.FAIL: Order.OFF, Event.LOSE_SOURCE: Order.OFF}
 ORDER_TRANSITIONS: Mapping[Order, Mapping[Event, Order]] = {
     Order.OFF: _ORDERS,
@@ -87,29 +87,29 @@ _COMMANDS = {Event.START: Pause.NONE, Event.PAUSE: Pause.USER, Event.RESUME: Pau
 PAUSE_TRANSITIONS: Mapping[Pause, Mapping[Event, Pause]] = {
     Pause.NONE: {**_COMMANDS, Event.HOLD: Pause.ERROR},
     Pause.ERROR: {**_COMMANDS, Event.HOLD: Pause.ERROR},
-    # The error is of a request that was in flight when the user paused the job: the user's pause came first.
+    # The error is that of a request that was in flight when the user paused the job. The user's pause came first.
     Pause.USER: {**_COMMANDS, Event.HOLD: Pause.USER},
 }
 
 _REPORTS = {Event.HALT: State.PAUSED, Event.WAIT: State.WAITING, Event.RUN: State.RUNNING}
-# COMPLETE comes in every state: readers and guests may do the work of a job that is off or has failed.
+# COMPLETE is possible in every state, because readers and guests may do the work of a job that is off or has failed.
 _ENDS = {Event.FAIL: State.FAILED, Event.LOSE_SOURCE: State.SOURCE_CHANGED, Event.COMPLETE: State.COMPLETE}
 STATE_TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     State.OFF: {Event.REST: State.OFF, **_REPORTS, **_ENDS},
     State.WAITING: {Event.REST: State.OFF, **_REPORTS, **_ENDS},
     State.RUNNING: {Event.REST: State.OFF, **_REPORTS, **_ENDS},
     State.PAUSED: {Event.REST: State.OFF, **_REPORTS, **_ENDS},
-    # What a job stopped for says more than that it is off.
+    # The failure is more informative than the state off.
     State.FAILED: {Event.REST: State.FAILED, **_REPORTS, **_ENDS},
     State.SOURCE_CHANGED: {Event.REST: State.SOURCE_CHANGED, **_REPORTS, **_ENDS},
-    # The work is done and does not begin again; the overlay may still turn out to be damaged.
+    # The work is done and does not start again, but the overlay may still turn out to be damaged.
     State.COMPLETE: _ENDS,
 }
 _STANDS_FOR = {Event.REST: State.OFF, **_REPORTS, **_ENDS}
 
 
 class TransitionError(RuntimeError):
-    """An event that cannot happen in this state: a fault of ours."""
+    """An event that is impossible in this state, which is a bug."""
 
 
 class JobState:
@@ -119,16 +119,16 @@ class JobState:
         self.state = state
         self.order = order
         self.pause = pause
-        self.allowed = False  # kept up to date instead of computed: a job asks before every request
+        self.allowed = False  # stored instead of computed, because a job reads it before every request
         self._couple()
 
     def process(self, event: Event) -> bool:
-        """Move every machine that sees this event.
+        """Apply an event to every machine that knows it.
 
-        Returns whether the state is now the one that the event stands for; False where another one is more telling.
+        Returns whether the state is now the one that the event stands for. False if another one takes precedence.
 
         Raises:
-            TransitionError: one of them cannot take it in its state; none has moved.
+            TransitionError: the event is impossible in the state of a machine. None of them has changed.
         """
         order = _next(ORDER_TRANSITIONS, self.order, event)
         pause = _next(PAUSE_TRANSITIONS, self.pause, event)
@@ -144,7 +144,7 @@ class JobState:
 
 
 def _next(table: Mapping[M, Mapping[Event, M]], now: M, event: Event) -> M:
-    """Where the event leads, or `now` if no row of this table knows it."""
+    """The state after the event; `now` if no row of this table has the event."""
     if event in table[now]:
         return table[now][event]
     if any(event in row for row in table.values()):

@@ -1,11 +1,11 @@
-"""The stream: brings in what an image is missing, then lets the overlay forget its backing.
+"""The stream job: fetches the missing clusters of an image, then drops the overlay's backing.
 
-Owns the order in which clusters are brought in, and when a request may leave. What all jobs have in common is in
-`job.py`. Must not know who drives it.
+Owns the order in which clusters are fetched, and when a request is sent. `job.py` has what all jobs have in common.
+Must not know who controls it.
 
-The stream walks the map from the start. A run of missing clusters becomes background requests as the fetch queue gives
-it turns; holes of the source are dealt with on the way (`missing.py`). When a walk has found nothing more to do and all
-flights have landed, the image is complete.
+The stream walks the map from the start. A run of missing clusters becomes background requests, one for each turn that
+the fetch queue grants. Holes of the source are handled on the way (`missing.py`). When a walk has found nothing to do
+and all flights have landed, the image is complete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qedfs.jobs.state import State
 log = logging.getLogger(__name__)
 
 PACE_SECONDS = 0.25
-# Keep every fetched byte from being kept, until the overlay is opened again.
+# With these, nothing that is fetched can be stored until the overlay is opened again.
 _LOSSES = (Cause.BARRIER_FAILED, Cause.SOURCE_CHANGED)
-# May be over with the next try.
+# After these, a retry may succeed.
 _FAILURES = (Cause.NO_SPACE, Cause.NOT_BEGUN, Cause.COMMIT_FAILED, Cause.NOT_KEPT, Cause.FETCH_FAILED)
 
 
 class StreamJob(Job):
-    """The stream of one image. It is there as long as its image."""
+    """The stream of one image. It exists as long as its image."""
 
     kind: ClassVar[str] = "stream"
 
@@ -44,7 +44,7 @@ class StreamJob(Job):
         hold_off: HoldOff = never,
         driver: Driver | None = None,
     ) -> None:
-        """See `Job`. A pause that the overlay remembers holds the stream."""
+        """See `Job`. The stream starts paused if the overlay's record says so."""
         super().__init__(
             image,
             enabled=enabled and image.overlay.writable,
@@ -54,17 +54,17 @@ class StreamJob(Job):
             state=State.COMPLETE if image.complete else State.OFF,
             paused=image.overlay.record.paused,
         )
-        self._looked_at = -1  # bytes that had been kept and written when a stream that failed was last looked at
-        self._known_failures = 0  # of the image, that have been dealt with
-        self._trying = False  # after a failure: go carefully
-        self._passed_over = False  # the last walk has left clusters to writes that are under way
+        self._looked_at = -1  # bytes that had been adopted and written at the last `look_again`
+        self._known_failures = 0  # how many failures of the image have been handled
+        self._trying = False  # after a failure: send a single request first
+        self._passed_over = False  # the last walk has skipped clusters that writes have claimed
         self._missing = MissingRuns(image)
 
-    # How far it is.
+    # Progress.
 
     @property
     def done(self) -> bool:
-        """Whether the image needs its backing no longer."""
+        """Whether the image no longer needs its backing."""
         return self.image.complete
 
     @property
@@ -74,18 +74,18 @@ class StreamJob(Job):
 
     @property
     def progress(self) -> int:
-        """Bytes that need the source no longer."""
+        """Bytes that no longer need the source."""
         return min(self.image.size, self.image.populated + self._missing.skipped)
 
     async def next_missing(self, pos: int) -> int | None:
-        """The first byte at or after `pos` that needs the source; None: there is none."""
+        """The first byte at or after `pos` that needs the source; None if there is none."""
         return await self._missing.first_from(pos)
 
     async def step(self, pos: int) -> tuple[int, int, int | None]:
         """Populate the next missing run at or after `pos` with one request.
 
-        Returns (pos, size, next): what was populated and where the next missing cluster is, None if there is none. A
-        size of 0 says that nothing was missing. Errors of the source and of the overlay.
+        Returns (pos, size, next): the populated range, and where the next missing cluster is, or None. A size of 0
+        means that nothing was missing. Raises the errors of the source and of the overlay.
         """
         image, fetch = self.image, self.image.fetch
         cluster_size = image.overlay.cluster_size
@@ -107,7 +107,7 @@ class StreamJob(Job):
             raise QedfsError(f"{image.name}: what was fetched could not be kept")
         following = await self._missing.next_run(first + count, source_size)
         if following is None and await self._missing.next_run(0, source_size) is None:
-            # Whoever owns the pace has come to the end: nothing needs the backing any more.
+            # The client that controls the pace has reached the end: nothing needs the backing any more.
             await image.detach()
             self.poke()
         return start, size, None if following is None else following[0] * cluster_size
@@ -115,19 +115,19 @@ class StreamJob(Job):
     # Commands.
 
     def start(self, limit: int | None = None) -> None:
-        """See `Job.start`. What the stream stopped for is no longer wrong with the image."""
+        """See `Job.start`. Clears the trouble that the stream had stopped for."""
         self.image.condition.clear(Cause.JOB_STOPPED)
         super().start(limit)
 
     def fail(self, error: QedfsError) -> None:
-        """See `Job.fail`. Without its stream the image needs the source for good, so that the image tells of it."""
+        """See `Job.fail`. Also notes the error in the image's condition, as it needs the source without the stream."""
         self.image.condition.note(Cause.JOB_STOPPED, error)
         super().fail(error)
 
     # The work.
 
     async def work(self) -> bool:
-        """Walk until nothing is missing any more; see `Job.work`."""
+        """Walk until nothing is missing any more, see `Job.work`."""
         image, fetch = self.image, self.image.fetch
         if fetch is None:
             return False
@@ -142,7 +142,7 @@ class StreamJob(Job):
         while await self._walk(source_size) and self.ignored is None:
             await fetch.landed(image)
             self._raise_failure()
-            # What came and was not kept, for whatever reason, is not asked for again without a rest.
+            # If clusters arrived but were not adopted, for whatever reason, pause before requesting them again.
             lost = kept == image.counters.kept and not self._passed_over
             if lost or self._passed_over:
                 await self.sleep(pause)
@@ -155,24 +155,24 @@ class StreamJob(Job):
         return await self._missing.next_run(0, source_size) is None
 
     async def finish(self) -> None:
-        """Let the overlay forget its backing."""
+        """Drop the overlay's backing."""
         await self.image.detach()
         log.info("%s: complete, the backing is no longer needed", self.image.name)
 
     def stand_still(self) -> None:
-        """What others fetch is of no use any more."""
+        """Stop adopting what other images fetch."""
         self.image.streaming = False
 
     async def remember_pause(self, *, paused: bool) -> None:
-        """Write it into the overlay, so that the next mount finds the stream paused."""
+        """Store it in the overlay's record, so that the stream is paused in the next mount, too."""
         overlay = self.image.overlay
         if overlay.writable and overlay.record.paused != paused:
             await overlay.change_record(lambda record: dataclasses.replace(record, paused=paused))
 
     async def _walk(self, source_size: int) -> bool:
-        """Walk over the map from the cursor to the end; returns whether another walk may find more to do."""
+        """Walk over the map from the cursor to the end. Returns whether another walk may find more to do."""
         image, fetch = self.image, self.image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; `work` has looked
+        assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked
         cluster_size = image.overlay.cluster_size
         asked = self._passed_over = False
         while self.allowed and (run := await self._missing.next_run(self.cursor, source_size)) is not None:
@@ -183,7 +183,7 @@ class StreamJob(Job):
                 self._passed_over, self.cursor = True, first + 1
                 continue
             if due := self.rate_limiter.due():
-                # In short sleeps, which a command ends: it may be a pause or another limit.
+                # Sleep for short periods; a command, such as a pause or a new limit, ends the sleep.
                 await self.sleep(min(due, PACE_SECONDS))
                 continue
             await fetch.turn(first, count, consumer=image)
@@ -191,12 +191,12 @@ class StreamJob(Job):
             if not self.allowed or self.hold_off():
                 return asked
             if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
-                continue  # a reader, a guest or another image's stream has brought a part of it in, or is about to
+                continue  # a reader, a guest or another image's stream has populated a part of it, or is about to
             fetch.start(first, count, consumer=image)
             self.rate_limiter.sent(count * cluster_size)
             self.cursor, asked = first + count, True
             if self._trying:
-                # One request shows whether the source is back, or the room; a window of them would be in vain.
+                # Send a single request to see whether the source is back, or there is space again.
                 await fetch.landed(image)
                 self._raise_failure()
                 self._trying = False
@@ -205,22 +205,22 @@ class StreamJob(Job):
         return asked or self._passed_over
 
     def _paced(self, count: int) -> int:
-        """How many of so many clusters one request may bring at this limit."""
+        """How many of `count` clusters one request may fetch at the current limit."""
         return int(max(1, min(count, self.rate_limiter.piece_bytes // self.image.overlay.cluster_size)))
 
     def _ours(self, first: int, count: int) -> int:
-        """How many missing clusters from `first` on are for us to bring in.
+        """How many of `count` clusters from `first` on the stream should fetch.
 
-        One that a guest's write has claimed is not: what we fetched would not be kept, and be fetched again until the
-        write has ended. What is in flight may be claimed, and costs nothing.
+        Stops at a cluster that a guest's write has claimed. It would not be adopted, and so be fetched again and again
+        until the write has ended. A claimed cluster that is already in flight does not matter.
         """
         overlay, fetch = self.image.overlay, self.image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; `work` has looked
+        assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked
         pending = (cluster for cluster in overlay.pending(first, count) if not fetch.in_flight(cluster))
         return next(pending, first + count) - first
 
     async def look_again(self) -> None:
-        """Let the image be complete if readers and guests have brought in what a stream that failed could not."""
+        """Complete the image if readers and guests have populated what the failed stream could not."""
         image, fetch = self.image, self.image.fetch
         brought = image.counters.kept + image.counters.written
         if brought == self._looked_at or fetch is None or image.version is None:
@@ -232,7 +232,7 @@ class StreamJob(Job):
             if pos is None or (source_size is not None and pos >= source_size):
                 await fetch.landed(image)
                 await image.detach()
-                log.info("%s: complete all the same, by what readers have brought in", image.name)
+                log.info("%s: complete all the same, as readers and guests have populated the rest", image.name)
         except QedfsError as exc:
             log.debug("%s: still failed: %s", image.name, exc)
 

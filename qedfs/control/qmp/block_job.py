@@ -1,9 +1,9 @@
-"""One run of a background job as QEMU shows it: a block job with an id, a status and events, on top of a `Job`.
+"""A block job as in QEMU, with an id, a status and events: presents one run of a `Job` to QMP clients.
 
-Owns the life of a block job from `created` to `null` and the order of its events (qapi/job.json, qapi/block-core.json).
-Must not know who asks, nor other jobs; events go out through `emit`.
+Owns the life of a block job from `created` to `null`, and the order of its events (qapi/job.json,
+qapi/block-core.json). Must not know other jobs, nor the clients; events are sent through `emit`.
 
-What QEMU's job would do at once on an error, or at the end, the `Job` asks of us: `judge` and `may_finish`.
+The `Job` calls `judge` for the policy on an error, and `may_finish` before it finishes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 
 class Status(enum.StrEnum):
-    """JobStatus of qapi/job.json, as far as our jobs come through it."""
+    """JobStatus of qapi/job.json, restricted to the values that our jobs can have."""
 
     UNDEFINED = "undefined"
     CREATED = "created"
@@ -37,18 +37,18 @@ class Status(enum.StrEnum):
     NULL = "null"
 
 
-# Which command is taken in which state: JobVerbTable of QEMU's job.c.
+# The states in which each command is accepted: JobVerbTable of QEMU's job.c.
 _RUNS = frozenset({Status.CREATED, Status.RUNNING, Status.PAUSED})
 ALLOWED = {
     "pause": _RUNS,
     "resume": _RUNS,
     "set-speed": _RUNS,
     "cancel": _RUNS | {Status.WAITING, Status.PENDING},
-    "complete": frozenset[Status](),  # for jobs that become ready: none of ours does
+    "complete": frozenset[Status](),  # only for jobs that become ready, which none of ours does
     "finalize": frozenset({Status.PENDING}),
     "dismiss": frozenset({Status.CONCLUDED}),
 }
-# What each `on-error` does. "retry" is ours, and that of jobs that began with the mount.
+# What each `on-error` does. "retry" is an extension, for jobs that started with the mount.
 _POLICIES: dict[str, Callable[[QedfsError], Action]] = {
     "retry": usual_action,
     "report": lambda _: Action.STOP,
@@ -62,7 +62,7 @@ _ACTION_NAMES = {Action.HOLD: "stop", Action.STOP: "report", Action.IGNORE: "ign
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wishes:
-    """How a job was asked for."""
+    """The options with which a client requested a job."""
 
     on_error: str = "retry"
     auto_finalize: bool = True
@@ -73,7 +73,7 @@ class BlockJob:
     """One block job, as QMP clients see it."""
 
     def __init__(self, job_id: str, job: Job, wishes: Wishes, emit: Emit, *, nothing: bool = False) -> None:
-        """`nothing`: there is nothing to do; it only comes through its states."""
+        """`nothing`: there is nothing to do, so the job only passes through its states."""
         self.id = job_id
         self.job = job
         self.wishes = wishes
@@ -89,35 +89,35 @@ class BlockJob:
 
     @property
     def position(self) -> tuple[int, int]:
-        """(offset, len) in bytes; both 0 where there was nothing to do from the beginning, as in QEMU."""
+        """(offset, len) in bytes; both 0 if there was nothing to do from the start, as in QEMU."""
         return (0, 0) if self._nothing else (self.job.progress, self.job.total)
 
     def require(self, verb: str) -> None:
-        """Raise QmpError unless the job takes this command in its state."""
+        """Raise QmpError unless the job accepts this command in its state."""
         if self.status not in ALLOWED[verb]:
             self._refuse(verb)
 
     def _refuse(self, verb: str) -> None:
         raise QmpError(f"Job '{self.id}' in state '{self.status}' cannot accept command verb '{verb}'")
 
-    # What clients want.
+    # Commands of clients.
 
     async def pause(self) -> None:
-        """Hold it."""
+        """Pause the job."""
         self.require("pause")
         if self.job.paused:
             raise QmpError("Job is already paused")
         await self.job.pause()
 
     async def resume(self) -> None:
-        """Go on."""
+        """Resume the job."""
         if not self.job.paused and self.status is not Status.PAUSED:
             raise QmpError("Can't resume a job that was not paused")
         self.require("resume")
         await self.job.resume()
 
     def cancel(self) -> None:
-        """End it; what has been done stays."""
+        """Cancel the job. Keeps what has been done."""
         self.require("cancel")
         if self._finishing:
             self._refuse("cancel")
@@ -128,18 +128,18 @@ class BlockJob:
         self.job.cancel()
         self._finalized.set()
         if self.job.state is State.OFF or self.job.state in ENDED:
-            # It had not begun yet, and so will not say that it has ended.
+            # It had not started, so its task will not report an end.
             self.end()
 
     def finalize(self) -> None:
-        """Let a job that waits for it come to its end."""
+        """Let a pending job finish."""
         self.require("finalize")
         self._finalized.set()
 
-    # What the job asks and tells.
+    # Called by the job.
 
     def judge(self, error: QedfsError) -> Action:
-        """What to do about a failure; told to the clients unless it is only tried again."""
+        """What to do about a failure. Sends an event to the clients, unless the job only retries."""
         action = _POLICIES[self.wishes.on_error](error)
         if action in (Action.HOLD, Action.RETRY):
             self.io_status = "nospace" if isinstance(error, NoSpace) else "failed"
@@ -149,7 +149,7 @@ class BlockJob:
         return action
 
     async def may_finish(self) -> bool:
-        """Nothing is left to do: come to the end, where the client may want to have the last word."""
+        """Called when nothing is left to do. Waits for the client if it wants to finalize the job itself."""
         if self._cancelled:
             return False
         self._change(Status.WAITING)
@@ -161,7 +161,7 @@ class BlockJob:
         return self._finishing
 
     def follow(self) -> None:
-        """The job is in another state."""
+        """Update the status after a change of the job's state."""
         state = self.job.state
         self._finishing = False
         if state in ENDED or state is State.OFF:
@@ -176,11 +176,11 @@ class BlockJob:
             self._change(Status.RUNNING)
 
     def end(self) -> None:
-        """The job has come to an end, whatever it is."""
+        """Conclude the block job, according to how the job has ended."""
         if self.status in (Status.CONCLUDED, Status.NULL):
             return
         if self.job.state is State.COMPLETE or self._nothing:
-            # A job that found nothing to do comes through all its states all the same.
+            # A job that found nothing to do still passes through all states.
             for status in (Status.RUNNING, Status.WAITING, Status.PENDING):
                 if list(Status).index(self.status) < list(Status).index(status):
                     self._change(status)
@@ -198,7 +198,7 @@ class BlockJob:
             self._change(Status.NULL)
 
     def dismiss(self) -> None:
-        """Forget it."""
+        """Dismiss the concluded job."""
         self.require("dismiss")
         self._change(Status.NULL)
 

@@ -1,4 +1,4 @@
-"""The QMP commands about jobs: `block-stream`, `job-*`, `block-job-*` and the queries, with QEMU's texts."""
+"""The QMP commands for jobs: `block-stream`, `job-*`, `block-job-*` and the queries, with QEMU's messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_served(call: Call, device: str) -> tuple[ServedImage, Image, StreamJob]
     Arg("auto-dismiss", "boolean", optional=True),
 )
 async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
-    """Bring in what is missing, then drop the backing."""
+    """Fetch what is missing, then drop the backing."""
     _refuse_two(arguments, "base", "base-node")
     _refuse_two(arguments, "base", "bottom")
     _refuse_two(arguments, "bottom", "base-node")
@@ -77,14 +77,14 @@ async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
 
 
 async def begin_stream(stream: StreamJob, limit: int | None) -> None:
-    """Start a stream at this limit; a pause that the overlay remembers is over."""
+    """Start a stream with this limit. Also ends a pause that is recorded in the overlay."""
     stream.start(limit)
     if stream.image.overlay.record.paused:
         await stream.resume()
 
 
 def _ends_above_backing(call: Call, image: Image, served: ServedImage, arguments: Arguments) -> bool:
-    """Whether the client wants to keep the backing: there is only one, so that leaves nothing to stream."""
+    """Whether the client wants to keep the backing. There is only one, so nothing would be left to stream."""
     name = device_name(served)
     if "base" in arguments:
         # The name in the overlay, and the one that `query-block` shows, without secrets.
@@ -117,7 +117,7 @@ def _speed(arguments: Arguments) -> int:
     return speed
 
 
-# By the job, in the older and the newer spelling.
+# Commands for one job, with their older and newer names.
 
 
 @job_commands("query-block-jobs")
@@ -173,7 +173,7 @@ async def _dismiss(call: Call, block: BlockJob) -> None:
     call.control.jobs.dismiss(block)
 
 
-# The older spelling names a job `device` in some commands and `id` in others.
+# Of the older commands, some call the job's id `device`, others `id`.
 _VERBS = {
     "pause": (_pause, "device"),
     "resume": (_resume, "device"),

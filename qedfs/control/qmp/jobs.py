@@ -1,8 +1,8 @@
-"""The block jobs of a mount: which of them stands for which `Job` of an image, and who is called what.
+"""The block jobs of a mount: their ids, and which `Job` of an image each of them presents.
 
-Owns the ids, and QEMU's rule that an image has one block job at a time. A stream is there as long as its image; a block
-job is there while it has something to do, and afterwards if the client wants to dismiss it itself. A job that begins by
-itself, with the mount, has the image's name as its id.
+Owns the ids, and QEMU's rule that an image has one block job at a time. A stream exists as long as its image. A block
+job exists while it has something to do, and after that until it is dismissed, if the client wants to do so itself. A
+job that starts by itself, with the mount, has the image's name as its id.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ SUFFIX = ".raw"
 
 
 class Jobs(Driver):
-    """All block jobs, and the driver of the `Job`s that they stand for.
+    """All block jobs, and the driver of the `Job`s that they present.
 
-    Call `sync` before looking: images come and go with their overlays.
+    Call `sync` before a look-up, because images appear and disappear with their overlays.
     """
 
     def __init__(self, mount: Mounted, emit: Emit) -> None:
         self._mount = mount
         self._emit = emit
-        self._names: dict[Job, str] = {}  # of the images of the jobs that we supervise
+        self._names: dict[Job, str] = {}  # the image's name, for each job that this drives
         self._active: dict[Image, BlockJob] = {}
         self._by_id: dict[str, BlockJob] = {}
 
     def sync(self) -> None:
-        """Take note of images that have come, and end the jobs of those that have gone."""
+        """Add the jobs of images that have appeared, and end the jobs of those that have disappeared."""
         there = {
             job: device_name(served)
             for served in self._mount.everything()
@@ -51,33 +51,33 @@ class Jobs(Driver):
                 self._adopt(job, name)
 
     def all(self) -> list[BlockJob]:
-        """Every job that is not forgotten."""
+        """All block jobs that have not been dismissed."""
         return list(self._by_id.values())
 
     def job(self, job_id: str) -> BlockJob:
-        """The job of this id, for the `job-*` commands."""
+        """The block job with this id, for the `job-*` commands."""
         if job_id not in self._by_id:
             raise QmpError("Job not found")
         return self._by_id[job_id]
 
     def block_job(self, job_id: str) -> BlockJob:
-        """The job of this id, for the `block-job-*` commands, which fail in another way."""
+        """The block job with this id, for the `block-job-*` commands, which have another error."""
         if job_id not in self._by_id:
             raise DeviceNotActive(f"Block job '{job_id}' not found")
         return self._by_id[job_id]
 
     def active(self, job: Job) -> BlockJob | None:
-        """The block job that is under way for this job."""
+        """The active block job that presents this job, or None."""
         block = self._active.get(job.image)
         return block if block is not None and block.job is job else None
 
     def check_free(self, image: Image, name: str) -> None:
-        """Raise QmpError if the image has a block job. `name`: of its node."""
+        """Raise QmpError if the image has a block job. `name`: that of its node."""
         if (block := self._active.get(image)) is not None:
             raise QmpError(f"Node '{name}' is busy: block device is in use by block job: {block.job.kind}")
 
     def begin(self, job: Job, name: str, job_id: str, wishes: Wishes, *, nothing: bool = False) -> BlockJob:
-        """A new block job for a job that the caller starts. `name`: of the image's node.
+        """Create a block job for a job that the caller starts. `name`: that of the image's node.
 
         Raises:
             QmpError: the image has a block job already, or the id is taken.
@@ -93,29 +93,29 @@ class Jobs(Driver):
         return block
 
     def free_id(self, name: str) -> str:
-        """An id for a job on the node `name`: a concluded job that nobody has dismissed may still have the name."""
+        """A free id for a job on the node `name`. A concluded job that was not dismissed may still have the name."""
         numbered = (f"{name}-{number}" for number in itertools.count(1))
         return next(found for found in itertools.chain([name], numbered) if found not in self._by_id)
 
     def settle(self, block: BlockJob) -> None:
-        """End a block job whose `Job` will tell nothing of any more."""
+        """End a block job whose `Job` will not report anything any more."""
         block.end()
         self._tidy(block)
 
     def dismiss(self, block: BlockJob) -> None:
-        """Forget a job that has concluded."""
+        """Dismiss a job that has concluded."""
         block.dismiss()
         self._tidy(block)
 
     def cancel(self, block: BlockJob) -> None:
-        """Cancel a job; see `BlockJob.cancel`."""
+        """Cancel a job, see `BlockJob.cancel`."""
         block.cancel()
         self._tidy(block)
 
-    # What the jobs tell and ask.
+    # The methods of `Driver`.
 
     def changed(self, job: Job) -> None:
-        """See `Driver`. A job that runs without a client having asked for it gets its block job here."""
+        """See `Driver`. Creates a block job for a job that runs without a client having requested it."""
         block = self.active(job)
         if block is None and job.state not in ENDED and job.state is not State.OFF:
             block = self._begin_unasked(job)
@@ -147,7 +147,7 @@ class Jobs(Driver):
         return self.begin(job, name, self.free_id(name), Wishes())
 
     def _follow(self, block: BlockJob) -> None:
-        # A job that has just been told to run is still off, and has not ended.
+        # A job that was just told to run is still off, but has not ended.
         if block.status is not Status.CREATED or block.job.state is not State.OFF:
             block.follow()
         self._tidy(block)
@@ -160,5 +160,5 @@ class Jobs(Driver):
 
 
 def device_name(served: ServedImage) -> str:
-    """What QMP calls an image: disk.raw is the device and the node disk."""
+    """The name of an image in QMP, as device and node: disk for disk.raw."""
     return served.name.removesuffix(SUFFIX)
