@@ -20,8 +20,8 @@ def arguments_for(command: click.Command, values: Mapping[str, object]) -> list[
 
 
 def _spelled(option: click.Option, value: object) -> Iterator[str]:
-    if value is None or (option.is_flag and not option.is_bool_flag):
-        return  # not said, or a short form of another option of that name
+    if value is None:
+        return  # not said
     if option.is_flag:
         yield from (option.opts if value else option.secondary_opts)[:1]
     elif isinstance(value, tuple):

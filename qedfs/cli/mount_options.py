@@ -1,4 +1,4 @@
-"""`-o key=value,...` as mount(8) and fstab write it -> the long options of `qedfs mount`.
+"""`-o key=value,...` as mount(8) and fstab write it, and short forms -> the long options of `qedfs mount`.
 
 Pure. Every long option can be written this way. `_` and `-` are the same, and `ro` means `read_only`. Common fstab
 options that are meant for other programs are ignored, so that a mount helper can pass its options on unchanged.
@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 _SPELLINGS = {"ro": "read-only"}
+# Expanded here, since click 8.1 (Debian 13) gets two options of one parameter wrong if one of them is a flag.
+_SHORT_FORMS = {"--no-stream": "--stream=off"}
 # mount(8), systemd.mount(5): options for other programs.
 _IGNORED = re.compile(
     r"[xX]-.*|_netdev|nofail|(no)?auto|defaults|rw|async|(no)?(users?|owner|group)|(no)?dev|(no)?suid|(no)?exec"
@@ -18,19 +20,19 @@ _IGNORED = re.compile(
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each `-o` replaced by the long options that it stands for."""
+    """The arguments with each `-o` and each short form replaced by the long options that it stands for."""
     expanded: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--":
-            return [*expanded, argument, *rest]
+            return [*map(_spelled_out, expanded), argument, *rest]
         if argument == "-o":
             expanded += _long_options(next(rest, ""))
         elif argument.startswith("-o") and not argument.startswith("--"):
             expanded += _long_options(argument[2:])
         else:
             expanded.append(argument)
-    return expanded
+    return [*map(_spelled_out, expanded)]
 
 
 def _long_options(text: str) -> Iterator[str]:
@@ -38,3 +40,7 @@ def _long_options(text: str) -> Iterator[str]:
         name, equals, value = option.partition("=")
         if not _IGNORED.fullmatch(option):
             yield f"--{_SPELLINGS.get(name, name).replace('_', '-')}{equals}{value}"
+
+
+def _spelled_out(argument: str) -> str:
+    return _SHORT_FORMS.get(argument, argument)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -13,8 +13,16 @@ from qedfs.units import parse_seconds, parse_size
 
 Text = TypeVar("Text", bound=str | bytes | os.PathLike[str])
 
+if TYPE_CHECKING:
+    # Generic in click 8.2's types only. At run time click 8.1 (Debian 13) has to do as well.
+    IntParam = click.ParamType[int]
+    FloatParam = click.ParamType[float]
+    TextParam = click.ParamType[str]
+else:
+    IntParam = FloatParam = TextParam = click.ParamType
 
-class Size(click.ParamType[int]):
+
+class Size(IntParam):
     """Bytes, written like 64K, 20M, 1.5G."""
 
     name = "SIZE"
@@ -29,7 +37,7 @@ class Size(click.ParamType[int]):
             self.fail(str(exc), param, ctx)
 
 
-class Duration(click.ParamType[float]):
+class Duration(FloatParam):
     """Seconds, written like 30, 30s, 10m, 2h."""
 
     name = "TIME"
@@ -44,7 +52,7 @@ class Duration(click.ParamType[float]):
             self.fail(str(exc), param, ctx)
 
 
-class Checked(click.ParamType[str]):
+class Checked(TextParam):
     """A text that `parse` must accept; `parse` raises UsageError. The value stays the text."""
 
     name = "TEXT"

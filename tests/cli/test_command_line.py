@@ -60,4 +60,4 @@ def test_places_are_handed_on_as_seen_from_any_folder(monkeypatch: pytest.Monkey
 
 def test_nothing_is_kept_that_is_no_option() -> None:
     names = {field.name for field in dataclasses.fields(MountArguments)}
-    assert names == {one.name for one in mount.params} - NOT_HANDED_ON
+    assert names == {one.name for one in mount.params if one.expose_value} - NOT_HANDED_ON

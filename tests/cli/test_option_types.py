@@ -18,13 +18,14 @@ from qedfs.errors import UsageError
         (["a", "b"], ["a", "b"]),
         (["-o", "limit=20M,allow_other", "a", "b"], ["--limit=20M", "--allow-other", "a", "b"]),
         (["-olimit=1", "a", "b"], ["--limit=1", "a", "b"]),
-        (["a", "b", "-o", "no_stream,no-copy_on_read"], ["a", "b", "--no-stream", "--no-copy-on-read"]),
+        (["a", "b", "-o", "no_stream,no-copy_on_read"], ["a", "b", "--stream=off", "--no-copy-on-read"]),
         (["-o", "rw,nofail,_netdev,x-systemd.automount,noauto,user,noatime,defaults", "a", "b"], ["a", "b"]),
         (["-o", "nodiratime,lazytime,async,owner,nogroup,X-mount.mkdir,silent,norelatime", "a", "b"], ["a", "b"]),
         (["-o", "sync,x", "a", "b"], ["--sync", "--x", "a", "b"]),
         (["-o", "allow_backing=http://a/b=c"], ["--allow-backing=http://a/b=c"]),
         (["-o", "", "-o"], []),
         (["--", "-o", "x"], ["--", "-o", "x"]),
+        (["--no-stream", "--", "--no-stream"], ["--stream=off", "--", "--no-stream"]),
     ],
 )
 def test_mount_options(arguments: list[str], expected: list[str]) -> None:

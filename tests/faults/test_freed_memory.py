@@ -38,7 +38,7 @@ def test_large_buffers_go_back_to_the_kernel_though_small_ones_behind_them_stay(
     """In a process of its own: the setting lasts as long as the process."""
     script = """
 import sys
-from qedfs.fetch.buffer_pool import Buffers
+from qedfs.fetch.buffer_pool import BufferPool
 from qedfs.mount.memory import set_up
 if sys.argv[1] == "with":
     set_up()

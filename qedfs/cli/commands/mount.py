@@ -37,7 +37,7 @@ class MountCommand(click.Command):
     """A command that also takes its options as `-o key=value,...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Spell `-o` out first."""
+        """Spell out `-o` and short forms first."""
         return super().parse_args(ctx, expand(args))
 
 
@@ -96,7 +96,7 @@ class MountArguments:
     show_default=True,
     help="When to fetch what nobody has read: at once; while guests and the machine are idle; never.",
 )
-@click.option("--no-stream", "stream", flag_value="off", help="The same as --stream off.")
+@click.option("--no-stream", is_flag=True, expose_value=False, help="The same as --stream off.")  # see mount_options.py
 @click.option(
     "--stream-between",
     type=Checked(parse_between),
