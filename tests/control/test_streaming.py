@@ -68,7 +68,10 @@ async def test_nothing_moves_while_it_is_paused(tmp_path: Path) -> None:
         await talk.get("block-job-pause", device="disk")
         backing.gate.set()
         await until_paused(talk)
-        await trio.testing.wait_all_tasks_blocked(0.02)  # what was on its way has been kept
+        assert served.image is not None
+        with trio.fail_after(HANG_SECONDS):  # until what was on its way has been kept
+            while served.image.populated < backing.received:  # noqa: ASYNC110 - kept in a thread
+                await trio.sleep(0.01)
         job = await job_of(talk)
         received = backing.received
         await trio.sleep(0.1)

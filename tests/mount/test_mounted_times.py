@@ -71,7 +71,7 @@ def test_the_page_cache_of_an_image_stays_beside_a_stream(tmp_path: Path) -> Non
     """The kernel drops it when the mtime moves: all that is read again would come through FUSE again."""
     with (
         origin(tmp_path, SIZE) as source,
-        mounted(create(tmp_path / "disk.qed", source.url), tmp_path / "mnt", "--limit", "500K") as mount,
+        mounted(create(tmp_path / "disk.qed", source.url), tmp_path / "mnt", "--limit", "100K") as mount,
     ):
         image = mount.path("disk.raw")
         read_all(image, 4 * MIB)

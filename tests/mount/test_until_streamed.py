@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 from tests.mount.support import assert_whole, create, opened, origin
+
+CHANGE_SECONDS = 0.02  # far more often than a file settles
 
 
 def test_a_failed_stream_ends_it_with_the_exit_code_of_the_failure(tmp_path: Path) -> None:
@@ -59,6 +62,25 @@ def test_an_overlay_that_cannot_be_written_ends_it_with_an_error(tmp_path: Path)
     assert '"backing": null' in qedfs("info", overlays / "good.qed", "--json").stdout
 
 
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[Path]:
+    """Something that goes on changing the file, wherever it is moved, so that it does not settle."""
+    end = threading.Event()
+
+    def change(fd: int) -> None:
+        while not end.wait(CHANGE_SECONDS):
+            os.utime(fd)
+
+    with opened(path, os.O_RDONLY) as fd:
+        thread = threading.Thread(target=change, args=(fd,))
+        thread.start()
+        try:
+            yield path
+        finally:
+            end.set()
+            thread.join()
+
+
 def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
     overlays = tmp_path / "overlays"
     overlays.mkdir()
@@ -67,9 +89,10 @@ def test_it_stays_for_an_overlay_that_has_just_come(tmp_path: Path) -> None:
         with mounted(overlays, tmp_path / "mnt", "--until-streamed") as mount:
             with opened(mount.path("first.raw")), Client.connect(str(mount.mountpoint)) as client:
                 mount.wait("first")
-                create(overlays / "second.qed", source.url)
-                client.execute("x-qedfs-rescan")
-                assert mount.image("second.raw")["served"] is False
+                with changing(create(tmp_path / "second.qed", source.url)) as second:
+                    second.rename(overlays / "second.qed")
+                    client.execute("x-qedfs-rescan")
+                    assert mount.image("second.raw")["served"] is False
             assert mount.wait_exit() == 0
         assert_whole(overlays / "second.qed", source.raw)
 
