@@ -10,6 +10,7 @@ import trio
 
 from qedfs.errors import NoSpace, SourceError
 from qedfs.jobs.kinds import KINDS
+from tests.harness.hang import HANG_SECONDS
 from tests.jobs.support import STEP_BYTES, CountJob
 
 from .support import CLUSTER, MemorySource, Served, Talk, controlled, talking
@@ -36,7 +37,7 @@ async def job_of(talk: Talk) -> dict[str, Any]:
 
 
 async def until(talk: Talk, key: str, value: object) -> dict[str, Any]:
-    with trio.fail_after(60):
+    with trio.fail_after(HANG_SECONDS):
         while (job := await job_of(talk))[key] != value:
             pass
     return job

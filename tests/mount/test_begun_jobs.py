@@ -18,6 +18,7 @@ from qedfs.mount.options import Options
 from qedfs.mount.served import Served
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.overlay import Overlay
+from tests.harness.hang import HANG_SECONDS
 from tests.jobs.support import CountJob
 
 
@@ -42,13 +43,13 @@ async def served(images: Images, overlay: Path) -> Served:
 
 
 async def until(job: Job, state: State) -> None:
-    with trio.fail_after(60):
+    with trio.fail_after(HANG_SECONDS):
         while job.state is not state:  # noqa: ASYNC110
             await trio.sleep(0.01)
 
 
 async def until_gone(jobs: ImageJobs, job: Job) -> None:
-    with trio.fail_after(60):
+    with trio.fail_after(HANG_SECONDS):
         while job in jobs.all():  # noqa: ASYNC110
             await trio.sleep(0.01)
 

@@ -44,6 +44,7 @@ class Elsewhere:
     """The queue of a source."""
 
     remote = SimpleNamespace(identity=Identity(2 * CLUSTER_SIZE))
+    nursery = None  # nobody looks at the source on its own
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
