@@ -85,7 +85,7 @@ class OpenSession:
                 try:
                     await self._begin_late()
                 except NoSpace:
-                    self._session.record = change(self._session.record)
+                    self._session.remember(change(self._session.record))
                 else:
                     await self._committer.durably(lambda: self._session.store(change(self._session.record)))
         finally:

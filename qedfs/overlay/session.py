@@ -150,6 +150,10 @@ class Session:
             self.record = self._write_slot(ended)
             self._unordered = True
 
+    def remember(self, record: Record) -> None:
+        """Take over a record that cannot be stored yet, because the session has not begun: `begin` stores it."""
+        self.record = record
+
     def store(self, record: Record) -> None:
         """Write a record to the slot that does not hold the current one, and make it durable."""
         record = self._write_slot(record)

@@ -108,7 +108,7 @@ class TableSlices:
     def _expect_growth(self) -> None:
         """Without locks, another process may have extended the file, and its tables may refer to the new clusters."""
         if not self._storage.locked:
-            self._cut.end = max(self._cut.end, self._whole_clusters_end())
+            self._cut.grown_to(self._whole_clusters_end())
 
     def _whole_clusters_end(self) -> int:
         return round_down(self._storage.size(), self._cluster_size)

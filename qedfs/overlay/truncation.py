@@ -38,6 +38,10 @@ class Truncation:
         self._judged = Ranges()  # the examined slices. A forged overlay may have 2^29 of them, and a count reads all.
         self.lost = 0  # invalid entries in the examined slices
 
+    def grown_to(self, end: int) -> None:
+        """Accept entries up to here: another process has let the file grow since the opening."""
+        self.end = max(self.end, end)
+
     def concerns(self, part: array[int]) -> bool:
         """Whether a slice has entries past `end`, of whatever origin, or marked ones."""
         return max(part, default=0) >= self.end or bool(_marked_low_bytes(part))
