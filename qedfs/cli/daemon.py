@@ -1,7 +1,7 @@
-"""`mount --daemon`: starts the same command again in a session of its own, and learns over a pipe how it went.
+"""`mount --daemon`: starts the same command again in a new session, and waits for its report over a pipe.
 
-Owns the pipe, the log file and the child's start. The child is a fresh process, not a fork of this one: no thread, no
-lock and no descriptor of the terminal goes along.
+Owns the pipe, the log file and the start of the child. The child is a new process, not a fork of this one, so it
+inherits no thread, no lock and no descriptor of the terminal.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from qedfs.cli.ui.output import remark
 from qedfs.errors import QedfsError
 from qedfs.host.runtime import LOG_NAME, held_folder, remove_unless_served
 
-STOP_SECONDS = 5.0  # for a child that is no longer wanted; what it has mounted goes first
-MAX_LOG_BYTES = 4 << 20  # the log lives on a tmpfs; beyond, the next daemon begins a new one
+STOP_SECONDS = 5.0  # wait this long for a child that was told to end, which has to unmount first
+MAX_LOG_BYTES = 4 << 20  # if the log, which is on a tmpfs, is larger, the next daemon starts a new one
 
 
 class Readiness:
-    """The child's end of the pipe. Without one, nobody waits and nothing is sent."""
+    """The child's end of the pipe. If there is none, nobody waits, and nothing is sent."""
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
         if fd is not None:
-            # fusermount3 and other children must not hold it open.
+            # fusermount3 and other children must not inherit it, which would keep the pipe open.
             os.set_inheritable(fd, False)
 
     def ready(self, remarks: Sequence[str]) -> None:
-        """The mount serves; `remarks`: lines on what it does not serve as the user may expect."""
+        """Report that the mount serves. `remarks`: lines about overlays that are not served as the user may expect."""
         self._send({"exit_code": 0, "remarks": remarks})
 
     def failed(self, line: str, exit_code: int) -> None:
-        """It never will."""
+        """Report that the mount has failed."""
         self._send({"exit_code": exit_code, "error": line})
 
     def _send(self, message: dict[str, object]) -> None:
         if self._fd is None:
             return
-        # Whoever started us may be gone; the mount serves all the same.
+        # The process that started us may have ended; the mount serves even so.
         with contextlib.suppress(OSError):
             os.write(self._fd, json.dumps(message).encode())
         os.close(self._fd)
@@ -54,9 +54,9 @@ class Readiness:
 
 
 def start(arguments: Sequence[str], mountpoint: str) -> None:
-    """Run `qedfs mount ARGUMENTS` in the background; return when it serves.
+    """Run `qedfs mount ARGUMENTS` in the background. Returns when it serves.
 
-    Ends the command with the child's line and exit code if it does not. Interrupted before that, it ends the child too.
+    If it fails, exits with the child's message and exit code. If interrupted before that, also ends the child.
     """
     with held_folder(mountpoint) as folder:
         log_path = folder / LOG_NAME
@@ -66,7 +66,7 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
     message = json.loads(answer)
     if message["exit_code"]:
         child.wait()
-        # A fault that is none of the user's may have said more there.
+        # For an error that is not the user's, the log may contain more details.
         hint = f" (log: {log_path})" if message["exit_code"] == QedfsError.exit_code else ""
         if not hint:
             remove_unless_served(log_path.parent)
@@ -74,12 +74,12 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
         raise click.exceptions.Exit(message["exit_code"])
     for line in message["remarks"]:
         remark(line)
-    # It is meant to live on; tell Popen so, or it would warn about a child that nobody waited for.
+    # The child keeps running. Set its return code, or Popen would warn about a child that nobody waited for.
     child.returncode = 0
 
 
 def _started(arguments: Sequence[str], log_path: Path) -> tuple[bytes, subprocess.Popen[bytes]]:
-    """What the child says once it serves or will not, and the child."""
+    """Start the child. Returns its report, once it serves or has failed, and the child."""
     read_fd, write_fd = os.pipe()
     with _open_log(log_path) as log:
         child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
@@ -97,17 +97,18 @@ def _started(arguments: Sequence[str], log_path: Path) -> tuple[bytes, subproces
         with os.fdopen(read_fd, "rb") as pipe:
             answer = pipe.read()
     except BaseException:
-        # Ctrl-C reaches us only: the child has a session of its own, and would mount all the same.
+        # Ctrl-C reaches only us: the child has its own session, and would continue to mount.
         _end(child, log_path)
         raise
     return answer, child
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which Python finds the modules that we have, and none in a folder that the user just stands in.
+    """Our environment, changed so that Python finds the same modules, and none in the current working directory.
 
-    `-m` would put that folder first (hence `-P`), and an empty entry of PYTHONPATH names it too, as in
-    "$PYTHONPATH:/opt/lib": anybody who may write to a shared folder could put a secrets.py there for root to run.
+    `-m` would search that folder first (hence `-P`). So would an empty entry in PYTHONPATH, as in
+    "$PYTHONPATH:/opt/lib". Otherwise anybody who may write to a shared folder could put a secrets.py there, which root
+    would run.
     """
     entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     home = os.path.dirname(os.path.dirname(qedfs.__file__))
@@ -122,8 +123,8 @@ def _end(child: subprocess.Popen[bytes], log_path: Path) -> None:
     try:
         child.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        # Not SIGKILL: that would leave a dead mount behind, and cut off a flush.
-        remark(f"the daemon (pid {child.pid}) was told to end and has not yet, see {log_path}")
+        # Not SIGKILL, which would leave a dead mount behind and interrupt a flush.
+        remark(f"the daemon (pid {child.pid}) was told to end but is still running, see {log_path}")
 
 
 def _open_log(path: Path) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""What is mounted where, whether it lives, and who keeps it busy, as the kernel says."""
+"""Queries about mounts: what is mounted at a path, why no server answers, who keeps it busy, and where copies are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mounted_type(mountpoint: str) -> str | None:
 
 
 def not_served(mountpoint: str) -> QedfsError:
-    """Why no server of ours answers for this path: a UsageError where none could, else NotMounted."""
+    """Why no qedfs server answers for this path: a UsageError if there cannot be one, otherwise NotMounted."""
     kind = mounted_type(mountpoint)
     if kind == FILESYSTEM:
         if is_dead(mountpoint):
@@ -44,18 +44,19 @@ def not_served(mountpoint: str) -> QedfsError:
 
 
 def holders(mountpoint: str) -> list[str]:
-    """Who has something below the mountpoint open, as "pid 123 (qemu)" and "/dev/loop0"; what we may see of it."""
+    """Who has a file below the mountpoint open, as "pid 123 (qemu)" or "/dev/loop0", as far as we may see it."""
     folder = place_of(mountpoint)
     return [*_processes(folder), *_loops(folder)]
 
 
 def copies(mounted: MountInfo) -> tuple[list[str], list[str]]:
-    """Where else a file system is mounted: the places that we see, and who holds it in other mount namespaces.
+    """Where else a file system is mounted: paths in our mount namespace, and holders in other namespaces.
 
-    An empty `source` stands for any.
+    An empty `source` matches any.
 
-    A copy is made by `mount --bind`, and by whatever starts a namespace of its own: unshare, a container, a sandboxed
-    service. Of those we see what /proc shows us; each is named by its oldest process, as "pid 123 (sleep)".
+    `mount --bind` makes a copy of a mount. So does anything that creates a mount namespace: unshare, a container, a
+    sandboxed service. Of the namespaces we see only those in /proc. Each is named by its oldest process, as "pid 123
+    (sleep)".
     """
 
     # Not the device number alone: after the last unmount the kernel gives it to whatever is mounted next.
@@ -78,7 +79,7 @@ def _namespace(process: Path) -> str:
     try:
         return os.readlink(process / "ns" / "mnt")
     except OSError:
-        return ""  # it has ended, or is not for us to look at
+        return ""  # it has ended, or we may not access it
 
 
 def _table(process: Path) -> bytes:
@@ -93,7 +94,7 @@ def _named(process: Path) -> str:
 
 
 def _processes(folder: str) -> Iterator[str]:
-    ours = str(os.getpid())  # started where the user stands, which the line of the shell tells
+    ours = str(os.getpid())  # not listed: if our working directory is there, so is that of the user's shell
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or process.name == ours:
             continue
@@ -102,7 +103,7 @@ def _processes(folder: str) -> Iterator[str]:
 
 
 def _places(process: Path) -> Iterator[str]:
-    """Where a process is and what it has open. Reading these links asks nothing of the file systems they lead to."""
+    """The working directory, root and open files of a process. Sends no request to their file systems."""
     try:
         links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
     except OSError:
@@ -125,7 +126,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def _line(path: Path) -> bytes:
-    """What a file of the kernel's holds, but for the end of its line. Blanks at its ends are part of a name."""
+    """The content of a kernel file without the final line feed. Blanks may be part of a name, so they stay."""
     try:
         return path.read_bytes().removesuffix(b"\n")
     except OSError:

@@ -1,4 +1,4 @@
-"""The exit report: why a mount did not end well, for whoever unmounts it and is not its parent.
+"""The exit report: why a mount ended with an error, for an umount command that is not the server's parent.
 
 Owns the file that holds it, in the mount's runtime folder. A process learns the exit code of its own children only, and
 the control socket is closed before the overlays are. So the server leaves its error in a file, and `qedfs umount` reads
@@ -17,7 +17,7 @@ from qedfs.errors import QedfsError
 from qedfs.host.runtime import EXIT_REPORT_NAME, RuntimeFolder, mount_folder, mount_places
 
 MOST_BYTES = 1 << 16
-# That is where a session journal is read, and where entries that were not published are.
+# That mount reads the session journal, which has the uncommitted entries.
 _MENDED = "mount them with qedfs once more before anything else opens them"
 
 
@@ -31,18 +31,18 @@ class ExitReport:
 
 
 def assume_killed(mountpoint: str) -> None:
-    """Report that the server was killed, until `write` or `discard` knows better."""
+    """Report that the server was killed, until `write` or `discard` replaces that."""
     text = f"{mountpoint}: its server has ended before it had closed the overlays; {_MENDED}"
     _write(mountpoint, ExitReport(text, QedfsError.exit_code, killed=True))
 
 
 def write(mountpoint: str, error: QedfsError) -> None:
-    """Report why the mount did not end well."""
+    """Report the error that the mount ended with."""
     _write(mountpoint, ExitReport(str(error), error.exit_code))
 
 
 def _write(mountpoint: str, report: ExitReport) -> None:
-    """Without a place for it, the log has it."""
+    """Write the report. Errors are ignored, because the log has it, too."""
     with contextlib.suppress(OSError, QedfsError):
         (mount_folder(mountpoint) / EXIT_REPORT_NAME).write_text(json.dumps(dataclasses.asdict(report)))
 
@@ -53,9 +53,10 @@ def discard(mountpoint: str) -> None:
 
 
 def read_once(mountpoint: str, places: Sequence[RuntimeFolder] = ()) -> ExitReport | None:
-    """Read the report and remove it; None if the mount has ended well, or its report was read before.
+    """Read the report and remove it; None if the mount ended without an error, or the report was read before.
 
-    `places`: those where the mount can have left it, from when it still stood; without them, where it can have by now.
+    `places`: the runtime folders that the mount may have used, determined while it was mounted. Default: determine them
+    now.
     """
     for place in places or mount_places(mountpoint):
         try:

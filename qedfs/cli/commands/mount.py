@@ -1,4 +1,4 @@
-"""`qedfs mount`: options -> settings, then the mount, in the foreground or as a daemon."""
+"""`qedfs mount`: serves overlays, in the foreground or as a daemon. Turns the options into settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qedfs.mount.clock import LoopClock
 
 log = logging.getLogger(__name__)
 
-MOST_REMARKS = 5  # of a mount that serves
+MOST_REMARKS = 5  # lines about overlays that a successful mount prints
 NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
 
 
@@ -37,13 +37,13 @@ class MountCommand(click.Command):
     """A command that also takes its options as `-o key=value,...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Spell out `-o` and short forms first."""
+        """Expand `-o` and short forms, then parse."""
         return super().parse_args(ctx, expand(args))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MountArguments:
-    """The parameters of `mount` as the user gave them, under click's names, but for those of this process alone."""
+    """The parameters of `mount` as given by the user, under click's names, without those for this process only."""
 
     source: str
     mountpoint: str
@@ -66,7 +66,7 @@ class MountArguments:
     verbose: bool
 
     def rules(self) -> Rules:
-        """When the streams hold off."""
+        """The hold-off rules for the streams."""
         return Rules(
             quiet=self.stream == "idle",
             between=None if self.stream_between is None else parse_between(self.stream_between),
@@ -172,7 +172,7 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
         return
     readiness = daemon.Readiness(ready_fd)
     if ready_fd is not None:
-        # The folder that the user stood in must not be kept busy.
+        # The daemon must not keep the user's working directory busy.
         os.chdir("/")
     try:
         _serve(arguments, readiness)
@@ -182,7 +182,7 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """The same from any folder: a daemon runs in another one."""
+    """Make paths absolute, because the daemon has another working directory."""
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
     named = [one.name for one in mount.params if isinstance(one.type, click.Path) and one.name is not None]
     places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
@@ -198,7 +198,7 @@ def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
 
 
 def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
-    """What the user should know of the overlays at once: what the log of a daemon would keep from them."""
+    """What the user should know about the overlays at once, since the log of a daemon is not on the terminal."""
     found = mounted.everything()
     if not found:
         return [f"{arguments.source}: has no overlay (*.qed) yet; any that appears will be served"]
@@ -217,7 +217,7 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
 
 
 async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readiness, terminal: Console | None) -> None:
-    # Imported here: of all commands only this one needs FUSE and libcurl, which take their time.
+    # Imported here because loading FUSE and libcurl is slow, and only this command needs both.
     from qedfs.host.runtime import journal_folder
     from qedfs.mount.options import Options
     from qedfs.mount.server import Settings, serve
@@ -259,7 +259,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
 
 
 async def _draw(bars: Bars) -> None:
-    """What people see must not end what they look at: a fault of ours, a terminal that has gone."""
+    """Draw the bars. A bug, or a terminal that was closed, must not end the mount."""
     try:
         await bars.run()
     except Exception:

@@ -22,10 +22,10 @@ from qedfs.mount import exit_report
 from qedfs.mount.mountpoint import MountInfo, is_dead, unmount
 from qedfs.units import format_seconds
 
-SILENCE_SECONDS = 10.0  # of a server, before the user is told what we wait for: a flush takes less
-GRACE_SECONDS = 1.0  # until the server is asked why it has not ended; most have in a few hundredths
-RELEASE_LOOK_SECONDS = 0.02  # between two looks whether a server has left its folder
-BUSY_SECONDS = 0.5  # between two tries to unmount what is in use
+SILENCE_SECONDS = 10.0  # wait this long for a server before telling the user; a flush takes less
+GRACE_SECONDS = 1.0  # wait this long before asking the server why it has not ended; most end in some 10 ms
+RELEASE_LOOK_SECONDS = 0.02  # between two checks whether a server has released its folder
+BUSY_SECONDS = 0.5  # between two attempts to unmount a busy mount
 
 
 @click.command(short_help="Unmount and wait until the overlays are free.")
@@ -48,7 +48,7 @@ def umount(mountpoint: str, wait_seconds: float, if_mounted: bool) -> None:
     the mount in another mount namespace, such as a container's, ends too, unless an image is open there.
     """
     mountpoint = os.path.abspath(mountpoint)
-    os.chdir("/")  # the user may stand in it, and so we would keep it busy
+    os.chdir("/")  # our own working directory may be in the mount and keep it busy
     _unmount_when_free(mountpoint, wait_seconds, if_mounted=if_mounted)
 
 
@@ -71,10 +71,10 @@ def _unmount_when_free(mountpoint: str, wait_seconds: float, *, if_mounted: bool
 
 
 def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> None:
-    # Now: what is mounted tells whose it is, and so where its server lives.
+    # Before the unmount, because the mount shows its owner, and so where the server's folder is.
     places = list(mount_places(mountpoint))
     try:
-        # Not a word is needed of a server that may be busy or stand still: only who it is.
+        # No reply is needed, as the server may be busy or stopped: the connection only tells which process it is.
         client = Client.reach(mountpoint)
     except NotServed:
         _end_unserved(mountpoint, places, if_mounted=if_mounted)
@@ -88,7 +88,7 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
         process = _process(client)
         try:
             mounted = mounted_at(mountpoint)
-            if mounted is not None:  # else a copy has kept its server from ending, or it is about to
+            if mounted is not None:  # otherwise a copy keeps its server running, or it is about to end
                 _unmount(mountpoint, served=True)
             if not _has_ended(process, GRACE_SECONDS):
                 _ask_to_end(mountpoint, client, process, mounted, deadline)
@@ -96,13 +96,13 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
         finally:
             if process is not None:
                 os.close(process)
-    if process is None:  # the end of the connection is not yet that of the server
+    if process is None:  # the connection may end before the server does
         _wait_until_released(mountpoint, places)
     _exit_as_reported(mountpoint, places)
 
 
 def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounted: bool) -> None:
-    """Unmount what no server answers for: it has died, it is at its end already, or nothing is there."""
+    """Unmount a mount without a reachable server: it has died, it is already ending, or there is no mount."""
     absent = mounted_type(mountpoint) is None
     if not absent:
         _unmount(mountpoint)
@@ -113,9 +113,9 @@ def _end_unserved(mountpoint: str, places: Sequence[RuntimeFolder], *, if_mounte
 
 
 def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> None:
-    """Wait for a server that cannot be spoken to: it holds its folder until it has closed the overlays.
+    """Wait for a server that cannot be contacted. It holds its folder until it has closed the overlays.
 
-    One that begins holds it too, and ends this once it has mounted.
+    A server that is just starting holds it as well. This wait then ends once it has mounted.
     """
     said = time.monotonic() + SILENCE_SECONDS
     while any(map(is_held, places)) and mounted_at(mountpoint) is None:
@@ -126,9 +126,9 @@ def _wait_until_released(mountpoint: str, places: Sequence[RuntimeFolder]) -> No
 
 
 def _exit_as_reported(mountpoint: str, places: Sequence[RuntimeFolder], *, but_killed: bool = False) -> None:
-    """End with the exit code that the server has reported, if the mount did not end well.
+    """Exit with the code that the server has reported, if the mount ended with an error.
 
-    `but_killed`: not for a report that it was killed. A dead mount was found here, and is cleared away for that reason.
+    `but_killed`: ignore a report that the server was killed, because a dead mount was found and removed.
     """
     report = exit_report.read_once(mountpoint, places)
     if report is not None and not (report.killed and but_killed):
@@ -145,7 +145,7 @@ def _process(client: Client) -> int | None:
 
 
 def _unmount(mountpoint: str, *, served: bool = False) -> None:
-    """`served`: its server lives. It may stand still, so nothing is asked of the mount."""
+    """Unmount. `served`: the server is alive. It may be stopped, so no request is sent to the mount."""
     if mounted_type(mountpoint) != FILESYSTEM:
         raise not_served(mountpoint)
     done = unmount(mountpoint)
@@ -165,21 +165,21 @@ def _has_ended(process: int | None, seconds: float) -> bool:
 def _ask_to_end(
     mountpoint: str, client: Client, process: int | None, mounted: MountInfo | None, deadline: float
 ) -> None:
-    """Let a server end that goes on though its mount is gone here: there are copies of it in other places.
+    """End a server that keeps running after the unmount, because there are copies of its mount elsewhere.
 
-    One that somebody uses, or that we see, is theirs to unmount. Others are in namespaces where nobody unmounts them:
-    those of containers and of sandboxed services, which got them unasked. The server lets go of these.
+    A copy that is in use, or that is visible here, is left for its users to unmount. Other copies are in namespaces
+    where nobody will unmount them: containers and sandboxed services inherited them unasked. They end with the server.
 
-    `mounted`: the file system that was mounted here until now; None if that had ended before.
+    `mounted`: the file system that was mounted here until now; None if it had been unmounted before.
 
     Raises:
-        InUse: the mount goes on for the sake of a copy.
+        InUse: the server keeps running for a copy.
     """
     try:
         client.deadline = time.monotonic() + SILENCE_SECONDS
         client.negotiate()
-        # Without its number the copies could not be recognized, and would all be taken for nobody's. After the end of
-        # its session the server tells none, since there are no copies any more.
+        # Without the device number we could not recognize copies, and would consider all of them unused. After the end
+        # of its FUSE session the server reports no number, because there are no copies any more.
         device = str(client.execute("x-qedfs-status").get("device", ""))
         mounted = mounted or MountInfo(device, FILESYSTEM, b"")
         if _wait_for_users(mountpoint, client, mounted, deadline) and _has_ended(process, GRACE_SECONDS):
@@ -187,7 +187,7 @@ def _ask_to_end(
         _, holders = copies(mounted)
         client.execute("quit")
     except (Gone, TimedOut):
-        return  # it comes to its end already, or stands still: there is nothing to do but to wait for it
+        return  # it is ending already, or is stopped, so all we can do is wait for it
     finally:
         client.deadline = math.inf
     whose = f"of {listed(holders)}" if holders else "that cannot be seen from here"
@@ -195,17 +195,17 @@ def _ask_to_end(
 
 
 def _wait_for_users(mountpoint: str, client: Client, mounted: MountInfo, deadline: float) -> bool:
-    """Whether anybody has used a copy of the mount; nobody does any more. Raises InUse after the deadline.
+    """Wait until no copy of the mount is in use. Returns whether one was. Raises InUse after the deadline.
 
-    Where no copy is seen an image may be open for a moment all the same: its reader was killed, and the server is about
-    to give up what it waited for.
+    Even without a visible copy an image may be open for a moment, if its reader was killed and the server is about to
+    release it.
     """
     begun, said = time.monotonic(), ""
     while used := _use_of_copies(client, mounted):
         sure = not mounted.device or any(copies(mounted))  # it goes on for longer than any killed reader
         left = (deadline if sure else max(deadline, begun + SILENCE_SECONDS)) - time.monotonic()
         if left <= 0:
-            raise InUse(f"{mountpoint}: is unmounted, but {used}; its server goes on until that has ended")
+            raise InUse(f"{mountpoint}: is unmounted, but {used}; its server keeps running until then")
         if sure and used != said:
             remark(f"{mountpoint}: is unmounted, but {used}; waiting for that, for {format_seconds(left)} at most")
         said = used
@@ -215,7 +215,7 @@ def _wait_for_users(mountpoint: str, client: Client, mounted: MountInfo, deadlin
 
 
 def _use_of_copies(client: Client, mounted: MountInfo) -> str:
-    """Who needs the copies of a mount, in words; "" if nobody does."""
+    """Who uses the copies of a mount, in words; "" if nobody does."""
     places, holders = copies(mounted)
     if places:
         return f"is still mounted at {listed(places)}"
@@ -228,7 +228,7 @@ def _use_of_copies(client: Client, mounted: MountInfo) -> str:
 
 
 def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
-    """Wait until the overlays are closed: that is when the process ends, the connection ends a little earlier."""
+    """Wait until the overlays are closed, which is when the process ends. The connection ends a little earlier."""
     if process is not None:
         if not _has_ended(process, SILENCE_SECONDS):
             remark(f"{mountpoint}: is unmounted; waiting for server pid {client.server_pid} to close the overlays")
