@@ -8,6 +8,7 @@ message), or takes `caplog` and so looks at the log itself.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -21,10 +22,6 @@ from trio.testing import MockClock
 from qedfs.host import memory_pool
 from tests.harness import require, sample, worker
 from tests.harness.tiers import TIERS, tiers_of
-
-# How long the clock of a test that skips its waits gives a thread: longer than a busy machine takes over a call that
-# works, and short enough for the tests whose call hangs on purpose.
-THREAD_SECONDS = 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,7 +113,8 @@ def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
     """pytest-trio's clock, which jumps to the next deadline when all tasks wait; here it lets threads work first.
 
     A task that waits for a thread waits for nothing that trio could know of. Without this, the clock would jump to the
-    deadline of the call before the thread has had a chance.
+    deadline of the call before the thread has had a chance. While a thread works it does not jump at all, however long
+    a busy machine takes.
     """
     clock = MockClock(autojump_threshold=0)
     run_sync = trio.to_thread.run_sync
@@ -125,12 +123,12 @@ def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
     async def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal working
         working += 1
-        clock.autojump_threshold = THREAD_SECONDS
+        clock.autojump_threshold = math.inf
         try:
             return await run_sync(*args, **kwargs)
         finally:
             working -= 1
-            clock.autojump_threshold = THREAD_SECONDS if working else 0
+            clock.autojump_threshold = math.inf if working else 0
 
     monkeypatch.setattr(trio.to_thread, "run_sync", counted)
     return clock
