@@ -1,4 +1,4 @@
-"""What a disk may read as after a crash: the oracle, one sector at a time.
+"""The oracle of the crash tests: what each sector of a disk may contain after a crash.
 
 Owns the history of writes and flushes and the rule of which contents are legal. Must not know how they are stored.
 

@@ -235,7 +235,7 @@ def _ignore_range_resized(exchange: Exchange) -> None:
 
 @_named("busybox")
 def _busybox(exchange: Exchange) -> None:
-    """busybox httpd takes the end 0 of a range for none."""
+    """Like busybox httpd, which takes the end 0 of a range for a missing end."""
     if exchange.request.headers.get("range") == "bytes=0-0":
         size = len(exchange.server.content)
         fields = {**exchange.validators(), "Content-Range": f"bytes 0-{size - 1}/{size}"}
@@ -250,7 +250,7 @@ def _aws_chunked(exchange: Exchange) -> None:
 
 @_named("hidden-total")
 def _hidden_total(exchange: Exchange) -> None:
-    """The total is told by HEAD only."""
+    """Only HEAD reports the total size."""
     if exchange.request.method == "HEAD":
         return exchange.send("200 OK", exchange.validators(), exchange.server.content)
     return _unknown_total(exchange)
@@ -305,7 +305,7 @@ def _long_chunked(exchange: Exchange) -> None:
 
 @_named("extra-bytes")
 def _extra_bytes(exchange: Exchange) -> None:
-    """A right answer, and more bytes behind it that nobody asked for."""
+    """A right answer, followed by bytes that were not requested."""
     _send_range(exchange)
     with contextlib.suppress(OSError):
         exchange.sock.sendall(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\nevil")
@@ -373,7 +373,7 @@ def _redirect(exchange: Exchange, *, code: int) -> None:
 
 @_named("cookie-gate")
 def _cookie_gate(exchange: Exchange) -> None:
-    """Whoever comes without the cookie gets one, and is sent to `redirect_to`; with it he gets the bytes."""
+    """Requests without the cookie get one, and a redirect to `redirect_to`. Requests with it get the bytes."""
     if exchange.server.cookie in exchange.request.headers.get("cookie", ""):
         return _ok(exchange)
     fields = {"Location": exchange.server.redirect_to, "Set-Cookie": exchange.server.cookie + "; Path=/; HttpOnly"}
@@ -416,7 +416,7 @@ def _redirect_nowhere(exchange: Exchange) -> None:
 
 @_named("redirect-on")
 def _redirect_on(exchange: Exchange) -> None:
-    """A redirect that never ends: each place sends on to a new one."""
+    """An endless chain of redirects, each to another URL."""
     exchange.send("302 Found", {"Location": exchange.request.path + "x"})
 
 

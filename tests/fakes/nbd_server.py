@@ -131,7 +131,7 @@ class FakeNbd:
             stream.socket.close()
 
     def hang_up(self) -> None:
-        """Cut all connections, as the death of the server would."""
+        """Close all connections, as if the server had died."""
         for stream in self.streams:
             stream.socket.close()
 

@@ -86,7 +86,7 @@ class FakeSource:
 
 
 def remote(source: FakeSource, *, deadline_seconds: float = 30.0, pinning: Pinning = USUAL) -> RetryingSource:
-    """A `RetryingSource` whose every connection leads to `source`."""
+    """A `RetryingSource` that always connects to `source`."""
 
     async def connect() -> FakeSource:
         await trio.sleep(source.round_trip)

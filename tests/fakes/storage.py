@@ -1,4 +1,4 @@
-"""Twins of the overlay's file, in memory: one that fails on request, one that also writes down all that happened.
+"""In-memory implementations of `Storage`: one that fails on request, and one that also records all operations.
 
 Owns the bytes, the faults and the interleaving of worker threads. Must not know what the bytes mean. Both implement the
 `Storage` port of `qedfs/overlay/storage.py`; `tests/overlay/test_storage.py` holds them to the same contract as the
@@ -47,7 +47,7 @@ class Resized(NamedTuple):
 
 
 class BarrierBegun(NamedTuple):
-    """From here on a write is not covered by the barrier that ends with this number."""
+    """The barrier with this number has started. It does not cover writes after this point."""
 
     number: int
 
@@ -59,7 +59,7 @@ class BarrierEnded(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A barrier has failed: the disk has not taken these pages, and keeps what it had there before (offset, bytes)."""
+    """A barrier has failed. The disk did not take these pages, and keeps its previous content (offset, bytes)."""
 
     pages: tuple[tuple[int, bytes], ...]
 
@@ -146,7 +146,7 @@ class MemoryStorage:
         self._faults.setdefault(kind, []).append(_Fault(error, self.operations[kind] + nth, forever, wrote))
 
     def mend(self) -> None:
-        """No operation fails any more."""
+        """Stop failing operations."""
         self._faults.clear()
 
     # The port.
@@ -299,7 +299,7 @@ class MemoryStorage:
 
 
 class RecordingStorage(MemoryStorage):
-    """A file in memory that remembers in which order it was written to, and where the barriers were."""
+    """A file in memory that records the order of writes and barriers."""
 
     def __init__(
         self, data: bytes | bytearray = b"", *, name: str = "", writable: bool = True, seed: int | None = None
@@ -326,7 +326,7 @@ class RecordingStorage(MemoryStorage):
         self._loss = (self.operations["barrier"] + nth, rng, on_loss)
 
     def lose_now(self, rng: random.Random, *, told: bool) -> None:
-        """The kernel fails to write some pages by itself. `told`: another program has had the error already."""
+        """Simulate that the kernel fails to write some pages back. `told`: to another program, already."""
         self._unreported = self._lose(bytes(self.bytes), rng, forget=not told) and not told
 
     def barrier(self) -> None:
@@ -388,7 +388,7 @@ class RecordingStorage(MemoryStorage):
         self.bytes[offset : offset + len(old)] = old
 
     def reopened(self, *, seed: int | None = None) -> RecordingStorage:
-        """The same file opened anew: the log goes on."""
+        """The same file, opened again. The log continues."""
         again = RecordingStorage(b"", name=self._name, seed=seed)
         again.start, again.bytes, again.log, again._barriers = self.start, self.bytes, self.log, self._barriers
         again._synced, again._lost, again._unreported = self._synced, self._lost, self._unreported

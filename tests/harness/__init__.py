@@ -1,4 +1,4 @@
-"""What the tests stand on: real servers, real mounts, images, a Linux guest.
+"""The test harness: real servers, real mounts, images, a Linux guest.
 
 Nothing here knows how qedfs works inside: it is driven through its command line, as a user does.
 """

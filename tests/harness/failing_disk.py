@@ -1,4 +1,4 @@
-"""A disk whose writes fail on request, and a file system on it: what a medium does that fails and then seems well.
+"""A disk whose writes fail on request, with a file system on it: simulates a medium that fails and then recovers.
 
 Owns the FUSE server that holds the disk's bytes (run as a program of its own), the loop device over it and the mount.
 Must not know what is stored there.
@@ -31,7 +31,7 @@ _MKFS = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q"), "btrfs": 
 
 
 class FailingDisk:
-    """A mounted file system on a disk that can be told to fail."""
+    """A mounted file system on a disk whose writes can be made to fail."""
 
     def __init__(self, folder: Path, orders: Path, device: str) -> None:
         self.folder = folder

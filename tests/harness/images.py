@@ -30,7 +30,7 @@ def random_image(path: Path, size: int, *, seed: int = 0) -> Path:
 
 
 def sparse_image(path: Path, size: int, parts: dict[int, bytes] | None = None) -> Path:
-    """Makes a file of `size` bytes that is a hole but for `parts`, bytes by position."""
+    """Makes a file of `size` bytes that is a hole except for `parts`, bytes by position."""
     with path.open("wb") as file:
         file.truncate(size)
         for pos, data in (parts or {}).items():

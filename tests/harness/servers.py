@@ -236,7 +236,7 @@ def qemu_nbd(  # noqa: PLR0913 - its options
     verify_peer: bool = False,
     psk: Path | None = None,
 ) -> Iterator[Server]:
-    """Serves an image file of format `fmt` to at most `shared` clients at once, and stays when they have gone."""
+    """Serves an image file of format `fmt` to at most `shared` clients at once. Keeps running when they disconnect."""
     with _folder() as folder:
         address = _address(folder, tcp)
         argv: list[str | Path] = [require("qemu-nbd"), "--persistent", "-f", fmt, "-e", str(shared), "-x", export]
@@ -324,7 +324,7 @@ def _export_path(export: str) -> str:
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[str]:
-    """The URL of a server that takes every connection and says nothing."""
+    """The URL of a server that accepts every connection and never sends anything."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         taken: list[socket.socket] = []
 

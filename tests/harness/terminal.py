@@ -1,4 +1,4 @@
-"""A command on a terminal: what it sends, and what a person then sees.
+"""A command on a pseudo-terminal: what it sends, and what a person would see.
 
 `Grid` understands what our own screens are drawn with and refuses everything else, so that a test which passes has
 seen all that a terminal would have been sent.
@@ -41,12 +41,12 @@ class Grid:
 
     @property
     def rows(self) -> list[str]:
-        """What is seen now, without the blank ends."""
+        """The visible rows, without trailing blanks."""
         return ["".join(cells).rstrip() for cells in self._cells]
 
     @property
     def text(self) -> str:
-        """All of it, scrolled rows included."""
+        """All rows, including those that have scrolled out."""
         return "\n".join([*self.scrolled, *self.rows]).rstrip()
 
     def feed(self, text: str) -> None:
