@@ -63,6 +63,8 @@ class Session:
         # Whether the last write of a slot may not be durable yet. True at first: an earlier session may have ended, or
         # been killed, before the barrier.
         self._unordered = self.record.sequence > 0
+        # (offset, size) of the backing's name after the header has dropped it, until it is overwritten.
+        self._dropped_name: tuple[int, int] | None = None
         self.times = times_at_open(
             self.record,
             trusted=bool(header.autoclear_features & UNTOUCHED),
@@ -195,17 +197,25 @@ class Session:
         self._write_header(dataclasses.replace(self.header, features=self.header.features & ~need_check))
 
     def detach(self) -> None:
-        """Drop the backing from the header. The caller has flushed: see `Overlay.detach`."""
-        if not self.header.features & BACKING_FILE:
+        """Drop the backing from the header. The caller has flushed: see `Overlay.detach`.
+
+        If a step finds no space (some file systems never overwrite in place), the next call continues there.
+        """
+        if self.header.features & BACKING_FILE:
+            name = self.header.backing_name_offset, self.header.backing_name_size
+            self._write_header(self.header.without_backing())
+            self._dropped_name = name
+        if self._dropped_name is None:
             return
-        name_offset, name_size = self.header.backing_name_offset, self.header.backing_name_size
-        self._write_header(self.header.without_backing())
         self._barrier()
         # The name may contain a password, and users of a complete overlay do not need it. Overwrite it only after the
-        # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing. The
-        # barrier of the record makes the zeros durable.
-        self._storage.write(name_offset, [bytes(name_size)])
+        # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing.
+        offset, size = self._dropped_name
+        self._storage.write(offset, [bytes(size)])
         self.store(dataclasses.replace(self.record, pin=None, paused=False))
+        if self._slots is None:
+            self._barrier()  # for the zeros, as there is no record whose barrier covers them
+        self._dropped_name = None
 
     def _write_header(self, header: Header) -> None:
         self._storage.write(0, [header.encode()])

@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "detach: a barrier behind the header",
         "session:Session.detach",
-        "self._barrier()",
-        "pass",
+        "self._barrier()\n    # The name",
+        "pass\n    # The name",
         "detach",
     ),
     Mutant(

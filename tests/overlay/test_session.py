@@ -169,3 +169,41 @@ async def test_a_complete_overlay_keeps_nothing_of_the_name_of_its_backing(clust
     header, backing = read_header(MemoryStorage(storage.bytes))
     assert (header.has_backing, backing) == (False, None)
     assert read_record(MemoryStorage(storage.bytes), header) is not None
+
+
+SECRET = b"http://user:hunter2@host/disk.raw"
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+async def test_a_detach_that_found_no_space_is_finished_by_the_next_one(nth: int) -> None:
+    """The header, the name and the record: some file systems never overwrite in place, and need space for each."""
+    storage = MemoryStorage(empty(image_size=1 << 20, backing=SECRET).data)
+    overlay = await open_storage(storage)
+    await overlay.change_record(pinned)
+    await overlay.adopt_zeros(0, overlay.clusters.geometry.clusters)
+    await overlay.flush()
+    storage.fail("write", NoSpace("full"), nth=nth, wrote=0)
+    with pytest.raises(NoSpace):
+        await overlay.detach()
+    await overlay.detach()
+    assert overlay.backing is None
+    assert b"hunter2" not in storage.bytes
+    assert overlay.record.pin is None
+    await overlay.close()
+    assert await stored(storage) == (None, False)
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_a_detach_ends_with_a_barrier_for_the_overwritten_name(room: bool) -> None:
+    """Also without room for a record, whose barrier would cover it: the user may hand the overlay on now."""
+    built = empty(backing=SECRET.ljust(100 if room else 2000, b"n"))
+    if not room:
+        built.replace(header_size=1, l1_table_offset=CLUSTER)
+        del built.data[2 * CLUSTER :]
+    storage = RecordingStorage(built.data)
+    overlay = await open_storage(storage)
+    await overlay.adopt_zeros(0, overlay.clusters.geometry.clusters)
+    await overlay.detach()
+    assert b"hunter2" not in storage.bytes
+    assert isinstance(storage.log[-1], BarrierEnded)
+    await overlay.close()
