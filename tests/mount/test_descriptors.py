@@ -26,7 +26,7 @@ def test_the_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:
-        with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+        with mounted(overlay, tmp_path / "mnt", "--no-stream", own_interpreter=True) as mount:
             assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
