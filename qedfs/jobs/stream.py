@@ -56,6 +56,7 @@ class StreamJob(Job):
         )
         self._looked_at = -1  # bytes that had been adopted and written at the last `look_again`
         self._known_failures = 0  # how many failures of the image have been handled
+        self._earlier: list[QedfsError | None] = []  # the image's errors at that time, for each of _FAILURES
         self._trying = False  # after a failure: send a single request first
         self._passed_over = False  # the last walk has skipped clusters that writes have claimed
         self._missing = MissingRuns(image)
@@ -131,7 +132,7 @@ class StreamJob(Job):
         image, fetch = self.image, self.image.fetch
         if fetch is None:
             return False
-        self._known_failures = image.failures
+        self._known_failures, self._earlier = image.failures, [image.condition.noted(cause) for cause in _FAILURES]
         source_size = await image.source_size()
         image.streaming = True
         if image not in fetch.consumers:
@@ -239,7 +240,12 @@ class StreamJob(Job):
     def _raise_failure(self) -> None:
         self._raise(*_LOSSES)
         if self.image.failures != self._known_failures:
-            self._raise(*_FAILURES)
+            # An earlier trouble may not be over yet: a full disk, until something is kept again. What has failed now
+            # may be something else, such as the source, about which the policy decides differently.
+            condition = self.image.condition
+            condition.look()
+            known = zip(_FAILURES, self._earlier, strict=True)
+            self._raise(*(cause for cause, error in known if condition.noted(cause) is not error))
 
     def _raise(self, *causes: Cause) -> None:
         error = self.image.condition.first(*causes)

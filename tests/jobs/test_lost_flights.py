@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from qedfs.errors import NoSpace, QedfsError, SourceUnreachable
+from qedfs.errors import BadOverlay, NoSpace, QedfsError, SourceUnreachable
 from qedfs.image.image import Image
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
@@ -112,6 +112,37 @@ async def test_it_says_what_it_waits_for_until_bytes_come(
         with trio.fail_after(40):
             await complete(image)
         assert told[2:] == [(State.RUNNING, ""), (State.COMPLETE, "")]
+
+
+@pytest.mark.parametrize("before", [NoSpace("the disk is full"), BadOverlay("the disk has failed")])
+async def test_it_stops_for_what_fails_now_not_for_an_earlier_failure(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: QedfsError,
+) -> None:
+    """The condition tells of a full disk until something is kept again. That is not why the source has failed since."""
+
+    async def broken(*_: object, cold: bool) -> int:
+        await trio.lowlevel.checkpoint()
+        raise before
+
+    source = FakeSource(CONTENT)
+    async with served(source, deadline_seconds=0.5) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image)
+        with monkeypatch.context() as patch:
+            patch.setattr(image.overlay, "adopt", broken)
+            nursery.start_soon(job.run)
+            await trio.sleep(20)
+        assert job.reason == str(before)
+        source.fail = SourceUnreachable("connection refused")
+        job.start()
+        await trio.sleep(60)
+        assert (job.state, job.reason) == (State.WAITING, "connection refused")
+        source.fail = None
+        with trio.fail_after(40):
+            await complete(image)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_user_who_resumes_it_sees_it_try(autojump_clock: trio.testing.MockClock) -> None:
