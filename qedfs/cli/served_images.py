@@ -12,6 +12,7 @@ from qedfs.errors import QedfsError, UsageError
 
 Image = dict[str, Any]
 BROKEN = "broken"  # the state of an overlay that is not served
+STOPPED = ("failed", "source-changed")  # the states of a stream that an error has stopped
 MOST_NAMED = 10  # names in a message
 
 
@@ -57,8 +58,7 @@ def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
 def trouble(image: Image) -> str | None:
     """What is wrong with an image, or why it waits; None if all is well. Does not repeat the name of the image."""
     if image["error"]:
-        text: str = image["error"]
-        return text.removeprefix(f"{image['overlay']}: ")
+        return _without_path(image, image["error"])
     return f"{image['state']} ({image['reason']})" if image["reason"] else None
 
 
@@ -69,5 +69,13 @@ def check_served(image: Image) -> None:
 
 
 def failure_of(image: Image) -> QedfsError:
-    """The error of an image that needs somebody to act."""
-    return error_of(image.get("exit_code"), f"{image['name']}: {trouble(image) or image['state']}")
+    """The error of an image that needs somebody to act: why it is not served, or why its stream has stopped."""
+    text = trouble(image)
+    if image["state"] in STOPPED and image.get("reason"):
+        # The exit code is that of this error. What is worst now may be something else, such as a full disk.
+        text = _without_path(image, image["reason"])
+    return error_of(image.get("exit_code"), f"{image['name']}: {text or image['state']}")
+
+
+def _without_path(image: Image, text: str) -> str:
+    return text.removeprefix(f"{image['overlay']}: ")

@@ -6,14 +6,14 @@ import dataclasses
 import re
 from typing import Protocol
 
-from qedfs.cli.served_images import BROKEN, Image, failure_of
+from qedfs.cli.served_images import BROKEN, STOPPED, Image, failure_of
 from qedfs.control.qmp.client import Client
 from qedfs.errors import ReadOnlyOverlay, UsageError
 from qedfs.units import parse_size
 
 _RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
 # States that end only when somebody acts.
-_ENDED = frozenset({"failed", "source-changed", BROKEN})
+_ENDED = frozenset({*STOPPED, BROKEN})
 HELD_STATES = {
     "off": "is not being streamed; qedfs stream start would begin it",
     "paused": "is paused",

@@ -8,7 +8,7 @@ import pytest
 
 from qedfs.cli.wait_goal import Goal, Local, Unused, parse_goal
 from qedfs.control.qmp.client import Client
-from qedfs.errors import QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceChanged, UsageError
 
 IMAGE = {"name": "disk.raw", "state": "running", "served": True, "size": 1 << 20, "opens": 0, "reason": ""}
 
@@ -65,3 +65,16 @@ def test_what_never_will_be() -> None:
     failed: dict[str, Any] = {"state": "failed", "error": "away", "exit_code": 4, "overlay": "disk.qed"}
     with pytest.raises(QedfsError, match="away"):
         reached(Local(), **failed)
+
+
+def test_text_and_exit_code_are_those_of_one_error() -> None:
+    """The worst trouble now may be another one than that for which the stream has stopped."""
+    stopped: dict[str, Any] = {
+        "state": "source-changed",
+        "reason": "disk.qed: the source is another version",
+        "exit_code": SourceChanged.exit_code,
+        "error": "disk.qed: the disk is full",
+        "overlay": "disk.qed",
+    }
+    with pytest.raises(SourceChanged, match=r"^disk\.raw: the source is another version$"):
+        reached(Local(), **stopped)
