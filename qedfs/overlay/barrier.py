@@ -1,7 +1,8 @@
 """The barriers (fdatasync) of an overlay. After one has failed, the overlay takes no more writes.
 
 Owns the failure, and the count of barriers. Must not know what a barrier orders, nor what its failure does to the map:
-`Committer.durably` runs barriers one at a time, and takes entries back.
+`commit.py` says what order survives a power cut, runs barriers one at a time (`Committer.durably`), and takes entries
+back.
 """
 
 from __future__ import annotations

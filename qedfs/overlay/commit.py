@@ -11,9 +11,11 @@ Steps of a group:
 3. Write the changed sectors of the tables, L2 and L1, in any order, because entries are independent. An L2 entry
    without its L1 entry is invisible, and an L1 entry without L2 entries leads to "missing".
 
-A flush is a group followed by another **barrier**. At worst, a power cut leaves clusters that nothing refers to. A
-group takes a snapshot of the entries at its start. An entry that is published later belongs to the next group, because
-its data may have been written after the barrier of step 2 started.
+A flush is a group followed by another **barrier**. Without it, an fsync could return, and its clusters still read as
+the backing after a power cut. Whatever a power cut interrupts, it leaves at worst clusters that nothing refers to.
+
+A group takes a snapshot of the entries at its start. An entry that is published later belongs to the next group,
+because its data may have been written after the barrier of step 2 started.
 
 A failed barrier ends the session's writes, and the map goes back to what is on the disk (`_read_again`). Barriers run
 one at a time. If two ran concurrently, Linux would report a lost page to only one of them, and success to the other.

@@ -1,7 +1,7 @@
-"""The pending allocations of an overlay: clusters that a running write is about to give an entry.
+"""The pending allocations of an overlay: clusters that a running write or adoption is about to give an entry.
 
-Owns the set of these clusters and of those being merged, on which other writes wait and which adoptions skip. The
-protocol is at the top of `overlay.py`.
+Owns two sets: the claimed clusters, which other writes wait for, and the clusters that a partial write is about to
+merge. Adoptions skip both. Must not know what is written. The protocol is at the top of `overlay.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PendingAllocations:
         return cluster in self._pending or self._merges[cluster] > 0
 
     def pending_in(self, clusters: range) -> list[int]:
-        """Those of the clusters that an adoption must skip."""
+        """The clusters in this range that an adoption must skip."""
         if not self._pending and not self._merges:
             return []
         return [cluster for cluster in clusters if self.is_pending(cluster)]
@@ -37,8 +37,8 @@ class PendingAllocations:
     @contextlib.contextmanager
     def allocating(self, clusters: Sequence[int]) -> Iterator[None]:
         """Claim these clusters while a worker thread writes their data. Their slices stay in memory meanwhile."""
-        # No cluster has an older claim, whose event this would hide: adoptions skip those, and writes have come here
-        # from `settle` without an await.
+        # None of these clusters is claimed already, or its event would be replaced here: adoptions skip claimed
+        # clusters, and writes come here from `settle` without an await.
         done = trio.Event()
         for cluster in clusters:
             self._pending[cluster] = done
@@ -46,7 +46,8 @@ class PendingAllocations:
         try:
             yield
         finally:
-            # The caller sets the entries next. Until its next await no slice is evicted, and no waiting task runs.
+            # The caller sets the entries next. Until the caller's next await, no slice is evicted and no waiting task
+            # runs.
             for cluster in clusters:
                 del self._pending[cluster]
                 self._map.release(cluster)
@@ -54,19 +55,23 @@ class PendingAllocations:
 
     @contextlib.contextmanager
     def merging(self, clusters: Sequence[int]) -> Iterator[None]:
-        """Make adoptions skip these clusters, because a partial write will store them whole in any case."""
+        """Make adoptions skip these clusters, because a partial write is about to store them whole itself."""
         self._merges.update(clusters)
         try:
             yield
         finally:
-            # Delete counts individually. With overlapping writes there may never be a moment when all have ended.
+            # Delete each count when it reaches zero. If writes keep overlapping, there may never be a moment when all
+            # of them have ended and the whole Counter could be cleared.
             for cluster in clusters:
                 self._merges[cluster] -= 1
                 if not self._merges[cluster]:
                     del self._merges[cluster]
 
     async def settle(self, pos: int, size: int) -> None:
-        """Wait until no cluster of the request is claimed and its slices are loaded. No await follows that check."""
+        """Wait until none of the request's clusters is claimed and its slices are loaded.
+
+        When this returns, no await has followed the check of both.
+        """
         # Start again after each await: another write may have claimed clusters that were free, and a load for another
         # request may have evicted our slices.
         while True:

@@ -1,14 +1,15 @@
 """Decides, when an overlay is opened, whether the page cache can be trusted or must be evicted first.
 
 After a failed write-back, the page cache shows tables and data that the disk lacks, and nothing distinguishes them from
-the rest (`pagecache.py`). A session that ends in order says so in its record, after its last barrier. A failed barrier,
-a kill (before or after the kernel has noticed an error), and any other program that writes leave no such note. Then the
-page cache is evicted. So distrust needs no note of its own, which a failing disk might not store.
+the rest (`pagecache.py`). A session that ends cleanly says so in its record, after its last barrier. After a failed
+barrier, or a kill (before or after the kernel has noticed an error), there is no such note. After a write by QEMU the
+note no longer counts, because QEMU has cleared the autoclear bit that vouches for it. In all these cases the page cache
+is evicted. So nothing has to be stored to express distrust; a failing disk might not store it.
 
-The journal of a killed session refers to data that may have been in the page cache only. The kernel reports lost data
-only once, to the first process that asks, which may be another program. So that data is compared as well: as in the
-page cache, and as on the disk. One case goes unnoticed: data that was lost, reported to another program, and dropped
-from the page cache before the overlay was opened.
+The journal of a killed session refers to data that may have been only in the page cache. The kernel reports lost data
+only once, to the first process that asks, which may be another program. Therefore that data is read twice, from the
+page cache and from the disk, and compared. One case goes unnoticed: data that was lost, reported to another program,
+and dropped from the page cache before the overlay was opened.
 
 Must not know what is read afterwards.
 """
@@ -27,13 +28,13 @@ from qedfs.overlay.storage import Storage
 
 
 def revalidate(storage: Storage, journal_folder: Path | None) -> None:
-    """Make sure that reads show what is on the disk. Waits for the disk. The caller has the locks of the overlay.
+    """Make sure that reads show what is on the disk. Waits for the disk. The caller holds the locks of the overlay.
 
     Raises:
         BadOverlay: the overlay cannot be served.
         InUse: another program keeps pages of the file in memory.
         QedfsError: the disk lacks data that was written before the kill. The journal is removed, because the data that
-            it refers to may be lost, and its clusters would read as garbage.
+            it refers to may be lost, and the clusters that it adds would then read as garbage.
     """
     header, _ = read_header(storage)
     session = Session(storage, header, read_record(storage, header))
@@ -41,7 +42,9 @@ def revalidate(storage: Storage, journal_folder: Path | None) -> None:
         return
     found = find(storage, journal_folder, session.record.session, session.record.journal)
     if found.unread and session.untouched:
-        return  # no session starts before the journal is read, and until then its data may be in the page cache only
+        # Do not evict: the journal's data may be only in the page cache. That is safe, because no session starts before
+        # the journal has been read.
+        return
     orphan = found.orphan if session.untouched else None
     try:
         _refresh(storage, orphan, header.geometry.cluster_size)
@@ -57,7 +60,7 @@ def revalidate(storage: Storage, journal_folder: Path | None) -> None:
 
 
 def _refresh(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) -> None:
-    """Evict the page cache. Raises QedfsError if clusters in the journal are not, or may not be, on the disk."""
+    """Evict the page cache. Raises QedfsError if clusters that the journal refers to may not be on the disk."""
     before = _checksum(storage, orphan, cluster_size)
     storage.refresh()
     if _checksum(storage, orphan, cluster_size) != before:
@@ -65,7 +68,9 @@ def _refresh(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) 
 
 
 def _checksum(storage: Storage, orphan: OrphanJournal | None, cluster_size: int) -> int:
-    """The checksum of the clusters in the journal. Takes 60 ms for 64 MiB, about as much as waits for a commit.
+    """The checksum of the clusters that the journal refers to.
+
+    Takes 60 ms for 64 MiB, which is about as much data as waits for a commit.
 
     The journal has not been validated yet and may be forged. So offsets outside the file are ignored, and no more
     clusters are read than the file has.
