@@ -72,7 +72,7 @@ class Image:
         self.counters = Counters()
         self.streaming = False  # set by the stream: this image wants everything that other images fetch
         self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
-        self._full_at = float("-inf")  # when the overlay could not grow, unless it has grown since
+        self._full_at = float("-inf")  # when an adoption or a commit found no space
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
         self._readahead = Readahead()
         self._rmw_budget = RmwBudget(overlay.cluster_size)
@@ -372,7 +372,10 @@ class Image:
             self._failed(error)
 
     def _too_full(self) -> bool:
-        return trio.current_time() - self._full_at < NO_SPACE_RETRY_SECONDS
+        if trio.current_time() - self._full_at >= NO_SPACE_RETRY_SECONDS:
+            return False
+        # A commit may have found space since. Then the stream has no failure to wait for, and would fetch in vain.
+        return self.full is not None or isinstance(self.overlay.commit_error, NoSpace)
 
     @property
     def full(self) -> QedfsError | None:

@@ -149,3 +149,23 @@ async def test_a_complete_image_has_no_trouble_with_its_source() -> None:
         Cause.REPLACED,
         Cause.INTERNAL_ERROR,
     ]
+
+
+async def test_nothing_is_fetched_in_vain_after_a_commit_found_space_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The stream, slow by its limit, does not hear of the failure: the next commit is well before it looks."""
+    storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=len(ZEROS), backing=b"http://fake/disk.raw").data)
+    source = FakeSource(ZEROS)
+    async with served(source, storage=storage) as image, trio.open_nursery() as nursery:
+        job = StreamJob(image, limit=CLUSTER // 8)
+        nursery.start_soon(job.run)
+        await trio.sleep(3)
+        assert image.counters.kept > 0
+        storage.fail("write", NoSpace("full"), wrote=0)
+        await image.read(6 * CLUSTER, 512)
+        await trio.sleep(2.1)
+        assert image.failures == 1
+        await trio.sleep(300)
+        assert image.complete
+        assert source.bytes_read == len(ZEROS)
