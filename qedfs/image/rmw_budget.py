@@ -1,6 +1,7 @@
-"""The memory budget of partial writes: each holds up to two whole clusters while it fetches their missing parts.
+"""The memory budget of partial writes: each fetches up to two whole clusters, and holds them until it ends.
 
-Owns what one write takes of the image's share. Must not know what the memory is used for.
+Owns how much of the image's share one write takes. A write waits here while there is no room. Must not know what the
+memory contains.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import trio
 
 from qedfs.host import memory_pool
 
-# Per image. The other images may leave it less.
+# For one image. It may get less, because other images share the pool.
 MOST_BYTES = 128 << 20
 
 
@@ -39,10 +40,10 @@ class RmwBudget:
 
 
 class RmwReservation:
-    """The reservation of one write. Made when the write first needs memory, and covers both of its clusters."""
+    """The reservation of one write. The memory is reserved when the write first needs any, once for both clusters."""
 
-    def __init__(self, rests: RmwBudget) -> None:
-        self._rmw_budget = rests
+    def __init__(self, budget: RmwBudget) -> None:
+        self._rmw_budget = budget
         self._begun: trio.Event | None = None
         self._taken = False
 
@@ -63,6 +64,6 @@ class RmwReservation:
         self._begun.set()
 
     def give_back(self) -> None:
-        """Release it after the write has ended."""
+        """Release the memory, if any, after the write has ended."""
         if self._taken:
             self._rmw_budget.give_back()

@@ -1,1 +1,1 @@
-"""The background jobs of an image: the stream, the prefetch of a boot profile, and when they hold off."""
+"""The background jobs of an image, such as the stream, and when they hold off. Also the prefetch of a boot profile."""

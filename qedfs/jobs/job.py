@@ -263,7 +263,7 @@ class Job(abc.ABC):
 
     async def _conclude(self, *, nothing_left: bool) -> None:
         if nothing_left:
-            self.gets_on()
+            self.makes_progress()
             if await self._driver.may_finish(self):
                 await self.finish()
         elif self.ignored is not None and self.allowed and not self.hold_off():
@@ -296,7 +296,7 @@ class Job(abc.ABC):
 
     # For the kinds.
 
-    def gets_on(self) -> None:
+    def makes_progress(self) -> None:
         """Called by the work when it has made progress, which means that a failure is over."""
         self._hindrance = None
         self._report(Event.RUN)

@@ -1,7 +1,8 @@
-"""The prefetch job: fetches the ranges of a boot profile first, in the order in which a guest will need them.
+"""The prefetch of a boot profile: fetches its ranges before the stream, in the order in which a guest will need them.
 
-Owns the walk over the ranges. Must not know files or commands. A profile is only a hint: if the source fails, the job
-ends, and readers get the same failure themselves.
+Owns the walk over the ranges. Must not know files or commands. It is one function and no `Job`: it runs once, after the
+image is opened, and has no states and no commands. A profile is only a hint: if the source fails, the prefetch ends,
+and readers get the same failure themselves.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Owns the order in which clusters are fetched, and when a request is sent. `job.p
 Must not know who controls it.
 
 The stream walks the map from the start. A run of missing clusters becomes background requests, one for each turn that
-the fetch queue grants. Holes of the source are handled on the way (`missing.py`). When a walk has found nothing to do
-and all flights have landed, the image is complete.
+the fetch queue grants. Holes in the source are handled on the way (`missing.py`). When nothing is missing any more and
+all flights have landed, `finish` drops the backing, and the image is complete.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from qedfs.jobs.state import State
 log = logging.getLogger(__name__)
 
 PACE_SECONDS = 0.25
-# With these, nothing that is fetched can be stored until the overlay is opened again.
+# After these causes, nothing that is fetched can be stored until the overlay is opened again.
 _LOSSES = (Cause.BARRIER_FAILED, Cause.SOURCE_CHANGED)
-# After these, a retry may succeed.
+# After these causes, a retry may succeed.
 _FAILURES = (Cause.NO_SPACE, Cause.NOT_BEGUN, Cause.COMMIT_FAILED, Cause.NOT_KEPT, Cause.FETCH_FAILED)
 
 
@@ -54,11 +54,11 @@ class StreamJob(Job):
             state=State.COMPLETE if image.complete else State.OFF,
             paused=image.overlay.record.paused,
         )
-        self._looked_at = -1  # bytes that had been adopted and written at the last `look_again`
-        self._known_failures = 0  # how many failures of the image have been handled
+        self._looked_at = -1  # the sum of the bytes adopted and written, as of the last `look_again`
+        self._known_failures = 0  # `image.failures` when `work` last started; a different number means a new failure
         self._earlier: list[QedfsError | None] = []  # the image's errors at that time, for each of _FAILURES
         self._trying = False  # after a failure: send a single request first
-        self._passed_over = False  # the last walk has skipped clusters that writes have claimed
+        self._passed_over = False  # the last walk skipped clusters that writes have claimed
         self._missing = MissingRuns(image)
 
     # Progress.
@@ -70,16 +70,16 @@ class StreamJob(Job):
 
     @property
     def total(self) -> int:
-        """Bytes of the image."""
+        """The size of the image in bytes."""
         return self.image.size
 
     @property
     def progress(self) -> int:
-        """Bytes that no longer need the source."""
+        """How many bytes the source is no longer needed for."""
         return min(self.image.size, self.image.populated + self._missing.skipped)
 
     async def next_missing(self, pos: int) -> int | None:
-        """The first byte at or after `pos` that needs the source; None if there is none."""
+        """The first byte at or after `pos` for which the source is still needed; None if there is none."""
         return await self._missing.first_from(pos)
 
     async def step(self, pos: int) -> tuple[int, int, int | None]:
@@ -116,19 +116,19 @@ class StreamJob(Job):
     # Commands.
 
     def start(self, limit: int | None = None) -> None:
-        """See `Job.start`. Clears the trouble that the stream had stopped for."""
+        """See `Job.start`. Clears the trouble that had stopped the stream."""
         self.image.condition.clear(Cause.JOB_STOPPED)
         super().start(limit)
 
     def fail(self, error: QedfsError) -> None:
-        """See `Job.fail`. Also notes the error in the image's condition, as it needs the source without the stream."""
+        """See `Job.fail`. Also notes the error in the image's condition, because the image keeps needing its source."""
         self.image.condition.note(Cause.JOB_STOPPED, error)
         super().fail(error)
 
     # The work.
 
     async def work(self) -> bool:
-        """Walk until nothing is missing any more, see `Job.work`."""
+        """Walk until nothing is missing any more; see `Job.work`."""
         image, fetch = self.image, self.image.fetch
         if fetch is None:
             return False
@@ -165,7 +165,7 @@ class StreamJob(Job):
         self.image.streaming = False
 
     async def remember_pause(self, *, paused: bool) -> None:
-        """Store it in the overlay's record, so that the stream is paused in the next mount, too."""
+        """Store in the overlay's record whether the stream is paused, so that the next mount starts it likewise."""
         overlay = self.image.overlay
         if overlay.writable and overlay.record.paused != paused:
             await overlay.change_record(lambda record: dataclasses.replace(record, paused=paused))
@@ -192,16 +192,16 @@ class StreamJob(Job):
             if not self.allowed or self.hold_off():
                 return asked
             if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
-                continue  # a reader, a guest or another image's stream has populated a part of it, or is about to
+                continue  # a reader, a guest or another image's stream has populated part of the run, or is about to
             fetch.start(first, count, consumer=image)
             self.rate_limiter.sent(count * cluster_size)
             self.cursor, asked = first + count, True
             if self._trying:
-                # Send a single request to see whether the source is back, or there is space again.
+                # Wait for this single request, which shows whether the source is back, or whether there is space again.
                 await fetch.landed(image)
                 self._raise_failure()
                 self._trying = False
-                self.gets_on()
+                self.makes_progress()
         self.cursor = 0
         return asked or self._passed_over
 
@@ -210,10 +210,11 @@ class StreamJob(Job):
         return int(max(1, min(count, self.rate_limiter.piece_bytes // self.image.overlay.cluster_size)))
 
     def _ours(self, first: int, count: int) -> int:
-        """How many of `count` clusters from `first` on the stream should fetch.
+        """How many of the `count` clusters that start at `first` the stream should fetch.
 
-        Stops at a cluster that a guest's write has claimed. It would not be adopted, and so be fetched again and again
-        until the write has ended. A claimed cluster that is already in flight does not matter.
+        Stops at a cluster that a guest's write has claimed. Such a cluster would not be adopted, and so would be
+        fetched again and again until the write has ended. A claimed cluster that is already in flight is no reason to
+        stop, because it is not requested again.
         """
         overlay, fetch = self.image.overlay, self.image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked

@@ -72,7 +72,7 @@ class CountJob(Job):
             raise self.failures[number]
         self.counted.append(number)
         if self.hindered:
-            self.gets_on()
+            self.makes_progress()
 
     async def finish(self) -> None:
         self.finished = True
