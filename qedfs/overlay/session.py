@@ -29,11 +29,19 @@ def read_header(storage: Storage) -> tuple[Header, str | None]:
     Raises:
         BadOverlay: the overlay cannot be served.
     """
-    size = storage.size()
-    header = decode_header(read_bytes(storage, 0, min(size, HEADER_BYTES)), size)
+    header = _decode(storage)
     if not header.has_backing:
         return header, None
-    return header, decode_backing_name(read_bytes(storage, header.backing_name_offset, header.backing_name_size))
+    name = read_bytes(storage, header.backing_name_offset, header.backing_name_size)
+    # Commands read without a lock, so a mount may have detached since we read the header (`Session.detach`).
+    if b"\0" in name and not (header := _decode(storage)).has_backing:
+        return header, None
+    return header, decode_backing_name(name)
+
+
+def _decode(storage: Storage) -> Header:
+    size = storage.size()
+    return decode_header(read_bytes(storage, 0, min(size, HEADER_BYTES)), size)
 
 
 def read_record(storage: Storage, header: Header) -> Record | None:

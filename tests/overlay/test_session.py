@@ -207,3 +207,23 @@ async def test_a_detach_ends_with_a_barrier_for_the_overwritten_name(room: bool)
     assert b"hunter2" not in storage.bytes
     assert isinstance(storage.log[-1], BarrierEnded)
     await overlay.close()
+
+
+@pytest.mark.parametrize("zeros", [len(SECRET), 10])
+async def test_an_overlay_that_is_detached_while_it_is_read_has_no_backing(zeros: int) -> None:
+    """By a command, which needs no lock. Between its reads of header and name a mount drops the one, then the other."""
+    storage = MemoryStorage(empty(image_size=1 << 20, backing=SECRET).data)
+    overlay = await open_storage(storage)
+    await overlay.adopt_zeros(0, overlay.clusters.geometry.clusters)
+    await overlay.flush()
+    reader = MemoryStorage(storage.bytes)
+    await overlay.detach()
+
+    def detach() -> None:
+        if reader.operations["read"] == 1:
+            reader.bytes[:] = storage.bytes
+            reader.bytes[64 + zeros : 64 + len(SECRET)] = SECRET[zeros:]
+
+    reader.before_step = detach
+    header, backing = read_header(reader)
+    assert (header.has_backing, backing) == (False, None)
