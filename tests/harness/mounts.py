@@ -43,7 +43,7 @@ def qedfs(
     """
     words = [os.fspath(arg) for arg in args]
     environ = {**os.environ, **(env or {})}
-    if needs_interpreter(env or {}):
+    if needs_interpreter(environ):
         done = subprocess.run(
             [*QEDFS, *words],
             capture_output=True,

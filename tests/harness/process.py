@@ -115,9 +115,10 @@ class Command(Child):
         super().__init__([*QEDFS, *words], log, env=env)
 
     def _start(self, stdin: int, output: int, env: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
-        if needs_interpreter(env):
+        environ = {**os.environ, **env}
+        if needs_interpreter(environ):
             return super()._start(stdin, output, env)
-        return Forked(self.argv[len(QEDFS) :], stdin, output, output, environ={**os.environ, **env}, new_session=True)
+        return Forked(self.argv[len(QEDFS) :], stdin, output, output, environ=environ, new_session=True)
 
 
 def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = HANG_SECONDS) -> None:

@@ -3,7 +3,8 @@
 Owns the protocol between a run of the tests and that process, its starter. Half of the processor time of the tests was
 spent by `python -m qedfs` on its imports. A fork has everything else that a program of its own has: descriptors,
 environment, working folder, session, signals, exit status. What only a new interpreter obeys (`needs_interpreter`)
-is started the ordinary way.
+is started the ordinary way. What else a process inherits is that of the starter: a test that changes its own limits or
+umask has to start the command itself.
 
 A message to the starter is one packet: JSON, and four descriptors, stdin, stdout, stderr and the report. Into the
 report the starter writes the process id, and the exit status when the process has ended.
@@ -38,9 +39,16 @@ _MOST_BYTES = 1 << 17  # of a packet; below what a socket takes by default (net.
 _INTERPRETER = ("PYTHON", "LD_", "LANG", "LC_", "MALLOC_", "GLIBC_", "COVERAGE_")
 
 
-def needs_interpreter(env: Mapping[str, str]) -> bool:
-    """Whether these additions to the environment count only when a new interpreter starts."""
-    return any(name.startswith(_INTERPRETER) for name in env)
+def _read_at_start(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.startswith(_INTERPRETER)}
+
+
+_BEFORE = _read_at_start(os.environ)  # what the starter has
+
+
+def needs_interpreter(environ: Mapping[str, str]) -> bool:
+    """Whether this environment differs from that of the starter in what counts only when an interpreter starts."""
+    return _read_at_start(environ) != _BEFORE
 
 
 class Forked:
@@ -162,12 +170,16 @@ def _starter() -> socket.socket:
             cwd=_ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            env={**_others(os.environ), **_BEFORE, "PYTHONIOENCODING": "utf-8"},
             # A Ctrl-C reaches the commands by way of their tests.
             start_new_session=True,
         )
     atexit.register(_end, ours, process)
     return ours
+
+
+def _others(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if not name.startswith(_INTERPRETER)}
 
 
 def _end(requests: socket.socket, process: subprocess.Popen[bytes]) -> None:

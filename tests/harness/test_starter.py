@@ -11,6 +11,7 @@ import pytest
 
 from qedfs import __version__
 from tests.harness.hang import HANG_SECONDS
+from tests.harness.mounts import qedfs
 from tests.harness.starter import needs_interpreter, run
 
 
@@ -29,10 +30,14 @@ def test_it_has_the_folder_and_the_environment_of_its_test(tmp_path: Path, monke
     assert "_qedfs_completion" in run([], timeout_seconds=HANG_SECONDS, environ=environ).stdout
 
 
-def test_what_only_a_new_interpreter_reads() -> None:
-    assert needs_interpreter({"PYTHONPATH": "x"})
-    assert needs_interpreter({"LC_ALL": "C"})
-    assert not needs_interpreter({"HOME": "/", "NOTIFY_SOCKET": "@x"})
+def test_what_only_a_new_interpreter_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not needs_interpreter(os.environ)
+    assert needs_interpreter({**os.environ, "PYTHONPATH": "x"})
+    assert needs_interpreter({**os.environ, "LC_ALL": "C.utf8"})
+    assert not needs_interpreter({**os.environ, "HOME": "/", "NOTIFY_SOCKET": "@x"})
+    # Also if a test sets it for itself, as pytest's monkeypatch does.
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    assert "import 'qedfs" in qedfs("--version").stderr
 
 
 def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
