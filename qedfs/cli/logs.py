@@ -1,4 +1,4 @@
-"""The log of a mount: to stderr, as text or as JSON, or above the progress bars."""
+"""The log of a mount, as text or as JSON, on stderr. While progress bars are drawn, log lines appear above them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class LineFormatter(logging.Formatter):
-    """A record as a line, with indented continuation lines. Escapes names, so that none can forge a log line."""
+    """A record as a line, with indented continuation lines. Escapes control characters, so no name can forge a line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The lines of the record, without a traceback."""
@@ -39,7 +39,7 @@ class LineFormatter(logging.Formatter):
 
 
 class AboveBars(logging.Handler):
-    """Prints log lines through the console that draws the bars, which then scroll down."""
+    """Prints log lines through the console that draws the bars. It then draws the bars again, below the new line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class AboveBars(logging.Handler):
 
 
 def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None = None) -> None:
-    """Set up logging at level INFO, or DEBUG if `verbose`."""
+    """Set up logging at level INFO, or DEBUG if `verbose`. `bars`: the console that draws progress bars, or None."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if bars is None else AboveBars(bars)
     if as_json:
         handler.setFormatter(JsonFormatter())

@@ -1,4 +1,4 @@
-"""`qedfs map`: which bytes of the image are where, for programs and as a picture."""
+"""`qedfs map`: shows which parts of an image are data, zeros or missing, as JSON, as text or as a PNG."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
 from qedfs.units import format_size
 
-ROWS = 16  # of the picture on a terminal, at most
-CLUSTERS_AT_ONCE = 4096  # per step; takes some ms
-# One character per Kind, in its order.
+ROWS = 16  # most lines of the picture on a terminal
+CLUSTERS_AT_ONCE = 4096  # clusters to look up in one step, which takes a few ms
+# The character for each Kind, in the order of their values.
 _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
 
@@ -58,7 +58,7 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
 
 
 async def _walk(path: str, most: int, as_json: bool) -> Cells:
-    """Reduce the map to at most `most` cells. With `as_json`, print each run at once, since a map may be long."""
+    """Reduce the map to at most `most` cells. With `as_json`, print each run when it is found: a map may be long."""
     async with peeked(path) as overlay:
         standing_alone = overlay.backing is None
         cells = Cells(overlay.image_size, overlay.cluster_size, most, standing_alone=standing_alone)
@@ -73,7 +73,7 @@ async def _walk(path: str, most: int, as_json: bool) -> Cells:
 
 
 async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
-    """The runs of the whole image, joined where possible. Skips ranges without tables at almost no cost."""
+    """Yield the runs of the whole image. No two neighbours could be one run. A range without tables costs one step."""
     last: Run | None = None
     pos = 0
     while pos < overlay.image_size:
@@ -90,7 +90,7 @@ async def whole_map(overlay: Overlay) -> AsyncIterator[Run]:
 
 
 async def _some_runs(overlay: Overlay, pos: int) -> list[Run]:
-    """The next range without tables as one run, or the runs of the next CLUSTERS_AT_ONCE clusters."""
+    """The run from `pos` to the end of a range without tables, or the runs of the next CLUSTERS_AT_ONCE clusters."""
     left = overlay.image_size - pos
     gap = await overlay.gap(pos // overlay.cluster_size)
     if gap:
@@ -128,7 +128,7 @@ def _draw(cells: Cells, width: int) -> None:
 
 
 def _explain(cells: Cells, path: str) -> None:
-    """Print the legend of the picture in the file."""
+    """Print the scale and the colours of the picture at `path`."""
     click.echo(f"{path}: {map_picture.scale_of(cells)}, in reading order")
     for kind in Kind:
         name, _ = map_picture.COLOURS[kind]

@@ -29,7 +29,7 @@ from qedfs.mount.clock import LoopClock
 
 log = logging.getLogger(__name__)
 
-MOST_REMARKS = 5  # lines about overlays that a successful mount prints
+MOST_REMARKS = 5  # lines about single overlays that a mount prints before it only counts the others
 NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
 
 
@@ -43,7 +43,10 @@ class MountCommand(click.Command):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MountArguments:
-    """The parameters of `mount` as given by the user, under click's names, without those for this process only."""
+    """The parameters of `mount` under click's names, with absolute paths.
+
+    Without --daemon and --ready-fd, which concern only the process that they are given to.
+    """
 
     source: str
     mountpoint: str
@@ -66,7 +69,7 @@ class MountArguments:
     verbose: bool
 
     def rules(self) -> Rules:
-        """The hold-off rules for the streams."""
+        """The rules for when streams hold off."""
         return Rules(
             quiet=self.stream == "idle",
             between=None if self.stream_between is None else parse_between(self.stream_between),
@@ -182,7 +185,7 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Make paths absolute, because the daemon has another working directory."""
+    """Make paths absolute, and complete the address for metrics. The daemon has another working directory."""
     prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
     named = [one.name for one in mount.params if isinstance(one.type, click.Path) and one.name is not None]
     places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
@@ -198,7 +201,7 @@ def _serve(arguments: MountArguments, readiness: daemon.Readiness) -> None:
 
 
 def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
-    """What the user should know about the overlays at once, since the log of a daemon is not on the terminal."""
+    """What to tell the user once the mount serves. `mount --daemon` prints it, because the daemon logs to a file."""
     found = mounted.everything()
     if not found:
         return [f"{arguments.source}: has no overlay (*.qed) yet; any that appears will be served"]

@@ -43,7 +43,10 @@ _GLYPHS = dict(_glyphs())
 
 
 def dots(text: str) -> Iterator[tuple[int, int]]:
-    """(column, row) of every dot of `text`, written from (0, 0). Blanks have no dots."""
+    """Yield (column, row) of each dot of `text`, whose first glyph has its top left corner at (0, 0).
+
+    A blank has no dots. Every other character must have a glyph.
+    """
     for at, character in enumerate(text):
         for y, row in enumerate(_GLYPHS[character] if character != " " else []):
             yield from ((at * ADVANCE + x, y) for x, dot in enumerate(row) if dot == "#")

@@ -16,7 +16,7 @@ from qedfs.cli.ui.bars import ASCII_SIGNS, SIGNS, Signs
 
 
 class Screen:
-    """Use it as a context manager. Sends nothing to the terminal while the lines stay the same."""
+    """The lines, as a context manager. Writes to the terminal only when the lines or the width have changed."""
 
     def __init__(self, console: Console, *, transient: bool) -> None:
         """`transient`: the lines are removed at the end."""
@@ -31,12 +31,12 @@ class Screen:
 
     @property
     def height(self) -> int:
-        """How many lines can be shown: one less than the terminal has, so that the last output stays visible."""
+        """How many lines can be shown: one less than the terminal has, so that the latest log line stays visible."""
         return max(1, self._console.height - 1)
 
     @property
     def signs(self) -> Signs:
-        """The characters for bars that the terminal's encoding has."""
+        """The characters to draw bars with: ASCII only, unless the terminal's encoding is UTF-8 or the like."""
         return SIGNS if "utf" in self._console.encoding else ASCII_SIGNS
 
     def show(self, lines: Sequence[Text]) -> None:
@@ -61,7 +61,7 @@ class Screen:
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Delay Ctrl-C until drawing is done. After half a drawing, the number of lines to remove would be unknown."""
+    """Delay Ctrl-C until the block ends. If it interrupted a drawing, the number of lines to erase would be unknown."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

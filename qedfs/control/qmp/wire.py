@@ -4,8 +4,9 @@ Owns message boundaries, the limits on size and nesting, and the recovery from g
 means.
 
 Clients such as the `qemu.qmp` library send JSON values back to back without a newline, so the end of a message is found
-by counting brackets, as QEMU's JSON streamer does. Unreadable input causes one error, and parsing resumes at the next
-bracket or line. The byte 0xFF, which never occurs in UTF-8, discards a partly received message.
+by counting brackets, as QEMU's JSON streamer does. After an error, parsing resumes at the next bracket, quote or line,
+so malformed input may cause several errors. The byte 0xFF, which never occurs in UTF-8, discards a partly received
+message and causes an error.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-MAX_MESSAGE_BYTES = 1 << 20  # QEMU allows 64 MiB; no command of ours needs a thousandth of it
-MAX_DEPTH = 128  # QEMU allows 1024, which Python's own decoder does not reach
+MAX_MESSAGE_BYTES = 1 << 20  # QEMU allows 64 MiB, but our commands are far shorter
+MAX_DEPTH = 128  # QEMU allows 1024, which exceeds Python's recursion limit
 
 _RESET = 0xFF
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _BLANK = re.compile(rb"[ \t\r\n]*")
-# A word outside brackets. Parsing may resume at a bracket, a quote or the end of a line.
+# Text outside brackets and strings. It ends where parsing may resume: at a bracket, a quote or the end of a line.
 _WORD = re.compile(rb"[^\[\]{}\"\x00-\x08\x0a-\x1f\xff]*")
 _PLAIN = re.compile(rb"[^\[\]{}\"\xff]*")  # inside brackets, outside strings
-# A raw control character is an error in a string, so that an unmatched quote consumes at most one line.
+# The rest of a string. A control character in it is an error, so that an unmatched quote consumes at most one line.
 _STRING = re.compile(rb"(?:[^\"\\\x00-\x1f\xff]+|\\[^\x00-\x1f\xff])*")
 
-_MORE: Final = object()  # more bytes are needed
+_MORE: Final = object()  # the result of a scan that needs more bytes
 
 
 class WireError(Exception):
@@ -35,18 +36,18 @@ class WireError(Exception):
 
 
 class Reader:
-    """Splits received bytes into messages, whatever the chunks they arrive in. Scans each byte once."""
+    """Splits received bytes into messages, which may arrive in any chunks. Scans each byte once."""
 
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._buffer = bytearray()
         self._at = 0  # end of the scanned part of the buffer
-        self._skipping = False  # the message is too large, so only its end is looked for
+        self._skipping = False  # the message is too large: discard it, and look only for its end
         self._in_string = False
         self._open = bytearray()  # the brackets that are open
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Yield each JSON value that is now complete, and a WireError for each that is malformed."""
+        """Yield each JSON value that is now complete, and a WireError for each malformed or too large one."""
         self._buffer += data
         while True:
             found = self._scan()
@@ -62,7 +63,7 @@ class Reader:
             self._at = 0
 
     def _scan(self) -> Any:  # noqa: ANN401 - a JSON value, a WireError, or _MORE
-        """Scan on to the end of the message."""
+        """Scan to the end of a message that is not discarded. Returns _MORE if it has not arrived yet."""
         while True:
             if self._in_string:
                 found = self._through_string()
@@ -83,7 +84,7 @@ class Reader:
         word = _WORD.match(self._buffer)
         self._at = word.end() if word else 0
         if self._at:
-            # No QMP message begins with a word. One that arrives in two chunks causes two errors.
+            # A word is never a valid QMP message. So it does no harm that a word in two chunks causes two errors.
             return self._end()
         return self._structural()
 
@@ -128,7 +129,7 @@ class Reader:
         return None if self._open else self._end()
 
     def _end(self) -> Any:  # noqa: ANN401 - as `_begin`
-        """Decode the message that ends at `_at`."""
+        """Decode the message that ends at `_at`, unless it is to be discarded."""
         text = bytes(self._buffer[: self._at])
         skipped = self._skipping
         self._forget()
@@ -171,5 +172,8 @@ def _no_constant(name: str) -> Any:  # noqa: ANN401 - the signature that json wa
 
 
 def encode(message: object) -> bytes:
-    """One message as a line that ends in CRLF, as in QEMU. ASCII only: an echoed id may hold lone surrogates."""
+    """One message as a line that ends in CRLF, as in QEMU.
+
+    ASCII only: an echoed id may contain lone surrogates, which UTF-8 cannot encode.
+    """
     return json.dumps(message).encode("ascii") + b"\r\n"
