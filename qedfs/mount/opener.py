@@ -1,4 +1,4 @@
-"""Opens an overlay as an image with its source and its stream, and closes it.
+"""Opens an overlay, makes an image of it with its source and its jobs, and closes it.
 
 Owns the checks before an overlay is opened, the choice between writable and read-only, and the release of sources.
 Must not know the inodes of the mount, nor when overlays appear and disappear.
@@ -50,13 +50,13 @@ class Opener:
         self._hold_off = hold_off
 
     def begin_scan(self) -> None:
-        """Call this before a series of `open`: they share the time for the first checks of their sources."""
+        """Call this before a series of `open`. Together they get a fixed time for the first checks of their sources."""
         self._sources.begin_scan()
 
     async def open(self, path: str, name: str, *, is_new: bool) -> tuple[Image, ImageJobs]:
         """Open an overlay as the image `name`. Returns the image and its jobs, which do not run yet.
 
-        `is_new`: the file appeared while the mount serves, and may still be being copied.
+        `is_new`: the file appeared after the first scan, so it may be incomplete because it is still being copied.
 
         Raises:
             QedfsError: it cannot be served.
@@ -123,6 +123,6 @@ class Opener:
         return None
 
     async def release_source(self, image: Image) -> None:
-        """Close the connections of an image that does not need its source any more, unless another image does."""
+        """Close the connections to the source of an image, unless an image still needs that source."""
         if image.source is not None and not self._images.need(image.source):
             await self._sources.release(image.source)

@@ -31,7 +31,7 @@ SCAN_SECONDS = 1.0
 _TRANSIENT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
 )
-_NO_STAMP = (0, 0, 0)  # unlike that of any file: once the attributes can be read, the file has changed
+_NO_STAMP = (0, 0, 0)  # no file has it, so a file counts as changed once its attributes can be read
 
 
 class Registry:
@@ -77,13 +77,13 @@ class Registry:
 
     @property
     def in_use(self) -> bool:
-        """Whether an image is open or being closed, also one whose overlay was removed from the folder."""
+        """Whether an image is open, even if its overlay was removed, or is being closed because that was removed."""
         return bool(self._supervisor.ending) or any(served.opens for served in self._by_inode.values())
 
     # Scanning.
 
     async def watch(self) -> None:
-        """Scan once a second, until cancelled. This costs one fstat while nothing changes and everything is served."""
+        """Look for changes once a second, until cancelled. A look costs one fstat if all overlays are served."""
         while True:
             await trio.sleep(SCAN_SECONDS)
             try:
@@ -122,7 +122,7 @@ class Registry:
     async def scan(self) -> None:
         """Bring the list up to date with the folder. Raises QedfsError for a single overlay that cannot be served."""
         async with self._scanning:
-            # Read first: a change during this scan is for the next one.
+            # Read before the folder is listed, so that a change during this scan causes another one.
             self._scanned_mtime = self._folder.stat().st_mtime_ns
             try:
                 await self._scan()
@@ -169,7 +169,7 @@ class Registry:
         return await self._add(path, stamp, known.refusal if known else None)
 
     def _note_unreadable(self, path: str, error: OSError) -> None:
-        """List a file whose attributes cannot be read. An image that is already served goes on: its file is open."""
+        """List a file whose attributes cannot be read. An image that is already served continues: its file is open."""
         known = self._by_path.get(path)
         if known is None or known.image is None:
             unreadable = Served(_image_name(path), path, next(self._inodes), _NO_STAMP)
@@ -179,7 +179,7 @@ class Registry:
     # Adding and removing.
 
     async def _add(self, path: str, stamp: tuple[int, int, int], before: Trouble | None) -> Served | None:
-        """Open an overlay and list it. `before`: why it was refused the last time, which was logged."""
+        """Open an overlay and list it. `before`: why it was refused the last time, which is already in the log."""
         name = _image_name(path)
         served = Served(name, path, next(self._inodes), stamp)
         try:
@@ -240,6 +240,6 @@ def _image_name(path: str) -> str:
 
 
 def _is_transient(exc: QedfsError | OSError) -> bool:
-    """Whether another attempt may succeed though the file stays the same."""
+    """Whether another attempt may succeed although the file stays the same."""
     cause = exc if isinstance(exc, OSError) else exc.__cause__
     return isinstance(exc, (InUse, NoMemory)) or (isinstance(cause, OSError) and cause.errno in _TRANSIENT)

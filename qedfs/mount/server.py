@@ -65,7 +65,7 @@ class Mount:
 
     @property
     def device(self) -> str:
-        """Which file system this is, in the kernel's tables of mounts; "" if they cannot be read."""
+        """The device number of the mounted file system, as in the kernel's tables of mounts; "" if unknown."""
         return self.session.device
 
     def everything(self) -> list[Served]:
@@ -73,7 +73,7 @@ class Mount:
         return self.images.registry.everything()
 
     def fetches(self) -> list[FetchQueue]:
-        """The fetch queues in use."""
+        """The fetch queues in use, and some that were in use until recently."""
         return self.images.sources.fetches()
 
     async def rescan(self) -> None:
@@ -91,13 +91,16 @@ class Mount:
 
 
 async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
-    """Mount and serve until the file system is unmounted or a signal comes; `ready` is called when it serves.
+    """Mount, and serve until the file system is unmounted or a signal arrives.
+
+    `ready` is called once requests are answered. With `until_streamed`, serving also ends when every overlay is
+    complete and no image is open.
 
     Raises:
         UsageError: the source or the mountpoint is not there or not usable.
         InUse: the mountpoint or the single overlay is busy.
         QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; the
-            connection to the kernel was cut; or the last flush of an overlay failed (NoSpace: for want of room).
+            connection to the kernel was cut; or the last flush of an overlay failed (NoSpace if the disk is full).
     """
     check_mountpoint(settings.mountpoint, settings.source)
     with serving_folder(settings.mountpoint) as home:
@@ -107,7 +110,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
 async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path) -> None:
     descriptors.raise_limit()
     memory.set_up()
-    exit_report.discard(settings.mountpoint)  # of an earlier mount, if nobody has read it
+    exit_report.discard(settings.mountpoint)  # the report of an earlier mount, if nobody has read it
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
         # Tasks of this nursery run until the overlays are closed.
@@ -133,7 +136,7 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
 
 
 def _summed_up(errors: list[QedfsError]) -> QedfsError:
-    """One error for all of them, since the user gets one line and one exit code."""
+    """One error that stands for all of them, since the user gets one line and one exit code."""
     if len(errors) == 1:
         return errors[0]
     return type(errors[0])(f"{errors[0]}; and {len(errors) - 1} more overlays, see the log")
@@ -187,7 +190,7 @@ async def _quit_when_streamed(mount: Mount) -> None:
 
 
 def _log_open_images(mount: Mount) -> None:
-    """Log which images are still open: unlike `qedfs umount`, a signal ends a mount that is in use."""
+    """Warn about images that are still open. A signal ends a mount even if it is in use, unlike `qedfs umount`."""
     names = [served.name for served in mount.everything() if served.opens] if mount.session.is_mounted else []
     if names:
         log.warning("%s: still open; its users get errors from now on", ", ".join(names))

@@ -1,4 +1,4 @@
-"""Runs the tasks of each image from when it is served until it is closed: count, commits, profile, stream, inspection.
+"""Runs the tasks of each image while it is served: count, commits, profile, stream and other jobs, inspection.
 
 Owns these tasks, the order in which an image ends, and the errors of images whose last flush has failed. Must not know
 how overlays are found.
@@ -25,7 +25,7 @@ from qedfs.mount.served import Served
 log = logging.getLogger(__name__)
 
 INSPECT_SECONDS = 1.0  # between inspections of an overlay file; one takes 5 us
-MAX_CLOSING = 16  # overlays that are closed at the same time: the disk takes many flushes together
+MAX_CLOSING = 16  # overlays that are closed at the same time, so that the disk can combine their flushes
 
 
 class Supervisor:
@@ -37,7 +37,7 @@ class Supervisor:
         self._opener = opener
         self._profile = profile
         self._nursery = nursery
-        self.losses: list[QedfsError] = []  # writes that were answered may not be in these overlays
+        self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
         self.ending = 0  # images that are being closed because their overlay was removed
 
     def start(self, served: Served) -> None:
@@ -49,7 +49,7 @@ class Supervisor:
         served.scope.cancel()
         self.ending += 1
         try:
-            # Now, since it cannot be asked of a closed file.
+            # Asked before the file is closed, because this needs its descriptor.
             deleted = served.is_deleted()
             if (error := await self._closed(served)) and not deleted:
                 self.losses.append(error)
@@ -108,7 +108,7 @@ class Supervisor:
                 log.error("%s: internal error", served.name, exc_info=group)
 
     async def _inspect(self, image: Image, jobs: ImageJobs, served: Served) -> None:
-        """Check once a second that the file is still the one that was opened; otherwise fail the jobs and end."""
+        """Check once a second whether the file was damaged or replaced. If so, fail the jobs and return."""
         while True:
             await trio.sleep(INSPECT_SECONDS)
             try:
@@ -120,14 +120,14 @@ class Supervisor:
                 jobs.fail(exc)
                 return
             except QedfsError as exc:
-                # An error of the disk or of a file server proves nothing, and readers will meet it too.
+                # An error of the disk or of a file server does not prove any damage, and readers will get it too.
                 log.debug("%s: cannot be looked at: %s", image.name, exc)
 
     def _check_path(self, image: Image, served: Served) -> None:
-        """Raise BadOverlay if the path of a single overlay leads to another file. (A folder serves that one instead.)
+        """Raise BadOverlay if the path of a single overlay leads to another file. (In a folder, the scan notices it.)
 
-        Users who wait for the image mean the file at that path. A removed overlay is no error: it exists as long as it
-        is mounted.
+        Users who wait for the image mean the file at that path. A removed overlay is no error: the file exists until it
+        is closed.
         """
         if not self._folder.single:
             return
