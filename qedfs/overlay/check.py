@@ -1,11 +1,13 @@
 """Checks and repairs the tables of an overlay.
 
-Owns the definition of a corruption. It is that of QEMU's check, without its phantom leaks (one per cluster_size - 1
-clusters of file). Needs a file that no other program has open. Synchronous. The time is proportional to the entries
-that exist, because holes of the tables are skipped.
+Owns the definition of a corruption, which is the same as in QEMU's check. Leaks are counted as there, but with the
+right number of clusters: QEMU divides the length of the file by cluster_size - 1, and so reports leaks that do not
+exist. No other program may have the file open. Synchronous. The time is proportional to the entries that exist, because
+holes in the tables are skipped.
 
 An entry that points to an invalid place can be repaired: it becomes 0, and its clusters read from the backing again, or
-as zeros. A cluster that two entries refer to cannot be repaired, because nobody knows whose it is. Leaks are harmless.
+as zeros. If two entries refer to one cluster, neither can be repaired, because nothing tells which of them is right.
+Leaks only waste space.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ _Judge = Callable[[int, int], bool]
 
 CHUNK_ENTRIES = 8192  # entries per read, 64 KiB
 _ZEROS = bytes(CHUNK_ENTRIES * ENTRY_SIZE)
-MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a file that was made to be huge and sparse exceeds it.
+MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a sparse file made for the purpose has more.
 
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """The result of a check. `corruptions` and `repaired` count entries, the others clusters."""
+    """The result of a check. `total`, `allocated`, `zero` and `leaks` count clusters, `tables` counts L2 tables.
+
+    `corruptions` and `repaired` count entries, and `corruptions` also each cluster that an L2 table shares.
+    """
 
     total: int  # clusters of the image
     allocated: int = 0
@@ -49,7 +54,7 @@ class Report:
 
 
 def check(storage: Storage, header: Header) -> Report:
-    """Check every entry. Raises BadOverlay only if the file is too large to check."""
+    """Check every entry. Raises BadOverlay if the file is too large to check, and what `storage` raises."""
     return _Walk(storage, header, mend=False).run()
 
 
@@ -57,7 +62,7 @@ def repair(storage: Storage, header: Header) -> Report:
     """Check every entry, and clear those that point to an invalid place.
 
     Entries only change from "unusable" to "missing", so the order of the writes does not matter. The caller has to make
-    them durable before it clears NEED_CHECK.
+    these writes durable before it clears NEED_CHECK. Raises what `check` raises.
     """
     return _Walk(storage, header, mend=True).run()
 

@@ -27,8 +27,8 @@ def create_overlay(
     """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
 
     The image size is rounded up to a multiple of 512, as in QEMU. The file appears atomically, so a mounted folder
-    never shows an incomplete one. After the return it survives a power cut. The default geometry is QEMU's. With table
-    sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them.
+    never shows an incomplete one. Once this function has returned, the file survives a power cut. The default geometry
+    is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them.
 
     Raises:
         UsageError: the file exists or cannot be created, or the geometry or the backing's name is invalid.
@@ -53,7 +53,8 @@ def encode_backing_name(text: str) -> bytes:
 
     Raises:
         UsageError: it is too long, or not UTF-8. (In arguments of the command line, other bytes become surrogates.) QED
-            allows any bytes. But to show, log or send a name it must be text, so other overlays are not served.
+            allows any bytes. But a name has to be text to be shown, logged or sent, so qedfs serves no overlay whose
+            backing name is not UTF-8.
     """
     try:
         name = text.encode()
@@ -96,7 +97,7 @@ def _write_new(path: str, header: Header, name: bytes, record: bytes) -> None:
             # Before the file gets its name: a power cut must not leave a name without content. Not fdatasync, which
             # does not make the mode durable.
             os.fsync(fd)
-        # link, not rename, because it fails if the name exists.
+        # link fails if the name exists; rename would replace the other file.
         os.link(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

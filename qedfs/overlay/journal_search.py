@@ -1,14 +1,14 @@
 """Finds the journal of a killed session, and decides whose journals are trusted.
 
 Owns the note about a journal in the record, and the search. A session creates its journal in a folder of its user, but
-the next session may be another user's. So the record notes that there is a journal, and its user, file and boot. With
-the note, a session finds the journal, or knows that it has not found it and says so. Without the note, the killed
-session had no journal.
+the next session may be another user's. So the record of a session with a journal has a note: the user, the overlay file
+and the boot. If the record has a note, the next session finds the journal, or reports that it did not find it. Without
+a note the killed session usually had no journal. One that is found all the same is used.
 
-Trust: the writer of a journal decides which parts of the file the missing clusters show. It can refer to nothing
-outside this overlay. So the trusted users are those who may write to the overlay, or see its contents, anyway: its
-owner, root, and the user who opens it. A journal of another user, or one that cannot be accessed, is not void: no
-session starts until it is read, or the user gives it up (`check --drop-journal`).
+Trust: a journal says which bytes of the overlay file some missing clusters read as, so its writer could show any part
+of that file, but nothing else. Therefore the trusted users are those who may write to the overlay, or see its contents,
+anyway: its owner, root, and the user who opens it. A journal of another user, or one that cannot be accessed, is not
+ignored: no session starts until it has been read, or the user gives it up (`check --drop-journal`).
 
 Must not know the contents of a journal.
 """
@@ -32,19 +32,19 @@ class Found(NamedTuple):
 
     orphan: OrphanJournal | None = None
     unread: str = ""  # why a journal that exists, or may exist, was not read
-    gone: str = ""  # in words, that the journal no longer exists
+    gone: str = ""  # a message that the journal is lost
 
 
 def note(name: str) -> str:
-    """The note, for the record, about our journal for the file of this name; "" if there can be no note."""
+    """The note to store in the record about our journal for the file of this name; "" if no note can be made."""
     text = f"{user_number()}.{name}.{_boot()}"
     return text if _NOTE.fullmatch(text) else ""
 
 
 def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Found:
-    """Find the journal of `session`, which has not ended in order. `folder`: an additional folder to search.
+    """Find the journal of `session`, which did not end cleanly. `folder`: an additional folder to search.
 
-    Waits for the disk only if that folder is on one.
+    `noted`: the note in the record, or "". Waits for the disk only if `folder` is on one.
     """
     name = storage.name()
     if not session or not name:

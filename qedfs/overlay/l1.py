@@ -18,10 +18,10 @@ READ_BYTES = 64 << 10  # whole pages
 
 
 def read_l1(storage: Storage, offset: int, length: int, share: Share) -> SparseTable:
-    """Read the table of `length` entries at `offset` of the file. `share` takes its memory.
+    """Read the table of `length` entries at `offset` of the file. Its memory counts against `share`.
 
     Raises:
-        NoMemory: it does not fit into the memory limit.
+        NoMemory: the table does not fit into the memory limit.
     """
     table = SparseTable(length)
     holes = Holes(storage)

@@ -1,13 +1,13 @@
 """Tracks the length of the overlay file, to detect when another program truncates it.
 
-Owns the expected length: the length at the opening, extended by our own writes. If the file is shorter, it was
-truncated. The lost bytes would read as zeros that nobody has written, and a later write could restore the length and so
-hide the truncation. So nothing is written to the file from then on. Must not know what the bytes mean.
+Owns the expected length: the length when the file was opened, extended by our own writes. If the file is shorter, it
+was truncated. The lost bytes would read as zeros that nobody has written, and a later write could restore the length
+and so hide the truncation. So nothing is written to the file from then on. Must not know what the bytes mean.
 
-A check costs a system call. Reads do without it, because a short read is a sufficient trigger. A write must check if it
-could hide a truncation, which is the case if it reaches or passes the end. If the check needs no request to a file
-server, every write checks, at 0.2 us of some 15 us. Otherwise a write below the end does not, and lost bytes may read
-as zeros until the next check (`Overlay.inspect`).
+A check costs a system call. Reads check only if they reach the end of the file too early. A write must check if it
+could hide a truncation, that is, if it ends at or past the expected end. On a local file system every write checks,
+which takes 0.2 us of its 15 us or so. Where a check may need a request to a file server, a write below the end does not
+check, and lost bytes may read as zeros until the next check (`Overlay.inspect`).
 
 May be used from any thread. The lock ensures that no check happens between a change of the length and the update of the
 expected length.
@@ -82,4 +82,4 @@ class Length:
         try:
             return os.lseek(self._fd, 0, os.SEEK_END)
         except OSError:
-            return self._known  # this proves nothing, and the caller's own system call will report the error
+            return self._known  # the error proves no truncation, and the caller's own system call will report it

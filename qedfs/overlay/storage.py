@@ -29,7 +29,7 @@ from qedfs.overlay.pagecache import evict
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
-# Threads per overlay: enough to keep a deep disk queue busy with reads beside all adoptions (`adoption.py`), and few
+# Threads per overlay: enough to keep a deep disk queue busy with reads during all adoptions (`adoption.py`), and few
 # enough that a disk that hangs affects only its own overlays.
 THREADS = 12
 
@@ -92,7 +92,7 @@ class Storage(Protocol):
         ...
 
     def disk_usage(self) -> int:
-        """Bytes that the file takes on disk, 0 if unknown. Only for display, so it raises nothing."""
+        """Bytes that the file takes on disk; 0 if unknown. Raises nothing, because they are only for display."""
         ...
 
     def read_now(self, offset: int, view: memoryview) -> bool:
@@ -195,10 +195,11 @@ class FileStorage:
         return cls(fd, path, writable=writable, locked=locked)
 
     def open_for_writing(self) -> bool | None:
-        """Whether any process has the file open for writing; None if unknown. For a file that we have open for reading.
+        """Whether any process has the file open for writing; None if unknown. Only for files that we opened read-only.
 
-        The kernel grants a read lease only if no process has (fcntl(2), F_SETLEASE); we release it at once. This needs
-        the file's owner or CAP_LEASE, and a local file system, because a server may refuse a lease for other reasons.
+        The kernel grants a read lease only if no process has the file open for writing (fcntl(2), F_SETLEASE); we
+        release the lease at once. This process must be the file's owner or have CAP_LEASE, and the file system must be
+        local, because a server may refuse a lease for other reasons.
         """
         if filesystem_type(self._fd) in _SERVED_TYPES:
             return None
@@ -260,7 +261,7 @@ class FileStorage:
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk (st_blocks counts units of 512 bytes on every file system).
 
-        fstat of an open file fails if its file server no longer knows it (ESTALE), or is gone.
+        fstat of an open file fails if its file server no longer knows the file (ESTALE) or does not answer.
         """
         try:
             return os.fstat(self._fd).st_blocks * 512
@@ -379,8 +380,8 @@ class FileStorage:
         """Close the descriptor. The locks belong to the open file description, so they are released."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # A file server may report a failed write here. What had to be durable had its barrier, and Linux closes the
-            # descriptor even on an error (close(2)).
+            # A file server may report a failed write here. A barrier has covered all that had to be durable, and Linux
+            # closes the descriptor even on an error (close(2)).
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -388,7 +389,7 @@ class FileStorage:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpace(f"{self.path}: the file system is full; free some space, the overlay is intact")
         if exc.errno == errno.EFBIG:
-            # 4 GiB on FAT, `ulimit -f`, LimitFSIZE=: the file cannot grow, as on a full disk, but loses nothing.
+            # 4 GiB on FAT, `ulimit -f`, LimitFSIZE=. As on a full disk, the file cannot grow, but loses nothing.
             return NoSpace(
                 f"{self.path}: cannot grow: the file system, or a limit of this process, allows no larger file"
             )

@@ -9,7 +9,8 @@ Owns the times of an open overlay, and their initial values. They are stored in 
 - A session starts with a record that has the times. Before the first write of a guest, the record is changed to say
   that they are changing (`written`). After the last flush it gets their final values. Neither costs a barrier.
 - If a guest has written, a killed session, or a power cut, leaves `written` set. The time of the last write is unknown,
-  so the times become that of the opening. A comparison then shows a change, which is right.
+  so both times become the time of the next opening, or in a read-only session those of the file. A backup program then
+  sees a change, which is right.
 - Without a record, or after another program has written to the overlay, the times start as those of the file.
 
 Must not know who writes, nor how the record is stored.
@@ -42,8 +43,8 @@ class Times:
 def times_at_open(record: Record, *, trusted: bool, file_ns: int, writable: bool) -> Times:
     """The times at the start of a session.
 
-    `trusted`: no other program has written to the overlay since the record. `file_ns`: the mtime of its file.
-    `writable`: the result will be stored. Otherwise it has to be the same at each opening.
+    `trusted`: no other program has written to the overlay since the record was stored. `file_ns`: the mtime of
+    its file. `writable`: the result will be stored. Otherwise it has to be the same at each opening.
     """
     if trusted and record.written and writable:
         now = time.time_ns()
