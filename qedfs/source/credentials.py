@@ -2,7 +2,7 @@
 
 Owns the format of the file, and the rule that a server gets only the credentials whose URL prefix covers the backing.
 An overlay may name any server, but must not make us send it the credentials of another. Must not know how credentials
-are sent. No `repr` and no message contains any of it except the names of files.
+are sent. No `repr` and no message contains a secret, but they may contain the paths of files with secrets.
 
     ["https://gitlab.example/group/"]
     headers = { PRIVATE-TOKEN = "..." }
@@ -32,7 +32,7 @@ from qedfs.source.url import Location, parse_location
 _FILES = ("ca", "certificate", "key", "psk-file")
 _KEYS = frozenset({"headers", "user", *_FILES})
 _HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, section 5.5
-# Fields that our requests set themselves. A second value would change the meaning of the request.
+# Fields that qedfs or libcurl controls. Another value would change the meaning of a request or of its answer.
 _RESERVED = re.compile(
     r"(?:host|range|if-.*|accept-encoding|connection|te|transfer-encoding|content-length|expect|upgrade)", re.IGNORECASE
 )
@@ -86,7 +86,7 @@ def read_credentials(path: str) -> Credentials:
     """Read a credentials file.
 
     Raises:
-        UsageError: everybody may read the file, it cannot be read, or it is invalid. Its content is not quoted.
+        UsageError: everybody may read the file, it cannot be read, or it is invalid. The message contains no secret.
     """
     folder = os.path.dirname(os.path.abspath(path))
     try:

@@ -1,4 +1,4 @@
-"""Opens the source for a backing name, under the policy of the mounting user. The one module that knows all kinds."""
+"""Opens the source for a backing name, under the policy of the mounting user. The only module that knows all kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qedfs.source.url import Location
 LOCAL_PATH_SECONDS = 5.0
 
 
-def remote_source(  # noqa: PLR0913 - what a user may say of a backing
+def remote_source(  # noqa: PLR0913 - what a user may say about a backing
     location: Location,
     policy: Policy,
     nursery: trio.Nursery,
@@ -37,14 +37,15 @@ def remote_source(  # noqa: PLR0913 - what a user may say of a backing
 ) -> RetryingSource:
     """A source for `location` that connects when it is first needed.
 
-    `nursery` runs the tasks of the connections; it must outlive the source. `raw`: treat the backing as raw, whatever
-    its bytes look like. Otherwise it is probed: qcow2 is read as qcow2, other known formats and compressed files are
-    refused, and everything else is raw. `expected`: the format that the user has named ("raw" or "qcow2"); if `raw` is
-    unset and the backing has another format, connecting raises SourceError. `pinning`: what counts as another version.
-    `slots`: see `RetryingSource`. `credentials`: which credentials go to which server.
+    `nursery` runs the tasks of the connections; it must outlive the source. `deadline_seconds`: how long a read may
+    take, retries included. `slots`: see `RetryingSource`. `raw`: treat the backing as raw, whatever its bytes look
+    like. Otherwise it is probed: qcow2 is read as qcow2, other known formats and compressed files are refused, and
+    everything else is raw. `expected`: the format that the user has named ("raw" or "qcow2"); if the probe finds
+    another one, connecting raises SourceError. `pinning`: what counts as another version. `credentials`: which
+    credentials go to which server.
 
-    The policy is asked twice: about the location before it is opened (`allowed`), and about the file, socket or address
-    that a path or a host name turned out to lead to, before that is used.
+    The policy is consulted twice: first for the location (`allowed`), then for the file, socket or address to which its
+    path or host name has been resolved, before that is used.
     """
 
     samples = Samples()
@@ -85,7 +86,8 @@ def remote_source(  # noqa: PLR0913 - what a user may say of a backing
 async def allowed(location: Location, policy: Policy) -> None:
     """Raise Refused if the policy does not allow this location. Symbolic links in a local path are followed.
 
-    That may block on a dead file server, or on a mount of our own, so it runs in a thread.
+    Following them may block on a dead file server, or on a mount of our own, so it is done in a thread. Raises
+    SourceUnreachable if that takes longer than LOCAL_PATH_SECONDS.
     """
     path = next(filter(None, (location.path, *location.tls_files)), None)
     if path is None:

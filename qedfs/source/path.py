@@ -22,7 +22,8 @@ THREADS = 16  # per path
 class Held:
     """The file or socket that a location's path led to at look-up, even if the path is replaced later.
 
-    It is held with O_PATH, which does not open it: a device or a FIFO would react to that. Close it after use.
+    It is held with O_PATH, which does not open it, because a device or a FIFO would react to an open. Close it after
+    use.
     """
 
     def __init__(self, location: Location, policy: Policy) -> None:
@@ -58,15 +59,15 @@ class Held:
         self.close()
 
     def __del__(self) -> None:
-        # When a thread was abandoned, nobody receives its result and could close it.
+        # If a thread was abandoned, nobody receives its result, so nobody else would close it.
         self.close()
 
 
 async def in_thread(path: str, function: Callable[[], T]) -> T:
     """Run a call in a thread, as it may wait for the disk that holds `path`, or for ever for a dead file server.
 
-    At the deadline such a thread is abandoned. It lasts until the server is back, but only counts against the limit of
-    this path. Not even a fast call may run on the event loop: the path may lead into a mount of our own, which would
-    wait for the event loop.
+    If the caller is cancelled, the thread is abandoned. It lasts until the server is back, but counts only against the
+    limit of this path. Not even a fast call may run on the event loop: the path may lead into a mount of our own, and
+    the call would wait for the event loop that it blocks.
     """
     return await in_own_thread(path, function, threads=THREADS)

@@ -1,12 +1,12 @@
 """The policy of the mounting user: which files, sockets and addresses an overlay may make this machine open.
 
-The default is safe, yet useful on a private network. It allows http, https and nbd to any address except link-local and
-other ones where clouds serve credentials; it allows no local path and no Unix socket. A redirect may not lead from a
-public address to a private or loopback one, nor from https to http. Once the user allows a prefix, nothing outside the
-allowed prefixes is opened, which is what a service that mounts other people's overlays needs.
+The default is safe, yet useful on a private network. It allows http, https and nbd to any address except link-local,
+multicast and unspecified ones, and those at which clouds serve credentials; it allows no local path and no Unix socket.
+A redirect may not lead from a public address to a private or loopback one, nor from https to http. If the user allows
+any prefix, nothing outside the allowed prefixes is opened. A service that mounts other people's overlays needs this.
 
 Opens and connects nothing itself. The callers pass the very address or file that they are about to use, so a name that
-leads elsewhere at the second look-up gains nothing.
+resolves differently at a second look-up cannot get around a check.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Policy:
     def check_path(self, path: str, location: Location) -> None:
         """Raise Refused unless the file at `path`, which contains no links, may be the backing at `location`.
 
-        Call this with the resolved path of the file that is already held: the name may have been replaced since the
-        first check.
+        Call this with the resolved path of a file that the caller already holds. The file at the path that the backing
+        names may have been replaced since the first check.
         """
         if not any(_holds(prefix, path) for prefix in self.prefixes):
             raise Refused(f"backing {location} is outside every --allow-backing prefix")
@@ -197,7 +197,7 @@ def _server(location: Location) -> tuple[str, bool, str | None, int | None, str 
 def _segments(location: Location) -> list[str] | None:
     """The segments of the path or export name; None if servers may interpret it differently.
 
-    An encoded slash does not separate segments. A server that decodes it ends up below the segment, still covered.
+    An encoded slash does not separate segments. A server that decodes it looks deeper below the same covering prefix.
     """
     if location.kind == "nbd":
         segments = location.export.split("/")  # in the form in which it is sent

@@ -23,7 +23,10 @@ _CHECK = "check what the server has there"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """A format. `name`: for people; `way_out`: what the user can do about it; `at`: which bytes of the file show it."""
+    """A format. `name`: for messages; `way_out`: what the user can do about it.
+
+    `at`: whether the "first" or the "last" bytes of the file show it.
+    """
 
     name: str
     way_out: str
@@ -38,7 +41,7 @@ def _unpack(name: str, command: str) -> Found:
     return Found(name, f"unpack it first ({command})")
 
 
-# Formats by their first bytes. QEMU's probe knows the image formats, libmagic all of them.
+# Formats by their first bytes. Sources: QEMU's probe for the image formats, libmagic for all of them.
 _HEADS = {
     b"QED\0": Found("QED", _CONVERT),
     b"KDMV": Found("VMDK", _CONVERT),

@@ -3,10 +3,10 @@
 Owns the choice of blocks and their encoding as text. Must not know where bytes come from, nor what follows from a
 difference. The blocks are those of the file on the server: of the qcow2 file, not of the disk inside it.
 
-Taking samples costs no request. They come from data that was read anyway, so the overlay has kept those blocks, and the
-blocks that a guest needs first (boot sector, superblocks) are among them. They are spread evenly over all reads so far.
-Blocks of zeros are left out, because another version may well have zeros in the same place. A version that differs only
-in other blocks goes unnoticed.
+Taking samples costs no request, because they come from data that was read anyway. The overlay has usually kept these
+blocks, and the blocks that a guest needs first (boot sector, superblocks) are among them. The samples are spread evenly
+over all reads so far. Blocks of zeros are left out, because another version may well have zeros in the same place. A
+version that differs only in other blocks goes unnoticed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qedfs.errors import QedfsError
 BLOCK_BYTES = 4096
 MOST_SAMPLES = 12  # as many as fit into the record; comparing them costs one round trip
 MOST_LOOKED_AT = 16  # blocks per read that are searched for one that is not zero
-DIGEST_DIGITS = 12  # 48 bits: enough against accidents; against a server that lies, more would not help
+DIGEST_DIGITS = 12  # 48 bits make a collision by accident improbable; a server that lies would defeat any digest
 _ZEROS = bytes(BLOCK_BYTES)
 
 Read = Callable[[int, memoryview], Awaitable[None]]
@@ -49,7 +49,7 @@ class Samples:
         return len(self._samples)
 
     def offer(self, pos: int, data: memoryview) -> None:
-        """Consider bytes that have just been read for a sample."""
+        """Take a sample of bytes just read, if this read is to be sampled and has data other than zeros."""
         self._reads += 1
         if self._reads % self._every:
             return
@@ -90,7 +90,7 @@ class Samples:
             self._samples = [*earlier[:: -(-len(earlier) // room)], *self._samples]
 
     async def difference(self, read: Read, size: int) -> str | None:
-        """Read the blocks again from a file of `size` bytes. Returns which one differs, or None.
+        """Read the blocks again from a file of `size` bytes. Returns a text about the first that differs, or None.
 
         Raises what `read` raises.
         """

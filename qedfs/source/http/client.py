@@ -122,7 +122,7 @@ class HttpSource:
         self._health = health
 
     @classmethod
-    async def open(  # noqa: PLR0913 - what a user may say of a server
+    async def open(  # noqa: PLR0913 - what a user may say about a server
         cls,
         location: Location,
         policy: Policy,

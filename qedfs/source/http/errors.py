@@ -38,7 +38,7 @@ _TRANSIENT = {
     pycurl.E_WRITE_ERROR: (Reason.ANSWER, "the answer is garbled"),
     pycurl.E_FTP_WEIRD_SERVER_REPLY: (Reason.ANSWER, "the answer is garbled"),
 }
-# The text is one of the fixed ones of X509_verify_cert_error_string(3).
+# The group matches the fixed texts of X509_verify_cert_error_string(3).
 _VERIFY_RESULT = re.compile(r"verify result: ([a-zA-Z ,'-]+) \(\d+\)")
 _SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
 
@@ -56,7 +56,7 @@ class TransferFailed(Exception):
 
 
 def said(text: str) -> Said | None:
-    """What libcurl's error text reveals beyond the result code, in our words; None if nothing known."""
+    """What libcurl's error text reveals beyond the result code, in our words; None if it has no known phrase."""
     if "alert" in text:
         return explain_alert(text)
     if "client certificate" in text or "private key" in text:
@@ -72,7 +72,11 @@ def said(text: str) -> Said | None:
 
 
 def source_error(code: int, os_errno: int, where: str, told: Said | None = None) -> SourceError:
-    """The error for a transfer that ended with `code`. `os_errno`: of libcurl's last failed system call, or 0."""
+    """The error for a transfer that ended with libcurl's result `code`.
+
+    `os_errno`: the errno of libcurl's last failed system call, or 0. `where`: the redacted location, which begins the
+    message. `told`: the result of `said` for the error text.
+    """
     if told is not None and told.lasting:
         return SourceError(f"{where}: {told.words}")
     if told is not None:

@@ -1,8 +1,8 @@
 """The target of a request: the URL for libcurl, credentials, extra header lines and proxy.
 
-Pure, except that it reads the environment for the proxy. Owns the rule what may be sent where: user name, password and
-the caller's header lines go only to the origin that the user named. Must not know connections or answers. No field that
-may contain a secret appears in `repr`.
+Pure, except that it reads the environment for the proxy. Owns the rule that the user's credentials (user name,
+password, header lines and certificates) are sent only to the origin that the user named. Must not know about
+connections or answers. No field that may contain a secret appears in `repr`.
 
 Python's parser splits the URL, as it does for the policy, and libcurl gets a URL reassembled from the checked parts. If
 two parsers understood an odd URL differently, it could get past the policy.
@@ -79,7 +79,7 @@ def first_target(
     """
     for number, line in enumerate(headers, 1):
         if _HEADER_LINE.fullmatch(line) is None:
-            # Not quoted, because it may contain a token.
+            # The line is not quoted, because it may contain a token.
             raise UsageError(f"backing {location}: extra header {number} is not of the form 'Name: value'")
     return dataclasses.replace(_target(location, tuple(headers), environ, redirected_from=None), tls=tls)
 

@@ -274,7 +274,7 @@ class Connection:
         self._breaker = trio.CancelScope(deadline=deadline)
 
     def _give_up_lost(self, now: float) -> None:
-        """Fail the oldest request if its reply is lost. A late reply is validated and goes into the bin."""
+        """Fail the oldest request if its reply is lost. A reply that arrives later is validated and discarded."""
         oldest = self._replies.oldest()
         if oldest is None or oldest.coverage.total:
             return

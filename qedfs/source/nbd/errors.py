@@ -42,7 +42,7 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
         text = f"{location}: {alert.words}"
         return SourceError(text) if alert.lasting else SourceUnreachable(text, reason=Reason.CONNECT)
     if isinstance(exc, EndedUnderTls):
-        # nbdkit and QEMU, with GnuTLS, verify the certificate after the TLS handshake, and then just hang up.
+        # nbdkit and QEMU use GnuTLS, verify our certificate after the TLS handshake, and hang up without an alert.
         words = "the server closed the connection at the TLS handshake; it may want a client certificate"
         text = f"{location}: {words} or a pre-shared key that it knows (see --credentials)"
         return SourceUnreachable(text, reason=Reason.CONNECT)
@@ -67,7 +67,7 @@ def dropped(location: Location, why: str, kind: Reason = Reason.CUT) -> SourceUn
 
 
 def lost(location: Location) -> SourceUnreachable:
-    """The error for a request whose reply is missing although later requests have been answered."""
+    """The error for a request that was not answered although later requests were."""
     return SourceUnreachable(f"{location}: a reply got lost", reason=Reason.TIMEOUT)
 
 
@@ -97,7 +97,7 @@ def _alert(exc: Exception) -> Said | None:
 
 
 def _certificate_fault(exc: Exception) -> str | None:
-    """Why the server's certificate was rejected; None if the failure is another one."""
+    """Why the server's certificate was rejected; None if something else failed."""
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
