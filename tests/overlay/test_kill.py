@@ -61,14 +61,19 @@ async def judge(history: History, kill: Kill, folder: Path) -> str | None:
     return None
 
 
-def killed(seed: int, folder: Path, chance: float = 0.2) -> list[str]:
-    """The faults of all kills of a seed."""
+def killed(seed: int, folder: Path, chance: float = 0.2, *, stop: bool = False) -> list[str]:
+    """The faults of all kills of a seed; with `stop`, the first one only."""
 
     async def main() -> list[str]:
         history, kills = await run_and_kill(Scenario.draw(seed), chance)
         assert kills
-        faults = [await judge(history, kill, folder) for kill in kills]
-        return [f"seed {seed}, event {kill.at}: {text}" for kill, text in zip(kills, faults, strict=True) if text]
+        faults = []
+        for kill in kills:
+            if text := await judge(history, kill, folder):
+                faults.append(f"seed {seed}, event {kill.at}: {text}")
+                if stop:
+                    break
+        return faults
 
     with repeatable(seed):
         return trio.run(main)
@@ -97,12 +102,14 @@ RULES = (
         "overlay:Overlay.write",
         "await self.committer.commit()",
         "pass",
+        first=3,
     ),
     Mutant(
         "a commit under way counts as pending",
         "commit:Committer.pending",
         "return self._running or self._waiting",
         "return self._waiting",
+        first=4,
     ),
     Mutant(
         "the journal is emptied when the file has its entries, not before",
@@ -128,4 +135,5 @@ RULES = (
 @pytest.mark.parametrize("mutant", RULES, ids=lambda mutant: mutant.rule)
 def test_each_rule_is_necessary(mutant: Mutant, tmp_path: Path) -> None:
     with mutated(mutant):
-        assert any(killed(seed, tmp_path, 1) for seed in range(60)), f"nothing breaks without it: {mutant.rule}"
+        seeds = range(mutant.first, mutant.first + 60)
+        assert any(killed(seed, tmp_path, 1, stop=True) for seed in seeds), f"nothing breaks without it: {mutant.rule}"
