@@ -30,6 +30,7 @@ from qedfs.overlay.open import open_overlay, open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from tests.fakes.storage import MemoryStorage
+from tests.harness.alone import alone_with
 from tests.harness.require import require_root
 from tests.overlay.images import empty
 from tests.overlay.scenario import read_all
@@ -299,7 +300,10 @@ def run_as(user: int, environment: Mapping[str, str], work: Callable[[], Awaitab
 def shared() -> Iterator[Path]:
     """A folder that every user can look into; the journals of the users are cleared away."""
     require_root()
-    with tempfile.TemporaryDirectory(prefix="qedfs-", dir="/dev/shm") as folder:
+    with (
+        alone_with("journals-of-users"),
+        tempfile.TemporaryDirectory(prefix="qedfs-", dir="/dev/shm") as folder,
+    ):
         os.chmod(folder, 0o755)
         try:
             yield Path(folder)
