@@ -22,15 +22,16 @@ NO_PROBE = 0x4  # incompatible: the backing is raw, do not probe its format
 KNOWN_FEATURES = BACKING_FILE | NEED_CHECK | NO_PROBE
 
 # Autoclear: no other program has written to this overlay since qedfs set the bit. When QEMU opens a file for writing,
-# it clears every autoclear bit that it does not know. It defines none so far; bit 47 is far from where it would start.
+# it clears every autoclear bit that it does not know. QEMU has defined no autoclear bits so far; bit 47 is far from the
+# low bits, which it would presumably use first.
 UNTOUCHED = 1 << 47
 
-MAX_BACKING_NAME = 4095  # bytes; QEMU's PATH_MAX with its terminator
+MAX_BACKING_NAME = 4095  # bytes; with the terminating NUL, QEMU's PATH_MAX (4096)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """The fields as stored in the file. Offsets and sizes are in bytes, but `header_size` is in clusters."""
+    """The fields as stored in the file. Offsets and sizes are in bytes, except `header_size`, which is in clusters."""
 
     geometry: Geometry
     header_size: int
@@ -43,7 +44,7 @@ class Header:
 
     @property
     def area_bytes(self) -> int:
-        """Bytes of the header clusters. All tables and data lie at higher offsets."""
+        """The size of the header clusters in bytes. All tables and data lie at higher offsets."""
         return self.header_size * self.geometry.cluster_size
 
     @property
@@ -53,7 +54,7 @@ class Header:
 
     @property
     def dirty(self) -> bool:
-        """NEED_CHECK is set: the overlay must be checked and repaired before it is served writable."""
+        """Whether NEED_CHECK is set, so that the overlay must be checked and repaired before it is served writable."""
         return bool(self.features & NEED_CHECK)
 
     def encode(self) -> bytes:
@@ -73,7 +74,7 @@ class Header:
         )
 
     def without_backing(self) -> Header:
-        """The header of an overlay without backing, as QEMU writes it after a stream: name offset 64, name size 0."""
+        """The header of an overlay without a backing, as QEMU writes it after a stream: name offset 64, name size 0."""
         return dataclasses.replace(
             self,
             features=self.features & ~(BACKING_FILE | NO_PROBE),
@@ -109,7 +110,8 @@ def decode_header(data: bytes, file_size: int) -> Header:
 
 
 def _placement_fault(header: Header, file_size: int) -> str | None:
-    # With header_size 0, which QEMU accepts, offset 0 would be a legal cluster, and a write to it destroy the header.
+    # With header_size 0, which QEMU accepts, offset 0 would be a legal cluster, and a write to it would destroy the
+    # header.
     if header.header_size < 1 or header.area_bytes >= 1 << 32:
         return f"header size {header.header_size} clusters is out of range"
     if not valid_table_offset(header.l1_table_offset, header, file_size):
@@ -124,7 +126,7 @@ def _placement_fault(header: Header, file_size: int) -> str | None:
 
 
 def valid_table_offset(offset: int, header: Header, file_size: int) -> bool:
-    """Whether a whole table fits into the file at `offset`, aligned and after the header."""
+    """Whether `offset` is aligned to a cluster and past the header, and a whole table fits into the file there."""
     geometry = header.geometry
     end = round_down(file_size, geometry.cluster_size)
     return offset % geometry.cluster_size == 0 and header.area_bytes <= offset <= end - geometry.table_bytes
@@ -134,7 +136,7 @@ def decode_backing_name(data: bytes) -> str:
     """The backing name as text.
 
     Raises:
-        BadOverlay: it is not UTF-8, or contains a NUL. (QEMU would truncate it there and open another file.)
+        BadOverlay: it is not UTF-8, or contains a NUL. (QEMU would truncate the name at the NUL and open another file.)
     """
     try:
         name = data.decode()

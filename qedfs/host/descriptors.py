@@ -1,12 +1,12 @@
 """The budget of file descriptors: the limit of this process, and its shares for overlays, sources and everything else.
 
-Owns the arithmetic; must not know who opens what. An overlay that is refused for want of descriptors affects only
-itself. An overlay that takes the last descriptor affects all: the folder cannot be listed, the control socket cannot
-accept a client, and no other image reaches its source.
+Owns the arithmetic; must not know who opens what. An overlay that is refused for lack of descriptors affects only
+itself. An overlay that takes the last descriptor affects all of them: the folder cannot be listed, the control socket
+cannot accept a client, and no other image reaches its source.
 
-The soft limit is usually 1024, for programs that use select(2), which cannot handle higher descriptors. Nothing here
-uses it (trio and the sources use epoll, libcurl uses poll). So a mount raises its limit to the hard one, as daemons do;
-systemd sets that to 524288.
+The soft limit is usually 1024, for the sake of programs that use select(2), which cannot handle descriptors of 1024 and
+above. Nothing here uses select (trio and the sources use epoll, libcurl uses poll). So a mount raises its soft limit to
+the hard limit, as daemons do; systemd sets the hard limit to 524288.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import resource
 
 BASE = 24  # a mount without overlays: libraries, the event loop, /dev/fuse, the folder, sockets, a child's pipes
-RESERVED = 64  # kept free for control clients, folder scans and the unforeseen
+RESERVED = 64  # kept free for control clients, folder scans and for anything unforeseen
 RESERVED_FRACTION = 8  # but reserve no more than 1/8 of the limit
 OVERLAY = 2  # per overlay: the file and its journal
 SOURCE = 6  # per HTTP source, connections excluded: two epoll objects and libcurl's wakeup descriptors
@@ -27,7 +27,7 @@ CONNECTIONS_FRACTION = 128  # a pool gets 1/128 of the limit
 
 
 def raise_limit() -> None:
-    """Raise the soft limit of open files to the hard one. This needs no privilege, but a sandbox may forbid it."""
+    """Raise the soft limit on open files to the hard limit. This needs no privilege, but a sandbox may forbid it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -39,7 +39,7 @@ def connections() -> int:
 
 
 def check_room(overlays: int, sources: int) -> None:
-    """Check that the limit allows this number of overlays and sources, with all connections that these may open.
+    """Check that the limit allows this number of overlays and sources, including the sources' connections.
 
     Raises:
         OSError: EMFILE if it does not.
