@@ -1,8 +1,10 @@
-"""The exit report: why a mount ended with an error, for an umount command that is not the server's parent.
+"""The exit report: the error that a mount ended with, left in a file for `qedfs umount`.
 
-Owns the file that holds it, in the mount's runtime folder. A process learns the exit code of its own children only, and
-the control socket is closed before the overlays are. So the server leaves its error in a file, and `qedfs umount` reads
-that once the server has ended. While the server lives, the file says that it was killed: then nobody is left to say so.
+Owns that file, which is in the mount's runtime folder. Must not know what makes a mount fail.
+
+A process learns the exit code of its own children only, and the control socket is closed before the overlays are. So
+the server leaves its error in the file, and `qedfs umount` reads it once the server has ended. While the server lives,
+the file already says that the server was killed, because a killed server can no longer write that.
 """
 
 from __future__ import annotations

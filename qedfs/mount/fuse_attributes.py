@@ -10,12 +10,15 @@ from pyfuse3 import EntryAttributes, InodeT, SetattrFields
 
 from qedfs.image.image import Image
 
-# An image changes through the mount only, so the kernel may cache its attributes; only st_blocks becomes stale.
+# An image changes only through the mount, so the kernel may cache its attributes. What comes from the overlay file
+# (owner, mode, st_blocks) may be up to this old.
 ATTRIBUTE_SECONDS = 2.0
 
 
 def image_attributes(image: Image, inode: int) -> EntryAttributes:
-    """Owner, mode and st_blocks are those of the overlay file; mtime and ctime are the image's own.
+    """Owner, st_blocks and mode are those of the overlay file; mtime and ctime are the image's own.
+
+    The mode has no execute bits, and no write bits if the image is read-only.
 
     Raises QedfsError if the attributes of the overlay file cannot be read.
     """
@@ -31,7 +34,7 @@ def image_attributes(image: Image, inode: int) -> EntryAttributes:
 
 
 def folder_attributes(status: os.stat_result) -> EntryAttributes:
-    """The attributes of the folder of overlays, but not writable."""
+    """The attributes of the folder of overlays, without the write bits."""
     attributes = _like(status)
     attributes.st_ino = pyfuse3.ROOT_INODE
     attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | (stat.S_IMODE(status.st_mode) & 0o555))
@@ -40,7 +43,10 @@ def folder_attributes(status: os.stat_result) -> EntryAttributes:
 
 
 def changes(now: EntryAttributes, wanted: EntryAttributes, fields: SetattrFields) -> bool:
-    """Whether a setattr changes anything but times. `cp -p`, `rsync -a` and `tar -x` set mode and owner as they are."""
+    """Whether a setattr changes anything but times.
+
+    `cp -p`, `rsync -a` and `tar -x` set mode and owner to the values that they already have, which counts as no change.
+    """
     return (
         (fields.update_size and wanted.st_size != now.st_size)
         or (fields.update_mode and stat.S_IMODE(wanted.st_mode) != stat.S_IMODE(now.st_mode))

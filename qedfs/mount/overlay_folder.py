@@ -1,4 +1,4 @@
-"""The folder of overlays on disk, or the single overlay file, that the user mounts.
+"""The folder of overlays on disk that the user mounts, or the single overlay file.
 
 Owns the descriptor of the folder. Must not know which overlays are served.
 """
@@ -20,14 +20,14 @@ class OverlayFolder:
         """`source`: a folder of overlays, or one overlay file.
 
         Raises:
-            UsageError: it is not there.
+            UsageError: it does not exist or cannot be accessed.
         """
         self.source = os.path.realpath(source)
         self.single = not os.path.isdir(self.source)
         self.root = os.path.dirname(self.source) if self.single else self.source
         try:
             os.stat(self.source)
-            # Kept open: a mount on the folder itself must not hide the overlays.
+            # Kept open, so that the overlays stay reachable if our own mount covers this folder.
             self.fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as exc:
             raise UsageError(f"{source}: {exc.strerror}; qedfs create makes an overlay") from exc
@@ -41,7 +41,7 @@ class OverlayFolder:
         return os.fstat(self.fd)
 
     def statvfs(self) -> os.statvfs_result:
-        """The folder's file system."""
+        """The statistics of the folder's file system."""
         return os.fstatvfs(self.fd)
 
     def lstat(self, path: str) -> os.stat_result:
@@ -49,10 +49,10 @@ class OverlayFolder:
         return os.stat(os.path.basename(path), dir_fd=self.fd, follow_symlinks=False)
 
     def overlays(self) -> Iterator[tuple[str, os.stat_result | OSError]]:
-        """The path of each overlay, with its attributes or the error of reading them.
+        """The path of each overlay, with its attributes, or the error that occurred when they were read.
 
-        Such an error may come from a bad sector, or from another file system that is mounted there: a FUSE mount of
-        another user, or one whose server has died.
+        Such an error may come from a bad sector, or from another file system that is mounted over the overlay: another
+        user's FUSE mount, or a mount whose server has died. For a single overlay, it is raised as an OSError.
         """
         if self.single:
             yield self.source, os.stat(os.path.basename(self.source), dir_fd=self.fd)

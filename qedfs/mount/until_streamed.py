@@ -19,11 +19,13 @@ LOOK_SECONDS = 0.1
 async def until_streamed(registry: Registry) -> QedfsError | None:
     """Return once no stream has anything left to do and nobody has an image open.
 
-    Returns what has kept an overlay from becoming complete, the first if there are several.
+    Returns the error that keeps an overlay from becoming complete, the first one if there are several; None if all are
+    complete.
     """
     while True:
         if _is_streamed(registry):
-            # The last scan is up to a second old: an overlay may be new, or not in use any more.
+            # The last scan is up to a second old. Since then, an overlay may have been added, or one that another
+            # program had open may have become free.
             with contextlib.suppress(QedfsError):
                 await registry.rescan()
                 if _is_streamed(registry):
@@ -44,7 +46,7 @@ def _is_complete(served: Served) -> bool:
 
 
 def _failure(served: Served) -> QedfsError | None:
-    """What keeps an overlay from becoming complete, unless somebody does something about it."""
+    """The error that will keep an overlay from becoming complete unless somebody intervenes; None if there is none."""
     if served.image is None or served.job is None:
         return None if isinstance(served.error, BeingWritten) else served.error
     condition = served.image.condition
