@@ -1,4 +1,8 @@
-"""Opens the source for a backing name, under the policy of the mounting user. The only module that knows all kinds."""
+"""Opens the source for a backing name, under the policy of the mounting user. The only module that makes sources.
+
+Owns the choice of the class for each kind of location, and of the reader for the backing's format. `url.py`,
+`policy.py` and `credentials.py` also distinguish kinds of locations. Must not know how a source fetches bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
 """NbdSource: an NBD export as a `Source`, over a few connections to one server.
 
-Owns the choice of connection for each read, and when to open another one. Must not know the protocol. It does not
-retry: a read is attempted on one connection only, which is opened first if none is left.
+Owns the choice of connection for each read, and when to open another one. Must not know the protocol. The source
+does not retry: a read is attempted on one connection only, which is opened first if none is left.
 
 As soon as there are two live connections, the first is reserved for urgent reads and for queries about holes. More
-connections are opened in the background, while reads continue on the existing ones. So a server that announces several
-connections but does not accept them (`qemu-nbd --shared=1`) delays no reader.
+connections are opened in the background, while reads continue on the existing ones. So a server that announces that it
+takes several connections but does not accept them (`qemu-nbd --shared=1`) delays no reader.
 
 A new connection may lead to another version than the others, because the server may have been restarted, or may start
-a process per connection. NBD reports no more than a size, so blocks that were read earlier are compared before the
-connection is used (`samples.py`).
+a process per connection. NBD reports no more than a size and perhaps a description, so blocks that were read earlier
+are compared before the connection is used (`samples.py`).
 
-Concurrency. Shared state is only changed between awaits. Readers that find no connection wait together for one
-connection attempt (`_reconnection`), which goes on if one of them is cancelled.
+Concurrency. Shared state changes only between two awaits. Readers that find no connection wait together for one
+connection attempt (`_reconnection`), which continues even if one of them is cancelled.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from qedfs.source.url import Location
 
 MAX_CONNECTIONS = 4
 GROW_LOAD = 4  # requests in flight on each background connection before another one is opened
-GROW_PAUSE_SECONDS = 60.0  # until the next attempt, after another connection could not be opened
+GROW_PAUSE_SECONDS = 60.0  # pause before the next attempt, after an attempt to open another connection has failed
 
 
 class NbdSource:
-    """A `Source` for an NBD export. Create it with `open`, end it with `aclose`."""
+    """A `Source` for an NBD export. Create it with `open`, close it with `aclose`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class NbdSource:
         self._policy = policy
         self._tls = tls
         self._nursery = nursery
-        self._received = 0  # bytes over connections that have ended
+        self._received = 0  # bytes received over connections that have ended
         self._pinning = pinning
         self._samples = samples
         self._identity = self._identity_of(connection)
@@ -89,12 +89,12 @@ class NbdSource:
     ) -> NbdSource:
         """Connect, and learn the size of the export. Connections live in `nursery` until `aclose`.
 
-        `tls`: our certificate or key and the trusted CA, unless the location itself names them. `samples`: taken from
-        earlier reads of this version; new reads add to them.
+        `tls`: our certificate or pre-shared key, and the trusted CA, unless the location itself names them. `samples`:
+        taken from earlier reads of this version; new reads add to them.
 
         Raises:
             Refused: `policy` does not allow the server's address.
-            SourceUnreachable: no answer within 10 s, or no usable one now.
+            SourceUnreachable: no answer within 10 s, or no usable answer for now.
             SourceError: the server will not serve this export to us (unknown export, TLS, not an NBD server).
         """
         context = None
@@ -173,14 +173,14 @@ class NbdSource:
 
     def _grow(self, have: int) -> None:
         if have < MAX_CONNECTIONS and not self._growing and trio.current_time() >= self._grow_after:
-            self._nursery.start_soon(self._open_further)
+            self._nursery.start_soon(self._open_another)
             self._growing = True
 
-    async def _open_further(self) -> None:
+    async def _open_another(self) -> None:
         try:
             await self._connect()
         except QedfsError:
-            # The reads can do without it. If the export has changed, `_connect` has dropped the other connections.
+            # Reads can do without another connection. If the export has changed, `_connect` has dropped the others.
             self._grow_after = trio.current_time() + GROW_PAUSE_SECONDS
         finally:
             self._growing = False
@@ -208,7 +208,7 @@ class NbdSource:
             raise SourceUnreachable(f"{self._location}: closed while connecting")
         if change:
             connection.drop("not wanted")
-            # The other connections may deliver either version.
+            # Each of the other connections may deliver either version.
             for each in self._connections:
                 each.drop(f"the export changed: {change}")
             raise SourceChanged(f"{self._location}: the export changed: {change}")
@@ -217,7 +217,8 @@ class NbdSource:
 
     def _identity_of(self, connection: Connection) -> Identity:
         told = connection.negotiated
-        # Another description means another export. But a server may have one description for all exports: a weak tag.
+        # Another description means another export. But a server may give all exports the same description, so it is
+        # only a weak tag.
         tag = f"{WEAK}description {json.dumps(told.description)}" if told.description else None
         return self._pinning.counted(Identity(told.size, tag, name=str(self._location)))
 
