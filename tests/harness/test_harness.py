@@ -124,6 +124,7 @@ def test_the_link_holds_bytes_back_for_half_a_round_trip() -> None:
         assert len(end.arrived) - arrived == 1
 
 
+@pytest.mark.slow  # the guest of tests/mount/test_guest.py does the same over a mount
 def test_guest_checks_its_disk_and_writes_to_it(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

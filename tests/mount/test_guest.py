@@ -14,7 +14,7 @@ from tests.harness.servers import nginx
 from .support import MIB, create
 
 
-@pytest.mark.parametrize("cache", ["none", "writeback"])
+@pytest.mark.parametrize("cache", ["none", pytest.param("writeback", marks=pytest.mark.slow)])
 def test_a_guest_boots_checks_writes_and_is_there_again(tmp_path: Path, cache: str) -> None:
     files = tmp_path / "files"
     files.mkdir()
