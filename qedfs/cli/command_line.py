@@ -1,4 +1,4 @@
-"""The arguments that say again what a command was told, for another process that runs it.
+"""Turns the parameter values of a command back into arguments, so that another process can run the same command.
 
 Derived from the command's own list of parameters, so that a new option cannot be forgotten. Pure; must not know which
 command it is.
@@ -12,7 +12,7 @@ import click
 
 
 def arguments_for(command: click.Command, values: Mapping[str, object]) -> list[str]:
-    """The arguments from which `command` gets these values of its parameters. One without a value is left out."""
+    """The arguments from which `command` gets these values of its parameters. A value of None needs no argument."""
     options = [one for one in command.params if isinstance(one, click.Option)]
     words = [word for option in options if option.name in values for word in _spelled(option, values[option.name])]
     places = [str(values[one.name]) for one in command.params if isinstance(one, click.Argument) and one.name in values]
@@ -21,7 +21,7 @@ def arguments_for(command: click.Command, values: Mapping[str, object]) -> list[
 
 def _spelled(option: click.Option, value: object) -> Iterator[str]:
     if value is None:
-        return  # not said
+        return  # the option was not given
     if option.is_flag:
         yield from (option.opts if value else option.secondary_opts)[:1]
     elif isinstance(value, tuple):

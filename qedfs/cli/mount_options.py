@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 _SPELLINGS = {"ro": "read-only"}
-# Expanded here, since click 8.1 (Debian 13) gets two options of one parameter wrong if one of them is a flag.
+# Expanded here, because click 8.1 (Debian 13) mishandles two options for one parameter if one of them is a flag.
 _SHORT_FORMS = {"--no-stream": "--stream=off"}
 # mount(8), systemd.mount(5): options for other programs.
 _IGNORED = re.compile(

@@ -14,7 +14,7 @@ from qedfs.units import parse_seconds, parse_size
 Text = TypeVar("Text", bound=str | bytes | os.PathLike[str])
 
 if TYPE_CHECKING:
-    # Generic in click 8.2's types only. At run time click 8.1 (Debian 13) has to do as well.
+    # Generic in click 8.2's types only. At run time this must also work with click 8.1 (Debian 13).
     IntParam = click.ParamType[int]
     FloatParam = click.ParamType[float]
     TextParam = click.ParamType[str]
@@ -28,7 +28,7 @@ class Size(IntParam):
     name = "SIZE"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The text in bytes."""
+        """The number of bytes."""
         if isinstance(value, int):
             return value
         try:
@@ -43,7 +43,7 @@ class Duration(FloatParam):
     name = "TIME"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The text in seconds."""
+        """The number of seconds."""
         if isinstance(value, (int, float)):
             return float(value)
         try:

@@ -49,7 +49,7 @@ class Unused:
         return not image["opens"]
 
     def held(self, image: Image) -> str | None:
-        """Says that the image is open."""
+        """Says "is open" of an open image; None if it is closed."""
         return "is open" if image["opens"] else None
 
     lacking = held

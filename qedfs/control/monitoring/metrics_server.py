@@ -54,7 +54,7 @@ def parse_address(text: str) -> Address:
     """Parse "127.0.0.1:9188", ":9188", "9188", "[::1]:9188" or "unix:/run/metrics". The default host is loopback.
 
     Raises:
-        UsageError: the text is no address, or the package prometheus_client is not installed.
+        UsageError: the text is not an address, or the package prometheus_client is not installed.
     """
     if importlib.util.find_spec("prometheus_client") is None:
         raise UsageError("--metrics needs the package prometheus_client; install it: pip install 'qedfs[metrics]'")
@@ -128,7 +128,7 @@ def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
     if refusal is not None:
         return refusal
     try:
-        # Imported here: an extra, which parse_address has looked for.
+        # Imported here because it needs an extra. `parse_address` has checked that this is installed.
         from qedfs.control.monitoring.metrics import exposition
 
         return _response(HTTPStatus.OK, exposition(mount))
@@ -158,7 +158,7 @@ def _refuse_host(head: bytes, address: Address) -> bytes | None:
     hosts = hosts_of(head)
     if len(hosts) > 1:  # RFC 9112, section 3.2
         return _response(HTTPStatus.BAD_REQUEST)
-    # No browser sends a request to a Unix socket, nor one without a Host.
+    # Browsers send no requests to Unix sockets, and none without a Host field.
     if address.path is None and hosts and not is_ours(hosts[0], address.host, socket.gethostname()):
         return _response(HTTPStatus.MISDIRECTED_REQUEST, hint=f"; ask for http://{address}{PATH}")
     return None

@@ -1,14 +1,14 @@
-"""The commands `x-qedfs-*` that QMP lacks: they name an image rather than a job, and repeating one is no error.
+"""The commands `x-qedfs-*`, for what QMP lacks. They name an image rather than a job.
 
 - `x-qedfs-status`: what `qedfs status --json` prints.
 - `x-qedfs-start {device, limit?, type?}`: stream, or run a job of another type; waits while the source is unreachable
   or the disk is full.
-- `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: doing it twice is no error.
-- `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit, also while nothing streams.
+- `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: repeating one is not an error.
+- `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit; works even while nothing streams.
 - `x-qedfs-step {device, offset?}`: populate the next missing run at or after `offset` with one request; returns
   `{pos, size, next}`: the range that was populated, and the next missing byte (null if there is none).
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
-- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size]: what readers had to wait for, in that order.
+- `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size] that readers had to wait for, in that order.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
 
 Their errors also have `x-qedfs-exit-code`: the exit status of the command line for this error.
@@ -60,7 +60,7 @@ async def _start(call: Call, arguments: Arguments) -> Nothing:
 
 
 def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit: int) -> None:
-    """Begin a job of a kind that an image does not have by itself."""
+    """Begin a job of another kind than the stream, which every image has."""
     jobs, name = call.control.jobs, device_name(served)
     if served.jobs is None or kind not in KINDS:
         raise QmpError(f"Parameter 'type' does not accept value '{kind}'")
