@@ -1,9 +1,9 @@
-"""The condition of one image: what is wrong, with cause, error, since when, and what will end it.
+"""The condition of one image: what is wrong. Each trouble has a cause, an error, a start and a remedy.
 
 Owns the list of troubles and their order. Must not know who reads it, nor what anybody does about a trouble.
 
-The code that owns a cause notes it and clears it. So bytes from the source end the trouble of fetching, and no other.
-The overlay is below this room and cannot note anything here. It keeps its errors itself, and `look` reads them.
+The code that owns a cause notes it and clears it. So bytes from the source clear FETCH_FAILED and nothing else. The
+overlay must not import this room, so it cannot note anything here. It keeps its errors itself, and `look` reads them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Cause(enum.StrEnum):
 
     NOT_SERVED = "not-served"  # the overlay could not be opened, so there is no image
     DAMAGED = "damaged"  # the overlay was truncated or overwritten
-    REPLACED = "replaced"  # the overlay's name refers to another file now
+    REPLACED = "replaced"  # the overlay's path leads to another file now
     BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what is on the disk
     INTERNAL_ERROR = "internal-error"  # a bug has ended the tasks of the image
     NO_SPACE = "no-space"  # there is no space for fetched clusters
     NOT_BEGUN = "not-begun"  # the overlay's file system has been full since the overlay was opened
     COMMIT_FAILED = "commit-failed"  # the overlay's tables could not be written; the entries wait in memory
-    SOURCE_CHANGED = "source-changed"  # the source is another version than the overlay's clusters
+    SOURCE_CHANGED = "source-changed"  # the source serves another version than that of the overlay's clusters
     JOB_STOPPED = "job-stopped"  # an error has stopped the background job of the image
     NOT_KEPT = "not-kept"  # fetched clusters could not be written to the overlay
     FETCH_FAILED = "fetch-failed"  # the last read of missing bytes, or the stream, has failed
@@ -50,7 +50,7 @@ _ENDS_WITH = {
     Cause.NOT_KEPT: "the next fetched cluster that can be written",
     Cause.FETCH_FAILED: "the next fetch that succeeds",
 }
-# A complete image needs no source, and nothing is fetched for it.
+# Causes that a complete image cannot have, because it needs no source and nothing is fetched for it.
 _OF_INCOMPLETE = frozenset(
     {Cause.NO_SPACE, Cause.SOURCE_CHANGED, Cause.JOB_STOPPED, Cause.NOT_KEPT, Cause.FETCH_FAILED}
 )
@@ -58,7 +58,7 @@ _OF_INCOMPLETE = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trouble:
-    """One thing that is wrong. Raise `error.fresh()`, never `error`, because that is stored."""
+    """One thing that is wrong. Raise `error.fresh()`, not `error`, which stays stored here."""
 
     cause: Cause
     error: QedfsError
@@ -113,7 +113,7 @@ class Condition:
         return [self._troubles[cause] for cause in sorted(causes, key=_ORDER.__getitem__)]
 
     def look(self) -> None:
-        """Read the overlay's own errors. To be called regularly, so that `since` is about right."""
+        """Read the overlay's own errors. Call this regularly, so that `since` is approximately right."""
         overlay = self._overlay
         for cause, error in (
             (Cause.DAMAGED, overlay.damage),

@@ -1,4 +1,4 @@
-"""One served image: the overlay, the source of its missing clusters, and the fetching between them.
+"""One served image: an overlay, and the fetching of its missing clusters from the source.
 
 Owns what a read, a write and a flush of the image do, and when entries are committed. Must not know FUSE, names or
 sockets.
@@ -95,12 +95,12 @@ class Image:
 
     @property
     def journal_remark(self) -> str:
-        """What the user should know of a killed session's writes that the image lacks; "" if there are none."""
+        """What the user should know about a killed session's writes that the image lacks; "" if there are none."""
         return self.overlay.journal_remark
 
     @property
     def source(self) -> RetryingSource | None:
-        """Where its missing bytes come from; None for an overlay that never had a backing. Images share it."""
+        """Where its missing bytes come from; None if the overlay was opened without a backing. Images may share it."""
         return None if self.fetch is None else self.fetch.remote
 
     @property
@@ -161,7 +161,7 @@ class Image:
         return buffer if epoch == self.overlay.epoch else await self._read_runs(pos, size)
 
     async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """Fill each view with the image's bytes at its position, from the source. Past its end there are zeros.
+        """Fill each view with the image's bytes at its position, from the source, and with zeros past the source's end.
 
         Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
         and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
@@ -204,11 +204,11 @@ class Image:
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest read started that waits for the source, by trio's clock; None if there is none."""
+        """When the oldest read that waits for the source started, by trio's clock; None if no read waits."""
         return next(iter(self._reads.values()), None)
 
     def give_up(self, *, since: float) -> None:
-        """Fail the reads that have waited for the source since then. Bytes in flight are still adopted."""
+        """Fail the waiting reads that started at `since` or earlier. Bytes in flight are still adopted."""
         for scope, began in self._reads.items():
             if began <= since:
                 scope.cancel()
@@ -224,7 +224,10 @@ class Image:
         self.failures += 1
 
     def _fetch_ahead(self, pos: int, size: int) -> None:
-        """Start read-ahead for a sequential reader: up to three windows, as part of it has arrived and is unread."""
+        """Start read-ahead for a sequential reader.
+
+        It reaches up to three windows ahead, because a part of them has arrived, but has not been read yet.
+        """
         identity = self.version.identity if self.version is not None else None
         if not self.copy_on_read or self.fetch is None or identity is None:
             return
@@ -317,7 +320,7 @@ class Image:
     # Adopt: the methods of `Consumer`.
 
     def wants(self, pos: int, size: int) -> bool:
-        """Whether to adopt bytes that were fetched for another image: if this one streams, and knows the version."""
+        """Whether to adopt bytes fetched for another image. This one must be streaming and know the version."""
         known = self.version is not None and self.version.identity is not None
         return self.streaming and known and pos < self.size
 
@@ -353,7 +356,7 @@ class Image:
                 exc = QedfsError("internal error, see the log")
             self._note(Cause.NOT_KEPT, exc)
             return
-        if kept:  # 0 if guest writes got there first, which says nothing about free space
+        if kept:  # 0 if guests have written all of the clusters first, which says nothing about free space
             self._full_at = float("-inf")
             self.condition.clear(Cause.NO_SPACE)
             self.condition.clear(Cause.NOT_KEPT)
@@ -374,7 +377,7 @@ class Image:
     def _too_full(self) -> bool:
         if trio.current_time() - self._full_at >= NO_SPACE_RETRY_SECONDS:
             return False
-        # A commit may have found space since. Then the stream has no failure to wait for, and would fetch in vain.
+        # A commit that finds space clears both. Then the stream fetches again, and what it fetches must be stored.
         return self.full is not None or isinstance(self.overlay.commit_error, NoSpace)
 
     @property
@@ -390,7 +393,7 @@ class Image:
 
     @property
     def changed(self) -> QedfsError | None:
-        """The error if the source is another version than the overlay's clusters, otherwise None."""
+        """The error if the source serves another version than that of the overlay's clusters; otherwise None."""
         return None if self.version is None else self.version.changed
 
     async def source_size(self) -> int:
@@ -451,7 +454,7 @@ class Image:
             self.fetch.consumers.remove(self)
 
     async def _remember_version(self) -> None:
-        """Store in the overlay what has been learned about the version of its clusters, once it has any."""
+        """Store in the overlay what is known about the version of its new clusters, if there are any."""
         if self.version is None or not (self.counters.kept or self.counters.written) or self.complete:
             return
         try:

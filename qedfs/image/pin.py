@@ -32,7 +32,7 @@ _WAY_OUT = "Bring the old version back, or start a new overlay"
 
 
 class SourceVersion:
-    """The version of the source of one image. `name` is the image's, for the log."""
+    """The version of the source of one image. `name`: the image's name, for the log."""
 
     def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue, condition: Condition) -> None:
         self.identity: Identity | None = None  # of the source, after it was compared with the pin

@@ -32,7 +32,7 @@ class Served:
     jobs: ImageJobs | None = None
     refusal: Trouble | None = None
     opens: int = 0
-    closes: int = 0  # of descriptors of these opens; one open() may have several descriptors
+    closes: int = 0  # of descriptors of these opens: one open() may result in several descriptors
     removed: bool = False  # from the folder; the image lives on while it is open
     transient: bool = False  # the refusal may end without any change of the file
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
