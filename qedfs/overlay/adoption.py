@@ -74,7 +74,7 @@ class Adoption:
         return kept + len(data) * self._cluster_size
 
     async def _load_to_allocate(self, pos: int, size: int) -> None:
-        """Wait until the slices are loaded and the file may grow. No await follows that check."""
+        """Wait until the slices are loaded and the file may grow. Does not await after the last check."""
         while not self._map.is_loaded(pos, size) or await self._committer.secure_marks():
             await self._map.load(pos, size)
         self._barriers.check_writable()
@@ -82,7 +82,7 @@ class Adoption:
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:
         """Select the clusters to adopt. Zero clusters get their entries at once.
 
-        Returns the others as (cluster, start in buffer), and the bytes of the zero clusters.
+        Returns the others as (cluster, start in buffer), and how many bytes the zero clusters have.
         """
         cluster_size = self._cluster_size
         zeros = zero_bytes(cluster_size)

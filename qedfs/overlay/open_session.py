@@ -132,7 +132,7 @@ class OpenSession:
             if self._session.is_seen():
                 self._storage.check_length()
             else:
-                # They are not in the page cache, or only a file server knows. So check in a thread.
+                # Header and record are not in the page cache, or only a file server knows them. So check in a thread.
                 await self._storage.in_thread(self._storage.check_length)
                 await self._storage.in_thread(self._session.inspect)
         except BadOverlay as exc:
@@ -146,7 +146,7 @@ class OpenSession:
             await self._committer.durably(self._session.detach)
 
     async def end(self, *, in_order: bool) -> None:
-        """Record that the session has ended in order, if it has. The caller holds the lock and the committer's.
+        """Record that the session has ended in order, if it has. The caller holds this lock and the committer's.
 
         Disk errors are ignored: without the note, the next session evicts the page cache.
         """

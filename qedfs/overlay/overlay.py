@@ -1,12 +1,12 @@
 """An open QED overlay: map, read, write, adopt, flush, detach. No network here.
 
-Owns the rule whose bytes win when a guest writes and a fetched cluster arrives. `pending.py` tracks the clusters
-concerned, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has header
-and record. The caller knows the contents of missing clusters.
+Owns the rule that decides whose bytes win when a guest writes to a cluster that is being fetched. `pending.py` tracks
+such clusters, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has
+the header and the record. The caller supplies the contents of missing clusters.
 
 Concurrency protocol
 --------------------
-Everything runs on one event loop. The state only changes between two awaits.
+Everything runs on one event loop. The state changes only between two awaits.
 
 - An entry changes from missing to zero or data, or from zero to data, and never back. There is one exception: a failed
   barrier takes back all entries that may not be on the disk (`Committer.durably`) and increments `epoch`. A reader
@@ -286,7 +286,7 @@ class Overlay:
         try:
             self.storage.write(offset, (data,))
         finally:
-            # After the write, even if it fails: an mtime from before it must not be the final one of the new bytes.
+            # After the write, even if it fails: the final mtime must not be earlier than the new bytes.
             self.times.move()
         return True
 
@@ -368,11 +368,11 @@ class Overlay:
         return await self._adoption.adopt(pos, buffer, size, cold=cold)
 
     def pending(self, cluster: int, count: int) -> list[int]:
-        """Those of the clusters that an adoption would skip, because a write is about to give them an entry."""
+        """Which of these clusters an adoption would skip, because a write is about to give them an entry."""
         return self._pending.pending_in(range(cluster, cluster + count))
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
-        """Turn the missing ones of these clusters into zero clusters, because the source has a hole there."""
+        """Turn those of these clusters that are missing into zero clusters, because the source has a hole there."""
         await self._adoption.adopt_zeros(cluster, count)
 
     # Changes by other programs.

@@ -62,7 +62,8 @@ class TableSlices:
     ) -> None:
         """`l1` has only the entries inside the image. `file_end`: where the file's last whole cluster ends.
 
-        `share`: of the memory for tables, includes that of L1. `marks`: for entries that point past the file's end.
+        `share`: of the memory for tables; the L1 table already counts against it. `marks`: for entries that point past
+        the file's end.
         """
         geometry = header.geometry
         self.geometry = geometry
@@ -253,7 +254,7 @@ class TableSlices:
         self._share.take(self._slice_bytes)
 
     def check_room(self) -> None:
-        """Raise NoMemory if the slices take more than all overlays together may. A session commits long before."""
+        """Raise NoMemory if the slices take more than all overlays together may. A session commits long before that."""
         if self._share.is_beyond:
             raise NoMemory(
                 f"the journal of a killed mount needs more than the {format_size(self._share.held_bytes)} of memory "
@@ -344,7 +345,8 @@ class TableSlices:
     def pin_slices(self, numbers: Iterable[int]) -> None:
         """Keep these slices in memory until the next call, because a group writes them.
 
-        Then evict: the slices of the previous group can go now, and writes to new tables load none, which would evict.
+        Also evicts: the slices of the previous group are no longer needed, and nothing else evicts if guests write only
+        to new tables, which load no slices.
         """
         self._pinned = frozenset(numbers)
         self._written |= self._pinned
