@@ -149,7 +149,7 @@ class FetchQueue:
         return True
 
     def _parts(self, pos: int, view: memoryview, source_size: int, consumer: Consumer | None) -> Iterator[Part]:
-        """Split a piece at the borders of flights, and hold these. The flight is None if there is no room for one."""
+        """Split a piece at the borders of flights, and hold those. A flight is None if there is no room for it."""
         first, end = pos // self.cluster_size, pos + len(view)
         count = -(-end // self.cluster_size) - first
         for stop, flight in self._join(first, count, source_size, consumer, asked=True, urgent=True):
@@ -168,7 +168,7 @@ class FetchQueue:
         await flight.copy_to(pos, view)
 
     def _late_at(self, flight: Flight) -> float:
-        """Until when a reader that arrives now waits for a background flight."""
+        """The time up to which a reader that arrives now waits for a background flight."""
         now = trio.current_time()
         if flight.overdue:
             return now
@@ -210,7 +210,7 @@ class FetchQueue:
     def ahead(self, first: int, count: int, *, consumer: Consumer) -> int:
         """Start to fetch clusters that a sequential reader will want soon. Does not wait for them.
 
-        Returns the number of clusters, since there may not be room for all.
+        Returns the number of clusters that it could start to fetch, since there may not be room for all.
         """
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
@@ -292,7 +292,7 @@ class FetchQueue:
                 if needed or self._has_room(stop - cluster):
                     flight = self._start(cluster, stop - cluster, source_size, consumer, urgent=urgent)
             elif self._large and not needed and not flight.arrived.is_set():
-                flight = None  # it would take too long
+                flight = None  # to wait for a whole cluster would take too long
             if flight is not None:
                 if consumer is not None:
                     self._offer(flight, consumer)
@@ -331,7 +331,7 @@ class FetchQueue:
         size = count * self.cluster_size  # whole clusters, even at the end, as images of other sizes share the flight
         now = trio.current_time()
         flight = Flight(first, pos, size, self._buffers.take(count * self.cluster_size), since=now, urgent=urgent)
-        # First of all, because this may fail: readers would wait for ever for a registered flight without a task.
+        # Before the registration, because this may fail: readers would wait for ever for a flight without a task.
         self.nursery.start_soon(self._fly, flight, max(0, min(size, source_size - pos)))
         # Counted here, not in the flight's task, which runs at the next await. The next request must see the count.
         flight.ahead_bytes = self._budget.in_flight(consumer)
@@ -343,7 +343,7 @@ class FetchQueue:
 
     async def _fly(self, flight: Flight, wanted: int) -> None:
         """Run one flight to its end. `wanted` bytes are inside the source, the rest is zeros."""
-        # The error if this task is cancelled. Without it, readers would take the contents of the buffer for the bytes.
+        # The error if this task is cancelled. Without it, readers would use the contents of the buffer.
         flight.error = SourceUnreachable(f"backing {self.remote.location}: closed")
         try:
             await self._bring(flight, wanted)

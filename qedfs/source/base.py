@@ -1,9 +1,9 @@
-"""The interface of a source: reads, extents, and the identity that tells versions apart. Not how a source is reached.
+"""The interface of a source: reads, extents, and the identity that tells versions apart.
 
-Owns `Source`, `KnowsZeros`, `HasFile`, `Identity`, `Extent`. Must not know overlays, clusters or who reads. A source
-validates every answer before it passes a byte on. When `read` returns, the caller's buffer holds exactly the requested
-bytes, of the version that `identity` describes. When `read` raises, the content of the buffer is undefined and must not
-be used.
+Owns `Source`, `KnowsZeros`, `HasFile`, `Identity`, `Extent`. Must not know how a source is reached, nor overlays,
+clusters or who reads. A source validates every answer before it passes a byte on. When `read` returns, the caller's
+buffer holds exactly the requested bytes, of the version that `identity` describes. When `read` raises, the content of
+the buffer is undefined and must not be used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Identity:
         return self.etag, self.last_modified
 
     def tells_as(self, other: Identity) -> bool:
-        """Whether both report exactly the same. A digest that only one of them has does not count."""
+        """Whether both report exactly the same values. A digest that only one of them has does not count."""
         told = (other.size, other.etag, other.last_modified, other.digest or self.digest, other.place)
         return told == (self.size, self.etag, self.last_modified, self.digest or other.digest, self.place)
 
@@ -109,7 +109,7 @@ class Identity:
         return ""
 
     def joined(self, other: Identity) -> Identity:
-        """Self, completed with what only `other` reports; self itself if that is nothing. Both are the same version."""
+        """Self, completed with what only `other` (the same version) reports; self itself if that is nothing."""
         etag, last_modified = self.etag or other.etag, self.last_modified or other.last_modified
         digest = self.digest or other.digest
         if (etag, last_modified, digest) == (self.etag, self.last_modified, self.digest):
@@ -194,7 +194,7 @@ class KnowsZeros(Protocol):
 
 @runtime_checkable
 class HasFile(Protocol):
-    """The optional interface of a source that reads a disk image format, out of a file that is a source itself."""
+    """The optional interface of a source that decodes a disk image format. The encoded file is a source, too."""
 
     @property
     def file(self) -> Source:

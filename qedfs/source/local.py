@@ -16,7 +16,7 @@ from qedfs.source.policy import Policy
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
-_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # shortages that may be over in a moment
+_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # shortages that may soon be over
 
 
 class LocalSource:
@@ -27,7 +27,7 @@ class LocalSource:
         self._location = location
         self._path = location.path or ""
         self._identity = identity
-        self._modified = modified  # when opened; counts as long as the file is open, whatever the pinning
+        self._modified = modified  # when opened; must not change while the file is open, whatever the pinning
         self._samples = samples
         self.received = 0
 

@@ -156,7 +156,7 @@ class RetryingSource:
             return self._source
 
     def _learn(self, told: Identity) -> None:
-        """Store what an answer reported about the version. Details that are reported late count from then on.
+        """Store what an answer reported about the version. Details that an answer adds count from then on.
 
         Within a connection, the source itself ensures that the version stays the same. Raises SourceChanged if a new
         connection reports another version.
@@ -175,7 +175,7 @@ class RetryingSource:
             with trio.move_on_after(self.deadline_seconds):
                 source = await self._opener()
         if self._closed:
-            if source is not None:  # `aclose` did not see it
+            if source is not None:  # `aclose` could not close it, because it was not open yet
                 await source.aclose()
             raise SourceUnreachable(f"backing {self.location}: closed")
         if source is None:

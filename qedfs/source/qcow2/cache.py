@@ -6,7 +6,7 @@ Concurrency. A *flight* is one call of a loader, for all its keys at once. There
 registration of flights. A cancelled flight leaves nothing behind, and the tasks that waited for it load the values
 themselves. A task never waits for another flight while its own is under way, so there is no deadlock.
 
-A flight is not a `SingleFlight`: that shares one result, while the keys of two tasks here overlap in part only, and a
+A flight is not a `SingleFlight`, which shares one result. Here the keys of two tasks may overlap only in part, and a
 load runs in the task that needs it.
 """
 
