@@ -1,4 +1,7 @@
-"""A raw local file or block device as a source. Owns its descriptor; the policy decides what may be opened."""
+"""A raw local file or block device as a source. Notices if the file changes while it is open.
+
+Owns its descriptor. Must not know what may be opened, which the policy decides.
+"""
 
 from __future__ import annotations
 
