@@ -24,7 +24,7 @@ class Budget:
         self._share = Share(memory_pool.FETCHED)
         self.background = 0  # in flight, excluding urgent flights
         self._held_for: Counter[Consumer] = Counter()
-        self._here_for: Counter[Consumer] = Counter()  # the part of it that was fetched in the background and arrived
+        self._here_for: Counter[Consumer] = Counter()  # the part of it that came in the background
 
     @property
     def held(self) -> int:

@@ -17,7 +17,7 @@ class Consumer(Protocol):
     """A user of the queue that stores the fetched bytes: one served image."""
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Store those of the bytes that are still missing. `asked`: a reader wanted them. Must not raise."""
+        """Store the bytes of clusters that are still missing. `asked`: a reader wanted them. Must not raise."""
         ...
 
     def lost(self, error: QedfsError) -> None:

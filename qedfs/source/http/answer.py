@@ -1,6 +1,6 @@
 """Parser for the status line and the header fields of an HTTP/1.1 answer.
 
-Pure. Owns the syntax of status lines and header fields. Must not know what a field means for us; `judge.py` does.
+Pure. Owns the syntax of status lines and header fields. Must not know what a field means (`judge.py`).
 libcurl has already split the header into lines. Whatever it lets through that RFC 9112 forbids is refused here.
 """
 

@@ -100,7 +100,7 @@ class Exchange:
         self._tls = tls
 
     def take_cookies(self) -> None:
-        """From now on store the cookies that answers set, and send them to the hosts that RFC 6265 says."""
+        """From now on store the cookies that answers set, and send them to the hosts that RFC 6265 allows."""
         self._takes_cookies = True
         self.curl.setopt(pycurl.COOKIEFILE, "")
 
@@ -273,7 +273,7 @@ class Exchange:
         return int(pycurl.SOCKET_BAD)
 
     def _on_socket_opened(self, fd: int, _purpose: int) -> int:
-        """Close the original of the socket, of which pycurl gave libcurl a duplicate, and set close-on-exec on that."""
+        """Close our socket, of which pycurl has given libcurl a duplicate, and set close-on-exec on the duplicate."""
         try:
             if self._opened is not None:
                 self._opened.close()

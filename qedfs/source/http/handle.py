@@ -52,7 +52,7 @@ def new_handle() -> pycurl.Curl:
 
 
 def show_tls_files(curl: pycurl.Curl, files: TlsFiles) -> None:
-    """Use the CA and client certificates of one server. Without a CA file, trust what the user or the system trusts.
+    """Use the CA and client certificates of one server. Without a CA file, trust the usual CAs (`ca_files.py`).
 
     pycurl cannot unset a client certificate again, so a server without one needs another handle.
     """

@@ -3,7 +3,7 @@
 Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, the class of the error for a refusal,
 and which part of a body is the requested range. Must not know libcurl, connections or redirects.
 
-A wrong byte that is accepted here would stay in an overlay for good. So an answer must be exactly the requested range
+A wrong byte that is accepted here would stay in an overlay for ever. So an answer must be exactly the requested range
 of exactly the pinned version; anything else is an error. There are three kinds of error: `SourceChanged` (another
 version), `SourceUnreachable` (a fault of this answer or connection, a retry may help) and `SourceError` (a retry will
 not help). Three exceptions leave a question to the caller: `Doubted`, whether the answer is of the pinned version;
@@ -27,7 +27,7 @@ from qedfs.source.http.digests import published_digest
 from qedfs.source.pinning import USUAL, Pinning
 
 MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
-# Size of the first request. One byte would not do: busybox httpd takes `bytes=0-0` for `bytes=0-`.
+# Size of the first request. One byte is not enough: busybox httpd treats `bytes=0-0` as `bytes=0-`.
 OPENING_BYTES = 2
 # Up to this file size, an answer with the whole file is accepted and the range cut out of it, which makes a seed ISO on
 # a server without ranges usable.

@@ -64,7 +64,7 @@ class Multi:
         self._epoll = select.epoll()
         try:
             self._multi = pycurl.CurlMulti()
-        except pycurl.error as exc:  # it does not say why, but apart from some memory it needs a pair of sockets
+        except pycurl.error as exc:  # libcurl does not say why; it needs memory and a pair of sockets
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from exc
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)

@@ -52,7 +52,7 @@ async def resolve(
     """Request the first bytes of the file from `origin`, follow redirects, and learn size, validators and final URL.
 
     The request is a GET of two bytes, not a HEAD: some servers refuse HEAD, signed URLs are valid for one method only,
-    and a HEAD would not show whether ranges work. A mirror is given up after `silent_seconds` without an answer.
+    and a HEAD would not show whether ranges work. A mirror is abandoned after `silent_seconds` without an answer.
 
     Raises:
         Refused: the policy forbids a location or its address.

@@ -1,11 +1,11 @@
-"""The current redirect target of a source, and the decision when to ask the origin for a new one.
+"""The current redirect target of a source. Decides when to ask the origin for a new one.
 
-Owns the rule when to give up a redirect target: a mirror dies or a signed link expires, and by then the origin (the URL
-that the user named) redirects elsewhere. Must not know how the origin is asked. Pure; times are seconds of the caller's
-clock.
+Owns the rules for giving up a redirect target. A mirror may die, or a signed link expire, and the origin (the URL that
+the user named) then usually redirects elsewhere. Must not know how the origin is asked. Pure; times are seconds of the
+caller's clock.
 
 The first failure is retried at the same target, because most failures concern one connection only. If the failure
-persists, the origin is asked again. If that does not help, it is not asked once more until a deadline has passed: a
+persists, the origin is asked again. If that does not help, it is not asked again until one deadline has passed: a
 dead mirror with a thousand readers must not cause a thousand requests to the origin.
 """
 
@@ -83,9 +83,9 @@ class RouteHealth:
     def lasting(self, error: SourceError, now: float) -> bool:
         """Record a failure of the current target. Returns whether it is more than a momentary one.
 
-        A refusal counts as lasting, because expired signed links are refused in many ways. So do a timeout and a server
-        that asks for patience. Any other failure does if an earlier one, at least MOMENT_SECONDS ago, was not followed
-        by a successful read.
+        A refusal counts as lasting, because expired signed links are refused in many ways. A timeout and an answer with
+        Retry-After count as well. Any other failure counts if an earlier one, at least MOMENT_SECONDS ago, was not
+        followed by a successful read.
         """
         failing_for = now - self._failing_since
         self._failing_since = min(self._failing_since, now)

@@ -84,11 +84,11 @@ class Version:
         elif doubt.why and self._used:
             raise SourceChanged(f"{where}: {doubt.why}")
         if not self._used:
-            self.identity = doubt.shown  # no other version has been used; an overlay's pin may still object
+            self.identity = doubt.shown  # no other version has been used; an overlay's pin may still refuse it
         elif not doubt.why:
             self.identity = self.identity.joined(doubt.shown)
         elif doubt.shown.place != self.identity.place:
-            # A new server. From now on report its identity, so that overlays learn of it that have pinned the old tags.
+            # A new server. From now on report its identity, so that overlays with the old tags in their pins learn it.
             self._also = (*self._also, self.identity)[-MOST_ALSO:]
             self.identity = doubt.shown
         else:

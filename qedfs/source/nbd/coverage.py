@@ -1,7 +1,7 @@
 """The set of byte ranges of a request that have arrived.
 
-Owns the two violations "these bytes came twice" and "too many pieces". Knows nothing of the wire. Servers nearly always
-answer in order, so a range that begins where the last one ended costs only one comparison.
+Owns the two violations "these bytes came twice" and "too many pieces". Must not know the wire format. Servers nearly
+always answer in order, so a range that begins where the last one ended costs only one comparison.
 """
 
 from __future__ import annotations

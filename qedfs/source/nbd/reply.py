@@ -5,11 +5,11 @@ tasks or who waits: a finished request calls its `wake`.
 
 The parser says where it wants the next bytes (`buffers`) and is told how many arrived (`received`). So one scattering
 receive puts payload directly into the reader's buffer, and the header after it into a small scratch buffer. An
-abandoned request (`abandon`) loses its buffer at once. The rest of its reply is validated as before, and goes into a
-bin, so that the connection stays usable.
+abandoned request (`abandon`) loses its buffer at once. The rest of its reply is validated as before, and received into
+a buffer that nobody reads (the bin), so that the connection stays usable.
 
-After a `Violation` the stream has no meaning any more: the caller must drop the connection, and every request in flight
-has failed. A well-formed error reply fails only its own request.
+After a `Violation` the rest of the stream cannot be interpreted: the caller must drop the connection, and every request
+in flight has failed. A well-formed error reply fails only its own request.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ TABLE_CACHE_BYTES = 8 << 20  # maps 64 GiB with such clusters
 CLUSTER_CACHE_BYTES = 16 << 20  # for inflated clusters that were read in part
 L1_READ_BYTES = 1 << 20
 CONCURRENT_READS = 8  # reads of the file for one request, if its clusters are scattered
-# How many entries one call of `extents` looks at. Either takes about a millisecond, which blocks the event loop.
+# How many L2 and L1 entries one call of `extents` examines. Each number takes about 1 ms, which blocks the event loop.
 EXTENTS_ENTRIES = 1 << 14
 EXTENTS_L1_ENTRIES = 1 << 14
 Job = Callable[[], Awaitable[None]]
@@ -337,7 +337,7 @@ def _identity(inner: Identity, size: int, stamp: str) -> Identity:
     Two versions of a file can have the same virtual size, and an NBD server has no validators. The mark, which is the
     length of the file and a digest of its header and L1 table, takes the place of the date. So it is compared even if
     there is nothing else to compare. If a server without ETags sends a date only now and then, that looks like a
-    change, which is the safe side.
+    change, which errs on the safe side.
     """
     mark = f"{LAYOUT}{inner.size} bytes, tables {stamp}"
     etag = None if inner.etag is None else f"{inner.etag} of {mark}"
