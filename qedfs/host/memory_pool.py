@@ -1,8 +1,8 @@
 """Memory pools: how much all images of this process together may hold for each purpose, and how they share it.
 
 Owns the bounds and the counters; must not know what the memory holds. Imports nothing of the project. Code whose memory
-use is set by an overlay, a server or a guest must take that memory from a pool. A bound per image would not do, because
-the number of images is not bounded.
+use is set by an overlay, a server or a guest must take that memory from a pool. A bound per image is not enough,
+because the number of images is not bounded.
 
 A pool is divided by *dynamic thresholds* (Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998): each
 user may hold as much as is currently free, and no more. So a user that gives nothing back, such as a source that does

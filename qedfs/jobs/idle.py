@@ -1,4 +1,4 @@
-"""The rules when a stream holds off: a time window, a delay after the start, active readers, other load of the machine.
+"""Decides when a stream holds off: a time window, a delay after the start, active readers, other load of the machine.
 
 Owns the rules and their measurements. The 2010 proposal left open who detects that a machine is idle, because a process
 only sees its own requests. Today the kernel reports how long tasks of the whole system have waited for I/O or a CPU

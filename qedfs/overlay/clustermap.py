@@ -288,8 +288,9 @@ class ClusterMap:
             except BadOverlay as exc:
                 self._uncountable = self._uncountable or exc
                 missing, stop = 0, (number // self._tables.per_table + 1) * self._tables.per_table
-            # No await since the entries were examined, or one that is set in between would be counted as missing for
-            # good. Another task may be counting, too, and may have counted this slice while we waited for it.
+            # There must be no await after the entries are examined: a cluster that got its entry in between would be
+            # counted as missing for ever. Another task may be counting, too, and may have counted this slice while we
+            # waited for it.
             if number == self._counted_to and self._count_epoch == self._tables.epoch:
                 self._counted_missing += missing
                 self._counted_to = stop

@@ -6,8 +6,8 @@ next opening in the same boot loses nothing. After a power cut the journal is go
 
 The file names the boot, the session and the device. The overlay has the session in its record (`format/record.py`). A
 journal of another boot, or of another session than the overlay's, is ignored, because another program may have written
-since. A copy of an overlay may have the session of one that is still in use. Two things distinguish them: the device,
-and the lock that a process holds on its journal while it lives.
+since. A copy of an overlay may have the same session as its original, which may still be in use. Two things distinguish
+them: the device, and the lock that a process holds on its journal while it lives.
 
 Must not know what the entries mean; `recovery.py` validates them.
 """

@@ -3,7 +3,7 @@
 Owns the note about a journal in the record, and the search. A session creates its journal in a folder of its user, but
 the next session may be another user's. So the record of a session with a journal has a note: the user, the overlay file
 and the boot. If the record has a note, the next session finds the journal, or reports that it did not find it. Without
-a note the killed session usually had no journal. One that is found all the same is used.
+a note the killed session usually had no journal, but if one is found, it is used.
 
 Trust: a journal says which bytes of the overlay file some missing clusters read as, so its writer could show any part
 of that file, but nothing else. Therefore the trusted users are those who may write to the overlay, or see its contents,
