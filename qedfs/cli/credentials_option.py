@@ -1,4 +1,4 @@
-"""The option `--credentials FILE` of all commands that contact servers. Its format is in `source/credentials.py`."""
+"""The option `--credentials FILE` of all commands that contact servers. See `source/credentials.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Atomic creation of files: a file gets its name only when it is complete.
 
-Owns the temporary name and its removal, the rule what may be replaced, and the error messages.
+Owns the temporary name and its removal, the rules for replacing a file, and the error messages.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ def stream() -> None:
 
 
 def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
-    """Run a command for the images that the user means; with JSON, show what became of them."""
+    """Run a command for the images that the user means; with JSON, print their status."""
     with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
-        # What cannot be served is an error where the user has named it, and none among all.
+        # An image that is not served is an error if the user has named it. Otherwise it is skipped.
         for found in chosen if image is not None else [found for found in chosen if found["served"]]:
             check_served(found)
             client.execute(command, device=found["name"], **arguments)

@@ -19,7 +19,7 @@ from qedfs.cli.wait_goal import Goal, Unused, parse_goal
 from qedfs.control.qmp.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
 
-POLL_SECONDS = 0.5  # the end of a job is noticed at once, through its event
+POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
 
 
 @click.command(short_help="Wait until images are complete.")

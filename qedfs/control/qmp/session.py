@@ -26,7 +26,7 @@ from qedfs.errors import QedfsError
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 65536
-MAX_EVENTS = 4096  # queued for a client; one that has so many unread has stopped reading
+MAX_EVENTS = 4096  # queued for one client; a client with so many unread events has stopped reading
 FLUSH_SECONDS = 0.5  # to send the last events when the mount stops
 
 Execute = Callable[[str, Arguments, "QmpSession"], Awaitable[Any]]
