@@ -66,7 +66,7 @@ class Record:
     `journal`: the user, file and boot of the journal that holds what this session has not yet committed to the overlay;
     see overlay/journal_search.py.
     `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have written since then, so
-    that they are out of date.
+    that `times` is out of date.
     """
 
     session: str = ""
@@ -115,7 +115,7 @@ def slot_index(record: Record) -> int:
 
 
 def encode_record(record: Record) -> bytes:
-    """The bytes of a slot that holds this record. Optional fields are left out if it would not fit."""
+    """The bytes of a slot that holds this record. Optional fields are left out if the record would not fit."""
     text = next((text for text in _texts(record) if len(text) <= _MAX_TEXT), None)
     if text is None:
         raise ValueError(f"record of {len(_text(record))} bytes does not fit in {_MAX_TEXT}")

@@ -1,4 +1,4 @@
-"""The circuit breaker of one source: how long its readers may wait, which is a moment once the source is dead.
+"""The circuit breaker of one source: how long its readers may wait, which is only a moment once the source is dead.
 
 Owns the source's signs of life and the cancel scopes of its waiting readers. Must not know who the readers are, nor how
 a request is sent.
@@ -51,7 +51,7 @@ class ReaderSlots:
 
     @property
     def share(self) -> int:
-        """How many readers may wait for one source. A lone source gets half of the slots, the next one needs some."""
+        """How many readers may wait for one source. A lone source gets half of the slots: a second needs some."""
         return max(LEAST_SLOTS, self._slots // max(2, self.sources))
 
 

@@ -3,8 +3,8 @@
 Owns that conversion, so that the policy, resolver, proxy, certificate check and ~/.netrc all see the same name. Must
 not know URLs.
 
-Python's codec "idna" will not do. It implements IDNA 2003, which would contact strasse.example instead of
-straße.example, with Unicode 3.2. Neither will libcurl: its wheels are built without IDN, and NBD does not use it. The
+Python's codec "idna" is not suitable. It implements IDNA 2003, which would contact strasse.example instead of
+straße.example, with Unicode 3.2. Nor is libcurl: its wheels are built without IDN, and NBD does not use it. The
 package `idna` is maintained, and trio depends on it anyway.
 """
 

@@ -2,7 +2,7 @@
 
 Owns the threads, which a silent name server may block: with its defaults, the system's resolver gives up after half a
 minute, even if the caller has given up long before. Each host name has its own thread limit, so a blocked look-up
-affects no other name. (For HTTP, libcurl resolves names itself, in threads of each source's own.)
+affects no other name. (For HTTP, libcurl resolves names itself, in threads that belong to one source.)
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class SingleFlight(Generic[T]):
         name: str,
         cancelled: Callable[[], QedfsError],
     ) -> None:
-        """`nursery`: where attempts run. `name`: of the attempt, for the log of what should not happen.
+        """`nursery`: where attempts run. `name`: what an attempt is called in the log if it fails because of a bug.
 
         `cancelled`: makes the error of an attempt that was cancelled with its nursery. A task of another nursery may
         have waited for it.
@@ -60,7 +60,7 @@ class SingleFlight(Generic[T]):
         attempt = self._attempt
         if attempt is None:
             attempt = _Attempt[T]()
-            # First: a nursery that has ended refuses, and the next task would wait for an attempt that never began.
+            # Before it is stored: a nursery that has ended refuses it, and later tasks would wait for it for ever.
             self._nursery.start_soon(self._run, attempt)
             self._attempt = attempt
         await attempt.over.wait()
@@ -74,12 +74,12 @@ class SingleFlight(Generic[T]):
         except QedfsError as exc:
             attempt.error = exc
         except Exception:
-            # A fault of ours must not end the nursery, which serves other images as well.
+            # A bug must not end the nursery, which serves other images as well.
             log.exception("%s", self._name)
             attempt.error = QedfsError("internal error, see the log")
         finally:
             if not attempt.results and attempt.error is None:
                 attempt.error = self._cancelled()
-            # Both without an await in between: a task that joined now would get what is already over.
+            # No await since the function has ended: a task that joined in between would get an old result.
             self._attempt = None
             attempt.over.set()
