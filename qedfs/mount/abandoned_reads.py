@@ -1,6 +1,6 @@
 """Finds images whose waiting reads nobody needs any more, and gives these reads up.
 
-Owns the check who has an image open. Must not know how a read waits, nor what for.
+Owns the check of who has an image open. Must not know how a read waits, nor what for.
 
 A killed process does not end before its O_DIRECT reads and its writes are answered. The kernel reports the kill with
 FUSE_INTERRUPT only, which pyfuse3 ignores. Likewise an unmount does not end before read-ahead is answered, even if the
@@ -90,7 +90,7 @@ def held_by_the_living(inodes: dict[str, int]) -> set[str]:
 
 
 def _inode(task: Path, link: str) -> int | None:
-    """The inode of a descriptor, without asking its file system. None before Linux 5.14, which does not tell it."""
+    """The inode of a descriptor, without asking its file system. None before Linux 5.14, which first reports it."""
     try:
         lines = (task / "fdinfo" / link).read_bytes().splitlines()
     except OSError:

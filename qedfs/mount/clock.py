@@ -1,4 +1,4 @@
-"""The clock of a mount: it counts only time in which the event loop could run. Owns which time is left out.
+"""The clock of a mount: it counts only time in which the event loop could run. Owns the rule for leaving out time.
 
 A deadline limits how long a source may take to answer, but a stopped process cannot receive an answer. After SIGSTOP, a
 paused virtual machine, or a disk that blocked the loop, all deadlines would have passed at once, and all readers would

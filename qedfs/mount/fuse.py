@@ -70,7 +70,7 @@ class Operations(pyfuse3.Operations):
             raise self._reply(exc, fh) from exc
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """Flush the image; data and entries are one thing here."""
+        """Flush the image: data and entries together, whatever `datasync` is."""
         try:
             await self._images[fh].flush()
         except Exception as exc:
@@ -123,7 +123,7 @@ class Operations(pyfuse3.Operations):
 
     @total
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open an image. The page cache stays valid, since an image changes through the mount only."""
+        """Open an image. The page cache stays valid, since an image changes only through the mount."""
         served = self._served(inode)
         if served.image is None:
             raise FUSEError(errno.EIO)

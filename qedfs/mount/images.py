@@ -51,7 +51,7 @@ class Images:
     async def close(self) -> list[QedfsError]:
         """Flush and close every overlay, then close the connections.
 
-        Returns an error for each overlay in which answered writes may be missing, also for those closed earlier.
+        Returns an error for each overlay, open or closed earlier, that may lack acknowledged writes.
         """
         await self._supervisor.end_all(self.registry.including_removed())
         await self.sources.aclose()

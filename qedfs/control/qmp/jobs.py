@@ -1,7 +1,7 @@
 """The block jobs of a mount: their ids, and which `Job` of an image each of them presents.
 
 Owns the ids, and QEMU's rule that an image has one block job at a time. A stream exists as long as its image. A block
-job exists while it has something to do, and after that until it is dismissed, if the client wants to do so itself. A
+job exists while it has something to do, and then until it is dismissed, if the client has asked to do that itself. A
 job that starts by itself, with the mount, has the image's name as its id.
 """
 

@@ -48,7 +48,7 @@ class QmpSession:
         self.negotiated = False
         self.busy = False  # a command of this client is running
         self.heard_at = trio.current_time()  # when the client last connected or got a reply
-        # Called once, after the reply of the present command: `quit` ends the mount, and still gets its reply.
+        # Called once, after the reply to the current command: `quit` ends the mount, but its reply must be sent first.
         self.after_reply: Callable[[], None] | None = None
 
     async def run(self, greeting: object) -> None:
