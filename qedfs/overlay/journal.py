@@ -75,7 +75,7 @@ class Journal:
         # After the write, so that a removal before the acknowledgement is noticed.
         if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        # Only now. A replay may find what a short write has left there, but these are whole pairs, with their data.
+        # Only after a full write. A replay may use what a short write has left: whole pairs, whose data is in the file.
         self.end += len(data)
 
     def landed(self, end: int) -> None:
@@ -102,7 +102,7 @@ class Journal:
 
     def void(self) -> None:
         """Make the journal void for later sessions. May be called from any thread, even during `landed`."""
-        # First. `landed` checks it after it has created a new file, which may be too late for our `unlink`.
+        # Before the `unlink`: if `landed` creates a new file after that, it sees this and removes the file.
         self._void.set()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
@@ -218,7 +218,7 @@ def _replaced(path: Path, content: bytes) -> int:
 
 
 def _is_live(fd: int) -> bool:
-    """Whether the process of this journal is alive. It is, too, if the journal was replaced a moment ago."""
+    """Whether the process of this journal is alive. Also true if the journal was replaced a moment ago."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

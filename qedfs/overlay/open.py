@@ -67,7 +67,7 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 
     Raises:
         BadOverlay: the overlay cannot be served. Nothing has been written to it.
-        NoMemory: its tables do not fit into memory beside those of other overlays.
+        NoMemory: its tables do not fit into memory together with those of other overlays.
         InUse: a killed session may have a journal that we may not read. Nothing has been written to the overlay.
     """
     share = Share(memory_pool.TABLES)
@@ -79,7 +79,7 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
 
 
 def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
-    if storage.locked:  # otherwise a running mount may be writing to it, whose view counts
+    if storage.locked:  # otherwise a mount may be writing to it, and the page cache has what that mount serves
         revalidate(storage, journal_folder)
     header, backing = read_header(storage)
     journal = SessionJournal()

@@ -146,7 +146,7 @@ class OpenSession:
             await self._committer.durably(self._session.detach)
 
     async def end(self, *, in_order: bool) -> None:
-        """Record that the session has ended in order, if it has. The caller holds this lock and the committer's.
+        """Record that the session has ended cleanly, if it has. The caller holds this lock and the committer's.
 
         Disk errors are ignored: without the note, the next session evicts the page cache.
         """

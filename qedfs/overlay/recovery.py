@@ -1,7 +1,7 @@
 """Recovery after a kill: decides whether a journal fits this overlay, and applies its entries to the map.
 
-Owns that decision. A journal is found by the session id in the overlay. But a copy of the overlay has the same id: one
-in a snapshot of the file system, or an older state that was restored. If a copy got an entry from the journal of its
+Owns that decision. A journal is found by the session id in the overlay. But a copy of the overlay has the same id, such
+as a copy in a snapshot of the file system, or a restored older state. If a copy got an entry from the journal of its
 original, the entry would refer to data that the copy does not have. So a journal is used as a whole or not at all, and
 only if
 

@@ -147,7 +147,7 @@ class Session:
             self._barrier()
 
     def end(self) -> None:
-        """Record that the session has ended in order: the disk has all of the page cache, and there is no journal.
+        """Record that the session has ended cleanly: the disk has all of the page cache, and there is no journal.
 
         The record also gets the final times of the image. Call this after the last barrier has succeeded; an earlier
         note would vouch for pages that may not be on the disk. It needs no barrier of its own: if it is lost, the next
