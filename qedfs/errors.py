@@ -46,7 +46,7 @@ class BadOverlay(QedfsError):
 
 
 class ReadOnlyOverlay(QedfsError):
-    """A write to an overlay that is read-only: it was opened so, or a barrier on it has failed."""
+    """A write to an overlay that is read-only: it was opened read-only, or a barrier on it has failed."""
 
     errno: ClassVar[int] = _errno.EROFS
     exit_code: ClassVar[int] = 1
@@ -62,10 +62,10 @@ class Reason(enum.StrEnum):
     """Why a request to a source failed: a closed set, small enough for the label of a metric."""
 
     CONNECT = "connect"  # no connection could be made: name resolution, network, refusal, TLS, proxy
-    TIMEOUT = "timeout"  # no answer, or one that came too slowly
+    TIMEOUT = "timeout"  # no answer, or too slow an answer
     CUT = "cut"  # the connection ended before the answer did
     SERVER = "server"  # the server said that it cannot serve the request now: HTTP 5xx and 429, an NBD error
-    ANSWER = "answer"  # the answer was not to the request: another range or length, or garbled
+    ANSWER = "answer"  # the answer did not match the request: another range or length, or garbled
     OTHER = "other"  # a fault of this machine
 
 

@@ -1,4 +1,4 @@
-"""The signals of a mount: stop in order, stop at once, or log what the mount is doing.
+"""The signals of a mount: stop cleanly, stop at once, or log what the mount is doing.
 
 Owns the handlers and the text of the dump. Must not know how a mount stops.
 """

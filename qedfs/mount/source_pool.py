@@ -4,7 +4,7 @@ Owns a source from the first overlay that needs it to the last. Must not know wh
 
 The policy is applied as soon as an overlay appears, so that a refusal shows in status and in the log. The source
 applies it again before it opens anything, so this first check may be abandoned: the path of a local backing may lead
-through a dead file server, which must not delay the other images.
+to a dead file server, which must not delay the other images.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SourcePool:
         Raises:
             Refused: the policy does not allow the backing.
             UsageError: the name of the backing is malformed.
-            OSError: EMFILE, there are too few descriptors for another source beside this number of open `overlays`.
+            OSError: EMFILE, too few descriptors for another source in addition to this number of open `overlays`.
         """
         if overlay.backing is None:
             return None
