@@ -255,7 +255,7 @@ def test_export_of_a_file_whose_name_goes_to_another(
         assert "was replaced by another file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["cut", "overwritten"])
+@pytest.mark.parametrize("harm", ["truncated", "overwritten"])
 def test_export_of_a_file_that_is_harmed_meanwhile(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
@@ -266,7 +266,7 @@ def test_export_of_a_file_that_is_harmed_meanwhile(
     copy = export._copy
 
     def copy_and_harm(*args: Any) -> None:
-        if harm == "cut":
+        if harm == "truncated":
             os.truncate(path, path.stat().st_size - 65536)
         else:
             path.write_bytes(other.read_bytes())

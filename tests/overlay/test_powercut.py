@@ -207,12 +207,15 @@ def all_states(storage: RecordingStorage) -> set[bytes]:
 
 
 async def test_a_write_beside_a_barrier_is_not_covered_by_it() -> None:
-    storage = RecordingStorage(bytes(1024), seed=3)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(storage.in_thread, storage.barrier)
-        while len(storage.log) < 1:
-            await trio.lowlevel.checkpoint()
-        storage.write(0, [b"a" * 512])
+    storage = RecordingStorage(bytes(1024))
+
+    def write_once() -> None:
+        if storage.log:  # the barrier has begun
+            storage.before_step = None
+            storage.write(0, [b"a" * 512])
+
+    storage.before_step = write_once
+    await storage.in_thread(storage.barrier)
     disk = Disk(storage.start, storage.log)
     disk.advance(len(storage.log))
     assert len(storage.log) == 3
