@@ -10,7 +10,6 @@ import random
 from pathlib import Path
 
 import pytest
-import trio
 
 from qedfs.errors import QedfsError
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, decode_header
