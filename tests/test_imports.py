@@ -152,6 +152,7 @@ def reached_through(module: Module) -> list[str]:
     return [f"{module.at(found)}: ask the overlay" for found in module.parts_of("overlay") if found.name in PARTS]
 
 
+@functools.cache
 def modules() -> list[Module]:
     return [Module(str(path.relative_to(PACKAGE)), path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
