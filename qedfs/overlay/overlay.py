@@ -38,6 +38,7 @@ from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.cluster_writer import ClusterWriter
 from qedfs.overlay.clustermap import ClusterMap, Run
+from qedfs.overlay.cold_reads import ColdReads
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.fill import Fill, filled
@@ -83,6 +84,7 @@ class Overlay:
         self.backing = backing
         self.journal_remark = journal_remark
         self.times = session.times  # of the image
+        self._cold_reads = ColdReads(storage)
         self._session = session
         self._barriers = barriers
         self._journal = journal
@@ -240,7 +242,7 @@ class Overlay:
     async def read_data(self, offset: int, view: memoryview) -> None:
         """Fill `view` from a data run."""
         if not self.storage.read_now(offset, view):
-            await self.storage.in_thread(lambda: self.storage.read(offset, view))
+            await self._cold_reads.read(offset, view)
 
     # Missing clusters: see the methods of the same names in `clustermap.py`.
 
