@@ -1,7 +1,12 @@
-"""The `qedfs` command: the click group of all commands, and the exit status."""
+"""The `qedfs` command: the click group of all commands, and the exit status.
+
+Owns the table of commands. A command's module is imported when the command is used: libraries and rooms that it does
+not need cost more than what most commands do.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 from typing import Any
@@ -9,23 +14,39 @@ from typing import Any
 import click
 
 from qedfs import __version__
-from qedfs.cli.commands.check import check
-from qedfs.cli.commands.create import create
-from qedfs.cli.commands.export import export
-from qedfs.cli.commands.info import info
-from qedfs.cli.commands.map import show_map
-from qedfs.cli.commands.mount import mount
-from qedfs.cli.commands.profile import profile
-from qedfs.cli.commands.status import status
-from qedfs.cli.commands.stream import stream
-from qedfs.cli.commands.umount import umount
-from qedfs.cli.commands.wait import wait
 from qedfs.cli.exit_status import guarded
 from qedfs.cli.stdio import drop_unwritten, open_closed
 
+# Command -> its module in `cli/commands/`, and what it is called there.
+COMMANDS = {
+    "check": ("check", "check"),
+    "create": ("create", "create"),
+    "export": ("export", "export"),
+    "info": ("info", "info"),
+    "map": ("map", "show_map"),
+    "mount": ("mount", "mount"),
+    "profile": ("profile", "profile"),
+    "status": ("status", "status"),
+    "stream": ("stream", "stream"),
+    "umount": ("umount", "umount"),
+    "wait": ("wait", "wait"),
+}
+
 
 class Group(click.Group):
-    """A click group that reports every failure through `exit_status.py`."""
+    """A click group that imports a command when it is used, and reports every failure through `exit_status.py`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return sorted({*COMMANDS, *self.commands})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None if there is none."""
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            module, name = COMMANDS[cmd_name]
+            found: click.Command = getattr(importlib.import_module(f"qedfs.cli.commands.{module}"), name)
+            self.add_command(found, cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
         """Run the command named on the command line and exit."""
@@ -54,7 +75,3 @@ def main() -> None:
     Completion of commands and options in bash: eval "$(_QEDFS_COMPLETE=bash_source qedfs)"; zsh_source and fish_source
     are there too.
     """
-
-
-for command in (create, mount, umount, status, wait, stream, info, show_map, check, export, profile):
-    main.add_command(command)

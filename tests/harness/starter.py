@@ -257,8 +257,14 @@ def _become(request: _Request) -> None:
 
 
 if __name__ == "__main__":
+    import click
+
     from qedfs.cli.main import main
 
+    # Import what the commands are in, too, which a command of its own imports when it is used.
+    _context = click.Context(main)
+    for _name in main.list_commands(_context):
+        main.get_command(_context, _name)
     _requests = socket.socket(fileno=int(sys.argv[1]))
     # What is imported stays, and stays shared.
     gc.freeze()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.text import Text
 
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect
-from qedfs.cli.ui.output import console, print_json, print_json_line
-from qedfs.cli.ui.screen import Screen
+from qedfs.cli.ui.output import console, print_json, print_json_line, terminal_width
 from qedfs.cli.ui.status_lines import fitted_lines, status_lines
 from qedfs.control.qmp.client import Client, Gone
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WATCH_SECONDS = 1.0
 ANSWER_SECONDS = 10.0  # the server answers from memory
@@ -37,8 +37,7 @@ def status(mountpoint: str, as_json: bool, watch: bool) -> None:
     if as_json:
         print_json(found)
         return
-    screen = console()
-    click.echo("\n".join(status_lines(found, screen.width if screen.is_terminal else None)))
+    click.echo("\n".join(status_lines(found, terminal_width())))
 
 
 def _ask(client: Client) -> dict[str, Any]:
@@ -60,6 +59,11 @@ def _watch(client: Client, *, as_json: bool) -> None:
 
 def _watch_on(terminal: Console, client: Client) -> None:
     """Draw until the mount ends."""
+    # Imported here because loading rich is slow, and a status without --watch is printed without it.
+    from rich.text import Text
+
+    from qedfs.cli.ui.screen import Screen
+
     with Screen(terminal, transient=False) as screen:
         while True:
             found = _ask(client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -9,12 +10,9 @@ import click
 
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
-from qedfs.cli.overlay_files import overlays_at, stands_alone
 from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
-from qedfs.cli.ui.bars import bar_lines
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import console, remark
-from qedfs.cli.ui.screen import Screen
 from qedfs.cli.wait_goal import Goal, Unused, parse_goal
 from qedfs.control.qmp.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
@@ -60,6 +58,9 @@ def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, p
             return
         if place is None:
             raise _explained(exc, mountpoint) from exc
+        # Imported here because reading an overlay needs trio, and a wait on a mount that serves reads none.
+        from qedfs.cli.overlay_files import overlays_at, stands_alone
+
         left = [overlay for overlay in overlays_at(place, image) if not stands_alone(overlay)]
         if left:
             raise NotMounted(f"{exc}, and not complete: {listed(left, MOST_NAMED)}") from exc
@@ -84,11 +85,14 @@ class _Waiting:
             remark(f"{self._mountpoint}: has no overlays, so there is nothing to wait for")
 
     def _watch(self, client: Client) -> None:
-        terminal = console(stderr=True)
-        if not terminal.is_terminal:
+        if not sys.stderr.isatty():
             self._wait(client, self._remark_held)
             return
-        with Screen(terminal, transient=True) as screen:
+        # Imported here because loading rich is slow, and a script that waits has no terminal.
+        from qedfs.cli.ui.bars import bar_lines
+        from qedfs.cli.ui.screen import Screen
+
+        with Screen(console(stderr=True), transient=True) as screen:
             self._wait(client, lambda: screen.show(bar_lines(self.images, screen.width, screen.height, screen.signs)))
 
     def _wait(self, client: Client, show: Callable[[], None]) -> None:
@@ -135,6 +139,8 @@ def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
 
 def _stands_alone(overlay: str) -> bool:
     """Whether the overlay file is complete. False if it cannot be read."""
+    from qedfs.cli.overlay_files import stands_alone  # see `wait`
+
     try:
         return stands_alone(overlay)
     except QedfsError:

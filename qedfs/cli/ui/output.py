@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from qedfs.cli.ui.layout import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # For tables in files and pipes; rich's own default there.
 PIPE_WIDTH = 80
@@ -44,10 +47,23 @@ def print_json_line(value: object) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """A console as wide as the terminal, or 80 columns."""
+    # Imported here because it takes as long as all else that most commands import, and they print lines only.
+    from rich.console import Console
+
     found = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
     if not found.is_terminal:
         found.width = PIPE_WIDTH
     return found
+
+
+def terminal_width() -> int | None:
+    """The width of the terminal that stdout is; None if it is none. The user may set COLUMNS, as for `console`."""
+    if not sys.stdout.isatty():
+        return None
+    named = os.environ.get("COLUMNS", "")
+    if named.isdecimal() and int(named):
+        return int(named)
+    return os.get_terminal_size(sys.stdout.fileno()).columns or PIPE_WIDTH
 
 
 def remark(text: str) -> None:
