@@ -1,6 +1,6 @@
 """`python -m qedfs`: the same as the `qedfs` command."""
 
-from qedfs.cli.main import main
+from qedfs.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -12,12 +12,11 @@ from collections.abc import Callable
 
 import click
 
+from qedfs.cli.entry import INTERRUPTED
 from qedfs.cli.ui.output import remark
 from qedfs.errors import QedfsError
 
 log = logging.getLogger(__name__)
-
-INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C ended
 
 
 def guarded(run: Callable[[], object]) -> int:

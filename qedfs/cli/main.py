@@ -14,8 +14,10 @@ from typing import Any
 import click
 
 from qedfs import __version__
+from qedfs.cli.entry import Interruptible
 from qedfs.cli.exit_status import guarded
 from qedfs.cli.stdio import drop_unwritten, open_closed
+from qedfs.errors import UsageError
 
 # Command -> its module in `cli/commands/`, and what it is called there.
 COMMANDS = {
@@ -57,13 +59,38 @@ class Group(click.Group):
             # A name that is not UTF-8, or that the terminal's encoding cannot show, must not make a command fail.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            sys.exit(guarded(lambda: super(Group, self).main(*args, **kwargs)))
+            sys.exit(guarded(lambda: self._interruptible(*args, **kwargs)))
         finally:
             drop_unwritten()
 
+    def _interruptible(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as above
+        with Interruptible():
+            return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Also understand `qedfs version`, `qedfs help` and `qedfs help COMMAND`."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        elif args == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command. Suggests similar names for one that does not exist."""
+        name = args[0]
+        if not (ctx.resilient_parsing or name.startswith("-") or name in self.list_commands(ctx)):
+            import difflib  # here, as it takes 3 ms
+
+            similar = difflib.get_close_matches(name, self.list_commands(ctx))
+            hint = f"did you mean {' or '.join(similar)}?" if similar else "qedfs --help lists them"
+            raise UsageError(f"there is no command {name}; {hint}")
+        return super().resolve_command(ctx, args)
+
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="qedfs")
+@click.version_option(__version__, "-V", "--version", prog_name="qedfs")
 def main() -> None:
     """Mount QED overlays of remote disk images as flat raw files, and stream them in.
 

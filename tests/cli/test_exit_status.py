@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
-from qedfs.cli.exit_status import INTERRUPTED, explain, guarded
+from qedfs.cli.entry import INTERRUPTED
+from qedfs.cli.exit_status import explain, guarded
 from qedfs.errors import (
     BadOverlay,
     InUse,
