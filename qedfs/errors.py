@@ -4,8 +4,8 @@ Imports nothing of the project. Every error that a user can meet is a `QedfsErro
 translated where they arise, with `from`. The message is one line that names what failed and, if possible, the remedy.
 It never contains a credential: sources name themselves by their redacted URL.
 
-Exit codes (documented in README): 1 other, 2 usage, 3 bad overlay, 4 source unreachable, 5 source changed,
-6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.
+Exit codes (documented in README): 1 other, 2 usage (of the command line, and nothing else), 3 bad overlay, 4 source
+unreachable, 5 source changed, 6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.
 """
 
 from __future__ import annotations
@@ -33,10 +33,30 @@ class QedfsError(Exception):
 
 
 class UsageError(QedfsError):
-    """The user asked for something impossible: a bad option, a missing file. Exit code 2."""
+    """The user asked for something impossible: a bad option, the name of a file that is not there. Exit code 2.
+
+    A caller that gets it should look at its own command line, or at a file that it names there. What the machine or
+    its state prevents is another error.
+    """
 
     errno: ClassVar[int] = _errno.EINVAL
     exit_code: ClassVar[int] = 2
+
+
+class Inaccessible(QedfsError):
+    """The machine does not let us use a file, a folder or a socket: permission, a read-only or broken file system."""
+
+
+# What open(2) and others say of a name that leads nowhere.
+_NOT_THERE = frozenset({_errno.ENOENT, _errno.ENOTDIR, _errno.ENAMETOOLONG})
+
+
+def file_error(message: str, exc: OSError) -> QedfsError:
+    """The error for a file that the user has named: UsageError if it is not there, Inaccessible for any other reason.
+
+    Raise it `from exc`.
+    """
+    return UsageError(message) if exc.errno in _NOT_THERE else Inaccessible(message)
 
 
 class BadOverlay(QedfsError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 import qedfs
-from qedfs.errors import QedfsError, ReadOnlyOverlay, Reason, SourceChanged, SourceUnreachable
+from qedfs.errors import QedfsError, ReadOnlyOverlay, Reason, SourceChanged, SourceUnreachable, file_error
 from qedfs.format.record import Pin, digest
 from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
@@ -101,3 +102,19 @@ async def test_requests_after_a_failed_barrier_hold_nothing(autojump_clock: trio
         assert failure.__traceback__ is None
         with pytest.raises(ReadOnlyOverlay):
             await image.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [
+        (errno.ENOENT, 2),
+        (errno.ENOTDIR, 2),
+        (errno.ENAMETOOLONG, 2),
+        (errno.EACCES, 1),
+        (errno.EROFS, 1),
+        (errno.EIO, 1),
+        (errno.EMFILE, 1),
+    ],
+)
+def test_usage_is_only_what_the_command_line_says(number: int, exit_code: int) -> None:
+    assert file_error("x.qed: ...", OSError(number, "")).exit_code == exit_code

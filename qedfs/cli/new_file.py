@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qedfs.cli.exit_status import cause_of
-from qedfs.errors import NoSpace, UsageError
+from qedfs.errors import NoSpace, UsageError, file_error
 from qedfs.host.durable import sync_folder
 
 
@@ -23,7 +23,8 @@ def new_file(path: str) -> Iterator[BinaryIO]:
     """A file that gets its name, durably, when the block ends without an error. Replaces a file of that name.
 
     Raises:
-        UsageError: the folder is missing or not writable.
+        UsageError: the folder is missing.
+        Inaccessible: it is not writable.
         NoSpace: the file system is full.
     """
     folder = os.path.dirname(os.path.abspath(path))
@@ -52,7 +53,7 @@ def new_file(path: str) -> Iterator[BinaryIO]:
             raise NoSpace(f"{path}: the file system is full") from exc
         if cause.errno == errno.EFBIG:
             raise NoSpace(f"{path}: the file system, or a process limit, does not allow a file of that size") from exc
-        raise UsageError(f"{path}: cannot be written: {cause.strerror}") from exc
+        raise file_error(f"{path}: cannot be written: {cause.strerror}", cause) from exc
 
 
 def check_replaceable(path: str, magic: bytes, kind: str) -> None:
@@ -66,5 +67,5 @@ def check_replaceable(path: str, magic: bytes, kind: str) -> None:
     except FileNotFoundError:
         return
     except OSError as exc:
-        raise UsageError(f"{path}: cannot be written: {exc.strerror}") from exc
+        raise file_error(f"{path}: cannot be written: {exc.strerror}", exc) from exc
     raise UsageError(f"{path}: exists already and is not a {kind}; remove it or choose another name")

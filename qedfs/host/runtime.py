@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from qedfs.errors import QedfsError, UsageError
+from qedfs.errors import Inaccessible, QedfsError
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, mount_user, outer_user, sockets
 
 # The files in the folder of a mount.
@@ -120,7 +120,7 @@ def mount_folder(mountpoint: str) -> Path:
     """Create the folder for the server of the mount at `mountpoint`, in the first candidate that works.
 
     Raises:
-        UsageError: no candidate works. The message says what is wrong with each.
+        Inaccessible: no candidate works. The message says what is wrong with each.
     """
     name = _name_of(mountpoint)
     refusals = []
@@ -129,14 +129,16 @@ def mount_folder(mountpoint: str) -> Path:
             folder = place.below(name).make()
         except OSError as exc:
             refusals.append(f"{place.path}: {exc.strerror}")
-        except UsageError as exc:
+        except Inaccessible as exc:
             refusals.append(str(exc))
         else:
             if len(os.fsencode(folder / SOCKET_NAME)) <= _MOST_SOCKET_PATH:
                 os.utime(folder)  # the sweep removes the oldest folders without a server
                 return folder
             refusals.append(f"{folder}: too long for the path of a socket")
-    raise UsageError(f"no place for a control socket ({'; '.join(refusals)}); set XDG_RUNTIME_DIR to a folder of yours")
+    raise Inaccessible(
+        f"no place for a control socket ({'; '.join(refusals)}); set XDG_RUNTIME_DIR to a folder of yours"
+    )
 
 
 @contextlib.contextmanager
@@ -333,13 +335,13 @@ def private_folder(path: Path) -> Path:
     """Create the folder `path` if needed, and make sure that only we can access it.
 
     Raises:
-        UsageError: another user owns it, or it is not a folder.
+        Inaccessible: another user owns it, or it is not a folder.
         OSError: it cannot be created, or is on a read-only file system.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UsageError(f"{path} is not a folder of user {os.getuid()}")
+        raise Inaccessible(f"{path} is not a folder of user {os.getuid()}")
     if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
     if os.statvfs(path).f_flag & os.ST_RDONLY:

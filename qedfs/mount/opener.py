@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import BadOverlay, NoMemory, QedfsError, UsageError
+from qedfs.errors import BadOverlay, Inaccessible, NoMemory, QedfsError
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.image import Image
@@ -88,7 +88,7 @@ class Opener:
             return await open_overlay(
                 path, writable=not self._options.read_only, journal_folder=journals, dir_fd=dir_fd
             )
-        except UsageError as exc:
+        except Inaccessible as exc:
             cause = exc.__cause__
             refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
             if self._options.read_only or not refused:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from qedfs.errors import UsageError
+from qedfs.errors import UsageError, file_error
 
 SUFFIX = ".qed"
 
@@ -20,7 +20,8 @@ class OverlayFolder:
         """`source`: a folder of overlays, or one overlay file.
 
         Raises:
-            UsageError: it does not exist or cannot be accessed.
+            UsageError: it does not exist.
+            Inaccessible: it cannot be accessed.
         """
         self.source = os.path.realpath(source)
         self.single = not os.path.isdir(self.source)
@@ -30,7 +31,10 @@ class OverlayFolder:
             # Kept open, so that the overlays stay reachable if our own mount covers this folder.
             self.fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as exc:
-            raise UsageError(f"{source}: {exc.strerror}; qedfs create makes an overlay") from exc
+            error = file_error(f"{source}: {exc.strerror}", exc)
+            if isinstance(error, UsageError):
+                error = UsageError(f"{error}; qedfs create makes an overlay")
+            raise error from exc
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import InUse, NoMemory, QedfsError, UsageError
+from qedfs.errors import Inaccessible, InUse, NoMemory, QedfsError
 from qedfs.image.condition import Cause, Trouble
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
@@ -173,7 +173,7 @@ class Registry:
         known = self._by_path.get(path)
         if known is None or known.image is None:
             unreadable = Served(_image_name(path), path, next(self._inodes), _NO_STAMP)
-            self._refuse(unreadable, UsageError(f"{path}: {error.strerror}"), known.refusal if known else None)
+            self._refuse(unreadable, Inaccessible(f"{path}: {error.strerror}"), known.refusal if known else None)
             self._by_path[path] = unreadable
 
     # Adding and removing.
@@ -190,7 +190,8 @@ class Registry:
                 raise
             served.transient = _is_transient(exc)
             # OSError: the file or its file system disappeared meanwhile.
-            self._refuse(served, exc if isinstance(exc, QedfsError) else UsageError(f"{path}: {exc.strerror}"), before)
+            error = exc if isinstance(exc, QedfsError) else Inaccessible(f"{path}: {exc.strerror}")
+            self._refuse(served, error, before)
         self._by_path[path] = served
         if served.image is None:
             return None

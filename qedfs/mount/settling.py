@@ -36,7 +36,7 @@ async def check_settled(path: str, dir_fd: int, *, is_new: bool) -> None:
         InUse: QEMU or another mount has it open for writing; try again later.
         BeingWritten: another program has it open for writing; try again later.
         BadOverlay: it is shorter than its tables say; try again after it has changed.
-        UsageError: it cannot be opened.
+        UsageError, Inaccessible: it cannot be opened.
     """
     with contextlib.closing(FileStorage.open(path, writable=False, dir_fd=dir_fd)) as storage:
         written = storage.open_for_writing()

@@ -13,6 +13,7 @@ from collections import deque
 
 import trio
 
+from qedfs.errors import SourceError, UsageError
 from qedfs.fetch.buffer_pool import MOST_BYTES, BufferPool
 from qedfs.fetch.queue import FetchQueue
 from qedfs.host import memory_pool
@@ -78,12 +79,15 @@ class SourcePool:
 
         Raises:
             Refused: the policy does not allow the backing.
-            UsageError: the name of the backing is malformed.
+            SourceError: the name of the backing is malformed.
             OSError: EMFILE, too few descriptors for another source in addition to this number of open `overlays`.
         """
         if overlay.backing is None:
             return None
-        location = parse_location(overlay.backing, relative_to=self._root)
+        try:
+            location = parse_location(overlay.backing, relative_to=self._root)
+        except UsageError as exc:  # said of what a user types; here it is a text in a file
+            raise SourceError(str(exc)) from exc
         await self._check_policy(location)
         # If one overlay uses a URL as raw and another one probes its format, these are two sources.
         place = (location.secret_url, not overlay.probes_backing)

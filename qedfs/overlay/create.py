@@ -7,7 +7,7 @@ import errno
 import os
 import tempfile
 
-from qedfs.errors import BadOverlay, NoSpace, UsageError
+from qedfs.errors import BadOverlay, NoSpace, UsageError, file_error
 from qedfs.format.geometry import Geometry, round_up
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, MAX_BACKING_NAME, NO_PROBE, Header
 from qedfs.format.record import SLOT_BYTES, Record, encode_record, slot_index, slot_offsets
@@ -31,7 +31,8 @@ def create_overlay(
     is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them.
 
     Raises:
-        UsageError: the file exists or cannot be created, or the geometry or the backing's name is invalid.
+        UsageError: the file exists, its folder does not, or the geometry or the backing's name is invalid.
+        Inaccessible: the folder is not writable.
         NoSpace: the file system is full, or does not allow a file of that size.
     """
     name = encode_backing_name(backing or "")
@@ -44,7 +45,7 @@ def create_overlay(
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpace(f"{path}: no space left to create it") from exc
-        raise UsageError(f"{path}: cannot be created: {exc.strerror}") from exc
+        raise file_error(f"{path}: cannot be created: {exc.strerror}", exc) from exc
     return header
 
 

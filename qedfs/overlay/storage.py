@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 import trio
 
-from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, file_error
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.overlay.length import Length
@@ -175,7 +175,8 @@ class FileStorage:
         Opens with O_NOFOLLOW and O_NONBLOCK and checks the type, as a folder may contain links, FIFOs and devices.
 
         Raises:
-            UsageError: the file does not exist, or must not be opened in this mode.
+            UsageError: the file does not exist.
+            Inaccessible: it must not be opened in this mode, or the file system fails.
             BadOverlay: it is not a regular file.
             InUse: QEMU or qedfs has it open.
         """
@@ -404,7 +405,7 @@ def _open_error(path: str, exc: OSError, *, writable: bool) -> QedfsError:
     if exc.errno in (errno.ENXIO, errno.EISDIR):
         return BadOverlay(f"{path}: is not a regular file")
     hint = "; the overlay must be writable to keep what is fetched" if writable and exc.errno == errno.EACCES else ""
-    return UsageError(f"{path}: {exc.strerror}{hint}")
+    return file_error(f"{path}: {exc.strerror}{hint}", exc)
 
 
 def _lock_as_qemu(fd: int, path: str, *, writable: bool) -> None:

@@ -25,7 +25,7 @@ import re
 import stat
 import tomllib
 
-from qedfs.errors import UsageError
+from qedfs.errors import UsageError, file_error
 from qedfs.source.policy import below
 from qedfs.source.url import Location, parse_location
 
@@ -86,7 +86,8 @@ def read_credentials(path: str) -> Credentials:
     """Read a credentials file.
 
     Raises:
-        UsageError: everybody may read the file, it cannot be read, or it is invalid. The message contains no secret.
+        UsageError: everybody may read the file, it is not there, or it is invalid. The message contains no secret.
+        Inaccessible: we may not read it.
     """
     folder = os.path.dirname(os.path.abspath(path))
     try:
@@ -95,7 +96,7 @@ def read_credentials(path: str) -> Credentials:
                 raise UsageError(f"{path}: is readable by everybody; chmod 600 {path}")
             sections = tomllib.load(file)
     except OSError as exc:
-        raise UsageError(f"{path}: {exc.strerror}") from exc
+        raise file_error(f"{path}: {exc.strerror}", exc) from exc
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not text in UTF-8") from None
     except tomllib.TOMLDecodeError as exc:

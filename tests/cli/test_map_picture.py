@@ -19,7 +19,7 @@ from qedfs.cli.ui import map_picture
 from qedfs.cli.ui.cells import Cells, Kind
 from qedfs.cli.ui.map_picture import COLOURS, GRID_WIDTH, INK, MARGIN, MOST_CELLS, WHITE
 from qedfs.cli.ui.png import SIGNATURE, Colour, encode_png
-from qedfs.errors import NoSpace, SourceError, UsageError
+from qedfs.errors import Inaccessible, NoSpace, SourceError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.create import create_overlay
@@ -242,8 +242,8 @@ def test_what_interrupts_the_writing_leaves_the_file_before(tmp_path: Path, befo
 @pytest.mark.parametrize(
     ("number", "kind", "text"),
     [
-        (errno.EACCES, UsageError, "map.png: cannot be written: Permission denied"),
-        (errno.EROFS, UsageError, "map.png: cannot be written: Read-only file system"),
+        (errno.EACCES, Inaccessible, "map.png: cannot be written: Permission denied"),
+        (errno.EROFS, Inaccessible, "map.png: cannot be written: Read-only file system"),
         (errno.ENOSPC, NoSpace, "map.png: the file system is full"),
         (errno.EDQUOT, NoSpace, "map.png: the file system is full"),
     ],

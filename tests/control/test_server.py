@@ -18,7 +18,7 @@ from qedfs.control.qmp import server
 from qedfs.control.qmp import session as session_module
 from qedfs.control.qmp.server import MAX_CLIENTS, serve_control
 from qedfs.control.qmp.session import MAX_EVENTS, QmpSession
-from qedfs.errors import InUse, UsageError
+from qedfs.errors import Inaccessible, InUse
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require_root
 
@@ -98,14 +98,14 @@ async def test_a_file_in_the_place_is_not_removed(tmp_path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     path.write_text("precious")
     async with trio.open_nursery() as nursery:
-        with pytest.RaisesGroup(UsageError, allow_unwrapped=True, flatten_subgroups=True):
+        with pytest.RaisesGroup(Inaccessible, allow_unwrapped=True, flatten_subgroups=True):
             await serve_control(path, FakeMount(tmp_path, nursery))
     assert path.read_text() == "precious"
 
 
 async def test_a_path_too_long_is_the_users_error(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
-        with pytest.raises(UsageError):
+        with pytest.raises(Inaccessible):
             await serve_control(tmp_path / ("x" * 100) / "control.sock", FakeMount(tmp_path, nursery))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.cli.new_file import new_file
-from qedfs.errors import UsageError
+from qedfs.errors import Inaccessible
 from qedfs.host.durable import sync_folder
 from qedfs.overlay.create import create_overlay
 from tests.harness.require import require, require_root
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_synced_is_an_error(
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UsageError, match=r"file: cannot be .*: Input/output error"):
+    with pytest.raises(Inaccessible, match=r"file: cannot be .*: Input/output error"):
         MAKERS[maker](tmp_path / "file")
     if maker == "create":
         assert os.listdir(tmp_path) == []  # so that it can be tried again

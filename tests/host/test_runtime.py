@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.errors import UsageError
+from qedfs.errors import Inaccessible
 from qedfs.host import runtime
 from qedfs.host.runtime import (
     KEPT_ENDED,
@@ -107,7 +107,8 @@ def test_without_any_place_there_is_no_journal_and_one_line_on_the_socket(
         with monkeypatch.context() as patched:
             spoil(system / name, how, patched if how != "read-only" else monkeypatch)
     assert journal_folder() is None
-    with pytest.raises(UsageError, match=r"^no place for a control socket \(.*RUN.*TEMPORARY.*SHARED_MEMORY") as found:
+    places = r"^no place for a control socket \(.*RUN.*TEMPORARY.*SHARED_MEMORY"
+    with pytest.raises(Inaccessible, match=places) as found:
         mount_folder("/mnt")
     assert str(found.value).endswith("set XDG_RUNTIME_DIR to a folder of yours")
     assert "\n" not in str(found.value)
@@ -204,8 +205,8 @@ def test_a_good_end_leaves_nothing_and_a_bad_one_its_log(system: Path) -> None:
     assert list(folder.parent.iterdir()) == []
     (mount_folder("/mnt") / LOG_NAME).write_text("log")
     for mountpoint in ("/mnt", "/other"):
-        with pytest.raises(UsageError), serving_folder(mountpoint):
-            raise UsageError
+        with pytest.raises(Inaccessible), serving_folder(mountpoint):
+            raise Inaccessible
     assert (folder / LOG_NAME).read_text() == "log"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 

@@ -19,7 +19,7 @@ from qedfs.cli.new_file import new_file
 from qedfs.cli.option_types import DURATION
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import UsageError
+from qedfs.errors import QedfsError, UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_overlay
@@ -93,7 +93,7 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
         if missing and not with_backing:
             size = format_size(sum(run.size for run in missing))
-            raise UsageError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
+            raise QedfsError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
         target.truncate(overlay.image_size)
         data = [run for run in runs if run.offset > ZERO]
         with _opened_again(path, overlay) as source:
@@ -114,7 +114,7 @@ def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
     """The overlay's file through a second descriptor, since the first one belongs to Storage. Reading needs no lock."""
     with open(path, "rb") as file:
         if not os.path.samestat(os.fstat(file.fileno()), overlay.file_status()):
-            raise UsageError(f"{path}: was replaced by another file while it was being opened; try again")
+            raise QedfsError(f"{path}: was replaced by another file while it was being opened; try again")
         yield file
 
 

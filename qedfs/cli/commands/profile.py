@@ -10,7 +10,7 @@ from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect, fetch
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import UsageError
+from qedfs.errors import QedfsError, UsageError, file_error
 from qedfs.image.boot_profile import FIRST_LINE, MOST_FILE_BYTES, Range, parsed, written
 from qedfs.units import format_size
 
@@ -35,7 +35,7 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
         told = client.execute("x-qedfs-profile", device=found["name"])["ranges"]
     ranges: list[Range] = [(pos, size) for pos, size in told]
     if not ranges:
-        raise UsageError(f"{found['name']}: no reader has waited for anything yet, so the profile would be empty")
+        raise QedfsError(f"{found['name']}: no reader has waited for anything yet, so the profile would be empty")
     size = sum(size for _, size in ranges)
     with new_file(file) as target:
         target.write(written(ranges, f"{found['name']}: pos and size of what readers waited for, in bytes").encode())
@@ -46,12 +46,12 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
 
 
 def read_profile(path: str) -> tuple[Range, ...]:
-    """The ranges of a profile. Raises UsageError."""
+    """The ranges of a profile. Raises UsageError, or Inaccessible."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_FILE_BYTES + 1)
     except OSError as exc:
-        raise UsageError(f"{path}: {exc.strerror}; qedfs profile creates profiles") from exc
+        raise file_error(f"{path}: {exc.strerror}; qedfs profile creates profiles", exc) from exc
     if len(data) > MOST_FILE_BYTES:
         raise UsageError(f"{path}: is too large for a profile")
     return parsed(data.decode(errors="replace"), path)

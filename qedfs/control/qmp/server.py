@@ -19,7 +19,7 @@ from qedfs.control.qmp.dispatch import execute
 from qedfs.control.qmp.session import QmpSession
 from qedfs.control.qmp.state import Control
 from qedfs.control.socket_file import mark_of, remove_own
-from qedfs.errors import InUse, UsageError
+from qedfs.errors import Inaccessible, InUse
 from qedfs.host.runtime import private_folder
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ async def serve_control(
 
     Raises:
         InUse: another live server listens there.
-        UsageError: the socket cannot be created.
+        Inaccessible: the socket cannot be created.
     """
     listener = _listen(path)
     mark = mark_of(path)
@@ -114,7 +114,7 @@ def _listen(path: Path) -> trio.socket.SocketType:
         listener.listen(BACKLOG)
     except OSError as exc:
         listener.close()
-        raise UsageError(f"{path}: cannot listen there: {exc.strerror or exc}") from exc
+        raise Inaccessible(f"{path}: cannot listen there: {exc.strerror or exc}") from exc
     finally:
         os.umask(old)
     return trio.socket.from_stdlib_socket(listener)
@@ -124,7 +124,7 @@ def _clear(path: Path) -> None:
     """Remove the socket of a dead server. Raises InUse if a live one listens."""
     if path.exists() and not path.is_socket():
         # A connection to it would be refused as if it were the socket of a dead server.
-        raise UsageError(f"{path}: is in the way and no socket; remove it")
+        raise Inaccessible(f"{path}: is not a socket, so the control socket cannot be made there; remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -137,5 +137,5 @@ def _clear(path: Path) -> None:
         except BlockingIOError:
             pass  # the backlog is full, so a server is listening
         except OSError as exc:
-            raise UsageError(f"{path}: {exc.strerror or exc}; remove it") from exc
+            raise Inaccessible(f"{path}: {exc.strerror or exc}; remove it") from exc
     raise InUse(f"{path}: another mount answers there; unmount it first")
