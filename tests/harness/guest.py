@@ -17,6 +17,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import zstandard
+
 from .images import ext4_image
 from .require import GUEST_FOLDER, require, require_guest
 
@@ -148,8 +150,10 @@ def _module_name(path: str) -> str:
 
 
 def _module_code(path: Path) -> bytes:
-    # Debian 13 compresses its modules; busybox's insmod is not always built to read that.
+    # Debian 13 and Ubuntu compress their modules; busybox's insmod is not always built to read that.
     code = path.read_bytes()
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().decompressobj().decompress(code)
     return lzma.decompress(code) if path.suffix == ".xz" else code
 
 
