@@ -23,6 +23,7 @@ from qedfs.errors import UsageError
 COMMANDS = {
     "check": ("check", "check"),
     "create": ("create", "create"),
+    "doctor": ("doctor", "doctor"),
     "export": ("export", "export"),
     "info": ("info", "info"),
     "map": ("map", "show_map"),

@@ -71,5 +71,18 @@ def test_commands_on_a_mount_import_neither_its_libraries_nor_trio(tmp_path: Pat
 
 def test_the_help_names_every_command() -> None:
     shown = qedfs("--help").stdout
-    names = ("check", "create", "export", "info", "map", "mount", "profile", "status", "stream", "umount", "wait")
+    names = (
+        "check",
+        "create",
+        "doctor",
+        "export",
+        "info",
+        "map",
+        "mount",
+        "profile",
+        "status",
+        "stream",
+        "umount",
+        "wait",
+    )
     assert all(f"\n  {name} " in shown for name in names)
