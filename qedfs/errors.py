@@ -130,10 +130,18 @@ class TimedOut(QedfsError):
 
 
 class InUse(QedfsError):
-    """The overlay is open elsewhere (qedfs or QEMU), or the mountpoint is busy."""
+    """The overlay is open elsewhere (qedfs or QEMU), or the mountpoint is busy.
+
+    `overlay`: the path of the overlay that another program has locked, None if that is not the reason. Whoever shows
+    the error can find out which program it is.
+    """
 
     errno: ClassVar[int] = _errno.EBUSY
     exit_code: ClassVar[int] = 8
+
+    def __init__(self, message: str = "", *, overlay: str | None = None) -> None:
+        super().__init__(message)
+        self.overlay = overlay
 
 
 class NotMounted(QedfsError):

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qedfs.cli.option_types import PLACE
+
 if TYPE_CHECKING:
     from qedfs.source.credentials import Credentials
 
 credentials_option = click.option(
     "--credentials",
-    type=click.Path(),
+    type=PLACE,
     metavar="FILE",
     help="Credentials for each server: header fields, client certificates, pre-shared keys; see README.",
 )

@@ -14,7 +14,7 @@ import click
 
 from qedfs.cli.entry import INTERRUPTED
 from qedfs.cli.ui.output import remark
-from qedfs.errors import QedfsError
+from qedfs.errors import InUse, QedfsError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ def guarded(run: Callable[[], object]) -> int:
 def explain(exc: BaseException) -> tuple[str, int]:
     """(line, exit code) of an exception."""
     cause = cause_of(exc)
+    if isinstance(cause, InUse) and cause.overlay is not None:
+        return in_use(cause.overlay) or str(cause), cause.exit_code
     if isinstance(cause, QedfsError):
         return str(cause), cause.exit_code
     if isinstance(cause, KeyboardInterrupt):
@@ -50,6 +52,13 @@ def explain(exc: BaseException) -> tuple[str, int]:
         return f"{name}{cause.strerror}", QedfsError.exit_code
     text = " ".join(str(cause).split())
     return f"internal error: {type(cause).__name__}: {text}", QedfsError.exit_code
+
+
+def in_use(overlay: str) -> str | None:
+    """Who has an overlay locked, in a line with the way out; None if that cannot be seen."""
+    from qedfs.cli.mount_table import user_of  # here, as only this failure needs it
+
+    return user_of(overlay)
 
 
 def cause_of(exc: BaseException) -> BaseException:

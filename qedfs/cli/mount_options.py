@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from qedfs.errors import UsageError
+
 _SPELLINGS = {"ro": "read-only"}
 # Expanded here, because click 8.1 (Debian 13) mishandles two options for one parameter if one of them is a flag.
 _SHORT_FORMS = {"--no-stream": "--stream=off"}
@@ -20,7 +22,11 @@ _IGNORED = re.compile(
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each `-o` and each short form replaced by the long options that it stands for."""
+    """The arguments with each `-o` and each short form replaced by the long options that it stands for.
+
+    Raises:
+        UsageError: `remount` is among them.
+    """
     expanded: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -38,6 +44,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
 def _long_options(text: str) -> Iterator[str]:
     for option in filter(None, text.split(",")):
         name, equals, value = option.partition("=")
+        if option == "remount":
+            raise UsageError("-o remount: the options of a mount cannot be changed; unmount it and mount it again")
         if not _IGNORED.fullmatch(option):
             yield f"--{_SPELLINGS.get(name, name).replace('_', '-')}{equals}{value}"
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
-from qedfs.errors import NotMounted, QedfsError, UsageError
-from qedfs.host.procfs import MountLine, mounts
+from qedfs.cli.ui.layout import listed
+from qedfs.errors import Inaccessible, NotMounted, QedfsError, UsageError
+from qedfs.host.procfs import MountLine, mount_user, mounts
 from qedfs.host.runtime import place_of
 from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at
 
 FILESYSTEM = "fuse.qedfs"
+SUFFIX = ".qed"
 
 
 def mounted_at(mountpoint: str) -> MountInfo | None:
@@ -29,18 +32,74 @@ def not_served(mountpoint: str) -> QedfsError:
     """Why no qedfs server answers for this path: a UsageError if there cannot be one, otherwise NotMounted."""
     kind = mounted_type(mountpoint)
     if kind == FILESYSTEM:
-        if is_dead(mountpoint):
-            return NotMounted(f"{mountpoint}: the server of this mount has died; run: qedfs umount {mountpoint}")
-        return NotMounted(
-            f"{mountpoint}: the server of this mount does not answer here; was it started by another user, or in a "
-            "container?"
-        )
+        return NotMounted(f"{mountpoint}: {_why_no_answer(mountpoint)}")
     if kind is not None:
         return UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
     if not os.path.isdir(mountpoint):
-        what = "is not a folder" if os.path.lexists(mountpoint) else "there is no such folder"
-        return UsageError(f"{mountpoint}: {what}")
+        if not os.path.lexists(mountpoint):
+            return UsageError(f"{mountpoint}: there is no such folder")
+        hint = "; name the folder where it is mounted, not the overlay" if mountpoint.endswith(SUFFIX) else ""
+        return UsageError(f"{mountpoint}: is not a folder{hint}")
     return NotMounted(f"{mountpoint}: nothing is mounted there")
+
+
+def _why_no_answer(mountpoint: str) -> str:
+    if is_dead(mountpoint):
+        return f"the server of this mount has died; run: qedfs umount {mountpoint}"
+    if (owner := _other_owner(mountpoint)) is not None:
+        return f"is a mount of user {owner}; only that user and root can talk to its server"
+    return (
+        "the server of this mount does not answer here; was it started in a container, or with another XDG_RUNTIME_DIR?"
+    )
+
+
+def not_unmounted(mountpoint: str, said: str) -> QedfsError:
+    """Why the command for it has not unmounted. `said`: its own words."""
+    owner = _other_owner(mountpoint)
+    if owner is not None:
+        return Inaccessible(f"{mountpoint}: is a mount of user {owner}; only that user and root can unmount it")
+    return QedfsError(f"{mountpoint}: cannot be unmounted: {said}")
+
+
+def user_of(overlay: str) -> str | None:
+    """Who has an overlay open, in a line with the way out; None if nobody who has can be seen."""
+    path = os.path.realpath(overlay)
+    holders = {process.name: process for process in _running() if path in _places(process)}
+    for line in mounts():
+        place, source = os.fsdecode(line.place), os.fsdecode(line.source)
+        if line.kind != FILESYSTEM or source not in (path, os.path.dirname(path)):
+            continue
+        pid = _server_pid(place)
+        if pid in holders or not holders:
+            by = f" by pid {pid}" if pid else ""
+            return (
+                f"{overlay}: is mounted at {place} already{by}; use that mount, or end it first: qedfs umount {place}"
+            )
+    if not holders:
+        return None
+    return f"{overlay}: is in use by {listed([_named(one) for one in holders.values()])}; close it there first"
+
+
+def _server_pid(mountpoint: str) -> str | None:
+    """The pid of the server of a mount; None if we cannot see it."""
+    from qedfs.control.qmp.client import Client
+
+    try:
+        with Client.reach(mountpoint) as client:
+            return str(client.server_pid) if client.server_pid else None
+    except QedfsError:
+        return None
+
+
+def _other_owner(mountpoint: str) -> str | None:
+    """Another user than ours, except for root, who has made the mount: "alice" or a number. None if it is ours."""
+    uid = mount_user(os.fsencode(place_of(mountpoint)))
+    if uid is None or os.getuid() in (0, uid):
+        return None
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def holders(mountpoint: str) -> list[str]:
@@ -94,12 +153,15 @@ def _named(process: Path) -> str:
 
 
 def _processes(folder: str) -> Iterator[str]:
-    ours = str(os.getpid())  # not listed: if our working directory is there, so is that of the user's shell
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or process.name == ours:
-            continue
+    for process in _running():
         if any(_is_below(place, folder) for place in _places(process)):
             yield _named(process)
+
+
+def _running() -> Iterator[Path]:
+    """The folder in /proc of each process, except ours: where our working directory is, the user's shell is, too."""
+    ours = str(os.getpid())
+    return (path for path in Path("/proc").iterdir() if path.name.isdigit() and path.name != ours)
 
 
 def _places(process: Path) -> Iterator[str]:

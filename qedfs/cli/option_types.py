@@ -11,6 +11,8 @@ import click
 from qedfs.errors import UsageError
 from qedfs.units import parse_seconds, parse_size
 
+LEAST_RATE = 1024  # bytes per second
+
 Text = TypeVar("Text", bound=str | bytes | os.PathLike[str])
 
 if TYPE_CHECKING:
@@ -35,6 +37,21 @@ class Size(IntParam):
             return parse_size(str(value))
         except UsageError as exc:
             self.fail(str(exc), param, ctx)
+
+
+class Rate(Size):
+    """Bytes per second, written like a size; 0 is no limit.
+
+    20 is an oversight of somebody who means 20M, as other programs count in KiB or MiB. At that rate a cluster of 64
+    KiB takes an hour.
+    """
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        rate = super().convert(value, param, ctx)
+        if 0 < rate < LEAST_RATE:
+            self.fail(f"{value} is {rate} bytes per second; write {value}M for MiB, {value}K for KiB", param, ctx)
+        return rate
 
 
 class Duration(FloatParam):
@@ -70,7 +87,11 @@ class Checked(TextParam):
 
 
 class Place(click.Path):
-    """A mountpoint. click's own type would call stat on it, which hangs if the server of the mount hangs."""
+    """A mountpoint, or a file that the command opens itself.
+
+    click's own type would call stat on it, which hangs if the server of a mount hangs, and would call a file that may
+    not be read a mistake in the command line.
+    """
 
     def convert(self, value: Text, param: click.Parameter | None, ctx: click.Context | None) -> Text:
         """The same text."""
@@ -78,5 +99,6 @@ class Place(click.Path):
 
 
 SIZE = Size()
+RATE = Rate()
 DURATION = Duration()
 PLACE = Place()

@@ -55,7 +55,11 @@ class FuseSession:
         try:
             return mount_info_at(self.mountpoint)
         except (OSError, ValueError, LookupError) as exc:  # an unreadable table must not keep a mount from ending
-            log.warning("cannot look what is mounted at %s: %s", self.mountpoint, exc)
+            log.warning(
+                "%s: the table of mounts cannot be read, so nobody knows what is mounted there: %s",
+                self.mountpoint,
+                exc,
+            )
             return None
 
     def mount(self, operations: pyfuse3.Operations, source: str, *, allow_other: bool, read_only: bool) -> None:

@@ -51,13 +51,20 @@ def check_mountpoint(mountpoint: str, source: str) -> None:
         InUse: something is mounted there already.
         UsageError: it is not a folder, or it is the folder of the overlays.
     """
+    if is_dead(mountpoint):
+        raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
+    # Before the folder is asked: a FUSE mount of another user does not even tell us that it is a folder.
+    found = _known_at(mountpoint)
+    if found is not None and found.kind == "fuse.qedfs":
+        what = os.fsdecode(found.source)
+        raise InUse(
+            f"{mountpoint}: {what} is mounted there already; run qedfs umount {mountpoint}, or choose another folder"
+        )
     try:
-        busy = os.path.ismount(mountpoint)
+        busy = found is not None or os.path.ismount(mountpoint)
         is_folder = os.path.isdir(mountpoint)
     except OSError:
         busy = is_folder = False
-    if is_dead(mountpoint):
-        raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
     if busy:
         raise InUse(f"{mountpoint}: something is mounted there already; unmount it or choose another folder")
     if not is_folder and os.path.lexists(mountpoint):
@@ -66,6 +73,13 @@ def check_mountpoint(mountpoint: str, source: str) -> None:
         raise UsageError(f"{mountpoint}: there is no such folder; make it first: mkdir -p {mountpoint}")
     if os.path.realpath(mountpoint) == os.path.realpath(source):
         raise UsageError(f"{mountpoint}: holds the overlays; mount on another folder")
+
+
+def _known_at(mountpoint: str) -> MountInfo | None:
+    try:
+        return mount_info_at(place_of(mountpoint))
+    except (OSError, ValueError, LookupError):  # without a table the mount will tell
+        return None
 
 
 def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:

@@ -418,7 +418,8 @@ def _lock_as_qemu(fd: int, path: str, *, writable: bool) -> None:
         _ofd_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
     conflicts = [_LOCK_UNSHARED + p for p in uses] + [_LOCK_USES + p for p in (_WRITE, _RESIZE)]
     if any(_ofd_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK for byte in conflicts):
-        raise InUse(f"{path}: is in use by another program (QEMU or qedfs); close it there first")
+        text = f"{path}: is in use by another program (QEMU or qedfs); close it there first"
+        raise InUse(text, overlay=path)
 
 
 def _ofd_lock(fd: int, command: int, kind: int, byte: int) -> int:

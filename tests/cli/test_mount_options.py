@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qedfs.cli.mount_options import expand
+from qedfs.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,8 @@ from qedfs.cli.mount_options import expand
 )
 def test_expand(given: list[str], expanded: list[str]) -> None:
     assert expand(given) == expanded
+
+
+def test_a_mount_cannot_get_other_options() -> None:
+    with pytest.raises(UsageError, match="the options of a mount cannot be changed"):
+        expand(["-o", "rw,remount"])

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from qedfs.cli.mount_options import expand
-from qedfs.cli.option_types import DURATION, SIZE
+from qedfs.cli.option_types import DURATION, RATE, SIZE
 from qedfs.cli.served_images import named, stem
 from qedfs.cli.wait_goal import Local, Unused, parse_goal
 from qedfs.errors import UsageError
@@ -65,3 +65,13 @@ def test_images_go_by_several_names(name: str) -> None:
     assert named(images, None, "/mnt") == images
     with pytest.raises(UsageError, match=r"has no image none; there is disk\.raw, other\.raw"):
         named(images, "none", "/mnt")
+
+
+@pytest.mark.parametrize(("text", "rate"), [("0", 0), ("1K", 1024), ("20M", 20 << 20)])
+def test_rates(text: str, rate: int) -> None:
+    assert RATE.convert(text, None, None) == rate
+
+
+def test_a_rate_without_a_unit_is_most_likely_an_oversight() -> None:
+    with pytest.raises(click.BadParameter, match="20 is 20 bytes per second; write 20M for MiB, 20K for KiB"):
+        RATE.convert("20", None, None)

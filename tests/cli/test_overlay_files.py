@@ -359,7 +359,10 @@ def test_export_that_fails_leaves_nothing_behind(web: Nginx, folder: Path) -> No
 
 def commands(group: click.Group) -> Iterator[tuple[list[str], click.Command]]:
     """Each command with the words that call it."""
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         yield [name], command
         if isinstance(command, click.Group):
             yield from (([name, *words], inner) for words, inner in commands(command))

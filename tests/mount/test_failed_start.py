@@ -55,7 +55,7 @@ def test_a_table_of_mounts_that_cannot_be_read_keeps_no_mount_from_its_end(tmp_p
     require_fuse()
     done = _mount_with(tmp_path, IN_THE_TABLE.format(error=error), "--until-streamed")
     assert done.returncode == 0, done
-    assert "cannot look what is mounted at" in done.stderr
+    assert "the table of mounts cannot be read" in done.stderr
     assert mount_info_at(str(tmp_path / "mnt")) is None
 
 

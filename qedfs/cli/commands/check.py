@@ -6,6 +6,7 @@ import dataclasses
 
 import click
 
+from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import locked_file
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.errors import BadOverlay
@@ -20,7 +21,7 @@ from qedfs.overlay.storage import Storage
 
 
 @click.command(short_help="Look for damage, and repair it.")
-@click.argument("overlay", type=click.Path())
+@click.argument("overlay", type=PLACE)
 @click.option("--repair", is_flag=True, help="Clear entries that point to invalid places.")
 @click.option("--drop-journal", is_flag=True, help="Discard the writes that a killed mount has left in its journal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

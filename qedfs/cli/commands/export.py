@@ -16,7 +16,7 @@ from qedfs.cli.commands.map import whole_map
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.new_file import new_file
-from qedfs.cli.option_types import DURATION
+from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import QedfsError, UsageError
@@ -37,8 +37,8 @@ ZEROS = bytes(HOLE_BYTES)
 
 
 @click.command(short_help="Write an image to a raw file.")
-@click.argument("overlay", type=click.Path())
-@click.argument("file", type=click.Path())
+@click.argument("overlay", type=PLACE)
+@click.argument("file", type=PLACE)
 @click.option("--with-backing", is_flag=True, help="Fetch what is missing. Default: refuse an incomplete overlay.")
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")

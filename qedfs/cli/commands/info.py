@@ -8,6 +8,7 @@ from typing import Any
 import click
 import trio
 
+from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import peeked
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.format.record import Record
@@ -18,7 +19,7 @@ from qedfs.units import format_size
 
 
 @click.command(short_help="Show what an overlay is.")
-@click.argument("overlay", type=click.Path())
+@click.argument("overlay", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(overlay: str, as_json: bool) -> None:
     """Show the size, the backing and the state of OVERLAY. It may be mounted meanwhile."""

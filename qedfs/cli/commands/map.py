@@ -11,6 +11,7 @@ import click
 import trio
 
 from qedfs.cli.new_file import check_replaceable, new_file
+from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import peeked
 from qedfs.cli.ui import map_picture
 from qedfs.cli.ui.cells import Cells, Kind
@@ -29,8 +30,8 @@ _ASCII_SIGNS = "#0.+"
 
 
 @click.command("map", short_help="Show which parts are local.")
-@click.argument("overlay", type=click.Path())
-@click.option("--png", metavar="FILE", type=click.Path(), help="Draw into this file instead of on the terminal.")
+@click.argument("overlay", type=PLACE)
+@click.option("--png", metavar="FILE", type=PLACE, help="Draw into this file instead of on the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in the format of qemu-img map --output=json.")
 def show_map(overlay: str, png: str | None, as_json: bool) -> None:
     """Draw which parts of OVERLAY are data, zeros or missing. It may be mounted meanwhile.

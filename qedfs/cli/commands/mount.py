@@ -16,14 +16,15 @@ from qedfs.cli.command_line import arguments_for
 from qedfs.cli.commands.profile import read_profile
 from qedfs.cli.credentials_option import credentials, credentials_option
 from qedfs.cli.exit_status import explain
+from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.mount_checks import check_options, check_source, remarks
 from qedfs.cli.mount_options import expand
-from qedfs.cli.option_types import DURATION, SIZE, Checked
+from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked
 from qedfs.cli.pin_options import pin_options
-from qedfs.cli.ui.output import console
+from qedfs.cli.ui.output import console, remark
 from qedfs.cli.ui.progress import Bars
 from qedfs.control.monitoring.metrics_server import parse_address
 from qedfs.control.port import Mounted
-from qedfs.errors import UsageError
 from qedfs.jobs.idle import Rules, parse_between, parse_delay
 from qedfs.mount.clock import LoopClock
 
@@ -33,7 +34,7 @@ MOST_REMARKS = 5  # lines about single overlays that a mount prints before it on
 NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
 
 
-class MountCommand(click.Command):
+class MountCommand(GivenOnce):
     """A command that also takes its options as `-o key=value,...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -78,8 +79,8 @@ class MountArguments:
 
 
 @click.command(cls=MountCommand, short_help="Serve overlays as raw files.")
-@click.argument("source", type=click.Path())
-@click.argument("mountpoint", type=click.Path())
+@click.argument("source", type=PLACE)
+@click.argument("mountpoint", type=PLACE)
 @click.option(
     "--daemon",
     "in_background",
@@ -114,10 +115,10 @@ class MountArguments:
     default=None,
     help="Whether to keep what is fetched for readers. Default: as recorded in each overlay.",
 )
-@click.option("--limit", type=SIZE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
+@click.option("--limit", type=RATE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
 @click.option(
     "--profile",
-    type=click.Path(),
+    type=PLACE,
     metavar="FILE",
     help="Fetch the ranges in FILE first: those that readers of such an image waited for (qedfs profile).",
 )
@@ -163,13 +164,13 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
     Runs until unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1 logs
     what it is doing. The options can also be written as `-o limit=20M,allow_other,...`.
     """
+    if ready_fd is None:
+        check_source(options["source"], options["mountpoint"])
     arguments = MountArguments(**_absolute(options))
-    if arguments.until_streamed and arguments.stream == "off":
-        raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
-    if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
-        raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
-    if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
-        raise UsageError("--profile fetches clusters, and nothing would be kept; omit it")
+    check_options(arguments)
+    if ready_fd is None:
+        for line in remarks(arguments):
+            remark(line)
     if in_background:
         daemon.start(arguments_for(mount, dataclasses.asdict(arguments)), arguments.mountpoint)
         return

@@ -18,7 +18,7 @@ from qedfs.units import format_size
 @click.command(short_help="Record what readers of an image waited for.")
 @click.argument("mountpoint", type=PLACE)
 @click.argument("image")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
     """Write to FILE which ranges readers of IMAGE have waited for since the mount at MOUNTPOINT started, in order.

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from qedfs.cli.option_types import PLACE, SIZE
+from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.option_types import PLACE, RATE, SIZE
 from qedfs.cli.served_images import check_served, connect, fetch
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import UsageError
@@ -19,6 +20,9 @@ def stream() -> None:
 
     Without IMAGE, a command applies to all images of the mount.
     """
+
+
+stream.command_class = GivenOnce
 
 
 def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
@@ -41,7 +45,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the state of
 @stream.command(short_help="Start, or restart after a failure.")
 @_mountpoint
 @_image
-@click.option("--limit", type=SIZE, metavar="SIZE", help="At most SIZE bytes per second, 0 for no limit.")
+@click.option("--limit", type=RATE, metavar="SIZE", help="At most SIZE bytes per second, 0 for no limit.")
 @_json
 def start(mountpoint: str, image: str | None, limit: int | None, as_json: bool) -> None:
     """Start the stream of IMAGE: after --no-stream, a cancel or a failure, or to end a pause."""
@@ -84,7 +88,7 @@ def limit(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
     if len(words) > 2:
         raise UsageError("usage: qedfs stream limit MOUNTPOINT [IMAGE] RATE")
     image = words[0] if len(words) == 2 else None
-    rate = SIZE.convert(words[-1], None, None)
+    rate = RATE.convert(words[-1], None, None)
     _on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
 
 

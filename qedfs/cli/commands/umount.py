@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from qedfs.cli.mount_table import FILESYSTEM, copies, holders, mounted_at, mounted_type, not_served
+from qedfs.cli.mount_table import FILESYSTEM, copies, holders, mounted_at, mounted_type, not_served, not_unmounted
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import remark
 from qedfs.control.qmp.client import Client, Gone, NotServed
-from qedfs.errors import InUse, QedfsError, TimedOut
+from qedfs.errors import InUse, TimedOut
 from qedfs.host.runtime import RuntimeFolder, is_held, mount_places
 from qedfs.mount import exit_report
 from qedfs.mount.mountpoint import MountInfo, is_dead, unmount
@@ -155,7 +155,7 @@ def _unmount(mountpoint: str, *, served: bool = False) -> None:
         return
     if "busy" in done.stderr.lower():
         raise InUse(f"{mountpoint}: is in use{_by_whom(mountpoint)}; close it there first")
-    raise QedfsError(f"{mountpoint}: cannot be unmounted: {done.stderr.strip()}")
+    raise not_unmounted(mountpoint, done.stderr.strip())
 
 
 def _has_ended(process: int | None, seconds: float) -> bool:

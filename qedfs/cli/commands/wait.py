@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
 @click.option(
     "--overlay",
     "place",
-    type=click.Path(),
+    type=PLACE,
     metavar="OVERLAY|FOLDER",
     help="What was mounted. If the mount has ended, as after mount --until-streamed, the files themselves are checked.",
 )

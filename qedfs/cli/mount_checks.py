@@ -1,0 +1,106 @@
+"""What is impossible in the arguments of a mount, or will surprise, as far as it shows before anything is mounted.
+
+Owns the refusals of combinations, of a SOURCE that is no overlay, and the remarks. Must not know how a mount is served.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from qedfs.errors import BadOverlay, UsageError
+from qedfs.format.header import MAGIC
+
+if TYPE_CHECKING:
+    from qedfs.cli.commands.mount import MountArguments
+
+URL_SCHEMES = ("http:", "https:", "nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
+HEAD_BYTES = 512
+
+
+def check_options(arguments: MountArguments) -> None:
+    """Raise UsageError if two options contradict each other."""
+    if arguments.until_streamed and arguments.stream == "off":
+        raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
+    if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
+        raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
+    if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
+        raise UsageError("--profile fetches clusters, and nothing would be kept; omit it")
+
+
+def check_source(source: str, mountpoint: str) -> None:
+    """Check that SOURCE, as the user has typed it, may be an overlay or a folder of them.
+
+    Raises:
+        UsageError: it is a URL, or SOURCE and MOUNTPOINT are swapped.
+        BadOverlay: it is another image.
+    """
+    there = os.path.lexists(source)
+    if not there and source.lower().startswith(URL_SCHEMES):
+        raise UsageError(_of_url(source, mountpoint))
+    if os.path.isdir(source) and os.path.isfile(mountpoint):
+        raise UsageError(
+            f"{mountpoint}: is not a folder; name the overlay first, then the folder to mount on: "
+            f"{_command('mount', mountpoint, source)}"
+        )
+    if there and os.path.isfile(source):
+        _check_overlay(source, mountpoint)
+
+
+def remarks(arguments: MountArguments) -> list[str]:
+    """What the user may not have expected of a mount that is possible."""
+    lines = []
+    rules = [name for name in ("stream_between", "stream_delay") if getattr(arguments, name) is not None]
+    if arguments.stream == "off" and rules:
+        options = " and ".join("--" + name.replace("_", "-") for name in rules)
+        lines.append(f"--stream off: nothing streams until qedfs stream start; {options} counts from then on")
+    if _hides_files(arguments.mountpoint):
+        lines.append(f"{arguments.mountpoint}: is not empty; what is in it is hidden until the mount ends")
+    return lines
+
+
+def _of_url(url: str, mountpoint: str) -> str:
+    from qedfs.source.url import redact  # here, as only this mistake needs it
+
+    shown = redact(url)
+    name = os.path.basename(urlsplit(shown).path).partition(".")[0] or "disk"
+    overlay = f"{name}.qed"
+    create = _command("create", overlay, "--backing", shown)
+    return (
+        f"{shown}: is a URL; first create an overlay over it: {create}; then: {_command('mount', overlay, mountpoint)}"
+    )
+
+
+def _check_overlay(path: str, mountpoint: str) -> None:
+    from qedfs.source.probe import RAW, probe
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return  # the opening of the overlay will tell
+    if head.startswith(MAGIC) or len(head) < HEAD_BYTES:
+        return
+    found = probe(head, b"")
+    what = "is not an overlay" if found is RAW else f"is not an overlay but looks like {found.name}"
+    overlay = os.path.basename(path).partition(".")[0] + ".qed"
+    create = _command("create", overlay, "--backing", path)
+    mount = _command("mount", overlay, mountpoint, "--allow-backing", os.path.abspath(path))
+    raise BadOverlay(f"{path}: {what}; to mount a disk image, create an overlay over it: {create}; then: {mount}")
+
+
+def _hides_files(mountpoint: str) -> bool:
+    """Whether the folder has files that a mount hides. If something is mounted there, the mount fails anyway."""
+    try:
+        if os.path.ismount(mountpoint):
+            return False
+        with os.scandir(mountpoint) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["qedfs", *words])

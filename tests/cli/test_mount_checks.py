@@ -1,0 +1,115 @@
+"""What `qedfs mount` says of its arguments before it mounts: one line with the way out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.harness.images import qemu_create, random_image
+from tests.harness.mounts import mounted, qedfs
+from tests.harness.process import free_port
+from tests.mount.support import MIB
+from tests.mount.test_options import NOBODY, user
+from tests.mount.test_user_errors import BAD_OVERLAY, IN_USE, NOT_MOUNTED, USAGE, failing
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "mnt").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("daemon", [(), ("--daemon",)])
+def test_a_url_is_not_mounted_but_an_overlay_over_it(place: Path, daemon: tuple[str, ...]) -> None:
+    url = "https://me:secret@host.example/images/debian-12.raw?token=secret"
+    line = failing(USAGE, "mount", url, place / "mnt", *daemon)
+    assert "is a URL; first create an overlay over it: qedfs create debian-12.qed --backing " in line
+    assert line.endswith(f"; then: qedfs mount debian-12.qed {place / 'mnt'}")
+    assert "secret" not in line
+
+
+def test_an_image_is_not_mounted_but_an_overlay_over_it(place: Path) -> None:
+    raw = random_image(place / "disk.raw", MIB)
+    qcow2 = place / "disk.qcow2"
+    qcow2.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(MIB))
+    line = failing(BAD_OVERLAY, "mount", raw, place / "mnt")
+    assert (
+        f"is not an overlay; to mount a disk image, create an overlay over it: qedfs create disk.qed --backing {raw};"
+        in line
+    )
+    line = failing(BAD_OVERLAY, "mount", qcow2, place / "mnt")
+    assert "is not an overlay but looks like qcow2; " in line
+    assert line.endswith(f"qedfs mount disk.qed {place / 'mnt'} --allow-backing {qcow2}")
+
+
+def test_swapped_arguments_are_shown_in_order(place: Path) -> None:
+    overlay = qemu_create(place / "disk.qed", size=MIB)
+    line = failing(USAGE, "mount", place / "mnt", overlay)
+    assert line.endswith(f"name the overlay first, then the folder to mount on: qedfs mount {overlay} {place / 'mnt'}")
+
+
+def test_a_folder_with_files_is_mounted_on_and_that_is_said(place: Path) -> None:
+    overlay = qemu_create(place / "disk.qed", size=MIB)
+    (place / "mnt" / "letter").touch()
+    said = f"qedfs: {place / 'mnt'}: is not empty; what is in it is hidden until the mount ends\n"
+    with mounted(overlay, place / "mnt") as mount:
+        assert mount.output().startswith(said)
+    try:
+        assert qedfs("mount", overlay, place / "mnt", "--daemon").stderr == said
+    finally:
+        qedfs("umount", place / "mnt")
+    (place / "mnt" / "letter").unlink()
+    with mounted(overlay, place / "mnt") as mount:
+        assert "not empty" not in mount.output()
+
+
+def test_a_rule_for_a_stream_that_is_off(place: Path) -> None:
+    overlay = qemu_create(place / "disk.qed", size=MIB)
+    done = qedfs("mount", overlay, place / "mnt", "--daemon", "--stream", "off", "--stream-between", "22:00-06:00")
+    qedfs("umount", place / "mnt")
+    assert done.stderr == (
+        "qedfs: --stream off: nothing streams until qedfs stream start; --stream-between counts from then on\n"
+    )
+
+
+def test_the_second_mount_of_an_overlay_says_where_the_first_is(place: Path) -> None:
+    (place / "vms").mkdir()
+    overlay = qemu_create(place / "vms" / "disk.qed", size=MIB)
+    for source in (overlay, overlay.parent):
+        with mounted(source, place / "first") as mount:
+            line = failing(IN_USE, "mount", overlay, place / "mnt")
+            assert f"{overlay}: is mounted at {place / 'first'} already by pid {mount.pid}; " in line
+            assert line.endswith(f"qedfs umount {place / 'first'}")
+            line = failing(IN_USE, "mount", overlay, place / "first")
+            assert f"{source} is mounted there already" in line
+
+
+def test_another_users_mount_is_said_to_be_his(place: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/disk"
+    with user(NOBODY) as nobody:
+        overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
+        qedfs("create", overlay, "--backing", url, "--size", "16M")
+        with mounted(overlay, mountpoint):
+            for command, whose in (("status", "talk to its server"), ("wait", "talk to its server")):
+                done = nobody.qedfs(command, mountpoint, check=False)
+                assert done.returncode == NOT_MOUNTED
+                assert (
+                    done.stderr
+                    == f"qedfs: {mountpoint}: is a mount of user root; only that user and root can {whose}\n"
+                )
+            done = nobody.qedfs("umount", mountpoint, check=False)
+            assert done.returncode == 1
+            assert (
+                done.stderr == f"qedfs: {mountpoint}: is a mount of user root; only that user and root can unmount it\n"
+            )
+            overlay.chmod(0o600)
+            done = nobody.qedfs("mount", overlay, mountpoint, check=False)
+            assert done.returncode == IN_USE
+            assert f"{overlay} is mounted there already" in done.stderr
+        (mountpoint.parent / "own").mkdir()
+        os.chown(mountpoint.parent / "own", NOBODY, NOBODY)
+        done = nobody.qedfs("mount", overlay, mountpoint.parent / "own", check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "Permission denied" in done.stderr
