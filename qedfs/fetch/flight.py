@@ -11,13 +11,23 @@ from typing import Protocol
 import trio
 
 from qedfs.errors import QedfsError
+from qedfs.fetch.rate_limiter import RateLimiter
 
 
 class Consumer(Protocol):
     """A user of the queue that stores the fetched bytes: one served image."""
 
+    @property
+    def limiter(self) -> RateLimiter:
+        """Its limit. Counts what it gets in the background, whoever has requested that, but not what it asked for."""
+        ...
+
+    def lacks(self, pos: int, size: int) -> int:
+        """How many bytes of this range it would store."""
+        ...
+
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Store the bytes of clusters that are still missing. `asked`: a reader wanted them. Must not raise."""
+        """Store the bytes of clusters that are still missing. `asked`: a reader of it wanted them. Must not raise."""
         ...
 
     def lost(self, error: QedfsError) -> None:
@@ -35,7 +45,7 @@ class Flight:
     __slots__ = (
         "ahead_bytes",
         "arrived",
-        "asked",
+        "askers",
         "buffer",
         "consumers",
         "error",
@@ -44,6 +54,7 @@ class Flight:
         "overdue",
         "pos",
         "rivals",
+        "shares",
         "since",
         "size",
         "urgent",
@@ -59,7 +70,8 @@ class Flight:
         self.error: QedfsError | None = None
         self.consumers: list[Consumer] = []  # those that will store the bytes; only `Budget` changes it
         self.urgent = urgent  # a reader waited for it when it was sent
-        self.asked = False  # a reader wanted it, or read-ahead or a command did, not only the stream
+        self.askers: list[Consumer] = []  # those whose reader wanted it, or read-ahead or a command, not only a stream
+        self.shares: dict[Consumer, int] = {}  # how many of its first bytes were counted against whose limit
         self.ahead_bytes = 0  # bytes that were in flight when it was sent
         self.overdue = False  # a reader has found it late
         self.rivals: list[trio.CancelScope] = []  # the requests that readers have sent because it is late

@@ -216,8 +216,12 @@ class FetchQueue:
         for at in range(first, first + count, step):
             if not self._has_room(step) or self._budget.is_behind(consumer, step * self.cluster_size):
                 return at - first
-            self.start(at, min(step, first + count - at), consumer=consumer, asked=True)
+            self._send(at, min(step, first + count - at), consumer, asked=True, urgent=False)
         return count
+
+    def piece_bytes(self, consumer: Consumer) -> float:
+        """The maximal size of a background request for this consumer under the limits; infinite without any."""
+        return consumer.limiter.piece_bytes
 
     async def turn(self, first: int, count: int, *, consumer: Consumer, preferred: bool = False) -> None:
         """Wait until a background request for these clusters may be sent. `preferred`: a reader will soon want them.
@@ -230,8 +234,18 @@ class FetchQueue:
             await self._scheduler.turn(consumer, count * self.cluster_size, preferred=preferred)
 
     def start(self, first: int, count: int, *, consumer: Consumer, asked: bool = False) -> None:
-        """Fetch clusters that nobody waits for yet. Does nothing before the first connection (`identity`)."""
-        self._send(first, count, consumer, asked=asked, urgent=False)
+        """Fetch clusters that nobody waits for. Does nothing before the first connection (`identity`).
+
+        Counts them against the limit of the consumer, and of all others that will take them. If these were counted at
+        the arrival, several images of one source would send a request each whenever their time has come. Then each
+        would get the bytes of all.
+        """
+        end = (first + count) * self.cluster_size
+        for flight in self._send(first, count, consumer, asked=asked, urgent=False):
+            self._count(flight, consumer, flight.size if asked else min(flight.size, end - flight.pos))
+            for other in self.consumers:
+                if other.limiter.limit and other not in flight.consumers:
+                    self._claim(flight, other)
 
     async def bring(self, first: int, count: int, *, consumer: Consumer) -> list[Flight]:
         """Fetch clusters for a consumer that waits for them. Call it inside `waiting`. Raises the errors of the source.
@@ -296,7 +310,8 @@ class FetchQueue:
             if flight is not None:
                 if consumer is not None:
                     self._offer(flight, consumer)
-                flight.asked |= asked
+                    if asked and consumer not in flight.askers:
+                        flight.askers.append(consumer)
                 flight.holders += 1
                 stop = flight.first + flight.size // self.cluster_size
             found.append((stop, flight))
@@ -326,6 +341,31 @@ class FetchQueue:
             self.nursery.start_soon(self._hand_over, flight, consumer)
         self._budget.join(flight, consumer)
 
+    def _claim(self, flight: Flight, consumer: Consumer) -> bool:
+        """Count a flight of another consumer against the limit of this one, or as much of it as that allows.
+
+        Returns False if it takes nothing: it does not want the bytes, has them, or its limit is used up. Such bytes may
+        have to be fetched again.
+        """
+        if consumer in flight.shares:
+            return True
+        if not consumer.wants(flight.pos, flight.size):
+            return False
+        if consumer.limiter.limit:
+            room = min(flight.size, consumer.limiter.overdraft_bytes(self.cluster_size))
+            size = int(room // self.cluster_size) * self.cluster_size
+            if size <= 0 or not consumer.lacks(flight.pos, size):
+                return False
+            self._count(flight, consumer, size)
+        return True
+
+    def _count(self, flight: Flight, consumer: Consumer, size: int) -> None:
+        """Count the first `size` bytes of a flight against a consumer's limit, unless they were counted before."""
+        counted = flight.shares.get(consumer, 0)
+        if consumer.limiter.limit and size > counted:
+            flight.shares[consumer] = size
+            consumer.limiter.sent(consumer.lacks(flight.pos + counted, size - counted))
+
     def _start(self, first: int, count: int, source_size: int, consumer: Consumer | None, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
         size = count * self.cluster_size  # whole clusters, even at the end, as images of other sizes share the flight
@@ -349,7 +389,7 @@ class FetchQueue:
             await self._bring(flight, wanted)
             flight.error = None
             for consumer in self.consumers:
-                if consumer.wants(flight.pos, flight.size):
+                if consumer not in flight.consumers and self._claim(flight, consumer):
                     self._offer(flight, consumer)
         except QedfsError as exc:
             flight.error = exc
@@ -390,8 +430,10 @@ class FetchQueue:
         return list(flight.consumers)
 
     async def _hand_over(self, flight: Flight, consumer: Consumer) -> None:
+        asked = consumer in flight.askers
+        size = flight.size if asked else flight.shares.get(consumer, flight.size)
         try:
-            await consumer.take(flight.pos, flight.buffer, flight.size, asked=flight.asked)
+            await consumer.take(flight.pos, flight.buffer, size, asked=asked)
         except Exception:
             # A consumer handles its own failures, so this is a bug. It must affect this flight only.
             consumer.lost(_fault(flight))

@@ -19,6 +19,7 @@ import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceError, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
 from qedfs.image.condition import Cause, Condition
@@ -48,8 +49,8 @@ class Counters:
     read: int = 0
     written: int = 0
     missed: int = 0  # read from clusters that were missing
-    kept_asked: int = 0  # adopted because a reader wanted them
-    kept_stream: int = 0  # adopted from background requests
+    kept_asked: int = 0  # adopted because a reader of this image wanted them
+    kept_stream: int = 0  # adopted from background requests, and from those of other images
 
     @property
     def kept(self) -> int:
@@ -71,6 +72,8 @@ class Image:
         self.size = overlay.image_size
         self.counters = Counters()
         self.streaming = False  # set by the stream: this image wants everything that other images fetch
+        self.limiter = RateLimiter()  # of what it gets in the background
+        self.replaying = False  # a profile is being fetched, which comes before the stream
         self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
         self._full_at = float("-inf")  # when an adoption or a commit found no space
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
@@ -323,6 +326,10 @@ class Image:
         """Whether to adopt bytes fetched for another image. This one must be streaming and know the version."""
         known = self.version is not None and self.version.identity is not None
         return self.streaming and known and pos < self.size
+
+    def lacks(self, pos: int, size: int) -> int:
+        """How many bytes of this range are in missing clusters."""
+        return self.overlay.count_missing_in(pos, min(size, self.size - pos)) if pos < self.size else 0
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         """Adopt fetched bytes, see `Overlay.adopt`. Errors are recorded, not raised: the reader has its bytes."""

@@ -19,9 +19,9 @@ from typing import ClassVar
 import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
+from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.image.image import NO_SPACE_RETRY_SECONDS, Image
 from qedfs.jobs.idle import LOOK_SECONDS
-from qedfs.jobs.rate_limiter import RateLimiter
 from qedfs.jobs.state import AT_WORK, Event, JobState, Order, Pause, State
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,8 @@
 
 Owns the walk over the ranges. Must not know files or commands. It is one function and no `Job`: it runs once, after the
 image is opened, and has no states and no commands. A profile is only a hint: if the source fails, the prefetch ends,
-and readers get the same failure themselves.
+and readers get the same failure themselves. Nobody waits for its bytes, so they count against the limit of the image,
+and the stream waits until the profile is through.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ async def replay(image: Image, ranges: Sequence[Range]) -> None:
     if not ranges or image.complete or not image.copy_on_read:
         return
     known_failures = image.failures
+    image.replaying = True
     try:
         end = min(image.size, await image.source_size())
         for pos, size in ranges:
@@ -38,6 +40,8 @@ async def replay(image: Image, ranges: Sequence[Range]) -> None:
                 return
     except QedfsError as exc:
         log.warning("%s: the profile is abandoned: %s", image.name, exc)
+    finally:
+        image.replaying = False
 
 
 async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool:
@@ -45,7 +49,8 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
     fetch, cluster_size = image.fetch, image.overlay.cluster_size
     if fetch is None:
         return False
-    step = max(1, fetch.window.request_bytes // cluster_size) * cluster_size
+    most = min(fetch.window.request_bytes, fetch.piece_bytes(image))
+    step = max(1, int(most // cluster_size)) * cluster_size
     for number, at in enumerate(range(pos - pos % cluster_size, pos + size, step), 1):
         if number % STEPS_PER_TURN == 0:
             # A range may be as long as the image.
@@ -55,6 +60,7 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
                 continue
             first = run.pos // cluster_size
             count = (run.pos + run.size - 1) // cluster_size + 1 - first
+            await image.limiter.until_due()
             await fetch.turn(first, count, consumer=image, preferred=True)
             if image.complete or image.full or image.failures != known_failures or not image.overlay.writable:
                 return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import ClassVar
 
 from qedfs.errors import QedfsError
@@ -54,6 +55,9 @@ class StreamJob(Job):
             state=State.COMPLETE if image.complete else State.OFF,
             paused=image.overlay.record.paused,
         )
+        # The image's own, because it also counts what other images fetch for this one.
+        self.rate_limiter = image.limiter
+        self.rate_limiter.limit = limit
         self._looked_at = -1  # the sum of the bytes adopted and written, as of the last `look_again`
         self._known_failures = 0  # `image.failures` when `work` last started; a different number means a new failure
         self._earlier: list[QedfsError | None] = []  # the image's errors at that time, for each of _FAILURES
@@ -174,7 +178,6 @@ class StreamJob(Job):
         """Walk over the map from the cursor to the end. Returns whether another walk may find more to do."""
         image, fetch = self.image, self.image.fetch
         assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked
-        cluster_size = image.overlay.cluster_size
         asked = self._passed_over = False
         while self.allowed and (run := await self._missing.next_run(self.cursor, source_size)) is not None:
             if self.hold_off():
@@ -183,7 +186,7 @@ class StreamJob(Job):
             if not count:
                 self._passed_over, self.cursor = True, first + 1
                 continue
-            if due := self.rate_limiter.due():
+            if due := self._due():
                 # Sleep for short periods; a command, such as a pause or a new limit, ends the sleep.
                 await self.sleep(min(due, PACE_SECONDS))
                 continue
@@ -191,10 +194,11 @@ class StreamJob(Job):
             self._raise_failure()
             if not self.allowed or self.hold_off():
                 return asked
+            if self._due():
+                continue  # another image has fetched something for this one
             if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
                 continue  # a reader, a guest or another image's stream has populated part of the run, or is about to
             fetch.start(first, count, consumer=image)
-            self.rate_limiter.sent(count * cluster_size)
             self.cursor, asked = first + count, True
             if self._trying:
                 # Wait for this single request, which shows whether the source is back, or whether there is space again.
@@ -207,7 +211,16 @@ class StreamJob(Job):
 
     def _paced(self, count: int) -> int:
         """How many of `count` clusters one request may fetch at the current limit."""
-        return int(max(1, min(count, self.rate_limiter.piece_bytes // self.image.overlay.cluster_size)))
+        assert self.image.fetch is not None  # noqa: S101 - for the type checker; `work` has checked
+        piece_bytes = self.image.fetch.piece_bytes(self.image)
+        return int(max(1, min(count, piece_bytes // self.image.overlay.cluster_size)))
+
+    def _due(self) -> float:
+        """Seconds until the limit allows the next request. What it allows belongs to a profile first."""
+        assert self.image.fetch is not None  # noqa: S101 - for the type checker; `work` has checked
+        if self.image.replaying and self.image.fetch.piece_bytes(self.image) < math.inf:
+            return PACE_SECONDS
+        return self.rate_limiter.due()
 
     def _ours(self, first: int, count: int) -> int:
         """How many of the `count` clusters that start at `first` the stream should fetch.

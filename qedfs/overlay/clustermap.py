@@ -179,6 +179,17 @@ class ClusterMap:
         except LookupError:
             return False
 
+    def count_missing_in(self, cluster: int, count: int) -> int:
+        """How many of these clusters are missing, or are in a slice that is not loaded."""
+        missing, end = 0, cluster + count
+        while cluster < end:
+            number, index = cluster >> self._shift, cluster & self._mask
+            length = min(end - cluster, self.slice_entries - index)
+            part = self._slices.get(number)
+            missing += length if part is None else part[index : index + length].count(MISSING)
+            cluster += length
+        return missing
+
     def has_table(self, cluster: int) -> bool:
         """Whether there is an L2 table for this cluster."""
         return self._tables.needs_table(cluster) is None

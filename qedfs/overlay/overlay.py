@@ -262,6 +262,14 @@ class Overlay:
         """Whether none of these clusters has an entry. False if the tables in memory cannot tell."""
         return self.clusters.all_missing(cluster, count)
 
+    def count_missing_in(self, pos: int, size: int) -> int:
+        """How many bytes of this range are in missing clusters, counted as whole clusters, as far as memory can tell.
+
+        A cluster whose table has not been loaded counts as missing.
+        """
+        first, end = pos // self.cluster_size, -(-(pos + size) // self.cluster_size)
+        return self.clusters.count_missing_in(first, end - first) * self.cluster_size
+
     def has_table(self, cluster: int) -> bool:
         """Whether there is an L2 table for this cluster."""
         return self.clusters.has_table(cluster)
