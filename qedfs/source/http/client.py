@@ -120,6 +120,8 @@ class HttpSource:
         self._resolving = trio.Lock()
         self._place = self._place_of(resolved)
         self._health = health
+        self.opening = resolved.opening  # the first bytes of the file, see `Resolved`
+        self.media_type = resolved.media_type
 
     @classmethod
     async def open(  # noqa: PLR0913 - what a user may say about a server

@@ -40,6 +40,12 @@ _TRANSIENT = {
 }
 # The group matches the fixed texts of X509_verify_cert_error_string(3).
 _VERIFY_RESULT = re.compile(r"verify result: ([a-zA-Z ,'-]+) \(\d+\)")
+# With a proxy, these are about the connection to it.
+_AT_PROXY = {
+    pycurl.E_COULDNT_CONNECT: "cannot connect to the proxy {}",
+    pycurl.E_COULDNT_RESOLVE_PROXY: "the name of the proxy {} does not resolve",
+    _E_PROXY: "the proxy {} refuses the connection",
+}
 _SYSTEM_CALLS = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_SEND_ERROR, pycurl.E_RECV_ERROR})
 
 
@@ -71,11 +77,11 @@ def said(text: str) -> Said | None:
     return None
 
 
-def source_error(code: int, os_errno: int, where: str, told: Said | None = None) -> SourceError:
+def source_error(code: int, os_errno: int, where: str, told: Said | None = None, *, proxy: str = "") -> SourceError:
     """The error for a transfer that ended with libcurl's result `code`.
 
     `os_errno`: the errno of libcurl's last failed system call, or 0. `where`: the redacted location, which begins the
-    message. `told`: the result of `said` for the error text.
+    message. `told`: the result of `said` for the error text. `proxy`: the name of the proxy that is used, if any.
     """
     if told is not None and told.lasting:
         return SourceError(f"{where}: {told.words}")
@@ -83,7 +89,17 @@ def source_error(code: int, os_errno: int, where: str, told: Said | None = None)
         return SourceUnreachable(f"{where}: {told.words}", reason=Reason.CONNECT)
     if code in _PERMANENT:
         return SourceError(f"{where}: {_PERMANENT[code]}")
+    if proxy and code in _AT_PROXY:
+        return _proxy_error(code, os_errno, where, proxy)
     reason, what = _TRANSIENT.get(code, (Reason.OTHER, f"the transfer failed (libcurl result {code})"))
     if os_errno and code in _SYSTEM_CALLS:
         what = f"{what} ({os.strerror(os_errno).lower()})"
     return SourceUnreachable(f"{where}: {what}", reason=reason)
+
+
+def _proxy_error(code: int, os_errno: int, where: str, proxy: str) -> SourceUnreachable:
+    what = _AT_PROXY[code].format(proxy)
+    if os_errno and code in _SYSTEM_CALLS:
+        what = f"{what} ({os.strerror(os_errno).lower()})"
+    advice = "see the variables http_proxy, https_proxy and all_proxy; no_proxy names hosts that need none"
+    return SourceUnreachable(f"{where}: {what}; {advice}", reason=Reason.CONNECT)

@@ -199,7 +199,9 @@ class Exchange:
         elif self._refusal is not None and cause.code == pycurl.E_COULDNT_CONNECT:
             error = self._refusal
         else:
-            error = source_error(cause.code, self.curl.getinfo(pycurl.OS_ERRNO), self._where, cause.said)
+            os_errno = self.curl.getinfo(pycurl.OS_ERRNO)
+            proxy = self._target.proxy_name if self._target is not None else ""
+            error = source_error(cause.code, os_errno, self._where, cause.said, proxy=proxy)
         error.__cause__ = cause
         return error
 

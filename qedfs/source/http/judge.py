@@ -27,8 +27,9 @@ from qedfs.source.http.digests import published_digest
 from qedfs.source.pinning import USUAL, Pinning
 
 MAX_SIZE = 2**63 - 1  # bytes; the largest file offset
-# Size of the first request. One byte is not enough: busybox httpd treats `bytes=0-0` as `bytes=0-`.
-OPENING_BYTES = 2
+# Size of the first request: a sector, which shows the format, and so saves a request. (One byte would not do anyway:
+# busybox httpd treats `bytes=0-0` as `bytes=0-`.)
+OPENING_BYTES = 512
 # Up to this file size, an answer with the whole file is accepted and the range cut out of it, which makes a seed ISO on
 # a server without ranges usable.
 SMALL_FILE_BYTES = 512 << 10
@@ -45,8 +46,8 @@ _DIGITS = re.compile(r"[0-9]{1,19}", re.ASCII)
 # Sections 15.5 and 15.6, and RFC 6585: the client may repeat the same request later.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MEANING = {
-    401: "asks for credentials (401); give them in the URL or in ~/.netrc",
-    403: "forbids access (403)",
+    401: "asks for a user name and a password (401); put them into ~/.netrc, or a token into a --credentials file",
+    403: "forbids access (403); it may want a login or a token (~/.netrc, --credentials), or a signed URL has expired",
     404: "has no such file (404)",
     407: "is behind a proxy that asks for credentials (407)",
     410: "no longer has the file (410)",
@@ -73,7 +74,11 @@ class Unmet(Exception):
 
 
 class RangeIgnored(Exception):
-    """200 with the whole file, and the file is not small. Never leaves this package."""
+    """200 with the whole file, and the file is not small. `media_type`: see there. Never leaves this package."""
+
+    def __init__(self, media_type: str = "") -> None:
+        super().__init__(media_type)
+        self.media_type = media_type
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,12 +171,24 @@ def hides_size(answer: Answer) -> bool:
     )
 
 
-def ignores_ranges(where: str) -> SourceError:
-    """The error for a server that always sends the whole file."""
+def ignores_ranges(where: str, media_type: str = "") -> SourceError:
+    """The error for a server that always sends the whole file, of this `media_type`."""
+    if media_type == "text/html":
+        return SourceError(
+            f"{where} ignores range requests and answers with a web page (text/html); see in a browser whether it is a"
+            " login (put user name and password into ~/.netrc) or a list of files (give the URL of one of them)"
+        )
     return SourceError(
         f"{where} ignores range requests (answered 200 with the whole file);"
-        " put the file on a server that supports ranges, or download it and use the local copy"
+        " put the file on a server that supports ranges (nginx, Apache, Caddy, lighttpd; not `python -m http.server`),"
+        " or download it and use the local copy"
     )
+
+
+def media_type(answer: Answer) -> str:
+    """The media type of the body, in lower case and without parameters; "" if the server sends none or several."""
+    values = answer.fields.get("content-type", ())
+    return values[0].partition(";")[0].strip().lower() if len(values) == 1 else ""
 
 
 def refused_status(answer: Answer, where: str) -> SourceError:
@@ -210,7 +227,7 @@ def _judge_whole(answer: Answer, request: RangeRequest) -> tuple[Identity, Part]
     identity = _judge_version(answer, request)
     part = Part(request.pos, identity.size - request.pos - request.size)
     if part != ALL and identity.size > SMALL_FILE_BYTES:
-        raise RangeIgnored
+        raise RangeIgnored(media_type(answer))
     _refuse_encoded(answer, request.where)
     _refuse_range(answer)
     _check_length(answer, identity.size)
@@ -252,7 +269,7 @@ def _whole_size(answer: Answer, where: str) -> int:
     _refuse_range(answer)
     size = _length(answer)
     if size is None or size > SMALL_FILE_BYTES:
-        raise RangeIgnored
+        raise RangeIgnored(media_type(answer))
     return size
 
 

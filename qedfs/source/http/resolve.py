@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import trio
 
@@ -18,7 +19,16 @@ from qedfs.source.base import Identity
 from qedfs.source.http.answer import Answer
 from qedfs.source.http.digests import published_digest
 from qedfs.source.http.exchange import Exchange
-from qedfs.source.http.judge import ALL, OPENING_BYTES, Part, RangeIgnored, hides_size, ignores_ranges, judge_opening
+from qedfs.source.http.judge import (
+    ALL,
+    OPENING_BYTES,
+    Part,
+    RangeIgnored,
+    hides_size,
+    ignores_ranges,
+    judge_opening,
+    media_type,
+)
 from qedfs.source.http.multi import Multi
 from qedfs.source.http.route import as_transient
 from qedfs.source.http.target import Target, next_target
@@ -39,11 +49,26 @@ _BAD_REQUEST = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolved:
-    """The target that has the file, the file's identity, and the cookies that were set on the way."""
+    """The target that has the file, the file's identity, and the cookies that were set on the way.
+
+    `opening`: the first OPENING_BYTES of the file, or nothing if it is shorter or the server did not send just these.
+    `media_type`: what the server calls the file, "" if it does not.
+    """
 
     target: Target
     identity: Identity
     cookies: tuple[bytes, ...] = dataclasses.field(repr=False)
+    opening: bytes = dataclasses.field(default=b"", repr=False)
+    media_type: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Opening:
+    """The answer to the first request, the bytes of the file in it, and the answer to HEAD if that was needed."""
+
+    answer: Answer
+    body: bytes
+    head: Answer | None = None
 
 
 async def resolve(
@@ -51,7 +76,7 @@ async def resolve(
 ) -> Resolved:
     """Request the first bytes of the file from `origin`, follow redirects, and learn size, validators and final URL.
 
-    The request is a GET of two bytes, not a HEAD: some servers refuse HEAD, signed URLs are valid for one method only,
+    The request is a GET of some bytes, not a HEAD: some servers refuse HEAD, signed URLs are valid for one method only,
     and a HEAD would not show whether ranges work. A mirror is abandoned after `silent_seconds` without an answer.
 
     Raises:
@@ -69,14 +94,14 @@ async def resolve(
         where = place_name(origin, target)
         with as_transient(at_mirror):
             with _in_time(where, silent_seconds if at_mirror else math.inf):
-                answer, head = await _ask(target, exchange, multi, where)
-            if answer.status == 400 and target.location.tls:
-                raise SourceError(f"{where} {_BAD_REQUEST[target.tls.certificate is not None]}")
+                asked = await _ask(target, exchange, multi, where)
+            answer = asked.answer
+            _explain_refusal(answer.status, target, where)
             if answer.status not in REDIRECTS:
-                found = judge_opening(answer, where, str(target.location), pinning, head=head)
+                found = judge_opening(answer, where, str(target.location), pinning, head=asked.head)
                 # A digest in the redirect is the digest of the file (RFC 6249, section 6).
                 told = dataclasses.replace(found, digest=found.digest or digest, place=target.place)
-                return Resolved(target, pinning.counted(told), exchange.cookies)
+                return Resolved(target, pinning.counted(told), exchange.cookies, asked.body, media_type(answer))
         digest = published_digest(answer) or digest
         at_mirror |= answer.status in _TEMPORARY
         following = _follow(origin, target, answer, exchange.peer_address())
@@ -87,6 +112,23 @@ async def resolve(
         seen.add((following.url, exchange.cookies))
         target = following
     raise SourceError(f"{origin.location} redirects more than {MAX_REDIRECTS} times")
+
+
+def _explain_refusal(status: int, target: Target, where: str) -> None:
+    """Raise SourceError for a status that tells more if one knows what was asked, and how."""
+    if status == 400 and target.location.tls:
+        raise SourceError(f"{where} {_BAD_REQUEST[target.tls.certificate is not None]}")
+    if status == 401 and (target.user is not None or target.headers):
+        what = "user name and password" if target.user is not None else "header fields of --credentials"
+        raise SourceError(f"{where} does not accept the {what} (401); check them in the URL, ~/.netrc or --credentials")
+    if status == 407 and target.proxy:
+        raise SourceError(
+            f"{where}: the proxy {target.proxy_name} asks for a user name and a password (407);"
+            " give them in the proxy's URL: http_proxy=http://USER:PASSWORD@HOST:PORT"
+        )
+    if status in (403, 404) and urlsplit(target.url).path.endswith("/"):
+        refused = {403: "forbids access (403)", 404: "has nothing there (404)"}[status]
+        raise SourceError(f"{where} {refused}; a URL that ends in / names a folder: give that of a file in it")
 
 
 def place_name(origin: Target, target: Target) -> str:
@@ -102,34 +144,40 @@ def _in_time(where: str, silent_seconds: float) -> Iterator[None]:
         raise SourceUnreachable(f"{where}: no answer within {silent_seconds:g} s", reason=Reason.TIMEOUT)
 
 
-async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> tuple[Answer, Answer | None]:
+async def _ask(target: Target, exchange: Exchange, multi: Multi, where: str) -> _Opening:
     """The answer to the first request, and to a HEAD request if the first answer hides the size."""
     exchange.aim(target, request_lines(target, None))
     try:
-        answer = await _ask_for_range(exchange, multi, where)
+        found = await _ask_for_range(exchange, multi, where)
     except RangeIgnored:
         # The answer may come from a cache that is just being filled.
         await trio.sleep(IGNORED_SECONDS)
         try:
-            answer = await _ask_for_range(exchange, multi, where)
+            found = await _ask_for_range(exchange, multi, where)
         except RangeIgnored as exc:
-            raise ignores_ranges(where) from exc
-    return answer, await _ask_for_head(exchange, multi, where) if hides_size(answer) else None
+            raise ignores_ranges(where, exc.media_type) from exc
+    if not hides_size(found.answer):
+        return found
+    return dataclasses.replace(found, head=await _ask_for_head(exchange, multi, where))
 
 
-async def _ask_for_range(exchange: Exchange, multi: Multi, where: str) -> Answer:
+async def _ask_for_range(exchange: Exchange, multi: Multi, where: str) -> _Opening:
     answers: list[Answer] = []
+    body = bytearray(OPENING_BYTES)
+    filled = False
 
     def keep(answer: Answer) -> Part | None:
+        nonlocal filled
         answers.append(answer)
         if answer.status not in (200, 206) or hides_size(answer):
             return None
         found = judge_opening(answer, where, "")  # refuse a bad answer before its body is read
-        return ALL if answer.status == 206 and found.size >= OPENING_BYTES else None
+        filled = answer.status == 206 and found.size >= OPENING_BYTES
+        return ALL if filled else None
 
     # Not on a warm connection: the address is checked when connecting, and the rule depends on the redirect.
-    await exchange.run(multi, 0, memoryview(bytearray(OPENING_BYTES)), keep, where, fresh=True)
-    return answers[0]
+    await exchange.run(multi, 0, memoryview(body), keep, where, fresh=True)
+    return _Opening(answers[0], bytes(body) if filled else b"")
 
 
 async def _ask_for_head(exchange: Exchange, multi: Multi, where: str) -> Answer:

@@ -23,7 +23,7 @@ from qedfs.errors import SourceError, UsageError
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.hostname import ascii_host
 from qedfs.source.policy import Policy
-from qedfs.source.url import Location, parse_location
+from qedfs.source.url import Location, parse_location, redact
 
 _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")  # a name or IPv4 address, or an IPv6 address
 _URL_SAFE = "/%:@!$&'()*+,;=~?[]"  # RFC 3986; existing percent-encodings are kept
@@ -48,6 +48,11 @@ class Target:
     def place(self) -> str:
         """Identifies the server for `Identity.place`: a digest of scheme, host and port."""
         return hashlib.sha256(repr(_origin(self.location)).encode()).hexdigest()[:16]
+
+    @property
+    def proxy_name(self) -> str:
+        """The proxy without its user name and password; "" if there is none."""
+        return redact(self.proxy if "://" in self.proxy else f"//{self.proxy}").removeprefix("//")
 
     def check_address(self, address: str, policy: Policy) -> None:
         """Raise Refused unless a connection may go to this numeric address.

@@ -51,7 +51,8 @@ def opening_fault(location: Location, exc: Exception) -> SourceError:
     if isinstance(exc, Refusal):
         return reply_fault(location, exc)
     kind = Reason.TIMEOUT if isinstance(exc, trio.TooSlowError) else Reason.CONNECT
-    return SourceUnreachable(f"{location}: cannot connect: {reason(exc)}", reason=kind)
+    what = _no_socket(location, exc) or f"cannot connect: {reason(exc)}"
+    return SourceUnreachable(f"{location}: {what}", reason=kind)
 
 
 def reply_fault(location: Location, exc: Refusal) -> SourceError:
@@ -84,6 +85,17 @@ def reason(exc: Exception) -> str:
     if isinstance(exc, OSError) and exc.errno is not None:
         return os.strerror(exc.errno)
     return str(exc) if isinstance(exc, Violation) else f"{type(exc).__name__}: {printable(str(exc).encode())}"
+
+
+def _no_socket(location: Location, exc: Exception) -> str | None:
+    """What is wrong with the path of a Unix socket; None if something else failed."""
+    if location.path is None:
+        return None
+    if isinstance(exc, FileNotFoundError):
+        return f"there is no socket {location.path}; is the server running?"
+    if isinstance(exc, ConnectionRefusedError):
+        return f"nobody listens at the socket {location.path}; is the server running?"
+    return None
 
 
 def _alert(exc: Exception) -> Said | None:

@@ -226,8 +226,8 @@ def test_a_retry_date_without_the_servers_own_date_is_no_wish() -> None:
     assert caught.value.retry_after_seconds is None
 
 
-OPENING = {"Content_Range": "bytes 0-1/1000", "Content_Length": "2"}
-HIDDEN = {"Content_Range": "bytes 0-1/*", "Content_Length": "2"}
+OPENING = {"Content_Range": "bytes 0-511/1000", "Content_Length": "512"}
+HIDDEN = {"Content_Range": "bytes 0-511/*", "Content_Length": "512"}
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 import trio
 
 from qedfs.errors import Reason, SourceUnreachable
+from qedfs.source.nbd.client import NbdSource
+from qedfs.source.url import parse_location
 from tests.fakes.nbd_behaviours import BEHAVIOURS, READING
 from tests.fakes.nbd_server import FakeNbd
 from tests.harness.process import free_port
-from tests.source.nbd.support import MiB, opened, read, serving, serving_on_mock_clock, sparse_content
+from tests.source.nbd.support import ANY_SOCKET, MiB, opened, read, serving, serving_on_mock_clock, sparse_content
 
 CONTENT = sparse_content(MiB)
 CUT = {"hangs-up", "cut-in-header", "cut-in-payload"}
@@ -74,3 +79,20 @@ async def _reason_of_opening(url: str) -> Reason:
     error = caught.value.exceptions[0]
     assert isinstance(error, SourceUnreachable)
     return error.reason
+
+
+async def test_a_socket_that_is_not_there_and_one_where_nobody_listens(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    url = f"nbd+unix:///disk?socket={path}"
+    await _no_server(url, f"there is no socket {path}; is the server running?")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        await _no_server(url, f"nobody listens at the socket {path}; is the server running?")
+
+
+async def _no_server(url: str, says: str) -> None:
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(SourceUnreachable) as caught:
+            await NbdSource.open(parse_location(url), ANY_SOCKET, nursery)
+    assert str(caught.value) == f"{url}: {says}"
+    assert caught.value.reason is Reason.CONNECT
