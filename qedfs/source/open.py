@@ -25,6 +25,7 @@ from qedfs.source.samples import Samples
 from qedfs.source.url import Location
 
 LOCAL_PATH_SECONDS = 5.0
+SAY_RAW = "qemu-img rebase -u -F raw -b BACKING OVERLAY"
 
 
 def remote_source(  # noqa: PLR0913 - what a user may say about a backing
@@ -35,6 +36,7 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
     deadline_seconds: float = DEADLINE_SECONDS,
     raw: bool = True,
     expected: str | None = None,
+    say_raw: str = SAY_RAW,
     pinning: Pinning = USUAL,
     slots: ReaderSlots | None = None,
     credentials: Credentials = NO_CREDENTIALS,
@@ -45,8 +47,8 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
     take, retries included. `slots`: see `RetryingSource`. `raw`: treat the backing as raw, whatever its bytes look
     like. Otherwise it is probed: qcow2 is read as qcow2, other known formats and compressed files are refused, and
     everything else is raw. `expected`: the format that the user has named ("raw" or "qcow2"); if the probe finds
-    another one, connecting raises SourceError. `pinning`: what counts as another version. `credentials`: which
-    credentials go to which server.
+    another one, connecting raises SourceError. `say_raw`: how the user can say that the backing is raw, for the message
+    of a refusal. `pinning`: what counts as another version. `credentials`: which credentials go to which server.
 
     The policy is consulted twice: first for the location (`allowed`), then for the file, socket or address to which its
     path or host name has been resolved, before that is used.
@@ -60,7 +62,7 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
         if raw:
             return source
         try:
-            return await _in_its_format(source, location, expected)
+            return await _in_its_format(source, location, expected, say_raw)
         except BaseException:
             await source.aclose()
             raise
@@ -105,7 +107,7 @@ async def allowed(location: Location, policy: Policy) -> None:
     )
 
 
-async def _in_its_format(source: Source, location: Location, expected: str | None) -> Source:
+async def _in_its_format(source: Source, location: Location, expected: str | None, say_raw: str) -> Source:
     """Probe the format of the backing, and wrap the source in a reader for that format.
 
     QED does not store the name of a format, only the bit NO_PROBE, "the backing is raw". Without the bit, the format
@@ -116,28 +118,42 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
     """
     found = await _probed(source)
     if expected is not None and found.name != expected:
-        advice = "; ".join(filter(None, (found.way_out, "see --backing-format")))
-        raise SourceError(
-            f"backing {location} is not a {expected} image; its {found.at} bytes say {found.name} ({advice})"
-        )
+        like = "a raw disk" if found is RAW else found.name
+        advice = found.way_out or f"say --backing-format {found.name}"
+        raise SourceError(f"{_place(source, location)} is not a {expected} image: it looks like {like}; {advice}")
     if found is QCOW2:
         return await Qcow2Source.open(source, str(location))
     if found is not RAW:
         raise SourceError(
-            f"backing {location} looks like a {found.name} image and the overlay does not say that it is raw; "
-            f"{found.way_out}; if it is raw, say so: qemu-img rebase -u -F raw -b BACKING OVERLAY"
+            f"{_place(source, location)} looks like {found.name} (its {found.at} bytes), not like a disk;"
+            f" {found.way_out}. If it is a raw disk all the same, say so: {say_raw}"
         )
     return source
+
+
+def _place(source: Source, location: Location) -> str:
+    """How messages name the backing: as the user does, and by the URL that it was redirected to."""
+    final = source.identity.name if location.kind == "http" else ""
+    return f"backing {location}" + (f" (redirected to {final})" if final not in ("", str(location)) else "")
 
 
 async def _probed(source: Source) -> Found:
     size = source.identity.size
     if not size:
         return RAW
-    head, tail = bytearray(min(HEAD_BYTES, size)), bytearray(min(TAIL_BYTES, size))
-    await source.read(0, memoryview(head))
-    found = probe(bytes(head), b"")
+    media_type = source.media_type if isinstance(source, HttpSource) else ""
+    head = source.opening if isinstance(source, HttpSource) else b""
+    if len(head) < min(HEAD_BYTES, size):
+        head = await _bytes_at(source, 0, min(HEAD_BYTES, size))
+    found = probe(head, b"", size=size, media_type=media_type)
     if found is not RAW:
         return found
-    await source.read(size - len(tail), memoryview(tail))
-    return probe(bytes(head), bytes(tail))
+    tail_size = min(TAIL_BYTES, size)
+    tail = await _bytes_at(source, size - tail_size, tail_size)
+    return probe(head, tail, size=size, media_type=media_type)
+
+
+async def _bytes_at(source: Source, pos: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    await source.read(pos, memoryview(buffer))
+    return bytes(buffer)

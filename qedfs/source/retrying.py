@@ -72,6 +72,11 @@ class RetryingSource:
         return self._breaker.dead is not None
 
     @property
+    def connected(self) -> Source | None:
+        """The source that answers now; None before the first connection and after the last."""
+        return self._source
+
+    @property
     def received(self) -> int:
         """Bytes received over the current connection. Starts at 0 again with the next one."""
         return self._source.received if self._source else 0

@@ -18,6 +18,7 @@ from qedfs.source.hostname import ascii_host
 
 NBD_DEFAULT_PORT = 10809  # IANA, and the NBD URI specification
 _HOST_PORT = re.compile(r"([^:/?#@\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)
+_PORT = re.compile(r"[0-9]{1,5}(?:/|$)", re.ASCII)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -39,6 +40,17 @@ class Location:
 
     def __str__(self) -> str:
         return self.redacted
+
+    @property
+    def stores_login(self) -> bool:
+        """Whether the name contains a user name or password. (The user of nbds only says which key to take.)"""
+        parts = urlsplit(self.secret_url) if self.kind != "file" else urlsplit("")
+        return parts.password is not None or (self.kind == "http" and parts.username is not None)
+
+    @property
+    def stores_query(self) -> bool:
+        """Whether the name contains a query, which may be a signature or a token."""
+        return self.kind == "http" and bool(urlsplit(self.secret_url).query)
 
     @property
     def tls_files(self) -> tuple[str, ...]:
@@ -80,7 +92,18 @@ def parse_location(text: str, *, relative_to: str | None = None) -> Location:
             return _parse_nbd(text, parts)
     except ValueError as exc:
         raise UsageError(f"backing {redact(text)!r}: {exc}") from exc
-    raise UsageError(f"backing {redact(text)!r}: {scheme}: is not supported; use http, https, nbd, nbds or nbd+unix")
+    raise UsageError(f"backing {redact(text)!r}: {_way_out(text, scheme)}")
+
+
+def _way_out(text: str, scheme: str) -> str:
+    """What to write instead of a URL with an unknown scheme."""
+    rest = text[len(scheme) + 1 :]
+    if scheme == "file":
+        path = redact(text)[len("file:") :].removeprefix("//")
+        return f"file: is not supported; give the path alone, like {path or '/disk.raw'}"
+    if _PORT.match(rest):
+        return f"a URL begins with its scheme, like http://{redact(text)}"
+    return f"{scheme}: is not supported; use http, https, nbd, nbds or nbd+unix"
 
 
 def redact(text: str) -> str:
@@ -122,7 +145,7 @@ def _without_value(pair: str) -> str:
 
 def _parse_http(text: str, parts: SplitResult) -> Location:
     if not parts.hostname:
-        raise ValueError("no host in the URL")
+        raise ValueError("no host in the URL; write it like http://host/disk.raw")
     tls = parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
     return Location("http", redact(text), text, host=ascii_host(parts.hostname), port=port, tls=tls)
@@ -150,7 +173,7 @@ def _parse_nbd(text: str, parts: SplitResult) -> Location:
         host = ascii_host(parts.hostname) if parts.hostname else None
         return dataclasses.replace(found, host=host, path=socket_path)
     if not parts.hostname:
-        raise ValueError("no host in the URL")
+        raise ValueError("no host in the URL; write it like nbd://host/export")
     return dataclasses.replace(found, host=ascii_host(parts.hostname), port=parts.port or NBD_DEFAULT_PORT)
 
 

@@ -77,3 +77,24 @@ def test_no_secret_is_shown(text: str) -> None:
 
 def test_the_path_of_a_socket_is_no_secret() -> None:
     assert redact("nbd+unix:///d?socket=/run/s&x=y") == "nbd+unix:///d?socket=/run/s&x=..."
+
+
+@pytest.mark.parametrize(
+    ("text", "login", "query"),
+    [
+        ("http://host/disk.raw", False, False),
+        ("http://user:pass@host/disk.raw", True, False),
+        ("https://token@host/disk.raw", True, False),
+        ("http://host/disk.raw?sig=abc", False, True),
+        ("http://@host/disk.raw?", True, False),
+        ("nbd://host/export", False, False),
+        ("nbds://alice@host/export", False, False),
+        ("nbds://alice:pass@host/export", True, False),
+        ("nbd+unix:///export?socket=/s", False, False),
+        ("nbd:host:10809:exportname=a:b@c", False, False),
+        ("/srv/user:pass@host?x=y", False, False),
+    ],
+)
+def test_what_an_overlay_would_store_of_secrets(text: str, login: bool, query: bool) -> None:
+    location = parse_location(text)
+    assert (location.stores_login, location.stores_query) == (login, query)

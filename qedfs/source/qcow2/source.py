@@ -135,6 +135,11 @@ class Qcow2Source:
         return self._inner
 
     @property
+    def compression(self) -> int:
+        """The type of compression that the image names: DEFLATE or ZSTD of `format.py`."""
+        return self._header.compression
+
+    @property
     def received(self) -> int:
         """Bytes received of the file, including compressed data and tables."""
         return self._inner.received

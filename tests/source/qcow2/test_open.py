@@ -79,14 +79,14 @@ async def test_other_formats_are_refused(tmp_path: Path, magic: bytes) -> None:
     path = tmp_path / "disk"
     path.write_bytes(magic.ljust(KiB))
     async with remote(path, raw=False) as source:
-        with pytest.raises(SourceError, match=r"looks like a .* image and the overlay does not say that it is raw"):
+        with pytest.raises(SourceError, match=r"looks like [A-Z]+ .*, not like a disk; .* say so: qemu-img rebase"):
             await source.connect()
 
 
 async def test_another_format_than_the_user_has_named(raw: Path, qcow2: Path) -> None:
-    for path, expected, found in [(raw, "qcow2", "raw"), (qcow2, "raw", "qcow2")]:
+    for path, expected, found in [(raw, "qcow2", "a raw disk"), (qcow2, "raw", "qcow2")]:
         async with remote(path, raw=False, expected=expected) as source:
-            with pytest.raises(SourceError, match=f"is not a {expected} image; its first bytes say {found}"):
+            with pytest.raises(SourceError, match=f"is not a {expected} image: it looks like {found}; "):
                 await source.connect()
 
 
