@@ -14,7 +14,7 @@ from qedfs.format.record import SLOT_BYTES, Record, encode_record, slot_index, s
 from qedfs.host.durable import sync_folder
 
 
-def create_overlay(
+def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     path: str,
     *,
     image_size: int,
@@ -23,12 +23,14 @@ def create_overlay(
     cluster_size: int = 1 << 16,
     table_size: int = 4,
     copy_on_read: bool = True,
+    private: bool = False,
 ) -> Header:
     """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
 
     The image size is rounded up to a multiple of 512, as in QEMU. The file appears atomically, so a mounted folder
     never shows an incomplete one. Once this function has returned, the file survives a power cut. The default geometry
-    is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them.
+    is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them. `private`: only the
+    owner may read and write the file, whatever the umask allows.
 
     Raises:
         UsageError: the file exists, its folder does not, or the geometry or the backing's name is invalid.
@@ -39,14 +41,19 @@ def create_overlay(
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
     record = encode_record(Record(copy_on_read=copy_on_read))
     try:
-        _write_new(path, header, name, record)
+        _write_new(path, header, name, record, 0o600 if private else 0o666)
     except FileExistsError as exc:
-        raise UsageError(f"{path}: exists already; remove it or choose another name") from exc
+        raise already_exists(path) from exc
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpace(f"{path}: no space left to create it") from exc
         raise file_error(f"{path}: cannot be created: {exc.strerror}", exc) from exc
     return header
+
+
+def already_exists(path: str) -> UsageError:
+    """The error for a file that is there already. Nothing is ever replaced by a new overlay."""
+    return UsageError(f"{path}: exists already; remove it or choose another name")
 
 
 def encode_backing_name(text: str) -> bytes:
@@ -79,7 +86,7 @@ def _header(geometry: Geometry, name: bytes, *, raw_backing: bool) -> Header:
     return Header(geometry, header_size, features, 0, 0, area, HEADER_BYTES, len(name))
 
 
-def _write_new(path: str, header: Header, name: bytes, record: bytes) -> None:
+def _write_new(path: str, header: Header, name: bytes, record: bytes, mode: int) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=folder)
     try:
@@ -94,7 +101,7 @@ def _write_new(path: str, header: Header, name: bytes, record: bytes) -> None:
             file.flush()
             umask = os.umask(0)
             os.umask(umask)
-            os.fchmod(fd, 0o666 & ~umask)
+            os.fchmod(fd, mode & ~umask)
             # Before the file gets its name: a power cut must not leave a name without content. Not fdatasync, which
             # does not make the mode durable.
             os.fsync(fd)

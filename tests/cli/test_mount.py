@@ -274,7 +274,7 @@ def test_no_secret_is_shown(web: Nginx, folder: Path, mountpoint: Path) -> None:
     url = f"{web.url}/disk.img?sig=geheim".replace("http://", "http://user:geheim@")
     qedfs("create", folder / "disk.qed", "--backing", url, "--size", str(SIZE))
     gone = f"http://user:geheim@127.0.0.1:{free_port()}/x?sig=geheim"
-    qedfs("create", folder / "gone.qed", "--backing", gone, "--size", "1M")
+    qedfs("create", folder / "gone.qed", "--backing", gone, "--offline", "--size", "1M")
     with daemon(folder, mountpoint, "--verbose", "--source-timeout", "300ms"):
         qedfs("wait", mountpoint, "disk", "--timeout", HANG_OPTION)
         wait_for(lambda: "geheim" not in _shown(mountpoint) and "127.0.0.1" in _shown(mountpoint), "a trouble")

@@ -67,7 +67,7 @@ def test_what_names_no_overlay_is_wrong_usage(overlay: Path, folder: Path, tmp_p
 def test_a_mount_that_is_there_is_asked_and_not_the_overlay(overlay: Path, mountpoint: Path) -> None:
     stream_in(overlay, mountpoint)
     other = overlay.with_name("other.qed")
-    qedfs("create", other, "--backing", f"nbd://127.0.0.1:1/{overlay.name}", "--size", "1M")
+    qedfs("create", other, "--backing", f"nbd://127.0.0.1:1/{overlay.name}", "--offline", "--size", "1M")
     with daemon(other, mountpoint, "--no-stream"):
         assert wait(mountpoint, "--overlay", overlay, "--timeout", "100ms")[0] == 7
         qedfs("umount", mountpoint)

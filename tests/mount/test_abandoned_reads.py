@@ -50,7 +50,7 @@ def commands(image: Path) -> dict[str, list[str]]:
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
     with black_hole() as url:
-        create(tmp_path / "disk.qed", url, "--size", str(16 * MIB))
+        create(tmp_path / "disk.qed", url, "--offline", "--size", str(16 * MIB))
         options = ("--no-stream", "--source-timeout", "10m")
         with mounted(tmp_path / "disk.qed", tmp_path / "mnt", *options) as mount:
             yield mount

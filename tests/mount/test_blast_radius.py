@@ -93,7 +93,7 @@ def half_dead(folder: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> It
     overlays = folder / "overlays"
     overlays.mkdir()
     with black_hole() as url, origin(folder, SIZE) as source:
-        create(overlays / "bad.qed", url, "--size", str(BAD_SIZE))
+        create(overlays / "bad.qed", url, "--offline", "--size", str(BAD_SIZE))
         create(overlays / "good.qed", source.url)
         options = ("--source-timeout", f"{deadline_seconds:g}s")
         with mounted(overlays, folder / "mnt", *options) as mount:
@@ -152,7 +152,7 @@ def test_sigterm_ends_the_mount_while_readers_hang(tmp_path: Path) -> None:
 def test_readers_of_a_dead_source_get_an_error_in_time(tmp_path: Path) -> None:
     overlay = tmp_path / "disk.qed"
     with black_hole() as url:
-        create(overlay, url, "--size", str(SIZE))
+        create(overlay, url, "--offline", "--size", str(SIZE))
         with (
             mounted(overlay, tmp_path / "mnt", "--source-timeout", "2s") as mount,
             readers(mount.path("disk.raw")) as process,
@@ -167,7 +167,7 @@ def test_one_bad_overlay_among_many_does_not_hold_up_the_mount(tmp_path: Path) -
     overlays.mkdir()
     with black_hole() as url:
         for number in range(5):
-            create(overlays / f"bad{number}.qed", url, "--size", str(SIZE))
+            create(overlays / f"bad{number}.qed", url, "--offline", "--size", str(SIZE))
         qemu_create(overlays / "good.qed", size=MIB)
         # Whoever waits for one of the bad ones waits longer than this test may.
         with mounted(overlays, tmp_path / "mnt", "--source-timeout", "1h") as mount:

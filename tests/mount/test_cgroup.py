@@ -110,7 +110,7 @@ def test_a_mount_streams_many_sources_in_a_hundred_mebibytes(tmp_path: Path) -> 
 
 
 def test_clusters_that_memory_has_no_room_for_are_refused_in_plain_words(tmp_path: Path) -> None:
-    create(tmp_path / "large.qed", "http://127.0.0.1:9/x", "--size", "1G", "--cluster-size", "16M")
+    create(tmp_path / "large.qed", "http://127.0.0.1:9/x", "--offline", "--size", "1G", "--cluster-size", "16M")
     with limited(LIMIT) as group:
         through = inside(group)
         with mounted(tmp_path, tmp_path / "mnt", "--no-stream", through=through) as mount:

@@ -22,7 +22,7 @@ from .support import MIB, create, origin
 
 
 def test_the_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
-    overlay = create(tmp_path / "disk.qed", "http://127.0.0.1:9/disk", "--size", "1M")
+    overlay = create(tmp_path / "disk.qed", "http://127.0.0.1:9/disk", "--offline", "--size", "1M")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:

@@ -155,7 +155,7 @@ def test_an_image_longer_or_shorter_than_its_source(tmp_path: Path, image_size: 
     raw = random_image(tmp_path / "disk", source_size)
     expected = (raw.read_bytes() + bytes(image_size))[:image_size]
     with nginx(tmp_path) as server:
-        create(tmp_path / "disk.qed", f"{server.url}/disk", "--size", str(image_size))
+        create(tmp_path / "disk.qed", f"{server.url}/disk", "--shrink", "--size", str(image_size))
         with mounted_over(tmp_path, f"{server.url}/disk") as mount:
             assert mount.path("disk.raw").read_bytes() == expected
             mount.wait()

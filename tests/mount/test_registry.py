@@ -48,7 +48,7 @@ def test_the_good_are_served_and_the_bad_are_named(tmp_path: Path) -> None:
         (overlays / "link.qed").symlink_to("a.qed")
         (overlays / "folder.qed").mkdir()
         (overlays / "notes.txt").write_text("not asked for")
-        create(overlays / "dead.qed", f"http://127.0.0.1:{free_port()}/disk", "--size", str(SIZE))
+        create(overlays / "dead.qed", f"http://127.0.0.1:{free_port()}/disk", "--offline", "--size", str(SIZE))
         # Whoever waits for the dead server waits longer than this test may.
         with mounted(overlays, tmp_path / "mnt", "--source-timeout", "1h") as mount:
             assert sorted(os.listdir(mount.mountpoint)) == ["a.raw", "b.raw", "c.raw", "dead.raw"]

@@ -26,7 +26,7 @@ def test_a_failed_stream_ends_it_with_the_exit_code_of_the_failure(tmp_path: Pat
     (tmp_path / "mnt").mkdir()
     with origin(tmp_path) as source:
         create(overlays / "good.qed", source.url)
-        create(overlays / "gone.qed", f"{source.server.url}/none", "--size", "1M")
+        create(overlays / "gone.qed", f"{source.server.url}/none", "--offline", "--size", "1M")
         done = qedfs("mount", overlays, tmp_path / "mnt", "--until-streamed", check=False)
     assert done.returncode == 4
     assert "404" in done.stderr.splitlines()[-1]

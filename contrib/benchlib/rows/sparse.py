@@ -63,7 +63,7 @@ def _prepare(lab: Lab) -> Iterator[Contenders]:
     with lab.origin("http", 64 * MIB) as origin:
         big, small = lab.fresh("big.qed"), lab.fresh("small.qed")
         for path, size in ((big, _BIG_SIZE), (small, _SMALL_SIZE)):
-            qedfs("create", path, "--backing", origin.url, "--size", str(size))
+            qedfs("create", path, "--backing", origin.url, "--offline", "--size", str(size))
         yield {QEDFS: partial(_ours, lab, big, small), QEMU: partial(_qemu, big, small)}
 
 
