@@ -48,8 +48,9 @@ from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
 
-# The largest write on the event loop. To the page cache, 4 KiB take 1.4 us and 64 KiB some 20 us; a thread costs 70 us.
-WRITE_NOW_BYTES = 128 << 10
+# The largest write on the event loop: FUSE's largest. To the page cache, 4 KiB take 1.4 us and 64 KiB some 20 us. A
+# thread costs 70 to 190 us, and contends with the event loop for the interpreter's lock.
+WRITE_NOW_BYTES = 1 << 20
 MAX_READ_BYTES = 1 << 20  # the maximal size of a FUSE read
 # The buffer for reads on the event loop, for all overlays. A caller passes on its view of it before the next read.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
@@ -198,7 +199,7 @@ class Overlay:
     # Read.
 
     def read_now(self, pos: int, size: int) -> memoryview | None:
-        """The bytes of a request if it is inside one data cluster and in the page cache; otherwise None.
+        """The bytes of a request if they are data in one piece of the file and in the page cache; otherwise None.
 
         The view is of a buffer that the next call, for any overlay, overwrites. So pass it on before the next await.
         (A FUSE reply is sent by the code that awaited us, without an await in between.)
@@ -277,7 +278,7 @@ class Overlay:
     # Write.
 
     def write_now(self, pos: int, data: Buffer) -> bool:
-        """Write in place if the request is inside one data cluster and need not wait. If it returns False, use `write`.
+        """Write in place if that is one piece of data clusters and need not wait. If it returns False, use `write`.
 
         Raises what `write` raises.
         """

@@ -98,6 +98,51 @@ async def test_a_request_inside_a_cluster_is_clipped() -> None:
     assert await overlay.map(5 * CLUSTER + 1, 2) == [Run(MISSING, 5 * CLUSTER + 1, 2)]
 
 
+async def test_bytes_in_one_piece_have_one_place() -> None:
+    """`data_offset` says what `map` says of a request that is a single data run, and 0 of any other."""
+    states: dict[int, bytes | int] = {
+        0: b"a",
+        1: b"b",
+        2: b"c",
+        4: ZERO,
+        5: ZERO,
+        9: b"d",
+        7: b"e",
+        8: b"f",
+        11: b"g",
+        10: b"h",
+    }
+    overlay = await opened(filled(states))
+    ends = [cluster * CLUSTER + inside for cluster in range(13) for inside in (0, 512, CLUSTER - 512)]
+    found = 0
+    for pos in ends:
+        for end in ends:
+            if pos < end:
+                runs = await overlay.map(pos, end - pos)
+                place = runs[0].offset if len(runs) == 1 and runs[0].offset > ZERO else 0
+                assert overlay.clusters.data_offset(pos, end - pos) == place, (pos, end)
+                found += place != 0
+    assert found > 50
+
+
+async def test_bytes_of_two_slices_have_no_one_place() -> None:
+    """Such a request goes the longer way."""
+    overlay = await opened(filled({511: b"a", 512: b"b"}, image_size=2 * SPAN))
+    pos = SPAN - CLUSTER
+    assert len(await overlay.map(pos, 2 * CLUSTER)) == 1
+    assert overlay.clusters.data_offset(pos, 2 * CLUSTER) == 0
+
+
+async def test_a_row_of_clusters_past_the_end_of_the_file_is_refused() -> None:
+    end = len(filled({0: b"a"}).data)  # cluster 0 ends here, so that the next entry continues it
+    states: list[dict[int, bytes | int]] = [{0: b"a", 1: end}, {0: 1 << 40, 1: (1 << 40) + CLUSTER}]
+    for bad in states:
+        overlay = await opened(filled(bad))
+        await overlay.load(0, 2 * CLUSTER)
+        with pytest.raises(BadOverlay, match="which is not a valid place"):
+            overlay.read_now(0, 2 * CLUSTER) or await overlay.map(0, 2 * CLUSTER)
+
+
 async def test_missing_clusters_are_counted_and_found() -> None:
     overlay = await opened(filled({0: b"a", 1: ZERO, 3: b"b"}, image_size=6 * CLUSTER + 512))
     uncounted = overlay.clusters.missing
