@@ -26,6 +26,7 @@ COMMANDS = {
     "doctor": ("doctor", "doctor"),
     "export": ("export", "export"),
     "info": ("info", "info"),
+    "list": ("list", "list_mounts"),
     "map": ("map", "show_map"),
     "mount": ("mount", "mount"),
     "profile": ("profile", "profile"),

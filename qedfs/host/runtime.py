@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +31,7 @@ SOCKET_NAME = "control.sock"
 LOG_NAME = "log"
 EXIT_REPORT_NAME = "failure"
 KEPT_ENDED = 16  # folders of mounts that ended with an error
+_SOCKET_ENDING = os.fsencode(f"/{SOCKET_NAME}")
 _FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
 _MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) without its terminator
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -251,8 +252,21 @@ def mount_places(mountpoint: str) -> Iterator[RuntimeFolder]:
             yield RuntimeFolder(Path(os.fsdecode(found.removesuffix(ending)) or "/"), (name,), user, told=True)
 
 
+def with_sockets(places: Collection[str]) -> set[str]:
+    """Those of these mountpoints (as `place_of`) that have a server's socket in the kernel's table. No file is opened.
+
+    Servers in other network namespaces are not in the table.
+    """
+    found = {os.path.dirname(path).rpartition(b"/")[2] for path in sockets() if path.endswith(_SOCKET_ENDING)}
+    return {place for place in places if os.fsencode(_folder_name(place)) in found}
+
+
 def _name_of(mountpoint: str) -> str:
-    return hashlib.sha256(os.fsencode(place_of(mountpoint))).hexdigest()[:16]
+    return _folder_name(place_of(mountpoint))
+
+
+def _folder_name(place: str) -> str:
+    return hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
 
 
 def _own_places() -> Iterator[RuntimeFolder]:

@@ -163,6 +163,7 @@ class User:
 
     def __init__(self, folder: Path, uid: int) -> None:
         self.folder = folder
+        self.through: tuple[str, ...] = ()  # a command that runs another one, and its options
         self._uid = str(uid)
         self._python = self._reachable_python()
 
@@ -181,7 +182,7 @@ class User:
         environment = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "HOME")}
         become = (require("setpriv"), "--reuid", self._uid, "--regid", self._uid, "--clear-groups", "--")
         return subprocess.run(
-            [*become, *argv],
+            [*self.through, *become, *argv],
             check=check,
             capture_output=True,
             text=True,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect
 from qedfs.cli.ui.output import console, print_json, print_json_line, terminal_width
@@ -21,15 +22,17 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 
 
 @click.command(short_help="Show what a mount is doing.")
-@click.argument("mountpoint", type=PLACE)
+@click.argument("mountpoint", type=PLACE, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line of it each second.")
 @click.option("--watch", is_flag=True, help="Keep showing it until the mount ends or Ctrl-C.")
-def status(mountpoint: str, as_json: bool, watch: bool) -> None:
+def status(mountpoint: str | None, as_json: bool, watch: bool) -> None:
     """Show the images of the mount at MOUNTPOINT: state, how much is local, pace and remaining time.
+
+    MOUNTPOINT may be omitted if this user has a single mount (qedfs list).
 
     --watch shows as many images as the terminal has lines for; complete ones are left out first.
     """
-    with connect(mountpoint, deadline=time.monotonic() + ANSWER_SECONDS) as client:
+    with connect(mount_meant(mountpoint), deadline=time.monotonic() + ANSWER_SECONDS) as client:
         if watch:
             _watch(client, as_json=as_json)
             return

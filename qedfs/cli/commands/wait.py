@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
@@ -21,7 +22,7 @@ POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
 
 
 @click.command(short_help="Wait until images are complete.")
-@click.argument("mountpoint", type=PLACE)
+@click.argument("mountpoint", type=PLACE, required=False)
 @click.argument("image", required=False)
 @click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")
 @click.option(
@@ -39,13 +40,15 @@ POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
     metavar="OVERLAY|FOLDER",
     help="What was mounted. If the mount has ended, as after mount --until-streamed, the files themselves are checked.",
 )
-def wait(mountpoint: str, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
+def wait(mountpoint: str | None, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
     """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
 
     Overlays that have just appeared in the folder count. An unreachable source or a full disk does not end the wait. A
     failed stream ends it with exit code 4, a changed source with 5. If nothing is mounted there (any more), the exit
-    code is 10; but with --overlay it is 0 if what was mounted is complete.
+    code is 10; but with --overlay it is 0 if what was mounted is complete. MOUNTPOINT may be omitted if this user has a
+    single mount (qedfs list).
     """
+    mountpoint = mount_meant(mountpoint)
     waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
     try:
         with connect(mountpoint, deadline=waiting.deadline) as client:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qedfs.cli.served_images import BROKEN, Image, trouble
@@ -101,7 +101,12 @@ def summary(images: Sequence[Image]) -> list[str]:
     if len(images) < 2:
         return []
     counts = Counter(image["state"] for image in images)
-    states = [*(state for state in STATES if counts[state]), *sorted(counts.keys() - set(STATES))]
     populated, total = (sum(image[key] for image in images) for key in ("populated", "total"))
     local = f"{format_size(populated)} of {format_size(total)} local"
-    return [f"{len(images)} images: {', '.join(f'{counts[state]} {state}' for state in states)}; {local}"]
+    return [f"{len(images)} images: {states_text(counts)}; {local}"]
+
+
+def states_text(counts: Mapping[str, int]) -> str:
+    """How many images are in which state, such as "2 complete, 1 running"."""
+    states = [*(state for state in STATES if state in counts), *sorted(counts.keys() - set(STATES))]
+    return ", ".join(f"{counts[state]} {state}" for state in states)
