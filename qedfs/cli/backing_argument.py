@@ -22,8 +22,8 @@ def misplaced_url(words: Sequence[str]) -> str | None:
     return next((word for word in words if _URL.match(word)), None)
 
 
-def location_of(text: str, folder: str) -> Location:
-    """The location of a backing. `folder`: that of the overlay, to which a path is relative.
+def location_of(text: str, folder: str, *, option: str = "--backing") -> Location:
+    """The location of a backing. `folder`: that of the overlay, to which a path is relative. `option`: for messages.
 
     Raises:
         UsageError: it is neither a URL nor a path, or it is the path of a file that does not exist and looks like a URL
@@ -34,7 +34,7 @@ def location_of(text: str, folder: str) -> Location:
         advice = _advice(text)
         if advice is not None:
             # The path is not shown: it may be a URL with a password.
-            raise UsageError(f"--backing: there is no such file; {advice}")
+            raise UsageError(f"{option}: there is no such file; {advice}")
     return location
 
 

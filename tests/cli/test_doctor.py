@@ -48,3 +48,13 @@ def test_what_fails_decides_the_exit_code(tmp_path: Path) -> None:
     failed = [one for one in found["checks"] if one["verdict"] == "fail"]
     assert [one["check"] for one in failed] == ["/dev/fuse"]
     assert "modprobe fuse" in failed[0]["way_out"]
+
+
+def test_a_url_that_is_none_is_said_before_anything_is_looked_at() -> None:
+    for url, said in (
+        ("ftp://host/disk", "ftp: is not supported"),
+        ("host.example/disk.raw", "begins with its scheme"),
+    ):
+        done = qedfs("doctor", url, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr

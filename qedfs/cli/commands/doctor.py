@@ -1,38 +1,60 @@
-"""`qedfs doctor`: whether this machine has what qedfs needs."""
+"""`qedfs doctor`: whether this machine, and the server of a backing, have what qedfs needs."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qedfs.cli.credentials_option import credentials as read
+from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.doctor import fuse_checks, library_checks, machine_checks
 from qedfs.cli.doctor.finding import Finding, Verdict, look
+from qedfs.cli.option_types import DURATION
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
 
+if TYPE_CHECKING:
+    from qedfs.source.credentials import Credentials
+    from qedfs.source.url import Location
 
-@click.command(short_help="Check this machine.")
+
+@click.command(short_help="Check this machine, and a server.")
+@click.argument("url", required=False)
+@click.option(
+    "--timeout", type=DURATION, default="30s", show_default=True, metavar="TIME", help="How long to ask the server."
+)
+@credentials_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(as_json: bool) -> None:
-    """Check that this machine has what qedfs needs.
+def doctor(url: str | None, timeout: float, credentials: str | None, as_json: bool) -> None:
+    """Check that this machine has what qedfs needs; given a URL, ask its server what it can do, too.
 
     Prints a line for each check: ok, warn (qedfs works, but not all of it or not as well), or FAIL (it does not work),
-    what was found, and the way out. Nothing is mounted. The output contains no passwords: put it into a bug report.
+    what was found, and the way out. Nothing is mounted, and at most 32 MiB are downloaded. The output contains no
+    passwords: put it into a report of a bug.
 
-    Exit codes: 0 if nothing says FAIL, otherwise 1.
+    Exit codes: 0 if nothing says FAIL, otherwise that of the first FAIL: 1 for this machine, 4 for a server that does
+    not answer or does not serve a disk, 7 if --timeout has passed, 9 if the server leads to a forbidden address.
 
-    With --json: `ok` (whether nothing says FAIL) and `checks`, a list of `check`, the name; `verdict`, "ok", "warn" or
-    "fail"; `found`, text; and `way_out`, text or null.
+    With --json: `ok` (whether nothing says FAIL), `checks` (a list of `check`, the name; `verdict`, "ok", "warn" or
+    "fail"; `found`, text; and `way_out`, text or null), and `source`, null without a URL, with `url` and
+    `redirected_to` (without secrets), `size` of the file, `digest`, `etag` and `last_modified` of its version, `format`
+    ("raw" or "qcow2"), `compression` and `disk_size` of the disk in it, `round_trip_seconds` and `bytes_per_second`.
+    Sizes are in bytes; what is not known is null.
     """
+    # What cannot be understood is said at once.
+    target = None if url is None else (_location(url), read(credentials))
     report = _Report(as_json=as_json)
     for checks in (library_checks, machine_checks, fuse_checks):
         for check, examine in checks.checks():
             report.add(look(check, examine))
+    facts = None if target is None else _ask(*target, timeout, report.add)
     if as_json:
-        print_json({"ok": report.exit_code == 0, "checks": [_shown(one) for one in report.findings]})
+        print_json({"ok": report.exit_code == 0, "checks": [_shown(one) for one in report.findings], "source": facts})
     raise click.exceptions.Exit(report.exit_code)
 
 
@@ -58,3 +80,22 @@ def _shown(finding: Finding) -> dict[str, Any]:
     shown = dataclasses.asdict(finding)
     del shown["exit_code"]
     return shown
+
+
+def _location(url: str) -> Location:
+    # Imported here, since it imports idna, which may be what is broken.
+    from qedfs.cli.backing_argument import location_of
+
+    return location_of(url, os.getcwd(), option="URL")
+
+
+def _ask(
+    location: Location, credentials: Credentials, seconds: float, report: Callable[[Finding], None]
+) -> dict[str, Any]:
+    # Imported here because loading libcurl and trio is slow, and one of them may be what is broken.
+    import trio
+
+    from qedfs.cli.doctor.server_checks import examine
+
+    facts = trio.run(examine, location, credentials, seconds, report)
+    return dataclasses.asdict(facts)

@@ -28,6 +28,7 @@ from qedfs.source.base import WEAK, Extent, Identity, Sameness, check_range
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.nbd import errors
 from qedfs.source.nbd.connection import Connection
+from qedfs.source.nbd.protocol import Negotiated
 from qedfs.source.nbd.tls import client_context
 from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
@@ -63,7 +64,7 @@ class NbdSource:
         self._pinning = pinning
         self._samples = samples
         self._identity = self._identity_of(connection)
-        self._multi_conn = connection.negotiated.multi_conn
+        self._negotiated = connection.negotiated
         self._connections = [connection]
         self._opening: set[trio.CancelScope] = set()
         self._reconnection = SingleFlight(
@@ -108,6 +109,11 @@ class NbdSource:
     def identity(self) -> Identity:
         """The size of the export, and its description as a weak tag. NBD has no notion of a version."""
         return self._identity
+
+    @property
+    def negotiated(self) -> Negotiated:
+        """What the server has announced at the first connection."""
+        return self._negotiated
 
     @property
     def received(self) -> int:
@@ -163,7 +169,7 @@ class NbdSource:
         self._connections = live
         if not live:
             return await self._reconnection.result()
-        if urgent or not self._multi_conn:
+        if urgent or not self._negotiated.multi_conn:
             return live[0]
         background = live[1:] or live
         chosen = min(background, key=lambda each: each.load)

@@ -182,15 +182,18 @@ def _agreed(found: dict[int, bytes], structured: bool, context: int | None) -> N
     if size > MAX_EXPORT_SIZE:
         raise Violation(f"the server announces an export of {size} bytes, more than 2^63-1")
     flags = Export(raw_flags) if raw_flags & Export.HAS_FLAGS else Export(0)
-    minimum, maximum = _block_sizes(found[INFO_BLOCK_SIZE]) if INFO_BLOCK_SIZE in found else (1, MAX_REQUEST_SIZE)
+    announced = _block_sizes(found[INFO_BLOCK_SIZE]) if INFO_BLOCK_SIZE in found else None
+    minimum, _, most = announced or (1, MAX_REQUEST_SIZE, MAX_REQUEST_SIZE)
     if size % minimum:
         raise Violation(f"the size of the export, {size}, is not a multiple of its minimum block size {minimum}")
     description = printable(found.get(INFO_DESCRIPTION, b""))
-    return Negotiated(size, flags, structured, context, minimum, maximum, description)
+    return Negotiated(
+        size, flags, structured, context, minimum, min(most, MAX_REQUEST_SIZE), description, block_sizes=announced
+    )
 
 
-def _block_sizes(info: bytes) -> tuple[int, int]:
-    """Check the announced block sizes. Returns the granularity of requests and the size of the largest that we send."""
+def _block_sizes(info: bytes) -> tuple[int, int, int]:
+    """The announced block sizes, checked: minimum, preferred and maximum."""
     if len(info) != 12:
         raise Violation("the server announces malformed block sizes")
     minimum, preferred, maximum = struct.unpack(">III", info)
@@ -201,7 +204,7 @@ def _block_sizes(info: bytes) -> tuple[int, int]:
         raise Violation(f"the server announces {said}: the preferred size is not a power of two that fits the minimum")
     if maximum < preferred or (maximum != UNLIMITED_BLOCK_SIZE and maximum % minimum):
         raise Violation(f"the server announces {said}: the maximum does not fit the others")
-    return minimum, min(maximum, MAX_REQUEST_SIZE)
+    return minimum, preferred, maximum
 
 
 def _is_power_of_two(value: int) -> bool:

@@ -48,10 +48,20 @@ class Chunk(enum.IntEnum):
 
 
 class Export(enum.IntFlag):
-    """The transmission flags of an export that we use."""
+    """The transmission flags of an export. We use the first and CAN_MULTI_CONN; the others are for people."""
 
     HAS_FLAGS = 1 << 0
+    READ_ONLY = 1 << 1
+    SEND_FLUSH = 1 << 2
+    SEND_FUA = 1 << 3
+    ROTATIONAL = 1 << 4
+    SEND_TRIM = 1 << 5
+    SEND_WRITE_ZEROES = 1 << 6
+    SEND_DF = 1 << 7
     CAN_MULTI_CONN = 1 << 8
+    SEND_RESIZE = 1 << 9
+    SEND_CACHE = 1 << 10
+    SEND_FAST_ZERO = 1 << 11
 
 
 class ErrorCode(enum.IntEnum):
@@ -95,6 +105,7 @@ class Negotiated:
     minimum_block: int = 1  # position and size of a request must be multiples of it
     maximum_request: int = MAX_REQUEST_SIZE
     description: str = ""  # of the export, for people
+    block_sizes: tuple[int, int, int] | None = None  # minimum, preferred, maximum as announced; for people, too
 
     @property
     def multi_conn(self) -> bool:

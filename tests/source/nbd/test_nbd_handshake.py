@@ -54,7 +54,7 @@ def _drive(dialogue: Dialogue, server: bytes) -> tuple[Negotiated, bytes, list[b
 
 def test_everything_offered_is_agreed_on() -> None:
     negotiated, rest, said = _drive(negotiate("dísk", tls=False), SERVER + b"junk")
-    assert negotiated == Negotiated(8192, Export(1 | 1 << 8), True, 9, 512, 65536)
+    assert negotiated == Negotiated(8192, Export(1 | 1 << 8), True, 9, 512, 65536, block_sizes=(512, 4096, 65536))
     assert negotiated.multi_conn
     assert rest == b"junk"
     name = "dísk".encode()
