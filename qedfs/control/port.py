@@ -73,6 +73,11 @@ class Mounted(Protocol):
         """The device number as in /proc/self/mountinfo, such as "0:57"; "" if unknown."""
         ...
 
+    @property
+    def without_more(self) -> str:
+        """Why lseek(SEEK_DATA, SEEK_HOLE) and fallocate (TRIM) are not answered; "" if they are."""
+        ...
+
     def everything(self) -> Sequence[ServedImage]:
         """All overlays that were found, served or not, sorted by name."""
         ...

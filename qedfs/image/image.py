@@ -27,6 +27,7 @@ from qedfs.image.pin import SourceVersion
 from qedfs.image.readahead import Readahead
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
+from qedfs.overlay.ranges import Ranges
 from qedfs.overlay.storage import Buffer
 from qedfs.source.retrying import RetryingSource
 
@@ -76,6 +77,7 @@ class Image:
         self.replaying = False  # a profile is being fetched, which comes before the stream
         self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
         self._full_at = float("-inf")  # when an adoption or a commit found no space
+        self.source_holes = Ranges()  # L1 indices without a table where the source has a hole; set by the stream
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
         self._readahead = Readahead()
         self._rmw_budget = RmwBudget(overlay.cluster_size)

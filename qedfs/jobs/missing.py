@@ -1,6 +1,7 @@
 """Finds the missing clusters of an image that have to be fetched, and skips the holes of the source.
 
-Owns the known holes of the source, and which absent L2 tables lie in one. Must not know when a request may be sent.
+Finds the holes of the source, and which absent L2 tables lie in one (`Image.source_holes`). Must not know when
+a request may be sent.
 
 Where the source has a hole, missing clusters get zero entries, and nothing is fetched. A range without an L2 table over
 a hole is skipped: after the detach it reads as zeros anyway.
@@ -13,7 +14,6 @@ from collections import deque
 import trio
 
 from qedfs.image.image import Image
-from qedfs.overlay.ranges import Ranges
 from qedfs.source.base import Extent
 
 EXTENTS_BYTES = 1 << 30  # size of the range in one query for extents
@@ -28,7 +28,7 @@ class MissingRuns:
         self.skipped = 0  # bytes of skipped ranges without a table
         self._image = image
         self._extents: deque[Extent] = deque()
-        self._holes = Ranges()  # L1 indices without a table where the source has a hole
+        self._holes = image.source_holes
         self._steps = 0
 
     async def first_from(self, pos: int) -> int | None:

@@ -17,8 +17,10 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from qedfs.errors import QedfsError
 from qedfs.image.image import Image
+from qedfs.image.seek import seek
 from qedfs.mount.fuse_attributes import changes, folder_attributes, image_attributes
 from qedfs.mount.fuse_errors import FailureReplies
+from qedfs.mount.fuse_session import FileSystem
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
@@ -40,7 +42,7 @@ def total(handler: F) -> F:
     return cast("F", replying)
 
 
-class Operations(pyfuse3.Operations):
+class Operations(FileSystem):
     """The requests of the kernel for one flat folder of images of fixed size."""
 
     supports_dot_lookup = False
@@ -75,6 +77,19 @@ class Operations(pyfuse3.Operations):
             await self._images[fh].flush()
         except Exception as exc:
             raise self._reply(exc, fh) from exc
+
+    @total
+    async def lseek(self, inode: int, pos: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE; the kernel does the others itself. Nothing is fetched."""
+        found = await seek(self._image(inode), pos, hole=whence == os.SEEK_HOLE)
+        if found is None:
+            raise FUSEError(errno.ENXIO)
+        return found
+
+    @total
+    async def fallocate(self, inode: int, mode: int, pos: int, size: int) -> None:
+        """Not supported yet."""
+        raise FUSEError(errno.EOPNOTSUPP)
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor. Nothing is made durable."""
@@ -226,6 +241,12 @@ class Operations(pyfuse3.Operations):
         if served is None:
             raise FUSEError(errno.ESTALE)
         return served
+
+    def _image(self, inode: int) -> Image:
+        image = self._images.get(inode)
+        if image is None:
+            raise FUSEError(errno.ESTALE)
+        return image
 
     def _attributes(self, served: Served) -> EntryAttributes:
         if served.image is None:

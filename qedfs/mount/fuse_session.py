@@ -6,6 +6,7 @@ not know what is served, nor why the mount ends.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 
@@ -15,6 +16,7 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.mount import fuse_wait
 from qedfs.mount.fuse_init import MAX_BACKGROUND
+from qedfs.mount.more_operations import Handlers, MoreOperations
 from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at, unmount, why_not_mounted
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,10 @@ MAX_TASKS = 2 * MAX_BACKGROUND
 MIN_TASKS = 16  # idle workers; with fewer, pyfuse3 starts and ends a task for every request
 
 
+class FileSystem(pyfuse3.Operations, Handlers):
+    """What answers the requests: pyfuse3's handlers, and ours."""
+
+
 class FuseSession:
     """Our file system at one mountpoint. After `mount`, run `answer`, and call `end` in any case."""
 
@@ -33,6 +39,7 @@ class FuseSession:
         # Resolved before the mount: afterwards this would send a request to ourselves.
         self.mountpoint = os.path.realpath(mountpoint)
         self._mounted: MountInfo | None = None  # our file system, once it is mounted
+        self._more: MoreOperations | None = None
         self._ended = False  # the kernel's connection: what is mounted there now is dead, or is not ours
 
     @property
@@ -62,7 +69,12 @@ class FuseSession:
             )
             return None
 
-    def mount(self, operations: pyfuse3.Operations, source: str, *, allow_other: bool, read_only: bool) -> None:
+    @property
+    def without_more(self) -> str:
+        """Why lseek(SEEK_DATA) and fallocate are not answered; "" if they are. See `more_operations.py`."""
+        return self._more.missing if self._more is not None else "the file system is not mounted yet"
+
+    def mount(self, operations: FileSystem, source: str, *, allow_other: bool, read_only: bool) -> None:
         """Mount the file system. `source`: shown in the kernel's table of mounts.
 
         Raises:
@@ -78,7 +90,9 @@ class FuseSession:
             options.add("ro")
         before = self._found()
         try:
-            pyfuse3.init(operations, self.mountpoint, options)
+            self._more = MoreOperations(operations)
+            with self._more.offered():
+                pyfuse3.init(operations, self.mountpoint, options)
             self._mounted = self._found()
         except BaseException as exc:
             # It may be mounted all the same: fusermount3 mounts before it passes the descriptor, which can fail. After
@@ -95,7 +109,8 @@ class FuseSession:
 
         Returns the error if it was cut and the mount is still there.
         """
-        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        async with self._more.serving() if self._more is not None else contextlib.nullcontext():
+            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         self._ended = True
         if self.is_mounted:
             # umount -f cuts the connection first, and unmounts a moment later unless somebody has a file open.

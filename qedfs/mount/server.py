@@ -68,6 +68,11 @@ class Mount:
         """The device number of the mounted file system, as in the kernel's tables of mounts; "" if unknown."""
         return self.session.device
 
+    @property
+    def without_more(self) -> str:
+        """Why lseek(SEEK_DATA) and fallocate are not answered; "" if they are."""
+        return self.session.without_more
+
     def everything(self) -> list[Served]:
         """All overlays in the folder."""
         return self.images.registry.everything()

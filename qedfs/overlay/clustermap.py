@@ -20,6 +20,7 @@ from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.sectors import SECTOR_ENTRIES
+from qedfs.overlay.table_search import next_data, next_hole
 from qedfs.overlay.table_slices import TableSlices
 
 COUNT_AT_ONCE = 32  # slices or holes to examine before other tasks get their turn
@@ -176,6 +177,34 @@ class ClusterMap:
                 count += 1
             return cluster, count
         return None
+
+    async def seek(self, cluster: int, stop: int, *, hole: bool, missing_is_hole: bool) -> int:
+        """The first cluster from `cluster` on that is in a hole (or not in one); `stop` if none is before it.
+
+        A hole is a zero cluster and, with `missing_is_hole`, a missing one. A range without an L2 table costs one step.
+
+        Raises:
+            BadOverlay: an L1 entry points to an invalid place.
+        """
+        for turn in itertools.count(1):
+            if cluster >= stop:
+                break
+            if turn % COUNT_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            if missing := await self.gap(cluster):
+                if hole == missing_is_hole:
+                    return cluster
+                cluster += missing
+                continue
+            number = cluster >> self._shift
+            part = await self._tables.entries(number)
+            first = number << self._shift
+            end = min(self.slice_entries, stop - first)
+            search = next_hole if hole else next_data
+            cluster = first + search(part, cluster - first, end, missing_is_hole=missing_is_hole)
+            if cluster < first + end:
+                return cluster
+        return stop
 
     async def gap(self, cluster: int) -> int:
         """How many clusters from here on are missing because there is no table, or only a hole of the file in it.

@@ -259,6 +259,10 @@ class Overlay:
         """How many clusters from here on are missing because there is no table, or only a hole of the file in it."""
         return await self.clusters.gap(cluster)
 
+    async def seek(self, cluster: int, stop: int, *, hole: bool, missing_is_hole: bool) -> int:
+        """The first cluster from `cluster` on that is in a hole (or not in one); `stop` if none is before it."""
+        return await self.clusters.seek(cluster, stop, hole=hole, missing_is_hole=missing_is_hole)
+
     def all_missing(self, cluster: int, count: int) -> bool:
         """Whether none of these clusters has an entry. False if the tables in memory cannot tell."""
         return self.clusters.all_missing(cluster, count)

@@ -101,6 +101,7 @@ class FakeMount:
 
     mountpoint = "/mnt/images"
     device = "0:57"
+    without_more = ""
 
     def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
         self.folder = folder

@@ -11,7 +11,7 @@ import trio.testing
 
 from qedfs.errors import QedfsError
 from qedfs.mount import fuse_session, fuse_wait
-from qedfs.mount.fuse_session import FuseSession
+from qedfs.mount.fuse_session import FileSystem, FuseSession
 from qedfs.mount.mountpoint import MountInfo
 
 OURS = MountInfo("0:57", "fuse.qedfs", b"/disk.qed")
@@ -68,7 +68,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 def mount(folder: Path) -> FuseSession:
     session = FuseSession(str(folder))
-    session.mount(cast("pyfuse3.Operations", None), "/disk.qed", allow_other=False, read_only=False)
+    session.mount(cast("FileSystem", None), "/disk.qed", allow_other=False, read_only=False)
     return session
 
 

@@ -24,6 +24,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "mountpoint": mount.mountpoint,
         "device": mount.device,
         "socket": socket,
+        "more_operations": {"answered": not mount.without_more, "error": mount.without_more or None},
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }

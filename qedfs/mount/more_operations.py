@@ -1,0 +1,244 @@
+"""lseek (SEEK_DATA, SEEK_HOLE) and fallocate (TRIM, zero ranges) through FUSE: pyfuse3 has no handlers for them.
+
+Owns the way in which two handlers get into libfuse's table, and their replies. Must not know images.
+
+pyfuse3 passes its table of handlers to libfuse in one call. The dynamic loader has put the address of that function
+into pyfuse3's data. For the time of `pyfuse3.init`, `offered` replaces this pointer by a function of ours, which calls
+the real one with a copy of the table that has two more entries. The order of the entries is libfuse's ABI
+(fuse_lowlevel.h: struct fuse_lowlevel_ops), which only grows. libfuse 3.17 calls the function by another name, with one
+more argument.
+
+That is safe only if there is exactly one such pointer, and the two entries are empty. Otherwise nothing is changed, and
+the mount does without: the kernel then treats a file as all data, and refuses fallocate.
+
+A handler runs as a task, because libfuse calls us from the middle of pyfuse3's loop. It replies exactly once, whatever
+happens. The tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyfuse3
+import trio
+
+log = logging.getLogger(__name__)
+
+# Indices in struct fuse_lowlevel_ops.
+_FALLOCATE, _LSEEK = 40, 43
+_WORD = ctypes.sizeof(ctypes.c_void_p)
+_LSEEK_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+_FALLOCATE_HANDLER = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+)
+_TABLE = ctypes.POINTER(ctypes.c_void_p)
+# The function that takes the table, by name: since libfuse 3.17, and before. PYFUNCTYPE, like PyDLL below, keeps the
+# interpreter's lock during the call, as pyfuse3 does: libfuse's state is shared with pyfuse3's handlers.
+_NEW_SESSION: dict[str, Any] = {
+    "fuse_session_new_versioned": ctypes.PYFUNCTYPE(
+        ctypes.c_void_p, ctypes.c_void_p, _TABLE, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
+    ),
+    "fuse_session_new": ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, _TABLE, ctypes.c_size_t, ctypes.c_void_p),
+}
+
+
+class Handlers(Protocol):
+    """What answers the two requests. Both raise FUSEError; any other exception becomes EIO."""
+
+    async def lseek(self, inode: int, pos: int, whence: int) -> int:
+        """The position that lseek(2) returns for SEEK_DATA or SEEK_HOLE."""
+        ...
+
+    async def fallocate(self, inode: int, mode: int, pos: int, size: int) -> None:
+        """Do what fallocate(2) does with this mode."""
+        ...
+
+
+class _Pointer(NamedTuple):
+    """A place in memory that has the address of a function of libfuse."""
+
+    place: int
+    writable: bool  # or in a part that the loader has made read-only after it had resolved the pointers (RELRO)
+    function: str
+
+
+class MoreOperations:
+    """The two handlers of one mount. `missing`: why they are not there; "" if they are, once `offered` has ended."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.missing = "the file system is not mounted yet"
+        self._handlers = handlers
+        self._nursery: trio.Nursery | None = None
+        self._kept: list[object] = []  # what libfuse refers to as long as the session exists
+
+    @contextlib.contextmanager
+    def offered(self) -> Iterator[None]:
+        """While the context is open, a session that pyfuse3 creates gets the two handlers, if possible."""
+        try:
+            # Functions of the libfuse that pyfuse3 is linked with are found through pyfuse3 itself.
+            library = ctypes.PyDLL(pyfuse3.__file__)
+            pointer = _find_pointer(library, _memory_of(os.path.realpath(pyfuse3.__file__)))
+            replacing = contextlib.ExitStack()
+            replacing.enter_context(_replaced(pointer, self._hook(library, pointer)))
+        except (OSError, ValueError, LookupError, AttributeError) as exc:
+            self.missing = str(exc)
+            log.warning("no SEEK_HOLE, no TRIM: %s", exc)
+            yield
+            return
+        self.missing = "pyfuse3 did not call libfuse through its pointer"
+        with replacing:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer the requests that arrive while the context is open. Ends when all of them are answered."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                yield
+        finally:
+            self._nursery = None
+
+    def _hook(self, library: ctypes.PyDLL, pointer: _Pointer) -> int:
+        """The address of a function that stands for libfuse's: it adds the handlers."""
+        kind = _NEW_SESSION[pointer.function]
+        real = kind(_address(library, pointer.function))
+        reply_error, reply_position = library.fuse_reply_err, library.fuse_reply_lseek
+        reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        reply_position.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+
+        def lseek(request: int, inode: int, pos: int, whence: int, _file: int) -> None:
+            self._start(
+                lambda: self._handlers.lseek(inode, pos, whence),
+                lambda found: reply_position(request, found),
+                lambda number: reply_error(request, number),
+            )
+
+        def fallocate(request: int, inode: int, mode: int, pos: int, size: int, _file: int) -> None:
+            self._start(
+                lambda: self._handlers.fallocate(inode, mode, pos, size),
+                lambda _: reply_error(request, 0),
+                lambda number: reply_error(request, number),
+            )
+
+        lseek_entry, fallocate_entry = _LSEEK_HANDLER(lseek), _FALLOCATE_HANDLER(fallocate)
+
+        def new_session(arguments: int, table: Any, size: int, *rest: int) -> int | None:  # noqa: ANN401 - _TABLE
+            count = max(size // _WORD, _LSEEK + 1)
+            entries = (ctypes.c_void_p * count)(*table[: size // _WORD])
+            if entries[_LSEEK] or entries[_FALLOCATE]:
+                self.missing = "pyfuse3 has handlers of its own"
+                return real(arguments, table, size, *rest)  # type: ignore[no-any-return]
+            entries[_LSEEK] = ctypes.cast(lseek_entry, ctypes.c_void_p)
+            entries[_FALLOCATE] = ctypes.cast(fallocate_entry, ctypes.c_void_p)
+            self.missing = ""
+            return real(arguments, ctypes.cast(entries, _TABLE), count * _WORD, *rest)  # type: ignore[no-any-return]
+
+        hook = type(real)(new_session)
+        self._kept += [lseek_entry, fallocate_entry, hook]
+        return ctypes.cast(hook, ctypes.c_void_p).value or 0
+
+    def _start(
+        self,
+        handler: Callable[[], Awaitable[Any]],
+        reply: Callable[[Any], object],
+        reply_error: Callable[[int], object],
+    ) -> None:
+        """Run a handler in a task, and reply. Called by libfuse, so it must not raise."""
+
+        async def answer() -> None:
+            try:
+                found = await handler()
+            except pyfuse3.FUSEError as exc:
+                reply_error(exc.errno)
+            except BaseException as exc:
+                reply_error(errno.EIO)
+                if not isinstance(exc, Exception):
+                    raise  # the task is cancelled
+                log.exception("internal error in a request")
+            else:
+                reply(found)
+
+        if self._nursery is None:
+            reply_error(errno.EIO)
+        else:
+            self._nursery.start_soon(answer)
+
+
+def _find_pointer(library: ctypes.PyDLL, regions: Sequence[tuple[int, int, bool]]) -> _Pointer:
+    """The pointer through which pyfuse3 calls libfuse. `regions` of its memory: (start, end, writable).
+
+    Raises:
+        LookupError: there is none, or more than one.
+    """
+    found: list[_Pointer] = []
+    for function in _NEW_SESSION:
+        if not hasattr(library, function):
+            continue
+        address = _address(library, function).to_bytes(_WORD, sys.byteorder)
+        for start, end, writable in regions:
+            memory = ctypes.string_at(start, end - start)
+            at = memory.find(address)
+            while at >= 0:
+                if at % _WORD == 0:
+                    found.append(_Pointer(start + at, writable, function))
+                at = memory.find(address, at + 1)
+    if len(found) != 1:
+        raise LookupError(f"pyfuse3 has {len(found)} pointers to libfuse's fuse_session_new, not one")
+    return found[0]
+
+
+def _memory_of(path: str) -> list[tuple[int, int, bool]]:
+    """The data of a loaded library in the memory of this process: (start, end, writable). Empty if it is not loaded."""
+    regions = []
+    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(None, 5)
+        if len(fields) == 6 and fields[5] == path and fields[1].startswith("r") and "x" not in fields[1]:
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            regions.append((start, end, "w" in fields[1]))
+    return regions
+
+
+def _address(library: ctypes.PyDLL, function: str) -> int:
+    return ctypes.cast(getattr(library, function), ctypes.c_void_p).value or 0
+
+
+@contextlib.contextmanager
+def _replaced(pointer: _Pointer, value: int) -> Iterator[None]:
+    """Set a pointer while the context is open."""
+    word = ctypes.c_void_p.from_address(pointer.place)
+    before = word.value
+    with _made_writable(pointer):
+        word.value = value
+        try:
+            yield
+        finally:
+            word.value = before
+
+
+@contextlib.contextmanager
+def _made_writable(pointer: _Pointer) -> Iterator[None]:
+    if pointer.writable:
+        yield
+        return
+    page = pointer.place - pointer.place % mmap.PAGESIZE
+    _protect(page, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        yield
+    finally:
+        _protect(page, mmap.PROT_READ)
+
+
+def _protect(page: int, protection: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), protection):
+        number = ctypes.get_errno()
+        raise OSError(number, f"mprotect: {os.strerror(number)}")

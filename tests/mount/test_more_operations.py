@@ -1,0 +1,152 @@
+"""lseek and fallocate on a real mount, and what a mount does if pyfuse3 does not let us add them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import pyfuse3
+import pytest
+import trio
+
+from qedfs.mount import more_operations
+from qedfs.mount.more_operations import MoreOperations
+
+from .support import CLUSTER_SIZE, MIB, mounted_over, opened, origin
+
+WORD = ctypes.sizeof(ctypes.c_void_p)
+
+
+class Answers:
+    """Handlers that do what the test says."""
+
+    async def lseek(self, inode: int, pos: int, whence: int) -> int:
+        if inode == 1:
+            raise pyfuse3.FUSEError(errno.ENXIO)
+        if inode == 2:
+            raise ValueError("a bug")
+        if inode == 3:
+            await trio.sleep_forever()
+        return pos + whence
+
+    async def fallocate(self, inode: int, mode: int, pos: int, size: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+# The pointer, and what happens without it.
+
+
+def test_the_pointer_is_found_once_and_is_back_afterwards() -> None:
+    library = ctypes.PyDLL(pyfuse3.__file__)
+    regions = more_operations._memory_of(os.path.realpath(pyfuse3.__file__))
+    pointer = more_operations._find_pointer(library, regions)
+    word = ctypes.c_void_p.from_address(pointer.place)
+    before = word.value
+    more = MoreOperations(Answers())
+    with more.offered():
+        assert word.value != before
+    assert word.value == before
+    assert more.missing != ""  # no session was created meanwhile
+
+
+@pytest.mark.expect_log("no SEEK_HOLE, no TRIM")
+@pytest.mark.parametrize("count", [0, 2])
+def test_without_exactly_one_pointer_nothing_is_changed(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ctypes.PyDLL(pyfuse3.__file__)
+    name = next(name for name in more_operations._NEW_SESSION if hasattr(library, name))
+    words = (ctypes.c_void_p * 4)(*[more_operations._address(library, name)] * count)
+    place = ctypes.addressof(words)
+    monkeypatch.setattr(more_operations, "_memory_of", lambda _: [(place, place + 4 * WORD, True)])
+    before = list(words)
+    more = MoreOperations(Answers())
+    with more.offered():
+        assert list(words) == before
+    assert more.missing == f"pyfuse3 has {count} pointers to libfuse's fuse_session_new, not one"
+
+
+def test_a_library_that_is_not_loaded_has_no_memory() -> None:
+    assert more_operations._memory_of("/nowhere.so") == []
+
+
+def test_a_pointer_in_read_only_memory_is_replaced_and_protected_again() -> None:
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    word = ctypes.c_void_p.from_buffer(memory)
+    page = ctypes.addressof(word)
+    more_operations._protect(page, mmap.PROT_READ)
+    pointer = more_operations._Pointer(page, writable=False, function="")
+    with more_operations._replaced(pointer, 7):
+        assert word.value == 7
+    assert not word.value
+    assert any(
+        "r--" in line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(f"{page:x}-")
+    )
+    more_operations._protect(page, mmap.PROT_READ | mmap.PROT_WRITE)
+    del word
+    memory.close()
+
+
+# One reply to each request.
+
+
+class Replies:
+    def __init__(self, more: MoreOperations) -> None:
+        self.told: list[tuple[str, int]] = []
+        self._more = more
+
+    def ask(self, inode: int) -> None:
+        self._more._start(
+            lambda: Answers().lseek(inode, 5, 3),
+            lambda found: self.told.append(("found", found)),
+            lambda number: self.told.append(("error", number)),
+        )
+
+
+@pytest.mark.expect_log("internal error in a request")
+async def test_each_request_has_one_reply() -> None:
+    more = MoreOperations(Answers())
+    replies = Replies(more)
+    async with more.serving():
+        for inode in (0, 1, 2):
+            replies.ask(inode)
+    assert sorted(replies.told) == [("error", errno.EIO), ("error", errno.ENXIO), ("found", 8)]
+
+
+async def test_a_request_that_is_cancelled_has_its_reply_and_one_that_comes_too_late_too() -> None:
+    more = MoreOperations(Answers())
+    replies = Replies(more)
+    with trio.CancelScope() as scope:
+        async with more.serving():
+            replies.ask(3)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+    assert replies.told == [("error", errno.EIO)]
+    replies.ask(0)
+    assert replies.told == [("error", errno.EIO)] * 2
+
+
+async def test_the_end_waits_for_requests_in_flight() -> None:
+    more = MoreOperations(Answers())
+    replies = Replies(more)
+    async with more.serving():
+        replies.ask(0)
+        assert replies.told == []
+    assert replies.told == [("found", 8)]
+
+
+# The real thing.
+
+
+def test_a_program_sees_data_and_holes(tmp_path: Path) -> None:
+    with origin(tmp_path) as source, mounted_over(tmp_path, source.url, "--no-stream") as mount:
+        assert mount.status()["more_operations"] == {"answered": True, "error": None}
+        with opened(mount.path("disk.raw")) as fd:
+            assert os.lseek(fd, 5, os.SEEK_DATA) == 5
+            assert os.lseek(fd, 5, os.SEEK_HOLE) == 16 * MIB
+            for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+                with pytest.raises(OSError, match="No such device or address") as caught:
+                    os.lseek(fd, 16 * MIB, whence)
+                assert caught.value.errno == errno.ENXIO
+        assert source.server.body_bytes() <= CLUSTER_SIZE
