@@ -29,7 +29,6 @@ TESTED_WITH = {
     "cli/commands/umount.py": "cli/test_copies.py",
     "cli/commands/wait.py": "cli/test_wait_ended.py",
     "cli/daemon.py": "cli/test_mount.py",
-    "cli/logs.py": "cli/test_mount.py",
     "cli/mount_table.py": "cli/test_copies.py",
     "cli/new_file.py": "host/test_durable.py",
     "cli/pin_options.py": "mount/test_options.py",

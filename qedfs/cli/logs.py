@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping
+from typing import TextIO
 
 from rich.console import Console
 
 from qedfs.cli.ui.layout import printable
 
 CONTINUED = "\n  "  # between the lines of one record
-_TIMED = "%(asctime)s %(levelname)s %(message)s"
+_UNTIMED = "%(levelname)s %(message)s"
+_TIMED = f"%(asctime)s {_UNTIMED}"
+# Levels of Python -> priorities of syslog(3), from the most urgent down.
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.NOTSET: 7}
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,6 +44,18 @@ class LineFormatter(logging.Formatter):
         return CONTINUED.join(map(printable, super().formatMessage(record).split(CONTINUED)))
 
 
+class JournalFormatter(LineFormatter):
+    """A record for systemd's journal, which has the time itself, and takes each line for an entry of its own.
+
+    Each line begins with its priority, as sd-daemon(3) writes it. `journalctl -p warning` goes by that.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of the record and of its traceback, if there is one."""
+        priority = next(number for level, number in _PRIORITIES.items() if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 class AboveBars(logging.Handler):
     """Prints log lines through the console that draws the bars. It then draws the bars again, below the new line."""
 
@@ -56,8 +74,23 @@ def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if bars is None else AboveBars(bars)
     if as_json:
         handler.setFormatter(JsonFormatter())
+    elif bars is None and is_journal(sys.stderr):
+        handler.setFormatter(JournalFormatter(_UNTIMED))
     else:
         handler.setFormatter(LineFormatter("qedfs: %(message)s" if bars is not None else _TIMED))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether what is written there goes to systemd's journal.
+
+    systemd.exec(5): JOURNAL_STREAM has the device and inode number of the stream. It is inherited by programs whose
+    output goes elsewhere, so these have to be compared.
+    """
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or no file
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"

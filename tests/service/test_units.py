@@ -229,6 +229,15 @@ def test_a_mount_that_cannot_be_is_a_unit_that_fails(host: Machine, tmp_path: Pa
     assert "missing.qed" in host.log()
 
 
+@pytest.mark.parametrize("unit", ["qedfs@new.service", "qedfs-wait@new.service", "qedfs-end@new.service"])
+def test_without_its_configuration_none_begins(host: Machine, unit: str) -> None:
+    """systemd says that an assertion failed, instead of one try after the other."""
+    assert host.start(unit) != 0
+    assert host.show("qedfs@new.service", "AssertResult") == "no"
+    assert host.show("qedfs@new.service", "NRestarts") == "0"
+    assert "usage" not in host.log().lower()
+
+
 def test_after_a_crash_it_is_mounted_again(host: Machine, tmp_path: Path) -> None:
     mountpoint = tmp_path / "a mnt"
     with origin(tmp_path, 4 * MIB) as source:
