@@ -16,6 +16,7 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.mount import fuse_wait
 from qedfs.mount.fuse_init import MAX_BACKGROUND
+from qedfs.mount.libfuse_words import caught_words
 from qedfs.mount.more_operations import Handlers, MoreOperations
 from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at, unmount, why_not_mounted
 
@@ -89,10 +90,13 @@ class FuseSession:
         if read_only:
             options.add("ro")
         before = self._found()
+        words: list[str] = []
         try:
             self._more = MoreOperations(operations)
-            with self._more.offered():
+            with self._more.offered(), caught_words() as words:
                 pyfuse3.init(operations, self.mountpoint, options)
+            for line in words:
+                log.warning("%s", line)
             self._mounted = self._found()
         except BaseException as exc:
             # It may be mounted all the same: fusermount3 mounts before it passes the descriptor, which can fail. After
@@ -101,7 +105,7 @@ class FuseSession:
                 self._unmount_lazily()
             if not isinstance(exc, RuntimeError):
                 raise
-            why = why_not_mounted(self.mountpoint, allow_other=allow_other)
+            why = why_not_mounted(self.mountpoint, "; ".join(words))
             raise QedfsError(f"cannot mount on {self.mountpoint}: {why}") from exc
 
     async def answer(self) -> QedfsError | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from typing import NamedTuple
 
@@ -82,16 +83,17 @@ def _known_at(mountpoint: str) -> MountInfo | None:
         return None
 
 
-def why_not_mounted(mountpoint: str, *, allow_other: bool) -> str:
-    """The likely reason of a failed mount. libfuse prints its own on standard error only, which a daemon lacks."""
+def why_not_mounted(mountpoint: str, said: str) -> str:
+    """The reason of a failed mount, and the way out. `said`: what libfuse and fusermount3 have printed."""
     if not os.path.exists("/dev/fuse"):
-        return "there is no /dev/fuse; is the kernel's module fuse loaded?"
+        return "there is no /dev/fuse; load the kernel's module (modprobe fuse), or give the container this device"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse may not be opened by this user"
+        return "/dev/fuse may not be opened by this user; ask for the mode 0666 that udev gives it"
+    if "exec fusermount" in said or (os.getuid() != 0 and shutil.which("fusermount3") is None):
+        return f"there is no fusermount3, which mounts for users other than root; install the package fuse3 ({said})"
     if not os.access(mountpoint, os.W_OK):
         return "this user may not write to that folder; mount on one of your own"
-    hint = "; is user_allow_other set in /etc/fuse.conf?" if allow_other and os.getuid() else ""
-    return f"libfuse says why on standard error{hint}"
+    return said or "libfuse does not say why"
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:

@@ -56,12 +56,16 @@ def test_what_is_mounted_is_read_from_the_kernels_table(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("refused", "why"),
-    [("/dev/fuse", "/dev/fuse may not be opened"), ("/mnt", "may not write to that folder"), ("", "libfuse says why")],
+    [
+        ("/dev/fuse", "/dev/fuse may not be opened"),
+        ("/mnt", "may not write to that folder"),
+        ("", "option x is unknown"),
+    ],
 )
 def test_the_likely_reason_why_a_mount_fails(monkeypatch: pytest.MonkeyPatch, refused: str, why: str) -> None:
     monkeypatch.setattr(os.path, "exists", lambda _: True)
     monkeypatch.setattr(os, "access", lambda path, _: path != refused)
-    assert why in why_not_mounted("/mnt", allow_other=False)
+    assert why in why_not_mounted("/mnt", "fusermount3: option x is unknown")
 
 
 def test_a_missing_unmount_command_is_an_error_like_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +73,8 @@ def test_a_missing_unmount_command_is_an_error_like_its_own(folder: Path, monkey
     done = unmount(str(folder / "mnt"))
     assert done.returncode == 127
     assert "No such file" in done.stderr
+
+
+def test_without_fusermount3_the_package_is_named(folder: Path) -> None:
+    said = "fuse: failed to exec fusermount3: No such file or directory"
+    assert "install the package fuse3" in why_not_mounted(str(folder / "mnt"), said)
