@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import NamedTuple
 
 import trio
 
@@ -55,6 +57,13 @@ class ReaderSlots:
         return max(LEAST_SLOTS, self._slots // max(2, self.sources))
 
 
+class Silence(NamedTuple):
+    """How long a source has left its requests unanswered."""
+
+    seconds: float  # close to 0 if nobody waits
+    since: float  # seconds since 1970
+
+
 class CircuitBreaker:
     """The circuit breaker of one source. `received` returns its byte count, partial answers included."""
 
@@ -68,6 +77,8 @@ class CircuitBreaker:
         self._answers = 0
         self._revived = trio.Event()
         self._next_probe = 0.0
+        self._seen = (0, 0)  # the signs of life at the last call of `silent_since`, and when they were new there
+        self._heard_at, self._heard_on = trio.current_time(), time.time()
         # The scopes of readers, and of the requests sent for them, each with its original deadline.
         self._waits: dict[trio.CancelScope, float] = {}
 
@@ -75,6 +86,15 @@ class CircuitBreaker:
     def signs_of_life(self) -> tuple[int, int]:
         """The count of signs of life. If two values are equal, there was none in between."""
         return self._answers, self._received()
+
+    def silence(self) -> Silence:
+        """For how long requests have been waiting without a sign of life. Call it about once a second.
+
+        Sees only what has changed between two calls: nothing else is noted with each answer.
+        """
+        if not self._waits or self.signs_of_life != self._seen:
+            self._seen, self._heard_at, self._heard_on = self.signs_of_life, trio.current_time(), time.time()
+        return Silence(trio.current_time() - self._heard_at, self._heard_on)
 
     def answered(self) -> bool:
         """Record an answer of the source. Returns whether it was dead before."""

@@ -17,7 +17,7 @@ import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
 from qedfs.source.base import Extent, HasFile, Identity, KnowsZeros, Sameness, Source
-from qedfs.source.circuit_breaker import CircuitBreaker, ReaderSlots
+from qedfs.source.circuit_breaker import CircuitBreaker, ReaderSlots, Silence
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
@@ -70,6 +70,10 @@ class RetryingSource:
     def is_dead(self) -> bool:
         """Whether the source let a whole deadline pass without a sign of life, and has not answered since."""
         return self._breaker.dead is not None
+
+    def silence(self) -> Silence:
+        """See `CircuitBreaker.silence`."""
+        return self._breaker.silence()
 
     @property
     def connected(self) -> Source | None:

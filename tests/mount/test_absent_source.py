@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 import trio
 import trio.testing
 
 from qedfs.errors import SourceUnreachable
+from qedfs.overlay.create import create_overlay
 from qedfs.source.base import Source
 from qedfs.source.circuit_breaker import HOLD_DEADLINES
 from tests.fakes.source import FakeSource
+from tests.harness.mounts import mounted, qedfs
+from tests.harness.process import free_port, wait_for
 from tests.served import CLUSTER, served
 
 DEADLINE_SECONDS = 2.0
@@ -17,6 +23,23 @@ DEADLINE_SECONDS = 2.0
 
 async def _refused() -> Source:
     raise SourceUnreachable("http://fake/disk.raw: connection refused")
+
+
+def test_a_source_that_does_not_answer_is_named_long_before_the_deadline(tmp_path: Path) -> None:
+    """The kernel accepts the connection, and nobody reads the request."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/disk.raw"
+        create_overlay(str(tmp_path / "disk.qed"), image_size=CLUSTER, backing=url)
+        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--source-timeout", "1h") as mount:
+            wait_for(lambda: mount.image()["state"] == "waiting", "the state of the image")
+            assert mount.image()["reason"].startswith(f"no answer from {url} since ")
+            done = qedfs("status", mount.mountpoint)
+            assert f"disk.raw: waiting (no answer from {url} since " in done.stdout
+    refused = f"http://127.0.0.1:{free_port()}/disk.raw"
+    create_overlay(str(tmp_path / "other.qed"), image_size=CLUSTER, backing=refused)
+    with mounted(tmp_path / "other.qed", tmp_path / "mnt", "--source-timeout", "1h") as mount:
+        wait_for(lambda: mount.image()["state"] == "waiting", "the state of the image")
+        assert mount.image()["reason"].endswith(": cannot connect (connection refused)")
 
 
 async def test_readers_do_not_wait_for_each_others_deadlines(autojump_clock: trio.testing.MockClock) -> None:

@@ -319,3 +319,32 @@ async def test_the_page_after_its_read_ahead_does_not_wait_again(autojump_clock:
                 await image.read(8 * CLUSTER, size)
             assert caught.value.reason is Reason.TIMEOUT
         assert trio.current_time() - began < DEADLINE + MOST_HOLD_SECONDS + 2 * GRACE_SECONDS
+
+
+async def test_silence_counts_while_somebody_waits_and_nothing_comes(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(CONTENT, round_trip=0.5)
+    found = remote(source)
+
+    async def heard_for(seconds: float) -> list[int]:
+        """What the look once a second sees."""
+        seen = []
+        for _ in range(int(seconds)):
+            await trio.sleep(1)
+            seen.append(round(found.silence().seconds))
+        return seen
+
+    assert await heard_for(5) == [0] * 5  # nobody asks
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            for pos in range(8):
+                await found.read(pos, memoryview(bytearray(1)))
+
+        nursery.start_soon(read)
+        assert max(await heard_for(4)) <= 1  # there are answers
+    source.round_trip = 60.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.read, 0, memoryview(bytearray(1)))
+        assert (await heard_for(6))[-2:] == [4, 5]
+        nursery.cancel_scope.cancel()
+    assert await heard_for(2) == [0, 0]

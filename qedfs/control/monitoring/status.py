@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +13,12 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Trouble
+from qedfs.image.image import Image
+from qedfs.jobs.job import Job
 from qedfs.jobs.state import State
 
 BROKEN = "broken"  # state of an overlay that cannot be served
+SILENT_SECONDS = 2.0  # a source that does not answer for so long is named; long links answer within one second
 SETTLING = "the overlay is new and may still be being copied into the folder"
 
 
@@ -36,7 +40,8 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     if image is None or job is None:
         return _unserved_status(served)
     left = job.total - job.progress
-    running = job.state is State.RUNNING and image.counted
+    silence = _silence(image, job)
+    running = job.state is State.RUNNING and image.counted and not silence
     eta = rate.seconds_for(left) if rate and running else None
     return {
         "name": served.name,
@@ -44,8 +49,8 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "size": image.size,
         "backing": None if image.complete or image.source is None else str(image.source.location),
         "served": True,
-        "state": str(job.state),
-        "reason": job.reason or None,
+        "state": state_of(served),
+        "reason": silence or job.reason or None,
         "populated": job.progress,
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
@@ -63,9 +68,26 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
 
 def state_of(served: ServedImage) -> str:
     """The state of an overlay, served or not."""
-    if served.job is not None:
-        return str(served.job.state)
+    if served.image is not None and served.job is not None:
+        return str(State.WAITING if _silence(served.image, served.job) else served.job.state)
     return str(State.WAITING) if served.error is None else BROKEN
+
+
+def _silence(image: Image, job: Job) -> str:
+    """What a stream waits for that has requests under way, and no answer; "" if there are answers.
+
+    The job itself finds that out after the whole deadline, as it is the source that retries. People want to know
+    sooner.
+    """
+    if job.state is not State.RUNNING or image.source is None:
+        return ""
+    seconds, since = image.source.silence()
+    if seconds < SILENT_SECONDS:
+        return ""
+    location, error = str(image.source.location), image.source.error
+    why = "" if error is None else str(error).removeprefix("backing ").removeprefix(location).strip(": ")
+    at = time.strftime("%H:%M:%S", time.localtime(since))
+    return f"no answer from {location} since {at}" + (f": {why}" if why else "")
 
 
 def _unserved_status(served: ServedImage) -> dict[str, Any]:
