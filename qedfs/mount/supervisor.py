@@ -100,17 +100,19 @@ class Supervisor:
                         await self._opener.release_source(image)
             except* QedfsError as group:
                 error = QedfsError("; ".join(str(exc) for exc in group.exceptions))
-                image.condition.note(Cause.INTERNAL_ERROR, error)
                 log.error("%s: %s", served.name, error)
+                _end_jobs(image, jobs, error)
             except* Exception as group:
                 # A bug must cost the tasks of this image only, not every image of the mount.
-                image.condition.note(Cause.INTERNAL_ERROR, QedfsError("internal error, see the log"))
                 log.error("%s: internal error", served.name, exc_info=group)
+                _end_jobs(image, jobs, QedfsError("internal error, see the log"))
 
     async def _inspect(self, image: Image, jobs: ImageJobs, served: Served) -> None:
         """Check once a second whether the file was damaged or replaced. If so, fail the jobs and return."""
         while True:
             await trio.sleep(INSPECT_SECONDS)
+            if image.source is not None:
+                image.source.silence()
             try:
                 await image.overlay.inspect()
                 self._check_path(image, served)
@@ -138,3 +140,11 @@ class Supervisor:
         if not served.is_on(found):
             fate = "has another name" if image.overlay.file_status().st_nlink else "was removed and ends with the mount"
             raise BadOverlay(f"{served.path}: is another file now; the mounted one {fate}")
+
+
+def _end_jobs(image: Image, jobs: ImageJobs, error: QedfsError) -> None:
+    """Let everybody know that an image has no tasks any more: a job that looks as if it ran would be waited for."""
+    image.condition.note(Cause.INTERNAL_ERROR, error)
+    for job in jobs.all():
+        if job.state is not State.COMPLETE:
+            job.fail(error)

@@ -9,7 +9,9 @@ import pytest
 import trio
 
 from qedfs.errors import NoSpace
+from qedfs.image.condition import Cause
 from qedfs.image.image import Image
+from qedfs.jobs.state import State
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
 from qedfs.overlay.create import create_overlay
@@ -83,7 +85,7 @@ async def test_an_open_image_lives_on_without_its_overlay_in_the_folder(tmp_path
     assert b"guest" in overlay.with_suffix(".away").read_bytes()
 
 
-@pytest.mark.expect_log("disk.raw: internal error")
+@pytest.mark.expect_log("disk.raw: internal error", "disk.raw: the stream has stopped")
 async def test_a_bug_in_a_task_costs_its_image_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("disk", "other"):
         create_overlay(str(tmp_path / f"{name}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
@@ -100,7 +102,11 @@ async def test_a_bug_in_a_task_costs_its_image_only(tmp_path: Path, monkeypatch:
         await images.registry.scan()
         disk, other = images.registry.everything()
         await trio.testing.wait_all_tasks_blocked(0.01)
-        assert [str(trouble.error) for trouble in disk.troubles] == ["internal error, see the log"]
+        assert {str(trouble.error) for trouble in disk.troubles} == {"internal error, see the log"}
+        assert disk.troubles[0].cause is Cause.INTERNAL_ERROR
+        # Whoever waits for the stream must learn that nothing works at it any more.
+        assert disk.job is not None
+        assert (disk.job.state, disk.job.reason) == (State.FAILED, "internal error, see the log")
         assert other.troubles == []
         assert await images.close() == []
         nursery.cancel_scope.cancel()
