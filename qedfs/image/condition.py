@@ -26,7 +26,7 @@ class Cause(enum.StrEnum):
     BARRIER_FAILED = "barrier-failed"  # the overlay is read-only, and shows what is on the disk
     INTERNAL_ERROR = "internal-error"  # a bug has ended the tasks of the image
     NO_SPACE = "no-space"  # there is no space for fetched clusters
-    NOT_BEGUN = "not-begun"  # the overlay's file system has been full since the overlay was opened
+    FULL_AT_OPENING = "full-at-opening"  # the overlay's file system has been full since the overlay was opened
     COMMIT_FAILED = "commit-failed"  # the overlay's tables could not be written; the entries wait in memory
     SOURCE_CHANGED = "source-changed"  # the source serves another version than that of the overlay's clusters
     JOB_STOPPED = "job-stopped"  # an error has stopped the background job of the image
@@ -43,7 +43,7 @@ _ENDS_WITH = {
     Cause.BARRIER_FAILED: "the next mount of the overlay",
     Cause.INTERNAL_ERROR: "the next mount of the overlay",
     Cause.NO_SPACE: _SPACE,
-    Cause.NOT_BEGUN: _SPACE,
+    Cause.FULL_AT_OPENING: _SPACE,
     Cause.COMMIT_FAILED: "the next commit that succeeds; the mount tries every two seconds",
     Cause.SOURCE_CHANGED: "the next mount, with the old version again or with a new overlay",
     Cause.JOB_STOPPED: "qedfs stream start",
@@ -118,7 +118,7 @@ class Condition:
         for cause, error in (
             (Cause.DAMAGED, overlay.damage),
             (Cause.BARRIER_FAILED, overlay.failure),
-            (Cause.NOT_BEGUN, overlay.full),
+            (Cause.FULL_AT_OPENING, overlay.full),
             (Cause.COMMIT_FAILED, overlay.commit_error),
         ):
             if error is None:

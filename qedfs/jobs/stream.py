@@ -28,7 +28,7 @@ PACE_SECONDS = 0.25
 # After these causes, nothing that is fetched can be stored until the overlay is opened again.
 _LOSSES = (Cause.BARRIER_FAILED, Cause.SOURCE_CHANGED)
 # After these causes, a retry may succeed.
-_FAILURES = (Cause.NO_SPACE, Cause.NOT_BEGUN, Cause.COMMIT_FAILED, Cause.NOT_KEPT, Cause.FETCH_FAILED)
+_FAILURES = (Cause.NO_SPACE, Cause.FULL_AT_OPENING, Cause.COMMIT_FAILED, Cause.NOT_KEPT, Cause.FETCH_FAILED)
 
 
 class StreamJob(Job):

@@ -20,7 +20,7 @@ from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 from tests.served import CLUSTER, served
 
-OF_OVERLAY = {Cause.DAMAGED, Cause.BARRIER_FAILED, Cause.NOT_BEGUN, Cause.COMMIT_FAILED}
+OF_OVERLAY = {Cause.DAMAGED, Cause.BARRIER_FAILED, Cause.FULL_AT_OPENING, Cause.COMMIT_FAILED}
 ZEROS = bytes(8 * CLUSTER)  # keeping them changes entries only: nothing is written before the commit
 
 
