@@ -87,6 +87,8 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     session = Session(storage, header, read_record(storage, header), barrier=barriers.barrier)
     found = find(storage, journal_folder, session.record.session, session.record.journal)
     remark = _unread(found, session, writable=storage.writable)
+    if storage.writable:
+        session.finish_detach()
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)

@@ -5,12 +5,21 @@ Owns them, and the order in which changes to them are written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 from collections.abc import Callable
 
-from qedfs.errors import BadOverlay
-from qedfs.format.header import BACKING_FILE, HEADER_BYTES, UNTOUCHED, Header, decode_backing_name, decode_header
+from qedfs.errors import BadOverlay, NoSpace
+from qedfs.format.header import (
+    BACKING_FILE,
+    HEADER_BYTES,
+    MAX_BACKING_NAME,
+    UNTOUCHED,
+    Header,
+    decode_backing_name,
+    decode_header,
+)
 from qedfs.format.record import SLOT_BYTES, Record, decode_record, encode_record, slot_index, slot_offsets
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.times import times_at_open
@@ -224,6 +233,27 @@ class Session:
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None
+
+    def finish_detach(self) -> None:
+        """Overwrite what is left of a backing's name in an overlay that has no backing, as `detach` would have done.
+
+        A kill between the last two steps of `detach` leaves the name behind, and so does QEMU whenever it drops a
+        backing. The caller has opened the overlay for writing. If there is no space for it (some file systems never
+        overwrite in place), the next opening tries again.
+        """
+        if self.header.has_backing:
+            return
+        end = (
+            self._slots[0] if self._slots is not None else min(self.header.area_bytes, HEADER_BYTES + MAX_BACKING_NAME)
+        )
+        size = end - HEADER_BYTES
+        if not any(read_bytes(self._storage, HEADER_BYTES, size)):
+            return
+        # A header without backing must be on the disk before the zeros: see `detach`.
+        self._storage.barrier()
+        with contextlib.suppress(NoSpace):
+            self._storage.write(HEADER_BYTES, [bytes(size)])
+            self._storage.barrier()
 
     def _write_header(self, header: Header) -> None:
         self._storage.write(0, [header.encode()])

@@ -194,6 +194,41 @@ async def test_a_detach_that_found_no_space_is_finished_by_the_next_one(nth: int
 
 
 @pytest.mark.parametrize("room", [True, False])
+async def test_a_detach_that_was_killed_before_the_zeros_is_finished_at_the_next_opening(room: bool) -> None:
+    """For writing only, and not before the header is on the disk: zeros under a header that names a backing lose it."""
+    built = empty(backing=SECRET)
+    if not room:
+        built.replace(header_size=1, l1_table_offset=CLUSTER)
+        del built.data[2 * CLUSTER :]
+    storage = RecordingStorage(built.data)
+    overlay = await open_storage(storage)
+    await overlay.adopt_zeros(0, overlay.clusters.geometry.clusters)
+    await overlay.flush()
+    storage.fail("write", NoSpace("stands for a kill"), nth=2, wrote=0)
+    with pytest.raises(NoSpace):
+        await overlay.detach()
+    left = bytes(storage.bytes)
+    assert not read_header(MemoryStorage(left))[0].has_backing
+    assert b"hunter2" in left
+    reader = MemoryStorage(left, writable=False)
+    await open_storage(reader)
+    assert reader.bytes == left
+    full = MemoryStorage(left)
+    full.fail("write", NoSpace("full"), wrote=0)
+    await open_storage(full)  # it can be used, and the next opening tries again
+    again = RecordingStorage(left)
+    await open_storage(again)
+    assert b"hunter2" not in again.bytes
+    zeroed = next(at for at, step in enumerate(again.log) if isinstance(step, Written) and step.offset == 64)
+    assert isinstance(again.log[zeroed - 1], BarrierEnded)
+    header, _ = read_header(MemoryStorage(again.bytes))
+    assert read_record(MemoryStorage(again.bytes), header) is not None or not room
+    clean = RecordingStorage(bytes(again.bytes))
+    await open_storage(clean)
+    assert [step for step in clean.log if isinstance(step, Written) and step.offset == 64] == []
+
+
+@pytest.mark.parametrize("room", [True, False])
 async def test_a_detach_ends_with_a_barrier_for_the_overwritten_name(room: bool) -> None:
     """Also without room for a record, whose barrier would cover it: the user may hand the overlay on now."""
     built = empty(backing=SECRET.ljust(100 if room else 2000, b"n"))
