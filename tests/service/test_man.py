@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 
+from qedfs import errors
+from qedfs.cli.entry import INTERRUPTED
 from qedfs.cli.main import COMMANDS, main
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.require import require
@@ -17,6 +22,7 @@ from tests.harness.require import require
 from .machine import CONTRIB, ROOT
 
 HELPER = CONTRIB / "mount.qedfs.8"
+MANUAL = tomllib.loads((CONTRIB / "manual.toml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,48 @@ def test_every_option_is_in_the_page_as_it_is_typed(pages: Path, name: str) -> N
             assert not any(word in shown for word in option.opts)
         else:
             assert (option.name or "").upper() in shown
+
+
+def test_examples_are_understood() -> None:
+    """By the parser of each command, as if they had been typed; nothing is run."""
+    found = [line for entry in MANUAL["commands"].values() for _, lines in entry["examples"] for line in lines]
+    typed = [shlex.split(line)[1:] for line in found if line.startswith("qedfs ")]
+    assert len(typed) > len(COMMANDS)
+    for words in typed:
+        group, rest = click.Context(main), words[1:]
+        parsed: click.Command | None = command(words[0])
+        if isinstance(parsed, click.Group):
+            _, parsed, rest = parsed.resolve_command(group, rest)
+        assert parsed is not None
+        parsed.make_context(words[0], rest, parent=group)
+
+
+@pytest.mark.parametrize("name", ["qedfs", *(f"qedfs-{name}" for name in COMMANDS)])
+def test_every_page_has_its_sections(pages: Path, name: str) -> None:
+    sections = re.findall(r"^\.SH (.*)$", (pages / f"{name}.1").read_text(), re.MULTILINE)
+    wanted = ["EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES"]
+    entry = MANUAL["commands"][name]
+    assert [section for section in sections if section in wanted] == [
+        section for section in wanted if section == "EXIT STATUS" or section.lower() in entry
+    ]
+
+
+def test_every_variable_that_is_read_is_in_a_page() -> None:
+    documented = {name for key, entry in MANUAL["environment"].items() for name in (key, *entry.get("also", []))}
+    reads = re.compile(r"environ(?:ment)?(?:\.get\(|\[)\"(\w+)\"")
+    read = {name for path in (ROOT / "qedfs").rglob("*.py") for name in reads.findall(path.read_text())}
+    # Python's own, which is handed on; and curl's spelling in capitals.
+    assert {name.lower() if name.lower() in documented else name for name in read} - documented == {"PYTHONPATH"}
+    assert {"CURL_CA_BUNDLE", "SSL_CERT_FILE"} <= documented
+    used = {name for entry in MANUAL["commands"].values() for name in entry.get("environment", [])}
+    assert used == MANUAL["environment"].keys()
+    assert {name for entry in MANUAL["commands"].values() for name in entry.get("files", [])} == MANUAL["files"].keys()
+
+
+def test_every_exit_code_is_in_the_page(pages: Path) -> None:
+    text = (pages / "qedfs.1").read_text().partition(".SH EXIT STATUS")[2].partition(".SH")[0]
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
+    assert {int(code) for code in re.findall(r"\\fB(\d+)\\fR", text)} == codes | {0, INTERRUPTED}
 
 
 def test_quotes_and_hyphens_can_be_pasted(pages: Path) -> None:
