@@ -30,8 +30,9 @@ class Installed:
         for name in ("bin", "units", "etc"):
             (folder / name).mkdir(parents=True)
         program = folder / "bin" / "qedfs"
-        # PYTHONPATH stands for an installation.
-        environment = f"PYTHONPATH={ROOT} PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1"
+        # PYTHONPATH stands for an installation, whose bytecode was written when it was made.
+        bytecode = f" PYTHONPYCACHEPREFIX={sys.pycache_prefix}" if sys.pycache_prefix else ""
+        environment = f"PYTHONPATH={ROOT} PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1{bytecode}"
         program.write_text(f'#!/bin/sh\n{environment} exec {sys.executable} -m qedfs "$@"\n')
         program.chmod(0o755)
 
