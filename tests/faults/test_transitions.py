@@ -163,7 +163,8 @@ def by_nbd(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     with nbdkit("file", folder / "disk", tcp=True) as running:
 
         def serve(version: Path) -> None:
-            running.stop()
+            # An orderly stop would wait for its clients to leave.
+            running.kill()
             (folder / "disk").unlink()
             os.link(version, folder / "disk")
             running.restart()

@@ -22,7 +22,10 @@ QEDFS = (sys.executable, "-m", "qedfs")
 
 # Between SIGTERM and SIGKILL. No verdict: a child that needs longer is killed, and its test goes on.
 STOP_SECONDS = 30.0
+# Between two looks. The later, the rarer: many looks start a program or read long tables, and on a busy machine they
+# would keep from its work what is waited for.
 POLL_SECONDS = 0.005
+MOST_POLL_SECONDS = 0.1
 
 # Columns of /proc/net/unix (flags, __SO_ACCEPTCON) and /proc/net/tcp (state), see proc(5).
 _UNIX_LISTENS = "00010000"
@@ -81,13 +84,13 @@ class Child:
         Raises:
             Died: the process ended first, or `timeout_seconds` passed.
         """
-        deadline = time.monotonic() + timeout_seconds
+        start = time.monotonic()
         while not ready():
             if self.returncode is not None:
                 raise Died(self._report(f"ended with {self.returncode} before {what}"))
-            if time.monotonic() > deadline:
+            if time.monotonic() > start + timeout_seconds:
                 raise Died(self._report(f"no {what} within {timeout_seconds} s"))
-            time.sleep(POLL_SECONDS)
+            _pause(start)
 
     def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:
         """SIGTERM, then SIGKILL after `timeout_seconds`; the process is reaped. Nothing happens if it has ended."""
@@ -127,11 +130,16 @@ def wait_for(ready: Callable[[], bool], what: str, timeout_seconds: float = HANG
     Raises:
         TimeoutError: `timeout_seconds` passed.
     """
-    deadline = time.monotonic() + timeout_seconds
+    start = time.monotonic()
     while not ready():
-        if time.monotonic() > deadline:
+        if time.monotonic() > start + timeout_seconds:
             raise TimeoutError(f"no {what} within {timeout_seconds} s")
-        time.sleep(POLL_SECONDS)
+        _pause(start)
+
+
+def _pause(start: float) -> None:
+    """A tenth of what has been waited since `start`, within bounds."""
+    time.sleep(min(max((time.monotonic() - start) / 10, POLL_SECONDS), MOST_POLL_SECONDS))
 
 
 def free_port() -> int:

@@ -85,7 +85,7 @@ def test_a_guest_may_be_restarted_as_often_as_it_likes(host: Machine, tmp_path: 
         unit = host.folder / "units" / "qedfs@.service"
         unit.write_text(re.sub("StartLimitBurst=.*", "StartLimitBurst=2", unit.read_text()))
         host.systemctl("daemon-reload")
-        for _ in range(4):
+        for _ in range(3):
             assert _hook(host, "prepare", "begin") == 0, host.log()
             assert _hook(host, "release", "end") == 0
             host.wait_for_state(MOUNT, "inactive")
