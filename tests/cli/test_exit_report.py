@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,51 @@ from qedfs.overlay.create import create_overlay
 
 from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import Mount, mounted, qedfs
-from ..harness.process import Child, wait_for
+from ..harness.process import Child, Command, wait_for
 from ..harness.require import require, require_root
 from ..mount.support import MIB
 from ..mount.test_options import NOBODY, user
-from .support import QEDFS, is_running
+from .support import is_running
 
 EIO = ("-e", "inject=fdatasync:error=EIO")
-# Longer than any command takes that does not wait for it.
-SLOW_EIO = ("-e", "inject=fdatasync:error=EIO:delay_enter=4000000")
+
+# Read by every Python that starts with it in its PYTHONPATH. From the moment when `armed` is there, the disk says with
+# `begun` that it was asked for a barrier, and fails that when `end` is there. `umount` says at once that it waits.
+HELD_DISK = """
+import errno, os, sys, time
+folder = {folder!r}
+fdatasync = os.fdatasync
+def held(fd):
+    if not os.path.exists(folder + "/armed"):
+        return fdatasync(fd)
+    open(folder + "/begun", "w").close()
+    while not os.path.exists(folder + "/end"):
+        time.sleep(0.005)
+    raise OSError(errno.EIO, "Input/output error")
+os.fdatasync = held
+if "umount" in sys.orig_argv:
+    import qedfs.cli.commands.umount
+    qedfs.cli.commands.umount.SILENCE_SECONDS = 0.0
+"""
+
+
+class HeldDisk:
+    """A disk whose last barrier fails when the test says so, for programs with this environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(HELD_DISK.format(folder=str(folder)))
+        self.env = {"PYTHONPATH": str(folder)}
+
+    def arm(self) -> None:
+        (self._folder / "armed").touch()
+
+    def is_asked(self) -> bool:
+        return (self._folder / "begun").exists()
+
+    def fail(self) -> None:
+        (self._folder / "end").touch()
 
 
 @contextlib.contextmanager
@@ -41,10 +77,10 @@ def traced(pid: int, log: Path, *inject: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written(tmp_path: Path) -> Iterator[Mount]:
+def written(tmp_path: Path, env: Mapping[str, str] | None = None) -> Iterator[Mount]:
     """A mount with a write that nobody has flushed."""
     create_overlay(str(tmp_path / "disk.qed"), image_size=MIB, backing=None)
-    with mounted(tmp_path / "disk.qed", tmp_path / "mnt") as mount:
+    with mounted(tmp_path / "disk.qed", tmp_path / "mnt", env=env) as mount:
         with mount.path("disk.raw").open("r+b", buffering=0) as image:
             image.write(b"returned")
         yield mount
@@ -67,11 +103,19 @@ def test_root_hears_of_the_end_of_another_users_mount(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [(), ("--if-mounted",)])
 def test_a_failed_flush_of_a_mount_that_another_program_unmounts(tmp_path: Path, options: tuple[str, ...]) -> None:
-    with written(tmp_path) as mount, traced(mount.pid, tmp_path / "strace", *SLOW_EIO):
-        subprocess.run([require("umount"), mount.mountpoint], check=True)
-        done = qedfs("umount", mount.mountpoint, *options, check=False)
-        assert "may be lost" in done.stderr
-        assert done.returncode == 1
+    require_root()
+    disk = HeldDisk(tmp_path / "site")
+    with written(tmp_path, disk.env) as mount:
+        disk.arm()
+        try:
+            subprocess.run([require("umount"), mount.mountpoint], check=True)
+            wait_for(disk.is_asked, "the last flush")
+            umount = Command(["umount", mount.mountpoint, *options], tmp_path / "umount", env=disk.env)
+            umount.wait_until(lambda: "waiting for its server to close the overlays" in umount.output(), "its wait")
+        finally:
+            disk.fail()
+        assert umount.wait() == 1
+        assert "may be lost" in umount.output()
         # A process that ends lets go of its lock, by which this is known, a moment before it is dead.
         wait_for(lambda: not is_running(mount.pid), "the end of the server")
 
@@ -88,10 +132,13 @@ def test_a_report_that_nobody_has_read(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_killed_while_it_closes_the_overlays(tmp_path: Path) -> None:
-    with written(tmp_path) as mount, traced(mount.pid, tmp_path / "strace", *SLOW_EIO):
-        umount = Child([*QEDFS, "umount", str(mount.mountpoint)], tmp_path / "umount")
+    disk = HeldDisk(tmp_path / "site")
+    with written(tmp_path, disk.env) as mount:
+        disk.arm()
+        umount = Command(["umount", mount.mountpoint], tmp_path / "umount")
         try:
-            wait_for(lambda: not _is_served(mount.mountpoint), "the end of the control socket")
+            wait_for(disk.is_asked, "the last flush")
+            assert not _is_served(mount.mountpoint)
             os.kill(mount.pid, signal.SIGKILL)
             assert umount.wait(HANG_SECONDS) == 1
             assert "its server has ended before it had closed the overlays" in umount.output()
