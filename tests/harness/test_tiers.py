@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import guest
-from tests.harness.mounts import mounted
+from tests.harness.mounts import mounted, qedfs
 from tests.harness.require import only, require, require_fuse, require_root
 from tests.harness.servers import nginx
 from tests.harness.tiers import TIERS, UNIT, tiers_of
@@ -63,6 +63,14 @@ def by_a_table() -> None:
     TABLE["one"]()
 
 
+def by_a_command() -> None:
+    qedfs("mount", "disk.qed", "mnt", "--daemon")
+
+
+def by_a_command_that_cannot_mount() -> None:
+    qedfs("mount", "--help")
+
+
 @pytest.mark.parametrize(
     ("function", "tiers"),
     [
@@ -73,6 +81,8 @@ def by_a_table() -> None:
         (by_two, {"fuse", "servers"}),
         (by_a_class, {"servers"}),
         (by_a_table, {"root"}),
+        (by_a_command, {"fuse"}),
+        (by_a_command_that_cannot_mount, {"unit"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

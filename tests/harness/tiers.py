@@ -45,22 +45,34 @@ def tiers_of(item: pytest.Function) -> frozenset[str]:
 def _needs(start: Any) -> frozenset[str]:
     """The tiers of all helpers that a function or a class can reach by name."""
     seen: set[Any] = set()
+    found: set[str] = set()
     waiting = [_bare(start)]
     while waiting:
         thing = waiting.pop()
         if thing in seen:
             continue
         seen.add(thing)
-        if thing not in HELPERS:
+        if _mounts_by_command(thing):
+            found.add("fuse")
+        if thing in HELPERS:
+            found.add(HELPERS[thing])
+        else:
             waiting += _named(thing)
-    return frozenset(HELPERS[thing] for thing in seen if thing in HELPERS)
+    return frozenset(found)
 
 
-def _named(thing: Any) -> Iterator[Any]:
+def _mounts_by_command(thing: Any) -> bool:
+    """Whether a function's code says `qedfs("mount", ..., "--daemon")`, which is no helper's business."""
+    if not isinstance(thing, types.FunctionType) or "qedfs" not in _names(thing.__code__):
+        return False
+    return {"mount", "--daemon"} <= set(_constants(thing.__code__))
+
+
+@functools.cache
+def _named(thing: Any) -> tuple[Any, ...]:
     """The functions and classes of the tests that a function's code or a class's members name."""
     if isinstance(thing, type):
-        yield from _helpers([*vars(thing).values(), *thing.__bases__])
-        return
+        return tuple(_helpers([*vars(thing).values(), *thing.__bases__]))
     names = set(_names(thing.__code__))
     # What a nested function or a decorated one has caught.
     values = [cell.cell_contents for cell in thing.__closure__ or () if _is_set(cell)]
@@ -69,7 +81,7 @@ def _named(thing: Any) -> Iterator[Any]:
         if isinstance(value, types.ModuleType) and value.__name__.startswith("tests."):
             values += [vars(value)[member] for member in names & vars(value).keys()]
         values.append(value)
-    yield from _helpers(values)
+    return tuple(_helpers(values))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -77,6 +89,16 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _names(inner)
+
+
+def _constants(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _constants(constant)
+        elif isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, tuple):
+            yield from (each for each in constant if isinstance(each, str))
 
 
 def _is_set(cell: types.CellType) -> bool:
