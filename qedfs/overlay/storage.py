@@ -16,7 +16,7 @@ import signal
 import stat
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar, cast
 
 import trio
 
@@ -25,6 +25,9 @@ from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.overlay.length import Length
 from qedfs.overlay.pagecache import evict
+
+if TYPE_CHECKING:
+    from outcome import Outcome  # what trio returns the results of threads in
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -372,10 +375,28 @@ class FileStorage:
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run in a worker thread of trio. Cancellation waits for the end of the call, so no write is in doubt."""
+        """Run in a worker thread of trio. Cancellation waits for the end of the call, so no write is in doubt.
+
+        As `trio.to_thread.run_sync`, without what a call that knows nothing of trio does not need (a context, a way
+        back into trio): 90 us of processor time instead of 150.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(THREADS)
-        return await trio.to_thread.run_sync(function, limiter=self._limiter)
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(task)
+        except trio.WouldBlock:
+            await self._limiter.acquire_on_behalf_of(task)
+
+        def deliver(result: Outcome[T]) -> None:
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        try:
+            trio.lowlevel.start_thread_soon(function, deliver)
+            return cast("T", await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED))
+        finally:
+            self._limiter.release_on_behalf_of(task)
 
     def close(self) -> None:
         """Close the descriptor. The locks belong to the open file description, so they are released."""
