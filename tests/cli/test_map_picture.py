@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import string
 import struct
 import subprocess
 import zlib
@@ -15,9 +16,21 @@ from typing import NamedTuple
 import pytest
 
 from qedfs.cli.new_file import new_file
-from qedfs.cli.ui import map_picture
+from qedfs.cli.ui import font, map_picture
 from qedfs.cli.ui.cells import Cells, Kind
-from qedfs.cli.ui.map_picture import COLOURS, GRID_WIDTH, INK, MARGIN, MOST_CELLS, WHITE
+from qedfs.cli.ui.map_picture import (
+    COLOURS,
+    GRID_LEFT,
+    GRID_TOP,
+    GRID_WIDTH,
+    INK,
+    LINE_HEIGHT,
+    MARGIN,
+    MOST_CELLS,
+    SCALE,
+    TEXT_GAP,
+    WHITE,
+)
 from qedfs.cli.ui.png import SIGNATURE, Colour, encode_png
 from qedfs.errors import Inaccessible, NoSpace, SourceError
 from qedfs.format.tables import MISSING, ZERO
@@ -29,6 +42,8 @@ from ..harness.mounts import qedfs
 from .support import QEDFS
 
 CLUSTER = 65536
+GLYPHS = " 0123456789.,:-_+()?" + string.ascii_letters
+DATE = "2026-11-30 23:45"
 DATA = 1 << 20  # an offset where data may lie
 
 
@@ -41,9 +56,18 @@ class Picture(NamedTuple):
     def cells(self, columns: int, count: int) -> list[Colour]:
         """The colours in the middle of the first `count` cells of the grid."""
         pitch = GRID_WIDTH // columns
-        half = MARGIN + pitch // 2 - 1
+        half = pitch // 2 - 1
         places = (divmod(cell, columns) for cell in range(count))
-        return [self.rows[half + row * pitch][half + column * pitch] for row, column in places]
+        return [self.rows[GRID_TOP + half + row * pitch][GRID_LEFT + half + column * pitch] for row, column in places]
+
+    def text(self, x: int, y: int, length: int) -> str:
+        """The text that is written there, read dot by dot."""
+        return "".join(_glyph_at(self.rows, x + at * SCALE * font.ADVANCE, y) for at in range(length))
+
+
+def _glyph_at(rows: list[list[Colour]], x: int, y: int) -> str:
+    dots = {(dx, dy) for dx in range(5) for dy in range(8) if rows[y + dy * SCALE][x + dx * SCALE] == INK}
+    return next((glyph for glyph in GLYPHS if set(font.dots(glyph)) == dots), "#")
 
 
 def decode(data: bytes) -> Picture:
@@ -114,10 +138,10 @@ def test_what_is_missing_without_a_backing_reads_as_zeros() -> None:
 )
 def test_a_grid_is_at_least_twice_as_wide_as_high(count: int, columns: int) -> None:
     cells = cells_of(count * CLUSTER, MOST_CELLS, Run(ZERO, 0, count * CLUSTER))
-    picture = decode(map_picture.draw(cells, "disk.qed"))
+    picture = decode(map_picture.draw(cells, "disk.qed", DATE))
     assert map_picture.shape_of(cells).columns == columns
     assert picture.cells(columns, count) == [colour(Kind.ZEROS)] * count
-    grid = [row[MARGIN : MARGIN + GRID_WIDTH] for row in picture.rows[MARGIN : MARGIN + GRID_WIDTH // 2]]
+    grid = [row[GRID_LEFT : GRID_LEFT + GRID_WIDTH] for row in picture.rows[GRID_TOP : GRID_TOP + GRID_WIDTH // 2]]
     zeros = sum(row.count(colour(Kind.ZEROS)) for row in grid)
     assert zeros >= count * (GRID_WIDTH // columns - 1) ** 2
 
@@ -126,11 +150,44 @@ def test_a_grid_is_at_least_twice_as_wide_as_high(count: int, columns: int) -> N
 def test_the_legend_fits_whatever_the_numbers(size: int) -> None:
     cells = cells_of(size, MOST_CELLS, *([Run(DATA, 0, size)] if size else []))
     cells.totals.update({Kind.ZEROS: size, Kind.MISSING: size})
-    rows = decode(map_picture.draw(cells, "disk.qed")).rows
+    rows = decode(map_picture.draw(cells, "disk.qed", DATE)).rows
     assert {pixel for row in rows for pixel in row[-MARGIN:] + row[:MARGIN]} == {WHITE}
     foot = rows[-MARGIN - 2 * map_picture.LINE_HEIGHT :]
     shown = {pixel for row in foot for pixel in row}
     assert shown == {WHITE, INK, *(colour(kind) for kind in Kind)}
+
+
+def test_a_picture_says_of_what_it_is_and_of_when() -> None:
+    cells = cells_of(40 * CLUSTER, MOST_CELLS, Run(ZERO, 0, 40 * CLUSTER))  # three rows of 16
+    picture = decode(map_picture.draw(cells, "Web-1_(old).qed", DATE))
+    assert picture.text(MARGIN, MARGIN, len("Web-1_(old).qed")) == "Web-1_(old).qed"
+    assert picture.text(GRID_LEFT + GRID_WIDTH - 16 * SCALE * font.ADVANCE, MARGIN, 16) == DATE
+    assert picture.description.startswith(f"Web-1_(old).qed; {DATE}; ")
+    right = GRID_LEFT - TEXT_GAP
+    pitch = map_picture.shape_of(cells).pitch
+    for row, text in enumerate(["0 B", "1.00 MiB", "2.00 MiB"]):
+        assert picture.text(right - len(text) * SCALE * font.ADVANCE, GRID_TOP + row * pitch, len(text)) == text
+
+
+def test_a_title_has_room_for_any_name() -> None:
+    cells = cells_of(CLUSTER, MOST_CELLS)
+    picture = decode(map_picture.draw(cells, "a" * 300 + "\udcff\N{SNOWMAN}.qed", DATE))
+    assert picture.text(GRID_LEFT + GRID_WIDTH - 16 * SCALE * font.ADVANCE, MARGIN, 16) == DATE
+    shown = picture.text(MARGIN, MARGIN, 54)
+    assert (shown[:3], "..." in shown, "??.qed" in shown) == ("aaa", True, True)
+
+
+def test_positions_stand_beside_rows_that_have_room_for_them() -> None:
+    cells = cells_of(MOST_CELLS * CLUSTER, MOST_CELLS)  # 64 rows of 8 MiB, six pixels each
+    picture = decode(map_picture.draw(cells, "disk.qed", DATE))
+    right = GRID_LEFT - TEXT_GAP - len("32.0 MiB") * SCALE * font.ADVANCE
+    assert picture.text(right, GRID_TOP + LINE_HEIGHT, 8) == "32.0 MiB"
+    assert picture.text(right, GRID_TOP + 2 * LINE_HEIGHT, 8) == "64.0 MiB"
+
+
+def test_no_two_glyphs_are_the_same() -> None:
+    assert len({frozenset(font.dots(glyph)) for glyph in GLYPHS}) == len(GLYPHS)
+    assert list(font.dots("\N{SNOWMAN}")) == list(font.dots("?"))
 
 
 def test_colours_differ_in_lightness() -> None:
@@ -161,14 +218,12 @@ def test_the_picture_of_an_overlay(overlay: Path, tmp_path: Path) -> None:
     picture = decode((tmp_path / "map.png").read_bytes())
     data, zeros, missing = colour(Kind.DATA), colour(Kind.ZEROS), colour(Kind.MISSING)
     assert picture.cells(8, 17) == [missing, data, data, zeros, zeros, *[missing] * 11, WHITE]
-    assert picture.description.startswith(
-        "disk.qed; dark blue: data 128 KiB, yellow: zeros 128 KiB, light grey: missing"
-    )
+    assert "; dark blue: data 128 KiB, pale yellow: zeros 128 KiB, grey: missing" in picture.description
     assert shown.splitlines() == [
         f"{tmp_path}/map.png: one cell 64.0 KiB, one row 512 KiB, image 1.00 MiB, in reading order",
         "dark blue   data 128 KiB",
-        "yellow      zeros 128 KiB",
-        "light grey  missing 768 KiB",
+        "pale yellow zeros 128 KiB",
+        "grey        missing 768 KiB",
         "blue        in part",
     ]
 

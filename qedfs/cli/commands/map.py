@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -49,7 +50,7 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
     cells = trio.run(_walk, overlay, most, as_json)
     if png is not None:
         with new_file(png) as file:
-            file.write(map_picture.draw(cells, os.path.basename(overlay)))
+            file.write(map_picture.draw(cells, os.path.basename(overlay), time.strftime("%Y-%m-%d %H:%M")))
     if as_json:
         return
     if png is None:

@@ -1,7 +1,7 @@
 """The cells of a map -> a self-explanatory PNG: a grid of squares with a legend below it.
 
-Pure. The grid runs like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of
-two.
+Above the grid stand the overlay's name and the date, left of it where in the image its rows begin. Pure. The grid runs
+like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of two.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from qedfs.cli.ui import font
 from qedfs.cli.ui.cells import Cells, Kind
+from qedfs.cli.ui.layout import shortened
 from qedfs.cli.ui.png import Colour, encode_png
 from qedfs.units import format_size
 
@@ -25,14 +26,18 @@ LINE_HEIGHT = 12 * SCALE
 SWATCH = 7 * SCALE
 TEXT_GAP = 3 * SCALE  # between a swatch and its text
 
+# Where the grid begins: below the title, and right of the positions of rows, the longest of which is "1023 MiB".
+GRID_TOP = MARGIN + LINE_HEIGHT
+GRID_LEFT = MARGIN + len("1023 MiB") * SCALE * font.ADVANCE + TEXT_GAP
+
 WHITE: Colour = (0xFF, 0xFF, 0xFF)
 INK: Colour = (0x22, 0x22, 0x22)
-# Blue, light blue, yellow, light grey. Their lightness differs too (CIE L* 32, 58, 78, 92), so that they can be told
-# apart by colour-blind readers and in print without colours.
+# Zeros are pale: there is nothing in them. All four differ in lightness, too (CIE L* 32, 58, 79, 95), so that they can
+# be told apart by colour-blind readers and in print without colours.
 COLOURS: dict[Kind, tuple[str, Colour]] = {
     Kind.DATA: ("dark blue", (0x00, 0x4F, 0x80)),
-    Kind.ZEROS: ("yellow", (0xF0, 0xB8, 0x40)),
-    Kind.MISSING: ("light grey", (0xE8, 0xE8, 0xE8)),
+    Kind.ZEROS: ("pale yellow", (0xFB, 0xF0, 0xC0)),
+    Kind.MISSING: ("grey", (0xC4, 0xC4, 0xC4)),
     Kind.PART: ("blue", (0x4A, 0x90, 0xC8)),
 }
 NAMES = {Kind.DATA: "data", Kind.ZEROS: "zeros", Kind.MISSING: "missing", Kind.PART: "in part"}
@@ -70,21 +75,41 @@ def scale_of(cells: Cells) -> str:
     return f"one cell {format_size(cells.size)}, one row {format_size(row)}, image {format_size(cells.image_size)}"
 
 
-def draw(cells: Cells, name: str) -> bytes:
-    """The bytes of the PNG file. `name` goes into its description."""
+def draw(cells: Cells, name: str, date: str) -> bytes:
+    """The bytes of the PNG file. `name` and `date` become its title, and go into its description."""
     shape = shape_of(cells)
-    foot = MARGIN + shape.rows * shape.pitch + MARGIN
-    canvas = Canvas(GRID_WIDTH + 2 * MARGIN, foot + 2 * LINE_HEIGHT + MARGIN)
+    foot = GRID_TOP + shape.rows * shape.pitch + MARGIN
+    canvas = Canvas(GRID_LEFT + GRID_WIDTH + MARGIN, foot + 2 * LINE_HEIGHT + MARGIN)
+    _write_title(canvas, name, date)
+    _write_positions(canvas, cells, shape)
     for at, kind in enumerate(cells.kinds()):
         row, column = divmod(at, shape.columns)
         side = shape.pitch - GAP
-        canvas.fill(MARGIN + column * shape.pitch, MARGIN + row * shape.pitch, side, side, _FIRST_KIND + kind)
+        canvas.fill(GRID_LEFT + column * shape.pitch, GRID_TOP + row * shape.pitch, side, side, _FIRST_KIND + kind)
     for x, (kind, text) in zip(_tab_stops(), legend(cells).items(), strict=True):
         canvas.fill(x, foot, SWATCH, SWATCH, _FIRST_KIND + kind)
         canvas.write(x + SWATCH + TEXT_GAP, foot, text)
     canvas.write(MARGIN, foot + LINE_HEIGHT, scale_of(cells))
     description = ", ".join(f"{COLOURS[kind][0]}: {text}" for kind, text in legend(cells).items())
-    return encode_png(canvas.rows, PALETTE, f"{name}; {description}; {scale_of(cells)}")
+    return encode_png(canvas.rows, PALETTE, f"{name}; {date}; {description}; {scale_of(cells)}")
+
+
+def _write_title(canvas: Canvas, name: str, date: str) -> None:
+    """The name on the left, shortened if need be, and the date on the right."""
+    right = GRID_LEFT + GRID_WIDTH - len(date) * SCALE * font.ADVANCE
+    canvas.write(right, MARGIN, date)
+    canvas.write(MARGIN, MARGIN, shortened(name, (right - MARGIN) // (SCALE * font.ADVANCE) - 2))
+
+
+def _write_positions(canvas: Canvas, cells: Cells, shape: Shape) -> None:
+    """Where rows begin in the image, beside as many rows as have room for the text."""
+    step = 1
+    while step * shape.pitch < LINE_HEIGHT:
+        step *= 2
+    for row in range(0, shape.rows, step):
+        text = format_size(row * shape.columns * cells.size)
+        x = GRID_LEFT - TEXT_GAP - len(text) * SCALE * font.ADVANCE
+        canvas.write(x, GRID_TOP + row * shape.pitch, text)
 
 
 class Canvas:
