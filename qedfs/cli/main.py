@@ -101,6 +101,5 @@ def main() -> None:
     Exit codes: 0 success, 1 other failure, 2 usage, 3 bad overlay, 4 source unreachable or unusable, 5 source changed,
     6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there, 130 interrupted.
 
-    Completion of commands and options in bash: eval "$(_QEDFS_COMPLETE=bash_source qedfs)"; zsh_source and fish_source
-    are there too.
+    Completion in bash: eval "$(_QEDFS_COMPLETE=bash_source qedfs)"; zsh_source and fish_source are there too.
     """

@@ -6,6 +6,7 @@ import os
 
 import click
 
+from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect, fetch
@@ -16,8 +17,8 @@ from qedfs.units import format_size
 
 
 @click.command(short_help="Record what readers of an image waited for.")
-@click.argument("mountpoint", type=PLACE)
-@click.argument("image")
+@click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
+@click.argument("image", shell_complete=images)
 @click.argument("file", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:

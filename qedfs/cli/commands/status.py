@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qedfs.cli.completion import mountpoints
 from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect
@@ -22,7 +23,7 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 
 
 @click.command(short_help="Show what a mount is doing.")
-@click.argument("mountpoint", type=PLACE, required=False)
+@click.argument("mountpoint", type=PLACE, required=False, shell_complete=mountpoints)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line of it each second.")
 @click.option("--watch", is_flag=True, help="Keep showing it until the mount ends or Ctrl-C.")
 def status(mountpoint: str | None, as_json: bool, watch: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE, SIZE
 from qedfs.cli.served_images import check_served, connect, fetch
@@ -37,8 +38,8 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
             print_json(fetch(client, image, mountpoint))
 
 
-_mountpoint = click.argument("mountpoint", type=PLACE)
-_image = click.argument("image", required=False)
+_mountpoint = click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
+_image = click.argument("image", required=False, shell_complete=images)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
 
 
@@ -81,7 +82,7 @@ def cancel(mountpoint: str, image: str | None, as_json: bool) -> None:
 
 @stream.command(short_help="Limit the rate.")
 @_mountpoint
-@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] RATE")
+@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] RATE", shell_complete=images)
 @_json
 def limit(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
     """Stream at most RATE bytes per second and image, like 20M; 0 is no limit."""

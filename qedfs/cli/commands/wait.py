@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
@@ -22,8 +23,8 @@ POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
 
 
 @click.command(short_help="Wait until images are complete.")
-@click.argument("mountpoint", type=PLACE, required=False)
-@click.argument("image", required=False)
+@click.argument("mountpoint", type=PLACE, required=False, shell_complete=mountpoints)
+@click.argument("image", required=False, shell_complete=images)
 @click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")
 @click.option(
     "--for",
