@@ -18,7 +18,7 @@ from ..fakes.http_server import FakeHttpServer
 from ..harness.images import qemu_info, random_image
 from ..harness.mounts import mounted, qedfs
 from ..harness.process import free_port
-from ..harness.servers import Nginx, nginx
+from ..harness.servers import Nginx, black_hole, nginx
 from ..source.qcow2.support import qemu_img
 from .conftest import SIZE
 
@@ -147,6 +147,11 @@ def test_the_url_goes_after_backing(folder: Path, words: tuple[str, ...]) -> Non
     assert done.stderr == f"qedfs: {says} (see qedfs create --help)\n"
 
 
+def test_an_option_that_is_given_twice(folder: Path) -> None:
+    done = qedfs("create", folder / "disk.qed", "--size", "1M", "--size", "2M", check=False)
+    assert (done.returncode, "--size is given 2 times" in done.stderr) == (2, True)
+
+
 def test_an_overlay_that_is_there_costs_no_request(folder: Path) -> None:
     (folder / "disk.qed").write_text("precious")
     with FakeHttpServer(bytes(MiB)) as server:
@@ -201,6 +206,27 @@ def test_a_complete_overlay_keeps_no_secret(web: Nginx, folder: Path) -> None:
     left += b"".join(path.read_bytes() for path in runtime.rglob("*") if path.is_file())
     assert SECRET.encode() not in left
     assert mode(overlay) == 0o600
+
+
+# Servers that give no usable answer.
+
+
+@pytest.mark.parametrize("behaviour", ["silence", "slow-body", "reset", "garbage", "status-503", "endless-header"])
+def test_it_ends_with_one_line_whatever_the_server_does(folder: Path, behaviour: str) -> None:
+    with FakeHttpServer(bytes(MiB)) as server:
+        server.behaviour = behaviour
+        words = ("--backing", server.url(), "--source-timeout", "500ms")
+        done = qedfs("create", folder / "disk.qed", *words, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
+        assert server.url() in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_black_hole(folder: Path) -> None:
+    with black_hole() as url:
+        words = ("--backing", url, "--source-timeout", "500ms")
+        done = qedfs("create", folder / "disk.qed", *words, check=False)
+    assert (done.returncode, done.stderr) == (4, f"qedfs: backing {url} gave no answer within 0.5 s\n")
 
 
 # Web pages: what the server sends in place of a disk.

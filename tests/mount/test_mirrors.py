@@ -29,11 +29,15 @@ def test_a_stream_survives_its_mirror(tmp_path: Path, trouble: str) -> None:
     with FakeHttpServer(CONTENT) as origin, FakeHttpServer(CONTENT) as one, FakeHttpServer(CONTENT) as other:
         origin.behaviour, origin.redirect_to = "redirect-302", one.url("/a")
         qedfs("create", overlay, "--backing", origin.url())
-        with mounted(overlay, tmp_path / "mnt", "--limit", "2M", "--source-timeout", "1s") as mount:
-            wait_for(lambda: len(one.requests) > 2, "the stream to begin")
+        asked = len(one.requests)
+        # The deadline is longer than the pause before a range is asked for again, so that the error says what is wrong.
+        with mounted(overlay, tmp_path / "mnt", "--limit", "2M", "--source-timeout", "3s") as mount:
+            wait_for(lambda: len(one.requests) > asked + 2, "the stream to begin")
             one.behaviour = trouble
             # The origin has been asked, and knew no better.
-            wait_for(lambda: state(mount)[0] == "waiting", "the stream to wait")
+            wait_for(
+                lambda: state(mount)[0] == "waiting" and state(mount)[1] != "", "the stream to wait for the source"
+            )
             assert "/a" in state(mount)[1]
             origin.redirect_to = other.url("/b")
             qedfs("wait", mount.mountpoint, timeout_seconds=HANG_SECONDS)

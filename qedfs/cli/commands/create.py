@@ -11,6 +11,7 @@ import trio
 from qedfs.cli.backing_argument import location_of, misplaced_url
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import DURATION, SIZE
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.errors import UsageError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("raw", "qcow2", "qed")
 
 
-class _Create(click.Command):
+class _Create(GivenOnce):
     """Says where the URL goes if it is given as an argument; click would only call it unexpected."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -95,7 +95,7 @@ def decode_header(data: bytes, file_size: int) -> Qcow2Header:
         raise Fault(f"has clusters of 2^{cluster_bits} bytes, not 2^{MIN_CLUSTER_BITS} to 2^{MAX_CLUSTER_BITS}")
     compression = DEFLATE if version == 2 else _decode_features(data, 1 << cluster_bits)
     if crypt:
-        raise Fault("is encrypted, which is not supported")
+        raise Fault(f"is encrypted, which is not supported; {_REMAKE}")
     if backing_offset and backing_size:
         raise Fault(f"has a backing file of its own, which is never followed; {_REMAKE}")
     if size >= 1 << 63:
@@ -145,7 +145,9 @@ def _check_l1(needed: int, l1_size: int, l1_offset: int, cluster_bits: int, file
     if l1_offset % (1 << cluster_bits):
         raise Fault(f"has its L1 table at {l1_offset:#x}, which is not the start of a cluster")
     if l1_offset + 8 * needed > file_size:
-        raise Fault(f"has its L1 table at {l1_offset:#x}, outside the file of {file_size} bytes")
+        raise Fault(
+            f"has its L1 table at {l1_offset:#x}, outside the file of {file_size} bytes; is the file there as a whole?"
+        )
 
 
 def decode_table(data: bytes | bytearray | memoryview) -> array[int]:
