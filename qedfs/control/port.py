@@ -7,6 +7,7 @@ from typing import Protocol
 
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.image.condition import Trouble
 from qedfs.image.image import Image
 from qedfs.jobs.image_jobs import ImageJobs
@@ -84,6 +85,11 @@ class Mounted(Protocol):
 
     def fetches(self) -> Sequence[FetchQueue]:
         """The fetch queues in use."""
+        ...
+
+    @property
+    def total(self) -> TotalLimit:
+        """The limit of all images together."""
         ...
 
     async def rescan(self) -> None:

@@ -48,6 +48,7 @@ class Flight:
         "askers",
         "buffer",
         "consumers",
+        "cost",
         "error",
         "first",
         "holders",
@@ -72,6 +73,7 @@ class Flight:
         self.urgent = urgent  # a reader waited for it when it was sent
         self.askers: list[Consumer] = []  # those whose reader wanted it, or read-ahead or a command, not only a stream
         self.shares: dict[Consumer, int] = {}  # how many of its first bytes were counted against whose limit
+        self.cost = 0  # bytes that were counted against the limit of the mount
         self.ahead_bytes = 0  # bytes that were in flight when it was sent
         self.overdue = False  # a reader has found it late
         self.rivals: list[trio.CancelScope] = []  # the requests that readers have sent because it is late

@@ -41,6 +41,7 @@ from qedfs.fetch.congestion import CongestionWindow
 from qedfs.fetch.flight import Consumer, Flight
 from qedfs.fetch.latency import Histogram
 from qedfs.fetch.scheduler import Scheduler
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
 from qedfs.source.base import Extent, Identity
@@ -60,9 +61,15 @@ class FetchQueue:
     """The fetch queue of one source, for one cluster size."""
 
     def __init__(
-        self, remote: RetryingSource, cluster_size: int, nursery: trio.Nursery, *, buffers: BufferPool | None = None
+        self,
+        remote: RetryingSource,
+        cluster_size: int,
+        nursery: trio.Nursery,
+        *,
+        buffers: BufferPool | None = None,
+        total: TotalLimit | None = None,
     ) -> None:
-        """`buffers`: shared with the queues of other sources, so that the bound is for all of them."""
+        """`buffers` and `total`: shared with the queues of other sources, so that the bounds are for all of them."""
         self.remote = remote
         self.cluster_size = cluster_size
         self.window = CongestionWindow()
@@ -72,6 +79,7 @@ class FetchQueue:
         self.nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or BufferPool()
+        self._total = total or TotalLimit()
         self._large = cluster_size > LARGE_CLUSTER_BYTES
         self._budget = Budget()
         self._alone = Share(memory_pool.ALONE)
@@ -221,17 +229,25 @@ class FetchQueue:
 
     def piece_bytes(self, consumer: Consumer) -> float:
         """The maximal size of a background request for this consumer under the limits; infinite without any."""
-        return consumer.limiter.piece_bytes
+        return min(consumer.limiter.piece_bytes, self._total.limiter.piece_bytes)
 
     async def turn(self, first: int, count: int, *, consumer: Consumer, preferred: bool = False) -> None:
-        """Wait until a background request for these clusters may be sent. `preferred`: a reader will soon want them.
+        """Wait until a background request for these clusters may be sent: for the link, and for the limit of the mount.
+
+        `preferred`: a reader will soon want them. The caller waits for the limit of the consumer itself.
 
         Returns without a wait if all of them are in flight already. During the wait, another task may have fetched the
         clusters. So the caller must check again, and call `start` without an await in between.
         """
         await self.identity()
-        if any(cluster not in self._flights for cluster in range(first, first + count)):
-            await self._scheduler.turn(consumer, count * self.cluster_size, preferred=preferred)
+        size = count * self.cluster_size
+        while any(cluster not in self._flights for cluster in range(first, first + count)):
+            await self._scheduler.turn(consumer, size, preferred=preferred)
+            # During a wait for the limit, readers may have come.
+            if not await self._total.turn(consumer, size) or self._scheduler.may_send(
+                consumer, size, preferred=preferred
+            ):
+                return
 
     def start(self, first: int, count: int, *, consumer: Consumer, asked: bool = False) -> None:
         """Fetch clusters that nobody waits for. Does nothing before the first connection (`identity`).
@@ -241,10 +257,15 @@ class FetchQueue:
         would get the bytes of all.
         """
         end = (first + count) * self.cluster_size
+        under_way = {self._flights.get(cluster) for cluster in range(first, first + count)}
         for flight in self._send(first, count, consumer, asked=asked, urgent=False):
-            self._count(flight, consumer, flight.size if asked else min(flight.size, end - flight.pos))
+            if flight not in under_way:
+                flight.cost = self._inside(flight)
+                self._total.sent(consumer, flight.cost)
+            whole = asked or not consumer.limiter.limit
+            self._count(flight, consumer, flight.size if whole else min(flight.size, end - flight.pos))
             for other in self.consumers:
-                if other.limiter.limit and other not in flight.consumers:
+                if (other.limiter.limit or self._total.limiter.limit) and other not in flight.consumers:
                     self._claim(flight, other)
 
     async def bring(self, first: int, count: int, *, consumer: Consumer) -> list[Flight]:
@@ -351,20 +372,28 @@ class FetchQueue:
             return True
         if not consumer.wants(flight.pos, flight.size):
             return False
+        size = flight.size
         if consumer.limiter.limit:
-            room = min(flight.size, consumer.limiter.overdraft_bytes(self.cluster_size))
+            room = min(size, consumer.limiter.overdraft_bytes(self.cluster_size))
             size = int(room // self.cluster_size) * self.cluster_size
             if size <= 0 or not consumer.lacks(flight.pos, size):
                 return False
-            self._count(flight, consumer, size)
+        self._count(flight, consumer, size)
         return True
 
     def _count(self, flight: Flight, consumer: Consumer, size: int) -> None:
         """Count the first `size` bytes of a flight against a consumer's limit, unless they were counted before."""
         counted = flight.shares.get(consumer, 0)
-        if consumer.limiter.limit and size > counted:
+        if size > counted:
             flight.shares[consumer] = size
-            consumer.limiter.sent(consumer.lacks(flight.pos + counted, size - counted))
+            if consumer.limiter.limit:
+                consumer.limiter.sent(consumer.lacks(flight.pos + counted, size - counted))
+            self._total.got(consumer, size - counted)
+
+    def _inside(self, flight: Flight) -> int:
+        """How many bytes of a flight are inside the source. The rest is zeros."""
+        identity = self.remote.identity
+        return 0 if identity is None else max(0, min(flight.size, identity.size - flight.pos))
 
     def _start(self, first: int, count: int, source_size: int, consumer: Consumer | None, *, urgent: bool) -> Flight:
         pos = first * self.cluster_size
@@ -406,7 +435,9 @@ class FetchQueue:
         started = trio.current_time()
         view = memoryview(flight.buffer)
         if wanted:
-            await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
+            read = await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
+            if flight.cost:
+                self._total.limiter.sent(read - flight.cost)  # compressed, it was less than expected
         view[wanted:] = bytes(len(view) - wanted)
         if not wanted:
             return  # past the source's end: this says nothing about the link

@@ -68,7 +68,7 @@ class RateLimiter:
         return max(OVERDRAFT_SECONDS * self._limit, OVERDRAFT_CLUSTERS * cluster_size) - self._debt
 
     def sent(self, size: int) -> None:
-        """Record that a piece of `size` bytes was sent."""
+        """Record that a piece of `size` bytes was sent. A negative size corrects what was recorded for a piece."""
         self._pay()
         self._debt += size
         self.granted += size

@@ -61,6 +61,10 @@ class Scheduler:
         else:
             await self._turn(consumer, size)
 
+    def may_send(self, consumer: Consumer, size: int, *, preferred: bool) -> bool:
+        """Whether `turn` would return without a wait."""
+        return not self._must_wait(consumer, size, self._window.bytes if preferred else self._allowed(consumer))
+
     def wake(self) -> None:
         """Signal that flights have changed, so that the waiting tasks check again."""
         changed, self._changed = self._changed, trio.Event()

@@ -11,9 +11,10 @@ How to add a kind: derive from `Job`, give it a name (`kind`) and the hooks `don
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import trio
@@ -101,6 +102,7 @@ class Job(abc.ABC):
         self._driver = driver or Driver()
         self._machine = JobState(state, Order.ON if enabled else Order.OFF, Pause.USER if paused else Pause.NONE)
         self._poked = trio.Event()
+        self._wait: trio.CancelScope | None = None
 
     # To be implemented by each kind of job.
 
@@ -305,6 +307,17 @@ class Job(abc.ABC):
         """Wake the job's task, because something has changed."""
         poked, self._poked = self._poked, trio.Event()
         poked.set()
+        if self._wait is not None:
+            self._wait.cancel()
+
+    @contextlib.contextmanager
+    def until_poked(self) -> Iterator[trio.CancelScope]:
+        """A wait of the job's task that ends at the next command, which may forbid what it waits for."""
+        with trio.CancelScope() as self._wait:
+            try:
+                yield self._wait
+            finally:
+                self._wait = None
 
     async def sleep(self, seconds: float | None) -> None:
         """Sleep until the next command, and at most `seconds` unless that is None."""

@@ -190,12 +190,13 @@ class StreamJob(Job):
                 # Sleep for short periods; a command, such as a pause or a new limit, ends the sleep.
                 await self.sleep(min(due, PACE_SECONDS))
                 continue
-            await fetch.turn(first, count, consumer=image)
+            with self.until_poked() as wait:
+                await fetch.turn(first, count, consumer=image)
             self._raise_failure()
             if not self.allowed or self.hold_off():
                 return asked
-            if self._due():
-                continue  # another image has fetched something for this one
+            if wait.cancelled_caught or self._due():
+                continue  # after a command, or because another image has fetched something for this one
             if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
                 continue  # a reader, a guest or another image's stream has populated part of the run, or is about to
             fetch.start(first, count, consumer=image)

@@ -41,6 +41,7 @@ class Images:
             nursery,
             pinning=options.pinning,
             credentials=options.credentials,
+            limit_total=options.limit_total,
         )
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)

@@ -22,6 +22,7 @@ class Options:
     read_only: bool = False  # open the overlays read-only
     copy_on_read: bool | None = None  # None: as the overlay says
     limit: int = 0  # bytes per second and image, 0 for none
+    limit_total: int = 0  # bytes per second of all images together, 0 for none
     profile: tuple[Range, ...] = ()  # to populate first
     policy: Policy = dataclasses.field(default_factory=Policy)
     pinning: Pinning = USUAL

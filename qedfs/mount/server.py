@@ -19,6 +19,7 @@ from qedfs.control.port import Mounted
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import descriptors
 from qedfs.host.runtime import SOCKET_NAME, serving_folder
 from qedfs.mount import exit_report, memory
@@ -80,6 +81,11 @@ class Mount:
     def fetches(self) -> list[FetchQueue]:
         """The fetch queues in use, and some that were in use until recently."""
         return self.images.sources.fetches()
+
+    @property
+    def total(self) -> TotalLimit:
+        """The limit of all images together."""
+        return self.images.sources.total
 
     async def rescan(self) -> None:
         """Scan the folder again. Raises QedfsError."""

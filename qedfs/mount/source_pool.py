@@ -16,6 +16,7 @@ import trio
 from qedfs.errors import SourceError, UsageError
 from qedfs.fetch.buffer_pool import MOST_BYTES, BufferPool
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.mount.fuse_init import background_limit
@@ -44,8 +45,13 @@ class SourcePool:
         nursery: trio.Nursery,
         pinning: Pinning = USUAL,
         credentials: Credentials = NO_CREDENTIALS,
+        limit_total: int = 0,
     ) -> None:
-        """`root`: the folder of the overlays. `nursery` runs the tasks of the connections."""
+        """`root`: the folder of the overlays. `nursery` runs the tasks of the connections.
+
+        `limit_total`: background bytes per second from all sources together, 0 for no limit.
+        """
+        self.total = TotalLimit(limit_total)
         self._root = root
         self._policy = policy
         self._credentials = credentials
@@ -107,7 +113,9 @@ class SourcePool:
             self._remotes[place] = remote
         key = (*place, overlay.cluster_size)
         if key not in self._fetches:
-            self._fetches[key] = FetchQueue(remote, overlay.cluster_size, self._nursery, buffers=self.buffers)
+            self._fetches[key] = FetchQueue(
+                remote, overlay.cluster_size, self._nursery, buffers=self.buffers, total=self.total
+            )
         return self._fetches[key]
 
     async def _check_policy(self, location: Location) -> None:

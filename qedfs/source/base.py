@@ -151,8 +151,10 @@ class Source(Protocol):
         """
         ...
 
-    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> int | None:
         """Fill `buffer`, any contiguous view, with the bytes at `pos`.
+
+        Returns how many bytes were transferred for that, if these are not just those of the buffer; otherwise None.
 
         `urgent` reads, for which a reader waits, do not queue behind the others. Cancelling is safe: the source drops
         the connection or discards the reply, and does not touch `buffer` after the call has ended.

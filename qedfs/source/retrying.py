@@ -96,19 +96,22 @@ class RetryingSource:
         source = await self._retried(self._connected)
         return self.identity or source.identity
 
-    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False, patient: bool = False) -> None:
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False, patient: bool = False) -> int:
         """Fill `buffer`; the range must lie inside the source. Raises what `connect` raises.
+
+        Returns how many bytes the successful attempt has transferred.
 
         `patient`: no reader waits for this read. It gets PATIENCE deadlines, because many such reads may share a slow
         link. (The sources themselves detect a connection that has stalled.)
         """
 
-        async def read() -> None:
+        async def read() -> int:
             source = await self._connected()
-            await source.read(pos, buffer, urgent=urgent)
+            transferred = await source.read(pos, buffer, urgent=urgent)
             self._learn(source.identity)
+            return len(buffer) if transferred is None else transferred
 
-        await self._retried(read, patience=PATIENCE if patient else 1.0)
+        return await self._retried(read, patience=PATIENCE if patient else 1.0)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts read as zeros, or None if the source cannot tell. Raises what `connect` raises."""

@@ -25,7 +25,7 @@ MOST_LOOKED_AT = 16  # blocks per read that are searched for one that is not zer
 DIGEST_DIGITS = 12  # 48 bits make a collision by accident improbable; a server that lies would defeat any digest
 _ZEROS = bytes(BLOCK_BYTES)
 
-Read = Callable[[int, memoryview], Awaitable[None]]
+Read = Callable[[int, memoryview], Awaitable[object]]
 """Fills the buffer with the bytes of the file at a position, as `Source.read` does."""
 
 

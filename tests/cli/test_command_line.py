@@ -17,6 +17,7 @@ WORDS = {
     "stream_between": "22:00-06:00",
     "stream_delay": "30s-2m",
     "limit": "20M",
+    "limit_total": "100M",
     "source_timeout": "17s",
     "allow_backing": "http://a/ --daemon",
     "metrics": "unix:here/metrics",

@@ -15,6 +15,7 @@ import trio
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.image.condition import Cause, Trouble
 from qedfs.image.image import Image
 from qedfs.jobs.image_jobs import ImageJobs
@@ -109,6 +110,7 @@ class FakeMount:
         self.served: list[Served] = []
         self.rescans = 0
         self.has_quit = trio.Event()
+        self.total = TotalLimit()
 
     def everything(self) -> list[Served]:
         return sorted(self.served, key=lambda served: served.name)

@@ -98,6 +98,17 @@ async def test_limit_without_a_job(tmp_path: Path) -> None:
         )
 
 
+async def test_the_limit_of_the_mount(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        await talk.get("x-qedfs-limit-total", limit=5)
+        assert mount.total.limiter.limit == 5
+        assert (await talk.get("x-qedfs-status"))["limit_total"] == 5
+        assert await talk.error("x-qedfs-limit-total", limit=-1) == (
+            "GenericError",
+            "Parameter 'limit' expects a non-negative value",
+        )
+
+
 async def test_rescan(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         await talk.get("x-qedfs-rescan")

@@ -87,6 +87,8 @@ def test_the_figures_agree_with_status(scraped: Scraped) -> None:
         image.read(200_000)
     qedfs("stream", "step", scraped.mount.mountpoint, "one.raw")
     status, samples = scraped.mount.status(), scraped.samples()
+    assert samples["qedfs_limit_total_bytes_per_second", ()] == status["limit_total"]
+    assert samples["qedfs_background_fetched_bytes_total", ()] == status["fetched_in_background"]
     for image in status["images"]:
         name = (("image", image["name"]),)
         for state in STATES:

@@ -57,6 +57,7 @@ class MountArguments:
     stream_between: str | None
     stream_delay: str | None
     limit: int
+    limit_total: int
     profile: str | None
     until_streamed: bool
     allow_backing: tuple[str, ...]
@@ -115,7 +116,21 @@ class MountArguments:
     default=None,
     help="Whether to keep what is fetched for readers. Default: as recorded in each overlay.",
 )
-@click.option("--limit", type=RATE, default=0, metavar="SIZE", help="Stream at most SIZE bytes per second and image.")
+@click.option(
+    "--limit",
+    type=RATE,
+    default=0,
+    metavar="SIZE",
+    help="Each image keeps at most SIZE bytes per second in the background, whichever image fetches them. What its "
+    "readers ask for does not count.",
+)
+@click.option(
+    "--limit-total",
+    type=RATE,
+    default=0,
+    metavar="SIZE",
+    help="All images together fetch at most SIZE bytes per second in the background, each as much as the others.",
+)
 @click.option(
     "--profile",
     type=PLACE,
@@ -237,6 +252,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: daemon.Readines
             read_only=arguments.read_only,
             copy_on_read=arguments.copy_on_read,
             limit=arguments.limit,
+            limit_total=arguments.limit_total,
             profile=() if arguments.profile is None else read_profile(arguments.profile),
             policy=Policy(arguments.allow_backing),
             pinning=Pinning(By(arguments.pin), arguments.identity),

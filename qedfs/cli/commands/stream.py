@@ -83,13 +83,21 @@ def cancel(mountpoint: str, image: str | None, as_json: bool) -> None:
 @stream.command(short_help="Limit the rate.")
 @_mountpoint
 @click.argument("words", nargs=-1, required=True, metavar="[IMAGE] RATE", shell_complete=images)
+@click.option("--total", is_flag=True, help="Set the limit of all images together: what they fetch over the network.")
 @_json
-def limit(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
+def limit(mountpoint: str, words: tuple[str, ...], total: bool, as_json: bool) -> None:
     """Stream at most RATE bytes per second and image, like 20M; 0 is no limit."""
-    if len(words) > 2:
-        raise UsageError("usage: qedfs stream limit MOUNTPOINT [IMAGE] RATE")
+    if len(words) > 2 or (total and len(words) > 1):
+        usage = "--total MOUNTPOINT RATE" if total else "MOUNTPOINT [IMAGE] RATE"
+        raise UsageError(f"usage: qedfs stream limit {usage}")
     image = words[0] if len(words) == 2 else None
     rate = RATE.convert(words[-1], None, None)
+    if total:
+        with connect(mountpoint) as client:
+            client.execute("x-qedfs-limit-total", limit=rate)
+            if as_json:
+                print_json(fetch(client, None, mountpoint))
+        return
     _on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
 
 

@@ -25,7 +25,7 @@ def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     if not images:
         return [f"{printable(found['mountpoint'])}: no overlays there"]
     lines = list(table([HEADER, *map(row, images)], ALIGNMENT, width))
-    for text in [*troubles(images), *summary(images)]:
+    for text in [*troubles(images), *summary(images), *total_limit(found)]:
         lines += [text] if width is None else wrapped(text, width)
     return lines
 
@@ -36,7 +36,7 @@ def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
     if not images:
         return status_lines(found, width)
     texts = fitted_troubles(images, width, height)
-    head = fitted_summary(images, width)
+    head = [*fitted_summary(images, width), *(shortened(text, width) for text in total_limit(found))]
     shown, left_out = fitted_images(images, height - len(head) - len(texts) - 1)
     return [*head, *table([HEADER, *map(row, shown)], ALIGNMENT, width, cut=True), *left_out, *texts]
 
@@ -94,6 +94,12 @@ def troubles(images: Sequence[Image]) -> list[str]:
         if text is not None:
             names.setdefault(text, []).append(image["name"])
     return [printable(f"{listed(found)}: {text}") for text, found in names.items()]
+
+
+def total_limit(found: dict[str, Any]) -> list[str]:
+    """The limit of all images together, if there is one."""
+    limit = found.get("limit_total")
+    return [f"at most {format_size(limit)}/s for all streams together"] if limit else []
 
 
 def summary(images: Sequence[Image]) -> list[str]:

@@ -23,6 +23,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import Reason
 from qedfs.fetch.latency import BOUNDS
 from qedfs.fetch.queue import FetchQueue
+from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.job import Job
@@ -36,6 +37,7 @@ _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
     ("read_bytes", "Bytes that guests have read.", lambda image: image.counters.read),
     ("written_bytes", "Bytes that guests have written.", lambda image: image.counters.written),
     ("missed_bytes", "Bytes read that had to be fetched first.", lambda image: image.counters.missed),
+    ("granted_bytes", "Bytes that were counted against its limit.", lambda image: image.limiter.granted),
     ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.barriers),
     ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.barrier_seconds),
 )
@@ -92,12 +94,23 @@ class MountCollector(Collector):
         )
         info.add_metric([__version__, _label(self._mount.mountpoint)], 1)
         yield info
+        yield from _limit_metrics(self._mount.total.limiter)
         everything = self._mount.everything()
         yield _states(everything)
         yield _troubles(everything)
         served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
         yield from _image_metrics(served)
         yield from _source_metrics(self._mount.fetches())
+
+
+def _limit_metrics(limiter: RateLimiter) -> Iterator[Metric]:
+    limit = GaugeMetricFamily(
+        "qedfs_limit_total_bytes_per_second", "Limit of what all images fetch in the background, 0 for none."
+    )
+    limit.add_metric([], limiter.limit)
+    fetched = CounterMetricFamily("qedfs_background_fetched_bytes", "Bytes fetched that no reader waited for.")
+    fetched.add_metric([], limiter.granted)
+    yield from (limit, fetched)
 
 
 def _states(everything: Sequence[ServedImage]) -> Metric:

@@ -29,6 +29,8 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "device": mount.device,
         "socket": socket,
         "more_operations": {"answered": not mount.without_more, "error": mount.without_more or None},
+        "limit_total": mount.total.limiter.limit,
+        "fetched_in_background": mount.total.limiter.granted,
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }
@@ -58,6 +60,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         **_condition(served.troubles),
         "exit_code": 0 if job.error is None else job.error.exit_code,
         "limit": job.rate_limiter.limit,
+        "granted": image.limiter.granted,
         "copy_on_read": image.copy_on_read,
         "read_only": not image.writable,
         "opens": served.opens,

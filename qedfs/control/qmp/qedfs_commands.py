@@ -5,6 +5,7 @@
   or the disk is full.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: repeating one is not an error.
 - `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit; works even while nothing streams.
+- `x-qedfs-limit-total {limit}`: the same for all images together, for what they fetch in the background.
 - `x-qedfs-step {device, offset?}`: populate the next missing run at or after `offset` with one request; returns
   `{pos, size, next}`: the range that was populated, and the next missing byte (null if there is none).
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
@@ -98,6 +99,12 @@ async def _cancel(call: Call, arguments: Arguments) -> Nothing:
 async def _limit(call: Call, arguments: Arguments) -> Nothing:
     _, _, stream = find_served(call, arguments["device"])
     stream.set_limit(_not_negative(arguments, "limit"))
+    return {}
+
+
+@our_commands("x-qedfs-limit-total", Arg("limit", "integer"))
+async def _limit_total(call: Call, arguments: Arguments) -> Nothing:
+    call.control.mount.total.limiter.limit = _not_negative(arguments, "limit")
     return {}
 
 

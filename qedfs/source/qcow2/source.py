@@ -144,12 +144,15 @@ class Qcow2Source:
         """Bytes received of the file, including compressed data and tables."""
         return self._inner.received
 
-    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        """Fill `buffer`, see `Source.read`. A damaged table or compressed cluster is a SourceError."""
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> int:
+        """Fill `buffer`, see `Source.read`. A damaged table or compressed cluster is a SourceError.
+
+        Returns how many bytes of the file hold the range. Tables are not counted: they are read once.
+        """
         view = buffer.cast("B")
         self._check(pos, len(view))
         if not len(view):
-            return
+            return 0
         entries = await self._entries(pos, len(view), urgent=urgent)
         with _faults(self._name):
             plan = plan_read(self._header, pos, len(view), entries)
@@ -158,8 +161,10 @@ class Qcow2Source:
         parts = [piece for piece in plan.compressed if not piece.whole]
         pieces: list[Data | Compressed] = [*plan.data, *(piece for piece in plan.compressed if piece.whole)]
         jobs: list[Job] = [partial(self._copy_part, piece, view, urgent=urgent) for piece in parts]
-        jobs += [partial(self._read_batch, batch, view, urgent=urgent) for batch in join(pieces)]
+        batches = join(pieces)
+        jobs += [partial(self._read_batch, batch, view, urgent=urgent) for batch in batches]
         await _run(jobs)
+        return sum(batch.size for batch in batches) + sum(piece.size for piece in parts)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts of the range are unallocated or zero, up to a limit per call. See `Source.extents`."""
