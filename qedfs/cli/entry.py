@@ -5,6 +5,7 @@ before the handler is there, because loading the rest takes most of the time of 
 loads before our first line is not in our hands.) Must not know any command.
 """
 
+import gc
 import os
 import signal
 
@@ -15,6 +16,8 @@ def main() -> None:
     """Run the command line. This is what the `qedfs` script and `python -m qedfs` call."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if our parent has it ignored, as nohup
         signal.signal(signal.SIGINT, _leave)
+    # Modules are no garbage. Without this, collections take a fifth of the time of a short command.
+    gc.disable()
     from qedfs.cli.main import main as command
 
     command()

@@ -5,7 +5,6 @@ Owns how a failure is shown to the user. Commands raise QedfsError and do not pr
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -15,8 +14,6 @@ import click
 from qedfs.cli.entry import INTERRUPTED
 from qedfs.cli.ui.output import remark
 from qedfs.errors import InUse, QedfsError
-
-log = logging.getLogger(__name__)
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -87,8 +84,10 @@ def _report(exc: BaseException) -> int:
     if isinstance(exc, SystemExit):
         raise exc
     line, exit_code = explain(exc)
+    import logging  # here, because loading it takes as long as a short command
+
     # With --verbose the log shows the traceback of a bug.
-    log.debug("the command failed", exc_info=exc)
+    logging.getLogger(__name__).debug("the command failed", exc_info=exc)
     if exit_code != INTERRUPTED:
         remark(line)
     return exit_code

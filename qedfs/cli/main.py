@@ -6,6 +6,7 @@ not need cost more than what most commands do.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import sys
@@ -88,7 +89,11 @@ class Group(click.Group):
             similar = difflib.get_close_matches(name, self.list_commands(ctx))
             hint = f"did you mean {' or '.join(similar)}?" if similar else "qedfs --help lists them"
             raise UsageError(f"there is no command {name}; {hint}")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        # All is loaded that most commands need. Only what the command makes from now on can become garbage.
+        gc.freeze()
+        gc.enable()
+        return found
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

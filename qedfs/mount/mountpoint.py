@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import subprocess
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qedfs.errors import InUse, UsageError
 from qedfs.host.procfs import mounts
 from qedfs.host.runtime import place_of
+
+if TYPE_CHECKING:
+    import subprocess
 
 
 class MountInfo(NamedTuple):
@@ -85,6 +86,8 @@ def _known_at(mountpoint: str) -> MountInfo | None:
 
 def why_not_mounted(mountpoint: str, said: str) -> str:
     """The reason of a failed mount, and the way out. `said`: what libfuse and fusermount3 have printed."""
+    import shutil  # here, because most commands look at mounts and mount nothing
+
     if not os.path.exists("/dev/fuse"):
         return "there is no /dev/fuse; load the kernel's module (modprobe fuse), or give the container this device"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
@@ -98,6 +101,8 @@ def why_not_mounted(mountpoint: str, said: str) -> str:
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> subprocess.CompletedProcess[str]:
     """Run the system's unmount command: umount for root, fusermount3 for others. Sends no request to the mount."""
+    import subprocess  # here, because most commands look at mounts and unmount nothing
+
     place = place_of(mountpoint)
     if os.getuid() == 0:
         # -c: otherwise umount(8) resolves the path, and hangs if the server hangs.

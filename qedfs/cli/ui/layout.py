@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.cells import cell_len, chop_cells, set_cell_size
-
 CUT = "..."  # ASCII: every terminal has it
 COLUMN_GAP = "  "
 HANGING = "  "
@@ -26,6 +24,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def cell_len(text: str) -> int:
+    """How many cells of a terminal the text takes."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    from rich import cells  # here, because loading it takes as long as a short command, which needs it rarely
+
+    return cells.cell_len(text)
+
+
 def padded(text: str, width: int, *, right: bool = False) -> str:
     """The text padded with blanks to `width` cells. A longer text is returned unchanged."""
     blanks = " " * (width - cell_len(text))
@@ -38,6 +45,8 @@ def shortened(text: str, width: int) -> str:
         return text
     if width <= len(CUT):
         return CUT[:width]
+    from rich.cells import set_cell_size  # here: see `cell_len`
+
     tail = (width - len(CUT)) // 2
     head = width - len(CUT) - tail
     return set_cell_size(text, head) + CUT + set_cell_size(text[::-1], tail)[::-1]
@@ -55,10 +64,19 @@ def wrapped(text: str, width: int) -> Iterator[str]:
             yield line
             line = HANGING + word
         while cell_len(line) > width:
-            first, *rest = chop_cells(line, max(width, len(HANGING) + 2))
+            first, *rest = _chopped(line, max(width, len(HANGING) + 2))
             yield first
             line = HANGING + "".join(rest)
     yield line
+
+
+def _chopped(text: str, width: int) -> list[str]:
+    """The text in parts of at most `width` cells."""
+    if cell_len(text) <= width:
+        return [text]
+    from rich.cells import chop_cells  # here: see `cell_len`
+
+    return chop_cells(text, width)
 
 
 def table(
@@ -73,7 +91,7 @@ def table(
         others = sum(widths[1:]) + len(COLUMN_GAP) * (len(widths) - 1)
         widths[0] = min(widths[0], max(LEAST_FOLD, width - others))
     for first, *rest in rows:
-        name, *folded = [shortened(first, widths[0])] if cut or not first else chop_cells(first, widths[0])
+        name, *folded = [shortened(first, widths[0])] if cut or not first else _chopped(first, widths[0])
         cells = zip([name, *rest], widths, alignment, strict=True)
         yield COLUMN_GAP.join(padded(cell, size, right=side == ">") for cell, size, side in cells).rstrip()
         yield from folded
