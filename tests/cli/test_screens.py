@@ -307,7 +307,7 @@ def test_a_changed_source_is_named_once(web: Nginx, disk: Path, overlay: Path, m
             "Invalid value for '--stream-between': '25-3' is not a time window; write it like 22:00-06:00 "
             "(see qedfs mount --help)",
         ),
-        (["nonsense"], "No such command 'nonsense' (see qedfs --help)"),
+        (["nonsense"], "there is no command nonsense; qedfs --help lists them"),
         (["info", "a\x1b[31m.qed"], r"a\x1b[31m.qed: No such file or directory"),
     ],
 )
