@@ -79,6 +79,31 @@ def _mounted(source: Path, mountpoint: Path, url: str, *options: str) -> Iterato
         yield Scraped(mount, ("127.0.0.1", port), url)
 
 
+def test_a_mount_that_serves_imports_nothing_any_more(tmp_path: Path) -> None:
+    """An upgrade of the package may replace the files at any moment, and must leave mounts alone."""
+    with origin(tmp_path, SIZE) as source:
+        overlay = create(tmp_path / "disk.qed", source.url)
+        port = str(free_port())
+        environment = {"PYTHONPROFILEIMPORTTIME": "1"}
+        options = ("--no-stream", "--metrics", port)
+        with mounted(overlay, tmp_path / "mnt", *options, env=environment, own_interpreter=True) as mount:
+            wait_for(lambda: f"metrics at 127.0.0.1:{port}" in mount.output(), "the metrics")
+            before = mount.output()
+            assert "import time:" in before
+            with mount.path("disk.raw").open("r+b") as image:
+                image.write(b"written")
+                os.fsync(image.fileno())
+                image.seek(MIB)
+                image.read(200_000)
+            mount.status()
+            Scraped(mount, ("127.0.0.1", int(port)), source.url).scrape()
+            qedfs("stream", "start", mount.mountpoint)
+            mount.wait()
+            qedfs("umount", mount.mountpoint)
+            mount.wait_exit()
+            assert "import time:" not in mount.output().removeprefix(before)
+
+
 def test_the_figures_agree_with_status(scraped: Scraped) -> None:
     with scraped.mount.path("one.raw").open("r+b") as image:
         image.write(b"written")
@@ -271,7 +296,7 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
     words = [sys.executable, "-c", hide, "mount", "--metrics", "9188", str(tmp_path / "disk.qed"), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 2
-    assert "install it: pip install 'qedfs[metrics]'" in done.stderr
+    assert "install it: apt install python3-prometheus-client, or pipx inject qedfs" in done.stderr
 
 
 @pytest.mark.parametrize(

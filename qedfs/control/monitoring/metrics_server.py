@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def parse_address(text: str) -> Address:
         UsageError: the text is not an address, or the package prometheus_client is not installed.
     """
     if importlib.util.find_spec("prometheus_client") is None:
-        raise UsageError("--metrics needs the package prometheus_client; install it: pip install 'qedfs[metrics]'")
+        raise UsageError(
+            "--metrics needs the package prometheus_client; install it: apt install python3-prometheus-client, "
+            "or pipx inject qedfs prometheus_client"
+        )
     if text.startswith("unix:") and len(text) > len("unix:"):
         return Address(path=Path(text.removeprefix("unix:")).absolute())
     found = _ADDRESS.match(text)
@@ -75,6 +79,10 @@ async def serve_metrics(
         UsageError: it cannot listen there.
         InUse: another process listens there.
     """
+    # Imported here because it needs an extra, which `parse_address` has checked. Not at the first scrape: an upgrade of
+    # the package may have replaced the files of a mount that serves.
+    from qedfs.control.monitoring.metrics import exposition
+
     listeners = _listen_at_path(address.path) if address.path else await _listen_at_port(address)
     if address.path is None:
         address = dataclasses.replace(address, port=listeners[0].socket.getsockname()[1])
@@ -88,7 +96,7 @@ async def serve_metrics(
             await trio.aclose_forcefully(stream)
             return
         try:
-            await _serve_client(stream, mount, address)
+            await _serve_client(stream, lambda: exposition(mount), address)
         finally:
             clients.release()
 
@@ -101,13 +109,13 @@ async def serve_metrics(
             remove_own(address.path, mark)
 
 
-async def _serve_client(stream: trio.SocketStream, mount: Mounted, address: Address) -> None:
+async def _serve_client(stream: trio.SocketStream, exposed: Callable[[], bytes], address: Address) -> None:
     async with stream:
         with trio.move_on_after(CLIENT_SECONDS):
             try:
                 head = await _request_head(stream)
                 if head is not None:
-                    await stream.send_all(_answer(head, mount, address))
+                    await stream.send_all(_answer(head, exposed, address))
             except trio.BrokenResourceError:
                 return  # the client has gone
 
@@ -123,15 +131,12 @@ async def _request_head(stream: trio.SocketStream) -> bytes | None:
     return head
 
 
-def _answer(head: bytes, mount: Mounted, address: Address) -> bytes:
+def _answer(head: bytes, exposed: Callable[[], bytes], address: Address) -> bytes:
     refusal = _refuse_request(head) or _refuse_host(head, address)
     if refusal is not None:
         return refusal
     try:
-        # Imported here because it needs an extra. `parse_address` has checked that this is installed.
-        from qedfs.control.monitoring.metrics import exposition
-
-        return _response(HTTPStatus.OK, exposition(mount))
+        return _response(HTTPStatus.OK, exposed())
     except Exception:
         # A bug must cost this response only, not the mount.
         log.exception("cannot make the metrics")
