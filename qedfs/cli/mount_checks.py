@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 URL_SCHEMES = ("http:", "https:", "nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
 HEAD_BYTES = 512
+SUFFIX = ".qed"
 
 
 def check_options(arguments: MountArguments) -> None:
@@ -56,7 +57,7 @@ def remarks(arguments: MountArguments) -> list[str]:
     if arguments.stream == "off" and rules:
         options = " and ".join("--" + name.replace("_", "-") for name in rules)
         lines.append(f"--stream off: nothing streams until qedfs stream start; {options} counts from then on")
-    if _hides_files(arguments.mountpoint):
+    if not _is_same(arguments.source, arguments.mountpoint) and _hides_files(arguments.mountpoint):
         lines.append(f"{arguments.mountpoint}: is not empty; what is in it is hidden until the mount ends")
     return lines
 
@@ -66,7 +67,7 @@ def _of_url(url: str, mountpoint: str) -> str:
 
     shown = redact(url)
     name = os.path.basename(urlsplit(shown).path).partition(".")[0] or "disk"
-    overlay = f"{name}.qed"
+    overlay = name + SUFFIX
     create = _command("create", overlay, "--backing", shown)
     return (
         f"{shown}: is a URL; first create an overlay over it: {create}; then: {_command('mount', overlay, mountpoint)}"
@@ -84,11 +85,21 @@ def _check_overlay(path: str, mountpoint: str) -> None:
     if head.startswith(MAGIC) or len(head) < HEAD_BYTES:
         return
     found = probe(head, b"")
+    name = os.path.basename(path)
+    if found is RAW and name.endswith(SUFFIX):
+        return  # an overlay that has lost its head, most likely
     what = "is not an overlay" if found is RAW else f"is not an overlay but looks like {found.name}"
-    overlay = os.path.basename(path).partition(".")[0] + ".qed"
+    overlay = name.partition(".")[0] + SUFFIX
+    if overlay == name:
+        overlay = f"new-{name}"
     create = _command("create", overlay, "--backing", path)
     mount = _command("mount", overlay, mountpoint, "--allow-backing", os.path.abspath(path))
     raise BadOverlay(f"{path}: {what}; to mount a disk image, create an overlay over it: {create}; then: {mount}")
+
+
+def _is_same(source: str, mountpoint: str) -> bool:
+    """Whether the folder of the overlays is to be mounted on, which is refused."""
+    return os.path.realpath(source) == os.path.realpath(mountpoint)
 
 
 def _hides_files(mountpoint: str) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import pwd
 import signal
 import stat
 import struct
@@ -425,8 +426,25 @@ def _open_error(path: str, exc: OSError, *, writable: bool) -> QedfsError:
         return BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
     if exc.errno in (errno.ENXIO, errno.EISDIR):
         return BadOverlay(f"{path}: is not a regular file")
-    hint = "; the overlay must be writable to keep what is fetched" if writable and exc.errno == errno.EACCES else ""
-    return file_error(f"{path}: {exc.strerror}{hint}", exc)
+    text = f"{path}: {exc.strerror}"
+    if exc.errno == errno.EACCES:
+        text += f"; {_access(path)}"
+    if exc.errno == errno.EACCES and writable:
+        text += "; the overlay must be writable to keep what is fetched"
+    return file_error(text, exc)
+
+
+def _access(path: str) -> str:
+    """Who may access a file that was refused to us, in words."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return "a folder above it lets this user not through"
+    try:
+        owner = pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        owner = str(found.st_uid)
+    return f"it belongs to {owner} and has the mode {stat.S_IMODE(found.st_mode):04o}"
 
 
 def _lock_as_qemu(fd: int, path: str, *, writable: bool) -> None:

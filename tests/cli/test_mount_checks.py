@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.overlay.create import create_overlay
 from tests.harness.images import qemu_create, random_image
 from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import free_port
@@ -90,7 +91,7 @@ def test_another_users_mount_is_said_to_be_his(place: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/disk"
     with user(NOBODY) as nobody:
         overlay, mountpoint = nobody.folder / "disk.qed", nobody.folder / "mnt"
-        qedfs("create", overlay, "--backing", url, "--size", "16M")
+        create_overlay(str(overlay), image_size=16 * MIB, backing=url)
         with mounted(overlay, mountpoint):
             for command, whose in (("status", "talk to its server"), ("wait", "talk to its server")):
                 done = nobody.qedfs(command, mountpoint, check=False)
@@ -112,4 +113,16 @@ def test_another_users_mount_is_said_to_be_his(place: Path) -> None:
         os.chown(mountpoint.parent / "own", NOBODY, NOBODY)
         done = nobody.qedfs("mount", overlay, mountpoint.parent / "own", check=False)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "Permission denied" in done.stderr
+        assert "Permission denied; it belongs to root and has the mode 0600" in done.stderr
+
+
+def test_a_mount_on_the_overlays_is_refused_in_one_line(place: Path) -> None:
+    qemu_create(place / "disk.qed", size=MIB)
+    assert "holds the overlays; mount on another folder" in failing(USAGE, "mount", place, place)
+
+
+def test_a_damaged_overlay_is_not_taken_for_a_disk(place: Path) -> None:
+    overlay = qemu_create(place / "disk.qed", size=MIB)
+    with overlay.open("r+b") as file:
+        file.write(b"XXXX")
+    assert failing(BAD_OVERLAY, "mount", overlay, place / "mnt") == f"qedfs: {overlay}: not a QED image"
