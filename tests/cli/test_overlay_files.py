@@ -178,7 +178,8 @@ def test_picture_of_a_large_image_has_few_lines(folder: Path) -> None:
 
 def test_check_of_a_sound_overlay(overlay: Path) -> None:
     report = json.loads(qedfs("check", overlay, "--json").stdout)
-    assert (report["allocated"], report["zero"], report["corruptions"], report["leaks"]) == (2, 2, 0, 0)
+    keys = ("data_clusters", "zero_clusters", "corruptions", "leaked_clusters")
+    assert [report[key] for key in keys] == [2, 2, 0, 0]
     assert "sound" in qedfs("check", overlay).stdout
 
 
@@ -223,7 +224,7 @@ def test_export_of_a_complete_overlay_is_sparse(folder: Path) -> None:
     path = qemu_create(folder / "disk.qed", size=8 << 20)
     qemu_io(path, "write -P 7 1M 192k", "write -P 9 5M 64k", "write -z 2M 64k")
     written = json.loads(qedfs("export", path, folder / "disk.raw", "--json").stdout)
-    assert (written["size"], written["data"]) == (8 << 20, 256 << 10)
+    assert (written["size"], written["data_size"]) == (8 << 20, 256 << 10)
     assert qemu_same(path, folder / "disk.raw")
     assert (folder / "disk.raw").stat().st_size == 8 << 20
     assert (folder / "disk.raw").stat().st_blocks * 512 <= 300 << 10
@@ -306,7 +307,7 @@ def test_export_makes_holes_of_the_zeros_in_the_backing(folder: Path) -> None:
     sparse_image(folder / "base.raw", (8 << 20) + 512, {3 << 20: b"x" * 4096, 8 << 20: b"y" * 512})
     path = qemu_create(folder / "disk.qed", folder / "base.raw", size=(8 << 20) + 512)
     done = qedfs("export", path, folder / "disk.raw", "--with-backing", "--allow-backing", folder, "--json")
-    assert json.loads(done.stdout)["data"] == (64 << 10) + 512
+    assert json.loads(done.stdout)["data_size"] == (64 << 10) + 512
     assert (folder / "disk.raw").read_bytes() == (folder / "base.raw").read_bytes()
     assert (folder / "disk.raw").stat().st_blocks * 512 <= 100 << 10
 

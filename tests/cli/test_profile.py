@@ -35,7 +35,7 @@ def test_a_second_mount_brings_in_what_readers_of_the_first_waited_for(tmp_path:
             _read(mount.path("first.raw"), raw)
             done = json.loads(qedfs("profile", mount.mountpoint, "first.raw", profile, "--json").stdout)
             assert done["file"] == str(profile)
-            assert done["ranges"] >= len(PLACES)
+            assert done["range_count"] >= len(PLACES)
             assert json.loads(qedfs("profile", mount.mountpoint, "first", profile, "--json").stdout) == done
             swapped = qedfs("profile", mount.mountpoint, "first", tmp_path / "second.qed", check=False)
             assert swapped.returncode == 2

@@ -23,7 +23,7 @@ from .support import SLOW, daemon, image, in_mount_table, is_running, server_pid
 def test_driving_a_stream(overlay: Path, disk: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--no-stream"):
         qedfs("stream", "limit", mountpoint, "disk", "256K")
-        (found,) = json.loads(qedfs("stream", "start", mountpoint, "--json").stdout)
+        (found,) = json.loads(qedfs("stream", "start", mountpoint, "--json").stdout)["images"]
         assert found["limit"] == 256 << 10
         qedfs("stream", "pause", mountpoint, "disk.raw")
         wait_for(lambda: image(mountpoint)["state"] == "paused", "a pause")

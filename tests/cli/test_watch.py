@@ -160,7 +160,7 @@ def test_wait_for_a_mount_that_ends_too_early(overlay: Path, mountpoint: Path) -
 
 
 def test_interrupted_wait_says_nothing(overlay: Path, mountpoint: Path) -> None:
-    with daemon(overlay, mountpoint, *SLOW):
+    with daemon(overlay, mountpoint, "--limit", "64K"):
         with subprocess.Popen([*QEDFS, "wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             waiting.send_signal(signal.SIGINT)

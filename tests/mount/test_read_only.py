@@ -109,7 +109,7 @@ def test_a_journal_whose_entries_are_all_in_the_overlay_does_no_harm(
         with opened(mount.path("disk.raw")) as fd:
             os.fsync(fd)
         mount.kill()
-    assert json.loads(qedfs("check", overlay, "--json").stdout)["in_journal"] == 0
+    assert json.loads(qedfs("check", overlay, "--json").stdout)["journal_clusters"] == 0
     with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
         assert_same(mount.path("disk.raw"), expect_mine(source, tmp_path / "expected"))
 

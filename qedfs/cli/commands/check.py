@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import click
 
@@ -40,8 +41,7 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
         report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
         waiting, remark = _waiting(storage)
     if as_json:
-        told = {"in_journal": waiting, "journal_remark": remark or None}
-        print_json({"overlay": overlay, **dataclasses.asdict(report), **told})
+        print_json({"overlay": os.path.abspath(overlay), **_for_programs(report), **_journal(waiting, remark)})
     else:
         print_fields(_for_people(report, waiting, remark))
     if report.corruptions:
@@ -77,6 +77,24 @@ def _waiting(storage: Storage) -> tuple[int, str]:
         return 0, ""
     waiting = {cluster for cluster, _ in found.orphan.pairs} if found.orphan else set()
     return len(waiting), found.unread or found.gone
+
+
+def _for_programs(report: Report) -> dict[str, object]:
+    return {
+        "total_clusters": report.total,
+        "data_clusters": report.allocated,
+        "zero_clusters": report.zero,
+        "missing_clusters": report.total - report.allocated - report.zero,
+        "leaked_clusters": report.leaks,
+        "tables": report.tables,
+        "corruptions": report.corruptions,
+        "repaired": report.repaired,
+        "first_problem": report.first_problem or None,
+    }
+
+
+def _journal(waiting: int, remark: str) -> dict[str, object]:
+    return {"journal_clusters": waiting, "journal_error": remark or None}
 
 
 def _for_people(report: Report, waiting: int, remark: str) -> dict[str, object]:

@@ -73,7 +73,7 @@ def export(
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     else:
-        click.echo(f"{file}: {format_size(written['size'])}, {format_size(written['data'])} of it data")
+        click.echo(f"{file}: {format_size(written['size'])}, {format_size(written['data_size'])} of it data")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
             fetched = await _fetch(overlay, path, missing, target, asking)
         # After all reads: if somebody has truncated the overlay meanwhile, we have read zeros past its end.
         await overlay.inspect()
-        return {"size": overlay.image_size, "data": sum(run.size for run in data) + fetched}
+        return {"size": overlay.image_size, "data_size": sum(run.size for run in data) + fetched}
     finally:
         overlay.close_now()
 

@@ -15,7 +15,7 @@ import click
 
 from qedfs.cli.found_mounts import FoundMount, qedfs_mounts
 from qedfs.cli.ui.list_lines import list_lines
-from qedfs.cli.ui.output import console, print_json
+from qedfs.cli.ui.output import print_json, terminal_width
 from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import QedfsError, TimedOut
 
@@ -38,8 +38,7 @@ def list_mounts(as_json: bool) -> None:
     if as_json:
         print_json({"mounts": found})
         return
-    screen = console()
-    click.echo("\n".join(list_lines(found, screen.width if screen.is_terminal else None)))
+    click.echo("\n".join(list_lines(found, terminal_width())))
 
 
 def ask_all(mounts: Sequence[FoundMount]) -> list[Listed]:

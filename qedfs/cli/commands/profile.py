@@ -41,7 +41,8 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
     with new_file(file) as target:
         target.write(written(ranges, f"{found['name']}: pos and size of what readers waited for, in bytes").encode())
     if as_json:
-        print_json({"file": os.path.abspath(file), "image": found["name"], "ranges": len(ranges), "bytes": size})
+        shown = {"mountpoint": os.path.abspath(mountpoint), "image": found["name"], "file": os.path.abspath(file)}
+        print_json({**shown, "range_count": len(ranges), "size": size})
     else:
         click.echo(f"{file}: {len(ranges)} ranges, {format_size(size)}")
 

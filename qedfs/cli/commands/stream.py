@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -35,7 +36,7 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
             check_served(found)
             client.execute(command, device=found["name"], **arguments)
         if as_json:
-            print_json(fetch(client, image, mountpoint))
+            print_json({"mountpoint": os.path.abspath(mountpoint), "images": fetch(client, image, mountpoint)})
 
 
 _mountpoint = click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
@@ -120,7 +121,7 @@ def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None
         name = chosen[0]["name"]
         done = client.execute("x-qedfs-step", device=name, offset=offset)
     if as_json:
-        print_json({"image": name, **done})
+        print_json({"mountpoint": os.path.abspath(mountpoint), "image": name, **done})
     elif not done["size"]:
         click.echo(f"{name}: nothing is missing from {offset} on")
     else:

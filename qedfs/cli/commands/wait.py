@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -14,7 +16,8 @@ from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
 from qedfs.cli.ui.layout import listed
-from qedfs.cli.ui.output import console, remark
+from qedfs.cli.ui.output import console, print_json, remark
+from qedfs.cli.ui.progress_lines import ProgressLines
 from qedfs.cli.wait_goal import Goal, Unused, parse_goal
 from qedfs.control.qmp.client import Client, Gone
 from qedfs.errors import NotMounted, QedfsError, TimedOut
@@ -41,27 +44,55 @@ POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
     metavar="OVERLAY|FOLDER",
     help="What was mounted. If the mount has ended, as after mount --until-streamed, the files themselves are checked.",
 )
-def wait(mountpoint: str | None, image: str | None, timeout: float | None, goal: str, place: str | None) -> None:
+@click.option("--quiet", "-q", is_flag=True, help="Print no progress and no remarks, only errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, also after a failure.")
+def wait(
+    mountpoint: str | None,
+    image: str | None,
+    timeout: float | None,
+    goal: str,
+    place: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Wait until IMAGE, or every image, of the mount at MOUNTPOINT is complete: the source is no longer needed.
 
     Overlays that have just appeared in the folder count. An unreachable source or a full disk does not end the wait. A
     failed stream ends it with exit code 4, a changed source with 5. If nothing is mounted there (any more), the exit
     code is 10; but with --overlay it is 0 if what was mounted is complete. MOUNTPOINT may be omitted if this user has a
     single mount (qedfs list).
+
+    On a terminal, bars show the progress. Otherwise a line on standard error does, after each tenth of the whole, and
+    every ten seconds if there is progress.
     """
-    mountpoint = mount_meant(mountpoint)
-    waiting = _Waiting(mountpoint, image, parse_goal(goal), timeout)
+    waited = parse_goal(goal)
+    waiting = _Waiting(mount_meant(mountpoint), image, waited, timeout, quiet=quiet)
+    error: QedfsError | None = None
     try:
-        with connect(mountpoint, deadline=waiting.deadline) as client:
+        _wait(waiting, image, place)
+    except QedfsError as exc:
+        error = exc
+        raise
+    finally:
+        # Not after Ctrl-C, nor after a bug: there is no result.
+        if as_json and (error is not None or sys.exc_info()[0] is None):
+            print_json(waiting.result(goal, error))
+
+
+def _wait(waiting: _Waiting, image: str | None, place: str | None) -> None:
+    """Wait at the mount, or look at the overlays if it has ended."""
+    try:
+        with connect(waiting.mountpoint, deadline=waiting.deadline) as client:
             waiting.run(client)
     except NotMounted as exc:
+        waiting.mounted = False
         if isinstance(exc, Gone) and isinstance(waiting.goal, Unused):
             return
         # With --until-streamed the mount ends as soon as all images are complete.
         if waiting.images and all(_stands_alone(found["overlay"]) for found in waiting.images):
             return
         if place is None:
-            raise _explained(exc, mountpoint) from exc
+            raise _explained(exc, waiting.mountpoint) from exc
         # Imported here because reading an overlay needs trio, and a wait on a mount that serves reads none.
         from qedfs.cli.overlay_files import overlays_at, stands_alone
 
@@ -73,9 +104,14 @@ def wait(mountpoint: str | None, image: str | None, timeout: float | None, goal:
 class _Waiting:
     """One wait: the goal, the deadline, and the last status of the images."""
 
-    def __init__(self, mountpoint: str, image: str | None, goal: Goal, timeout_seconds: float | None) -> None:
+    def __init__(
+        self, mountpoint: str, image: str | None, goal: Goal, timeout_seconds: float | None, *, quiet: bool
+    ) -> None:
         self.images: list[Image] = []
-        self._mountpoint = mountpoint
+        self.mounted = True
+        self.mountpoint = mountpoint
+        self._quiet = quiet
+        self._progress = ProgressLines()
         self._image = image
         self.goal = goal
         self.deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
@@ -85,12 +121,27 @@ class _Waiting:
         """Return when all images have reached the goal, including any that have just appeared in the folder."""
         client.execute("x-qedfs-rescan")
         self._watch(client)
-        if not self.images:
-            remark(f"{self._mountpoint}: has no overlays, so there is nothing to wait for")
+        if not self.images and not self._quiet:
+            remark(f"{self.mountpoint}: has no overlays, so there is nothing to wait for")
+
+    def result(self, goal: str, error: QedfsError | None) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "mountpoint": os.path.abspath(self.mountpoint),
+            "goal": goal,
+            "reached": error is None,
+            "error": None if error is None else str(error),
+            "exit_code": 0 if error is None else error.exit_code,
+            "mounted": self.mounted,
+            "images": self.images,
+        }
 
     def _watch(self, client: Client) -> None:
+        if self._quiet:
+            self._wait(client, lambda: None)
+            return
         if not sys.stderr.isatty():
-            self._wait(client, self._remark_held)
+            self._wait(client, self._print_progress)
             return
         # Imported here because loading rich is slow, and a script that waits has no terminal.
         from qedfs.cli.ui.bars import bar_lines
@@ -104,7 +155,7 @@ class _Waiting:
             show()
             left = self.deadline - time.monotonic()
             if left <= 0:
-                raise TimedOut(f"{self._mountpoint}: not {self.goal} within the timeout: {self._summary()}")
+                raise TimedOut(f"{self.mountpoint}: not {self.goal} within the timeout: {self._summary()}")
             client.event(min(left, POLL_SECONDS))
 
     def _reached_by_all(self, client: Client) -> bool:
@@ -115,10 +166,18 @@ class _Waiting:
         return self._reached(client)
 
     def _reached(self, client: Client) -> bool:
-        self.images = fetch(client, self._image, self._mountpoint)
+        self.images = fetch(client, self._image, self.mountpoint)
         # Check all images, so that the failure of one is reported even if another is not ready.
         reached = [self.goal.reached(client, image) for image in self.images]
         return all(reached)
+
+    def _print_progress(self) -> None:
+        self._remark_held()
+        if isinstance(self.goal, Unused):
+            return
+        line = self._progress.line(time.monotonic(), self.images)
+        if line is not None:
+            remark(f"{self.mountpoint}: {line}")
 
     def _remark_held(self) -> None:
         """Print a remark, once for each state, about an image that does not go on by itself."""

@@ -107,7 +107,7 @@ def summary(images: Sequence[Image]) -> list[str]:
     if len(images) < 2:
         return []
     counts = Counter(image["state"] for image in images)
-    populated, total = (sum(image[key] for image in images) for key in ("populated", "total"))
+    populated, total = (sum(image[key] or 0 for image in images) for key in ("populated", "total"))
     local = f"{format_size(populated)} of {format_size(total)} local"
     return [f"{len(images)} images: {states_text(counts)}; {local}"]
 

@@ -98,17 +98,24 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
     return {
         "name": served.name,
         "overlay": served.path,
-        "size": 0,
+        "size": None,
         "backing": None,
         "served": False,
         "state": state_of(served),
         "reason": SETTLING if error is None else None,
-        "populated": 0,
-        "total": 0,
+        "populated": None,
+        "total": None,
         "rate": 0,
         "eta_seconds": None,
         **_condition(served.troubles),
         "exit_code": QedfsError.exit_code if error is None else error.exit_code,
+        "limit": None,
+        "granted": None,
+        "copy_on_read": None,
+        "read_only": None,
+        "opens": 0,
+        "disk_usage": None,
+        "counters": None,
     }
 
 

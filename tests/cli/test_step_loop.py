@@ -1,0 +1,55 @@
+"""README's loop of `stream step`, as it stands there: it ends when all is local, and when a command fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ..harness.hang import HANG_SECONDS
+from ..harness.mounts import qedfs
+from .support import in_mount_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_loop(folder: Path, tmp_path: Path, only: str = "*") -> subprocess.CompletedProcess[str]:
+    """Run the block in this folder. Of the commands, those that do not match a shell pattern do nothing."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (text for text in blocks if "qedfs stream step" in text)
+    program = tmp_path / "bin" / "qedfs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncase "$1" in {only}) exec "{sys.executable}" -m qedfs "$@" ;; esac\n')
+    program.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["sh", "-c", block],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
+    )
+
+
+def test_it_ends_when_all_is_local(overlay: Path, folder: Path, tmp_path: Path) -> None:
+    mountpoint = folder / "mnt"
+    mountpoint.mkdir()
+    try:
+        done = run_loop(folder, tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        qedfs("wait", mountpoint, "--timeout", "1ms")
+        qedfs("umount", mountpoint)
+    finally:
+        if in_mount_table(mountpoint):
+            subprocess.run(["umount", "--lazy", mountpoint], check=False)
+
+
+def test_it_ends_when_the_mount_is_gone(overlay: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "mnt").mkdir()
+    done = run_loop(folder, tmp_path, only="stream")
+    assert done.returncode == 0
+    assert re.fullmatch(r"qedfs: [^\n]+\n", done.stderr)
