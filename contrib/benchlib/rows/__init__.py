@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, cold, complete, fresh, guest, many, sparse, stream
+from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -14,4 +14,5 @@ ROWS: tuple[Row, ...] = (
     *many.ROWS,
     *barriers.ROWS,
     *sparse.ROWS,
+    *start.ROWS,
 )
