@@ -293,8 +293,8 @@ def test_a_changed_source_is_named_once(web: Nginx, disk: Path, overlay: Path, m
     ("words", "line"),
     [
         (
-            ["mount", "a", "b", "--limt", "3"],
-            "No such option '--limt'. Did you mean '--limit'? (see qedfs mount --help)",
+            ["mount", "a", "b", "--metrcs", "3"],
+            "No such option '--metrcs'. Did you mean '--metrics'? (see qedfs mount --help)",
         ),
         (["mount", "a"], "Missing argument 'MOUNTPOINT' (see qedfs mount --help)"),
         (

@@ -104,7 +104,7 @@ async def test_the_errors_come_one_by_one(autojump_clock: trio.testing.MockClock
     assert max(readers.ended) < DEADLINE + MOST_HOLD_SECONDS + 1
 
 
-@pytest.mark.parametrize("deadline", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("deadline", [1.0, pytest.param(2.0, marks=pytest.mark.slow), 5.0])
 @pytest.mark.parametrize("refused", [False, True])
 async def test_a_crowd_waits_little_longer_than_the_deadline(
     autojump_clock: trio.testing.MockClock, deadline: float, refused: bool
