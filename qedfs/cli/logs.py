@@ -71,7 +71,7 @@ class AboveBars(logging.Handler):
 
 def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None = None) -> None:
     """Set up logging at level INFO, or DEBUG if `verbose`. `bars`: the console that draws progress bars, or None."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr) if bars is None else AboveBars(bars)
+    handler: logging.Handler = logging.StreamHandler(_own_stderr()) if bars is None else AboveBars(bars)
     if as_json:
         handler.setFormatter(JsonFormatter())
     elif bars is None and is_journal(sys.stderr):
@@ -81,6 +81,14 @@ def set_up(*, verbose: bool = False, as_json: bool = False, bars: Console | None
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _own_stderr() -> TextIO:
+    """Standard error by a descriptor of its own. What is printed to descriptor 2 while libfuse mounts is caught."""
+    try:
+        return open(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
+    except (OSError, ValueError):  # no descriptor is left, or it is no file
+        return sys.stderr
 
 
 def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.mount.libfuse_words import caught_words
+from tests.harness.mounts import mounted, qedfs
 
 from .test_options import NOBODY, user
 
@@ -63,3 +64,11 @@ def test_what_fusermount3_says_is_told(tmp_path: Path, daemon: tuple[str, ...]) 
     (line,) = done.stderr.splitlines()
     assert "fusermount3: mountpoint " in line
     assert "not owned by user" in line
+
+
+def test_our_own_log_is_not_taken_for_their_words(tmp_path: Path) -> None:
+    """pyfuse3 logs what it does meanwhile."""
+    qedfs("create", tmp_path / "disk.qed", "--size", "1M")
+    with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--verbose") as mount:
+        lines = [line for line in mount.output().splitlines() if "Initializing pyfuse3" in line]
+        assert [" DEBUG " in line and "WARNING" not in line for line in lines] == [True]
