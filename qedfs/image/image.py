@@ -50,6 +50,7 @@ class Counters:
     read: int = 0
     written: int = 0
     missed: int = 0  # read from clusters that were missing
+    discarded: int = 0  # by guests, before they were fetched, in whole clusters
     kept_asked: int = 0  # adopted because a reader of this image wanted them
     kept_stream: int = 0  # adopted from background requests, and from those of other images
 
@@ -298,6 +299,14 @@ class Image:
         self.counters.written += len(data)
         self._commit_soon()
         return len(data)
+
+    async def discard(self, cluster: int, count: int) -> None:
+        """Make whole clusters read as zeros. Those that were missing are not fetched any more.
+
+        Raises what `Overlay.discard` raises.
+        """
+        missing = await self.overlay.discard(cluster, count)
+        self.counters.discarded += missing * self.overlay.cluster_size
 
     async def _fill(self, taken: RmwReservation, cluster: int) -> Buffer:
         """The whole content of a missing cluster, for a write to a part of it. Raises the errors of the source.

@@ -18,12 +18,16 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 from qedfs.errors import QedfsError
 from qedfs.image.image import Image
 from qedfs.image.seek import seek
+from qedfs.image.zero_range import make_zeros
 from qedfs.mount.fuse_attributes import changes, folder_attributes, image_attributes
 from qedfs.mount.fuse_errors import FailureReplies
 from qedfs.mount.fuse_session import FileSystem
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
+
+# Modes of fallocate(2), from <linux/falloc.h>.
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -88,8 +92,17 @@ class Operations(FileSystem):
 
     @total
     async def fallocate(self, inode: int, mode: int, pos: int, size: int) -> None:
-        """Not supported yet."""
-        raise FUSEError(errno.EOPNOTSUPP)
+        """PUNCH_HOLE and ZERO_RANGE: both make whole clusters zero clusters. Other modes are not supported.
+
+        Mode 0 would have to reserve space, which the format cannot do. With this errno, glibc's posix_fallocate writes
+        to each block instead, and fallocate(1) says that it is not supported.
+        """
+        image = self._image(inode)
+        if mode not in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE, _ZERO_RANGE | _KEEP_SIZE):
+            raise FUSEError(errno.EOPNOTSUPP)
+        if not mode & _KEEP_SIZE and pos + size > image.size:
+            raise FUSEError(errno.EFBIG)  # an image cannot grow
+        await make_zeros(image, pos, size)
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor. Nothing is made durable."""

@@ -9,7 +9,9 @@ journal of another boot, or of another session than the overlay's, is ignored, b
 since. A copy of an overlay may have the same session as its original, which may still be in use. Two things distinguish
 them: the device, and the lock that a process holds on its journal while it lives.
 
-Must not know what the entries mean; `recovery.py` validates them.
+An entry is the offset of a cluster's data, or says that a run of clusters reads as zeros since a discard. The order of
+entries is that in which they were set, and the last one of a cluster counts. Must not know more about them;
+`recovery.py` validates them.
 """
 
 from __future__ import annotations
@@ -26,19 +28,32 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
+from qedfs.format.tables import ZERO
 from qedfs.host.procfs import boot_id, mount_number, outer_user
 from qedfs.host.runtime import RuntimeFolder
 
-Pair = tuple[int, int]  # cluster, entry
+Pair = tuple[int, int]  # (cluster, offset of its data), or (first cluster, `zero_run`)
 
 _PAIR = struct.Struct("<QQ")
 _HEADER = struct.Struct("<8s40s40sQ16x")  # magic, boot, session, device; the first pair is the witness
 _START = _HEADER.size + _PAIR.size
 _NO_WITNESS = (0, 0)
-_MAGIC = b"qedfsj\0\2"
+_MAGIC = b"qedfsj\0\3"
+_MAGICS = (_MAGIC, b"qedfsj\0\2")  # the older one has no runs of zeros
+_RUN_SHIFT = 12  # offsets are multiples of 4 KiB, which leaves the low bits for a mark
 # A hundred times what accumulates with a commit every second and a slow disk. Also bounds how much of another user's
 # journal is read.
 MOST_BYTES = 64 << 20
+
+
+def zero_run(count: int) -> int:
+    """The entry of `count` clusters that read as zeros."""
+    return count << _RUN_SHIFT | ZERO
+
+
+def zero_count(entry: int) -> int:
+    """How many clusters, from the pair's one on, this entry makes read as zeros; 0 if it is the offset of data."""
+    return entry >> _RUN_SHIFT if entry & (1 << _RUN_SHIFT) - 1 == ZERO else 0
 
 
 class Journal:
@@ -161,7 +176,7 @@ def read_journal(place: RuntimeFolder, name: str, session: str, device: int, *, 
         if len(header) < _HEADER.size:
             return None
         magic, boot, owner, found = _HEADER.unpack(header)
-        if magic != _MAGIC:
+        if magic not in _MAGICS:
             raise OSError(errno.EBADMSG, "is of another version of qedfs")
         if (boot.rstrip(b"\0"), owner.rstrip(b"\0")) != (boot_id().encode(), session.encode()):
             return None

@@ -112,7 +112,7 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         tables.reach(round_up(file_end, cluster_size))
     if orphan:
         # The file may have some of these entries already.
-        apply(orphan.pairs, clusters, tables, allocator.make_table)
+        apply(orphan.pairs, clusters, tables, allocator, backing=backing is not None)
     session_start = None
     if storage.writable:
         session_start = SessionStart(storage, session, committer, journal, journal_folder, orphan)

@@ -8,16 +8,20 @@ Concurrency protocol
 --------------------
 Everything runs on one event loop. The state changes only between two awaits.
 
-- An entry changes from missing to zero or data, or from zero to data, and never back. There is one exception: a failed
-  barrier takes back all entries that may not be on the disk (`Committer.durably`) and increments `epoch`. A reader
-  whose runs are from an earlier `epoch` reads again. A writer that is about to publish entries gets the error.
+- An entry changes from missing to zero or data, or from zero to data, and with a discard to zero, whatever it was. It
+  never becomes missing again, nor goes from data to other data. There is one exception: a failed barrier takes back all
+  entries that may not be on the disk (`Committer.durably`) and increments `epoch`. A reader whose runs are from an
+  earlier `epoch` reads again. A writer that is about to publish entries gets the error.
 - A cluster is *claimed* from its allocation until its entry is set, if a worker thread writes the data in between. A
-  write to a claimed cluster waits for the end of the claim and then looks it up again. An adoption skips the cluster.
+  write to a claimed cluster, or a discard of it, waits for the end of the claim and then looks it up again. An adoption
+  skips the cluster.
   So a guest's bytes always overwrite fetched ones, never the other way round.
 - While a partial write waits for the rest of its clusters, adoptions skip them, because the write stores them whole.
 - There must be no await between the look-up of entries and the allocation. `PendingAllocations.settle` is the last one.
 - A read looks up its runs once. A write that returned before the read started is included. A concurrent write may or
   may not be seen, as on any disk.
+- A read or a write in place may still be under way where the data of a discarded cluster was. So nothing else is stored
+  there.
 - When a write has failed, its clusters are free once its thread has ended (`allocator.py`): nothing ever referred to
   them.
 - Only `commit.py` writes tables, under its lock.
@@ -32,7 +36,7 @@ import os
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.record import Record
-from qedfs.format.tables import MISSING
+from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.adoption import Adoption
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
@@ -41,6 +45,7 @@ from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.cold_reads import ColdReads
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
+from qedfs.overlay.discard import Discards
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
@@ -91,6 +96,7 @@ class Overlay:
         self._journal = journal
         self._pending = pending = PendingAllocations(clusters)
         self._writer = ClusterWriter(storage, clusters, committer, barriers, journal, allocator, pending)
+        self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending)
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
     # What it is.
@@ -343,6 +349,23 @@ class Overlay:
             await self.committer.commit()
             if not self._journal.takes_entries:
                 await self._session.note_no_journal()
+
+    async def discard(self, cluster: int, count: int) -> int:
+        """Turn whole clusters into zero clusters, whatever they were. Returns how many of them were missing.
+
+        Raises:
+            NoSpace: there is no space for their entries. Some may have become zeros.
+            ReadOnlyOverlay: the overlay takes no writes.
+            BadOverlay: a table is not inside the file.
+        """
+        return await self._discards.discard(cluster, count, missing_too=self.backing is not None)
+
+    async def reads_as_zeros(self, cluster: int) -> bool:
+        """Whether a cluster is a zero cluster, or missing while there is no backing."""
+        pos = cluster * self.cluster_size
+        await self._pending.settle(pos, 1)
+        entry = self.clusters.entry(cluster)
+        return entry == ZERO or (entry == MISSING and self.backing is None)
 
     async def set_modified(self, modified_ns: int) -> None:
         """Set the mtime of the image. Raises what `write` raises."""

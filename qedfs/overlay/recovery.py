@@ -5,8 +5,10 @@ as a copy in a snapshot of the file system, or a restored older state. If a copy
 original, the entry would refer to data that the copy does not have. So a journal is used as a whole or not at all, and
 only if
 
-- the file has the last entry that the session committed (the witness), which an older state lacks, as entries stay;
-- every entry in it is possible in this file: its place is inside the file, and the cluster has no other place.
+- the file has the last entry that the session committed (the witness), which an older state lacks, or one that followed
+  it;
+- every entry in it is possible in this file: its place is inside the file, and the cluster has no other place, unless a
+  discard or a later entry explains that.
 
 A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
 the kill, while a write was running to a place that was already inside the file.
@@ -14,39 +16,90 @@ the kill, while a write was running to a place that was already inside the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 from qedfs.errors import BadOverlay
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.journal import OrphanJournal, Pair
+from qedfs.overlay.journal import OrphanJournal, Pair, zero_count
 from qedfs.overlay.table_slices import TableSlices
+
+# Clusters whose entry in the file the journal has to explain. A group that ran at the kill may leave as many.
+MOST_UNEXPLAINED = 1 << 20
 
 
 def fits(orphan: OrphanJournal, header: Header, clusters: ClusterMap, file_size: int) -> bool:
     """Whether the journal belongs to this overlay in this state. Waits for the disk."""
     try:
-        if orphan.witness and not _has(orphan.witness, header, clusters):
-            return False
-        return all(_can_be(pair, header, clusters, file_size) for pair in orphan.pairs)
-    except BadOverlay:
-        return False  # a table is invalid that was valid at the kill
+        unexplained = dict(_unexplained(orphan.pairs, header, clusters, file_size))
+        if orphan.witness is not None:
+            cluster, entry = orphan.witness
+            entry = ZERO if zero_count(entry) else entry
+            if cluster >= header.geometry.clusters or (
+                (found := _entry(clusters, cluster)) != entry and not _follows(orphan.pairs, cluster, found)
+            ):
+                return False
+        return not unexplained or _explained(orphan.pairs, unexplained)
+    except (BadOverlay, _Misfit):
+        return False  # the first: a table is invalid that was valid at the kill
 
 
-def _has(pair: Pair, header: Header, clusters: ClusterMap) -> bool:
-    cluster, entry = pair
-    return cluster < header.geometry.clusters and _entry(clusters, cluster) == entry
+class _Misfit(Exception):
+    """No session of this overlay can have made this entry."""
 
 
-def _can_be(pair: Pair, header: Header, clusters: ClusterMap, file_size: int) -> bool:
-    cluster, entry = pair
-    return (
-        cluster < header.geometry.clusters
-        and entry % header.geometry.cluster_size == 0
-        and header.area_bytes <= entry < file_size
-        and _entry(clusters, cluster) in (MISSING, ZERO, entry)
-    )
+def _unexplained(
+    pairs: Iterable[Pair], header: Header, clusters: ClusterMap, file_size: int
+) -> Iterator[tuple[int, int]]:
+    """The clusters that have another place in the file than in the journal, with their entry in the file."""
+    geometry = header.geometry
+    count = 0
+    for cluster, entry in pairs:
+        run = zero_count(entry)
+        if cluster + (run or 1) > geometry.clusters:
+            raise _Misfit
+        if run:
+            continue  # any cluster may be discarded
+        if entry % geometry.cluster_size or not header.area_bytes <= entry < file_size:
+            raise _Misfit
+        if (found := _entry(clusters, cluster)) not in (MISSING, ZERO, entry):
+            count += 1
+            if count > MOST_UNEXPLAINED:
+                raise _Misfit
+            yield cluster, found
+
+
+def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
+    """Whether the journal explains these entries of the file: as later ones, or as discarded before all others.
+
+    An entry never changes from one place to another without a discard in between.
+    """
+    left = dict(found)
+    placed: set[int] = set()  # clusters with an earlier place in the journal
+    for cluster, entry in pairs:
+        if count := zero_count(entry):
+            covered = range(cluster, cluster + count)
+            for number in [n for n in left if n in covered] if len(left) < count else [n for n in covered if n in left]:
+                if number not in placed:
+                    del left[number]
+        elif cluster in left:
+            placed.add(cluster)
+            if left[cluster] == entry:
+                del left[cluster]
+    return not left
+
+
+def _follows(pairs: Iterable[Pair], cluster: int, found: int) -> bool:
+    """Whether the journal has this entry for the cluster. The kill came while a group was being written."""
+    for first, entry in pairs:
+        if count := zero_count(entry):
+            if found == ZERO and first <= cluster < first + count:
+                return True
+        elif (first, entry) == (cluster, found):
+            return True
+    return False
 
 
 def _entry(clusters: ClusterMap, cluster: int) -> int:
@@ -57,14 +110,34 @@ def _entry(clusters: ClusterMap, cluster: int) -> int:
     return clusters.entry(cluster)
 
 
-def apply(pairs: Iterable[Pair], clusters: ClusterMap, tables: TableSlices, make_table: Callable[[int], None]) -> None:
-    """Set these entries in the map. `make_table` makes sure that a cluster has a table.
+def apply(
+    pairs: Iterable[Pair], clusters: ClusterMap, tables: TableSlices, allocator: Allocator, *, backing: bool
+) -> None:
+    """Set these entries in the map, in their order. Without a `backing`, missing clusters read as zeros already.
 
     Raises NoMemory if they need more slices than a real session leaves. Forged entries may each need another slice.
     """
     for cluster, entry in pairs:
         tables.check_room()
-        make_table(cluster)
+        if count := zero_count(entry):
+            _apply_zeros(cluster, count, clusters, tables, allocator, backing=backing)
+            continue
+        allocator.make_table(cluster)
         clusters.load_now(cluster)
         if clusters.entry(cluster) in (MISSING, ZERO):
             clusters.set(cluster, entry)
+
+
+def _apply_zeros(
+    cluster: int, count: int, clusters: ClusterMap, tables: TableSlices, allocator: Allocator, *, backing: bool
+) -> None:
+    stop = cluster + count
+    while cluster < stop:
+        end = min(stop, (cluster // clusters.slice_entries + 1) * clusters.slice_entries)
+        tables.check_room()
+        if backing:
+            allocator.make_table(cluster)
+        if clusters.has_table(cluster):
+            clusters.load_now(cluster)
+            clusters.discard(cluster, end - cluster, missing_too=backing)  # its data leaks until a repair
+        cluster = end

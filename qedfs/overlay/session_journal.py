@@ -49,6 +49,11 @@ class SessionJournal:
                 text = "%s: %s; writes to new clusters wait for a commit until the overlay is opened again"
                 log.warning(text, self._journal.path, exc.strerror)
 
+    @property
+    def outlived(self) -> bool:
+        """Whether it takes no more entries, but a later session would still use those that it has."""
+        return self._journal is not None and not self.takes_entries and not self._void
+
     def landed(self, end: int) -> None:
         """Drop the entries before `end`, an earlier value of the property: the overlay file has them."""
         if self._journal is not None:

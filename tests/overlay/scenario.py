@@ -345,6 +345,7 @@ class Actors:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.guest, 5)
             nursery.start_soon(self.guest, 4)
+            nursery.start_soon(self.trimmer, 3)
             nursery.start_soon(self.adopter, 4)
             nursery.start_soon(self.syncer, 5)
             nursery.start_soon(self.recorder, 2)
@@ -358,6 +359,22 @@ class Actors:
         for _ in range(count):
             await self.pause()
             await self.write(*self._extent())
+
+    async def trimmer(self, count: int) -> None:
+        """Discard some clusters, sometimes all of them."""
+        for _ in range(count):
+            await self.pause()
+            first = self._rng.choice(self._focus)
+            many = self._geometry.clusters if self._rng.random() < 0.1 else self._rng.randint(1, 3)
+            await self.discard(first, min(many, self._geometry.clusters - first))
+
+    async def discard(self, first: int, count: int) -> None:
+        pos = first * self._geometry.cluster_size
+        size = min(count * self._geometry.cluster_size, self._geometry.image_size - pos)
+        version = self._model.begin(self._now(), pos, bytes(size))
+        with self._trouble_allowed():
+            await self.overlay.discard(first, count)
+            self._model.returned(version)
 
     async def reader(self, count: int) -> None:
         """Read beside everything else, and hold what comes back against what had been written by then."""

@@ -126,8 +126,38 @@ RULES = (
     Mutant(
         "the journal is replayed before the new session voids it",
         "open:_open",
-        "apply(orphan.pairs, clusters, tables, allocator.make_table)",
+        "apply(orphan.pairs, clusters, tables, allocator, backing=backing is not None)",
         "pass",
+    ),
+    Mutant(
+        "a discard is in the journal",
+        "discard:Discards._discard_some",
+        "self._journal.append([(first, zero_run(count))])",
+        "pass",
+    ),
+    Mutant(
+        "a discard in the journal takes effect again, in its order among writes",
+        "recovery:_apply_zeros",
+        "clusters.discard(cluster, end - cluster, missing_too=backing)",
+        "pass",
+    ),
+    Mutant(
+        "a journal fits whose witness a running group has replaced",
+        "recovery:_follows",
+        "found == ZERO and",
+        "False and",
+    ),
+    Mutant(
+        "a journal fits in which a discard explains another place",
+        "recovery:_explained",
+        "if number not in placed:",
+        "if False:",
+    ),
+    Mutant(
+        "a journal fits in which a later write explains another place",
+        "recovery:_explained",
+        "if left[cluster] == entry:",
+        "if False:",
     ),
 )
 

@@ -34,6 +34,7 @@ operations = st.one_of(
     st.tuples(st.just("write"), places, st.sampled_from((1, 511, 4096, 8192))),
     st.tuples(st.just("adopt"), places, st.integers(1, 4) | st.integers(40, 200)),
     st.tuples(st.just("adopt_zeros"), places, st.integers(1, 4) | st.integers(40, 200)),
+    st.tuples(st.just("discard"), places, st.integers(1, 4) | st.integers(40, 200)),
     st.tuples(st.sampled_from(("flush", "commit", "reopen", "kill", "detach", "read_only")), places, st.just(0)),
 )
 
@@ -83,6 +84,13 @@ class Machine:
         first, count = self._clusters(place, count)
         if not any(self.base[first * 4096 : (first + count) * 4096]):
             await self.overlay.adopt_zeros(first, count)
+
+    async def discard(self, place: int, count: int) -> None:
+        first, count = self._clusters(place, count)
+        self.expected[first * 4096 : (first + count) * 4096] = bytes(
+            min(count * 4096, len(self.expected) - first * 4096)
+        )
+        await self.overlay.discard(first, count)
 
     async def flush(self, _place: int, _count: int) -> None:
         await self.overlay.flush()
@@ -165,6 +173,18 @@ RULES = (
         "pending:PendingAllocations._claim_in",
         "if not self._pending:",
         "if True:",
+    ),
+    Mutant(
+        "a discard waits for a claim to end",
+        "discard:Discards._discard_some",
+        "await self._pending.settle(pos, size)",
+        "await self._map.load(pos, size)",
+    ),
+    Mutant(
+        "a discard that a failed barrier has taken back is an error",
+        "discard:Discards.discard",
+        "self._barriers.check_writable()",
+        "pass",
     ),
 )
 

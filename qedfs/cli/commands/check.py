@@ -15,6 +15,7 @@ from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.check import Report
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
+from qedfs.overlay.journal import zero_count
 from qedfs.overlay.journal_search import find
 from qedfs.overlay.revalidation import revalidate
 from qedfs.overlay.session import Session, read_header, read_record
@@ -75,7 +76,8 @@ def _waiting(storage: Storage) -> tuple[int, str]:
     found = find(storage, None, session.record.session, session.record.journal)
     if not session.untouched:
         return 0, ""
-    waiting = {cluster for cluster, _ in found.orphan.pairs} if found.orphan else set()
+    pairs = found.orphan.pairs if found.orphan else ()
+    waiting = {cluster + index for cluster, entry in pairs for index in range(zero_count(entry) or 1)}
     return len(waiting), found.unread or found.gone
 
 

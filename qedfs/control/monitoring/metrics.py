@@ -38,6 +38,7 @@ _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
     ("written_bytes", "Bytes that guests have written.", lambda image: image.counters.written),
     ("missed_bytes", "Bytes read that had to be fetched first.", lambda image: image.counters.missed),
     ("granted_bytes", "Bytes that were counted against its limit.", lambda image: image.limiter.granted),
+    ("discarded_bytes", "Bytes discarded before they were fetched.", lambda image: image.counters.discarded),
     ("barriers", "Times that the overlay was made durable.", lambda image: image.overlay.barriers),
     ("barrier_seconds", "Time spent in barriers.", lambda image: image.overlay.barrier_seconds),
 )

@@ -1,0 +1,98 @@
+"""Discards: turn whole clusters into zero clusters, whatever they were, so that what was missing is never fetched.
+
+Owns the order of a discard and the session journal. Must not know what asks for it, nor parts of clusters. The protocol
+is at the top of `overlay.py`.
+
+The journal gets the discard before the map does. A session that is killed thus restores it in its order among writes.
+If the journal takes nothing more, all of its entries are committed first, and it becomes void: it could otherwise bring
+back what was written before the discard.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.journal import zero_run
+from qedfs.overlay.open_session import OpenSession
+from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.table_slices import TableSlices
+
+CLUSTERS_AT_ONCE = 4096  # 0.1 ms on the event loop if all are missing, up to 1 ms otherwise
+
+
+class Discards:
+    """The discards of one overlay."""
+
+    def __init__(  # noqa: PLR0913 - the parts that it works with
+        self,
+        tables: TableSlices,
+        clusters: ClusterMap,
+        committer: Committer,
+        barriers: Barriers,
+        journal: SessionJournal,
+        session: OpenSession,
+        allocator: Allocator,
+        pending: PendingAllocations,
+    ) -> None:
+        self._tables = tables
+        self._map = clusters
+        self._committer = committer
+        self._barriers = barriers
+        self._journal = journal
+        self._session = session
+        self._allocator = allocator
+        self._pending = pending
+        self._cluster_size = clusters.geometry.cluster_size
+        self._image_size = clusters.geometry.image_size
+
+    async def discard(self, cluster: int, count: int, *, missing_too: bool) -> int:
+        """See `Overlay.discard`. `missing_too`: missing clusters may read as something else than zeros."""
+        await self._session.ready()
+        await self._session.let_times_move()
+        missing = 0
+        for first in range(cluster, cluster + count, CLUSTERS_AT_ONCE):
+            some = min(CLUSTERS_AT_ONCE, cluster + count - first)
+            missing += await self._discard_some(first, some, missing_too=missing_too)
+            if self._tables.crowded:
+                await self._committer.commit()
+            await trio.lowlevel.checkpoint()
+        if self._committer.pending and not self._journal.takes_entries:
+            await self._committer.commit()
+        self._barriers.check_writable()  # a barrier that has failed meanwhile may have taken entries back
+        return missing
+
+    async def _discard_some(self, first: int, count: int, *, missing_too: bool) -> int:
+        pos = first * self._cluster_size
+        size = min(count * self._cluster_size, self._image_size - pos)
+        while True:
+            # Whoever has claimed a cluster is about to give it an entry, which the discard replaces.
+            await self._pending.settle(pos, size)
+            if await self._committer.secure_marks():
+                continue
+            self._barriers.check_writable()
+            if not self._map.is_discardable(first, count, missing_too=missing_too):
+                return 0
+            if self._journal.takes_entries:
+                self._journal.append([(first, zero_run(count))])
+            if not self._journal.outlived:
+                break
+            await self._give_up_journal()
+        # No await between the look-up and the change.
+        if missing_too:
+            for cluster in range(first, first + count, self._map.slice_entries):
+                self._allocator.make_table(cluster)
+            self._allocator.make_table(first + count - 1)
+        _, missing = self._map.discard(first, count, missing_too=missing_too)
+        self._session.times.move()
+        return missing
+
+    async def _give_up_journal(self) -> None:
+        """The journal takes no more entries, and those that it has must not outlive the discard."""
+        await self._committer.commit()
+        self._journal.void()
+        await self._session.note_no_journal()
