@@ -156,7 +156,7 @@ async def test_a_journal_that_was_lost_in_time_is_not_missed(
     assert "No such file" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"", b"qedfsj\0\3" + bytes(200), b"larger"])
+@pytest.mark.parametrize("content", [b"", b"qedfsj\0\x7f" + bytes(200), b"larger"])
 async def test_what_cannot_be_read_is_not_voided(places: Path, content: bytes) -> None:
     (places / "SHARED_MEMORY").mkdir()
     folder = journal_folder()
