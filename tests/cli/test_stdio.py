@@ -54,7 +54,7 @@ def test_commands_end_with_their_own_code(
             (0, "wait", mountpoint, "--timeout", HANG_OPTION),
             (3, "info", tmp_path / "text.qed"),
             (10, "status", tmp_path),
-            (2, "status"),
+            (2, "umount"),
             (0, "create", tmp_path / f"new-{len(redirections)}.qed", "--size", "1M"),
         ):
             done = run(redirections, *words)
