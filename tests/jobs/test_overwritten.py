@@ -12,6 +12,7 @@ from qedfs.errors import NoSpace
 from qedfs.image.image import Image
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
+from qedfs.overlay import overlay
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -19,8 +20,14 @@ from tests.served import CLUSTER, served
 
 T = TypeVar("T")
 CONTENT = bytes(range(256)) * (16 * CLUSTER // 256)
-CLAIMED = 8 * CLUSTER  # too large to be written on the spot, and as large as a request of the stream
+CLAIMED = 8 * CLUSTER  # as large as a request of the stream
 SLOW_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def writes_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host with many dirty pages, a guest's write of this size leaves the event loop."""
+    monkeypatch.setattr(overlay, "WRITE_NOW_BYTES", CLUSTER)
 
 
 class SlowStart(MemoryStorage):
