@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import machine, picture, record
+from . import busy, machine, matrix, picture, record
 from .lab import laboratory
 from .rows import ROWS
 from .run import measure, to_stderr
@@ -35,6 +35,9 @@ def main() -> None:
     machine.mount_fusectl()
     facts = machine.describe(options.folder)
     print("\n".join(f"{name:<20} {fact}" for name, fact in facts.items()), flush=True)
+    if options.matrix:
+        _measure_matrix(runs, options)
+        return
     measured = _measure_all(rows, runs, options)
     if options.json:
         options.json.write_text(record.to_json(facts, runs, options.quick, measured))
@@ -45,7 +48,10 @@ def main() -> None:
 def _measure_all(rows: Sequence[Row], runs: int, options: argparse.Namespace) -> list[RowResult]:
     began = time.monotonic()
     measured = []
-    with laboratory(options.folder, quick=options.quick, nice=options.nice) as lab:
+    with (
+        laboratory(options.folder, quick=options.quick, nice=options.nice) as lab,
+        busy.processors(options.busy),
+    ):
         for row in rows:
             measured.append(measure(lab, row, runs, to_stderr if options.verbose else _silent))
             print(f"\n{row_text(measured[-1])}", flush=True)
@@ -53,6 +59,16 @@ def _measure_all(rows: Sequence[Row], runs: int, options: argparse.Namespace) ->
     seconds, load = time.monotonic() - began, os.getloadavg()[0]
     print(f"\n{sum(told)} of {len(told)} targets met; {runs} runs, {seconds:.0f} s, load average {load:.1f}")
     return measured
+
+
+def _measure_matrix(runs: int, options: argparse.Namespace) -> None:
+    print(f"\n{'operations per second':<34} {'qedfs':>9} {'qemu':>9}  ratio")
+    with (
+        laboratory(options.folder, quick=options.quick, nice=options.nice) as lab,
+        busy.processors(options.busy),
+    ):
+        cells = matrix.measure(lab, runs, lambda cell: print(matrix.line(cell), flush=True))
+    print(f"{matrix.summary(cells)}; load average {os.getloadavg()[0]:.1f}")
 
 
 def _silent(_: str) -> None:
@@ -77,6 +93,10 @@ def _refuse(text: str) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description="Measures qedfs next to QEMU and others, in one run.")
     parser.add_argument("--rows", metavar="NAME,...", help="only these")
+    parser.add_argument(
+        "--matrix", action="store_true", help="reads and writes of all sizes and depths, instead of rows"
+    )
+    parser.add_argument("--busy", action="store_true", help="with other work on all processors")
     parser.add_argument("--list", action="store_true", help="tell the rows and end")
     parser.add_argument(
         "--runs", type=int, metavar="N", help=f"of each contender (default: {_RUNS}; {_QUICK_RUNS} if quick)"

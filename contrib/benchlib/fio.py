@@ -34,6 +34,7 @@ class Job:
     direct: bool = True
     stride: int = 0
     offset: int = 0  # where the first of these positions is
+    sync: str = ""  # "fsync" or "fdatasync" after each write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ def _arguments(target: Path | str, job: Job) -> Iterator[list[str]]:
             options["read_iolog"] = log.name
         else:
             options |= {"norandommap": 1, "time_based": 1}
+        if job.sync:
+            options[job.sync] = 1
         yield [require("fio"), *(f"--{name}={value}" for name, value in options.items())]
 
 
