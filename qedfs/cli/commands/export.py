@@ -18,6 +18,7 @@ from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.new_file import new_file
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.pin_options import pin_options
+from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import QedfsError, UsageError
 from qedfs.format.tables import MISSING, ZERO
@@ -45,6 +46,7 @@ ZEROS = bytes(HOLE_BYTES)
 @pin_options
 @credentials_option
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors: no progress bar, no result.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(
     overlay: str,
@@ -56,6 +58,7 @@ def export(
     identity: str | None,
     credentials: str | None,
     force: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Write the image of OVERLAY, which must not be mounted, to the raw file FILE.
@@ -67,12 +70,13 @@ def export(
         raise UsageError(f"{file}: is not a regular file; to write elsewhere, mount OVERLAY and copy its image")
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
+    progress = CopyProgress(os.path.basename(file))
     asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity))
     with new_file(file) as target:
-        written = trio.run(_export, overlay, target, with_backing, asking)
+        written = trio.run(_export_with_bar, overlay, target, with_backing, asking, progress, quiet)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
-    else:
+    elif not quiet:
         click.echo(f"{file}: {format_size(written['size'])}, {format_size(written['data_size'])} of it data")
 
 
@@ -86,7 +90,16 @@ class _Asking:
     pinning: Pinning
 
 
-async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Asking) -> dict[str, int]:
+async def _export_with_bar(
+    path: str, target: BinaryIO, with_backing: bool, asking: _Asking, progress: CopyProgress, quiet: bool
+) -> dict[str, int]:
+    async with drawn(progress, quiet=quiet):
+        return await _export(path, target, with_backing, asking, progress)
+
+
+async def _export(
+    path: str, target: BinaryIO, with_backing: bool, asking: _Asking, progress: CopyProgress
+) -> dict[str, int]:
     overlay = await open_overlay(path, writable=False)
     try:
         runs = [run async for run in whole_map(overlay)]
@@ -96,12 +109,13 @@ async def _export(path: str, target: BinaryIO, with_backing: bool, asking: _Aski
             raise QedfsError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
         target.truncate(overlay.image_size)
         data = [run for run in runs if run.offset > ZERO]
+        progress.total = sum(run.size for run in [*data, *missing])
         with _opened_again(path, overlay) as source:
             for run in data:
-                await trio.to_thread.run_sync(_copy, source, run, target)
+                await trio.to_thread.run_sync(_copy, source, run, target, progress)
         fetched = 0
         if missing:
-            fetched = await _fetch(overlay, path, missing, target, asking)
+            fetched = await _fetch(overlay, path, missing, target, asking, progress)
         # After all reads: if somebody has truncated the overlay meanwhile, we have read zeros past its end.
         await overlay.inspect()
         return {"size": overlay.image_size, "data_size": sum(run.size for run in data) + fetched}
@@ -118,7 +132,7 @@ def _opened_again(path: str, overlay: Overlay) -> Iterator[BinaryIO]:
         yield file
 
 
-def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
+def _copy(source: BinaryIO, run: Run, target: BinaryIO, progress: CopyProgress) -> None:
     """Copy one run of data. The kernel shares the blocks if the file system can, and copies them otherwise."""
     offset, pos, left = run.offset, run.pos, run.size
     while left:
@@ -132,6 +146,7 @@ def _copy(source: BinaryIO, run: Run, target: BinaryIO) -> None:
             # The two file systems cannot copy to each other, or the file ends inside a cluster.
             done = _copy_by_hand(source, target, offset, pos, min(left, COPY_BYTES))
         offset, pos, left = offset + done, pos + done, left - done
+        progress.add(done)
 
 
 def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, size: int) -> int:
@@ -150,6 +165,7 @@ async def _fetch(
     missing: list[Run],
     target: BinaryIO,
     asking: _Asking,
+    progress: CopyProgress,
 ) -> int:
     """Fetch the missing runs from the backing, in the version that the overlay is pinned to.
 
@@ -183,9 +199,12 @@ async def _fetch(
                 data = await image.read(pos, size)
                 # No await from seek to write: the position of the file is shared.
                 written += _write_sparse(target, pos, data)
+                progress.add(size)
 
         try:
             inside = list(_clipped(missing, await image.source_size()))
+            # What lies past the end of the backing is zeros, and needs no copy.
+            progress.add(sum(run.size for run in missing) - sum(run.size for run in inside))
             pieces = _cut(inside)
             async with trio.open_nursery() as fetching:
                 for _ in range(FETCHES):

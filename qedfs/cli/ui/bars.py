@@ -11,6 +11,7 @@ from rich.text import Text
 from qedfs.cli.served_images import Image
 from qedfs.cli.ui.layout import padded, printable, shortened
 from qedfs.cli.ui.status_lines import fitted_images, fitted_summary, fitted_troubles, pace_of, percent
+from qedfs.control.monitoring.progress_rate import Rate
 from qedfs.units import format_seconds, format_size
 
 NOTE_WIDTH = len("1023 MiB/s, 23h 59m")
@@ -40,14 +41,27 @@ def bar_lines(images: Sequence[Image], width: int, height: int, signs: Signs = S
     bars = [_total(served)] if len(served) > 1 else []
     shown, left_out = fitted_images(served, height - len(head) - len(bars) - len(texts))
     bars += [(printable(image["name"]), image["populated"], image["total"], _note(image)) for image in shown]
+    return [*map(Text, head), *_drawn(bars, width, signs), *map(Text, [*left_out, *texts])]
+
+
+def copy_line(name: str, done: int, total: int, rate: Rate, width: int, signs: Signs = SIGNS) -> Text:
+    """The bar of one copy of `total` bytes, with its pace and the remaining time."""
+    pace = f"{format_size(round(rate.value))}/s" if rate.value else ""
+    seconds = rate.seconds_for(total - done)
+    note = ", ".join(filter(None, (pace, format_seconds(seconds) if seconds else "")))
+    return _drawn([(printable(name), done, total, note)], width, signs)[0]
+
+
+def _drawn(bars: Sequence[tuple[str, int, int, str]], width: int, signs: Signs) -> list[Text]:
+    """Lines of name, bar, percentage and note, from (name, done, total, note)."""
     name_width = min(max((cell_len(name) for name, *_ in bars), default=0), width // NAME_SHARE)
     bar_width = max(LEAST_BAR, width - name_width - NOTE_WIDTH - len("  100%  "))
     lines: list[Text] = []
-    for name, populated, total, note in bars:
+    for name, done, total, note in bars:
         line = Text(padded(shortened(name, name_width), name_width) + " ")
-        line.append_text(_bar(populated, total, bar_width, signs))
-        lines.append(line.append(f" {percent(populated, total):>4}  {note}"))
-    return [*map(Text, head), *lines, *map(Text, [*left_out, *texts])]
+        line.append_text(_bar(done, total, bar_width, signs))
+        lines.append(line.append(f" {percent(done, total):>4}  {note}"))
+    return lines
 
 
 def _total(images: Sequence[Image]) -> tuple[str, int, int, str]:
