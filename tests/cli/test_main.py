@@ -86,7 +86,7 @@ def test_commands_on_a_mount_import_neither_its_libraries_nor_trio(tmp_path: Pat
 
 
 def test_garbage_is_collected_from_the_start_of_the_command_on() -> None:
-    """Before it, collections among the modules would take a fifth of its time; without them, a wait would grow."""
+    """Before it, collections among the modules would find nothing; without them, a wait would grow."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECTING, "umount", "--if-mounted", "/nothing/there"],
         capture_output=True,
