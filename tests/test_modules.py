@@ -64,7 +64,6 @@ TESTED_WITH = {
     "overlay/adoption.py": "overlay/test_model.py",
     "overlay/allocator.py": "overlay/test_commit.py",
     "overlay/barrier.py": "faults/test_barrier.py",
-    "overlay/check.py": "overlay/test_malformed.py",
     "overlay/cluster_writer.py": "overlay/test_commit.py",
     "overlay/create.py": "cli/test_overlay_files.py",
     "overlay/dirty_pages.py": "overlay/test_commit.py",

@@ -141,11 +141,11 @@ class Image:
         fast = self.overlay.read_now(pos, size)
         return fast if fast is not None else await self._read_runs(pos, size)
 
-    async def _read_runs(self, pos: int, size: int) -> Buffer:
+    async def _read_runs(self, pos: int, size: int) -> Buffer:  # noqa: C901 - each step must follow the other at once
         if not size:
             return b""
         runs = await self.overlay.map(pos, size)
-        epoch = self.overlay.epoch
+        epoch, discards = self.overlay.epoch, self.overlay.discards
         if len(runs) == 1 and runs[0].offset > ZERO and size <= MAX_READ_BYTES:
             fast = self.overlay.read_data_now(runs[0].offset, size)
             if fast is not None:
@@ -161,9 +161,15 @@ class Image:
             # then they would cross the wire twice.
             if not await self._read_missing(missing):
                 return await self._read_runs(pos, size)
-        for run in runs:
-            if run.offset > ZERO:
-                await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
+            if discards != self.overlay.discards:
+                runs = await self.overlay.map(pos, size)
+                for run in runs:
+                    if run.offset == ZERO:  # it may have been missing, and have been fetched
+                        view[run.pos - pos : run.pos - pos + run.size] = bytes(run.size)
+        with self.overlay.reading():
+            for run in runs:
+                if run.offset > ZERO:
+                    await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         return buffer if epoch == self.overlay.epoch else await self._read_runs(pos, size)
 
     async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
@@ -299,14 +305,6 @@ class Image:
         self.counters.written += len(data)
         self._commit_soon()
         return len(data)
-
-    async def discard(self, cluster: int, count: int) -> None:
-        """Make whole clusters read as zeros. Those that were missing are not fetched any more.
-
-        Raises what `Overlay.discard` raises.
-        """
-        missing = await self.overlay.discard(cluster, count)
-        self.counters.discarded += missing * self.overlay.cluster_size
 
     async def _fill(self, taken: RmwReservation, cluster: int) -> Buffer:
         """The whole content of a missing cluster, for a write to a part of it. Raises the errors of the source.
@@ -460,6 +458,7 @@ class Image:
                     await self.overlay.count_missing()  # again, because a failed barrier has taken entries back
             if self.overlay.writable and self.overlay.commit_pending and not self._committing:
                 await self._commit()
+            await self.overlay.give_space_back()
             self.condition.look()
             await self._remember_version()
 

@@ -24,7 +24,7 @@ async def make_zeros(image: Image, pos: int, size: int) -> None:
         return
     await _write_zeros(image, pos, min(first * cluster_size, end))
     if first < stop:
-        await image.discard(first, stop - first)
+        image.counters.discarded += cluster_size * await image.overlay.discard(first, stop - first)
     await _write_zeros(image, stop * cluster_size, end)
 
 

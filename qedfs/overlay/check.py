@@ -7,12 +7,14 @@ holes in the tables are skipped.
 
 An entry that points to an invalid place can be repaired: it becomes 0, and its clusters read from the backing again, or
 as zeros. If two entries refer to one cluster, neither can be repaired, because nothing tells which of them is right.
-Leaks only waste space.
+Leaks only waste space. `give_back_leaks` returns it to the file system: they are cut off at the end of the file, and
+punched elsewhere, where they stay leaks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from array import array
 from collections.abc import Callable, Iterator
 
@@ -67,6 +69,24 @@ def repair(storage: Storage, header: Header) -> Report:
     return _Walk(storage, header, mend=True).run()
 
 
+def give_back_leaks(storage: Storage, header: Header) -> int:
+    """Give the space of leaked clusters back. Returns how many are still leaks: those that are not at the end.
+
+    Only for a sound overlay all of whose tables are durable, without a journal, which may refer to clusters that look
+    like leaks. Raises what `check` raises, or BadOverlay if the overlay is not sound.
+    """
+    walk = _Walk(storage, header, mend=False)
+    if walk.run().corruptions:
+        raise BadOverlay("is damaged, so nobody knows which clusters are in use")
+    leaks = list(walk.unused())
+    if leaks and sum(leaks[-1]) >= round_down(storage.size(), header.geometry.cluster_size):
+        storage.resize(leaks.pop()[0])
+    for offset, size in leaks:
+        storage.punch(offset, size)
+    storage.barrier()
+    return sum(size for _, size in leaks) // header.geometry.cluster_size
+
+
 class _Walk:
     def __init__(self, storage: Storage, header: Header, *, mend: bool) -> None:
         self._storage = storage
@@ -89,6 +109,20 @@ class _Walk:
         self._each_entry(self._header.l1_table_offset, self._l1_entry)
         report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used_count
         return report
+
+    def unused(self) -> Iterator[tuple[int, int]]:
+        """After `run`: (offset, size) of clusters that nothing refers to, neighbours together."""
+        cluster_size = self._geometry.cluster_size
+        begin = end = self._header.header_size
+        for first, stop in _clear_bits(self._used):
+            first, stop = max(first, begin), min(stop, self._end // cluster_size)
+            if first >= stop:
+                continue
+            if first > end and begin < end:
+                yield begin * cluster_size, (end - begin) * cluster_size
+            begin, end = first if first > end or begin == end else begin, stop
+        if begin < end:
+            yield begin * cluster_size, (end - begin) * cluster_size
 
     def _each_entry(self, table: int, judge: _Judge) -> None:
         """Call `judge(index, entry)` for each entry that is not 0. When repairing, clear those that it rejects."""
@@ -162,3 +196,14 @@ class _Walk:
         self._used[byte] |= bit
         self._used_count += 1
         return True
+
+
+def _clear_bits(bits: bytearray) -> Iterator[tuple[int, int]]:
+    """The bits that are not set, as (first, end). Neighbours may be apart. Long runs take one step."""
+    for found in re.finditer(rb"\0+|[^\0\xff]", bits):
+        if not bits[found.start()]:
+            yield 8 * found.start(), 8 * found.end()
+            continue
+        for bit in range(8):
+            if not bits[found.start()] >> bit & 1:
+                yield 8 * found.start() + bit, 8 * found.start() + bit + 1

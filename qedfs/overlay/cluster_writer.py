@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.accesses import Accesses
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap
@@ -25,7 +26,7 @@ NewEntry = tuple[int, int]  # cluster, offset
 class ClusterWriter:
     """The data writes of one overlay that may need new clusters."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts that it works with
         self,
         storage: Storage,
         clusters: ClusterMap,
@@ -34,6 +35,7 @@ class ClusterWriter:
         journal: SessionJournal,
         allocator: Allocator,
         pending: PendingAllocations,
+        accesses: Accesses,
     ) -> None:
         self._storage = storage
         self._map = clusters
@@ -42,6 +44,7 @@ class ClusterWriter:
         self._journal = journal
         self._allocator = allocator
         self._pending = pending
+        self._accesses = accesses
         self._cluster_size = clusters.geometry.cluster_size
         self._image_size = clusters.geometry.image_size
 
@@ -70,7 +73,7 @@ class ClusterWriter:
                 if entry == MISSING and cluster in rest:
                     start, buffers = 0, self._merged(cluster, start, piece, rest[cluster])
                 whole = sum(map(len, buffers)) == cluster_size
-                entry = self._allocator.clusters(1)[0] if whole else self._allocator.zeros(cluster_size)
+                entry = self._allocator.clusters(1)[0] if whole else self._allocator.blank()
                 entries.append((cluster, entry))
                 offset = entry + start
             size = sum(map(len, buffers))
@@ -105,7 +108,7 @@ class ClusterWriter:
             if now:
                 write_all()
             else:
-                with self._pending.allocating([cluster for cluster, _ in entries]):
+                with self._accesses.running(), self._pending.allocating([cluster for cluster, _ in entries]):
                     await self._storage.in_thread(write_all)
         except BaseException:
             # The thread has ended, even if we are cancelled, so nobody writes to these places any more.

@@ -14,6 +14,9 @@ Steps of a group:
 A flush is a group followed by another **barrier**. Without it, an fsync could return, and its clusters still read as
 the backing after a power cut. Whatever a power cut interrupts, it leaves at worst clusters that nothing refers to.
 
+A group with discards has the second barrier, too. Only after that may the space of the discarded clusters be used again
+(`freed.py`). Otherwise an old entry could come back in a power cut, and show another cluster's bytes.
+
 A group takes a snapshot of the entries at its start. An entry that is published later belongs to the next group,
 because its data may have been written after the barrier of step 2 started.
 
@@ -37,6 +40,7 @@ from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import decode_table, encode_table
 from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
@@ -52,6 +56,7 @@ class _Group:
     dirty: dict[int, set[int]]  # the changed sectors, by slice
     tables: set[int]  # the L1 indices of new tables
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
+    freed: list[int]  # offsets of clusters that its discards have freed
     journal_end: int  # all entries in the journal before it are in this group, or in an earlier one
 
 
@@ -67,6 +72,7 @@ class Committer:
         journal: SessionJournal,
         barriers: Barriers,
         marks: TruncationMarks,
+        freed: FreedClusters,
     ) -> None:
         """`marks`: found when slices are read, see `secure_marks`."""
         self._group_error: QedfsError | None = None  # of the last group
@@ -77,6 +83,7 @@ class Committer:
         self._journal = journal
         self._barriers = barriers
         self._marks = marks
+        self._freed = freed
         self._lock = trio.Lock()
         self._barrier_lock = trio.Lock()  # acquired after the other locks
         self._started = 0  # number of the last group that was started
@@ -198,6 +205,7 @@ class Committer:
         # group for one that started after its call, and return although the group lacks its entry.
         self._started += 1
         group = self._take()
+        durable = durable or bool(group.freed)
         self._running = True
         try:
             await self.durably(lambda: self._write(group, durable=durable))
@@ -220,7 +228,8 @@ class Committer:
         # No await in between: until the second line, a slice that the first line evicts would be considered empty.
         self._tables.pin_slices(())
         self._tables.tables_written(group.tables)
-        self._journal.landed(group.journal_end)
+        if self._journal.landed(group.journal_end):
+            self._freed.landed(group.freed)
 
     def _take(self) -> _Group:
         """Take a snapshot of all pending changes, after extending the file.
@@ -238,7 +247,7 @@ class Committer:
         sectors += self._l1_sectors(unwritten)
         cold, self._cold = self._cold, []
         self.uncommitted_bytes = 0
-        return _Group(joined(sectors), dirty, unwritten, cold, self._journal.end)
+        return _Group(joined(sectors), dirty, unwritten, cold, self._freed.take(), self._journal.end)
 
     def _grow(self) -> None:
         """Extend the file to the end of the allocated space.
@@ -255,6 +264,7 @@ class Committer:
             return  # the map shows what is on the disk, and nothing more is written
         for number, changed in group.dirty.items():
             self._tables.make_dirty(number, changed)
+        self._freed.put_back(group.freed)
         # The tables are still `unwritten`, and the journal still has the entries, as only `_landed` removes them.
         self._tables.pin_slices(())  # last, because the pins keep the slices in memory until they are dirty again
 

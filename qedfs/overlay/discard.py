@@ -16,6 +16,7 @@ from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
+from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.journal import zero_run
 from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.pending import PendingAllocations
@@ -38,6 +39,7 @@ class Discards:
         session: OpenSession,
         allocator: Allocator,
         pending: PendingAllocations,
+        freed: FreedClusters,
     ) -> None:
         self._tables = tables
         self._map = clusters
@@ -47,6 +49,7 @@ class Discards:
         self._session = session
         self._allocator = allocator
         self._pending = pending
+        self._freed = freed
         self._cluster_size = clusters.geometry.cluster_size
         self._image_size = clusters.geometry.image_size
 
@@ -58,8 +61,9 @@ class Discards:
         for first in range(cluster, cluster + count, CLUSTERS_AT_ONCE):
             some = min(CLUSTERS_AT_ONCE, cluster + count - first)
             missing += await self._discard_some(first, some, missing_too=missing_too)
-            if self._tables.crowded:
+            if self._tables.crowded or self._freed.crowded:
                 await self._committer.commit()
+                await self._freed.give_back()
             await trio.lowlevel.checkpoint()
         if self._committer.pending and not self._journal.takes_entries:
             await self._committer.commit()
@@ -87,7 +91,8 @@ class Discards:
             for cluster in range(first, first + count, self._map.slice_entries):
                 self._allocator.make_table(cluster)
             self._allocator.make_table(first + count - 1)
-        _, missing = self._map.discard(first, count, missing_too=missing_too)
+        freed, missing = self._map.discard(first, count, missing_too=missing_too)
+        self._freed.add(freed)
         self._session.times.move()
         return missing
 

@@ -93,27 +93,30 @@ class Journal:
         # Only after a full write. A replay may use what a short write has left: whole pairs, whose data is in the file.
         self.end += len(data)
 
-    def landed(self, end: int) -> None:
+    def landed(self, end: int) -> bool:
         """Drop the entries before `end`, an earlier value of the attribute, because the overlay has them.
+
+        Returns whether the file has none of them any more, except the last one, which the overlay may contradict.
 
         The last of them, now the witness, and all later ones go into a new file, which replaces the old one atomically.
         So a kill leaves one of the two. Takes 14 us.
         """
         # A void journal must not get its name again, not even for a moment, because we may be killed then.
         if end <= _START or self._void.is_set():  # below it: of a group that was taken before the session began
-            return
+            return True
         witness = end - _PAIR.size
         try:
             kept = os.pread(self._fd, self.end - witness, witness)
             fd = _replaced(self.path, self._header + kept)
         except OSError:
-            return  # the entries stay, but the overlay has them, so a replay ignores them
+            return False  # the entries stay, but the overlay has them, so a replay ignores them
         # The new file was locked before it got the name, so the file of that name has been locked all the time.
         os.close(self._fd)
         self._fd, self.end = fd, len(self._header) + len(kept)
         # Check again: `void` may have removed the old file just before the new one got its name.
         if self._void.is_set():
             self.void()
+        return True
 
     def void(self) -> None:
         """Make the journal void for later sessions. May be called from any thread, even during `landed`."""

@@ -19,6 +19,7 @@ from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.check import repair
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
+from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.journal import OrphanJournal
 from qedfs.overlay.journal_search import Found, find
 from qedfs.overlay.l1 import read_l1
@@ -100,8 +101,9 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     marks = TruncationMarks(storage, barriers)
     tables = TableSlices(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
     clusters = ClusterMap(tables, header)
-    committer = Committer(storage, session.header, tables, journal=journal, barriers=barriers, marks=marks)
     allocator = Allocator(storage, tables)
+    freed = FreedClusters(storage, cluster_size, barriers, allocator)
+    committer = Committer(storage, session.header, tables, journal=journal, barriers=barriers, marks=marks, freed=freed)
     if storage.writable:
         _mark_cut_tables(tables, committer)
     orphan = found.orphan
@@ -126,6 +128,7 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         barriers,
         journal,
         allocator,
+        freed,
         backing=backing,
         journal_remark=remark if storage.locked else "",
     )

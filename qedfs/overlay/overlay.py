@@ -20,8 +20,9 @@ Everything runs on one event loop. The state changes only between two awaits.
 - There must be no await between the look-up of entries and the allocation. `PendingAllocations.settle` is the last one.
 - A read looks up its runs once. A write that returned before the read started is included. A concurrent write may or
   may not be seen, as on any disk.
-- A read or a write in place may still be under way where the data of a discarded cluster was. So nothing else is stored
-  there.
+- A read or a write in place may still be under way where the data of a discarded cluster was. Both are counted as
+  `accesses` from the look-up on, if they await after it. Nothing else is stored there before they have ended
+  (`freed.py`).
 - When a write has failed, its clusters are free once its thread has ended (`allocator.py`): nothing ever referred to
   them.
 - Only `commit.py` writes tables, under its lock.
@@ -32,6 +33,7 @@ journal, committed. Either way it survives the death of the process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
@@ -47,6 +49,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.discard import Discards
 from qedfs.overlay.fill import Fill, filled
+from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.session_journal import SessionJournal
@@ -74,6 +77,7 @@ class Overlay:
         barriers: Barriers,
         journal: SessionJournal,
         allocator: Allocator,
+        freed: FreedClusters,
         *,
         backing: str | None,
         journal_remark: str,
@@ -95,8 +99,11 @@ class Overlay:
         self._barriers = barriers
         self._journal = journal
         self._pending = pending = PendingAllocations(clusters)
-        self._writer = ClusterWriter(storage, clusters, committer, barriers, journal, allocator, pending)
-        self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending)
+        self._freed = freed
+        self._writer = ClusterWriter(
+            storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
+        )
+        self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending, freed)
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
     # What it is.
@@ -125,6 +132,11 @@ class Overlay:
     def epoch(self) -> int:
         """Changes when a failed barrier takes entries back. Then the runs of an earlier `map` may be invalid."""
         return self.clusters.epoch
+
+    @property
+    def discards(self) -> int:
+        """Changes when data is discarded. Then the data runs of an earlier `map` may be out of date."""
+        return self._freed.discards
 
     @property
     def writable(self) -> bool:
@@ -228,7 +240,7 @@ class Overlay:
         return runs
 
     def map_now(self, pos: int, size: int) -> list[Run] | None:
-        """Like `map` if no table has to be read (`is_loaded`); otherwise None."""
+        """Like `map` if no table has to be read; otherwise None."""
         return self.clusters.runs(pos, size)
 
     def is_loaded(self, pos: int, size: int) -> bool:
@@ -240,14 +252,15 @@ class Overlay:
         await self.clusters.load(pos, size)
 
     def follow_growth(self) -> None:
-        """Accept entries inside the current length of the file, which another process may have extended.
-
-        For reading an overlay while a mount writes to it. Call this after `load` and before looking at the entries.
-        """
+        """Accept entries inside the current length of the file, which a mount may extend. Call this after `load`."""
         self.tables.follow_growth()
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Enter this after `map`, without an await in between, to keep its data runs valid meanwhile."""
+        return self._freed.accesses.running()
+
     async def read_data(self, offset: int, view: memoryview) -> None:
-        """Fill `view` from a data run."""
+        """Fill `view` from a data run, inside `reading`."""
         if not self.storage.read_now(offset, view):
             await self._cold_reads.read(offset, view)
 
@@ -353,17 +366,17 @@ class Overlay:
     async def discard(self, cluster: int, count: int) -> int:
         """Turn whole clusters into zero clusters, whatever they were. Returns how many of them were missing.
 
-        Raises:
-            NoSpace: there is no space for their entries. Some may have become zeros.
-            ReadOnlyOverlay: the overlay takes no writes.
-            BadOverlay: a table is not inside the file.
+        Raises what `write` raises. Some of them may have become zeros then.
         """
         return await self._discards.discard(cluster, count, missing_too=self.backing is not None)
 
+    async def give_space_back(self) -> None:
+        """Give the space of discarded clusters back, if nothing can refer to it. Raises nothing."""
+        await self._freed.give_back()
+
     async def reads_as_zeros(self, cluster: int) -> bool:
         """Whether a cluster is a zero cluster, or missing while there is no backing."""
-        pos = cluster * self.cluster_size
-        await self._pending.settle(pos, 1)
+        await self._pending.settle(cluster * self.cluster_size, 1)
         entry = self.clusters.entry(cluster)
         return entry == ZERO or (entry == MISSING and self.backing is None)
 
@@ -465,6 +478,7 @@ class Overlay:
             if self.writable:
                 await self.flush()
                 in_order = True
+                await self.give_space_back()
         finally:
             # A thread may be writing a record, a header or a group, so the descriptor must not be closed yet. Acquire
             # the session's lock first, as a change of the record does.

@@ -11,7 +11,8 @@ only if
   discard or a later entry explains that.
 
 A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
-the kill, while a write was running to a place that was already inside the file.
+the kill, if the journal has a place that was already inside the file. A write to it was running when the copy was made,
+or has taken the place of a discarded cluster since.
 """
 
 from __future__ import annotations

@@ -54,10 +54,12 @@ class SessionJournal:
         """Whether it takes no more entries, but a later session would still use those that it has."""
         return self._journal is not None and not self.takes_entries and not self._void
 
-    def landed(self, end: int) -> None:
-        """Drop the entries before `end`, an earlier value of the property: the overlay file has them."""
-        if self._journal is not None:
-            self._journal.landed(end)
+    def landed(self, end: int) -> bool:
+        """Drop the entries before `end`, an earlier value of the property: the overlay file has them.
+
+        Returns whether that has worked. If not, the journal still has entries that a discard may contradict.
+        """
+        return self._journal is None or self._journal.landed(end)
 
     def void(self) -> None:
         """Make the journal void for later sessions. May be called from any thread, even during `close`."""

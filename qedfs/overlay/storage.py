@@ -43,6 +43,7 @@ _READ, _WRITE, _RESIZE = 0, 1, 3
 # File systems whose leases a server grants (fs/nfs/nfs4proc.c, fs/smb/client/file.c).
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _FLOCK = struct.Struct("hhqqi4x")
+_PUNCH_HOLE = 2 | 1  # with KEEP_SIZE, which must go with it (fallocate(2))
 
 
 class FileExtent(NamedTuple):
@@ -140,6 +141,13 @@ class Storage(Protocol):
         Raises:
             QedfsError: the disk did not take everything. Reads show what it has.
             InUse: another program keeps a part of the file in memory, so that part cannot be read from the disk.
+        """
+        ...
+
+    def punch(self, offset: int, size: int) -> bool:
+        """Give the space of these bytes back to the file system. Returns whether they read as zeros now.
+
+        Raises BadOverlay if the file was truncated.
         """
         ...
 
@@ -369,6 +377,15 @@ class FileStorage:
             )
         if failure is not None:
             raise self._translated("sync", failure) from failure
+
+    def punch(self, offset: int, size: int) -> bool:
+        """fallocate with PUNCH_HOLE. Not all file systems can do that, and an error loses nothing."""
+        import ctypes  # here, because loading it takes commands that punch nothing 4 ms
+
+        self._length.check()
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+        arguments = ctypes.c_int(_PUNCH_HOLE), ctypes.c_int64(offset), ctypes.c_int64(size)
+        return not fallocate(ctypes.c_int(self._fd), *arguments)
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise. It is only advice, so errors do not matter."""

@@ -236,6 +236,11 @@ class MemoryStorage:
     def refresh(self) -> None:
         self._begin("refresh")
 
+    def punch(self, offset: int, size: int) -> bool:
+        self._begin("punch")
+        self._put(offset, bytes(size))
+        return True
+
     def drop_cache(self, offset: int, size: int) -> None:
         assert 0 <= offset <= offset + size
 

@@ -68,3 +68,29 @@ async def test_a_partial_write_that_waits_for_the_rest_gets_zeros(autojump_clock
             await trio.testing.wait_all_tasks_blocked()
             await make_zeros(image, 0, CLUSTER)
         assert bytes(await image.read(0, CLUSTER)) == b"guest".rjust(105, b"\0").ljust(CLUSTER, b"\0")
+
+
+async def test_a_read_that_waits_for_the_source_sees_no_bytes_of_another_cluster(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its first cluster is discarded meanwhile, and another one takes the place."""
+    async with served(FakeSource(CONTENT)) as image:
+        await image.write(0, b"w" * CLUSTER)
+        found = b""
+
+        async def read() -> None:
+            nonlocal found
+            found = bytes(await image.read(0, 2 * CLUSTER))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            (before,) = await image.overlay.map(0, CLUSTER)
+            await make_zeros(image, 0, CLUSTER)
+            await image.flush()
+            await image.overlay.give_space_back()
+            await image.write(5 * CLUSTER, b"o" * CLUSTER)
+            (other,) = await image.overlay.map(5 * CLUSTER, CLUSTER)
+            assert other.offset == before.offset
+            assert found == b""
+        assert found == bytes(CLUSTER) + CONTENT[CLUSTER : 2 * CLUSTER]

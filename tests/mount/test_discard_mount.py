@@ -16,6 +16,7 @@ import pytest
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check, qemu_same
 from tests.harness.mounts import Mount, qedfs
+from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 
 from .support import CLUSTER_SIZE, MIB, create, mounted_over, opened, origin, read_direct
@@ -150,6 +151,45 @@ def test_a_discard_survives_kill_9_and_the_next_mount(tmp_path: Path) -> None:
             assert mount.path("disk.raw").read_bytes() == expected
             assert mount.unmount() == 0
         assert qemu_check(tmp_path / "disk.qed").corruptions == 0
+
+
+def test_space_comes_back(tmp_path: Path) -> None:
+    """To the file system while it is mounted, and the file does not grow where there is room in it."""
+    with origin(tmp_path, SIZE) as source, mounted_over(tmp_path, source.url) as mount:
+        mount.wait()
+        overlay, path = tmp_path / "disk.qed", mount.path("disk.raw")
+        before = overlay.stat()
+        fallocate(path, PUNCH, MIB, 4 * MIB)
+        wait_for(lambda: overlay.stat().st_blocks * 512 < before.st_blocks * 512 - 3 * MIB, "space to come back")
+        with opened(path) as fd:
+            os.pwrite(fd, b"n" * 3 * MIB, MIB)
+            os.fsync(fd)
+        assert overlay.stat().st_size <= before.st_size
+        expected = bytearray(source.data())
+        expected[MIB : 5 * MIB] = b"n" * 3 * MIB + bytes(MIB)
+        assert path.read_bytes() == expected
+        assert mount.unmount() == 0
+    assert qemu_check(overlay).corruptions == 0
+
+
+def test_check_gives_back_what_a_kill_has_leaked(tmp_path: Path) -> None:
+    with origin(tmp_path, SIZE) as source:
+        with mounted_over(tmp_path, source.url) as mount:
+            mount.wait()
+            fallocate(mount.path("disk.raw"), PUNCH, MIB, 4 * MIB)
+            mount.kill()
+        with mounted_over(tmp_path, source.url) as mount:
+            assert mount.unmount() == 0
+        overlay = tmp_path / "disk.qed"
+        before = overlay.stat().st_blocks * 512
+        assert qemu_check(overlay).leaks >= 64
+        qedfs("check", "--repair", overlay)
+        assert overlay.stat().st_blocks * 512 <= before - 4 * MIB
+        assert qemu_check(overlay).corruptions == 0
+        expected = bytearray(source.data())
+        expected[MIB : 5 * MIB] = bytes(4 * MIB)
+        (tmp_path / "expected").write_bytes(expected)
+        assert qemu_same(overlay, tmp_path / "expected")
 
 
 def random_operations(path: Path, copy: Path, count: int, seed: int) -> None:

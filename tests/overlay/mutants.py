@@ -73,6 +73,24 @@ MUTANTS = (
         "if durable and (group.dirty or group.tables):",
     ),
     Mutant(
+        "discard: its space is used again behind a barrier for its entries",
+        "commit:Committer._run_group",
+        "durable = durable or bool(group.freed)",
+        "pass",
+    ),
+    Mutant(
+        "discard: what a group frees is what it writes, not what is discarded meanwhile",
+        "commit:Committer._landed",
+        "self._freed.landed(group.freed)",
+        "self._freed.landed(group.freed + self._freed.take())",
+    ),
+    Mutant(
+        "discard: its space counts as zeros behind the punch, not before it",
+        "freed:FreedClusters.give_back",
+        "punched = await self._storage.in_thread(functools.partial(self._punch, runs))",
+        "punched = True",
+    ),
+    Mutant(
         "detach: a barrier before the header drops the backing",
         "overlay:Overlay.detach",
         "await self.committer.flush()",

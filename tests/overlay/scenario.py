@@ -388,13 +388,14 @@ class Actors:
                 found = bytearray(base[pos : pos + length])
                 runs = await self.overlay.map(pos, length)
                 epoch = self.overlay.epoch
-                for run in runs:
-                    await self.pause()
-                    part = memoryview(found)[run.pos - pos : run.pos - pos + run.size]
-                    if run.offset > ZERO:
-                        await self.overlay.read_data(run.offset, part)
-                    elif run.offset == ZERO or self.overlay.backing is None:
-                        part[:] = bytes(run.size)
+                with self.overlay.reading():
+                    for run in runs:
+                        await self.pause()
+                        part = memoryview(found)[run.pos - pos : run.pos - pos + run.size]
+                        if run.offset > ZERO:
+                            await self.overlay.read_data(run.offset, part)
+                        elif run.offset == ZERO or self.overlay.backing is None:
+                            part[:] = bytes(run.size)
             for start in range(0, length, SECTOR):
                 legal = self._model.legal_read((pos + start) // SECTOR, since, self._model.events)
                 if found[start : start + SECTOR] not in legal:
@@ -467,6 +468,7 @@ class Actors:
                     await self.overlay.commit()
             else:
                 await self.flush()
+            await self.overlay.give_space_back()
 
     async def flush(self) -> None:
         since = self._model.flushing()

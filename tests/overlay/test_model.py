@@ -181,6 +181,12 @@ RULES = (
         "await self._map.load(pos, size)",
     ),
     Mutant(
+        "the space of a discarded cluster is used after all reads and writes that may refer to it",
+        "freed:FreedClusters.give_back",
+        " and self._durable[0][0] <= self.accesses.oldest",
+        "",
+    ),
+    Mutant(
         "a discard that a failed barrier has taken back is an error",
         "discard:Discards.discard",
         "self._barriers.check_writable()",

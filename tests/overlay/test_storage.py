@@ -136,6 +136,13 @@ def test_a_barrier_and_a_dropped_cache_change_nothing(opener: Opener) -> None:
     assert storage.disk_usage() >= 0
 
 
+def test_what_is_punched_reads_as_zeros_and_the_length_stays(opener: Opener) -> None:
+    storage = opener(b"x" * 20000)
+    assert storage.punch(4096, 8192)
+    assert read(storage, 0, 20000) == b"x" * 4096 + bytes(8192) + b"x" * 7712
+    assert storage.size() == 20000
+
+
 def test_a_name_stays_the_same(opener: Opener) -> None:
     storage = opener(b"")
     assert storage.name() == storage.name() != ""

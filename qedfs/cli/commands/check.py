@@ -12,7 +12,7 @@ from qedfs.cli.overlay_files import locked_file
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.errors import BadOverlay
 from qedfs.format.header import NEED_CHECK
-from qedfs.overlay.check import Report
+from qedfs.overlay.check import Report, give_back_leaks
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
 from qedfs.overlay.journal import zero_count
@@ -24,16 +24,17 @@ from qedfs.overlay.storage import Storage
 
 @click.command(short_help="Look for damage, and repair it.")
 @click.argument("overlay", type=PLACE)
-@click.option("--repair", is_flag=True, help="Clear entries that point to invalid places.")
+@click.option("--repair", is_flag=True, help="Clear entries that point to invalid places, and free leaked space.")
 @click.option("--drop-journal", is_flag=True, help="Discard the writes that a killed mount has left in its journal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None:
     """Check the tables of OVERLAY, which must not be mounted or open elsewhere.
 
     Exit codes: 0 sound, or sound after --repair; 3 damaged. Leaked clusters, which a crash may leave, waste space but
-    do no harm: they are counted, and are not an error. A cluster that two entries refer to cannot be repaired. Clusters
-    in the journal of a killed mount count as missing here; the next mount restores them. If the journal may be another
-    user's, only mounts of that user and of root can do so; --drop-journal lets others mount the overlay without it.
+    do no harm: they are counted, and are not an error. --repair gives their space back to the file system. A cluster
+    that two entries refer to cannot be repaired. Clusters in the journal of a killed mount count as missing here; the
+    next mount restores them. If the journal may be another user's, only mounts of that user and of root can do so;
+    --drop-journal lets others mount the overlay without it.
     """
     with locked_file(overlay, writable=repair or drop_journal) as storage:
         if drop_journal:
@@ -41,6 +42,8 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
         revalidate(storage, None)
         report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
         waiting, remark = _waiting(storage)
+        if repair and report.leaks and not (report.corruptions or waiting or remark):
+            report.leaks = give_back_leaks(storage, read_header(storage)[0])
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), **_for_programs(report), **_journal(waiting, remark)})
     else:

@@ -1,0 +1,175 @@
+"""The space of discarded clusters: when it is given back, and when it is used again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import QedfsError
+from qedfs.format.tables import ZERO
+from qedfs.overlay import allocator as allocator_module
+from qedfs.overlay.journal import Journal
+from qedfs.overlay.open import open_storage
+from qedfs.overlay.overlay import Overlay
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import empty, filled
+
+CLUSTER = 4096
+DATA = {cluster: bytes([65 + cluster]) * CLUSTER for cluster in range(6)}
+
+
+async def no_fill(_: int) -> bytes:
+    raise AssertionError("nothing has to be fetched")
+
+
+def offsets(storage: MemoryStorage) -> dict[int, int]:
+    """Where in the file the clusters of DATA are that it still has."""
+    found = {cluster: storage.bytes.find(data) for cluster, data in DATA.items()}
+    return {cluster: offset for cluster, offset in found.items() if offset >= 0}
+
+
+async def opened(journals: Path | None = None) -> tuple[MemoryStorage, Overlay]:
+    """An overlay with DATA. Without a journal, a discard commits at once."""
+    storage = MemoryStorage(filled(DATA).data, name="disk")
+    return storage, await open_storage(storage, journal_folder=journals)
+
+
+async def place_of(overlay: Overlay, cluster: int) -> int:
+    (run,) = await overlay.map(cluster * CLUSTER, CLUSTER)
+    return run.offset
+
+
+async def test_space_is_punched_after_the_barrier_and_used_again(tmp_path: Path) -> None:
+    storage, overlay = await opened(tmp_path)
+    freed = offsets(storage)[2]
+    await overlay.discard(2, 1)
+    await overlay.give_space_back()
+    assert 2 in offsets(storage)  # the disk may still have the old entry
+    await overlay.commit()
+    await overlay.give_space_back()
+    assert not any(storage.bytes[freed : freed + CLUSTER])
+    size = storage.size()
+    await overlay.write(9 * CLUSTER + 5, b"part", lambda _: _filled())
+    assert await place_of(overlay, 9) == freed
+    await overlay.flush()
+    assert storage.size() == size
+
+
+async def _filled() -> bytes:
+    return b"r" * CLUSTER
+
+
+async def test_a_part_of_a_cluster_is_written_to_a_blank_one() -> None:
+    storage, overlay = await opened()
+    freed = offsets(storage)[2]
+    await overlay.discard(2, 2)
+    await overlay.flush()
+    await overlay.give_space_back()
+    await overlay.write(3 * CLUSTER + 5, b"part", no_fill)
+    assert await place_of(overlay, 3) == freed
+    view = memoryview(bytearray(CLUSTER))
+    await overlay.read_data(freed, view)
+    assert bytes(view) == b"part".rjust(9, b"\0").ljust(CLUSTER, b"\0")
+
+
+async def test_space_at_the_end_of_the_file_is_cut_off() -> None:
+    storage, overlay = await opened()
+    size = storage.size()
+    await overlay.discard(3, 3)
+    await overlay.flush()
+    await overlay.give_space_back()
+    assert storage.size() == size - 3 * CLUSTER
+    await overlay.close()
+    again = await open_storage(MemoryStorage(storage.bytes))
+    assert await place_of(again, 0) > ZERO
+
+
+async def test_closing_gives_space_back() -> None:
+    storage, overlay = await opened()
+    await overlay.discard(2, 1)
+    await overlay.close()
+    assert set(offsets(storage)) == {0, 1, 3, 4, 5}
+
+
+async def test_a_read_under_way_keeps_its_bytes() -> None:
+    storage, overlay = await opened()
+    freed = offsets(storage)[2]
+    with overlay.reading():
+        await overlay.discard(2, 1)
+        await overlay.flush()
+        await overlay.give_space_back()
+        await overlay.write(9 * CLUSTER, b"other" * 800 + b"x" * 96, no_fill)
+        assert storage.bytes[freed : freed + CLUSTER] == DATA[2]
+    await overlay.give_space_back()
+    assert not any(storage.bytes[freed : freed + CLUSTER])
+
+
+async def test_a_file_system_that_cannot_punch_has_old_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, overlay = await opened()
+    freed = offsets(storage)[2]
+    monkeypatch.setattr(storage, "punch", lambda *_: False)
+    await overlay.discard(2, 2)
+    await overlay.flush()
+    await overlay.give_space_back()
+    await overlay.write(3 * CLUSTER + 5, b"part", no_fill)
+    assert await place_of(overlay, 3) != freed  # the rest of it would not be zeros
+    await overlay.write(9 * CLUSTER, b"w" * CLUSTER, no_fill)
+    assert await place_of(overlay, 9) == freed
+
+
+async def test_nothing_is_given_back_while_the_journal_has_older_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage(empty().data, name="disk")
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    await overlay.write(CLUSTER, DATA[1], no_fill)
+    await overlay.discard(1, 1)
+    monkeypatch.setattr(Journal, "landed", lambda *_: False)
+    await overlay.flush()
+    await overlay.give_space_back()
+    assert 1 in offsets(storage)
+
+
+async def test_nothing_is_given_back_after_a_failed_barrier_or_of_a_truncated_file() -> None:
+    storage, overlay = await opened()
+    await overlay.discard(1, 1)
+    await overlay.flush()
+    await overlay.discard(2, 1)
+    storage.fail("barrier", QedfsError("cannot sync"))
+    with pytest.raises(QedfsError):
+        await overlay.flush()
+    await overlay.give_space_back()
+    assert set(offsets(storage)) == set(DATA)
+    storage, overlay = await opened()
+    await overlay.discard(1, 1)
+    await overlay.flush()
+    del storage.bytes[-CLUSTER:]
+    await overlay.give_space_back()
+    assert 1 in offsets(storage)
+
+
+async def test_the_list_of_free_clusters_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond it is punched and forgotten."""
+    monkeypatch.setattr(allocator_module, "MOST_BLANK", 2)
+    storage, overlay = await opened()
+    await overlay.discard(0, 5)
+    await overlay.flush()
+    await overlay.give_space_back()
+    assert set(offsets(storage)) == {5}
+    size = storage.size()
+    for cluster in range(20, 24):
+        await overlay.write(cluster * CLUSTER, b"w" * CLUSTER, no_fill)
+    await overlay.flush()
+    assert storage.size() == size + 2 * CLUSTER
+
+
+async def test_two_at_once_give_it_back_once() -> None:
+    storage, overlay = await opened()
+    await overlay.discard(0, 3)
+    await overlay.flush()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(overlay.give_space_back)
+        nursery.start_soon(overlay.give_space_back)
+    assert storage.operations["punch"] == 1
