@@ -46,19 +46,16 @@ from qedfs.overlay.cluster_writer import ClusterWriter
 from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.cold_reads import ColdReads
 from qedfs.overlay.commit import Committer
-from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.discard import Discards
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
 
-# The largest write on the event loop: FUSE's largest. To the page cache, 4 KiB take 1.4 us and 64 KiB some 20 us. A
-# thread costs 70 to 190 us, and contends with the event loop for the interpreter's lock.
-WRITE_NOW_BYTES = 1 << 20
 MAX_READ_BYTES = 1 << 20  # the maximal size of a FUSE read
 # The buffer for reads on the event loop, for all overlays. A caller passes on its view of it before the next read.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
@@ -95,6 +92,7 @@ class Overlay:
         self.journal_remark = journal_remark
         self.times = session.times  # of the image
         self._cold_reads = ColdReads(storage)
+        self._loop_writes = LoopWrites()
         self._session = session
         self._barriers = barriers
         self._journal = journal
@@ -305,12 +303,7 @@ class Overlay:
 
         Raises what `write` raises.
         """
-        if (
-            len(data) > WRITE_NOW_BYTES
-            or not self._barriers.writable
-            or not self.times.may_move
-            or dirty_pages.crowded()
-        ):
+        if not self._barriers.writable or not self.times.may_move or not self._loop_writes.may_begin(len(data)):
             return False
         if not self._journal.takes_entries and (self.committer.pending or self.full):
             return False  # the entry of this cluster may be pending, and would have to be committed first
@@ -322,6 +315,7 @@ class Overlay:
         finally:
             # After the write, even if it fails: the final mtime must not be earlier than the new bytes.
             self.times.move()
+            self._loop_writes.ended()
         return True
 
     async def write(self, pos: int, data: Buffer, fill: Fill) -> None:
@@ -353,11 +347,13 @@ class Overlay:
             # A barrier may have failed while we waited. Then no empty slice may be created.
             self._barriers.check_writable()
             writes, entries = self._writer.place(pos, view, rest)
-            now = len(view) <= WRITE_NOW_BYTES and not dirty_pages.crowded()
+            now = self._loop_writes.may_begin(len(view))
             try:
                 await self._writer.write(writes, entries, now=now)
             finally:
                 self.times.move()
+                if now:
+                    self._loop_writes.ended()
         if self.committer.pending and (not self._journal.takes_entries or self.tables.crowded):
             await self.committer.commit()
             if not self._journal.takes_entries:

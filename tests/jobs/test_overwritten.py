@@ -12,7 +12,7 @@ from qedfs.errors import NoSpace
 from qedfs.image.image import Image
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
-from qedfs.overlay import overlay
+from qedfs.overlay import loop_writes
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -27,7 +27,7 @@ SLOW_SECONDS = 10.0
 @pytest.fixture(autouse=True)
 def writes_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a host with many dirty pages, a guest's write of this size leaves the event loop."""
-    monkeypatch.setattr(overlay, "WRITE_NOW_BYTES", CLUSTER)
+    monkeypatch.setattr(loop_writes, "MOST_BYTES", CLUSTER)
 
 
 class SlowStart(MemoryStorage):

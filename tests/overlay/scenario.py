@@ -10,6 +10,7 @@ zeros, flush, commit and store records; some close and open again, some end with
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from unittest import mock
 
 import trio
 
-import qedfs.overlay.overlay as overlay_module
+import qedfs.overlay.loop_writes as loop_writes_module
 import qedfs.overlay.table_slices as table_slices_module
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import Geometry
@@ -30,8 +31,10 @@ from qedfs.format.record import Pin, digest
 from qedfs.format.tables import ZERO
 from qedfs.host import memory_pool
 from qedfs.overlay.create import create_overlay
+from qedfs.overlay.loop_writes import MOST_BYTES as WRITE_NOW_BYTES
+from qedfs.overlay.loop_writes import SLOW_SECONDS
 from qedfs.overlay.open import open_storage
-from qedfs.overlay.overlay import WRITE_NOW_BYTES, Overlay
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.sectors import SECTOR_ENTRIES
 from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import RecordingStorage
@@ -253,7 +256,8 @@ def repeatable(seed: int) -> Iterator[None]:
         with process(), mock.patch.object(loop, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
             yield
     finally:
-        overlay_module.WRITE_NOW_BYTES = WRITE_NOW_BYTES
+        loop_writes_module.MOST_BYTES = WRITE_NOW_BYTES
+        loop_writes_module.SLOW_SECONDS = SLOW_SECONDS
         table_slices_module.SLICE_ENTRIES = SLICE_ENTRIES
 
 
@@ -268,7 +272,8 @@ class Actors:
         clock: Callable[[], int] | None = None,
     ) -> None:
         """`clock` tells the model's time; by default the length of the log."""
-        overlay_module.WRITE_NOW_BYTES = history.scenario.write_now
+        loop_writes_module.MOST_BYTES = history.scenario.write_now
+        loop_writes_module.SLOW_SECONDS = math.inf  # a seed must not depend on how fast this machine is
         table_slices_module.SLICE_ENTRIES = history.scenario.slice_entries
         self.history = history
         self._now = clock or (lambda: len(self._storage.log))
