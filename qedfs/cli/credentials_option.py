@@ -15,7 +15,7 @@ credentials_option = click.option(
     "--credentials",
     type=PLACE,
     metavar="FILE",
-    help="Credentials for each server: header fields, client certificates, pre-shared keys; see README.",
+    help="Credentials for each server: header fields, client certificates, pre-shared keys; see the guide.",
 )
 
 

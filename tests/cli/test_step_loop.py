@@ -1,4 +1,4 @@
-"""README's loop of `stream step`, as it stands there: it ends when all is local, and when a command fails."""
+"""The guide's loop of `stream step`, as it stands there: it ends when all is local, and when a command fails."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 def run_loop(folder: Path, tmp_path: Path, only: str = "*") -> subprocess.CompletedProcess[str]:
     """Run the block in this folder. Of the commands, those that do not match a shell pattern do nothing."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "contrib/docs/guide.md").read_text(), re.DOTALL)
     (block,) = (text for text in blocks if "qedfs stream step" in text)
+    block = block[block.index("mkdir") :]  # the fixture has made the overlay
     program = tmp_path / "bin" / "qedfs"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\ncase "$1" in {only}) exec "{sys.executable}" -m qedfs "$@" ;; esac\n')

@@ -1,4 +1,4 @@
-"""A machine that qedfs was installed on as the README says: its units, and a systemd that runs them."""
+"""A machine that qedfs was installed on as the guide says: its units, and a systemd that runs them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Machine(Installed):
         super().__init__(folder)
         units = folder / "units"
         put_units(units)
-        # As the README's recipe copies them.
+        # As the guide copies them.
         shutil.copytree(CONTRIB / "systemd", units, dirs_exist_ok=True)
         for unit in (CONTRIB / "libvirt").glob("*.service"):
             shutil.copy(unit, units)

@@ -141,7 +141,7 @@ def ranges(size: int) -> str:
 
 
 def version(kind: str, identity: Identity) -> Finding:
-    """How another version of the file would be noticed (README, "Which version of the image")."""
+    """How another version of the file would be noticed (contrib/docs/guide.md, "Which version of the image")."""
     check = "version"
     if identity.digest is not None:
         return ok(check, f"digest {identity.digest}: another version is always noticed")
