@@ -4,7 +4,7 @@ Imports nothing of the project. Every error that a user can meet is a `QedfsErro
 translated where they arise, with `from`. The message is one line that names what failed and, if possible, the remedy.
 It never contains a credential: sources name themselves by their redacted URL.
 
-Exit codes (contrib/docs/reference.md): 1 other, 2 usage (of the command line, and nothing else), 3 bad overlay, 4 source
+Exit codes (see contrib/docs): 1 other, 2 usage (of the command line, and nothing else), 3 bad overlay, 4 source
 unreachable, 5 source changed, 6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.
 """
 

@@ -152,10 +152,11 @@ def _unmount(folder: Path) -> None:
 
 
 def _end_programs(folder: Path) -> None:
-    """Servers that a block has put into the background."""
+    """Servers that a block has put into the background. They may be in another folder, but have the block's HOME."""
+    home = f"HOME={folder}".encode()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and (entry / "cwd").readlink() == folder:
+            if entry.name.isdigit() and home in (entry / "environ").read_bytes().split(b"\0"):
                 os.kill(int(entry.name), signal.SIGTERM)
 
 
