@@ -8,7 +8,6 @@ there in whole, in part or not at all. Half of the zeros are written by punching
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import random
@@ -21,7 +20,7 @@ from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check
 from tests.harness.mounts import mounted
 
-from .support import Writer
+from .support import Writer, make_hole
 
 # How soon after its start the writer is killed: from "hardly begun" to "the stream is done".
 LONGEST_LIFE_SECONDS = 1.2
@@ -122,7 +121,7 @@ def _write(path: str, size: int, seed: int) -> None:
         pos, data = writer.next()
         try:
             if not any(data) and number % 2:
-                _punch(fd, pos, len(data))
+                make_hole(fd, pos, len(data))
             elif os.pwrite(fd, data, pos) != len(data):
                 return
             if number % 50 == 49:
@@ -130,12 +129,6 @@ def _write(path: str, size: int, seed: int) -> None:
         except OSError:
             return
         os.write(1, b"\n")
-
-
-def _punch(fd: int, pos: int, size: int) -> None:
-    """fallocate with PUNCH_HOLE and KEEP_SIZE, which Python's os does not have."""
-    if ctypes.CDLL(None, use_errno=True).fallocate64(fd, 3, ctypes.c_int64(pos), ctypes.c_int64(size)):
-        raise OSError(ctypes.get_errno(), "cannot punch")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Knows files and servers, nothing of qedfs but its command line.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
@@ -98,6 +99,15 @@ def write_direct(path: Path, pos: int, data: bytes) -> int:
     with opened(path, os.O_RDWR | os.O_DIRECT) as fd, mmap.mmap(-1, len(data)) as buffer:
         buffer[:] = data
         return os.pwritev(fd, [buffer], pos)
+
+
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # <linux/falloc.h>
+
+
+def make_hole(fd: int, pos: int, size: int, mode: int = PUNCH_HOLE | KEEP_SIZE) -> None:
+    """fallocate(2) with a mode, which Python's os does not have."""
+    if ctypes.CDLL(None, use_errno=True).fallocate64(fd, mode, ctypes.c_int64(pos), ctypes.c_int64(size)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class Writer:

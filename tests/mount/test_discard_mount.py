@@ -19,7 +19,19 @@ from tests.harness.mounts import Mount, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 
-from .support import CLUSTER_SIZE, MIB, create, mounted_over, opened, origin, read_direct
+from .support import (
+    CLUSTER_SIZE,
+    KEEP_SIZE,
+    MIB,
+    PUNCH_HOLE,
+    ZERO_RANGE,
+    create,
+    make_hole,
+    mounted_over,
+    opened,
+    origin,
+    read_direct,
+)
 
 SIZE = 8 * MIB + 1536  # the last cluster is not a whole one
 SMALL_DISK = 320 * MIB  # the least that mkfs.xfs takes is 300 MiB
@@ -208,19 +220,19 @@ def random_operations(path: Path, copy: Path, count: int, seed: int) -> None:
             elif kind == 1:
                 assert os.pread(image, length, pos) == os.pread(model, length, pos)
             else:
-                fallocate(path, (PUNCH, ZERO)[kind - 2], pos, length)
+                make_hole(image, pos, length, (PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE)[kind - 2])
                 os.pwrite(model, bytes(length), pos)
             if source.random() < 0.02:
                 os.fsync(image)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_random_operations_during_the_stream(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "count"), [(1, 1000), pytest.param(2, 20_000, marks=pytest.mark.slow)])
+def test_random_operations_during_the_stream(tmp_path: Path, seed: int, count: int) -> None:
     with origin(tmp_path, SIZE, seed=seed) as source:
         copy = tmp_path / "copy"
         copy.write_bytes(source.data())
         with mounted_over(tmp_path, source.url, "--limit", "4M") as mount:
-            random_operations(mount.path("disk.raw"), copy, 300, seed)
+            random_operations(mount.path("disk.raw"), copy, count, seed)
             mount.wait()
             assert first_difference(mount.path("disk.raw"), copy) is None
             assert mount.unmount() == 0
@@ -303,6 +315,9 @@ def test_programs_copy_holes_as_holes(disk: Disk, tmp_path: Path) -> None:
     tool("cp", "--sparse=auto", disk.path, copy)
     assert copy.stat().st_blocks * 512 < SIZE - 3 * MIB
     assert copy.read_bytes() == disk.expected
+    tool("rsync", "--sparse", disk.path, tmp_path / "synced")
+    assert (tmp_path / "synced").stat().st_blocks * 512 < SIZE - 3 * MIB
+    assert (tmp_path / "synced").read_bytes() == disk.expected
     tool("tar", "-C", disk.mount.mountpoint, "-Scf", tmp_path / "copy.tar", "disk.raw")
     assert (tmp_path / "copy.tar").stat().st_size < SIZE - 3 * MIB
     (tmp_path / "out").mkdir()

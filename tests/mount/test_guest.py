@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.harness import guest
 from tests.harness.images import qemu_check, qemu_info, random_image
-from tests.harness.mounts import mounted
+from tests.harness.mounts import mounted, qedfs
+from tests.harness.require import require
 from tests.harness.servers import nginx
 
 from .support import MIB, create
@@ -42,3 +44,32 @@ def test_a_guest_boots_checks_writes_and_is_there_again(tmp_path: Path, cache: s
     # QEMU opens the overlay itself now, without us and without the server.
     console = guest.boot(f"file={overlay},format=qed")
     assert guest.VERIFIED in console
+
+
+def test_a_guest_trims_its_disk_and_the_free_space_is_never_fetched(tmp_path: Path) -> None:
+    """The free space is random bytes at the source. QEMU passes the guest's discards on, and turns zeros into holes."""
+    files = tmp_path / "files"
+    files.mkdir()
+    random_image(files / "data", 9 * MIB, seed=1)
+    www = tmp_path / "www"
+    www.mkdir()
+    size = 192 * MIB
+    disk = guest.guest_disk(www / "disk", size, files)
+    random_image(disk, size, seed=2)
+    mkfs = [require("mkfs.ext4"), "-q", "-F", "-E", "nodiscard,lazy_itable_init=0", "-d", str(files), str(disk)]
+    subprocess.run(mkfs, check=True)
+    overlay = tmp_path / "disk.qed"
+    with nginx(www) as server:
+        create(overlay, f"{server.url}/disk")
+        with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+            path = mount.path("disk.raw")
+            drive = f"file={path},format=raw,cache=none,discard=unmap,detect-zeroes=unmap"
+            assert guest.VERIFIED in guest.boot(drive, trim=True)
+            discarded = mount.image()["counters"]["discarded"]
+            assert discarded > size - 50 * MIB
+            qedfs("stream", "start", mount.mountpoint)
+            mount.wait()
+            assert server.body_bytes() <= (size - discarded) * 1.05
+            assert guest.read_back(path) == guest.WRITTEN
+            assert mount.unmount() == 0
+    assert qemu_check(overlay).corruptions == 0

@@ -58,7 +58,7 @@ MUTANTS = (
         "self._tables.make_dirty(number, changed)",
         "pass",
         "full_disk",
-        first=49,
+        first=14,
     ),
     Mutant(
         "flush: a second barrier behind the entries",
@@ -77,6 +77,7 @@ MUTANTS = (
         "commit:Committer._run_group",
         "durable = durable or bool(group.freed)",
         "pass",
+        first=35,
     ),
     Mutant(
         "discard: what a group frees is what it writes, not what is discarded meanwhile",
@@ -115,7 +116,7 @@ MUTANTS = (
         "session:Session._write_slot",
         "if self._unordered:",
         "if False:",
-        first=48,
+        first=120,
     ),
     Mutant(
         "record: the slots are written in turn",
@@ -155,7 +156,7 @@ MUTANTS = (
         "await self._read_again()",
         "pass",
         "bad_barrier",
-        first=68,
+        first=561,
     ),
     Mutant(
         "a failed barrier: nobody else's barrier runs beside it",
@@ -163,7 +164,7 @@ MUTANTS = (
         "async with self._barrier_lock:",
         "if True:",
         "bad_barrier",
-        first=83,
+        first=62,
     ),
     Mutant(
         "open: a journal is not believed if its data has not reached the disk",
@@ -171,7 +172,7 @@ MUTANTS = (
         "if _checksum(storage, orphan, cluster_size) != before:",
         "if False:",
         "killed",
-        first=220,
+        first=321,
     ),
 )
 
