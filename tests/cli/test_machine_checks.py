@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,11 +59,18 @@ def only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
 
 
-def test_the_runtime_folder_is_made_looked_at_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, tmp_path)
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for that of a socket; pytest's own is long in a worker of xdist."""
+    with tempfile.TemporaryDirectory(prefix="q") as name:
+        yield Path(name)
+
+
+def test_the_runtime_folder_is_made_looked_at_and_left_empty(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, short)
     found = look("runtime folder", machine_checks.runtime_folder)
     assert found.verdict is Verdict.OK
-    (ours,) = tmp_path.iterdir()
+    (ours,) = short.iterdir()
     assert found.found.startswith(f"{ours} (")
     assert f"mode 0700, user {os.getuid()}, path of a socket {len(str(ours)) + 30} of 107 bytes" in found.found
     assert list(ours.iterdir()) == []

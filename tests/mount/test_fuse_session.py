@@ -87,7 +87,7 @@ def test_another_file_system_is_left_alone(kernel: Kernel, tmp_path: Path) -> No
     assert kernel.told == ["close, unmount=False"]
 
 
-@pytest.mark.expect_log("cannot look what is mounted at")
+@pytest.mark.expect_log("the table of mounts cannot be read")
 def test_without_a_table_the_session_is_unmounted(kernel: Kernel, tmp_path: Path) -> None:
     kernel.readable = False
     session = mount(tmp_path)
