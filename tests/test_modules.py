@@ -80,7 +80,6 @@ TESTED_WITH = {
     "source/nbd/connection.py": "source/nbd/test_nbd_client.py",
     "source/nbd/errors.py": "source/nbd/test_nbd_reasons.py",
     "source/nbd/protocol.py": "source/nbd/test_nbd_handshake.py",
-    "source/nbd/transport.py": "source/nbd/test_tls.py",
     "source/threads.py": "source/test_resolver.py",
 }
 

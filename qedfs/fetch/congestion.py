@@ -36,6 +36,13 @@ QUEUE_MARGIN = 1.25  # a request that takes less than this times its queueing ti
 LATE_SECONDS = 1.0
 LATE_ROUND_TRIPS = 4.0
 LATE_TRANSFERS = 4.0
+# Bytes may gather in the kernel for GATHER_SECONDS, unless that is much of a round trip, or they become too many: to
+# receive GATHER_BYTES takes 0.1 ms, and the buffers of a few new connections hold them. If the time is shorter than
+# LEAST_GATHER_SECONDS, the link is so fast or so near that enough bytes gather while we work.
+GATHER_SECONDS = 0.004
+GATHER_ROUND_TRIPS = 0.25
+GATHER_BYTES = 512 << 10
+LEAST_GATHER_SECONDS = 0.001
 DECAY = 0.95  # factor for the best rate after an interval with a lower one, so that a slower link is noticed
 MEMORY_SECONDS = 10.0  # how long a measured round trip counts
 
@@ -78,6 +85,14 @@ class CongestionWindow:
     def rate(self) -> float:
         """The estimated rate of the link in bytes per second."""
         return self._best
+
+    @property
+    def gather_seconds(self) -> float:
+        """For how long the bytes of background requests may gather before they are received; 0: not at all."""
+        if not self._best:
+            return 0.0
+        seconds = min(GATHER_SECONDS, GATHER_ROUND_TRIPS * self.round_trip, GATHER_BYTES / self._best)
+        return seconds if seconds >= LEAST_GATHER_SECONDS else 0.0
 
     def late_after(self, size: int, ahead: int) -> float:
         """After how many seconds a request is late. `ahead`: the bytes in flight when it was sent.

@@ -123,6 +123,7 @@ class FetchQueue:
         started = trio.current_time()
         try:
             with self._scheduler.reading():
+                self.remote.gather(0)
                 async with self.remote.reader():
                     yield
         finally:
@@ -406,6 +407,8 @@ class FetchQueue:
         flight.ahead_bytes = self._budget.in_flight(consumer)
         self.window.started(now, flight.ahead_bytes, self.remote.received)
         self._budget.start(flight)
+        if not urgent:
+            self.remote.gather(self._scheduler.gather_seconds())
         for cluster in range(first, first + count):
             self._flights[cluster] = flight
         return flight

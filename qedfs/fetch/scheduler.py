@@ -24,6 +24,7 @@ from qedfs.fetch.flight import Consumer
 
 DIVISORS = (1, 2, 4)  # background requests are, in turn, 1/1, 1/2 and 1/4 of the largest size
 RECHECK_SECONDS = 0.1  # a waiting task checks again after this time even if no change was signalled
+QUIET_SECONDS = 0.5  # how long readers count as active after the last one got its answer
 QUIET_ROUND_TRIPS = 2.0  # the quiet period after the last reader got its answer
 
 
@@ -82,12 +83,22 @@ class Scheduler:
         together, and the link is idle for a round trip in between. A stream over 200 ms and 1 Gbit/s reaches 108 MB/s
         with one size and 115 MB/s with three. There are only three, because free buffers are pooled by size.
         """
-        if self.readers or trio.current_time() - self._quiet_since < 0.5:
+        if self._readers_active():
             return MIN_REQUEST_BYTES
         size = self._window.request_bytes
         if self._window.rate * self._window.round_trip < 2 * size:
             return size  # the round trip is short compared with the transfer
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, 2 * size) // next(self._divisors))
+
+    def gather_seconds(self) -> float:
+        """For how long the bytes of background requests may gather before they are received.
+
+        0 while readers are active, because a reader may want bytes that such a request brings.
+        """
+        return 0.0 if self._readers_active() else self._window.gather_seconds
+
+    def _readers_active(self) -> bool:
+        return self.readers > 0 or trio.current_time() - self._quiet_since < QUIET_SECONDS
 
     async def _turn(self, consumer: Consumer, size: int) -> None:
         while self._must_wait(consumer, size, allowed := self._allowed(consumer)):

@@ -1,9 +1,9 @@
 """The interface of a source: reads, extents, and the identity that tells versions apart.
 
-Owns `Source`, `KnowsZeros`, `HasFile`, `Identity`, `Extent`. Must not know how a source is reached, nor overlays,
-clusters or who reads. A source validates every answer before it passes a byte on. When `read` returns, the caller's
-buffer holds exactly the requested bytes, of the version that `identity` describes. When `read` raises, the content of
-the buffer is undefined and must not be used.
+Owns `Source`, `KnowsZeros`, `HasFile`, `Gathers`, `Identity`, `Extent`. Must not know how a source is reached, nor
+overlays, clusters or who reads. A source validates every answer before it passes a byte on. When `read` returns, the
+caller's buffer holds exactly the requested bytes, of the version that `identity` describes. When `read` raises, the
+content of the buffer is undefined and must not be used.
 """
 
 from __future__ import annotations
@@ -201,4 +201,17 @@ class HasFile(Protocol):
     @property
     def file(self) -> Source:
         """The file. Samples (`samples.py`) are taken of it."""
+        ...
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """The optional interface of a source that can leave arriving bytes in the kernel for a moment."""
+
+    def gather(self, seconds: float) -> None:
+        """From now on, let the bytes of reads that are not urgent gather for that long before they are received.
+
+        One receive of many bytes costs less than many receives of few. 0: receive them as they come, which also ends
+        the current wait. Must not be longer than the bytes of that time fit into the sockets' buffers.
+        """
         ...

@@ -83,6 +83,11 @@ class CircuitBreaker:
         self._waits: dict[trio.CancelScope, float] = {}
 
     @property
+    def readers(self) -> int:
+        """How many readers wait for the source."""
+        return self._readers
+
+    @property
     def signs_of_life(self) -> tuple[int, int]:
         """The count of signs of life. If two values are equal, there was none in between."""
         return self._answers, self._received()

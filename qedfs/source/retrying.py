@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from qedfs.errors import QedfsError, Reason, SourceChanged, SourceUnreachable
-from qedfs.source.base import Extent, HasFile, Identity, KnowsZeros, Sameness, Source
+from qedfs.source.base import Extent, Gathers, HasFile, Identity, KnowsZeros, Sameness, Source
 from qedfs.source.circuit_breaker import CircuitBreaker, ReaderSlots, Silence
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.samples import Samples
@@ -62,6 +62,8 @@ class RetryingSource:
         self.deadline_seconds = deadline_seconds
         self._source: Source | None = None
         self._knows_zeros: KnowsZeros | None = None  # `_source`, if it knows zeros
+        self._gathers: Gathers | None = None  # `_source`, or what it reads the encoded file from, if that gathers
+        self._gather_seconds = 0.0
         self._closed = False
         self._opening = trio.Lock()
         self._breaker = CircuitBreaker(deadline_seconds, lambda: self.received, slots or ReaderSlots(UNBOUNDED))
@@ -126,6 +128,15 @@ class RetryingSource:
         """Whether the source already knows, without a request, that the range reads as zeros."""
         return self._knows_zeros is not None and self._knows_zeros.zeros_now(pos, size)
 
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`. Ignored while readers wait, and for a source that cannot."""
+        if self._breaker.readers:
+            seconds = 0.0
+        if seconds != self._gather_seconds:
+            self._gather_seconds = seconds
+            if self._gathers is not None:
+                self._gathers.gather(seconds)
+
     async def difference(self, samples: Samples) -> str | None:
         """How the bytes that the source serves now differ from `samples`, or None. Raises what `connect` raises."""
 
@@ -165,6 +176,10 @@ class RetryingSource:
                     raise
                 self._source = source
                 self._knows_zeros = source if isinstance(source, KnowsZeros) else None
+                file = source.file if isinstance(source, HasFile) else source
+                self._gathers = file if isinstance(file, Gathers) else None
+                if self._gathers is not None:
+                    self._gathers.gather(self._gather_seconds)
             return self._source
 
     def _learn(self, told: Identity) -> None:

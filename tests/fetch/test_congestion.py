@@ -76,3 +76,20 @@ def test_a_link_whose_rate_varies_reuses_its_buffers(rate: float, round_trip: fl
         _, now = run(window, rate=rate * (0.8 + 0.02 * part), round_trip=round_trip, seconds=1, start=now)
         sizes.add(window.request_bytes)
     assert sizes <= {256 << 10, 512 << 10, 1 << 20, 2 << 20}
+
+
+def test_bytes_gather_for_a_small_part_of_the_round_trip() -> None:
+    window = CongestionWindow()
+    assert window.gather_seconds == 0  # nothing is known about the link
+    run(window, rate=1000 * MBIT, round_trip=0.02, seconds=5)
+    assert window.gather_seconds == pytest.approx(0.004, rel=0.1)
+    near = CongestionWindow()
+    run(near, rate=100 * MBIT, round_trip=0.008, seconds=5)
+    assert near.gather_seconds <= near.round_trip / 4
+
+
+@pytest.mark.parametrize(("rate", "round_trip"), [(5000 * MBIT, 0.02), (10_000 * MBIT, 0.0002)])
+def test_a_fast_link_is_not_slowed_by_gathering(rate: float, round_trip: float) -> None:
+    window = CongestionWindow()
+    run(window, rate=rate, round_trip=round_trip, seconds=5)
+    assert window.gather_seconds == 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
 from qedfs.fetch.budget import Budget
 from qedfs.fetch.congestion import MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, CongestionWindow
-from qedfs.fetch.scheduler import Scheduler
+from qedfs.fetch.scheduler import QUIET_SECONDS, Scheduler
 
 from .link import MBIT, run
 
@@ -36,3 +37,14 @@ async def test_requests_beside_a_reader_are_small() -> None:
     with far.reading():
         assert far.request_bytes() == MIN_REQUEST_BYTES
     assert far.request_bytes() == MIN_REQUEST_BYTES  # it may come back at once
+
+
+async def test_bytes_gather_only_while_no_reader_is_active(autojump_clock: trio.testing.MockClock) -> None:
+    far = turns(rate=1000 * MBIT, round_trip=0.2)
+    await trio.sleep(1)
+    assert far.gather_seconds() > 0
+    with far.reading():
+        assert far.gather_seconds() == 0
+    assert far.gather_seconds() == 0
+    await trio.sleep(QUIET_SECONDS)
+    assert far.gather_seconds() > 0

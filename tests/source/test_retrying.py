@@ -165,3 +165,45 @@ async def test_a_retry_under_way_ends_with_the_source(autojump_clock: trio.testi
         began = trio.current_time()
         await found.aclose()
     assert trio.current_time() - began < 5
+
+
+class GatheringSource(FakeSource):
+    """Notes for how long it was told to let bytes gather."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.told: list[float] = []
+
+    def gather(self, seconds: float) -> None:
+        self.told.append(seconds)
+
+
+class DecodingSource(FakeSource):
+    """Decodes an image in a file, which is a source that can let bytes gather."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.file = GatheringSource(content)
+
+
+async def test_bytes_gather_at_the_source_unless_a_reader_waits(autojump_clock: trio.testing.MockClock) -> None:
+    source = GatheringSource(b"content")
+    found = remote(source)
+    found.gather(0.004)  # before the first connection
+    await found.connect()
+    assert source.told == [0.004]
+    async with found.reader():
+        found.gather(0)
+        found.gather(0.004)  # another queue of this source streams on
+    assert source.told == [0.004, 0]
+    found.gather(0.004)
+    found.gather(0.004)
+    assert source.told == [0.004, 0, 0.004]
+
+
+async def test_bytes_gather_at_the_file_of_a_decoded_image(autojump_clock: trio.testing.MockClock) -> None:
+    source = DecodingSource(b"content")
+    found = remote(source)
+    await found.connect()
+    found.gather(0.004)
+    assert source.file.told == [0, 0.004]

@@ -88,6 +88,10 @@ class _Pool:
                 self._busy.discard(exchange)
                 self._idle.append(exchange)
 
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`."""
+        self._multi.gather(seconds)
+
     async def resolve(self, origin: Target, silent_seconds: float, pinning: Pinning) -> Resolved:
         exchange = Exchange(self._policy)
         try:
@@ -211,6 +215,10 @@ class HttpSource:
         self._version.samples.offer(pos, view)
         if place.redirected and place is self._place:
             self._health.succeeded()
+
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`."""
+        self._background.gather(seconds)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """None: HTTP does not report holes."""

@@ -7,6 +7,7 @@ Waiting. libcurl says which sockets it wants watched (M_SOCKETFUNCTION) and when
 (M_TIMERFUNCTION). The sockets are registered in an epoll object of our own. The pump waits, through trio, until that
 object is readable or the deadline has passed. So trio's own epoll has one descriptor, however many sockets there are.
 There is no task per socket, and no watcher to cancel when libcurl closes a socket and the system reuses its number.
+While bytes may gather (`gather`), the pump first sleeps, and then asks the object directly, without a wait.
 
 Concurrency. Everything except the closing happens in trio's thread. The tasks that call `perform` and the pump share
 `_flights`. No callback awaits, and no function of libcurl is called from inside a callback. A callback never raises
@@ -77,6 +78,8 @@ class Multi:
         self._stopped = trio.Event()
         self._deadline = math.inf  # seconds of trio's clock
         self._timer = trio.CancelScope()  # of the pump's current wait
+        self._gather_seconds = 0.0
+        self._gathering = trio.CancelScope()  # of the pump's current sleep
         nursery.start_soon(self._pump)
 
     async def perform(self, curl: pycurl.Curl) -> None:
@@ -97,6 +100,12 @@ class Multi:
             self._remove(curl)
         if flight.error is not None:
             raise flight.error
+
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`."""
+        self._gather_seconds = seconds
+        if not seconds:
+            self._gathering.cancel()
 
     async def aclose(self) -> None:
         """End all transfers with MultiClosed and drop all connections."""
@@ -123,22 +132,35 @@ class Multi:
     async def _pump(self) -> None:
         try:
             with self._stop:
+                served = 0
                 while True:
+                    if self._gather_seconds and self._flights and served < _SOCKETS_PER_POLL:
+                        await self._let_gather()
+                        served = self._handle_events()
+                        if served:
+                            continue
                     with trio.CancelScope(deadline=self._deadline) as self._timer:
                         await trio.lowlevel.wait_readable(self._epoll.fileno())
-                    self._handle_events()
+                    served = self._handle_events()
         finally:
             self._shut_down()
 
+    async def _let_gather(self) -> None:
+        until = min(self._deadline, trio.current_time() + self._gather_seconds)
+        with trio.CancelScope(deadline=until) as self._gathering:
+            await trio.sleep_forever()
+
     @trio.lowlevel.enable_ki_protection
-    def _handle_events(self) -> None:
+    def _handle_events(self) -> int:
+        """Let libcurl work on what is due. Returns how many sockets were ready."""
         if trio.current_time() >= self._deadline:
             self._set_deadline(math.inf)
             self._socket_action(pycurl.SOCKET_TIMEOUT, 0)
             # libcurl reports a deadline only if it differs from the last one reported. If ours passed a moment early,
             # because trio has another clock, libcurl reports nothing. So ask for the deadline.
             self._on_timer(self._multi.timeout())
-        for fd, events in self._epoll.poll(0, _SOCKETS_PER_POLL):
+        ready = self._epoll.poll(0, _SOCKETS_PER_POLL)
+        for fd, events in ready:
             bits = pycurl.CSELECT_ERR if events & _BROKEN else 0
             if events & (select.EPOLLIN | _BROKEN):
                 bits |= pycurl.CSELECT_IN
@@ -146,6 +168,7 @@ class Multi:
                 bits |= pycurl.CSELECT_OUT
             self._socket_action(fd, bits)
         self._reap()
+        return len(ready)
 
     @trio.lowlevel.enable_ki_protection
     def _shut_down(self) -> None:

@@ -75,6 +75,7 @@ class NbdSource:
         )
         self._growing = False
         self._grow_after = 0.0
+        self._gather_seconds = 0.0
         self._closed = False
 
     @classmethod
@@ -129,6 +130,12 @@ class NbdSource:
             connection = await self._pick(urgent=urgent)
             await connection.read(pos, view)
             self._samples.offer(pos, view)
+
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`. Concerns all connections: no reader waits, except for queries about holes."""
+        self._gather_seconds = seconds
+        for connection in self._connections:
+            connection.gather(seconds)
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts of a range read as zeros; needs base:allocation on the server. See `Source.extents`."""
@@ -218,6 +225,7 @@ class NbdSource:
             for each in self._connections:
                 each.drop(f"the export changed: {change}")
             raise SourceChanged(f"{self._location}: the export changed: {change}")
+        connection.gather(self._gather_seconds)
         self._connections.append(connection)
         return connection
 

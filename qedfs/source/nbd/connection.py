@@ -109,6 +109,10 @@ class Connection:
         """How many requests are in flight."""
         return len(self._replies.in_flight)
 
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`."""
+        self._transport.gather(seconds)
+
     async def read(self, pos: int, view: memoryview) -> None:
         """Fill `view` (format "B") with the bytes at `pos`. Raises what `Source.read` raises."""
         minimum = self.negotiated.minimum_block

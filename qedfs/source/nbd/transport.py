@@ -44,6 +44,10 @@ class Transport(Protocol):
         """Send all of `data`. After a cancellation, a part may have been sent, so close the transport."""
         ...
 
+    def gather(self, seconds: float) -> None:
+        """See `Gathers.gather`."""
+        ...
+
     def close(self) -> None:
         """Close at once. Tasks that wait in another method get trio.ClosedResourceError."""
         ...
@@ -58,13 +62,22 @@ class PlainTransport:
         self.socket = guarded
         self._receives_left = RECEIVES_PER_TURN
         self._bytes_left = BYTES_PER_TURN
+        self._gather_seconds = 0.0
+        self._gathering = trio.CancelScope()  # of the current sleep
 
     async def receive(self, replies: Replies) -> int:
+        gathered = False
         while True:
             try:
                 count = self._raw.recvmsg_into(replies.buffers())[0]
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._raw)
+                if self._gather_seconds and not gathered:
+                    gathered = True
+                    with trio.CancelScope(deadline=trio.current_time() + self._gather_seconds) as self._gathering:
+                        await trio.sleep_forever()
+                else:
+                    gathered = False
+                    await trio.lowlevel.wait_readable(self._raw)
                 self._receives_left, self._bytes_left = RECEIVES_PER_TURN, BYTES_PER_TURN
                 continue
             if count:
@@ -88,6 +101,11 @@ class PlainTransport:
                 rest = rest[self._raw.send(rest) :]
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._raw)
+
+    def gather(self, seconds: float) -> None:
+        self._gather_seconds = seconds
+        if not seconds:
+            self._gathering.cancel()
 
     def close(self) -> None:
         self.socket.close()
@@ -131,6 +149,9 @@ class TlsTransport:
 
     async def send(self, data: bytes) -> None:
         await self._stream.send_all(data)
+
+    def gather(self, seconds: float) -> None:
+        """Do nothing: trio's TLS stream receives by itself."""
 
     def close(self) -> None:
         self._socket.close()

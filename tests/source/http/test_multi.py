@@ -135,3 +135,23 @@ async def test_a_name_look_up_that_holds_libcurl_does_not_hold_the_program(
     assert not closed.is_set()
     release.set()
     await until(closed.is_set)
+
+
+async def test_bytes_gather_until_somebody_waits(server: FakeHttpServer, open_source: OpenSource) -> None:
+    """Nothing is received meanwhile, however many pieces arrive, and urgent reads do not take part."""
+    source = await open_source(server.url())
+    await read(source, 0, 10)  # so that there is a connection
+    source.gather(math.inf)
+    found: list[bytes] = []
+
+    async def background() -> None:
+        found.append(await read(source, 0, len(CONTENT)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(background)
+        await until(lambda: len(server.requests) == 3)
+        before = source._background.received
+        assert await read(source, 5, 100_000, urgent=True) == CONTENT[5:100_005]
+        assert source._background.received == before
+        source.gather(0)
+    assert found == [CONTENT]
