@@ -15,6 +15,10 @@ from qedfs.host.memory_pool import Share
 # For all flights of a queue, including those that have arrived and wait for a disk slower than the source. Other queues
 # may leave it less (`memory_pool.py`).
 MOST_HELD_BYTES = 128 << 20
+# Of the half of it that a consumer may have, background requests leave one part in READERS_PART to what its readers ask
+# for. Otherwise the bytes of a reader that comes while the disk is behind could not be adopted, and would be fetched
+# again.
+READERS_PART = 8
 
 
 class Budget:
@@ -77,7 +81,11 @@ class Budget:
         """Whether the budget allows `size` more bytes."""
         return self._share.fits(size) and (not self.held or self.held + size <= MOST_HELD_BYTES)
 
-    def is_behind(self, consumer: Consumer, size: int) -> bool:
-        """Whether this consumer lags so far behind that it is not offered `size` more bytes."""
+    def is_behind(self, consumer: Consumer, size: int, *, background: bool = False) -> bool:
+        """Whether this consumer lags so far behind that it is not offered `size` more bytes.
+
+        `background`: whether so far that they should not even be requested for it, as nobody waits for them.
+        """
         held = self._held_for[consumer]
-        return held > 0 and held + size > min(MOST_HELD_BYTES, self._share.limit_bytes) // 2
+        most = min(MOST_HELD_BYTES, self._share.limit_bytes) // 2
+        return held > 0 and held + size > most - (most // READERS_PART if background else 0)

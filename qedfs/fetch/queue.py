@@ -223,7 +223,8 @@ class FetchQueue:
         """
         step = max(1, self.window.request_bytes // self.cluster_size)
         for at in range(first, first + count, step):
-            if not self._has_room(step) or self._budget.is_behind(consumer, step * self.cluster_size):
+            size = step * self.cluster_size
+            if not self._has_room(step) or self._budget.is_behind(consumer, size, background=True):
                 return at - first
             self._send(at, min(step, first + count - at), consumer, asked=True, urgent=False)
         return count

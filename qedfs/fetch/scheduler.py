@@ -119,7 +119,11 @@ class Scheduler:
 
     def _must_wait(self, consumer: Consumer, size: int, allowed: int) -> bool:
         budget = self._budget
-        return budget.in_flight(consumer) >= allowed or budget.is_behind(consumer, size) or not budget.has_room(size)
+        return (
+            budget.in_flight(consumer) >= allowed
+            or budget.is_behind(consumer, size, background=True)
+            or not budget.has_room(size)
+        )
 
     async def _wait_for_change(self, *, soon: bool) -> None:
         """Wait until flights have changed. `soon`: the passing of time alone may allow the request.

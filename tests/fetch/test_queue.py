@@ -154,6 +154,27 @@ async def test_what_waits_for_a_disk_that_hangs_is_bounded(
         nursery.cancel_scope.cancel()
 
 
+async def test_beside_a_stream_that_is_ahead_of_the_disk_no_byte_is_fetched_twice(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream leaves room for what readers ask for, which is kept as well."""
+    monkeypatch.setattr("qedfs.fetch.budget.MOST_HELD_BYTES", 64 * CLUSTER)
+    source = FakeSource(b"s" * (400 * CLUSTER))
+    async with trio.open_nursery() as nursery:
+        stuck, storage, _ = await two_images(nursery, source)
+        storage.well = trio.Event()
+        job = StreamJob(stuck)
+        nursery.start_soon(job.run)
+        await trio.sleep(10)
+        for cluster in (399, 200, 300):
+            assert await stuck.read(cluster * CLUSTER, 512) == b"s" * 512
+        storage.well.set()
+        await trio.sleep(60)
+        assert job.state is State.COMPLETE
+        assert source.bytes_read == len(source.content)
+        nursery.cancel_scope.cancel()
+
+
 async def test_who_waits_for_a_disk_that_hangs_looks_seldom(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
