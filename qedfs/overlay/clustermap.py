@@ -293,20 +293,25 @@ class ClusterMap:
         first_sector, last_sector = changed[0] // SECTOR_ENTRIES, changed[-1] // SECTOR_ENTRIES
         self._tables.make_dirty(number, range(first_sector, last_sector + 1))
 
-    def is_discardable(self, first: int, count: int, *, missing_too: bool) -> bool:
-        """Whether `discard` would change anything. The slices of the clusters are loaded, or have no entries."""
+    def first_discardable(self, first: int, count: int, *, missing_too: bool) -> int:
+        """The first of these clusters that `discard` would change, or the end of them.
+
+        Their slices are loaded, or have no entries.
+        """
         stop = first + count
         while first < stop:
             number, start = first >> self._shift, first & self._mask
             end = min(self.slice_entries, start + stop - first)
             part = self._slices.get(number)
-            if part is None:
-                if missing_too:
-                    return True
-            elif next_data(part, start, end, missing_is_hole=not missing_too) < end:
-                return True
-            first += end - start
-        return False
+            found = end
+            if part is not None:
+                found = next_data(part, start, end, missing_is_hole=not missing_too)
+            elif missing_too:
+                found = start
+            first += found - start
+            if found < end:
+                break
+        return first
 
     def discard(self, first: int, count: int, *, missing_too: bool) -> tuple[list[int], int]:
         """Set `count` clusters to ZERO, without `missing_too` only those with data. Their slices are in memory.

@@ -5,7 +5,8 @@ is at the top of `overlay.py`.
 
 The journal gets the discard before the map does. A session that is killed thus restores it in its order among writes.
 If the journal takes nothing more, all of its entries are committed first, and it becomes void: it could otherwise bring
-back what was written before the discard.
+back what was written before the discard. What the journal gets begins with a cluster that the discard changes: the
+recovery expects the file to have this change, if it is the last one of a commit (`recovery.py`: the witness).
 """
 
 from __future__ import annotations
@@ -79,8 +80,11 @@ class Discards:
             if await self._committer.secure_marks():
                 continue
             self._barriers.check_writable()
-            if not self._map.is_discardable(first, count, missing_too=missing_too):
+            stop = first + count
+            first = self._map.first_discardable(first, count, missing_too=missing_too)
+            if first == stop:
                 return 0
+            count = stop - first
             if self._journal.takes_entries:
                 self._journal.append([(first, zero_run(count))])
             if not self._journal.outlived:

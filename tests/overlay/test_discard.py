@@ -102,6 +102,18 @@ async def test_a_killed_session_makes_no_tables_without_a_backing(tmp_path: Path
     assert sum(found.has_table(cluster) for cluster in range(0, found.geometry.clusters, 512)) == 1
 
 
+async def test_a_discard_that_begins_in_missing_clusters_does_not_cost_the_writes_after_it(tmp_path: Path) -> None:
+    """Without a backing they stay missing, so the journal's witness of the discard must not begin with one of them."""
+    storage = MemoryStorage(filled({3: b"x" * CLUSTER}, backing=b"").data, name="disk")
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    await overlay.discard(0, 5)
+    await overlay.commit()
+    await overlay.write(7 * CLUSTER, b"w" * CLUSTER, no_fill)
+    found = await again(storage, tmp_path)
+    assert found.journal_remark == ""
+    assert (await entries(found, 7))[0] > ZERO
+
+
 @pytest.mark.expect_log("writes to new clusters wait for a commit")
 async def test_a_journal_that_takes_nothing_more_does_not_outlive_a_discard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
