@@ -30,8 +30,10 @@ def location_of(text: str, folder: str, *, option: str = "--backing") -> Locatio
             without its scheme, or the file exists in the current folder only.
     """
     location = parse_location(text, relative_to=folder)
-    if location.kind == "file" and location.path is not None and not os.path.lexists(location.path):
-        advice = _advice(text)
+    # Not an absolute path: nothing else can be meant, and to look for it may take for ever (a dead file server). The
+    # source that opens it has a deadline.
+    if location.kind == "file" and location.path is not None and not os.path.isabs(text):
+        advice = None if os.path.lexists(location.path) else _advice(text)
         if advice is not None:
             # The path is not shown: it may be a URL with a password.
             raise UsageError(f"{option}: there is no such file; {advice}")
@@ -39,9 +41,7 @@ def location_of(text: str, folder: str, *, option: str = "--backing") -> Locatio
 
 
 def _advice(text: str) -> str | None:
-    """What the user may have meant with the path of a file that does not exist."""
-    if os.path.isabs(text):
-        return None
+    """What the user may have meant with the path of a file that does not exist, which is relative."""
     if os.path.lexists(text):
         return f"a path is relative to the overlay's folder; give it as {redact(os.path.abspath(text))}"
     url = _NO_COLON.fullmatch(text)

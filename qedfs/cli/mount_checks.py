@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from qedfs.errors import BadOverlay, UsageError
 from qedfs.format.header import MAGIC
+from qedfs.mount.mountpoint import known_at
 
 if TYPE_CHECKING:
     from qedfs.cli.commands.mount import MountArguments
@@ -41,7 +42,7 @@ def check_source(source: str, mountpoint: str) -> None:
     there = os.path.lexists(source)
     if not there and source.lower().startswith(URL_SCHEMES):
         raise UsageError(_of_url(source, mountpoint))
-    if os.path.isdir(source) and os.path.isfile(mountpoint):
+    if os.path.isdir(source) and _is_free(mountpoint) and os.path.isfile(mountpoint):
         raise UsageError(
             f"{mountpoint}: is not a folder; name the overlay first, then the folder to mount on: "
             f"{_command('mount', mountpoint, source)}"
@@ -57,8 +58,9 @@ def remarks(arguments: MountArguments) -> list[str]:
     if arguments.stream == "off" and rules:
         options = " and ".join("--" + name.replace("_", "-") for name in rules)
         lines.append(f"--stream off: nothing streams until qedfs stream start; {options} counts from then on")
-    if not _is_same(arguments.source, arguments.mountpoint) and _hides_files(arguments.mountpoint):
-        lines.append(f"{arguments.mountpoint}: is not empty; what is in it is hidden until the mount ends")
+    place = arguments.mountpoint
+    if _is_free(place) and not _is_same(arguments.source, place) and _hides_files(place):
+        lines.append(f"{place}: is not empty; what is in it is hidden until the mount ends")
     return lines
 
 
@@ -97,16 +99,19 @@ def _check_overlay(path: str, mountpoint: str) -> None:
     raise BadOverlay(f"{path}: {what}; to mount a disk image, create an overlay over it: {create}; then: {mount}")
 
 
+def _is_free(mountpoint: str) -> bool:
+    """Whether nothing is mounted there yet. If something is, the mount fails, and its server may answer no request."""
+    return known_at(mountpoint) is None
+
+
 def _is_same(source: str, mountpoint: str) -> bool:
     """Whether the folder of the overlays is to be mounted on, which is refused."""
     return os.path.realpath(source) == os.path.realpath(mountpoint)
 
 
 def _hides_files(mountpoint: str) -> bool:
-    """Whether the folder has files that a mount hides. If something is mounted there, the mount fails anyway."""
+    """Whether the folder has files that a mount hides."""
     try:
-        if os.path.ismount(mountpoint):
-            return False
         with os.scandir(mountpoint) as entries:
             return next(entries, None) is not None
     except OSError:

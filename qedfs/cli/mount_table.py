@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.cli.ui.layout import listed
-from qedfs.errors import Inaccessible, NotMounted, QedfsError, UsageError
+from qedfs.errors import Inaccessible, NotMounted, QedfsError, UsageError, file_error
 from qedfs.host.procfs import MountLine, mount_user, mounts
 from qedfs.host.runtime import place_of
 from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at
@@ -29,18 +31,24 @@ def mounted_type(mountpoint: str) -> str | None:
 
 
 def not_served(mountpoint: str) -> QedfsError:
-    """Why no qedfs server answers for this path: a UsageError if there cannot be one, otherwise NotMounted."""
+    """Why no qedfs server answers for this path: because there can be none, because we may not look, or NotMounted."""
     kind = mounted_type(mountpoint)
     if kind == FILESYSTEM:
         return NotMounted(f"{mountpoint}: {_why_no_answer(mountpoint)}")
     if kind is not None:
         return UsageError(f"{mountpoint}: is a mount of type {kind}, not one of qedfs")
-    if not os.path.isdir(mountpoint):
-        if not os.path.lexists(mountpoint):
-            return UsageError(f"{mountpoint}: there is no such folder")
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except OSError as exc:
+        return file_error(f"{mountpoint}: {_why_no_folder(exc)}", exc)
+    if not stat.S_ISDIR(mode):
         hint = "; name the folder where it is mounted, not the overlay" if mountpoint.endswith(SUFFIX) else ""
         return UsageError(f"{mountpoint}: is not a folder{hint}")
     return NotMounted(f"{mountpoint}: nothing is mounted there")
+
+
+def _why_no_folder(exc: OSError) -> str:
+    return "there is no such folder" if exc.errno == errno.ENOENT else str(exc.strerror)
 
 
 def _why_no_answer(mountpoint: str) -> str:

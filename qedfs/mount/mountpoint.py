@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from qedfs.errors import InUse, UsageError
+from qedfs.errors import InUse, UsageError, file_error
 from qedfs.host.procfs import mounts
 from qedfs.host.runtime import place_of
 
 if TYPE_CHECKING:
     import subprocess
+
+ANSWER_SECONDS = 3.0  # wait this long for a server to show that it lives
 
 
 class MountInfo(NamedTuple):
@@ -37,13 +41,24 @@ def mount_info_at(place: str) -> MountInfo | None:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether a FUSE mount is there whose server has died, or whose connection to the kernel was aborted."""
-    try:
-        # Not stat: the kernel would answer it from cached attributes.
-        os.statvfs(mountpoint)
-    except OSError as exc:
-        return exc.errno == errno.ENOTCONN
-    return False
+    """Whether a FUSE mount is there whose server has died, or whose connection to the kernel was aborted.
+
+    False if there is no answer within ANSWER_SECONDS: that server is stopped, or busy, and may go on.
+    """
+    dead: list[bool] = []
+
+    def ask() -> None:
+        try:
+            # Not stat: the kernel would answer it from cached attributes.
+            os.statvfs(mountpoint)
+        except OSError as exc:
+            dead.append(exc.errno == errno.ENOTCONN)
+
+    # A thread can be abandoned. It does not keep the process from ending.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return any(dead)
 
 
 def check_mountpoint(mountpoint: str, source: str) -> None:
@@ -52,32 +67,40 @@ def check_mountpoint(mountpoint: str, source: str) -> None:
     Raises:
         InUse: something is mounted there already.
         UsageError: it is not a folder, or it is the folder of the overlays.
+        Inaccessible: we may not look there.
     """
     if is_dead(mountpoint):
         raise InUse(f"{mountpoint}: a mount whose server has died is there; run: qedfs umount {mountpoint}")
-    # Before the folder is asked: a FUSE mount of another user does not even tell us that it is a folder.
-    found = _known_at(mountpoint)
+    # Before the folder is asked: a FUSE mount of another user does not even tell us that it is a folder, and one whose
+    # server is stopped tells us nothing.
+    found = known_at(mountpoint)
     if found is not None and found.kind == "fuse.qedfs":
         what = os.fsdecode(found.source)
         raise InUse(
             f"{mountpoint}: {what} is mounted there already; run qedfs umount {mountpoint}, or choose another folder"
         )
-    try:
-        busy = found is not None or os.path.ismount(mountpoint)
-        is_folder = os.path.isdir(mountpoint)
-    except OSError:
-        busy = is_folder = False
-    if busy:
+    if found is not None or os.path.ismount(mountpoint):
         raise InUse(f"{mountpoint}: something is mounted there already; unmount it or choose another folder")
-    if not is_folder and os.path.lexists(mountpoint):
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except OSError as exc:
+        raise file_error(f"{mountpoint}: {_why_no_folder(mountpoint, exc)}", exc) from exc
+    if not stat.S_ISDIR(mode):
         raise UsageError(f"{mountpoint}: is not a folder; name the overlay first, then the folder to mount on")
-    if not is_folder:
-        raise UsageError(f"{mountpoint}: there is no such folder; make it first: mkdir -p {mountpoint}")
     if os.path.realpath(mountpoint) == os.path.realpath(source):
         raise UsageError(f"{mountpoint}: holds the overlays; mount on another folder")
 
 
-def _known_at(mountpoint: str) -> MountInfo | None:
+def _why_no_folder(mountpoint: str, exc: OSError) -> str:
+    if exc.errno == errno.ENOENT and not os.path.lexists(mountpoint):
+        return f"there is no such folder; make it first: mkdir -p {mountpoint}"
+    if exc.errno == errno.ENOENT:
+        return "is a symbolic link to a folder that is not there"
+    return f"cannot be mounted on: {exc.strerror}"
+
+
+def known_at(mountpoint: str) -> MountInfo | None:
+    """What is mounted there, as `mount_info_at`; None also if the table of mounts cannot be read."""
     try:
         return mount_info_at(place_of(mountpoint))
     except (OSError, ValueError, LookupError):  # without a table the mount will tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import free_port
 from tests.mount.support import MIB
 from tests.mount.test_options import NOBODY, user
-from tests.mount.test_user_errors import BAD_OVERLAY, IN_USE, NOT_MOUNTED, USAGE, failing
+from tests.mount.test_user_errors import BAD_OVERLAY, IN_USE, NOT_MOUNTED, UNREACHABLE, USAGE, failing
 
 
 @pytest.fixture
@@ -87,6 +88,34 @@ def test_the_second_mount_of_an_overlay_says_where_the_first_is(place: Path) -> 
             assert f"{source} is mounted there already" in line
 
 
+@pytest.mark.parametrize("daemon", [(), ("--daemon",)])
+def test_a_mountpoint_whose_server_is_stopped_is_refused_without_waiting_for_it(
+    place: Path, daemon: tuple[str, ...]
+) -> None:
+    first, second = (qemu_create(place / f"{name}.qed", size=MIB) for name in ("first", "second"))
+    with mounted(first, place / "mnt") as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            for source in (second, place):
+                line = failing(IN_USE, "mount", source, place / "mnt", *daemon)
+                assert f"{first} is mounted there already" in line
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+
+
+def test_a_backing_on_a_mount_whose_server_is_stopped_costs_the_time_that_is_given(place: Path) -> None:
+    overlay = qemu_create(place / "first.qed", size=MIB)
+    with mounted(overlay, place / "mnt") as mount:
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            backing = place / "mnt" / "first.raw"
+            line = failing(UNREACHABLE, "create", place / "new.qed", "--backing", backing, "--source-timeout", "1s")
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+        assert line.endswith(f"backing {backing} gave no answer within 1 s")
+    assert not (place / "new.qed").exists()
+
+
 def test_another_users_mount_is_said_to_be_his(place: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/disk"
     with user(NOBODY) as nobody:
@@ -114,6 +143,20 @@ def test_another_users_mount_is_said_to_be_his(place: Path) -> None:
         done = nobody.qedfs("mount", overlay, mountpoint.parent / "own", check=False)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "Permission denied; it belongs to root and has the mode 0600" in done.stderr
+
+
+def test_a_mountpoint_that_a_user_may_not_see_is_not_said_to_be_missing(place: Path) -> None:
+    closed = place / "closed"
+    (closed / "mnt").mkdir(parents=True)
+    closed.chmod(0o700)
+    with user(NOBODY) as nobody:
+        nobody.run("mkdir", nobody.folder / "mnt")
+        nobody.qedfs("create", nobody.folder / "disk.qed", "--size", "1M")
+        mount = ("mount", nobody.folder / "disk.qed", closed / "mnt")
+        for words in (mount, (*mount, "--daemon"), ("status", closed / "mnt"), ("umount", closed / "mnt")):
+            done = nobody.qedfs(*words, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert "Permission denied" in done.stderr
 
 
 def test_a_mount_on_the_overlays_is_refused_in_one_line(place: Path) -> None:

@@ -17,6 +17,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "overlays").mkdir()
     (tmp_path / "mnt").mkdir()
     (tmp_path / "link").symlink_to("overlays")
+    (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "file").touch()
     return tmp_path
 
@@ -30,6 +31,8 @@ def test_an_empty_folder_may_be_mounted_on(folder: Path) -> None:
     [
         ("none", "make it first: mkdir -p"),
         ("file", "is not a folder; name the overlay first"),
+        ("broken", "is a symbolic link to a folder that is not there"),
+        ("file/mnt", "cannot be mounted on: Not a directory"),
         ("overlays", "holds the overlays"),
         ("link", "holds the overlays"),
     ],
