@@ -76,7 +76,8 @@ def _report_usage(exc: click.ClickException) -> int:
         return exc.exit_code
     context = exc.ctx if isinstance(exc, click.UsageError) else None
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    remark(f"{text.rstrip('.')}{hint}")
+    # click ends its sentences with a full stop. Three of them stand for a secret in a URL.
+    remark(f"{text if text.endswith('...') else text.removesuffix('.')}{hint}")
     return exc.exit_code
 
 

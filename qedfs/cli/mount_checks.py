@@ -6,6 +6,7 @@ Owns the refusals of combinations, of a SOURCE that is no overlay, and the remar
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ from qedfs.mount.mountpoint import known_at
 if TYPE_CHECKING:
     from qedfs.cli.commands.mount import MountArguments
 
-URL_SCHEMES = ("http:", "https:", "nbd:", "nbds:", "nbd+unix:", "nbds+unix:")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|(?:https?|nbds?)(?:\+unix)?:", re.IGNORECASE)
 HEAD_BYTES = 512
 SUFFIX = ".qed"
 
@@ -40,7 +41,7 @@ def check_source(source: str, mountpoint: str) -> None:
         BadOverlay: it is another image.
     """
     there = os.path.lexists(source)
-    if not there and source.lower().startswith(URL_SCHEMES):
+    if not there and _URL.match(source):
         raise UsageError(_of_url(source, mountpoint))
     if os.path.isdir(source) and _is_free(mountpoint) and os.path.isfile(mountpoint):
         raise UsageError(

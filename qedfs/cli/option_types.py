@@ -50,7 +50,9 @@ class Rate(Size):
         """The number of bytes."""
         rate = super().convert(value, param, ctx)
         if 0 < rate < LEAST_RATE:
-            self.fail(f"{value} is {rate} bytes per second; write {value}M for MiB, {value}K for KiB", param, ctx)
+            units = f"write {value}M for MiB, {value}K for KiB"
+            advice = "the least is 1K" if str(value)[-1:].isalpha() else units
+            self.fail(f"{value} is {rate} bytes per second; {advice}", param, ctx)
         return rate
 
 

@@ -138,13 +138,18 @@ def test_quiet(web: Nginx, folder: Path) -> None:
 
 @pytest.mark.parametrize("words", [("{url}", "{overlay}"), ("{overlay}", "{url}"), ("{url}",)])
 def test_the_url_goes_after_backing(folder: Path, words: tuple[str, ...]) -> None:
-    url = f"http://user:{SECRET}@127.0.0.1/disk.raw"
+    url = f"http://user:{SECRET}@127.0.0.1/disk.raw?sig={SECRET}"
     overlay = folder / "my.qed"
     done = qedfs("create", *(word.format(url=url, overlay=overlay) for word in words), check=False)
     name = overlay if len(words) == 2 else "disk.qed"
-    says = f"the URL goes after --backing: qedfs create {name} --backing http://127.0.0.1/disk.raw"
+    says = f"the URL goes after --backing: qedfs create {name} --backing http://127.0.0.1/disk.raw?sig=..."
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"qedfs: {says} (see qedfs create --help)\n"
+
+
+def test_a_name_cannot_forge_a_line_or_a_colour(folder: Path) -> None:
+    done = qedfs("create", folder / "a\nb\x1b[31m.qed", "--size", "1M")
+    assert done.stdout == f"{folder}/a\\nb\\x1b[31m.qed: 1.00 MiB\n"
 
 
 def test_an_option_that_is_given_twice(folder: Path) -> None:

@@ -47,6 +47,22 @@ def test_what_may_stand_there(words: list[str]) -> None:
     command.main(words, standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--timeout", ["wait", "mnt"]),
+        ("--wait", ["umount", "mnt"]),
+        ("--source-timeout", ["export", "disk.qed", "disk.raw"]),
+        ("--png", ["map", "disk.qed"]),
+        ("--timeout", ["doctor"]),
+        ("--source-timeout", ["create", "disk.qed", "--backing", "x"]),
+    ],
+)
+def test_all_commands_with_values_have_it(option: str, words: list[str]) -> None:
+    line = failing(USAGE, *words, option, "1", option, "2")
+    assert line == f"qedfs: {option} is given 2 times; give it once (see qedfs {words[0]} --help)"
+
+
 def test_the_commands_have_it(tmp_path: Path) -> None:
     line = failing(USAGE, "mount", tmp_path, tmp_path, "--limit", "1M", "-o", "limit=2M")
     assert line == "qedfs: --limit is given 2 times; give it once (see qedfs mount --help)"

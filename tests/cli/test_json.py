@@ -156,6 +156,7 @@ def test_what_is_printed_about_a_mount(web: Nginx, overlay: Path, folder: Path, 
             (one,) = printed("stream", *words, mountpoint, "disk")["images"]
             assert one["name"] == "disk.raw"
         printed("stream", "limit", mountpoint, "disk", "0")
+        assert printed("stream", "limit", "--total", mountpoint, "0")["mountpoint"] == str(mountpoint)
         done = printed("wait", mountpoint, "disk", "--timeout", HANG_OPTION)
         assert (done["reached"], done["error"], done["images"][0]["state"]) == (True, None, "complete")
         found = printed("status", mountpoint)

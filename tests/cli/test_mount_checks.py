@@ -30,6 +30,8 @@ def test_a_url_is_not_mounted_but_an_overlay_over_it(place: Path, daemon: tuple[
     assert "is a URL; first create an overlay over it: qedfs create debian-12.qed --backing " in line
     assert line.endswith(f"; then: qedfs mount debian-12.qed {place / 'mnt'}")
     assert "secret" not in line
+    line = failing(USAGE, "mount", "ftp://me:secret@host.example/debian.raw", place / "mnt", *daemon)
+    assert line.startswith("qedfs: ftp://host.example/debian.raw: is a URL; ")
 
 
 def test_an_image_is_not_mounted_but_an_overlay_over_it(place: Path) -> None:

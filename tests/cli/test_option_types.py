@@ -75,3 +75,5 @@ def test_rates(text: str, rate: int) -> None:
 def test_a_rate_without_a_unit_is_most_likely_an_oversight() -> None:
     with pytest.raises(click.BadParameter, match="20 is 20 bytes per second; write 20M for MiB, 20K for KiB"):
         RATE.convert("20", None, None)
+    with pytest.raises(click.BadParameter, match=r"0\.5K is 512 bytes per second; the least is 1K"):
+        RATE.convert("0.5K", None, None)

@@ -122,6 +122,14 @@ def test_no_secret_is_shown(disk: Path) -> None:
     assert "sesame" not in shown + failed.stdout + failed.stderr
 
 
+@pytest.mark.parametrize(
+    "name", ["http://me:sesame@proxy:1/", "me:sesame@proxy:1", "my_name:sesame@proxy:1", "1:sesame@proxy:1"]
+)
+def test_the_password_of_a_proxy_is_not_shown(name: str) -> None:
+    shown = server_checks.proxy(parse_location("http://host.example/x"), {"http_proxy": name})
+    assert shown.removeprefix("http://").rstrip("/") == "proxy:1"
+
+
 def test_the_certificate_of_a_web_server(disk: Path) -> None:
     credentials = certificate(disk.parent)
     with nginx(disk.parent, https=credentials) as server:

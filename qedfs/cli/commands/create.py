@@ -13,6 +13,7 @@ from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import DURATION, SIZE
+from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.errors import UsageError
 from qedfs.overlay.create import already_exists, create_overlay, encode_backing_name
@@ -134,7 +135,7 @@ def create(
             }
         )
     elif not quiet:
-        click.echo(f"{overlay}: {format_size(made)}{_over(location, found, made)}")
+        click.echo(printable(f"{overlay}: {format_size(made)}{_over(location, found, made)}"))
     if location is not None:
         _warn_of_secrets(overlay, location)
         if not quiet:

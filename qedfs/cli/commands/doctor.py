@@ -14,6 +14,7 @@ from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.doctor import fuse_checks, library_checks, machine_checks
 from qedfs.cli.doctor.finding import Finding, Verdict, look
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import DURATION
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qedfs.source.url import Location
 
 
-@click.command(short_help="Check this machine, and a server.")
+@click.command(cls=GivenOnce, short_help="Check this machine, and a server.")
 @click.argument("url", required=False)
 @click.option(
     "--timeout", type=DURATION, default="30s", show_default=True, metavar="TIME", help="How long to ask the server."

@@ -15,6 +15,7 @@ import trio
 from qedfs.cli.commands.map import whole_map
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.new_file import new_file
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.pin_options import pin_options
@@ -37,7 +38,7 @@ HOLE_BYTES = 64 << 10  # zeros of this size become a hole
 ZEROS = bytes(HOLE_BYTES)
 
 
-@click.command(short_help="Write an image to a raw file.")
+@click.command(cls=GivenOnce, short_help="Write an image to a raw file.")
 @click.argument("overlay", type=PLACE)
 @click.argument("file", type=PLACE)
 @click.option("--with-backing", is_flag=True, help="Fetch what is missing. Default: refuse an incomplete overlay.")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import trio
 
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import peeked
@@ -30,7 +31,7 @@ _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
 
 
-@click.command("map", short_help="Show which parts are local.")
+@click.command("map", cls=GivenOnce, short_help="Show which parts are local.")
 @click.argument("overlay", type=PLACE)
 @click.option("--png", metavar="FILE", type=PLACE, help="Draw into this file instead of on the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in the format of qemu-img map --output=json.")

@@ -12,6 +12,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE, SIZE
 from qedfs.cli.served_images import check_served, connect, fetch
 from qedfs.cli.ui.output import print_json
+from qedfs.control.qmp.client import Client
 from qedfs.errors import UsageError
 from qedfs.units import format_size
 
@@ -36,7 +37,11 @@ def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool,
             check_served(found)
             client.execute(command, device=found["name"], **arguments)
         if as_json:
-            print_json({"mountpoint": os.path.abspath(mountpoint), "images": fetch(client, image, mountpoint)})
+            _print_images(client, image, mountpoint)
+
+
+def _print_images(client: Client, image: str | None, mountpoint: str) -> None:
+    print_json({"mountpoint": os.path.abspath(mountpoint), "images": fetch(client, image, mountpoint)})
 
 
 _mountpoint = click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
@@ -97,7 +102,7 @@ def limit(mountpoint: str, words: tuple[str, ...], total: bool, as_json: bool) -
         with connect(mountpoint) as client:
             client.execute("x-qedfs-limit-total", limit=rate)
             if as_json:
-                print_json(fetch(client, None, mountpoint))
+                _print_images(client, None, mountpoint)
         return
     _on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
 

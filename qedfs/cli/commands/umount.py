@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from qedfs.cli.completion import mountpoints
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.mount_table import FILESYSTEM, copies, holders, mounted_at, mounted_type, not_served, not_unmounted
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.ui.layout import listed
@@ -29,7 +30,7 @@ RELEASE_LOOK_SECONDS = 0.02  # between two checks whether a server has released 
 BUSY_SECONDS = 0.5  # between two attempts to unmount a busy mount
 
 
-@click.command(short_help="Unmount and wait until the overlays are free.")
+@click.command(cls=GivenOnce, short_help="Unmount and wait until the overlays are free.")
 @click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
 @click.option(
     "--wait",

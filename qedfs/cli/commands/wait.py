@@ -12,6 +12,7 @@ import click
 
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.found_mounts import mount_meant
+from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
@@ -25,7 +26,7 @@ from qedfs.errors import NotMounted, QedfsError, TimedOut
 POLL_SECONDS = 0.5  # between polls; an event reports the end of a job at once
 
 
-@click.command(short_help="Wait until images are complete.")
+@click.command(cls=GivenOnce, short_help="Wait until images are complete.")
 @click.argument("mountpoint", type=PLACE, required=False, shell_complete=mountpoints)
 @click.argument("image", required=False, shell_complete=images)
 @click.option("--timeout", type=DURATION, metavar="TIME", help="Give up after this time, with exit code 7.")

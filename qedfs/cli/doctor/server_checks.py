@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import trio
 
@@ -18,14 +18,14 @@ from qedfs.errors import QedfsError, TimedOut
 from qedfs.source.base import Identity, Source
 from qedfs.source.credentials import Credentials
 from qedfs.source.http.judge import SMALL_FILE_BYTES
-from qedfs.source.http.target import choose_proxy
+from qedfs.source.http.target import choose_proxy, shown_proxy
 from qedfs.source.libcurl import libcurl
 from qedfs.source.look import look
 from qedfs.source.nbd import NbdSource
 from qedfs.source.nbd.protocol import UNLIMITED_BLOCK_SIZE, Export, Negotiated
 from qedfs.source.open import remote_source
 from qedfs.source.policy import Policy
-from qedfs.source.url import Location, redact
+from qedfs.source.url import Location
 from qedfs.units import format_size
 
 CONNECT_SECONDS = 10.0  # how long to try, as `create` does
@@ -114,14 +114,18 @@ def _at_once(location: Location, source: Source, facts: Facts) -> Iterator[Findi
     facts.size, facts.digest = identity.size, identity.digest
     facts.etag, facts.last_modified = identity.etag, identity.last_modified
     if location.kind == "http":
-        proxy = choose_proxy(location, os.environ)
-        yield ok("proxy", redact(proxy) if proxy else "none")
+        yield ok("proxy", proxy(location, os.environ))
         yield ok("ranges", ranges(identity.size))
     if location.path is None:
         yield ok("TLS", tls(location))
     if isinstance(source, NbdSource):
         yield from nbd(location.export, source.negotiated)
     yield version(location.kind, identity)
+
+
+def proxy(location: Location, environ: Mapping[str, str]) -> str:
+    """The proxy that the environment names for this server, without its password."""
+    return shown_proxy(choose_proxy(location, environ)) or "none"
 
 
 def tls(location: Location) -> str:

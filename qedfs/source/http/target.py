@@ -52,7 +52,7 @@ class Target:
     @property
     def proxy_name(self) -> str:
         """The proxy without its user name and password; "" if there is none."""
-        return redact(self.proxy if "://" in self.proxy else f"//{self.proxy}").removeprefix("//")
+        return shown_proxy(self.proxy)
 
     def check_address(self, address: str, policy: Policy) -> None:
         """Raise Refused unless a connection may go to this numeric address.
@@ -117,6 +117,11 @@ def next_target(
     return (
         target if target.user is not None else dataclasses.replace(target, user=origin.user, password=origin.password)
     )
+
+
+def shown_proxy(proxy: str) -> str:
+    """A proxy, as `choose_proxy` returns it, without its user name and password. It may have no scheme."""
+    return redact(proxy if "://" in proxy else f"//{proxy}").removeprefix("//")
 
 
 def choose_proxy(location: Location, environ: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 from qedfs.errors import Refused, SourceError, UsageError
-from qedfs.source.http.target import Target, choose_proxy, first_target, next_target
+from qedfs.source.http.target import Target, choose_proxy, first_target, next_target, shown_proxy
 from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 
@@ -96,6 +96,22 @@ def test_a_redirect_to_nonsense_is_an_error(reference: str) -> None:
     with pytest.raises(SourceError, match="redirects to something") as caught:
         next_target(origin, origin, reference, None, {})
     assert "canary" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("proxy", "shown"),
+    [
+        ("", ""),
+        ("proxy:3128", "proxy:3128"),
+        ("http://me:canary@proxy:3128/", "http://proxy:3128/"),
+        ("me:canary@proxy:3128", "proxy:3128"),
+        ("my_name:canary@proxy:3128", "proxy:3128"),
+        ("1st:canary@proxy", "proxy"),
+        ("me:can/ary@proxy:3128", "..."),
+    ],
+)
+def test_a_proxy_is_shown_without_its_password(proxy: str, shown: str) -> None:
+    assert shown_proxy(proxy) == shown
 
 
 @pytest.mark.parametrize(
