@@ -130,6 +130,15 @@ def redact(text: str) -> str:
     return f"{scheme}{slashes}{host}{path}{query}"
 
 
+def without_login(url: str) -> str:
+    """The URL without user name and password, where it names a place and not a login. Unchanged if it is no URL."""
+    try:
+        netloc = urlsplit(url).netloc
+    except ValueError:
+        return url
+    return url.replace(netloc, netloc.rpartition("@")[2], 1) if "@" in netloc else url
+
+
 def _without_login(path: str, *, sure: bool) -> str:
     before, at, after = path.rpartition("@")
     if not at or not (sure or ":" in before):

@@ -288,3 +288,12 @@ def test_no_secret_is_shown(web: Nginx, folder: Path, mountpoint: Path) -> None:
 def _shown(mountpoint: Path) -> str:
     status = qedfs("status", mountpoint).stdout + qedfs("status", mountpoint, "--json").stdout
     return status + (mount_folder(str(mountpoint)) / "log").read_text()
+
+
+def test_the_arguments_of_a_daemon_show_no_login(web: Nginx, folder: Path, mountpoint: Path) -> None:
+    url = web.url.replace("//", "//me:geheim@")
+    qedfs("create", folder / "private.qed", "--backing", f"{url}/disk.img")
+    with daemon(folder / "private.qed", mountpoint, "--allow-backing", url):
+        assert b"geheim" not in Path(f"/proc/{server_pid(mountpoint)}/cmdline").read_bytes()
+        qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
+        qedfs("umount", mountpoint)

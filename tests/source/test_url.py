@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qedfs.errors import UsageError
-from qedfs.source.url import parse_location, redact
+from qedfs.source.url import parse_location, redact, without_login
 
 
 def test_http() -> None:
@@ -98,3 +98,17 @@ def test_the_path_of_a_socket_is_no_secret() -> None:
 def test_what_an_overlay_would_store_of_secrets(text: str, login: bool, query: bool) -> None:
     location = parse_location(text)
     assert (location.stores_login, location.stores_query) == (login, query)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("http://me:secret@host:80/a@b?c=d", "http://host:80/a@b?c=d"),
+        ("http://host/me@x", "http://host/me@x"),
+        ("nbd://me@host/x", "nbd://host/x"),
+        ("/srv/me@host", "/srv/me@host"),
+        ("http://[bad", "http://[bad"),
+    ],
+)
+def test_a_place_has_no_login(url: str, place: str) -> None:
+    assert without_login(url) == place

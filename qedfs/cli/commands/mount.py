@@ -27,6 +27,7 @@ from qedfs.control.monitoring.metrics_server import parse_address
 from qedfs.control.port import Mounted
 from qedfs.jobs.idle import Rules, parse_between, parse_delay
 from qedfs.mount.clock import LoopClock
+from qedfs.source.url import without_login
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +202,11 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Make paths absolute, and complete the address for metrics. The daemon has another working directory."""
-    prefixes = tuple(p if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
+    """Make paths absolute, and complete the address for metrics. The daemon has another working directory.
+
+    Its arguments can be read by everybody, so a login in a URL, which allows nothing more, is not among them.
+    """
+    prefixes = tuple(without_login(p) if "://" in p else os.path.abspath(p) for p in options["allow_backing"])
     named = [one.name for one in mount.params if isinstance(one.type, click.Path) and one.name is not None]
     places = {name: os.path.abspath(options[name]) for name in named if options[name] is not None}
     metrics = None if options["metrics"] is None else str(parse_address(options["metrics"]))
