@@ -94,10 +94,10 @@ class Allocator:
         """Let the allocated space end here, where only free clusters follow."""
         if end == self._tables.file_end:
             return False
-        if self._storage.size() > end:
-            try:
+        try:
+            if self._storage.size() > end:
                 self._storage.resize(end)
-            except QedfsError:
-                return False
+        except QedfsError:
+            return False
         self._tables.cut_back(end)
         return True

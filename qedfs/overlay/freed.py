@@ -15,10 +15,13 @@ is a leak, which takes no space. What a killed session leaves does; `qedfs check
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import trio
 
 from qedfs.errors import QedfsError
 from qedfs.overlay.accesses import Accesses
@@ -40,7 +43,8 @@ class FreedClusters:
         self._waiting: list[int] = []  # whose discard is in no group of the committer yet
         self._durable: deque[tuple[int, list[int]]] = deque()  # (the first access that cannot have looked them up, ...)
         self._durable_count = 0
-        self._giving_back = False
+        self._lock = trio.Lock()  # held while a thread punches
+        self._ended = False
 
     @property
     def crowded(self) -> bool:
@@ -69,23 +73,36 @@ class FreedClusters:
             self._durable_count += len(offsets)
 
     async def give_back(self) -> None:
-        """Give back what no access can refer to any more. Raises nothing: what cannot be given back is a leak."""
-        if self._giving_back:
-            return
-        self._giving_back = True
-        try:
-            while self._barriers.writable and self._durable and self._durable[0][0] <= self.accesses.oldest:
-                _, offsets = self._durable.popleft()
-                self._durable_count -= len(offsets)
+        """Give back what no access can refer to any more. Raises nothing: what cannot be given back is a leak.
+
+        A second call waits for the first, whose clusters it would otherwise take for done. If it is cancelled, the rest
+        stays for the next call.
+        """
+        async with self._lock:
+            while self._may_go_on() and self._durable and self._durable[0][0] <= self.accesses.oldest:
+                offsets = self._durable[0][1]
                 runs = list(_runs(sorted(offsets), self._cluster_size))
                 try:
                     punched = await self._storage.in_thread(functools.partial(self._punch, runs))
                 except QedfsError:
                     return  # the file was truncated, and nothing more is written to it
+                # Nobody else takes from the left, because we have the lock.
+                self._durable.popleft()
+                self._durable_count -= len(offsets)
                 if self._barriers.writable:
                     self._allocator.recycle(offsets, blank=punched)
-        finally:
-            self._giving_back = False
+
+    @contextlib.asynccontextmanager
+    async def ended(self) -> AsyncIterator[None]:
+        """Wait for the thread that gives space back, and give nothing back any more. Holds the lock."""
+        # The caller is about to close the descriptor. Its number may then be that of another file, in which a thread
+        # that goes on would punch holes.
+        async with self._lock:
+            self._ended = True
+            yield
+
+    def _may_go_on(self) -> bool:
+        return self._barriers.writable and not self._ended
 
     def _punch(self, runs: Sequence[tuple[int, int]]) -> bool:
         """Whether all of them read as zeros now."""

@@ -476,9 +476,9 @@ class Overlay:
                 in_order = True
                 await self.give_space_back()
         finally:
-            # A thread may be writing a record, a header or a group, so the descriptor must not be closed yet. Acquire
-            # the session's lock first, as a change of the record does.
-            async with self._session.lock, self.committer.ended():
+            # A thread may be punching, or writing a record, a header or a group, so the descriptor must not be closed
+            # yet. Acquire the session's lock before the committer's, as a change of the record does.
+            async with self._freed.ended(), self._session.lock, self.committer.ended():
                 await self._session.end(in_order=in_order)
                 # After the note in the record, because a session that has not ended needs its journal.
                 self._journal.close(remove=not self.committer.pending)

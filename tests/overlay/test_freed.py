@@ -173,3 +173,23 @@ async def test_two_at_once_give_it_back_once() -> None:
         nursery.start_soon(overlay.give_space_back)
         nursery.start_soon(overlay.give_space_back)
     assert storage.operations["punch"] == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_closing_waits_for_a_punch_and_gives_the_rest_back(seed: int) -> None:
+    """The image's task that gives space back was cancelled a moment ago, and its thread may still be punching."""
+    storage = MemoryStorage(filled(DATA).data, name="disk", seed=seed)
+    overlay = await open_storage(storage)
+    with overlay.reading():
+        for cluster in (1, 3):
+            await overlay.discard(cluster, 1)
+            await overlay.flush()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(overlay.give_space_back)
+        for _ in range(2):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await overlay.close()  # the fake accepts nothing after it
+    await overlay.give_space_back()
+    assert set(offsets(storage)) == {0, 2, 4, 5}
