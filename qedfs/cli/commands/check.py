@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 
 import click
 
@@ -15,7 +16,7 @@ from qedfs.format.header import NEED_CHECK
 from qedfs.overlay.check import Report, give_back_leaks
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
-from qedfs.overlay.journal import zero_count
+from qedfs.overlay.journal import Pair, zero_count
 from qedfs.overlay.journal_search import find
 from qedfs.overlay.revalidation import revalidate
 from qedfs.overlay.session import Session, read_header, read_record
@@ -80,8 +81,16 @@ def _waiting(storage: Storage) -> tuple[int, str]:
     if not session.untouched:
         return 0, ""
     pairs = found.orphan.pairs if found.orphan else ()
-    waiting = {cluster + index for cluster, entry in pairs for index in range(zero_count(entry) or 1)}
-    return len(waiting), found.unread or found.gone
+    return _distinct(pairs, header.geometry.clusters), found.unread or found.gone
+
+
+def _distinct(pairs: Iterable[Pair], total: int) -> int:
+    """How many of `total` clusters these entries of a journal concern. One entry may discard billions of them."""
+    count = reached = 0
+    for first, stop in sorted((cluster, min(cluster + (zero_count(entry) or 1), total)) for cluster, entry in pairs):
+        count += max(0, stop - max(first, reached))
+        reached = max(reached, stop)
+    return count
 
 
 def _for_programs(report: Report) -> dict[str, object]:
