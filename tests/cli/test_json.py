@@ -177,6 +177,15 @@ def test_what_is_printed_about_sources_and_pins(overlay: Path, mountpoint: Path)
     assert {extent["data"] for extent in printed("map", overlay)} == {True, False}
 
 
+def test_what_a_wait_prints_if_there_is_no_mount() -> None:
+    with own_mounts() as inside:
+        done = inside.qedfs("wait", "--json", code=10)
+    found = json.loads(done.stdout)
+    assert wrong(found, "qedfs wait") == []
+    assert (found["mountpoint"], found["mounted"], found["reached"], found["exit_code"]) == (None, False, False, 10)
+    assert done.stderr == f"qedfs: {found['error']}\n"
+
+
 def test_what_is_printed_about_all_mounts(overlay: Path, mountpoint: Path) -> None:
     with own_mounts() as inside:
         inside.qedfs("mount", overlay, mountpoint, "--daemon", "--no-stream")

@@ -67,9 +67,10 @@ def wait(
     every ten seconds if there is progress.
     """
     waited = parse_goal(goal)
-    waiting = _Waiting(mount_meant(mountpoint), image, waited, timeout, quiet=quiet)
+    waiting = _Waiting(mountpoint or "", image, waited, timeout, quiet=quiet)
     error: QedfsError | None = None
     try:
+        waiting.mountpoint = mount_meant(mountpoint)
         _wait(waiting, image, place)
     except QedfsError as exc:
         error = exc
@@ -110,7 +111,7 @@ class _Waiting:
     ) -> None:
         self.images: list[Image] = []
         self.mounted = True
-        self.mountpoint = mountpoint
+        self.mountpoint = mountpoint  # "" until it is found, if the user has not named it
         self._quiet = quiet
         self._progress = ProgressLines()
         self._image = image
@@ -128,12 +129,12 @@ class _Waiting:
     def result(self, goal: str, error: QedfsError | None) -> dict[str, Any]:
         """What --json prints."""
         return {
-            "mountpoint": os.path.abspath(self.mountpoint),
+            "mountpoint": os.path.abspath(self.mountpoint) if self.mountpoint else None,
             "goal": goal,
             "reached": error is None,
             "error": None if error is None else str(error),
             "exit_code": 0 if error is None else error.exit_code,
-            "mounted": self.mounted,
+            "mounted": self.mounted and not isinstance(error, NotMounted),
             "images": self.images,
         }
 
