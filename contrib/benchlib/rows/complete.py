@@ -36,6 +36,7 @@ def _row(name: str, title: str, target: float, job: fio.Job) -> Row:
             ours.served(lab, one) as mount,
             qemu.exported(lab, other) as (daemon, image),
         ):
+            warm(one, other, plain)
             yield {
                 QEDFS: partial(measure, lab, ours.image_path(mount, one), timed, unit, mount.pid),
                 QEMU: partial(measure, lab, image, timed, unit, daemon.pid),
@@ -47,7 +48,7 @@ def _row(name: str, title: str, target: float, job: fio.Job) -> Row:
 
 @contextlib.contextmanager
 def _filled(lab: Lab) -> Iterator[tuple[Path, Path, Path]]:
-    """Two equal complete overlays and a raw file with the same bytes, in the page cache and on the disk."""
+    """Two equal complete overlays and a raw file with the same bytes, on the disk."""
     filled = lab.fresh("full.qed")
     copies = lab.fresh("full.qed"), lab.fresh("full.qed"), lab.fresh("full.raw")
     argv = [require("qemu-img"), "convert", "-f", "raw", "-O", "qed", str(lab.base(GIB)), str(filled)]
@@ -58,11 +59,15 @@ def _filled(lab: Lab) -> Iterator[tuple[Path, Path, Path]]:
         for source, copy in zip((filled, filled, lab.base(GIB)), copies, strict=True):
             shutil.copyfile(source, copy)
         lab.settle()
-        subprocess.run(["cat", *copies], check=True, stdout=subprocess.DEVNULL, timeout=_COPY_SECONDS)
         yield copies
     finally:
         for path in (filled, *copies):
             path.unlink(missing_ok=True)
+
+
+def warm(*files: Path) -> None:
+    """Read files into the page cache, after they were opened: qedfs evicts an overlay that it did not close itself."""
+    subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL, timeout=_COPY_SECONDS)
 
 
 def measure(lab: Lab, file: Path, job: fio.Job, unit: Unit, pid: int | None = None) -> Outcome:
