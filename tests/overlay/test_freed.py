@@ -193,3 +193,20 @@ async def test_closing_waits_for_a_punch_and_gives_the_rest_back(seed: int) -> N
             await overlay.close()  # the fake accepts nothing after it
     await overlay.give_space_back()
     assert set(offsets(storage)) == {0, 2, 4, 5}
+
+
+async def test_a_file_whose_length_is_unknown_costs_space_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, overlay = await opened()
+    await overlay.discard(3, 3)
+    await overlay.flush()
+
+    def size() -> int:
+        raise QedfsError("stale file handle")
+
+    monkeypatch.setattr(storage, "size", size)
+    await overlay.give_space_back()
+    monkeypatch.undo()
+    await overlay.write(9 * CLUSTER, b"w" * CLUSTER, no_fill)
+    await overlay.close()
+    again = await open_storage(MemoryStorage(storage.bytes))
+    assert await place_of(again, 9) > ZERO
