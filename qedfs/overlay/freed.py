@@ -78,7 +78,11 @@ class FreedClusters:
         A second call waits for the first, whose clusters it would otherwise take for done. If it is cancelled, the rest
         stays for the next call.
         """
-        async with self._lock:
+        try:
+            self._lock.acquire_nowait()  # not `async with`, which takes a turn of the event loop even if it is free
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
             while self._may_go_on() and self._durable and self._durable[0][0] <= self.accesses.oldest:
                 offsets = self._durable[0][1]
                 runs = list(_runs(sorted(offsets), self._cluster_size))
@@ -91,6 +95,8 @@ class FreedClusters:
                 self._durable_count -= len(offsets)
                 if self._barriers.writable:
                     self._allocator.recycle(offsets, blank=punched)
+        finally:
+            self._lock.release()
 
     @contextlib.asynccontextmanager
     async def ended(self) -> AsyncIterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -10,12 +12,14 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay import allocator as allocator_module
+from qedfs.overlay import loop_writes
 from qedfs.overlay.journal import Journal
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty, filled
 
+T = TypeVar("T")
 CLUSTER = 4096
 DATA = {cluster: bytes([65 + cluster]) * CLUSTER for cluster in range(6)}
 
@@ -102,6 +106,35 @@ async def test_a_read_under_way_keeps_its_bytes() -> None:
         await overlay.give_space_back()
         await overlay.write(9 * CLUSTER, b"other" * 800 + b"x" * 96, no_fill)
         assert storage.bytes[freed : freed + CLUSTER] == DATA[2]
+    await overlay.give_space_back()
+    assert not any(storage.bytes[freed : freed + CLUSTER])
+
+
+async def test_a_write_in_place_under_way_overwrites_no_other_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has looked up the place before the discard, and reaches it when another cluster would be there."""
+    storage, overlay = await opened()
+    freed = offsets(storage)[2]
+    real = storage.in_thread
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def slowly(function: Callable[[], T]) -> T:
+        begun.set()
+        await go_on.wait()
+        return await real(function)
+
+    async with trio.open_nursery() as nursery:
+        with monkeypatch.context() as slow:
+            slow.setattr(storage, "in_thread", slowly)
+            slow.setattr(loop_writes, "MOST_BYTES", 0)
+            nursery.start_soon(overlay.write, 2 * CLUSTER, b"late" * 1024, no_fill)
+            await begun.wait()
+        await overlay.discard(2, 1)
+        await overlay.flush()
+        await overlay.give_space_back()
+        await overlay.write(9 * CLUSTER, b"o" * CLUSTER, no_fill)
+        assert await place_of(overlay, 9) != freed
+        go_on.set()
+    assert storage.bytes[freed : freed + CLUSTER] == b"late" * 1024
     await overlay.give_space_back()
     assert not any(storage.bytes[freed : freed + CLUSTER])
 
