@@ -441,7 +441,7 @@ class FetchQueue:
         if wanted:
             read = await self.remote.read(flight.pos, view[:wanted], urgent=flight.urgent, patient=not flight.urgent)
             if flight.cost:
-                self._total.limiter.sent(read - flight.cost)  # compressed, it was less than expected
+                self._total.arrived(read, expected=flight.cost)
         view[wanted:] = bytes(len(view) - wanted)
         if not wanted:
             return  # past the source's end: this says nothing about the link

@@ -38,6 +38,7 @@ class TotalLimit:
     def __init__(self, limit: int = 0) -> None:
         """`limit`: bytes per second, 0 for none."""
         self.limiter = RateLimiter(limit)
+        self.fetched = 0  # bytes that have arrived; never falls, unlike what the limiter has granted
         self._got: WeakKeyDictionary[Consumer, float] = (
             WeakKeyDictionary()
         )  # bytes; whoever comes begins with at least `_least`
@@ -70,6 +71,11 @@ class TotalLimit:
         """Count `size` bytes that were requested because of this consumer."""
         self._least = max(self._least, self._got.get(consumer, 0.0))
         self.limiter.sent(size)
+
+    def arrived(self, size: int, *, expected: int) -> None:
+        """Count `size` bytes that have arrived for a request that was counted with `expected`, less if compressed."""
+        self.fetched += size
+        self.limiter.sent(size - expected)
 
     def got(self, consumer: Consumer, size: int) -> None:
         """Note that a consumer gets `size` bytes, whoever has requested them."""

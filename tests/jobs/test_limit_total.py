@@ -117,6 +117,21 @@ async def test_compressed_bytes_count_as_they_are(autojump_clock: trio.testing.M
         assert total.limiter.granted - before == about(10 * TOTAL)
 
 
+async def test_what_is_told_to_have_been_fetched_has_arrived_and_never_falls(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A metric that falls looks like a restart of the program."""
+    total = TotalLimit(TOTAL)
+    source = Compressed(CONTENT, round_trip=0.2)
+    async with streams(total, [source]) as jobs:
+        told = 0
+        for _ in range(100):
+            await trio.sleep(0.03)
+            assert told <= total.fetched <= source.bytes_read // 4
+            told = total.fetched
+        assert jobs[0].image.counters.kept_stream <= 4 * told
+
+
 async def test_a_command_ends_a_wait_for_it(autojump_clock: trio.testing.MockClock) -> None:
     """A cluster takes an hour."""
     total = TotalLimit(1)

@@ -23,7 +23,7 @@ from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import Reason
 from qedfs.fetch.latency import BOUNDS
 from qedfs.fetch.queue import FetchQueue
-from qedfs.fetch.rate_limiter import RateLimiter
+from qedfs.fetch.total_limit import TotalLimit
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.job import Job
@@ -95,7 +95,7 @@ class MountCollector(Collector):
         )
         info.add_metric([__version__, _label(self._mount.mountpoint)], 1)
         yield info
-        yield from _limit_metrics(self._mount.total.limiter)
+        yield from _limit_metrics(self._mount.total)
         everything = self._mount.everything()
         yield _states(everything)
         yield _troubles(everything)
@@ -104,13 +104,13 @@ class MountCollector(Collector):
         yield from _source_metrics(self._mount.fetches())
 
 
-def _limit_metrics(limiter: RateLimiter) -> Iterator[Metric]:
+def _limit_metrics(total: TotalLimit) -> Iterator[Metric]:
     limit = GaugeMetricFamily(
         "qedfs_limit_total_bytes_per_second", "Limit of what all images fetch in the background, 0 for none."
     )
-    limit.add_metric([], limiter.limit)
+    limit.add_metric([], total.limiter.limit)
     fetched = CounterMetricFamily("qedfs_background_fetched_bytes", "Bytes fetched that no reader waited for.")
-    fetched.add_metric([], limiter.granted)
+    fetched.add_metric([], total.fetched)
     yield from (limit, fetched)
 
 

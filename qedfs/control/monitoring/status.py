@@ -30,7 +30,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "socket": socket,
         "more_operations": {"answered": not mount.without_more, "error": mount.without_more or None},
         "limit_total": mount.total.limiter.limit,
-        "fetched_in_background": mount.total.limiter.granted,
+        "fetched_in_background": mount.total.fetched,
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }
