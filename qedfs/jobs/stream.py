@@ -137,6 +137,8 @@ class StreamJob(Job):
         if fetch is None:
             return False
         self._known_failures, self._earlier = image.failures, [image.condition.noted(cause) for cause in _FAILURES]
+        if image.overlay.missing == 0:
+            return True  # guests have written or discarded the rest, so the source need not answer
         source_size = await image.source_size()
         image.streaming = True
         if image not in fetch.consumers:

@@ -6,8 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import ReadOnlyOverlay, SourceChanged, SourceError
+from qedfs.errors import ReadOnlyOverlay, SourceChanged, SourceError, SourceUnreachable
 from qedfs.image.image import Image
+from qedfs.image.zero_range import make_zeros
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
@@ -113,4 +114,24 @@ async def test_an_overlay_that_cannot_be_made_durable_is_not_complete(
         await trio.sleep(600)
         assert job.state is State.FAILED
         assert len(tries) == 1  # nothing has changed since
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_source_that_was_never_there_is_not_needed_for_an_image_that_was_discarded(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable() -> FakeSource:
+        raise SourceUnreachable("nobody answers")
+
+    async with served(FakeSource(CONTENT)) as image, trio.open_nursery() as nursery:
+        assert image.source is not None
+        monkeypatch.setattr(image.source, "_opener", unreachable)
+        job = StreamJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(100)
+        assert not image.complete
+        await make_zeros(image, 0, len(CONTENT))
+        await trio.sleep(100)
+        assert job.state is State.COMPLETE
+        assert bytes(await image.read(0, CLUSTER)) == bytes(CLUSTER)
         nursery.cancel_scope.cancel()
