@@ -79,6 +79,7 @@ class Image:
         self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
         self._full_at = float("-inf")  # when an adoption or a commit found no space
         self.source_holes = Ranges()  # L1 indices without a table where the source has a hole; set by the stream
+        self.discarded_holes = 0  # bytes of them that were discarded since, and have an entry now
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
         self._readahead = Readahead()
         self._rmw_budget = RmwBudget(overlay.cluster_size)

@@ -23,9 +23,24 @@ async def make_zeros(image: Image, pos: int, size: int) -> None:
         await _write_zeros(image, pos, end)
         return
     await _write_zeros(image, pos, min(first * cluster_size, end))
-    if first < stop:
-        image.counters.discarded += cluster_size * await image.overlay.discard(first, stop - first)
+    await _discard(image, first, stop)
     await _write_zeros(image, stop * cluster_size, end)
+
+
+async def _discard(image: Image, first: int, stop: int) -> None:
+    """Discard these clusters, and count those that would have been fetched apart from known holes of the source."""
+    cluster_size, entries = image.overlay.cluster_size, image.overlay.geometry.entries
+    while first < stop:
+        table = first // entries
+        hole_end = image.source_holes.end_of(table)
+        end = image.source_holes.next_from(table, -(-stop // entries)) if hole_end is None else hole_end
+        end = min(end * entries, stop)
+        size = cluster_size * await image.overlay.discard(first, end - first)
+        if hole_end is None:
+            image.counters.discarded += size
+        else:
+            image.discarded_holes += size
+        first = end
 
 
 async def _write_zeros(image: Image, pos: int, end: int) -> None:

@@ -80,7 +80,8 @@ class StreamJob(Job):
     @property
     def progress(self) -> int:
         """How many bytes the source is no longer needed for."""
-        return min(self.image.size, self.image.populated + self._missing.skipped)
+        skipped = self._missing.skipped - self.image.discarded_holes  # those are populated
+        return min(self.image.size, self.image.populated + skipped)
 
     async def next_missing(self, pos: int) -> int | None:
         """The first byte at or after `pos` for which the source is still needed; None if there is none."""

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from qedfs.format.tables import ZERO
+from qedfs.image.zero_range import make_zeros
 from qedfs.jobs.missing import MissingRuns
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
@@ -117,3 +118,18 @@ async def test_what_a_source_tells_of_its_holes_is_kept_in_part_only(autojump_cl
             await job.run()
         assert source.bytes_read == len(content) // 2
         assert await image.read(0, 2 * CLUSTER) == content[: 2 * CLUSTER]
+
+
+async def test_progress_does_not_count_a_discarded_hole_twice() -> None:
+    # 4 KiB clusters: a table spans 2 MiB. The source has data at both ends and a hole of 6 tables between.
+    size = 8 * 2 * MIB
+    built = empty(image_size=size, cluster_size=4096, backing=b"http://fake/disk.raw")
+    source = FakeSource(bytes(range(1, 256)) * 4112 * 16 + b"x" * (size - 255 * 4112 * 16), round_trip=0)
+    source.holes = [(2 * MIB, 12 * MIB)]
+    async with served(source, image_size=size, storage=MemoryStorage(built.data)) as image:
+        job = StreamJob(image, enabled=False)
+        assert await job._missing.next_run(512, len(source.content)) is not None
+        assert job.progress == 12 * MIB
+        await make_zeros(image, 0, 14 * MIB)
+        assert job.progress == 14 * MIB
+        assert image.counters.discarded == 2 * MIB
