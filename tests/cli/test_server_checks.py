@@ -21,6 +21,7 @@ from qedfs.source.url import parse_location
 from tests.fakes.source import FakeSource
 from tests.harness.images import random_image
 from tests.harness.mounts import qedfs
+from tests.harness.process import free_port
 from tests.harness.require import require
 from tests.harness.servers import black_hole, nbdkit, nginx, qemu_nbd
 from tests.harness.tls import Certificate, certificate
@@ -105,6 +106,14 @@ def test_a_server_that_never_answers_costs_the_time_that_is_given() -> None:
         code, checks, _ = ask(url, "--timeout", "0.2s")
     assert code == 7
     assert checks["server"]["found"] == "not all is known after 0.2 s"
+
+
+@pytest.mark.parametrize("scheme", ["http", "nbd"])
+def test_a_server_that_refuses_is_not_taken_for_a_slow_one(scheme: str) -> None:
+    code, checks, _ = ask(f"{scheme}://127.0.0.1:{free_port()}/disk.raw", "--timeout", "1s")
+    assert code == 4
+    assert "connection refused" in checks["server"]["found"].lower()
+    assert "--timeout" not in str(checks["server"])
 
 
 def test_an_address_that_nothing_may_lead_to() -> None:

@@ -63,15 +63,21 @@ class Facts:
 async def examine(location: Location, credentials: Credentials, seconds: float, report: Report) -> Facts:
     """Ask the server, for at most `seconds`, and report each finding. Raises nothing that the server causes."""
     facts = Facts(str(location))
+    failures: list[QedfsError] = []
     with trio.move_on_after(seconds) as scope:
-        await _examine(location, credentials, facts, report)
+        await _examine(location, credentials, facts, report, failures)
     if scope.cancelled_caught:
         found = f"not all is known after {seconds:g} s"
-        report(fail("server", found, "give it more time (--timeout)", exit_code=TimedOut.exit_code))
+        late = fail("server", found, "give it more time (--timeout)", exit_code=TimedOut.exit_code)
+        # More time helps a slow server, not one whose last answer was a failure.
+        report(failed("server", failures[0]) if failures else late)
     return facts
 
 
-async def _examine(location: Location, credentials: Credentials, facts: Facts, report: Report) -> None:
+async def _examine(
+    location: Location, credentials: Credentials, facts: Facts, report: Report, failures: list[QedfsError]
+) -> None:
+    """Report what is found. Add to `failures` why the last attempt to connect has failed, if it has."""
     local = tuple(filter(None, (location.path, *location.tls_files)))
     # A policy that allows a local file forbids everything that it does not name, so name the URL too.
     policy = Policy((*local, location.secret_url) if local else ())
@@ -93,6 +99,8 @@ async def _examine(location: Location, credentials: Credentials, facts: Facts, r
         except QedfsError as exc:
             report(failed("server", exc))
         finally:
+            if remote.error is not None:
+                failures.append(remote.error)
             with trio.CancelScope(shield=True):
                 await remote.aclose()
             nursery.cancel_scope.cancel()
