@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qedfs.cli.ui.layout import listed
 from qedfs.errors import Inaccessible, NotMounted, QedfsError, UsageError, file_error
-from qedfs.host.procfs import MountLine, mount_user, mounts
+from qedfs.host.procfs import MountLine, filesystem_type, mount_user, mounts
 from qedfs.host.runtime import place_of
 from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at
 
@@ -42,9 +42,15 @@ def not_served(mountpoint: str) -> QedfsError:
     except OSError as exc:
         return file_error(f"{mountpoint}: {_why_no_folder(exc)}", exc)
     if not stat.S_ISDIR(mode):
-        hint = "; name the folder where it is mounted, not the overlay" if mountpoint.endswith(SUFFIX) else ""
-        return UsageError(f"{mountpoint}: is not a folder{hint}")
+        return UsageError(f"{mountpoint}: is not a folder{_which_folder(mountpoint)}")
     return NotMounted(f"{mountpoint}: nothing is mounted there")
+
+
+def _which_folder(path: str) -> str:
+    """What to name instead of this file."""
+    if filesystem_type(path) == FILESYSTEM:
+        return f"; name the folder of the mount: {os.path.dirname(path) or '.'}"
+    return "; name the folder where it is mounted, not the overlay" if path.endswith(SUFFIX) else ""
 
 
 def _why_no_folder(exc: OSError) -> str:

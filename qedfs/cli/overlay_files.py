@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import trio
 
+from qedfs.cli.mount_table import FILESYSTEM
 from qedfs.cli.served_images import stem
 from qedfs.errors import BadOverlay, UsageError
+from qedfs.host.procfs import filesystem_type
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
@@ -24,7 +26,8 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
     Tables are written in an order that keeps this view consistent, though it may be slightly old. The journal of a
     killed mount is read as well; the journal of a running mount is not.
     """
-    overlay = await open_overlay(path, writable=False, locked=False)
+    with image_explained(path):
+        overlay = await open_overlay(path, writable=False, locked=False)
     try:
         yield overlay
     finally:
@@ -34,8 +37,21 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
 @contextlib.contextmanager
 def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
     """An overlay file, locked against other writers. Adds the path to a BadOverlay of the block that lacks it."""
-    with _closing(FileStorage.open(path, writable=writable), path) as storage:
+    with image_explained(path), _closing(FileStorage.open(path, writable=writable), path) as storage:
         yield storage
+
+
+@contextlib.contextmanager
+def image_explained(path: str) -> Iterator[None]:
+    """Translate the BadOverlay of a `path` that is an image in a mount: the user has taken it for its overlay."""
+    try:
+        yield
+    except BadOverlay as exc:
+        if filesystem_type(path) != FILESYSTEM:
+            raise
+        raise BadOverlay(
+            f"{path}: is the image in a mount, not its overlay; name the overlay: qedfs list shows where it is"
+        ) from exc
 
 
 def stands_alone(path: str) -> bool:

@@ -24,7 +24,7 @@ from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay
 
 from ..harness.images import qemu_check, qemu_create, qemu_info, qemu_io, qemu_same, sparse_image
-from ..harness.mounts import qedfs
+from ..harness.mounts import mounted, qedfs
 from ..harness.process import free_port
 from ..harness.servers import Nginx, nbdkit
 from .conftest import SIZE
@@ -215,6 +215,23 @@ def test_files_that_are_no_overlays(folder: Path, command: str) -> None:
     assert done.stderr == f"qedfs: {folder / 'text.qed'}: not a QED image: the file is shorter than a header\n"
     assert qedfs(command, folder / "nope.qed", check=False).returncode == 2
     assert qedfs(command, folder, check=False).returncode == 3
+
+
+def test_an_image_in_a_mount_is_not_its_overlay(folder: Path, mountpoint: Path) -> None:
+    overlay = qemu_create(folder / "disk.qed", size=1 << 20)
+    with mounted(overlay, mountpoint):
+        image = mountpoint / "disk.raw"
+        for command, *rest in (["info"], ["map"], ["check"], ["export", str(folder / "out.raw")]):
+            done = qedfs(command, image, *rest, check=False)
+            assert (done.returncode, done.stdout) == (3, "")
+            assert done.stderr == (
+                f"qedfs: {image}: is the image in a mount, not its overlay; name the overlay: "
+                "qedfs list shows where it is\n"
+            )
+        for words in (["status"], ["umount"], ["stream", "pause"]):
+            done = qedfs(*words, image, check=False)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr == f"qedfs: {image}: is not a folder; name the folder of the mount: {mountpoint}\n"
 
 
 # export

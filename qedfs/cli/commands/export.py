@@ -18,6 +18,7 @@ from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.new_file import new_file
 from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.overlay_files import image_explained
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.output import print_json
@@ -101,7 +102,8 @@ async def _export_with_bar(
 async def _export(
     path: str, target: BinaryIO, with_backing: bool, asking: _Asking, progress: CopyProgress
 ) -> dict[str, int]:
-    overlay = await open_overlay(path, writable=False)
+    with image_explained(path):
+        overlay = await open_overlay(path, writable=False)
     try:
         runs = [run async for run in whole_map(overlay)]
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
