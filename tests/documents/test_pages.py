@@ -87,8 +87,8 @@ def test_the_reference_has_the_states_and_causes() -> None:
 
 
 def test_the_reference_has_the_metrics_with_their_labels() -> None:
-    limiter = SimpleNamespace(limit=0, granted=0)
-    empty = SimpleNamespace(mountpoint="", total=SimpleNamespace(limiter=limiter), everything=list, fetches=list)
+    total = SimpleNamespace(limiter=SimpleNamespace(limit=0, granted=0), fetched=0)
+    empty = SimpleNamespace(mountpoint="", total=total, everything=list, fetches=list)
     there = {
         metric.name + ("_total" if metric.type == "counter" else "")
         for metric in MountCollector(cast("Mounted", empty)).collect()
