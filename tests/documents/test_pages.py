@@ -84,6 +84,8 @@ def test_the_reference_has_the_states_and_causes() -> None:
     text = section(REFERENCE, "What a status says")
     assert [state for state in STATES if f"`{state}`" not in text] == []
     assert re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE) == [str(cause) for cause in Cause]
+    [json_causes] = re.findall(r"^\| `cause` \|(.*)\|$", (DOCS / "reference-json.md").read_text(), re.MULTILINE)
+    assert re.findall(r"`([a-z-]+)`", json_causes) == [str(cause) for cause in Cause]
 
 
 def test_the_reference_has_the_metrics_with_their_labels() -> None:
