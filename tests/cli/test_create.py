@@ -255,3 +255,14 @@ def test_the_user_has_the_last_word(folder: Path, tmp_path: Path) -> None:
         done = qedfs("create", folder / "disk.qed", *words)
     assert done.stdout.endswith("(raw, 44 B)\n")
     assert features(folder / "disk.qed") & NO_PROBE
+
+
+def test_a_name_that_no_mount_of_a_folder_serves_is_remarked_on(tmp_path: Path) -> None:
+    words = ("create", "--offline", "--size", "1M", "--backing", "http://127.0.0.1:1/disk.raw")
+    said = qedfs(*words, tmp_path / "disk.raw")
+    assert said.stderr == (
+        f"qedfs: {tmp_path}/disk.raw: a mount of its folder does not serve it, as its name does not end in .qed\n"
+    )
+    assert said.stdout.startswith(f"{tmp_path}/disk.raw: 1.00 MiB")
+    assert qedfs(*words, "--quiet", tmp_path / "quiet.raw").stderr == ""
+    assert qedfs(*words, tmp_path / "disk.qed").stderr == ""

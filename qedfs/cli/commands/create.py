@@ -23,6 +23,8 @@ from qedfs.units import format_size
 if TYPE_CHECKING:
     from qedfs.source.look import Look
 
+SUFFIX = ".qed"  # of the overlays that a mount of a folder serves
+
 FORMATS = ("raw", "qcow2", "qed")
 
 
@@ -136,6 +138,8 @@ def create(
         )
     elif not quiet:
         click.echo(printable(f"{overlay}: {format_size(made)}{_over(location, found, made)}"))
+    if not quiet and not overlay.endswith(SUFFIX):
+        remark(f"{overlay}: a mount of its folder does not serve it, as its name does not end in {SUFFIX}")
     if location is not None:
         _warn_of_secrets(overlay, location)
         if not quiet:
