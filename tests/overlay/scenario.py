@@ -66,6 +66,8 @@ class Scenario:
     write_now: int = WRITE_NOW_BYTES  # largest write on the event loop; larger ones go to a thread
     slice_entries: int = SLICE_ENTRIES  # of a table
     bad_barrier: int = 0  # the one of a session that fails, with pages that the disk does not take; 0: none
+    backed: bool = True  # otherwise the overlay has never had a backing, and what nobody wrote reads as zeros
+    trims: int = 3  # discards of each trimmer
     killed: str = (
         ""  # the first session is, after the disk has not taken pages: that is "unreported", or "told" to others
     )
@@ -192,7 +194,8 @@ async def run_and_kill(scenario: Scenario, chance: float) -> tuple[History, list
 
 
 def _history(scenario: Scenario) -> History:
-    start = dirty_image(scenario.geometry) if scenario.dirty else fresh_image(scenario.geometry)
+    backing = BACKING_NAME if scenario.backed else None
+    start = dirty_image(scenario.geometry) if scenario.dirty else fresh_image(scenario.geometry, backing)
     storage = RecordingStorage(start, name="disk" if scenario.journal else "", seed=scenario.seed)
     return History(scenario, storage, SectorModel(scenario.base))
 
@@ -350,7 +353,7 @@ class Actors:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.guest, 5)
             nursery.start_soon(self.guest, 4)
-            nursery.start_soon(self.trimmer, 3)
+            nursery.start_soon(self.trimmer, self.history.scenario.trims)
             nursery.start_soon(self.adopter, 4)
             nursery.start_soon(self.syncer, 5)
             nursery.start_soon(self.recorder, 2)

@@ -8,6 +8,7 @@ file or in the journal when a write was answered.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,16 @@ async def judge(history: History, kill: Kill, folder: Path) -> str | None:
     return None
 
 
-def killed(seed: int, folder: Path, chance: float = 0.2, *, stop: bool = False) -> list[str]:
-    """The faults of all kills of a seed; with `stop`, the first one only."""
+def killed(seed: int, folder: Path, chance: float = 0.2, *, stop: bool = False, alone: bool = False) -> list[str]:
+    """The faults of all kills of a seed; with `stop`, the first one only. `alone`: of an overlay without backing."""
+    scenario = Scenario.draw(seed)
+    if alone:
+        scenario = dataclasses.replace(
+            scenario, backing=b"", backed=False, trims=9, dirty=False, detach=False, journal=True
+        )
 
     async def main() -> list[str]:
-        history, kills = await run_and_kill(Scenario.draw(seed), chance)
+        history, kills = await run_and_kill(scenario, chance)
         assert kills
         faults = []
         for kill in kills:
@@ -82,6 +88,23 @@ def killed(seed: int, folder: Path, chance: float = 0.2, *, stop: bool = False) 
 @pytest.mark.parametrize("first", range(0, sample(8, whole=48), 4))
 def test_no_returned_write_is_lost(first: int, tmp_path: Path) -> None:
     assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
+
+
+@pytest.mark.parametrize("first", range(0, sample(8, whole=48), 4))
+def test_no_returned_write_is_lost_without_a_backing(first: int, tmp_path: Path) -> None:
+    """There, a discard leaves missing clusters as they are."""
+    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path, alone=True)] == []
+
+
+def test_without_a_backing_a_discard_has_to_begin_with_a_cluster_that_it_changes(tmp_path: Path) -> None:
+    mutant = Mutant(
+        "the journal's witness is true",
+        "discard:Discards._discard_some",
+        "first = self._map.first_discardable(first, count, missing_too=missing_too)",
+        "first = first if self._map.first_discardable(first, count, missing_too=missing_too) < stop else stop",
+    )
+    with mutated(mutant):
+        assert any(killed(seed, tmp_path, 1, stop=True, alone=True) for seed in range(3, 60))
 
 
 RULES = (
