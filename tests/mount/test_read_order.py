@@ -25,6 +25,7 @@ class HalfFilled:
     image_size = 2 * CLUSTER_SIZE
     cluster_size = CLUSTER_SIZE
     epoch = 0
+    discards = 0
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
@@ -34,6 +35,9 @@ class HalfFilled:
 
     async def map(self, pos: int, size: int) -> list[Run]:
         return [Run(CLUSTER_SIZE * 8, 0, CLUSTER_SIZE), Run(MISSING, CLUSTER_SIZE, CLUSTER_SIZE)]
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def read_data(self, offset: int, view: memoryview) -> None:
         self._asked.append("disk")

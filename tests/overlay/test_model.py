@@ -185,7 +185,7 @@ RULES = (
         "freed:FreedClusters.give_back",
         " and self._durable[0][0] <= self.accesses.oldest",
         "",
-        first=280,
+        first=526,
     ),
     Mutant(
         "a discard that a failed barrier has taken back is an error",
