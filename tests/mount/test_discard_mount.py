@@ -196,7 +196,8 @@ def test_check_gives_back_what_a_kill_has_leaked(tmp_path: Path) -> None:
         before = overlay.stat().st_blocks * 512
         assert qemu_check(overlay).leaks >= 64
         qedfs("check", "--repair", overlay)
-        assert overlay.stat().st_blocks * 512 <= before - 4 * MIB
+        extent_blocks = 8 * 4096  # of ext4, which splits an extent at each hole
+        assert overlay.stat().st_blocks * 512 <= before - 4 * MIB + extent_blocks
         assert qemu_check(overlay).corruptions == 0
         expected = bytearray(source.data())
         expected[MIB : 5 * MIB] = bytes(4 * MIB)

@@ -96,7 +96,8 @@ def test_the_limit_of_the_mount_is_lifted_while_all_wait_for_it(tmp_path: Path) 
         assert '"disk2.raw"' in found.stdout
         mount.wait()
         status = mount.status()
-        assert fetched(status) == 2 * 24 * MIB  # each base once
+        # Each base once. At the first moment two siblings that lack different parts may ask for the same cluster.
+        assert 2 * 24 * MIB <= fetched(status) <= 1.01 * 2 * 24 * MIB
         assert "at most" not in qedfs("status", mount.mountpoint).stdout
         done = qedfs("stream", "limit", "--total", mount.mountpoint, "disk0", "1M", check=False)
         assert done.returncode == 2
