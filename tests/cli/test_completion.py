@@ -89,14 +89,14 @@ def test_a_mount_whose_server_has_died_can_be_named(tmp_path: Path) -> None:
         ("s", ["srv/a b"]),
         ("srv/", ["srv/a b"]),
         ("./s", ["./srv/a b"]),
-        ("../", ["../work/srv/a b"]),
+        ("../", ["../data/srv/a b"]),
         ("/m", ["/mnt"]),
-        ("/top/work/srv", ["/top/work/srv/a b"]),
+        ("/top/data/srv", ["/top/data/srv/a b"]),
     ],
 )
 def test_a_mountpoint_continues_what_is_typed(monkeypatch: pytest.MonkeyPatch, typed: str, names: list[str]) -> None:
-    places = ["/top/work/srv/a b", "/mnt", "/new\nline"]
+    places = ["/top/data/srv/a b", "/mnt", "/new\nline"]
     monkeypatch.setattr(completion, "qedfs_mounts", lambda: [FoundMount(place, "", 0, 0, ()) for place in places])
-    monkeypatch.setattr(os, "getcwd", lambda: "/top/work")
+    monkeypatch.setattr(os, "getcwd", lambda: "/top/data")
     context = click.Context(click.Command("status"))
     assert completion.mountpoints(context, click.Argument(["mountpoint"]), typed) == names
