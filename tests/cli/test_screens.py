@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
 from qedfs.cli.ui.bars import ASCII_SIGNS, bar_lines
 from qedfs.cli.ui.layout import listed, printable, shortened, table, wrapped
+from qedfs.cli.ui.screen import Screen
 from qedfs.cli.ui.status_lines import fitted_lines, status_lines
 from qedfs.control.qmp.client import Client
 from qedfs.overlay.create import create_overlay
@@ -27,6 +35,61 @@ from .support import SLOW, daemon
 
 LONG = "customer-database-server-production-frankfurt-rack-17-volume-003-root"
 GIB = 1 << 30
+
+
+# Lines that are redrawn
+
+
+class InterruptedTerminal(io.StringIO):
+    """Ctrl-C comes while it is drawn on, and the kernel hands it to `thread`."""
+
+    def __init__(self, thread: int) -> None:
+        super().__init__()
+        self._thread = thread
+        self.interrupted = 0
+        self.drawn = 0
+
+    def write(self, text: str) -> int:
+        if "50%" in text and not self.interrupted:
+            self.interrupted += 1
+            _interrupt(self._thread)
+            self.drawn += 1
+        return super().write(text)
+
+
+def _interrupt(thread: int) -> None:
+    """Returns when the signal is there: Python runs its handler in the main thread from now on."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        signal.pthread_kill(thread, signal.SIGINT)
+        reader.recv(1)
+    finally:
+        signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()
+
+
+@pytest.fixture
+def other_thread() -> Iterator[int]:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    assert thread.ident is not None
+    yield thread.ident
+    over.set()
+    thread.join()
+
+
+def test_ctrl_c_waits_for_a_drawing_whatever_thread_it_reaches(other_thread: int) -> None:
+    grid, file = Grid(40, 5), InterruptedTerminal(other_thread)
+    screen = Screen(Console(file=file, force_terminal=True, width=40), transient=True)
+    with pytest.raises(KeyboardInterrupt), screen:
+        screen.show([Text("disk.raw 50%")])
+    assert (file.interrupted, file.drawn) == (1, 1)
+    grid.feed(file.getvalue())
+    assert grid.text.strip() == ""
 
 
 # Text in cells

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -61,9 +61,21 @@ class Screen:
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends. If it interrupted a drawing, the number of lines to erase would be unknown."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Delay Ctrl-C until the block ends. If it interrupted a drawing, the number of lines to erase would be unknown.
+
+    Exchanges the handler: to block the signal would block it in this thread only, and the process has others, on whose
+    behalf Python runs the handler here all the same.
+    """
+    delayed = False
+
+    def note(_: int, __: FrameType | None) -> None:
+        nonlocal delayed
+        delayed = True
+
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if delayed:
+            signal.raise_signal(signal.SIGINT)
