@@ -104,18 +104,21 @@ def read_back(image: Path, name: str = WRITTEN_NAME) -> bytes:
 
 
 @functools.cache
-def initramfs() -> Path:
-    """The guest's initramfs, beside its kernel; made once for each content."""
+def initramfs(init: str = _INIT, files: tuple[tuple[str, bytes], ...] = (("written", WRITTEN),)) -> Path:
+    """The guest's initramfs, beside its kernel; made once for each content.
+
+    `init`: the script that the guest runs; /modules/order names what it inserts. `files`: programs or data in /.
+    """
     require_guest()
     modules = dict(_modules_in_order())
     entries: list[tuple[str, int, bytes]] = [(name, 0o040755, b"") for name in ("dev", "proc", "mnt", "bin", "modules")]
     entries += [
         ("bin/busybox", 0o100755, Path(require("busybox")).read_bytes()),
-        ("init", 0o100755, _INIT.encode()),
-        ("written", 0o100644, WRITTEN),
+        ("init", 0o100755, init.encode()),
         ("modules/order", 0o100644, " ".join(modules).encode()),
     ]
     entries += [(f"modules/{name}", 0o100644, code) for name, code in modules.items()]
+    entries += [(name, 0o100755, data) for name, data in files]
     archive = _cpio(entries)
     path = GUEST_FOLDER / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.gz"
     if not path.exists():

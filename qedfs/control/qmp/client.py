@@ -60,6 +60,9 @@ class Client:
     ANSWER_SECONDS.
     """
 
+    peer: str = "the server of the mount"
+    peer_ended: str = "the mount has ended"
+
     def __init__(self, connection: socket.socket) -> None:
         self.deadline = math.inf
         self._socket = connection
@@ -153,9 +156,9 @@ class Client:
             self._socket.settimeout(self._patience())
             self._socket.sendall(json.dumps(request).encode())
         except TimeoutError as exc:
-            raise TimedOut("the server of the mount takes no command") from exc
+            raise TimedOut(f"{self.peer} takes no command") from exc
         except OSError as exc:
-            raise Gone("the mount has ended") from exc
+            raise Gone(self.peer_ended) from exc
         message = self._answer(self._next_id)
         if "error" in message:
             raise error_of(message["error"].get("x-qedfs-exit-code"), message["error"]["desc"])
@@ -169,7 +172,7 @@ class Client:
             try:
                 message = self._receive_line(until)
             except TimeoutError as exc:
-                raise TimedOut(f"the server of the mount has given no answer for {round(seconds, 1):g} s") from exc
+                raise TimedOut(f"{self.peer} has given no answer for {round(seconds, 1):g} s") from exc
             if "event" in message:
                 self._events.append(message)
             elif message.get("id") == request_id:
@@ -211,7 +214,7 @@ class Client:
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise Gone("the mount has ended")
+                raise Gone(self.peer_ended)
             self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
