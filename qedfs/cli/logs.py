@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import TextIO
-
-from rich.console import Console
+from typing import TYPE_CHECKING, TextIO
 
 from qedfs.cli.ui.layout import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONTINUED = "\n  "  # between the lines of one record
 _UNTIMED = "%(levelname)s %(message)s"

@@ -9,14 +9,13 @@ import os
 import re
 import shlex
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from qedfs.errors import BadOverlay, UsageError
 from qedfs.format.header import MAGIC
 from qedfs.mount.mountpoint import known_at
 
 if TYPE_CHECKING:
-    from qedfs.cli.commands.mount import MountArguments
+    from qedfs.cli.mount_arguments import MountArguments
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|(?:https?|nbds?)(?:\+unix)?:", re.IGNORECASE)
 HEAD_BYTES = 512
@@ -66,7 +65,9 @@ def remarks(arguments: MountArguments) -> list[str]:
 
 
 def _of_url(url: str, mountpoint: str) -> str:
-    from qedfs.source.url import redact  # here, as only this mistake needs it
+    from urllib.parse import urlsplit  # here, as only this mistake needs it
+
+    from qedfs.source.url import redact
 
     shown = redact(url)
     name = os.path.basename(urlsplit(shown).path).partition(".")[0] or "disk"
@@ -78,8 +79,6 @@ def _of_url(url: str, mountpoint: str) -> str:
 
 
 def _check_overlay(path: str, mountpoint: str) -> None:
-    from qedfs.source.probe import RAW, probe
-
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -87,6 +86,9 @@ def _check_overlay(path: str, mountpoint: str) -> None:
         return  # the opening of the overlay will tell
     if head.startswith(MAGIC) or len(head) < HEAD_BYTES:
         return
+
+    from qedfs.source.probe import RAW, probe  # here, as it loads the readers of other formats, and trio
+
     found = probe(head, b"")
     name = os.path.basename(path)
     if found is RAW and name.endswith(SUFFIX):

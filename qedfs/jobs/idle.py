@@ -1,9 +1,9 @@
 """Decides when a stream holds off: a time window, a delay after the start, active readers, other load of the machine.
 
-Owns the rules and their measurements. The 2010 proposal left open who detects that a machine is idle, because a process
-only sees its own requests. Today the kernel reports how long tasks of the whole system have waited for I/O or a CPU
-(pressure stall information, Documentation/accounting/psi.rst). So the load of other virtual machines on the same host
-counts, too. The share of our own barriers is subtracted.
+Owns the measurements for the rules of `jobs/rules.py`. The 2010 proposal left open who detects that a machine is
+idle, because a process only sees its own requests. Today the kernel reports how long tasks of the whole system have
+waited for I/O or a CPU (pressure stall information, Documentation/accounting/psi.rst). So the load of other virtual
+machines on the same host counts, too. The share of our own barriers is subtracted.
 
 The I/O class of our threads (ioprio_set(2)) is not changed. Streamed data goes into the page cache, and threads of the
 kernel write it to the disk, in their own class. Our threads only wait for barriers. A guest's flush waits for the same
@@ -12,7 +12,6 @@ barriers, so the idle class would delay the very guests that it should protect.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import random
 import re
@@ -21,8 +20,8 @@ from pathlib import Path
 
 import trio
 
-from qedfs.errors import UsageError
-from qedfs.units import format_seconds, parse_seconds
+from qedfs.jobs.rules import Rules
+from qedfs.units import format_seconds
 
 GRACE_SECONDS = 2.0  # a guest is quiet after this time without a read or write (stargz-snapshotter waits 5 s)
 LOOK_SECONDS = 0.5
@@ -32,38 +31,6 @@ GUEST_LOOK_SECONDS = 0.05
 STALE_SECONDS = 5.0  # an average over a longer time says little about the present
 IO_SHARE = 0.10  # the disk is busy if some task waited for I/O for more than this share of the time
 CPU_SHARE = 0.60  # likewise for a CPU. On small machines, it is normal that one of two tasks waits half of the time.
-
-_WINDOW = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rules:
-    """The user's rules. `between`: minutes of the day (start, end), in local time. The window may span midnight."""
-
-    quiet: bool = False  # stream only while guests and machine are idle
-    between: tuple[int, int] | None = None
-    delay: tuple[float, float] = (0.0, 0.0)  # seconds after the start, picked at random from this range
-
-
-def parse_between(text: str) -> tuple[int, int]:
-    """Parse "22:00-06:00" into minutes of the day. Raises UsageError."""
-    found = _WINDOW.match(text.strip())
-    if found is not None:
-        hour, minute, end_hour, end_minute = map(int, found.groups())
-        start, end = hour * 60 + minute, end_hour * 60 + end_minute
-        if minute < 60 and end_minute < 60 and start < 1440 and end <= 1440 and start != end:
-            return start, end
-    raise UsageError(f"{text!r} is not a time window; write it like 22:00-06:00")
-
-
-def parse_delay(text: str) -> tuple[float, float]:
-    """Parse "30s", or the range "30s-2m", into seconds. Raises UsageError."""
-    first, dash, last = text.partition("-")
-    start = parse_seconds(first)
-    end = parse_seconds(last) if dash else start
-    if end < start:
-        raise UsageError(f"{text!r}: the range ends before it starts")
-    return start, end
 
 
 class Pressure:

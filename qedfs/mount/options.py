@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from qedfs.image.boot_profile import Range
-from qedfs.jobs.idle import Rules
+from qedfs.jobs.rules import Rules
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy

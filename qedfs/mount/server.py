@@ -14,7 +14,8 @@ from pathlib import Path
 
 import trio
 
-from qedfs.control.monitoring.metrics_server import Address, serve_metrics
+from qedfs.control.monitoring.metrics_address import Address
+from qedfs.control.monitoring.metrics_server import serve_metrics
 from qedfs.control.port import Mounted
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError

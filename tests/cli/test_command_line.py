@@ -9,7 +9,8 @@ import click
 import pytest
 
 from qedfs.cli.command_line import arguments_for
-from qedfs.cli.commands.mount import MountArguments, _absolute, mount
+from qedfs.cli.commands.mount import _absolute, mount
+from qedfs.cli.mount_arguments import MountArguments
 
 # Of this process alone.
 NOT_HANDED_ON = {"in_background", "ready_fd"}

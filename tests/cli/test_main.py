@@ -85,6 +85,27 @@ def test_commands_on_a_mount_import_neither_its_libraries_nor_trio(tmp_path: Pat
             assert imported(tmp_path, words[0], mountpoint, *words[1:]) & HEAVY == set(), words
 
 
+def test_the_process_that_starts_a_daemon_imports_nothing_that_serves(tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    qedfs("create", tmp_path / "disk.qed", "--size", "1M")
+    try:
+        found = imported(tmp_path, "mount", tmp_path / "disk.qed", mountpoint, "--daemon", "--stream-delay", "1s")
+    finally:
+        qedfs("umount", mountpoint, "--if-mounted")
+    assert found & HEAVY == set()
+    assert "qedfs.mount.server" not in found
+
+
+def test_a_mount_without_a_terminal_does_not_import_what_draws_bars(tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    qedfs("create", tmp_path / "disk.qed", "--size", "1M")
+    found = imported(tmp_path, "mount", tmp_path / "disk.qed", mountpoint, "--until-streamed")
+    assert "qedfs.mount.server" in found
+    assert "rich" not in found
+
+
 def test_garbage_is_collected_from_the_start_of_the_command_on() -> None:
     """Before it, collections among the modules would find nothing; without them, a wait would grow."""
     done = subprocess.run(

@@ -20,9 +20,9 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from qedfs.control.monitoring.metrics import STATES
+from qedfs.control.monitoring.metrics_address import Address
 from qedfs.control.monitoring.metrics_host import is_ours
-from qedfs.control.monitoring.metrics_server import MAX_CLIENTS, Address, parse_address, serve_metrics
-from qedfs.errors import UsageError
+from qedfs.control.monitoring.metrics_server import MAX_CLIENTS, serve_metrics
 from qedfs.fetch.latency import BOUNDS
 from qedfs.image.condition import Cause
 from tests.control.support import FakeMount
@@ -297,27 +297,6 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert done.returncode == 2
     assert "install it: apt install python3-prometheus-client, or pipx inject qedfs" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("9188", Address("127.0.0.1", 9188)),
-        (":9188", Address("127.0.0.1", 9188)),
-        ("0.0.0.0:9188", Address("0.0.0.0", 9188)),
-        ("localhost:0", Address("localhost", 0)),
-        ("[::1]:9188", Address("::1", 9188)),
-        ("unix:/run/metrics", Address(path=Path("/run/metrics"))),
-    ],
-)
-def test_addresses(text: str, address: Address) -> None:
-    assert parse_address(text) == address == parse_address(str(address))
-
-
-@pytest.mark.parametrize("text", ["", "host", "host:", "host:65536", "::1:80", "unix:", "http://host:80", "/run/x"])
-def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(UsageError, match="no address for metrics"):
-        parse_address(text)
 
 
 def _samples(text: str) -> Samples:

@@ -11,8 +11,8 @@ from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import connect, fetch
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import QedfsError, UsageError, file_error
-from qedfs.image.boot_profile import FIRST_LINE, MOST_FILE_BYTES, Range, parsed, written
+from qedfs.errors import QedfsError
+from qedfs.image.boot_profile import FIRST_LINE, Range, written
 from qedfs.units import format_size
 
 
@@ -45,15 +45,3 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
         print_json({**shown, "range_count": len(ranges), "size": size})
     else:
         click.echo(f"{file}: {len(ranges)} ranges, {format_size(size)}")
-
-
-def read_profile(path: str) -> tuple[Range, ...]:
-    """The ranges of a profile. Raises UsageError, or Inaccessible."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_FILE_BYTES + 1)
-    except OSError as exc:
-        raise file_error(f"{path}: {exc.strerror}; qedfs profile creates profiles", exc) from exc
-    if len(data) > MOST_FILE_BYTES:
-        raise UsageError(f"{path}: is too large for a profile")
-    return parsed(data.decode(errors="replace"), path)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import logging
 import os
-import re
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from qedfs.control.monitoring.metrics_address import Address
 from qedfs.control.monitoring.metrics_host import hosts_of, is_ours
 from qedfs.control.port import Mounted
 from qedfs.control.socket_file import mark_of, remove_own
@@ -26,48 +25,11 @@ from qedfs.errors import InUse, UsageError
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 MAX_CLIENTS = 16
 MAX_REQUEST_BYTES = 8 << 10
 CLIENT_SECONDS = 10.0  # for one request and its response
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_ADDRESS = re.compile(r"^(?:(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/]*):)?(?P<port>\d{1,5})$")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen: a host and a port, or the path of a Unix socket."""
-
-    host: str = LOOPBACK
-    port: int = 0
-    path: Path | None = None
-
-    def __str__(self) -> str:
-        """The text from which `parse_address` makes this address."""
-        if self.path is not None:
-            return f"unix:{self.path}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def parse_address(text: str) -> Address:
-    """Parse "127.0.0.1:9188", ":9188", "9188", "[::1]:9188" or "unix:/run/metrics". The default host is loopback.
-
-    Raises:
-        UsageError: the text is not an address, or the package prometheus_client is not installed.
-    """
-    if importlib.util.find_spec("prometheus_client") is None:
-        raise UsageError(
-            "--metrics needs the package prometheus_client; install it: apt install python3-prometheus-client, "
-            "or pipx inject qedfs prometheus_client"
-        )
-    if text.startswith("unix:") and len(text) > len("unix:"):
-        return Address(path=Path(text.removeprefix("unix:")).absolute())
-    found = _ADDRESS.match(text)
-    if found is None or int(found["port"]) > 65535:
-        raise UsageError(f"{text!r} is no address for metrics; write 127.0.0.1:9188 or unix:/run/qedfs/metrics")
-    return Address((found["host"] or LOOPBACK).strip("[]"), int(found["port"]))
 
 
 async def serve_metrics(
