@@ -6,12 +6,15 @@ source. The concurrency protocol is at the top of `queue.py`.
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import trio
 
 from qedfs.errors import QedfsError
 from qedfs.fetch.rate_limiter import RateLimiter
+
+log = logging.getLogger(__name__)
 
 
 class Consumer(Protocol):
@@ -78,6 +81,11 @@ class Flight:
         self.overdue = False  # a reader has found it late
         self.rivals: list[trio.CancelScope] = []  # the requests that readers have sent because it is late
         self.holders = 1  # readers, and the flight itself until it has landed
+
+    def fault(self) -> QedfsError:
+        """The error for an unexpected exception, which must fail one flight and not every image of the mount."""
+        log.exception("fetch of %d bytes at %d failed", self.size, self.pos)
+        return QedfsError("internal error, see the log")
 
     def arrive(self) -> None:
         """Wake all waiting readers. Unless it has failed, also cancel the rival requests."""

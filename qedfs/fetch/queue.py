@@ -16,8 +16,7 @@ Concurrency protocol
 - The buffer of a flight returns to the pool when the flight has no readers and consumers left (`Flight.holders`).
 - A background flight may take minutes, on a slow link or because its answer is lost. A reader that finds it late
   (`_late_at`) requests just its own bytes urgently. The first answer wins. Only the flight's bytes are adopted.
-
-Order: a reader's request is sent at once. All others wait for their turn.
+- Order: a reader's request is sent at once. All others wait for their turn.
 
 Memory: the flights of a queue hold at most MOST_HELD_BYTES, whatever the cluster size, and less if other queues need
 the memory (`memory_pool.py`). `bring`, which serves a command of the user, may exceed that by one request. If there is
@@ -30,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import trio
@@ -84,6 +84,12 @@ class FetchQueue:
         self._budget = Budget()
         self._alone = Share(memory_pool.ALONE)
         self._scheduler = Scheduler(self.window, self._budget)
+        self._parted: weakref.WeakSet[Consumer] = weakref.WeakSet()
+
+    def part(self, consumer: Consumer) -> None:
+        """Never hand anything over to this consumer again, not even what is in flight: it does not want it any more."""
+        self._parted.add(consumer)
+        self.consumers = [one for one in self.consumers if one is not consumer]
 
     @property
     def readers(self) -> int:
@@ -427,7 +433,7 @@ class FetchQueue:
         except QedfsError as exc:
             flight.error = exc
         except Exception:
-            flight.error = _fault(flight)
+            flight.error = flight.fault()
         finally:
             consumers = self._arrived(flight)
         for consumer in consumers[1:]:
@@ -456,7 +462,8 @@ class FetchQueue:
         if flight.error is not None:
             # Tell the consumers, which would otherwise request the clusters again at once.
             for consumer in list(flight.consumers):
-                consumer.lost(flight.error)
+                if consumer not in self._parted:
+                    consumer.lost(flight.error)
                 self._budget.leave(flight, consumer)
         if flight.consumers:
             self._scheduler.wake()
@@ -468,10 +475,11 @@ class FetchQueue:
         asked = consumer in flight.askers
         size = flight.size if asked else flight.shares.get(consumer, flight.size)
         try:
-            await consumer.take(flight.pos, flight.buffer, size, asked=asked)
+            if consumer not in self._parted:
+                await consumer.take(flight.pos, flight.buffer, size, asked=asked)
         except Exception:
             # A consumer handles its own failures, so this is a bug. It must affect this flight only.
-            consumer.lost(_fault(flight))
+            consumer.lost(flight.fault())
         finally:
             self._budget.leave(flight, consumer)
             if flight.consumers:
@@ -490,9 +498,3 @@ class FetchQueue:
         flight.holders -= 1
         if flight.holders == 0:
             self._buffers.give(flight.buffer)
-
-
-def _fault(flight: Flight) -> QedfsError:
-    """The error for an unexpected exception, which must fail one flight and not every image of the mount."""
-    log.exception("fetch of %d bytes at %d failed", flight.size, flight.pos)
-    return QedfsError("internal error, see the log")

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -23,9 +23,11 @@ from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
 from qedfs.image.condition import Cause, Condition
+from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.pin import SourceVersion
-from qedfs.image.readahead import Readahead
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
+from qedfs.image.standby import PassThrough
+from qedfs.image.waiting_reads import WaitingReads
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.ranges import Ranges
 from qedfs.overlay.storage import Buffer
@@ -38,9 +40,6 @@ COMMIT_BYTES = 64 << 20  # commit after this much new data: 16 barriers per GiB
 COMMIT_SECONDS = 2.0
 MOST_UNCOMMITTED_BYTES = 256 << 20  # above this, adoption waits for a commit
 NO_SPACE_RETRY_SECONDS = 5.0
-AHEAD_SECONDS = 5.0  # read-ahead fetches at most what the link transfers in this time
-MOST_AHEAD_BYTES = 48 << 20  # and at most this, well below what may wait for one disk (`budget.py`)
-AHEAD_UNKNOWN_BYTES = 2 << 20  # the limit while the rate of the link is unknown
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,12 +80,14 @@ class Image:
         self.source_holes = Ranges()  # L1 indices without a table where the source has a hole; set by the stream
         self.discarded_holes = 0  # bytes of them that were discarded since, and have an entry now
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
-        self._readahead = Readahead()
+        self._ahead = FetchAhead(self)
         self._rmw_budget = RmwBudget(overlay.cluster_size)
         self._committing = False
         self._logged_commit_error = ""  # the error of the last failed commit, to log it only once
-        self._closed = False
-        self._reads: dict[trio.CancelScope, float] = {}  # the reads that wait for the source, and since when
+        self.closed = False
+        self.reads = WaitingReads()
+        self.standby: PassThrough | None = None  # in standby: what reads pass through to
+        self.exchanges = 0  # how many times it has got another source
         self._adopting = 0  # running adoptions
         self._adopted = trio.Event()  # set when the last of them has ended
 
@@ -108,6 +109,8 @@ class Image:
     @property
     def source(self) -> RetryingSource | None:
         """Where its missing bytes come from; None if the overlay was opened without a backing. Images may share it."""
+        if self.standby is not None:
+            return self.standby.remote
         return None if self.fetch is None else self.fetch.remote
 
     @property
@@ -137,8 +140,8 @@ class Image:
         if pos + size > self.size:
             size = max(0, self.size - pos)
         self.counters.read += size
-        if self._readahead.active:
-            self._fetch_ahead(pos, size)
+        if self._ahead.active:
+            self._ahead.fetch(pos, size)
         fast = self.overlay.read_now(pos, size)
         return fast if fast is not None else await self._read_runs(pos, size)
 
@@ -146,7 +149,7 @@ class Image:
         if not size:
             return b""
         runs = await self.overlay.map(pos, size)
-        epoch, discards = self.overlay.epoch, self.overlay.discards
+        epoch, discards, exchanges = self.overlay.epoch, self.overlay.discards, self.exchanges
         if len(runs) == 1 and runs[0].offset > ZERO and size <= MAX_READ_BYTES:
             fast = self.overlay.read_data_now(runs[0].offset, size)
             if fast is not None:
@@ -155,9 +158,9 @@ class Image:
         view = memoryview(buffer)
         missing = [(run.pos, view[run.pos - pos : run.pos - pos + run.size]) for run in runs if run.offset == MISSING]
         # A complete overlay has no entries for former holes of the source. Without a backing they read as zeros.
-        if missing and self.fetch is not None and not self.complete:
-            if not self._readahead.active:
-                self._fetch_ahead(pos, size)
+        if missing and self.source is not None and not self.complete:
+            if not self._ahead.active:
+                self._ahead.fetch(pos, size)
             # Before any wait for the disk. During such a wait the stream could fetch these clusters and adopt them, and
             # then they would cross the wire twice.
             if not await self._read_missing(missing):
@@ -171,7 +174,9 @@ class Image:
             for run in runs:
                 if run.offset > ZERO:
                     await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
-        return buffer if epoch == self.overlay.epoch else await self._read_runs(pos, size)
+        if (epoch, exchanges) != (self.overlay.epoch, self.exchanges):
+            return await self._read_runs(pos, size)
+        return buffer
 
     async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Fill each view with the image's bytes at its position, from the source, and with zeros past the source's end.
@@ -179,52 +184,49 @@ class Image:
         Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
         and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
         """
-        assert self.fetch is not None  # noqa: S101 - for the type checker; callers have checked
-        assert self.version is not None  # noqa: S101 - likewise
-        if (changed := self.version.changed) is not None:
-            raise changed.fresh()
-        if self.version.identity is not None and pieces[0][0] >= self.version.identity.size:
-            return True  # all of it is past the source's end
-        with self._reading() as scope:
-            try:
-                async with self.fetch.waiting():
-                    source_size = (await self.version.check()).size
-                    inside = [(pos, view) for pos, view in pieces if pos < source_size]
-                    for pos, view in inside:
-                        self.counters.missed += len(view)
-                        self.waits.note(pos, len(view))
-                    if inside:
-                        await self.fetch.read(inside, consumer=self if self.copy_on_read else None)
-                        await self.version.check()
-            except QedfsError as exc:
-                if self.complete:
-                    return False
-                self._failed(exc)
-                raise
-        if scope.cancelled_caught:
-            raise SourceUnreachable(f"{self.name}: nobody waits for this read any more")
+        with self.reads.waiting() as read:
+            while True:
+                if (changed := self.changed) is not None:
+                    raise changed.fresh()
+                source, answered = self.exchanges, False
+                try:
+                    with read.attempt():
+                        await self._ask_source(pieces)
+                        answered = True
+                except QedfsError as exc:
+                    if source == self.exchanges:
+                        if self.complete:
+                            return False
+                        self._failed(exc)
+                        raise
+                if read.given_up:
+                    raise SourceUnreachable(f"{self.name}: nobody waits for this read any more")
+                # After an exchange, the old source's bytes must not be answered, and its errors mean nothing.
+                if answered and source == self.exchanges:
+                    return True
+
+    async def _ask_source(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """One attempt of `_read_missing`."""
+        if self.standby is not None:
+            self.counters.missed += sum(len(view) for _, view in pieces)
+            await self.standby.read(pieces)
+            self.condition.clear(Cause.FETCH_FAILED)
+            return
+        fetch, version = self.fetch, self.version
+        assert fetch is not None  # noqa: S101 - for the type checker; callers have checked
+        assert version is not None  # noqa: S101 - likewise
+        if version.identity is not None and pieces[0][0] >= version.identity.size:
+            return  # all of it is past the source's end
+        async with fetch.waiting():
+            source_size = (await version.check()).size
+            inside = [(pos, view) for pos, view in pieces if pos < source_size]
+            for pos, view in inside:
+                self.counters.missed += len(view)
+                self.waits.note(pos, len(view))
+            if inside:
+                await fetch.read(inside, consumer=self if self.copy_on_read else None)
+                await version.check()
         self.condition.clear(Cause.FETCH_FAILED)
-        return True
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as scope:
-            self._reads[scope] = trio.current_time()
-            try:
-                yield scope
-            finally:
-                del self._reads[scope]
-
-    @property
-    def waiting_since(self) -> float | None:
-        """When the oldest read that waits for the source started, by trio's clock; None if no read waits."""
-        return next(iter(self._reads.values()), None)
-
-    def give_up(self, *, since: float) -> None:
-        """Fail the waiting reads that started at `since` or earlier. Bytes in flight are still adopted."""
-        for scope, began in self._reads.items():
-            if began <= since:
-                scope.cancel()
 
     def _failed(self, error: QedfsError) -> None:
         """Record that a fetch has failed."""
@@ -235,53 +237,6 @@ class Image:
     def _note(self, cause: Cause, error: QedfsError) -> None:
         self.condition.note(cause, error)
         self.failures += 1
-
-    def _fetch_ahead(self, pos: int, size: int) -> None:
-        """Start read-ahead for a sequential reader.
-
-        It reaches up to three windows ahead, because a part of them has arrived, but has not been read yet.
-        """
-        identity = self.version.identity if self.version is not None else None
-        if not self.copy_on_read or self.fetch is None or identity is None:
-            return
-        window = self.fetch.window
-        # On a slow link, read-ahead also delays the reader's next request. So limit it to a few seconds.
-        most = int(min(3 * window.bytes, AHEAD_SECONDS * window.rate)) if window.rate else AHEAD_UNKNOWN_BYTES
-        most = min(most, MOST_AHEAD_BYTES)
-        advice = self._readahead.advise(pos, size, most=most, step=window.request_bytes)
-        if advice is None:
-            return
-        start, length = advice[0], min(advice[1], min(self.size, identity.size) - advice[0])
-        if length <= 0:
-            return
-        if self.overlay.is_loaded(start, length):
-            self._start_ahead(start, length)
-        else:
-            self.fetch.nursery.start_soon(self._load_and_start_ahead, start, length)
-
-    async def _load_and_start_ahead(self, pos: int, size: int) -> None:
-        try:
-            await self.overlay.map(pos, size)
-            self._start_ahead(pos, size)
-        except QedfsError as exc:
-            # Nobody waits for these bytes. A reader that needs them gets the same error and reports it.
-            log.debug("%s: no read-ahead at %d: %s", self.name, pos, exc)
-        except Exception:
-            # This task runs in a nursery of the mount. If it raised, a bug here would end every image.
-            log.exception("%s: no read-ahead at %d", self.name, pos)
-
-    def _start_ahead(self, pos: int, size: int) -> None:
-        # The stream may have finished while the map was loaded, so the source may be closed.
-        if self.fetch is None or self._closed or self.complete:
-            return
-        for run in self.overlay.map_now(pos, size) or ():
-            if run.offset == MISSING:
-                first = run.pos // self.overlay.cluster_size
-                count = (run.pos + run.size - 1) // self.overlay.cluster_size - first + 1
-                started = self.fetch.ahead(first, count, consumer=self)
-                if started < count:
-                    self._readahead.fell_short((first + started) * self.overlay.cluster_size, pos + size)
-                    return
 
     # Write.
 
@@ -343,7 +298,7 @@ class Image:
 
     async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
         """Adopt fetched bytes, see `Overlay.adopt`. Errors are recorded, not raised: the reader has its bytes."""
-        if self.changed is not None or self._closed or pos >= self.size or self._too_full():
+        if self.changed is not None or self.closed or pos >= self.size or self._too_full():
             return
         self._adopting += 1
         try:
@@ -353,10 +308,21 @@ class Image:
             if not self._adopting:
                 self._adopted.set()
 
-    async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+    async def _is_current(self) -> bool:
+        """Whether fetched bytes are of the right version, and of the source that the image has after the check."""
+        source = self.exchanges
         try:
             if self.version is not None:
                 await self.version.check()  # again, because the answer may have revealed more about the version
+        except QedfsError:
+            if source == self.exchanges:
+                raise
+        return source == self.exchanges
+
+    async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
+        try:
+            if not await self._is_current():
+                return
             self.condition.clear(Cause.FETCH_FAILED)
             kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
         except NoSpace as exc:
@@ -416,10 +382,12 @@ class Image:
     async def source_size(self) -> int:
         """The size of the source, after the check of its version. Raises the errors of the source."""
         assert self.version is not None  # noqa: S101 - for the type checker; callers have checked
+        source = self.exchanges
         try:
             return (await self.version.check()).size
         except QedfsError as exc:
-            self._failed(exc)
+            if source == self.exchanges:
+                self._failed(exc)
             raise
 
     # Commit and close.
@@ -452,7 +420,7 @@ class Image:
 
     async def run(self) -> None:
         """Commit changes that have become old. Runs until cancelled."""
-        while not self._closed:
+        while not self.closed:
             await trio.sleep(COMMIT_SECONDS)
             if self.overlay.missing is None and not self.overlay.writable:
                 with contextlib.suppress(QedfsError):  # about a bad table, which the first count has reported
@@ -467,9 +435,40 @@ class Image:
         """Drop the backing, after the stream has found no missing cluster. See `Overlay.detach`."""
         await self.overlay.detach()
         self.streaming = False
-        self._readahead.active = False
-        if self.fetch is not None and self in self.fetch.consumers:
-            self.fetch.consumers.remove(self)
+        self._ahead.active = False
+        if self.fetch is not None:
+            self.fetch.part(self)
+
+    def exchange_source(self, fetch: FetchQueue | None, *, standby: PassThrough | None = None) -> RetryingSource | None:
+        """Give the image another source, in one step: `fetch`, or `standby`, in which nothing is kept.
+
+        Returns the old source, which the caller closes. `fetch` must be a new queue with a new source, which the caller
+        has connected and compared (`SourcePool.own_fetch_for`). A queue that is in use could have requests under way,
+        and their bytes are older than this call. From here on:
+
+        - A read that waits for the old source is run again on the new one, and gets no error from the old one.
+        - Nothing that the old source brings is answered or adopted. An adoption that has begun to write goes on.
+        - All that was known of the old source is forgotten: version, holes, extents, sequential readers, troubles.
+
+        The caller deals with what is outside: the job (`StreamJob.poke`), and the pages that the kernel holds
+        (`mount/kernel_pages.py`).
+        """
+        old = self.source
+        self.exchanges += 1
+        if self.fetch is not None:
+            self.fetch.part(self)
+        if self.version is not None:
+            self.version.close()
+        self.fetch, self.standby = fetch, standby
+        self.version = None if fetch is None else SourceVersion(self.name, self.overlay, fetch, self.condition)
+        self.streaming = False
+        self.source_holes = Ranges()
+        self.discarded_holes = 0
+        self._ahead.forget()
+        self.condition.clear(Cause.FETCH_FAILED)
+        self.condition.clear(Cause.SOURCE_CHANGED)
+        self.reads.run_again()
+        return old
 
     async def _remember_version(self) -> None:
         """Store in the overlay what is known about the version of its new clusters, if there are any."""
@@ -483,12 +482,12 @@ class Image:
 
     async def close(self) -> None:
         """Flush and close the overlay, but not the source, which the image does not own."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             if self.version is not None:
                 self.version.close()
-            if self.fetch is not None and self in self.fetch.consumers:
-                self.fetch.consumers.remove(self)
+            if self.fetch is not None:
+                self.fetch.part(self)
             if self._adopting:
                 # A thread may be writing to the overlay. If we closed it now, its clusters would be lost and leak.
                 self._adopted = trio.Event()

@@ -13,6 +13,7 @@ from collections import deque
 
 import trio
 
+from qedfs.errors import SourceUnreachable
 from qedfs.image.image import Image
 from qedfs.source.base import Extent
 
@@ -25,11 +26,24 @@ class MissingRuns:
     """The missing clusters of one image. The methods raise the errors of the source and of the overlay."""
 
     def __init__(self, image: Image) -> None:
-        self.skipped = 0  # bytes of skipped ranges without a table
         self._image = image
+        self._exchanges = image.exchanges  # the source of which all that follows is known
+        self._skipped = 0
         self._extents: deque[Extent] = deque()
-        self._holes = image.source_holes
         self._steps = 0
+
+    @property
+    def skipped(self) -> int:
+        """Bytes of skipped ranges without a table."""
+        self._forget_old_source()
+        return self._skipped
+
+    def _forget_old_source(self) -> None:
+        """Forget what is known of a source that the image does not have any more."""
+        if self._exchanges != self._image.exchanges:
+            self._exchanges = self._image.exchanges
+            self._skipped = 0
+            self._extents.clear()
 
     async def first_from(self, pos: int) -> int | None:
         """The first byte at or after `pos` that needs the source; None if there is none."""
@@ -73,7 +87,7 @@ class MissingRuns:
     def _skip_known_holes(self, cluster: int) -> int:
         """This cluster, or the first one after the known hole that it lies in."""
         entries = self._image.overlay.geometry.entries
-        end = self._holes.end_of(cluster // entries)
+        end = self._image.source_holes.end_of(cluster // entries)
         return cluster if end is None else end * entries
 
     async def _handle_hole(self, first: int, count: int) -> int:
@@ -91,11 +105,12 @@ class MissingRuns:
 
     def _skip(self, index: int, end: int) -> int:
         """Skip absent tables from one L1 index up to another. Returns the cluster where to continue."""
-        geometry = self._image.overlay.geometry
-        end = self._holes.next_from(index, end)  # another walk has skipped those after it
-        self._holes.add(index, end)
+        geometry, holes = self._image.overlay.geometry, self._image.source_holes
+        self._forget_old_source()
+        end = holes.next_from(index, end)  # another walk has skipped those after it
+        holes.add(index, end)
         reach = min(end * geometry.entries, geometry.clusters)
-        self.skipped += (reach - index * geometry.entries) * geometry.cluster_size
+        self._skipped += (reach - index * geometry.entries) * geometry.cluster_size
         return reach
 
     async def _yield_sometimes(self) -> None:
@@ -106,6 +121,7 @@ class MissingRuns:
 
     async def _extent(self, pos: int, source_size: int) -> Extent:
         """The extent of the source that `pos` is in. It starts at or before `pos`."""
+        self._forget_old_source()
         if pos >= source_size:
             return Extent(pos, self._image.size - pos + self._image.overlay.cluster_size, zero=True)
         while self._extents and self._extents[0].pos + self._extents[0].size <= pos:
@@ -116,6 +132,8 @@ class MissingRuns:
             span = self._image.overlay.geometry.l2_span
             size = min(max(EXTENTS_BYTES, 2 * span - pos % span), source_size - pos)
             told = await self._image.fetch.extents(pos, size)
+            if self._exchanges != self._image.exchanges:
+                raise SourceUnreachable(f"{self._image.name}: has another source now")
             self._extents = deque((told or [Extent(pos, size, zero=False)])[:MOST_EXTENTS])
         extent = self._extents[0]
         while extent.zero and len(self._extents) > 1 and self._extents[1].zero:

@@ -16,6 +16,7 @@ import math
 from typing import ClassVar
 
 from qedfs.errors import QedfsError
+from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.job import RETRY_SECONDS, Driver, HoldOff, Job, never
@@ -134,6 +135,15 @@ class StreamJob(Job):
 
     async def work(self) -> bool:
         """Walk until nothing is missing any more; see `Job.work`."""
+        source = self.image.exchanges
+        try:
+            return await self._work()
+        except QedfsError:
+            if source == self.image.exchanges:
+                raise
+        return False  # the error is of a source that the image does not have any more
+
+    async def _work(self) -> bool:
         image, fetch = self.image, self.image.fetch
         if fetch is None:
             return False
@@ -156,7 +166,7 @@ class StreamJob(Job):
                 await self.sleep(pause)
             pause = min(2 * pause, RETRY_SECONDS[1]) if lost else PACE_SECONDS
             kept = image.counters.kept
-            if not self.allowed or self.hold_off():
+            if not self._goes_on(fetch):
                 return False
         await fetch.landed(image)
         self._raise_failure()
@@ -196,7 +206,7 @@ class StreamJob(Job):
             with self.until_poked() as wait:
                 await fetch.turn(first, count, consumer=image)
             self._raise_failure()
-            if not self.allowed or self.hold_off():
+            if not self._goes_on(fetch):
                 return asked
             if wait.cancelled_caught or self._due():
                 continue  # after a command, or because another image has fetched something for this one
@@ -212,6 +222,10 @@ class StreamJob(Job):
                 self.makes_progress()
         self.cursor = 0
         return asked or self._passed_over
+
+    def _goes_on(self, fetch: FetchQueue) -> bool:
+        """Whether a walk that uses this queue may continue."""
+        return self.allowed and fetch is self.image.fetch and not self.hold_off()
 
     def _paced(self, count: int) -> int:
         """How many of `count` clusters one request may fetch at the current limit."""

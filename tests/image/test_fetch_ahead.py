@@ -6,7 +6,8 @@ import pytest
 import trio
 
 from qedfs.fetch import budget
-from qedfs.image import image as image_module
+from qedfs.image import fetch_ahead
+from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.image import Image
 from qedfs.jobs.stream import StreamJob
 from tests.fakes.source import FakeSource
@@ -32,7 +33,7 @@ async def test_it_asks_nothing_once_the_image_is_complete(
         await StreamJob(image).run()
         assert image.complete
         asked = len(source.reads)
-        await image._load_and_start_ahead(*HOLE)  # begun before that, while the map was not loaded
+        await FetchAhead(image).load_and_start(*HOLE)  # begun before that, while the map was not loaded
         assert image.fetch is not None
         assert image.fetch.flights() == []
         assert len(source.reads) == asked
@@ -70,7 +71,7 @@ async def test_what_there_is_no_room_for_is_fetched_later(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "MOST_HELD_BYTES", 4 << 20)
-    monkeypatch.setattr(image_module, "AHEAD_UNKNOWN_BYTES", 24 << 20)
+    monkeypatch.setattr(fetch_ahead, "AHEAD_UNKNOWN_BYTES", 24 << 20)
     source = FakeSource(bytes(b"a" * (32 << 20)))
     async with served(source) as image:
         for pos in range(0, image.size, STEP):
@@ -82,5 +83,5 @@ async def test_what_there_is_no_room_for_is_fetched_later(
 
 async def begin_ahead(image: Image) -> None:
     assert image.fetch is not None
-    image.fetch.nursery.start_soon(image._load_and_start_ahead, *HOLE)
+    image.fetch.nursery.start_soon(FetchAhead(image).load_and_start, *HOLE)
     await trio.sleep(1)
