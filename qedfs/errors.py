@@ -72,6 +72,12 @@ class ReadOnlyOverlay(QedfsError):
     exit_code: ClassVar[int] = 1
 
 
+class InStandby(QedfsError):
+    """The image is in standby: it takes no writes, and keeps nothing of its source, until it is activated."""
+
+    errno: ClassVar[int] = _errno.EROFS
+
+
 class SourceError(QedfsError):
     """The source gave an unusable answer that a retry will not change (404, bad range)."""
 

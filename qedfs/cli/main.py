@@ -22,6 +22,7 @@ from qedfs.errors import UsageError
 
 # Command -> its module in `cli/commands/`, and what it is called there.
 COMMANDS = {
+    "activate": ("activate", "activate"),
     "check": ("check", "check"),
     "create": ("create", "create"),
     "doctor": ("doctor", "doctor"),

@@ -17,6 +17,8 @@ class MountArguments:
     read_only: bool
     stream: str  # eager, idle or off
     copy_on_read: bool | None
+    standby: bool
+    standby_writes: str  # refuse, hold or activate
     stream_between: str | None
     stream_delay: str | None
     limit: int

@@ -28,6 +28,8 @@ def check_options(arguments: MountArguments) -> None:
         raise UsageError("--until-streamed would wait for ever under --stream off; give one of them")
     if arguments.read_only and (arguments.until_streamed or arguments.copy_on_read):
         raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
+    if arguments.standby and arguments.read_only:
+        raise UsageError("--standby is recorded in the overlay, which --read-only does not allow; omit one of them")
     if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
         raise UsageError("--profile fetches clusters, and nothing would be kept; omit it")
 

@@ -23,6 +23,7 @@ from qedfs.cli.ui.output import console
 from qedfs.control.monitoring.metrics_address import parse_address
 from qedfs.control.port import Mounted
 from qedfs.host.runtime import journal_folder
+from qedfs.image.write_gate import Writes
 from qedfs.jobs.rules import Rules, parse_between, parse_delay
 from qedfs.mount.clock import LoopClock
 from qedfs.mount.options import Options
@@ -99,6 +100,8 @@ async def _serve_with_bars(arguments: MountArguments, readiness: Readiness, term
             rules=_rules(arguments),
             read_only=arguments.read_only,
             copy_on_read=arguments.copy_on_read,
+            standby=arguments.standby,
+            standby_writes=Writes(arguments.standby_writes),
             limit=arguments.limit,
             limit_total=arguments.limit_total,
             profile=() if arguments.profile is None else read_profile(arguments.profile),

@@ -17,6 +17,7 @@ _ENDED = frozenset({*STOPPED, BROKEN})
 HELD_STATES = {
     "off": "is not being streamed; qedfs stream start would begin it",
     "paused": "is paused",
+    "standby": "is in standby and keeps nothing until qedfs activate",
     "waiting": "is waiting",
 }
 

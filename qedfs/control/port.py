@@ -92,6 +92,13 @@ class Mounted(Protocol):
         """The limit of all images together."""
         ...
 
+    async def activate(self, served: ServedImage, *, dry: bool = False) -> None:
+        """End the standby of an image; `dry`: only find out whether that would work. Does nothing if it is active.
+
+        Raises a QedfsError if it cannot be activated, and then it is in standby.
+        """
+        ...
+
     async def rescan(self) -> None:
         """Scan the folder again. Raises QedfsError."""
         ...

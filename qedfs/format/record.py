@@ -1,8 +1,8 @@
 """The private record that qedfs stores in the header clusters, in bytes that QEMU never reads.
 
 Owns the two slots, their checksum and the fields of the record: the session that has the overlay open, the version of
-the source that its clusters come from (the pin), the times of the image, and the settings that outlive a mount. A
-record that is missing, torn or not ours is never an error. It counts as no record.
+the source that its clusters come from (the pin), the times of the image, whether it is in standby, and the settings
+that outlive a mount. A record that is missing, torn or not ours is never an error. It counts as no record.
 
 The two slots are written in turn. If a power cut tears one, the other still holds the previous record. Losing the pin
 would allow the overlay to be filled from two versions of a source. The slots are at the end of the header clusters.
@@ -13,6 +13,7 @@ destroys the record there, which the checksum detects.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import re
@@ -59,6 +60,21 @@ class Pin:
     called: str = ""
 
 
+class Standby(enum.StrEnum):
+    """Where an overlay is on its way from standby, in which nothing of its source is kept, to a disk of its own."""
+
+    NEVER = ""  # it was not made or mounted for standby
+    WAITING = "waiting"  # in standby: another program may still change the source
+    EMPTYING = "emptying"  # on the way back to standby: its clusters are being dropped
+    REVOCABLE = "revocable"  # it was activated, and no guest has written since
+    ACTIVE = "active"  # it was activated, and holds what guests have written
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing of the source may be kept."""
+        return self in (Standby.WAITING, Standby.EMPTYING)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """What qedfs stores inside the overlay. `session` is hex, and empty while the overlay is not mounted.
@@ -77,6 +93,7 @@ class Record:
     journal: str = ""
     times: tuple[int, int] | None = None
     written: bool = False
+    standby: Standby = Standby.NEVER
 
 
 def digest(text: str) -> str:
@@ -167,7 +184,12 @@ def _text(record: Record) -> bytes:
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
-    for name in ("journal", "times", "written"):  # older versions of qedfs reject a record with a field they don't know
+    for name in (
+        "journal",
+        "times",
+        "written",
+        "standby",
+    ):  # older versions of qedfs reject a record with a field they don't know
         if not fields[name]:
             del fields[name]
     if record.pin is not None:
@@ -181,10 +203,12 @@ def _from_json(fields: object, sequence: int) -> Record:
         case {"session": str(session), "pin": pin, "copy_on_read": bool(copy_on_read), "paused": bool(paused), **rest}:
             journal = rest.pop("journal", "")
             times, written = _times_from_json(rest.pop("times", None)), rest.pop("written", False)
+            standby = Standby(str(rest.pop("standby", "")))  # ValueError for another one, as below
             if rest or not isinstance(written, bool):
                 raise ValueError("not a record of this version")
             if _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
-                return Record(session, _pin_from_json(pin), copy_on_read, paused, sequence, journal, times, written)
+                known = _pin_from_json(pin)
+                return Record(session, known, copy_on_read, paused, sequence, journal, times, written, standby)
     raise ValueError("not a record of this version")
 
 

@@ -44,7 +44,7 @@ class FetchAhead:
         """
         image = self._image
         identity = image.version.identity if image.version is not None else None
-        if not image.copy_on_read or image.fetch is None or identity is None:
+        if not image.copy_on_read or image.in_standby or image.fetch is None or identity is None:
             return
         window = image.fetch.window
         # On a slow link, read-ahead also delays the reader's next request. So limit it to a few seconds.

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
 
 import trio
 
@@ -24,10 +23,11 @@ from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
 from qedfs.image.condition import Cause, Condition
 from qedfs.image.fetch_ahead import FetchAhead
+from qedfs.image.missing_reads import MissingReads
 from qedfs.image.pin import SourceVersion
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
 from qedfs.image.standby import PassThrough
-from qedfs.image.waiting_reads import WaitingReads
+from qedfs.image.write_gate import WriteGate
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.ranges import Ranges
 from qedfs.overlay.storage import Buffer
@@ -62,8 +62,19 @@ class Counters:
 class Image:
     """One served image. Positions and sizes are in bytes of the image. Also the `Consumer` of its fetch queue."""
 
-    def __init__(self, name: str, overlay: Overlay, fetch: FetchQueue | None, *, copy_on_read: bool = True) -> None:
-        """`fetch`: None for an overlay without backing. `copy_on_read`: keep what is fetched for readers."""
+    def __init__(
+        self,
+        name: str,
+        overlay: Overlay,
+        fetch: FetchQueue | None,
+        *,
+        copy_on_read: bool = True,
+        standby: tuple[PassThrough, WriteGate] | None = None,
+    ) -> None:
+        """`fetch`: None for an overlay without backing, and in standby. `copy_on_read`: keep what readers ask for.
+
+        `standby`: what it reads from, and what becomes of writes, until it is activated.
+        """
         self.name = name
         self.overlay = overlay
         self.fetch = fetch
@@ -85,11 +96,25 @@ class Image:
         self._committing = False
         self._logged_commit_error = ""  # the error of the last failed commit, to log it only once
         self.closed = False
-        self.reads = WaitingReads()
-        self.standby: PassThrough | None = None  # in standby: what reads pass through to
+        self.reads = MissingReads(self)
+        # In standby: what reads pass through to, and the gate. Without a gate, writes and adoptions are allowed.
+        self.standby: PassThrough | None = None if standby is None else standby[0]
+        self.gate: WriteGate | None = None if standby is None else standby[1]
         self.exchanges = 0  # how many times it has got another source
         self._adopting = 0  # running adoptions
         self._adopted = trio.Event()  # set when the last of them has ended
+
+    @property
+    def in_standby(self) -> bool:
+        """Whether it takes no writes and keeps nothing of its source, because another program may still change that."""
+        return self.gate is not None
+
+    def open_gate(self) -> None:
+        """End the standby: allow writes, also those that wait, and adoptions. The record must say so already."""
+        if self.gate is not None:
+            self.overlay.times.may_move = False  # so that the first write is noted in the record
+            self.gate.open()
+            self.gate = None
 
     @property
     def complete(self) -> bool:
@@ -163,7 +188,7 @@ class Image:
                 self._ahead.fetch(pos, size)
             # Before any wait for the disk. During such a wait the stream could fetch these clusters and adopt them, and
             # then they would cross the wire twice.
-            if not await self._read_missing(missing):
+            if not await self.reads.fill(missing):
                 return await self._read_runs(pos, size)
             if discards != self.overlay.discards:
                 runs = await self.overlay.map(pos, size)
@@ -178,57 +203,19 @@ class Image:
             return await self._read_runs(pos, size)
         return buffer
 
-    async def _read_missing(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """Fill each view with the image's bytes at its position, from the source, and with zeros past the source's end.
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest request began that waits for the source or the gate, by trio's clock; None if none does."""
+        held = None if self.gate is None else self.gate.waiting.since
+        return min((since for since in (self.reads.waiting.since, held) if since is not None), default=None)
 
-        Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
-        and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
-        """
-        with self.reads.waiting() as read:
-            while True:
-                if (changed := self.changed) is not None:
-                    raise changed.fresh()
-                source, answered = self.exchanges, False
-                try:
-                    with read.attempt():
-                        await self._ask_source(pieces)
-                        answered = True
-                except QedfsError as exc:
-                    if source == self.exchanges:
-                        if self.complete:
-                            return False
-                        self._failed(exc)
-                        raise
-                if read.given_up:
-                    raise SourceUnreachable(f"{self.name}: nobody waits for this read any more")
-                # After an exchange, the old source's bytes must not be answered, and its errors mean nothing.
-                if answered and source == self.exchanges:
-                    return True
+    def give_up(self, *, since: float) -> None:
+        """Fail the waiting requests that began at `since` or earlier. Bytes in flight are still adopted."""
+        self.reads.waiting.give_up(since=since)
+        if self.gate is not None:
+            self.gate.waiting.give_up(since=since)
 
-    async def _ask_source(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        """One attempt of `_read_missing`."""
-        if self.standby is not None:
-            self.counters.missed += sum(len(view) for _, view in pieces)
-            await self.standby.read(pieces)
-            self.condition.clear(Cause.FETCH_FAILED)
-            return
-        fetch, version = self.fetch, self.version
-        assert fetch is not None  # noqa: S101 - for the type checker; callers have checked
-        assert version is not None  # noqa: S101 - likewise
-        if version.identity is not None and pieces[0][0] >= version.identity.size:
-            return  # all of it is past the source's end
-        async with fetch.waiting():
-            source_size = (await version.check()).size
-            inside = [(pos, view) for pos, view in pieces if pos < source_size]
-            for pos, view in inside:
-                self.counters.missed += len(view)
-                self.waits.note(pos, len(view))
-            if inside:
-                await fetch.read(inside, consumer=self if self.copy_on_read else None)
-                await version.check()
-        self.condition.clear(Cause.FETCH_FAILED)
-
-    def _failed(self, error: QedfsError) -> None:
+    def failed(self, error: QedfsError) -> None:
         """Record that a fetch has failed."""
         if isinstance(error, SourceChanged) and self.version is not None:
             self.version.refuse(error)
@@ -252,7 +239,9 @@ class Image:
             if inside <= 0:
                 raise NoSpace(f"{self.name}: write past the end of the image")
             data = memoryview(data)[:inside]
-        if not self.overlay.write_now(pos, data):
+        if not self.overlay.write_now(pos, data):  # which it never does in standby, as there the times may not move
+            if self.gate is not None:
+                await self.gate.passed()
             taken = RmwReservation(self._rmw_budget)
             try:
                 await self.overlay.write(pos, data, functools.partial(self._fill, taken))
@@ -277,7 +266,7 @@ class Image:
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)
-        if not await self._read_missing([(pos, memoryview(buffer)[:size])]):
+        if not await self.reads.fill([(pos, memoryview(buffer)[:size])]):
             return bytes(len(buffer))  # missing clusters of a complete image read as zeros
         return buffer
 
@@ -330,7 +319,7 @@ class Image:
             self._note(Cause.NO_SPACE, exc)
             return
         except SourceError as exc:
-            self._failed(exc)
+            self.failed(exc)
             return
         except Exception as exc:
             if not isinstance(exc, QedfsError):
@@ -355,7 +344,7 @@ class Image:
     def lost(self, error: QedfsError) -> None:
         """Record that a flight for this image has failed."""
         if not self.complete:
-            self._failed(error)
+            self.failed(error)
 
     def _too_full(self) -> bool:
         if trio.current_time() - self._full_at >= NO_SPACE_RETRY_SECONDS:
@@ -387,7 +376,7 @@ class Image:
             return (await self.version.check()).size
         except QedfsError as exc:
             if source == self.exchanges:
-                self._failed(exc)
+                self.failed(exc)
             raise
 
     # Commit and close.
@@ -467,7 +456,7 @@ class Image:
         self._ahead.forget()
         self.condition.clear(Cause.FETCH_FAILED)
         self.condition.clear(Cause.SOURCE_CHANGED)
-        self.reads.run_again()
+        self.reads.waiting.run_again()
         return old
 
     async def _remember_version(self) -> None:

@@ -131,9 +131,16 @@ class SourceVersion:
                 if found == pin:
                     return identity
         # Even without copy-on-read: the stream and partial writes keep what they fetch.
-        if overlay.writable:
+        if overlay.writable and not overlay.record.standby.waits:
             await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
         return identity
+
+    @property
+    def pin(self) -> Pin | None:
+        """What to store about the version that was compared last; None if none was. Without samples."""
+        if self.identity is None:
+            return None
+        return _pin(digest(self._overlay.backing or ""), self.identity, self._fetch.remote.pinning.called)
 
     async def _difference(self, pin: Pin, found: Pin) -> str:
         """How the source differs from the pinned version, in words; "" if it is the same version."""

@@ -15,6 +15,8 @@ async def make_zeros(image: Image, pos: int, size: int) -> None:
 
     Raises what `Image.write` raises. Some of the range may read as zeros then.
     """
+    if image.gate is not None:
+        await image.gate.passed()
     cluster_size, clusters = image.overlay.cluster_size, image.overlay.geometry.clusters
     end = min(pos + size, image.size)
     first = -(-pos // cluster_size)

@@ -197,6 +197,10 @@ class Job(abc.ABC):
         self._command(Event.PAUSE)
         await self.remember_pause(paused=True)
 
+    def hold(self) -> None:
+        """Pause the job as the record says that the user has done. Nothing is stored."""
+        self._command(Event.PAUSE)
+
     async def resume(self) -> None:
         """Continue after a pause, or after a failure that holds the job."""
         self._hindrance = None

@@ -52,11 +52,11 @@ async def release_abandoned_reads(
             left = [one for one in waiting if one.name in inodes and one.name not in held]
         for served in left:
             if served.image is not None:
-                served.image.reads.give_up(since=began)
+                served.image.give_up(since=began)
 
 
 def _waits(served: Served) -> bool:
-    since = None if served.image is None else served.image.reads.since
+    since = None if served.image is None else served.image.waiting_since
     return since is not None and trio.current_time() - since >= LOOK_SECONDS
 
 

@@ -146,6 +146,8 @@ class Operations(FileSystem):
         if served.image is None or changes(self._attributes(served), attr, fields):
             raise FUSEError(errno.EPERM)
         if fields.update_mtime:
+            if served.image.gate is not None:
+                await served.image.gate.passed()
             await served.image.overlay.set_modified(attr.st_mtime_ns)
         return await self.getattr(inode)
 
@@ -161,8 +163,7 @@ class Operations(FileSystem):
             # With this flag no setattr follows: after a success the kernel assumes an empty image.
             raise FUSEError(errno.EPERM)
         self._images[inode] = served.image
-        served.note_open()
-        return FileInfo(fh=inode, keep_cache=True)
+        return FileInfo(fh=inode, keep_cache=served.note_open())
 
     @total
     async def release(self, fh: int) -> None:

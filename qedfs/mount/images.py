@@ -11,24 +11,37 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.jobs.idle import Idle, Pressure
+from qedfs.mount.cut_over import CutOver, DropPages
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.opener import Opener
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
+from qedfs.mount.served import Served
 from qedfs.mount.source_pool import SourcePool
 from qedfs.mount.supervisor import Supervisor
+
+
+async def no_pages(_: Served) -> None:
+    """Without a mount, the kernel has no pages."""
 
 
 class Images:
     """All that one mount serves. `registry`: the overlays and images. `sources`: what they are filled from."""
 
     def __init__(
-        self, source: str, options: Options, nursery: trio.Nursery, *, forget: Callable[[str], None] = lambda _: None
+        self,
+        source: str,
+        options: Options,
+        nursery: trio.Nursery,
+        *,
+        forget: Callable[[str], None] = lambda _: None,
+        drop_pages: DropPages = no_pages,
     ) -> None:
         """`source`: a folder of overlays, or one overlay file. `nursery` runs the tasks of images and connections.
 
-        `forget`: called with the name of an image that is removed, which the kernel may have cached.
+        `forget`: called with the name of an image that is removed, which the kernel may have cached. `drop_pages`: lets
+        the kernel drop the pages of an image.
 
         Raises:
             UsageError: `source` cannot be opened.
@@ -46,7 +59,8 @@ class Images:
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
-        self._supervisor = Supervisor(self.folder, opener, options.profile, nursery)
+        self.cut_over = CutOver(self.sources, images, options, drop_pages)
+        self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activate)
         self.registry = Registry(self.folder, opener, self._supervisor, forget)
 
     async def close(self) -> list[QedfsError]:

@@ -17,6 +17,8 @@ from qedfs.errors import BadOverlay, Inaccessible, NoMemory, QedfsError
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.image import Image
+from qedfs.image.standby_record import put_in_standby
+from qedfs.image.write_gate import WriteGate
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 from qedfs.mount.open_images import OpenImages
@@ -65,7 +67,14 @@ class Opener:
         overlay = await self._open_overlay(path, is_new=is_new)
         try:
             self._check_clusters(path, overlay)
-            fetch = await self._sources.fetch_for(overlay, overlays=len(self._images) + 1)
+            if self._options.standby:
+                await put_in_standby(path, overlay)
+            fetch, standby = None, None
+            if overlay.backing is not None and overlay.record.standby.waits:
+                through = await self._sources.pass_through_for(overlay, overlays=len(self._images) + 1)
+                standby = through, WriteGate(name, self._options.standby_writes)
+            else:
+                fetch = await self._sources.fetch_for(overlay, overlays=len(self._images) + 1)
         except BaseException:
             # Even if cancelled: the locks of an open descriptor would keep the overlay in use.
             with trio.CancelScope(shield=True):
@@ -73,8 +82,9 @@ class Opener:
             raise
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
-        image = Image(name, overlay, fetch, copy_on_read=keep)
-        stream = StreamJob(image, enabled=options.stream, limit=options.limit, hold_off=self._hold_off)
+        image = Image(name, overlay, fetch, copy_on_read=keep, standby=standby)
+        enabled = options.stream and not image.in_standby
+        stream = StreamJob(image, enabled=enabled, limit=options.limit, hold_off=self._hold_off)
         self._images.add(image)
         return image, ImageJobs(stream)
 

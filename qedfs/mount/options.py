@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from qedfs.image.boot_profile import Range
+from qedfs.image.write_gate import Writes
 from qedfs.jobs.rules import Rules
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.pinning import USUAL, Pinning
@@ -21,6 +22,8 @@ class Options:
     rules: Rules = dataclasses.field(default_factory=Rules)
     read_only: bool = False  # open the overlays read-only
     copy_on_read: bool | None = None  # None: as the overlay says
+    standby: bool = False  # put empty overlays in standby; those that are in standby stay there without it
+    standby_writes: Writes = Writes.REFUSE
     limit: int = 0  # bytes per second and image, 0 for none
     limit_total: int = 0  # bytes per second of all images together, 0 for none
     profile: tuple[Range, ...] = ()  # to populate first

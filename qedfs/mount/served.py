@@ -35,6 +35,9 @@ class Served:
     closes: int = 0  # of descriptors of these opens: one open() may result in several descriptors
     removed: bool = False  # from the folder; the image lives on while it is open
     transient: bool = False  # the refusal may end without any change of the file
+    stale_pages: bool = False  # the kernel may hold pages of the time before the image was activated
+    fresh_opens: int = 0  # opens at which the kernel has dropped its pages
+    cut_over: trio.Lock = dataclasses.field(default_factory=trio.Lock)  # held while it is activated, or the reverse
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
 
     @property
@@ -75,9 +78,12 @@ class Served:
 
     # What the kernel reports of open files.
 
-    def note_open(self) -> None:
-        """FUSE_OPEN: one more open()."""
+    def note_open(self) -> bool:
+        """FUSE_OPEN: one more open(). Returns whether the kernel may keep the pages that it has of the image."""
         self.opens += 1
+        keep = not (self.stale_pages or (self.image is not None and self.image.in_standby))
+        self.fresh_opens += not keep
+        return keep
 
     def note_close(self) -> None:
         """FUSE_FLUSH: a descriptor was closed; its open() may have others."""

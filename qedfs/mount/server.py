@@ -16,7 +16,7 @@ import trio
 
 from qedfs.control.monitoring.metrics_address import Address
 from qedfs.control.monitoring.metrics_server import serve_metrics
-from qedfs.control.port import Mounted
+from qedfs.control.port import Mounted, ServedImage
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
@@ -28,6 +28,7 @@ from qedfs.mount.abandoned_reads import release_abandoned_reads
 from qedfs.mount.fuse import Operations, forget_name
 from qedfs.mount.fuse_session import FuseSession
 from qedfs.mount.images import Images
+from qedfs.mount.kernel_pages import KernelPages
 from qedfs.mount.kernel_tuning import tune
 from qedfs.mount.mountpoint import check_mountpoint
 from qedfs.mount.notify import Notifier
@@ -92,6 +93,13 @@ class Mount:
         """Scan the folder again. Raises QedfsError."""
         await self.images.registry.rescan()
 
+    async def activate(self, served: ServedImage, *, dry: bool = False) -> None:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None:
+            raise QedfsError(f"{served.name}: is not there any more")
+        await (self.images.cut_over.check(found) if dry else self.images.cut_over.activate(found))
+
     def quit(self, failure: QedfsError | None = None) -> None:
         """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure
@@ -127,10 +135,12 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
     async with trio.open_nursery() as nursery:
         # Tasks of this nursery run until the overlays are closed.
         nursery.start_soon(notifier.watchdog)
-        images = Images(settings.source, settings.options, nursery, forget=forget_name)
+        session = FuseSession(settings.mountpoint)
+        pages = KernelPages(session.mountpoint)
+        images = Images(settings.source, settings.options, nursery, forget=forget_name, drop_pages=pages.drop)
         try:
             await images.registry.scan()
-            mount = Mount(images, FuseSession(settings.mountpoint))
+            mount = Mount(images, session)
             await nursery.start(stop_on_signal, mount.quit)
             nursery.start_soon(dump_on_signal, mount.fetches)
             await _serve_mounted(mount, settings, home / SOCKET_NAME, ready, notifier)

@@ -1,6 +1,7 @@
 """The sources that the images of one mount share, each with its fetch queues.
 
-Owns a source from the first overlay that needs it to the last. Must not know which images exist.
+Owns a source from the first overlay that needs it to the last. Must not know which images exist. An image in standby
+has a source of its own, and so has one that was activated: it must not get what another image has asked for before.
 
 The policy is applied as soon as an overlay appears, so that a refusal shows in status and in the log. The source
 applies it again before it opens anything, so this first check may be abandoned: the path of a local backing may lead
@@ -9,6 +10,7 @@ to a dead file server, which must not delay the other images.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import trio
@@ -19,12 +21,13 @@ from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
+from qedfs.image.standby import DEADLINE_SECONDS, PassThrough
 from qedfs.mount.fuse_init import background_limit
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.circuit_breaker import ReaderSlots
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
 from qedfs.source.open import allowed, remote_source
-from qedfs.source.pinning import USUAL, Pinning
+from qedfs.source.pinning import USUAL, By, Pinning
 from qedfs.source.policy import Policy
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import Location, parse_location
@@ -32,6 +35,9 @@ from qedfs.source.url import Location, parse_location
 CHECK_SECONDS = 1.0  # for all first policy checks of one scan together
 PAST_FETCHES = 16
 FREE_SHARE = 8  # at most 1/8 of the memory for fetched bytes may be free buffers
+
+# URL, whether the backing is raw, and 0 for a source that overlays share, or else the number of one that they do not
+Place = tuple[str, bool, int]
 
 
 class SourcePool:
@@ -59,12 +65,13 @@ class SourcePool:
         self._pinning = pinning
         self._nursery = nursery
         self._check_seconds_left = CHECK_SECONDS
-        self._remotes: dict[tuple[str, bool], RetryingSource] = {}
+        self._remotes: dict[Place, RetryingSource] = {}
+        self._own = itertools.count(1)
         self._slots = ReaderSlots(background_limit())  # of the readers of all sources together
         self.buffers = BufferPool(
             min(MOST_BYTES, memory_pool.FETCHED.most_bytes // FREE_SHARE)
         )  # of all queues together
-        self._fetches: dict[tuple[str, bool, int], FetchQueue] = {}
+        self._fetches: dict[tuple[str, bool, int, int], FetchQueue] = {}
         self._past_fetches: deque[FetchQueue] = deque(maxlen=PAST_FETCHES)
 
     def fetches(self) -> list[FetchQueue]:
@@ -90,31 +97,65 @@ class SourcePool:
         """
         if overlay.backing is None:
             return None
+        location = await self._location(overlay)
+        # If one overlay uses a URL as raw and another one probes its format, these are two sources.
+        place = (location.secret_url, not overlay.probes_backing, 0)
+        if place not in self._remotes:
+            check_room(overlays, self.count + 1)
+            self._remotes[place] = self._source(location, overlay, self._deadline_seconds, self._pinning)
+        return self._fetch(place, overlay)
+
+    async def own_fetch_for(self, overlay: Overlay, *, overlays: int) -> FetchQueue:
+        """A new queue with a new source for an overlay's backing, shared with nobody. Not connected yet.
+
+        `release` closes it. Raises what `fetch_for` raises.
+        """
+        location = await self._location(overlay)
+        check_room(overlays, self.count + 1)
+        place = (location.secret_url, not overlay.probes_backing, next(self._own))
+        self._remotes[place] = self._source(location, overlay, self._deadline_seconds, self._pinning)
+        return self._fetch(place, overlay)
+
+    async def pass_through_for(self, overlay: Overlay, *, overlays: int) -> PassThrough:
+        """What an overlay in standby reads from, shared with nobody. Raises what `fetch_for` raises."""
+        location = await self._location(overlay)
+        check_room(overlays, self.count + 1)
+
+        def make() -> RetryingSource:
+            place = (location.secret_url, not overlay.probes_backing, next(self._own))
+            seconds = min(self._deadline_seconds, DEADLINE_SECONDS)
+            made = self._remotes[place] = self._source(location, overlay, seconds, Pinning(By.NONE))
+            return made
+
+        return PassThrough(make, self.release_soon)
+
+    async def _location(self, overlay: Overlay) -> Location:
         try:
-            location = parse_location(overlay.backing, relative_to=self._root)
+            location = parse_location(overlay.backing or "", relative_to=self._root)
         except UsageError as exc:  # said of what a user types; here it is a text in a file
             raise SourceError(str(exc)) from exc
         await self._check_policy(location)
-        # If one overlay uses a URL as raw and another one probes its format, these are two sources.
-        place = (location.secret_url, not overlay.probes_backing)
-        remote = self._remotes.get(place)
-        if remote is None:
-            check_room(overlays, self.count + 1)
-            remote = remote_source(
-                location,
-                self._policy,
-                self._nursery,
-                deadline_seconds=self._deadline_seconds,
-                raw=place[1],
-                pinning=self._pinning,
-                slots=self._slots,
-                credentials=self._credentials,
-            )
-            self._remotes[place] = remote
+        return location
+
+    def _source(
+        self, location: Location, overlay: Overlay, deadline_seconds: float, pinning: Pinning
+    ) -> RetryingSource:
+        return remote_source(
+            location,
+            self._policy,
+            self._nursery,
+            deadline_seconds=deadline_seconds,
+            raw=not overlay.probes_backing,
+            pinning=pinning,
+            slots=self._slots,
+            credentials=self._credentials,
+        )
+
+    def _fetch(self, place: Place, overlay: Overlay) -> FetchQueue:
         key = (*place, overlay.cluster_size)
         if key not in self._fetches:
             self._fetches[key] = FetchQueue(
-                remote, overlay.cluster_size, self._nursery, buffers=self.buffers, total=self.total
+                self._remotes[place], overlay.cluster_size, self._nursery, buffers=self.buffers, total=self.total
             )
         return self._fetches[key]
 
@@ -131,6 +172,10 @@ class SourcePool:
         for key in [key for key, known in self._fetches.items() if known.remote is remote]:
             self._past_fetches.append(self._fetches.pop(key))
         await remote.aclose()
+
+    def release_soon(self, remote: RetryingSource) -> None:
+        """Like `release`, without waiting for it: a connection to a server that hangs takes a while to close."""
+        self._nursery.start_soon(self.release, remote)
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -7,7 +7,7 @@ how overlays are found.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
@@ -21,6 +21,7 @@ from qedfs.jobs.state import State
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.served import Served
+from qedfs.source.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +32,39 @@ MAX_CLOSING = 16  # overlays that are closed at the same time, so that the disk 
 class Supervisor:
     """The tasks of the images of one mount."""
 
-    def __init__(self, folder: OverlayFolder, opener: Opener, profile: Sequence[Range], nursery: trio.Nursery) -> None:
-        """`profile`: ranges to populate first. `nursery` runs the tasks."""
+    def __init__(
+        self,
+        folder: OverlayFolder,
+        opener: Opener,
+        profile: Sequence[Range],
+        nursery: trio.Nursery,
+        activate: Callable[[Served], Awaitable[None]],
+    ) -> None:
+        """`profile`: ranges to populate first. `nursery` runs the tasks. `activate`: ends the standby of an image."""
         self._folder = folder
         self._opener = opener
         self._profile = profile
         self._nursery = nursery
+        self._activate = activate
         self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
         self.ending = 0  # images that are being closed because their overlay was removed
 
     def start(self, served: Served) -> None:
         """Run the tasks of an image."""
+        if served.image is not None and served.image.gate is not None:
+            served.image.gate.activate = self._activation(served).result
         self._nursery.start_soon(self._run, served)
+
+    def _activation(self, served: Served) -> SingleFlight[None]:
+        """What a write does that activates its image. Writes that come together activate it once, or fail together."""
+
+        async def activate() -> None:
+            await self._activate(served)
+
+        def ended() -> QedfsError:
+            return QedfsError(f"{served.name}: the mount has ended")
+
+        return SingleFlight(self._nursery, activate, name=f"{served.name}: cannot be activated", cancelled=ended)
 
     async def end(self, served: Served) -> None:
         """Stop the tasks of an image whose overlay was removed from the folder, and close it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import tempfile
@@ -10,7 +11,7 @@ import tempfile
 from qedfs.errors import BadOverlay, NoSpace, UsageError, file_error
 from qedfs.format.geometry import Geometry, round_up
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, MAX_BACKING_NAME, NO_PROBE, Header
-from qedfs.format.record import SLOT_BYTES, Record, encode_record, slot_index, slot_offsets
+from qedfs.format.record import SLOT_BYTES, Pin, Record, Standby, digest, encode_record, slot_index, slot_offsets
 from qedfs.host.durable import sync_folder
 
 
@@ -24,13 +25,16 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     table_size: int = 4,
     copy_on_read: bool = True,
     private: bool = False,
+    standby: bool = False,
+    source_size: int | None = None,
 ) -> Header:
     """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
 
     The image size is rounded up to a multiple of 512, as in QEMU. The file appears atomically, so a mounted folder
     never shows an incomplete one. Once this function has returned, the file survives a power cut. The default geometry
     is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them. `private`: only the
-    owner may read and write the file, whatever the umask allows.
+    owner may read and write the file, whatever the umask allows. `standby`: mounts keep nothing of the backing until
+    the overlay is activated. The backing must have `source_size` bytes then, unless that is None.
 
     Raises:
         UsageError: the file exists, its folder does not, or the geometry or the backing's name is invalid.
@@ -39,9 +43,12 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     """
     name = encode_backing_name(backing or "")
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
-    record = encode_record(Record(copy_on_read=copy_on_read))
+    record = Record(copy_on_read=copy_on_read)
+    if standby:
+        pin = None if source_size is None else Pin(digest(backing or ""), source_size)
+        record = dataclasses.replace(record, standby=Standby.WAITING, pin=pin)
     try:
-        _write_new(path, header, name, record, 0o600 if private else 0o666)
+        _write_new(path, header, name, encode_record(record), 0o600 if private else 0o666)
     except FileExistsError as exc:
         raise already_exists(path) from exc
     except OSError as exc:

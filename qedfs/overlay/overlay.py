@@ -212,6 +212,10 @@ class Overlay:
         """
         await self._session.change_record(change)
 
+    async def ready(self) -> None:
+        """Start the session, if the disk was full at the opening. Raises NoSpace if it still is."""
+        await self._session.ready()
+
     # Read.
 
     def read_now(self, pos: int, size: int) -> memoryview | None:

@@ -20,7 +20,7 @@ from qedfs.format.header import (
     decode_backing_name,
     decode_header,
 )
-from qedfs.format.record import SLOT_BYTES, Record, decode_record, encode_record, slot_index, slot_offsets
+from qedfs.format.record import SLOT_BYTES, Record, Standby, decode_record, encode_record, slot_index, slot_offsets
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.times import times_at_open
 
@@ -182,12 +182,13 @@ class Session:
         self.record = record
 
     def let_times_move(self) -> None:
-        """Record that a guest is about to write.
+        """Record that a guest is about to write. From then on, what was activated is not revoked any more.
 
         This needs no barrier. The record is in the page cache before the guest's bytes are, so a kill loses neither,
         and the guest's own flush makes both durable.
         """
-        self.record = self._write_slot(dataclasses.replace(self.record, written=True))
+        standby = Standby.ACTIVE if self.record.standby is Standby.REVOCABLE else self.record.standby
+        self.record = self._write_slot(dataclasses.replace(self.record, written=True, standby=standby))
         self._unordered = self.times.may_move = True
 
     def _write_slot(self, record: Record) -> Record:
@@ -229,7 +230,7 @@ class Session:
         # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing.
         offset, size = self._dropped_name
         self._storage.write(offset, [bytes(size)])
-        self.store(dataclasses.replace(self.record, pin=None, paused=False))
+        self.store(dataclasses.replace(self.record, pin=None, paused=False, standby=Standby.NEVER))
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None

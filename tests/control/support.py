@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from qedfs.control.port import ServedImage
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
@@ -109,6 +110,7 @@ class FakeMount:
         self.nursery = nursery
         self.served: list[Served] = []
         self.rescans = 0
+        self.activated: list[tuple[str, bool]] = []  # name, dry
         self.has_quit = trio.Event()
         self.total = TotalLimit()
 
@@ -120,6 +122,9 @@ class FakeMount:
 
     async def rescan(self) -> None:
         self.rescans += 1
+
+    async def activate(self, served: ServedImage, *, dry: bool = False) -> None:
+        self.activated.append((served.name, dry))
 
     def quit(self) -> None:
         self.has_quit.set()

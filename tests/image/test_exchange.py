@@ -182,14 +182,14 @@ async def test_a_partial_write_is_completed_with_bytes_of_the_new_source(
 ) -> None:
     old, new = FakeSource(OLD), FakeSource(NEW)
     async with served(old) as image:
-        ask = image._ask_source
+        ask = image.reads._ask
 
         async def asked(pieces: Sequence[tuple[int, memoryview]]) -> None:
             await ask(pieces)
-            image._ask_source = ask  # type: ignore[method-assign]
+            image.reads._ask = ask  # type: ignore[method-assign]
             exchange(image, new)  # just after the answer, so that no wait is left to be ended
 
-        image._ask_source = asked  # type: ignore[method-assign]
+        image.reads._ask = asked  # type: ignore[method-assign]
         await image.write(100, b"guest")
         assert bytes(await image.read(0, CLUSTER)) == NEW[:100] + b"guest" + NEW[105:CLUSTER]
 

@@ -65,6 +65,11 @@ class _Create(GivenOnce):
 )
 @click.option("--no-copy-on-read", is_flag=True, help="By default, mounts do not keep what they fetch for readers.")
 @click.option(
+    "--standby",
+    is_flag=True,
+    help="Mounts pass reads through and keep nothing until qedfs activate: the backing still changes.",
+)
+@click.option(
     "--source-timeout", type=DURATION, default="10s", show_default=True, help="How long to try to reach the backing."
 )
 @credentials_option
@@ -80,6 +85,7 @@ def create(
     cluster_size: int,
     table_size: int,
     no_copy_on_read: bool,
+    standby: bool,
     source_timeout: float,
     credentials: str | None,
     quiet: bool,
@@ -101,6 +107,8 @@ def create(
     if nobody has looked), and `cluster_size`. All sizes are in bytes.
     """
     _check(backing, backing_format, size, offline=offline)
+    if standby and backing is None:
+        raise UsageError("--standby needs --backing: without one there is nothing to wait for")
     if os.path.lexists(overlay):
         raise already_exists(overlay)
     location, found = None, None
@@ -121,6 +129,8 @@ def create(
         table_size=table_size,
         copy_on_read=not no_copy_on_read,
         private=private,
+        standby=standby,
+        source_size=None if found is None else found.size,
     )
     made = header.geometry.image_size
     if as_json:

@@ -70,6 +70,19 @@ class MountCommand(GivenOnce):
     help="Whether to keep what is fetched for readers. Default: as recorded in each overlay.",
 )
 @click.option(
+    "--standby",
+    is_flag=True,
+    help="Until qedfs activate, pass reads through and keep nothing, because the source still changes: for a disk that "
+    "follows a running machine. The overlay records this; an overlay that was activated stays active.",
+)
+@click.option(
+    "--standby-writes",
+    type=click.Choice(["refuse", "hold", "activate"]),
+    default="refuse",
+    show_default=True,
+    help="What becomes of a write in standby: it fails; it waits until the image is activated; or it activates it.",
+)
+@click.option(
     "--limit",
     type=RATE,
     default=0,

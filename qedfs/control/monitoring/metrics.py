@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from qedfs import __version__
-from qedfs.control.monitoring.status import BROKEN, state_of
+from qedfs.control.monitoring.status import BROKEN, STANDBY, state_of
 from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import Reason
 from qedfs.fetch.latency import BOUNDS
@@ -31,7 +31,7 @@ from qedfs.jobs.state import State
 
 Served = tuple[str, Image, Job]
 
-STATES = (*(str(state) for state in State), BROKEN)
+STATES = (*(str(state) for state in State), STANDBY, BROKEN)
 
 _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
     ("read_bytes", "Bytes that guests have read.", lambda image: image.counters.read),

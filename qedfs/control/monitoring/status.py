@@ -17,6 +17,7 @@ from qedfs.image.image import Image
 from qedfs.jobs.job import Job
 from qedfs.jobs.state import State
 
+STANDBY = "standby"  # state of an image that keeps nothing of its source yet
 BROKEN = "broken"  # state of an overlay that cannot be served
 SILENT_SECONDS = 2.0  # a source that does not answer for so long is named; long links answer within one second
 SETTLING = "the overlay is new and may still be being copied into the folder"
@@ -71,6 +72,8 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
 
 def state_of(served: ServedImage) -> str:
     """The state of an overlay, served or not."""
+    if served.image is not None and served.image.in_standby:
+        return STANDBY
     if served.image is not None and served.job is not None:
         return str(State.WAITING if _silence(served.image, served.job) else served.job.state)
     return str(State.WAITING) if served.error is None else BROKEN

@@ -9,6 +9,7 @@ from typing import Any
 
 from qedfs.control.port import ServedImage
 from qedfs.control.qmp.command import Arg, Arguments, Commands
+from qedfs.control.qmp.errors import QmpError
 from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
 from qedfs.image.image import Image
@@ -31,6 +32,19 @@ async def _query_named_block_nodes(call: Call, _: Arguments) -> list[dict[str, A
     return [node for _, node in _nodes(call)]
 
 
+@node_commands("blockdev-set-active", Arg("node-name", optional=True), Arg("active", "boolean"))
+async def _blockdev_set_active(call: Call, arguments: Arguments) -> dict[str, Any]:
+    """As in QEMU 10: the handover of a migrated disk. Without a node name, for all nodes."""
+    name = arguments.get("node-name")
+    found = [served for served, _ in _nodes(call) if name in (None, device_name(served), served.name)]
+    if name is not None and not found:
+        raise QmpError(f"Failed to find node with node-name='{name}'")
+    for served in found:
+        if arguments["active"]:
+            await call.control.mount.activate(served)
+    return {}
+
+
 def _nodes(call: Call) -> list[tuple[ServedImage, dict[str, Any]]]:
     everything = call.control.mount.everything()
     return [(served, _node(served, served.image)) for served in everything if served.image is not None]
@@ -43,6 +57,7 @@ def _node(served: ServedImage, image: Image) -> dict[str, Any]:
         "drv": "qed",
         "file": served.path,
         "ro": not image.writable,
+        "active": not image.in_standby,
         "encrypted": False,
         "detect_zeroes": "off",
         "write_threshold": 0,

@@ -12,6 +12,7 @@ from qedfs.control.qmp.command import Arg, Arguments, Commands
 from qedfs.control.qmp.errors import QmpError
 from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
+from qedfs.errors import InStandby
 from qedfs.image.image import Image
 from qedfs.jobs.stream import StreamJob
 
@@ -62,6 +63,7 @@ async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
         raise QmpError(f"Invalid job ID '{job_id}'")
     if not image.writable:
         raise QmpError("Block node is read-only")
+    check_active(served, image)
     wishes = Wishes(
         on_error=arguments.get("on-error", "report"),
         auto_finalize=arguments.get("auto-finalize", True),
@@ -74,6 +76,12 @@ async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
     else:
         await begin_stream(stream, speed or 0)
     return {}
+
+
+def check_active(served: ServedImage, image: Image) -> None:
+    """Raise InStandby for an image in standby, which keeps nothing of its source."""
+    if image.in_standby:
+        raise InStandby(f"{served.name}: is in standby and keeps nothing of its source; qedfs activate ends that")
 
 
 async def begin_stream(stream: StreamJob, limit: int | None) -> None:

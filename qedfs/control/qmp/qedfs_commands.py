@@ -10,6 +10,7 @@
   `{pos, size, next}`: the range that was populated, and the next missing byte (null if there is none).
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
 - `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size] that readers had to wait for, in that order.
+- `x-qedfs-ready {device}`: whether `blockdev-set-active` would activate an image in standby now. An error says why not.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
 
 Their errors also have `x-qedfs-exit-code`: the exit status of the command line for this error.
@@ -24,7 +25,7 @@ from qedfs.control.port import ServedImage
 from qedfs.control.qmp.block_job import Status, Wishes
 from qedfs.control.qmp.command import Arg, Arguments, Commands
 from qedfs.control.qmp.errors import QmpError
-from qedfs.control.qmp.job_commands import Nothing, begin_stream, find_served
+from qedfs.control.qmp.job_commands import Nothing, begin_stream, check_active, find_served
 from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
 from qedfs.errors import ReadOnlyOverlay
@@ -46,6 +47,7 @@ async def _status(call: Call, _: Arguments) -> dict[str, Any]:
 async def _start(call: Call, arguments: Arguments) -> Nothing:
     served, image, stream = find_served(call, arguments["device"])
     limit = _not_negative(arguments, "limit") if "limit" in arguments else None
+    check_active(served, image)
     if (kind := arguments.get("type", stream.kind)) != stream.kind:
         _start_other(call, served, image, kind, limit or 0)
         return {}
@@ -111,6 +113,7 @@ async def _limit_total(call: Call, arguments: Arguments) -> Nothing:
 @our_commands("x-qedfs-step", Arg("device"), Arg("offset", "integer", optional=True))
 async def _step(call: Call, arguments: Arguments) -> dict[str, Any]:
     served, image, stream = find_served(call, arguments["device"])
+    check_active(served, image)
     _check_writable(served, image)
     pos, size, following = await stream.step(_not_negative(arguments, "offset"))
     return {"pos": pos, "size": size, "next": following}
@@ -126,6 +129,13 @@ async def _next_missing(call: Call, arguments: Arguments) -> dict[str, Any]:
 async def _profile(call: Call, arguments: Arguments) -> dict[str, Any]:
     _, image, _ = find_served(call, arguments["device"])
     return {"ranges": image.waits.ranges}
+
+
+@our_commands("x-qedfs-ready", Arg("device"))
+async def _ready(call: Call, arguments: Arguments) -> Nothing:
+    served, _, _ = find_served(call, arguments["device"])
+    await call.control.mount.activate(served, dry=True)
+    return {}
 
 
 @our_commands("x-qedfs-rescan")

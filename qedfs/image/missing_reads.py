@@ -1,0 +1,77 @@
+"""Reads the missing bytes of one image from its source, for a reader or for the rest of a partial write.
+
+Owns the attempts of a read: it is run again if the image gets another source meanwhile. Must not know where the bytes
+go, nor who keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qedfs.errors import QedfsError, SourceUnreachable
+from qedfs.image.condition import Cause
+from qedfs.image.waiting_reads import WaitingReads
+
+if TYPE_CHECKING:
+    from qedfs.image.image import Image
+
+
+class MissingReads:
+    """The reads of missing bytes of one image."""
+
+    def __init__(self, image: Image) -> None:
+        self.waiting = WaitingReads()
+        self._image = image
+
+    async def fill(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        """Fill each view with the image's bytes at its position, from the source, and with zeros past the source's end.
+
+        Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
+        and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
+        """
+        image = self._image
+        with self.waiting.waiting() as read:
+            while True:
+                if (changed := image.changed) is not None:
+                    raise changed.fresh()
+                source, answered = image.exchanges, False
+                try:
+                    with read.attempt():
+                        await self._ask(pieces)
+                        answered = True
+                except QedfsError as exc:
+                    if source == image.exchanges:
+                        if image.complete:
+                            return False
+                        image.failed(exc)
+                        raise
+                if read.given_up:
+                    raise SourceUnreachable(f"{image.name}: nobody waits for this read any more")
+                # After an exchange, the old source's bytes must not be answered, and its errors mean nothing.
+                if answered and source == image.exchanges:
+                    return True
+
+    async def _ask(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """One attempt of `fill`."""
+        image = self._image
+        if image.standby is not None:
+            image.counters.missed += sum(len(view) for _, view in pieces)
+            await image.standby.read(pieces)
+            image.condition.clear(Cause.FETCH_FAILED)
+            return
+        fetch, version = image.fetch, image.version
+        assert fetch is not None  # noqa: S101 - for the type checker; callers have checked
+        assert version is not None  # noqa: S101 - likewise
+        if version.identity is not None and pieces[0][0] >= version.identity.size:
+            return  # all of it is past the source's end
+        async with fetch.waiting():
+            source_size = (await version.check()).size
+            inside = [(pos, view) for pos, view in pieces if pos < source_size]
+            for pos, view in inside:
+                image.counters.missed += len(view)
+                image.waits.note(pos, len(view))
+            if inside:
+                await fetch.read(inside, consumer=image if image.copy_on_read and image.gate is None else None)
+                await version.check()
+        image.condition.clear(Cause.FETCH_FAILED)

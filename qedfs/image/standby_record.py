@@ -1,0 +1,73 @@
+"""What the record of an overlay says of its standby: the way into it, what it expects of the source, and the way out.
+
+Owns the conditions of these changes. Must not know what is read in standby, nor when it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceChanged
+from qedfs.format.geometry import round_up
+from qedfs.format.record import Pin, Record, Standby, digest
+from qedfs.overlay.overlay import Overlay
+
+log = logging.getLogger(__name__)
+
+HAS_NO_BACKING = "%s: has no backing; it is not in standby"
+WAS_ACTIVATED = "%s: was activated before; it is not in standby"
+
+
+async def put_in_standby(path: str, overlay: Overlay) -> None:
+    """Note in the record, durably, that the overlay is in standby, unless it is there or was activated before.
+
+    An overlay without a backing has nothing to wait for, and is left as it is.
+
+    Raises:
+        QedfsError: it has clusters, of which nobody knows when they were read, or standby cannot be recorded.
+    """
+    if overlay.record.standby is not Standby.NEVER or overlay.backing is None:
+        if not overlay.record.standby.waits:
+            log.warning(HAS_NO_BACKING if overlay.backing is None else WAS_ACTIVATED, path)
+        return
+    if not overlay.writable:
+        raise ReadOnlyOverlay(f"{path}: is not writable, so that nobody could know later that it is in standby")
+    if not overlay.record.session:
+        why = overlay.full or "it has no room for the record that says so"
+        raise QedfsError(f"{path}: cannot be put in standby: {why}")
+    await overlay.count_missing()
+    if overlay.missing != overlay.geometry.clusters:
+        raise QedfsError(
+            f"{path}: has clusters already, which may be older than its backing will be at the end of the standby; "
+            "make a new overlay: qedfs create --standby"
+        )
+    await overlay.change_record(_in_standby)
+
+
+def _in_standby(record: Record) -> Record:
+    # Of the version that was pinned only the size counts: the rest changes until the end of the standby.
+    pin = None if record.pin is None else Pin(record.pin.backing, record.pin.size)
+    return dataclasses.replace(record, standby=Standby.WAITING, pin=pin)
+
+
+def check_size(name: str, overlay: Overlay, size: int) -> None:
+    """Raise SourceChanged if a source of `size` bytes is not what this overlay expects. `name`: of the image."""
+    pin = overlay.record.pin
+    if pin is not None and pin.backing == digest(overlay.backing or ""):
+        if size != pin.size:
+            raise SourceChanged(f"{name}: its backing had {pin.size} bytes, and has {size} now")
+    elif round_up(size, 512) != overlay.image_size:
+        raise SourceChanged(f"{name}: its backing has {size} bytes, and the image {overlay.image_size}")
+
+
+async def record_active(overlay: Overlay, pin: Pin | None) -> None:
+    """Note, durably, that the overlay is active, and which version of its source it is filled from.
+
+    Both at once: after a kill, an active overlay must not be filled from another version. Raises what
+    `Overlay.change_record` raises, and NoSpace.
+    """
+    await overlay.ready()  # on a full disk the change would be remembered, but not be durable
+    await overlay.change_record(
+        lambda record: dataclasses.replace(record, standby=Standby.REVOCABLE, pin=pin or record.pin)
+    )

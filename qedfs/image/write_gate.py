@@ -1,0 +1,56 @@
+"""The gate for writes to one image in standby: refuse them, hold them until it is activated, or activate it.
+
+Owns the writes that wait. Must not know how an image is activated. Discards and zero ranges count as writes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from qedfs.errors import InStandby, SourceUnreachable
+from qedfs.image.waiting_reads import WaitingReads
+
+
+class Writes(enum.StrEnum):
+    """What becomes of a write in standby."""
+
+    REFUSE = "refuse"
+    HOLD = "hold"  # it waits until the image is activated
+    ACTIVATE = "activate"  # it activates the image: for managers that have no hook at that moment
+
+
+class WriteGate:
+    """The gate of one image. It is closed at first, and stays open once it was opened."""
+
+    def __init__(self, name: str, writes: Writes) -> None:
+        """`name`: the image's name, for messages."""
+        self.waiting = WaitingReads()  # the writes that wait
+        # Activates the image. Set before the image is served; needed for Writes.ACTIVATE.
+        self.activate: Callable[[], Awaitable[None]] | None = None
+        self._name = name
+        self._writes = writes
+        self._opened = trio.Event()
+
+    def open(self) -> None:
+        """Let all writes through, also those that wait."""
+        self._opened.set()
+
+    async def passed(self) -> None:
+        """Return when a write may begin.
+
+        Raises:
+            InStandby: writes are refused.
+            SourceUnreachable: nobody waits for this write any more.
+            QedfsError: the write would have activated the image, and that has failed.
+        """
+        if self._writes is Writes.REFUSE:
+            raise InStandby(f"{self._name}: is in standby and takes no writes; qedfs activate ends that")
+        with self.waiting.waiting() as write, write.attempt():
+            if self._writes is Writes.ACTIVATE and self.activate is not None:
+                await self.activate()
+            await self._opened.wait()
+            return
+        raise SourceUnreachable(f"{self._name}: nobody waits for this write any more")

@@ -1,0 +1,158 @@
+"""The cut-over: an image in standby gets a new connection to its source, and keeps what it reads from then on.
+
+Owns the order of the steps, and the way back to standby if one of them fails. `Image.exchange_source` is the heart of
+it. Must not know commands. Whoever asks for a cut-over promises that nobody changes the source any more.
+
+1. A new source is connected, and its size compared with what the record says. Until then nothing has changed.
+2. The image gets the new source. Reads that wait for the old one are run again. They show that the source delivers.
+3. The record says, durably, that the image is active, and which version it has. This decides: a kill before it leaves
+   the image in standby, a kill after it leaves it active. Nothing is kept before that.
+4. The gate opens: writes go on. Before step 5, because the kernel locks the pages of a write that waits.
+5. The kernel drops its pages. Without this, a reader could get bytes that were read before the cut-over.
+6. The stream starts, the old connection is closed.
+
+The source decides how long steps 1, 2 and 5 take, so that each has a bound. If step 5 exceeds it, the reads that the
+kernel waits for are given up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceUnreachable
+from qedfs.fetch.queue import FetchQueue
+from qedfs.image.image import Image
+from qedfs.image.standby_record import check_size, record_active
+from qedfs.mount.open_images import OpenImages
+from qedfs.mount.options import Options
+from qedfs.mount.served import Served
+from qedfs.mount.source_pool import SourcePool
+
+log = logging.getLogger(__name__)
+
+# Together less than two seconds, for which a guest stands still.
+CONNECT_SECONDS = 1.0
+ANSWER_SECONDS = 0.4  # for the reads that are run again
+PAGES_SECONDS = 0.3
+LOST_SECONDS = 5.0  # for the kernel, after its reads were given up. It needs a millisecond.
+
+DropPages = Callable[[Served], Awaitable[None]]
+
+
+class CutOver:
+    """The cut-overs of one mount."""
+
+    def __init__(self, sources: SourcePool, images: OpenImages, options: Options, drop_pages: DropPages) -> None:
+        """`drop_pages`: lets the kernel drop the pages of an image (`KernelPages.drop`)."""
+        self._sources = sources
+        self._images = images
+        self._options = options
+        self._drop_pages = drop_pages
+
+    async def activate(self, served: Served) -> None:
+        """Activate an image. Does nothing if it is active. Of concurrent calls, the later ones wait for the first.
+
+        Raises:
+            SourceUnreachable, SourceError: the source is not there, or does not deliver. The image is in standby.
+            SourceChanged: the source has another size. The image is in standby.
+            QedfsError: the activation cannot be recorded. The image is in standby.
+        """
+        async with served.cut_over:
+            image = _image(served)
+            if image.in_standby:
+                if not image.writable:
+                    raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
+                fetch = await self._connected(image)
+                await self._exchange(served, image, fetch)
+                self._start_stream(served)
+                log.info("%s: is active", served.name)
+            # Also for a call that repeats one which has failed here.
+            if served.stale_pages:
+                await self._fresh_pages(served, image)
+
+    async def check(self, served: Served) -> None:
+        """Raise what `activate` would raise now, as far as that shows without changing anything."""
+        async with served.cut_over:
+            image = _image(served)
+            if not image.in_standby:
+                return
+            if not image.writable:
+                raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
+            fetch = await self._connected(image)
+            self._sources.release_soon(fetch.remote)
+
+    async def _connected(self, image: Image) -> FetchQueue:
+        """Step 1."""
+        fetch = await self._sources.own_fetch_for(image.overlay, overlays=len(self._images))
+        try:
+            with trio.move_on_after(CONNECT_SECONDS):
+                check_size(image.name, image.overlay, (await fetch.identity()).size)
+                return fetch
+            error = fetch.remote.error
+            why = "" if error is None else f": {error}"
+            raise SourceUnreachable(
+                f"{image.name}: backing {fetch.remote.location} gave no answer within {CONNECT_SECONDS:g} s{why}"
+            )
+        except BaseException:
+            self._sources.release_soon(fetch.remote)
+            raise
+
+    async def _exchange(self, served: Served, image: Image, fetch: FetchQueue) -> None:
+        """Steps 2 to 4."""
+        standby = image.standby
+        served.stale_pages = True
+        image.exchange_source(fetch)
+        try:
+            with trio.move_on_after(ANSWER_SECONDS) as scope:
+                await image.reads.waiting.answered()
+                await image.source_size()
+            if scope.cancelled_caught:
+                raise SourceUnreachable(f"{image.name}: backing {fetch.remote.location} connects, but does not deliver")
+            pin = None if image.version is None else image.version.pin
+            with trio.CancelScope(shield=True):
+                await record_active(image.overlay, pin)
+        except BaseException:
+            image.exchange_source(None, standby=standby)
+            self._sources.release_soon(fetch.remote)
+            raise
+        image.open_gate()
+        if standby is not None:
+            self._sources.release_soon(standby.remote)
+
+    async def _fresh_pages(self, served: Served, image: Image) -> None:
+        """Step 5."""
+        done = False
+
+        async def drop() -> None:
+            nonlocal done
+            await self._drop_pages(served)
+            done = True
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drop)
+            await trio.sleep(PAGES_SECONDS)
+            image.give_up(since=trio.current_time())
+            await trio.sleep(LOST_SECONDS)
+            nursery.cancel_scope.cancel()
+        if not done:
+            raise QedfsError(f"{served.name}: is active, but the kernel still has old pages of it; activate it again")
+        served.stale_pages = False
+
+    def _start_stream(self, served: Served) -> None:
+        if served.jobs is None or not self._options.stream:
+            return
+        stream = served.jobs.stream
+        paused = stream.paused
+        stream.start()
+        if paused:
+            stream.hold()
+
+
+def _image(served: Served) -> Image:
+    if served.image is None:
+        raise QedfsError(f"{served.name}: is not served")
+    return served.image

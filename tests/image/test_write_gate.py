@@ -1,0 +1,68 @@
+"""What becomes of writes to an image in standby: refused, held, or the reason to activate it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import trio
+
+from qedfs.errors import InStandby, SourceUnreachable
+from qedfs.image.write_gate import WriteGate, Writes
+
+
+async def test_a_write_is_refused_as_on_a_read_only_disk() -> None:
+    gate = WriteGate("disk.raw", Writes.REFUSE)
+    with pytest.raises(InStandby, match="qedfs activate") as caught:
+        await gate.passed()
+    assert caught.value.errno == errno.EROFS
+
+
+async def test_a_held_write_goes_on_when_the_gate_opens(autojump_clock: trio.testing.MockClock) -> None:
+    gate, went = WriteGate("disk.raw", Writes.HOLD), []
+
+    async def write() -> None:
+        await gate.passed()
+        went.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(write)
+        await trio.sleep(1000)
+        assert not went
+        gate.open()
+        opened = trio.current_time()
+    assert went == [opened] * 3
+    await gate.passed()
+
+
+async def test_a_held_write_that_nobody_waits_for_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    gate = WriteGate("disk.raw", Writes.HOLD)
+    async with trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            with pytest.raises(SourceUnreachable, match="nobody waits"):
+                await gate.passed()
+
+        nursery.start_soon(write)
+        await trio.sleep(1)
+        assert gate.waiting.since == trio.current_time() - 1
+        gate.waiting.give_up(since=trio.current_time())
+
+
+async def test_a_write_that_activates_waits_for_the_activation_or_fails_with_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    gate, fails = WriteGate("disk.raw", Writes.ACTIVATE), True
+
+    async def activate() -> None:
+        await trio.sleep(1)
+        if fails:
+            raise SourceUnreachable("not there")
+        gate.open()
+
+    gate.activate = activate
+    with pytest.raises(SourceUnreachable, match="not there"):
+        await gate.passed()
+    fails = False
+    await gate.passed()
