@@ -59,7 +59,13 @@ class SessionJournal:
 
         Returns whether that has worked. If not, the journal still has entries that a discard may contradict.
         """
-        return self._journal is None or self._journal.landed(end)
+        journal = self._journal
+        if journal is not None and not self.takes_entries and not self._void and end == journal.end:
+            # It will never have another entry, and the file has all of these. If the tmpfs has no room for a shorter
+            # journal, its discards would stay in it, and a later session would repeat them over writes that came later
+            # and that it did not take.
+            self.void()
+        return journal is None or journal.landed(end)
 
     def void(self) -> None:
         """Make the journal void for later sessions. May be called from any thread, even during `close`."""
