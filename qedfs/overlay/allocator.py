@@ -12,7 +12,7 @@ A cluster is *blank* if a discard has freed it and it was punched out of the fil
 may be used for a cluster of which a part is written. The barrier before the entry covers the hole as well.
 
 Tables always go to the end. Free clusters are forgotten when the overlay is closed. They become leaks, which are
-harmless.
+harmless, and which a later session finds (`references.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qedfs.overlay.storage import Storage
 from qedfs.overlay.table_slices import TableSlices
 
 # Blank clusters to remember: some MiB of memory. What is freed beyond is punched and becomes a leak.
-MOST_BLANK = 1 << 17
+MOST_BLANK = 1 << 16
 
 
 class Allocator:
@@ -34,8 +34,9 @@ class Allocator:
         self._storage = storage
         self._tables = tables
         self._cluster_size = tables.geometry.cluster_size
-        self._free: list[int] = []  # offsets of free clusters, in ascending order
-        self._blank: list[int] = []  # of blank ones, in descending order
+        # In descending order, so that the lowest is taken from the end.
+        self._free: list[int] = []  # offsets of free clusters
+        self._blank: list[int] = []  # of blank ones
 
     def zeros(self, size: int) -> int:
         """Allocate `size` bytes, whole clusters, that read as zeros: at the end. Does not extend the file yet."""
@@ -45,9 +46,10 @@ class Allocator:
 
     def clusters(self, count: int) -> list[int]:
         """Allocate clusters of which every byte will be written: free ones first, then contiguous ones at the end."""
-        taken, self._free = self._free[:count], self._free[count:]
-        while self._blank and len(taken) < count:
-            taken.append(self._blank.pop())
+        taken: list[int] = []
+        for places in (self._free, self._blank):
+            while places and len(taken) < count:
+                taken.append(places.pop())
         count -= len(taken)
         base = self.zeros(count * self._cluster_size)
         return taken + [base + index * self._cluster_size for index in range(count)]
@@ -56,48 +58,50 @@ class Allocator:
         """Allocate one cluster that reads as zeros."""
         return self._blank.pop() if self._blank else self.zeros(self._cluster_size)
 
-    def make_table(self, cluster: int) -> None:
-        """Make sure that there is an L2 table for `cluster`, and its slice. The next commit writes the table."""
+    def make_table(self, cluster: int, reserve: int = 0) -> None:
+        """Make sure that there is an L2 table for `cluster`, and its slice. The next commit writes the table.
+
+        `reserve`: of how many clusters of this slice, from this one on, the commit must find space for the entries.
+
+        Raises NoSpace: there is none to reserve, and nothing has changed.
+        """
         index = self._tables.needs_table(cluster)
+        if reserve:
+            for offset, size in self._tables.sectors(cluster, reserve):
+                self._storage.reserve(offset, size)
         if index is not None:
             self._tables.add_table(index, self.zeros(self._tables.geometry.table_bytes))
         self._tables.make_slice(cluster)
 
     def give_back(self, offsets: Iterable[int]) -> None:
         """Free clusters whose write has failed and ended."""
-        self._free = sorted([*self._free, *offsets])
-        end = self._tables.file_end
-        kept = len(self._free)
-        while kept and self._free[kept - 1] == end - self._cluster_size:
-            kept -= 1
-            end = self._free[kept]
+        self._free = sorted([*self._free, *offsets], reverse=True)
         # If that fails, they stay in the list. The caller is about to report the error of the write.
-        if self._cut_off(end):
-            del self._free[kept:]
+        self._cut_off(self._free)
 
     def recycle(self, offsets: Iterable[int], *, blank: bool) -> None:
         """Free clusters that were discarded and that nothing refers to any more. `blank`: they read as zeros."""
-        if not blank:
-            self._free = sorted([*self._free, *offsets])[:MOST_BLANK]
-            return
-        self._blank = sorted([*self._blank, *offsets], reverse=True)
+        if blank:
+            self._blank = sorted([*self._blank, *offsets], reverse=True)
+            self._cut_off(self._blank)
+            del self._blank[: max(0, len(self._blank) - MOST_BLANK)]
+        else:
+            self._free = sorted([*self._free, *offsets], reverse=True)
+            del self._free[: max(0, len(self._free) - MOST_BLANK)]
+
+    def _cut_off(self, places: list[int]) -> None:
+        """Let the allocated space end before those of these places, in descending order, that are at its end."""
         end = self._tables.file_end
         cut = 0
-        while cut < len(self._blank) and self._blank[cut] == end - self._cluster_size:
-            end = self._blank[cut]
+        while cut < len(places) and places[cut] == end - self._cluster_size:
+            end = places[cut]
             cut += 1
-        if self._cut_off(end):
-            del self._blank[:cut]
-        del self._blank[: max(0, len(self._blank) - MOST_BLANK)]
-
-    def _cut_off(self, end: int) -> bool:
-        """Let the allocated space end here, where only free clusters follow."""
-        if end == self._tables.file_end:
-            return False
+        if not cut:
+            return
         try:
             if self._storage.size() > end:
                 self._storage.resize(end)
         except QedfsError:
-            return False
+            return
         self._tables.cut_back(end)
-        return True
+        del places[:cut]

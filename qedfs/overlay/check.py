@@ -14,23 +14,22 @@ punched elsewhere, where they stay leaks.
 from __future__ import annotations
 
 import dataclasses
-import re
 from array import array
 from collections.abc import Callable, Iterator
 
 from qedfs.errors import BadOverlay
-from qedfs.format.geometry import ENTRY_SIZE, MAX_TABLE_SIZE, round_down
+from qedfs.format.geometry import ENTRY_SIZE, round_down
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, encode_table
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
+from qedfs.overlay.used_clusters import MAX_CLUSTERS, UsedClusters
 
 # (index, entry) -> whether the entry may stay
 _Judge = Callable[[int, int], bool]
 
 CHUNK_ENTRIES = 8192  # entries per read, 64 KiB
 _ZEROS = bytes(CHUNK_ENTRIES * ENTRY_SIZE)
-MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a sparse file made for the purpose has more.
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,8 +97,7 @@ class _Walk:
         clusters = self._end // header.geometry.cluster_size
         if clusters > MAX_CLUSTERS:
             raise BadOverlay(f"the file claims {clusters} clusters, too many to check")
-        self._used = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # with room for `_claim_table` at the end
-        self._used_count = 0
+        self._used = UsedClusters(clusters)
         self.report = Report(total=header.geometry.clusters)
 
     def run(self) -> Report:
@@ -107,22 +105,14 @@ class _Walk:
         header_clusters = self._header.header_size
         self._claim_table(self._header.l1_table_offset)
         self._each_entry(self._header.l1_table_offset, self._l1_entry)
-        report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used_count
+        report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used.count
         return report
 
     def unused(self) -> Iterator[tuple[int, int]]:
         """After `run`: (offset, size) of clusters that nothing refers to, neighbours together."""
         cluster_size = self._geometry.cluster_size
-        begin = end = self._header.header_size
-        for first, stop in _clear_bits(self._used):
-            first, stop = max(first, begin), min(stop, self._end // cluster_size)
-            if first >= stop:
-                continue
-            if first > end and begin < end:
-                yield begin * cluster_size, (end - begin) * cluster_size
-            begin, end = first if first > end or begin == end else begin, stop
-        if begin < end:
-            yield begin * cluster_size, (end - begin) * cluster_size
+        for first, stop in self._used.unused(self._header.header_size, self._end // cluster_size):
+            yield first * cluster_size, (stop - first) * cluster_size
 
     def _each_entry(self, table: int, judge: _Judge) -> None:
         """Call `judge(index, entry)` for each entry that is not 0. When repairing, clear those that it rejects."""
@@ -174,36 +164,10 @@ class _Walk:
             self.report.problem(f"L2 entry {index} points to {entry:#x}, which is not a valid place for a cluster")
             return False
         self.report.allocated += 1
-        if not self._claim(entry // cluster_size):
+        if not self._used.claim(entry // cluster_size):
             self.report.problem(f"two entries point to the cluster at {entry:#x}")
         return True
 
     def _claim_table(self, offset: int) -> int:
         """Mark a table's clusters as used. Returns how many of them were used already."""
-        byte, shift = divmod(offset // self._geometry.cluster_size, 8)
-        mask = ((1 << self._geometry.table_size) - 1) << shift
-        part = slice(byte, byte + 1 + MAX_TABLE_SIZE // 8)
-        used = int.from_bytes(self._used[part], "little")
-        self._used[part] = (used | mask).to_bytes(1 + MAX_TABLE_SIZE // 8, "little")
-        shared = (used & mask).bit_count()
-        self._used_count += self._geometry.table_size - shared
-        return shared
-
-    def _claim(self, cluster: int) -> bool:
-        byte, bit = cluster >> 3, 1 << (cluster & 7)
-        if self._used[byte] & bit:
-            return False
-        self._used[byte] |= bit
-        self._used_count += 1
-        return True
-
-
-def _clear_bits(bits: bytearray) -> Iterator[tuple[int, int]]:
-    """The bits that are not set, as (first, end). Neighbours may be apart. Long runs take one step."""
-    for found in re.finditer(rb"\0+|[^\0\xff]", bits):
-        if not bits[found.start()]:
-            yield 8 * found.start(), 8 * found.end()
-            continue
-        for bit in range(8):
-            if not bits[found.start()] >> bit & 1:
-                yield 8 * found.start() + bit, 8 * found.start() + bit + 1
+        return self._used.claim_table(offset // self._geometry.cluster_size, self._geometry.table_size)

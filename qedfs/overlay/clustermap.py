@@ -23,6 +23,8 @@ from qedfs.overlay.sectors import SECTOR_ENTRIES
 from qedfs.overlay.table_search import next_data, next_hole
 from qedfs.overlay.table_slices import TableSlices
 
+Freed = dict[tuple[int, int], list[int]]  # (slice, sector) -> offsets of data that its entries referred to
+
 COUNT_AT_ONCE = 32  # slices or holes to examine before other tasks get their turn
 
 
@@ -313,12 +315,12 @@ class ClusterMap:
                 break
         return first
 
-    def discard(self, first: int, count: int, *, missing_too: bool) -> tuple[list[int], int]:
+    def discard(self, first: int, count: int, *, missing_too: bool) -> tuple[Freed, int]:
         """Set `count` clusters to ZERO, without `missing_too` only those with data. Their slices are in memory.
 
         Returns the offsets of the data that no entry refers to any more, and how many clusters were missing.
         """
-        freed: list[int] = []
+        freed: Freed = {}
         missing = 0
         stop = first + count
         while first < stop:
@@ -331,11 +333,11 @@ class ClusterMap:
         return freed, missing
 
     def _discard_of(
-        self, number: int, part: array[int], start: int, end: int, freed: list[int], *, missing_too: bool
+        self, number: int, part: array[int], start: int, end: int, freed: Freed, *, missing_too: bool
     ) -> int:
         entries = part[start:end]
         missing = entries.count(MISSING) if missing_too else 0
-        data = [entry for entry in entries if entry > ZERO]
+        data = [(index, entry) for index, entry in enumerate(entries, start) if entry > ZERO]
         if not data and not missing:
             return 0
         if missing_too:
@@ -345,12 +347,10 @@ class ClusterMap:
                 part[index] = min(entry, ZERO)
         self._count_less(number, missing)
         self._tables.make_dirty(number, range(start // SECTOR_ENTRIES, (end - 1) // SECTOR_ENTRIES + 1))
-        # Others point to invalid places.
-        freed += [
-            offset
-            for offset in data
-            if not offset & self._cluster_mask and self._first_byte <= offset < self._tables.file_end
-        ]
+        for index, offset in data:
+            # Others point to invalid places.
+            if not offset & self._cluster_mask and self._first_byte <= offset < self._tables.file_end:
+                freed.setdefault((number, index // SECTOR_ENTRIES), []).append(offset)
         return missing
 
     def hold(self, cluster: int) -> None:

@@ -17,6 +17,8 @@ the backing after a power cut. Whatever a power cut interrupts, it leaves at wor
 A group with discards has the second barrier, too. Only after that may the space of the discarded clusters be used again
 (`freed.py`). Otherwise an old entry could come back in a power cut, and show another cluster's bytes.
 
+If there is no space for a group's entries, its discards are made durable alone (`_write_discards`).
+
 A group takes a snapshot of the entries at its start. An entry that is published later belongs to the next group,
 because its data may have been written after the barrier of step 2 started.
 
@@ -35,11 +37,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 import trio
 
-from qedfs.errors import QedfsError, ReadOnlyOverlay
-from qedfs.format.geometry import ENTRY_SIZE, round_down
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
 from qedfs.format.header import Header
 from qedfs.format.tables import decode_table, encode_table
 from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
 from qedfs.overlay.session_journal import SessionJournal
@@ -56,8 +59,9 @@ class _Group:
     dirty: dict[int, set[int]]  # the changed sectors, by slice
     tables: set[int]  # the L1 indices of new tables
     cold: list[tuple[int, int]]  # (offset, size) of data that nobody is expected to read soon
-    freed: list[int]  # offsets of clusters that its discards have freed
+    freed: Freed  # what its discards have freed
     journal_end: int  # all entries in the journal before it are in this group, or in an earlier one
+    relieved: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # those keys of `freed` that are durable
 
 
 class Committer:
@@ -264,6 +268,7 @@ class Committer:
             return  # the map shows what is on the disk, and nothing more is written
         for number, changed in group.dirty.items():
             self._tables.make_dirty(number, changed)
+        self._freed.landed({key: group.freed.pop(key) for key in group.relieved})
         self._freed.put_back(group.freed)
         # The tables are still `unwritten`, and the journal still has the entries, as only `_landed` removes them.
         self._tables.pin_slices(())  # last, because the pins keep the slices in memory until they are dirty again
@@ -274,8 +279,12 @@ class Committer:
         if group.dirty or group.tables:
             # This barrier orders data before entries. If it fails, none of the entries is written.
             self._barriers.barrier()
-            for offset, data in group.sectors:
-                storage.write(offset, [data])
+            try:
+                for offset, data in group.sectors:
+                    storage.write(offset, [data])
+            except NoSpace:
+                self._write_discards(group)
+                raise
         if durable:
             # A flush must make the entries durable, too. Without this barrier, clusters could read as the backing after
             # a power cut, although their fsync has returned.
@@ -283,6 +292,23 @@ class Committer:
         # After the first barrier, because the kernel only drops clean pages.
         for offset, size in group.cold:
             storage.drop_cache(offset, size)
+
+    def _write_discards(self, group: _Group) -> None:
+        """There is no space for some entries of a group. Make its discards durable, so that their space comes back.
+
+        They need none: where an entry of data was, the file has a block, unless the file system never overwrites in
+        place. The journal keeps the entries of the whole group, which the next one writes again. That a discarded
+        cluster had data before is no contradiction there, because the discard follows.
+        """
+        places = {self._tables.sector_place(*key): key for key in group.freed}
+        for offset, data in group.sectors:
+            for at in range(0, len(data), SECTOR_SIZE):
+                if (key := places.get(offset + at)) is not None:
+                    with contextlib.suppress(NoSpace):
+                        self._storage.write(offset + at, [data[at : at + SECTOR_SIZE]])
+                        group.relieved.append(key)
+        if group.relieved:
+            self._barriers.barrier()  # as after a whole group with discards
 
     async def durably(self, call: Callable[[], None]) -> None:
         """Run a call with barriers in a thread.

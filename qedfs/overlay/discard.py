@@ -7,12 +7,20 @@ The journal gets the discard before the map does. A session that is killed thus 
 If the journal takes nothing more, all of its entries are committed first, and it becomes void: it could otherwise bring
 back what was written before the discard. What the journal gets begins with a cluster that the discard changes: the
 recovery expects the file to have this change, if it is the last one of a commit (`recovery.py`: the witness).
+
+The entries of missing clusters need space in the file. It is reserved before they change. Otherwise, on a full disk,
+the guest's next flush would fail, and with it all that the guest has written, for the sake of a discard. What has data
+needs no space, and gives some back. So it comes first on a full disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import trio
 
+from qedfs.errors import NoSpace
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap
@@ -21,10 +29,13 @@ from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.journal import zero_run
 from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.table_slices import TableSlices
 
 CLUSTERS_AT_ONCE = 4096  # 0.1 ms on the event loop if all are missing, up to 1 ms otherwise
+
+Clusters = tuple[int, int]  # the first, and how many
 
 
 class Discards:
@@ -51,6 +62,7 @@ class Discards:
         self._allocator = allocator
         self._pending = pending
         self._freed = freed
+        self._room = Room(committer, freed)
         self._cluster_size = clusters.geometry.cluster_size
         self._image_size = clusters.geometry.image_size
 
@@ -58,18 +70,38 @@ class Discards:
         """See `Overlay.discard`. `missing_too`: missing clusters may read as something else than zeros."""
         await self._session.ready()
         await self._session.let_times_move()
+        missing, left = await self._discard_all([(cluster, count)], missing_too=missing_too)
+        if left:
+            with contextlib.suppress(NoSpace):
+                await self._room.make()
+            more, left = await self._discard_all(left, missing_too=missing_too)
+            missing += more
+        if self._committer.pending and not self._journal.takes_entries:
+            await self._room.with_room(self._committer.commit)
+            await self._session.note_no_journal()
+        self._barriers.check_writable()  # a barrier that has failed meanwhile may have taken entries back
+        if left:
+            raise NoSpace("the file system is full: there is no space for the entries of clusters that were missing")
+        return missing
+
+    async def _discard_all(self, ranges: Iterable[Clusters], *, missing_too: bool) -> tuple[int, list[Clusters]]:
+        """Returns how many clusters were missing, and where there was no space for entries. There, data is discarded.
+
+        Raises NoSpace if too much is uncommitted, and there is no space to commit it.
+        """
         missing = 0
-        for first in range(cluster, cluster + count, CLUSTERS_AT_ONCE):
-            some = min(CLUSTERS_AT_ONCE, cluster + count - first)
-            missing += await self._discard_some(first, some, missing_too=missing_too)
+        left: list[Clusters] = []
+        for first, count in ((at, n) for start, size in ranges for at, n in _pieces(start, size)):
+            try:
+                missing += await self._discard_some(first, count, missing_too=missing_too)
+            except NoSpace:
+                await self._discard_some(first, count, missing_too=False)
+                left.append((first, count))
             if self._tables.crowded or self._freed.crowded:
-                await self._committer.commit()
+                await self._room.with_room(self._committer.commit)
                 await self._freed.give_back()
             await trio.lowlevel.checkpoint()
-        if self._committer.pending and not self._journal.takes_entries:
-            await self._committer.commit()
-        self._barriers.check_writable()  # a barrier that has failed meanwhile may have taken entries back
-        return missing
+        return missing, left
 
     async def _discard_some(self, first: int, count: int, *, missing_too: bool) -> int:
         pos = first * self._cluster_size
@@ -85,23 +117,39 @@ class Discards:
             if first == stop:
                 return 0
             count = stop - first
+            # No await from here on, unless the loop continues.
+            if missing_too:
+                self._make_tables(first, count)
+            self._freed.references.before_discard(first, count)
             if self._journal.takes_entries:
                 self._journal.append([(first, zero_run(count))])
             if not self._journal.outlived:
                 break
             await self._give_up_journal()
         # No await between the look-up and the change.
-        if missing_too:
-            for cluster in range(first, first + count, self._map.slice_entries):
-                self._allocator.make_table(cluster)
-            self._allocator.make_table(first + count - 1)
         freed, missing = self._map.discard(first, count, missing_too=missing_too)
         self._freed.add(freed)
         self._session.times.move()
         return missing
+
+    def _make_tables(self, first: int, count: int) -> None:
+        """Make sure that there are tables for these clusters, with space in the file if entries are missing.
+
+        Raises NoSpace: at most some tables without entries are new.
+        """
+        stop = first + count
+        while first < stop:
+            end = min(stop, (first // self._map.slice_entries + 1) * self._map.slice_entries)
+            self._allocator.make_table(first, reserve=self._map.count_missing_in(first, end - first) and end - first)
+            first = end
 
     async def _give_up_journal(self) -> None:
         """The journal takes no more entries, and those that it has must not outlive the discard."""
         await self._committer.commit()
         self._journal.void()
         await self._session.note_no_journal()
+
+
+def _pieces(first: int, count: int) -> Iterator[Clusters]:
+    for at in range(first, first + count, CLUSTERS_AT_ONCE):
+        yield at, min(CLUSTERS_AT_ONCE, first + count - at)

@@ -4,13 +4,16 @@ Owns the order. The data of a cluster stays as it is until
 
 1. a barrier has made the entry durable that no longer refers to it. After a power cut, the old entry would otherwise
    show what has taken the place;
-2. the session journal has no older entry of the cluster. After a kill, it would do the same;
+2. the session journal has no older entry of the cluster, or a later one that says that it was discarded. After a kill,
+   it would do the same;
 3. every read and every write in place has ended that may have looked up the place before the discard
-   (`accesses.py`). It would otherwise read, or overwrite, the bytes of another cluster.
+   (`accesses.py`). It would otherwise read, or overwrite, the bytes of another cluster;
+4. it is certain that no other entry refers to it (`references.py`), as one may in a damaged overlay.
 
 Then the space is punched out of the file, and the allocator may use it again. If the file system cannot punch, it holds
-old bytes, and is used only for clusters of which every byte is written. A session forgets what it has not used; then it
-is a leak, which takes no space. What a killed session leaves does; `qedfs check --repair` gives it back.
+old bytes, and is used only for clusters of which every byte is written. What earlier sessions have leaked follows.
+
+A session forgets what it has not used, nor punched. That is a leak, until a later session finds it.
 """
 
 from __future__ import annotations
@@ -27,74 +30,91 @@ from qedfs.errors import QedfsError
 from qedfs.overlay.accesses import Accesses
 from qedfs.overlay.allocator import MOST_BLANK, Allocator
 from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import Freed
+from qedfs.overlay.references import References
 from qedfs.overlay.storage import Storage
+
+MOST_WAITING = 1 << 14  # clusters; more are committed, and their space is given back, before others are discarded
+SECONDS_AT_ONCE = 2.0  # how long one call gives space back. The caller has other work to do, such as commits.
+# What a thread punches before others get its lock: at most so many places, or clusters in them. 256 places take ext4
+# some ms.
+RUNS_AT_ONCE = 256
+CLUSTERS_AT_ONCE = 4096
 
 
 class FreedClusters:
     """The freed clusters of one overlay, as offsets in the file."""
 
-    def __init__(self, storage: Storage, cluster_size: int, barriers: Barriers, allocator: Allocator) -> None:
+    def __init__(
+        self, storage: Storage, cluster_size: int, barriers: Barriers, allocator: Allocator, references: References
+    ) -> None:
         self.accesses = Accesses()
         self.discards = 0  # changes when clusters are freed, so that what was looked up before may be out of date
+        self.references = references
         self._storage = storage
         self._cluster_size = cluster_size
         self._barriers = barriers
         self._allocator = allocator
-        self._waiting: list[int] = []  # whose discard is in no group of the committer yet
+        self._waiting: Freed = {}  # whose discard is in no group of the committer yet
+        self._waiting_count = 0
         self._durable: deque[tuple[int, list[int]]] = deque()  # (the first access that cannot have looked them up, ...)
         self._durable_count = 0
+        self._leaks: Iterator[int] | None = None  # of earlier sessions, once they are known, until all are given back
+        self._given = 0  # how many clusters were given back
         self._lock = trio.Lock()  # held while a thread punches
         self._ended = False
 
     @property
     def crowded(self) -> bool:
         """Whether more are waiting than should."""
-        return len(self._waiting) > MOST_BLANK
+        return self._waiting_count > MOST_WAITING
 
-    def add(self, offsets: list[int]) -> None:
+    @property
+    def any(self) -> bool:
+        """Whether there is, or may be, space that has not been given back."""
+        return bool(self._waiting or self._durable or self._leaks is not None or not self.references.known)
+
+    def add(self, freed: Freed) -> None:
         """Add clusters whose entries have just been set to zero in memory."""
-        if offsets:
-            self._waiting += offsets
+        if freed:
+            self.put_back(freed)
             self.discards += 1
 
-    def take(self) -> list[int]:
+    def take(self) -> Freed:
         """Take those whose discards a group is about to write. No await since its snapshot of the entries."""
-        taken, self._waiting = self._waiting, []
+        taken, self._waiting, self._waiting_count = self._waiting, {}, 0
         return taken
 
-    def put_back(self, offsets: list[int]) -> None:
-        """Wait for another group, because this one has failed."""
-        self._waiting += offsets
+    def put_back(self, freed: Freed) -> None:
+        """Let them wait for another group, because this one has failed."""
+        for sector, offsets in freed.items():
+            self._waiting.setdefault(sector, []).extend(offsets)
+            self._waiting_count += len(offsets)
 
-    def landed(self, offsets: list[int]) -> None:
+    def landed(self, freed: Freed) -> None:
         """Their discards are durable, and not contradicted by the journal."""
-        if offsets and self._durable_count < MOST_BLANK:  # more than that become leaks
+        if freed and self._durable_count < MOST_BLANK:  # more than that become leaks
+            offsets = sorted(itertools.chain.from_iterable(freed.values()))
             self._durable.append((self.accesses.next, offsets))
             self._durable_count += len(offsets)
 
-    async def give_back(self) -> None:
-        """Give back what no access can refer to any more. Raises nothing: what cannot be given back is a leak.
+    async def give_back(self) -> bool:
+        """Give back what no access can refer to any more. Returns whether that was anything.
 
-        A second call waits for the first, whose clusters it would otherwise take for done. If it is cancelled, the rest
-        stays for the next call.
+        Raises nothing: what cannot be given back is a leak. A second call waits for the first, whose clusters it would
+        otherwise take for done. After SECONDS_AT_ONCE, or if it is cancelled, the rest stays for the next call.
         """
+        if not self.any:
+            return False
         try:
             self._lock.acquire_nowait()  # not `async with`, which takes a turn of the event loop even if it is free
         except trio.WouldBlock:
             await self._lock.acquire()
         try:
-            while self._may_go_on() and self._durable and self._durable[0][0] <= self.accesses.oldest:
-                offsets = self._durable[0][1]
-                runs = list(_runs(sorted(offsets), self._cluster_size))
-                try:
-                    punched = await self._storage.in_thread(functools.partial(self._punch, runs))
-                except QedfsError:
-                    return  # the file was truncated, and nothing more is written to it
-                # Nobody else takes from the left, because we have the lock.
-                self._durable.popleft()
-                self._durable_count -= len(offsets)
-                if self._barriers.writable:
-                    self._allocator.recycle(offsets, blank=punched)
+            before = self._given
+            with trio.move_on_after(SECONDS_AT_ONCE):
+                await self._give_back()
+            return self._given > before
         finally:
             self._lock.release()
 
@@ -106,6 +126,52 @@ class FreedClusters:
         async with self._lock:
             self._ended = True
             yield
+
+    async def _give_back(self) -> None:
+        while self._may_go_on():
+            if not self.references.known:
+                await self.references.look()
+                self._leaks = self._leaked()
+                continue
+            if self.references.problem:
+                self._durable.clear()
+                self._durable_count = 0
+            if not (offsets := self._next()):
+                break
+            runs = list(_runs(offsets, self._cluster_size))
+            try:
+                punched = await self._storage.in_thread(functools.partial(self._punch, runs))
+            except QedfsError:
+                break  # the file was truncated, and nothing more is written to it
+            # Nobody else takes from the left, because we have the lock.
+            del self._durable[0][1][: len(offsets)]
+            self._durable_count -= len(offsets)
+            if self._barriers.writable:
+                self._allocator.recycle(offsets, blank=punched)
+                self._given += len(offsets)
+
+    def _next(self) -> list[int]:
+        """The clusters to punch next, in ascending order; none if all others have to wait."""
+        while self._durable and not self._durable[0][1]:
+            self._durable.popleft()
+        # Leaks come last. As with a discard, a barrier must have come between whatever made them leaks and the punch.
+        if not self._durable and self._leaks is not None and self._barriers.count:
+            if leaks := list(itertools.islice(self._leaks, CLUSTERS_AT_ONCE)):
+                self._durable.append((self.accesses.oldest, leaks))
+                self._durable_count += len(leaks)
+            else:
+                self._leaks = None
+        if not self._durable or self._durable[0][0] > self.accesses.oldest:
+            return []
+        offsets = self._durable[0][1]
+        most = min(len(offsets), CLUSTERS_AT_ONCE)
+        ends = (at for at in range(1, most) if offsets[at] != offsets[at - 1] + self._cluster_size)
+        return offsets[: next(itertools.islice(ends, RUNS_AT_ONCE - 1, None), most)]
+
+    def _leaked(self) -> Iterator[int]:
+        """What was in nobody's use at the opening."""
+        for offset, size in self.references.leaks():
+            yield from range(offset, offset + size, self._cluster_size)
 
     def _may_go_on(self) -> bool:
         return self._barriers.writable and not self._ended

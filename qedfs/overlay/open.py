@@ -26,6 +26,7 @@ from qedfs.overlay.l1 import read_l1
 from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.recovery import apply, fits
+from qedfs.overlay.references import References
 from qedfs.overlay.revalidation import revalidate
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.session_journal import SessionJournal
@@ -102,7 +103,8 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     tables = TableSlices(storage, header, l1, file_end=round_down(file_end, cluster_size), share=share, marks=marks)
     clusters = ClusterMap(tables, header)
     allocator = Allocator(storage, tables)
-    freed = FreedClusters(storage, cluster_size, barriers, allocator)
+    references = References(tables, clusters, header, path=storage.path, file_size=file_end)
+    freed = FreedClusters(storage, cluster_size, barriers, allocator, references)
     committer = Committer(storage, session.header, tables, journal=journal, barriers=barriers, marks=marks, freed=freed)
     if storage.writable:
         _mark_cut_tables(tables, committer)
@@ -117,8 +119,12 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         apply(orphan.pairs, clusters, tables, allocator, backing=backing is not None)
     session_start = None
     if storage.writable:
+        killed = bool(session.record.session)
         session_start = SessionStart(storage, session, committer, journal, journal_folder, orphan)
         session_start.at_open()
+        # Not if the old journal still counts. It may refer to what looks like a leak.
+        if killed and session_start.full is None:
+            references.begin()
     return Overlay(
         storage,
         OpenSession(storage, session, committer, barriers, session_start),

@@ -52,6 +52,7 @@ from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
@@ -98,6 +99,7 @@ class Overlay:
         self._journal = journal
         self._pending = pending = PendingAllocations(clusters)
         self._freed = freed
+        self._room = Room(committer, freed)
         self._writer = ClusterWriter(
             storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
         )
@@ -325,14 +327,20 @@ class Overlay:
     async def write(self, pos: int, data: Buffer, fill: Fill) -> None:
         """Write inside the image.
 
-        For a partial write to a cluster without data, the rest is zeros if it was a zero cluster, the result of `fill`
-        if it was missing, and zeros past the image's end.
+        In a cluster without data, the rest is zeros if it was a zero cluster, the result of `fill` if it was missing.
 
         Raises:
-            NoSpace: a part of the data may have been written, to clusters that were allocated before.
-            ReadOnlyOverlay: the overlay takes no writes.
+            NoSpace: a part may have been written. ReadOnlyOverlay: the overlay takes no writes.
             QedfsError: whatever `fill` raised. Nothing was written.
         """
+        try:
+            await self._write(pos, data, fill)
+        except NoSpace:
+            if not await self._room.make():
+                raise
+            await self._write(pos, data, fill)
+
+    async def _write(self, pos: int, data: Buffer, fill: Fill) -> None:
         await self._session.ready()
         # Before the data: otherwise, after a kill, the image could show new bytes with its old times.
         await self._session.let_times_move()
@@ -371,8 +379,13 @@ class Overlay:
         return await self._discards.discard(cluster, count, missing_too=self.backing is not None)
 
     async def give_space_back(self) -> None:
-        """Give the space of discarded clusters back, if nothing can refer to it. Raises nothing."""
+        """Give the space of discarded clusters back, see `FreedClusters.give_back`. Raises nothing."""
         await self._freed.give_back()
+
+    @property
+    def not_given_back(self) -> str:
+        """Why no space is given back: the overlay is damaged. "" if nothing is wrong so far."""
+        return self._freed.references.problem
 
     async def reads_as_zeros(self, cluster: int) -> bool:
         """Whether a cluster is a zero cluster, or missing while there is no backing."""
@@ -426,8 +439,6 @@ class Overlay:
         """Turn those of these clusters that are missing into zero clusters, because the source has a hole there."""
         await self._adoption.adopt_zeros(cluster, count)
 
-    # Changes by other programs.
-
     async def inspect(self) -> None:
         """Raise BadOverlay if the file is no longer the overlay that was opened. Takes some microseconds.
 
@@ -435,13 +446,11 @@ class Overlay:
         """
         await self._session.inspect()
 
-    # Commit, flush, detach, close.
-
     async def commit(self) -> None:
         """Write all entries to the file."""
         if self.full and self.committer.pending:
             await self._session.ready()
-        await self.committer.commit()
+        await self._room.with_room(self.committer.commit)
 
     async def flush(self) -> None:
         """Make everything that was written before this call durable. Raises what `Committer.commit` raises."""
@@ -449,7 +458,7 @@ class Overlay:
             return
         if self.full and self.committer.pending:
             await self._session.ready()
-        await self.committer.flush()
+        await self._room.with_room(self.committer.flush)
 
     async def detach(self) -> None:
         """Drop the backing, when every byte of the image that is not zero is in the overlay.

@@ -40,10 +40,11 @@ THREADS = 12
 # QEMU's image locks (block/file-posix.c): byte 100+i says "I use permission i", 200+i "I do not share it".
 _LOCK_USES, _LOCK_UNSHARED = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
-# File systems whose leases a server grants (fs/nfs/nfs4proc.c, fs/smb/client/file.c).
+# File systems whose leases a server grants.
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _FLOCK = struct.Struct("hhqqi4x")
-_PUNCH_HOLE = 2 | 1  # with KEEP_SIZE, which must go with it (fallocate(2))
+_KEEP_SIZE = 1  # of fallocate(2)
+_PUNCH_HOLE = 2 | _KEEP_SIZE  # the second must go with it
 
 
 class FileExtent(NamedTuple):
@@ -56,6 +57,7 @@ class FileExtent(NamedTuple):
 class Storage(Protocol):
     """The operations on the overlay file. Offsets and sizes are in bytes. All errors are QedfsErrors."""
 
+    path: str  # for messages
     writable: bool
     locked: bool  # whether our locks keep other programs from writing to the file
 
@@ -149,6 +151,10 @@ class Storage(Protocol):
 
         Raises BadOverlay if the file was truncated.
         """
+        ...
+
+    def reserve(self, offset: int, size: int) -> None:
+        """Find space for these bytes, also past the end, if the file system can. Raises NoSpace, BadOverlay."""
         ...
 
     def drop_cache(self, offset: int, size: int) -> None:
@@ -380,12 +386,22 @@ class FileStorage:
 
     def punch(self, offset: int, size: int) -> bool:
         """fallocate with PUNCH_HOLE. Not all file systems can do that, and an error loses nothing."""
-        import ctypes  # here, because loading it takes commands that punch nothing 4 ms
+        return not self._fallocate(_PUNCH_HOLE, offset, size)
+
+    def reserve(self, offset: int, size: int) -> None:
+        """fallocate without a change of the length."""
+        number = self._fallocate(_KEEP_SIZE, offset, size)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise self._translated("reserve space", OSError(number, os.strerror(number)))
+
+    def _fallocate(self, mode: int, offset: int, size: int) -> int:
+        """fallocate(2). Returns 0, or the errno. Raises BadOverlay if the file was truncated."""
+        import ctypes  # here, because loading it takes 4 ms
 
         self._length.check()
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-        arguments = ctypes.c_int(_PUNCH_HOLE), ctypes.c_int64(offset), ctypes.c_int64(size)
-        return not fallocate(ctypes.c_int(self._fd), *arguments)
+        arguments = ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(size)
+        return ctypes.get_errno() if fallocate(ctypes.c_int(self._fd), *arguments) else 0
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise. It is only advice, so errors do not matter."""

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import trio
 
 from qedfs.errors import BadOverlay, NoMemory
-from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down, round_up
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.sparse import SparseTable
 from qedfs.format.tables import MISSING, decode_table, empty_table, encode_table
@@ -274,6 +274,19 @@ class TableSlices:
         index = cluster // self.geometry.entries
         return None if self.l1[index] else index
 
+    def sectors(self, cluster: int, count: int) -> Iterator[tuple[int, int]]:
+        """Where the entries of these clusters of one table are, or will be if the table is the next new one.
+
+        Yields (offset, size) of the sectors of L1, if the table is new, and L2.
+        """
+        index, first = divmod(cluster, self.geometry.entries)
+        table = self.l1[index]
+        if not table:
+            yield round_down(self._header.l1_table_offset + index * ENTRY_SIZE, SECTOR_SIZE), SECTOR_SIZE
+        start = round_down(first * ENTRY_SIZE, SECTOR_SIZE)
+        size = round_up((first + count) * ENTRY_SIZE, SECTOR_SIZE) - start
+        yield (table or self.file_end) + start, size
+
     def add_table(self, index: int, offset: int) -> None:
         """Set L1 entry `index` to a new L2 table of zeros at `offset`. The file has neither yet."""
         before = self.l1.held_bytes
@@ -340,7 +353,11 @@ class TableSlices:
         """The offset of one sector of a loaded slice, and its current bytes."""
         first = sector * SECTOR_ENTRIES
         data = encode_table(self.slices[number][first : first + SECTOR_ENTRIES])
-        return self._slice_place(number) + sector * SECTOR_SIZE, data
+        return self.sector_place(number, sector), data
+
+    def sector_place(self, number: int, sector: int) -> int:
+        """The offset of one sector of a slice whose table exists."""
+        return self._slice_place(number) + sector * SECTOR_SIZE
 
     def pin_slices(self, numbers: Iterable[int]) -> None:
         """Keep these slices in memory until the next call, because a group writes them.

@@ -122,6 +122,7 @@ class MemoryStorage:
     def __init__(
         self, data: bytes | bytearray = b"", *, name: str = "", writable: bool = True, seed: int | None = None
     ) -> None:
+        self.path = "memory"
         self.bytes = bytearray(data)
         self.writable = writable
         self.locked = True
@@ -141,7 +142,7 @@ class MemoryStorage:
     def fail(self, kind: str, error: QedfsError, *, nth: int = 1, forever: bool = False, wrote: float = 0.5) -> None:
         """Let the `nth` operation of a kind from now on fail, or all from there on.
 
-        Kinds: read, write, resize, barrier. A write that fails has written this part of it, in whole sectors.
+        Kinds: read, write, resize, barrier, reserve. A write that fails has written this part of it, in whole sectors.
         """
         self._faults.setdefault(kind, []).append(_Fault(error, self.operations[kind] + nth, forever, wrote))
 
@@ -240,6 +241,10 @@ class MemoryStorage:
         self._begin("punch")
         self._put(offset, bytes(size))
         return True
+
+    def reserve(self, offset: int, size: int) -> None:
+        self._begin("reserve")
+        assert 0 <= offset <= offset + size
 
     def drop_cache(self, offset: int, size: int) -> None:
         assert 0 <= offset <= offset + size

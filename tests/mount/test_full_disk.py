@@ -19,7 +19,7 @@ from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 
-from .support import CLUSTER_SIZE, MIB, assert_same, create, opened, origin
+from .support import CLUSTER_SIZE, MIB, assert_same, create, make_hole, opened, origin
 
 SIZE = 16 * MIB
 
@@ -91,6 +91,52 @@ def test_a_mount_that_finds_a_full_disk_serves_and_fills_the_overlay_when_there_
             assert_same(mount.path("disk.raw"), source.raw)
             assert mount.unmount() == 0
         assert qemu_check(overlay) == (0, 0)
+
+
+@contextlib.contextmanager
+def small_ext4(folder: Path, size: int) -> Iterator[Path]:
+    """An ext4 file system of `size` bytes on a loop device."""
+    require_root()
+    folder.mkdir()
+    device = folder.with_suffix(".ext4")
+    with device.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([require("mkfs.ext4"), "-q", "-F", "-m", "0", device], check=True, timeout=HANG_SECONDS)
+    subprocess.run([require("mount"), "-o", "loop", device, folder], check=True, timeout=HANG_SECONDS)
+    try:
+        yield folder
+    finally:
+        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=HANG_SECONDS)
+
+
+def test_a_discard_gives_space_back_on_a_full_disk(tmp_path: Path) -> None:
+    """Of data, although the entries of what was missing need new tables. They find their space in what comes back."""
+    with origin(tmp_path, SIZE) as source, small_ext4(tmp_path / "small", 24 * MIB) as disk:
+        # A table for each 4 MiB of the image: those for its second half do not exist yet.
+        overlay = create(disk / "disk.qed", source.url, "--cluster-size", "4K", "--table-size", "2")
+        with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+            path, data = mount.path("disk.raw"), source.data()
+            with opened(path) as fd:
+                os.pwrite(fd, data[: SIZE // 2], 0)
+                os.fsync(fd)
+                _fill_up(disk / "ballast")
+                assert _error_of_write(fd, b"w" * 4096, SIZE - 4096) == errno.ENOSPC
+                with pytest.raises(OSError, match="No space left"):
+                    make_hole(fd, SIZE // 2, SIZE // 2)  # nothing but missing clusters
+                os.pwrite(fd, b"in place", 5)
+                os.fsync(fd)  # which costs nobody else anything
+                make_hole(fd, MIB, SIZE - MIB)
+                os.fsync(fd)
+                wait_for(lambda: os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 5 * MIB, "space to come back")
+                assert _error_of_write(fd, b"w" * 4096, SIZE - 4096) is None
+                os.fsync(fd)
+            expected = bytearray(data[:MIB]).ljust(SIZE - 4096, b"\0") + b"w" * 4096
+            expected[5:13] = b"in place"
+            assert path.read_bytes() == expected
+            assert mount.unmount() == 0
+        source.raw.write_bytes(expected)
+        assert qemu_check(overlay).corruptions == 0
+        assert qemu_same(overlay, source.raw)
 
 
 def _fill_up(path: Path) -> None:

@@ -29,16 +29,16 @@ MUTANTS = (
     Mutant(
         "commit: a barrier between data and the entries that point to it",
         "commit:Committer._write",
-        "self._barriers.barrier()\n        for offset, data in group.sectors",
-        "for offset, data in group.sectors",
+        "self._barriers.barrier()\n        try:",
+        "try:",
     ),
     Mutant(
         "commit: tables are written behind the barrier, not before it",
         "commit:Committer._write",
         "self._barriers.barrier()\n"
-        "        for offset, data in group.sectors:\n            storage.write(offset, [data])",
-        "for offset, data in group.sectors:\n            storage.write(offset, [data])\n"
-        "        self._barriers.barrier()",
+        "        try:\n            for offset, data in group.sectors:\n                storage.write(offset, [data])\n",
+        "try:\n            for offset, data in group.sectors:\n                storage.write(offset, [data])\n"
+        "            self._barriers.barrier()\n",
     ),
     Mutant(
         "commit: entries are those of the start of the group",
@@ -83,11 +83,11 @@ MUTANTS = (
         "discard: what a group frees is what it writes, not what is discarded meanwhile",
         "commit:Committer._landed",
         "self._freed.landed(group.freed)",
-        "self._freed.landed(group.freed + self._freed.take())",
+        "self._freed.landed(group.freed | self._freed.take())",
     ),
     Mutant(
         "discard: its space counts as zeros behind the punch, not before it",
-        "freed:FreedClusters.give_back",
+        "freed:FreedClusters._give_back",
         "punched = await self._storage.in_thread(functools.partial(self._punch, runs))",
         "punched = True",
     ),
@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         "times: the record says that a guest writes, before it does",
-        "overlay:Overlay.write",
+        "overlay:Overlay._write",
         "await self._session.let_times_move()",
         "self.times.may_move = True",
     ),
@@ -156,7 +156,7 @@ MUTANTS = (
         "await self._read_again()",
         "pass",
         "bad_barrier",
-        first=561,
+        first=53,
     ),
     Mutant(
         "a failed barrier: nobody else's barrier runs beside it",

@@ -7,7 +7,6 @@ import random
 import pytest
 
 from qedfs.errors import BadOverlay
-from qedfs.overlay import check as check_module
 from qedfs.overlay.check import check, give_back_leaks
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.session import read_header
@@ -49,11 +48,3 @@ def test_nothing_is_given_back_of_a_damaged_overlay() -> None:
     with pytest.raises(BadOverlay, match="is damaged"):
         give_back_leaks(storage, read_header(storage)[0])
     assert storage.bytes == before
-
-
-def test_clear_bits() -> None:
-    rng = random.Random(1)
-    for _ in range(50):
-        bits = bytearray(rng.choice((0, 255, rng.randrange(256))) for _ in range(9))
-        clear = {bit for first, end in check_module._clear_bits(bits) for bit in range(first, end)}
-        assert clear == {bit for bit in range(72) if not bits[bit // 8] >> bit % 8 & 1}

@@ -12,6 +12,7 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay import allocator as allocator_module
+from qedfs.overlay import freed as freed_module
 from qedfs.overlay import loop_writes
 from qedfs.overlay.journal import Journal
 from qedfs.overlay.open import open_storage
@@ -243,3 +244,46 @@ async def test_a_file_whose_length_is_unknown_costs_space_only(monkeypatch: pyte
     await overlay.close()
     again = await open_storage(MemoryStorage(storage.bytes))
     assert await place_of(again, 9) > ZERO
+
+
+async def test_a_thread_punches_only_so_much_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Periodic commits wait for it. What is left when the time is up stays for the next turn."""
+    monkeypatch.setattr(freed_module, "RUNS_AT_ONCE", 3)
+    monkeypatch.setattr(freed_module, "CLUSTERS_AT_ONCE", 4)
+    storage = MemoryStorage(filled(dict.fromkeys(range(40), b"d" * CLUSTER)).data, name="disk")
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    for cluster in (*range(10), *range(11, 39, 2)):  # ten neighbours, and fourteen apart
+        await overlay.discard(cluster, 1)
+    await overlay.flush()
+    punched: list[int] = []
+    real = storage.in_thread
+
+    async def counting(function: Callable[[], T]) -> T:
+        before = storage.operations["punch"]
+        result = await real(function)
+        punched.append(storage.operations["punch"] - before)
+        return result
+
+    monkeypatch.setattr(storage, "in_thread", counting)
+    with monkeypatch.context() as hurry:
+        hurry.setattr(freed_module, "SECONDS_AT_ONCE", 0)
+        await overlay.give_space_back()
+    assert storage.bytes.count(b"d" * CLUSTER) == 40
+    await overlay.give_space_back()
+    assert max(punched) == 3
+    assert storage.bytes.count(b"d" * CLUSTER) == 16
+
+
+@pytest.mark.parametrize("blank", [True, False])
+async def test_places_are_used_from_the_lowest_on(blank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, overlay = await opened()
+    if not blank:
+        monkeypatch.setattr(storage, "punch", lambda *_: False)
+    places = sorted(offsets(storage)[cluster] for cluster in (0, 2, 3))
+    for cluster in (3, 0, 2):
+        await overlay.discard(cluster, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    for cluster in (20, 21, 22):
+        await overlay.write(cluster * CLUSTER, b"w" * CLUSTER, no_fill)
+    assert [await place_of(overlay, cluster) for cluster in (20, 21, 22)] == places

@@ -110,7 +110,7 @@ def test_without_a_backing_a_discard_has_to_begin_with_a_cluster_that_it_changes
 RULES = (
     Mutant(
         "the record says that a guest writes, before it does",
-        "overlay:Overlay.write",
+        "overlay:Overlay._write",
         "await self._session.let_times_move()",
         "self.times.may_move = True",
     ),
@@ -122,7 +122,7 @@ RULES = (
     ),
     Mutant(
         "without a journal a write is answered after its commit",
-        "overlay:Overlay.write",
+        "overlay:Overlay._write",
         "await self.committer.commit()",
         "pass",
         first=3,

@@ -182,10 +182,10 @@ RULES = (
     ),
     Mutant(
         "the space of a discarded cluster is used after all reads and writes that may refer to it",
-        "freed:FreedClusters.give_back",
-        " and self._durable[0][0] <= self.accesses.oldest",
+        "freed:FreedClusters._next",
+        " or self._durable[0][0] > self.accesses.oldest",
         "",
-        first=526,
+        first=161,
     ),
     Mutant(
         "a discard that a failed barrier has taken back is an error",

@@ -1,0 +1,66 @@
+"""Which clusters of an overlay file something refers to, as a bitmap: one bit for each cluster of the file.
+
+Owns the bits. Must not know what refers to a cluster, nor what follows from two references.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qedfs.format.geometry import MAX_TABLE_SIZE
+
+MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a sparse file made for the purpose has more.
+
+
+class UsedClusters:
+    """The clusters of one file, numbered from its start. `count`: of those that are used."""
+
+    def __init__(self, clusters: int) -> None:
+        """`clusters`: at most MAX_CLUSTERS."""
+        self.count = 0
+        self._bits = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # with room for `claim_table` at the end
+
+    def claim(self, cluster: int) -> bool:
+        """Mark a cluster as used. Returns False if it is already."""
+        byte, bit = cluster >> 3, 1 << (cluster & 7)
+        if self._bits[byte] & bit:
+            return False
+        self._bits[byte] |= bit
+        self.count += 1
+        return True
+
+    def claim_table(self, first: int, count: int) -> int:
+        """Mark `count` clusters, at most MAX_TABLE_SIZE, as used. Returns how many of them were used already."""
+        byte, shift = divmod(first, 8)
+        mask = ((1 << count) - 1) << shift
+        part = slice(byte, byte + 1 + MAX_TABLE_SIZE // 8)
+        used = int.from_bytes(self._bits[part], "little")
+        self._bits[part] = (used | mask).to_bytes(1 + MAX_TABLE_SIZE // 8, "little")
+        shared = (used & mask).bit_count()
+        self.count += count - shared
+        return shared
+
+    def unused(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of clusters from `first` to `stop` that nothing refers to, each as (first, end)."""
+        begin = end = first
+        for at, to in _clear_bits(self._bits):
+            at, to = max(at, begin), min(to, stop)
+            if at >= to:
+                continue
+            if at > end and begin < end:
+                yield begin, end
+            begin, end = at if at > end or begin == end else begin, to
+        if begin < end:
+            yield begin, end
+
+
+def _clear_bits(bits: bytearray) -> Iterator[tuple[int, int]]:
+    """The bits that are not set, as (first, end). Neighbours may be apart. Long runs take one step."""
+    for found in re.finditer(rb"\0+|[^\0\xff]", bits):
+        if not bits[found.start()]:
+            yield 8 * found.start(), 8 * found.end()
+            continue
+        for bit in range(8):
+            if not bits[found.start()] >> bit & 1:
+                yield 8 * found.start() + bit, 8 * found.start() + bit + 1
