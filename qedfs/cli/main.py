@@ -32,6 +32,7 @@ COMMANDS = {
     "map": ("map", "show_map"),
     "mount": ("mount", "mount"),
     "profile": ("profile", "profile"),
+    "source": ("source", "source"),
     "status": ("status", "status"),
     "stream": ("stream", "stream"),
     "umount": ("umount", "umount"),

@@ -30,6 +30,7 @@ class MountArguments:
     allow_other: bool
     metrics: str | None
     source_timeout: float
+    on_source_error: str | None
     pin: str
     identity: str | None
     log_json: bool

@@ -10,9 +10,12 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
+from qedfs.cli.option_types import parse_source_errors
 from qedfs.errors import BadOverlay, UsageError
 from qedfs.format.header import MAGIC
+from qedfs.image.source_errors import EIO
 from qedfs.mount.mountpoint import known_at
+from qedfs.mount.request_timeout import remark_on_limit
 
 if TYPE_CHECKING:
     from qedfs.cli.mount_arguments import MountArguments
@@ -63,6 +66,10 @@ def remarks(arguments: MountArguments) -> list[str]:
     place = arguments.mountpoint
     if _is_free(place) and not _is_same(arguments.source, place) and _hides_files(place):
         lines.append(f"{place}: is not empty; what is in it is hidden until the mount ends")
+    rule = EIO if arguments.on_source_error is None else parse_source_errors(arguments.on_source_error)
+    longest = float(rule.bound_seconds or "inf") if rule.wait else arguments.source_timeout
+    if text := remark_on_limit(longest):
+        lines.append(text)
     return lines
 
 

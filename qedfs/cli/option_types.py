@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from qedfs.errors import UsageError
+from qedfs.image.source_errors import EIO, MOST_BOUND_SECONDS, OnSourceError
 from qedfs.units import parse_seconds, parse_size
 
 LEAST_RATE = 1024  # bytes per second
@@ -98,6 +99,21 @@ class Place(click.Path):
     def convert(self, value: Text, param: click.Parameter | None, ctx: click.Context | None) -> Text:
         """The same text."""
         return value
+
+
+def parse_source_errors(text: str) -> OnSourceError:
+    """What reads do while the source is away: "eio", "wait", or "wait:10m". Raises UsageError."""
+    action, colon, bound = text.partition(":")
+    if action == "wait" and colon:
+        seconds = parse_seconds(bound)
+        if not 1 <= seconds <= MOST_BOUND_SECONDS:
+            raise UsageError(f"{text!r}: the time is between 1s and {MOST_BOUND_SECONDS}s")
+        return OnSourceError(wait=True, bound_seconds=int(seconds))
+    if text == "wait":
+        return OnSourceError(wait=True)
+    if text == "eio":
+        return EIO
+    raise UsageError(f"{text!r}: write eio, wait, or a longest wait like wait:10m")
 
 
 SIZE = Size()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from qedfs.cli.mount_table import not_served
 from qedfs.cli.ui.layout import listed
+from qedfs.cli.ui.output import print_json
 from qedfs.control.qmp.client import Client, NotServed, error_of
 from qedfs.errors import QedfsError, UsageError
 
@@ -53,6 +55,23 @@ def stem(name: str) -> str:
 def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
     """Ask the server for the images that the user means."""
     return named(client.execute("x-qedfs-status")["images"], name, mountpoint)
+
+
+def on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
+    """Run a QMP command for the images that the user means; with JSON, print their status."""
+    with connect(mountpoint) as client:
+        chosen = fetch(client, image, mountpoint)
+        # An image that is not served is an error if the user has named it. Otherwise it is skipped.
+        for found in chosen if image is not None else [found for found in chosen if found["served"]]:
+            check_served(found)
+            client.execute(command, device=found["name"], **arguments)
+        if as_json:
+            print_images(client, image, mountpoint)
+
+
+def print_images(client: Client, image: str | None, mountpoint: str) -> None:
+    """Print the status of the images that the user means as JSON."""
+    print_json({"mountpoint": os.path.abspath(mountpoint), "images": fetch(client, image, mountpoint)})
 
 
 def trouble(image: Image) -> str | None:

@@ -18,6 +18,7 @@ from qedfs.cli.credentials_option import credentials
 from qedfs.cli.daemon import Readiness
 from qedfs.cli.exit_status import explain
 from qedfs.cli.mount_arguments import MountArguments
+from qedfs.cli.option_types import parse_source_errors
 from qedfs.cli.profile_file import read_profile
 from qedfs.cli.ui.output import console
 from qedfs.control.monitoring.metrics_address import parse_address
@@ -92,6 +93,7 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
 
 
 async def _serve_with_bars(arguments: MountArguments, readiness: Readiness, terminal: Console | None) -> None:
+    rule = arguments.on_source_error
     settings = Settings(
         source=arguments.source,
         mountpoint=arguments.mountpoint,
@@ -109,6 +111,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: Readiness, term
             pinning=Pinning(By(arguments.pin), arguments.identity),
             credentials=credentials(arguments.credentials),
             deadline_seconds=arguments.source_timeout,
+            on_source_error=None if rule is None else parse_source_errors(rule),
             journal_folder=journal_folder(),
         ),
         allow_other=arguments.allow_other,

@@ -37,6 +37,7 @@ import trio
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.fetch.budget import Budget
 from qedfs.fetch.buffer_pool import BufferPool
+from qedfs.fetch.comeback import Comeback
 from qedfs.fetch.congestion import CongestionWindow
 from qedfs.fetch.flight import Consumer, Flight
 from qedfs.fetch.latency import Histogram
@@ -77,6 +78,7 @@ class FetchQueue:
         self.fetched_bytes = 0
         self.waits = Histogram()  # of readers, from the request to the last byte or the error
         self.nursery = nursery
+        self.comeback = Comeback(remote, nursery)
         self._flights: dict[int, Flight] = {}
         self._buffers = buffers or BufferPool()
         self._total = total or TotalLimit()
@@ -200,25 +202,13 @@ class FetchQueue:
                 await self._alone.change()
             self._alone.take(wanted)
             if self.remote.is_dead:
-                self.nursery.start_soon(self._probe, pos)
+                self.nursery.start_soon(self.comeback.probe, pos)
             try:
                 await self.remote.read(pos, view[:wanted], urgent=True)
             finally:
                 self._alone.give(wanted)
         view[wanted:] = bytes(len(view) - wanted)
         self.fetched_bytes += wanted
-
-    async def _probe(self, pos: int) -> None:
-        """Request a byte from a dead source, in a task that outlives the reader, as a flight does.
-
-        Otherwise a source that is back but needs longer than the reader's short wait would be considered dead for ever.
-        """
-        try:
-            await self.remote.read(pos, memoryview(bytearray(1)), urgent=True)
-        except QedfsError as exc:
-            log.debug("probe of a dead source: %s", exc)
-        except Exception:
-            log.exception("cannot probe a dead source")  # logged only: raised in the nursery, it would end all images
 
     # For the background: read-ahead and stream.
 

@@ -27,6 +27,7 @@ from qedfs.format.header import HEADER_BYTES, Header
 SLOT_BYTES = 1536  # three sectors; two slots fit after a backing name of maximal length in two 4 KiB clusters
 _SESSION = re.compile(r"([0-9a-f]{32})?")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+_RULE = re.compile(r"[a-z:0-9]{0,16}")
 _JOURNAL = re.compile(r"[0-9a-z.]{0,40}")
 _PLACE = re.compile(r"[0-9a-f]{16}")
 _PUBLISHED = re.compile(r"[a-z0-9-]{1,12}:[0-9a-f]{1,64}")
@@ -82,7 +83,7 @@ class Record:
     `journal`: the user, file and boot of the journal that holds what this session has not yet committed to the overlay;
     see overlay/journal_search.py.
     `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have written since then, so
-    that `times` is out of date.
+    that `times` is out of date. `on_source_error`: see image/source_errors.py.
     """
 
     session: str = ""
@@ -94,6 +95,7 @@ class Record:
     times: tuple[int, int] | None = None
     written: bool = False
     standby: Standby = Standby.NEVER
+    on_source_error: str = ""
 
 
 def digest(text: str) -> str:
@@ -184,12 +186,8 @@ def _text(record: Record) -> bytes:
 def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
-    for name in (
-        "journal",
-        "times",
-        "written",
-        "standby",
-    ):  # older versions of qedfs reject a record with a field they don't know
+    # Older versions of qedfs reject a record with a field that they do not know.
+    for name in ("journal", "times", "written", "standby", "on_source_error"):
         if not fields[name]:
             del fields[name]
     if record.pin is not None:
@@ -204,11 +202,13 @@ def _from_json(fields: object, sequence: int) -> Record:
             journal = rest.pop("journal", "")
             times, written = _times_from_json(rest.pop("times", None)), rest.pop("written", False)
             standby = Standby(str(rest.pop("standby", "")))  # ValueError for another one, as below
-            if rest or not isinstance(written, bool):
+            rule = rest.pop("on_source_error", "")
+            if rest or not isinstance(written, bool) or not isinstance(rule, str) or not _RULE.fullmatch(rule):
                 raise ValueError("not a record of this version")
             if _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
                 known = _pin_from_json(pin)
-                return Record(session, known, copy_on_read, paused, sequence, journal, times, written, standby)
+                last = (sequence, journal, times, written, standby, rule)
+                return Record(session, known, copy_on_read, paused, *last)
     raise ValueError("not a record of this version")
 
 

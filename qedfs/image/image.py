@@ -10,7 +10,6 @@ become old. Fetched bytes arrive through `take`, in a task of the fetch queue.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 
@@ -22,10 +21,13 @@ from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
 from qedfs.image.condition import Cause, Condition
+from qedfs.image.counters import Counters
 from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.missing_reads import MissingReads
 from qedfs.image.pin import SourceVersion
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
+from qedfs.image.source_errors import from_stored
+from qedfs.image.stalls import Stalls
 from qedfs.image.standby import PassThrough
 from qedfs.image.write_gate import WriteGate
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
@@ -40,23 +42,6 @@ COMMIT_BYTES = 64 << 20  # commit after this much new data: 16 barriers per GiB
 COMMIT_SECONDS = 2.0
 MOST_UNCOMMITTED_BYTES = 256 << 20  # above this, adoption waits for a commit
 NO_SPACE_RETRY_SECONDS = 5.0
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Bytes since the image was opened, for status and metrics."""
-
-    read: int = 0
-    written: int = 0
-    missed: int = 0  # read from clusters that were missing
-    discarded: int = 0  # by guests, before they were fetched, in whole clusters
-    kept_asked: int = 0  # adopted because a reader of this image wanted them
-    kept_stream: int = 0  # adopted from background requests, and from those of other images
-
-    @property
-    def kept(self) -> int:
-        """Bytes that were adopted."""
-        return self.kept_asked + self.kept_stream
 
 
 class Image:
@@ -97,6 +82,7 @@ class Image:
         self._logged_commit_error = ""  # the error of the last failed commit, to log it only once
         self.closed = False
         self.reads = MissingReads(self)
+        self.stalls = Stalls(from_stored(overlay.record.on_source_error))  # the mount may replace it
         # In standby: what reads pass through to, and the gate. Without a gate, writes and adoptions are allowed.
         self.standby: PassThrough | None = None if standby is None else standby[0]
         self.gate: WriteGate | None = None if standby is None else standby[1]
@@ -170,9 +156,16 @@ class Image:
         fast = self.overlay.read_now(pos, size)
         return fast if fast is not None else await self._read_runs(pos, size)
 
-    async def _read_runs(self, pos: int, size: int) -> Buffer:  # noqa: C901 - each step must follow the other at once
+    async def _read_runs(self, pos: int, size: int) -> Buffer:
         if not size:
             return b""
+        began = trio.current_time()
+        while (found := await self._read_once(pos, size, began)) is None:
+            pass
+        return found
+
+    async def _read_once(self, pos: int, size: int, began: float) -> Buffer | None:  # noqa: C901 - no await in between
+        """The bytes; None if what they were made of is out of date, so that it must be looked up again."""
         runs = await self.overlay.map(pos, size)
         epoch, discards, exchanges = self.overlay.epoch, self.overlay.discards, self.exchanges
         if len(runs) == 1 and runs[0].offset > ZERO and size <= MAX_READ_BYTES:
@@ -188,8 +181,8 @@ class Image:
                 self._ahead.fetch(pos, size)
             # Before any wait for the disk. During such a wait the stream could fetch these clusters and adopt them, and
             # then they would cross the wire twice.
-            if not await self.reads.fill(missing):
-                return await self._read_runs(pos, size)
+            if not await self.reads.fill(missing, began):
+                return None
             if discards != self.overlay.discards:
                 runs = await self.overlay.map(pos, size)
                 for run in runs:
@@ -199,9 +192,7 @@ class Image:
             for run in runs:
                 if run.offset > ZERO:
                     await self.overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
-        if (epoch, exchanges) != (self.overlay.epoch, self.exchanges):
-            return await self._read_runs(pos, size)
-        return buffer
+        return buffer if (epoch, exchanges) == (self.overlay.epoch, self.exchanges) else None
 
     @property
     def waiting_since(self) -> float | None:
@@ -254,20 +245,22 @@ class Image:
     async def _fill(self, taken: RmwReservation, cluster: int) -> Buffer:
         """The whole content of a missing cluster, for a write to a part of it. Raises the errors of the source.
 
-        If too many such writes are running, it first waits for its turn, at most one deadline.
+        If too many such writes are running, it first waits for its turn, at most as long as a reader for the source.
         """
         assert self.fetch is not None  # noqa: S101 - for the type checker; without a backing no cluster is missing
+        began = trio.current_time()
         if not taken.take_now():
-            seconds = self.fetch.remote.deadline_seconds
-            with trio.move_on_after(seconds) as scope:
+            seconds = float("inf") if self.stalls.rule.wait else self.fetch.remote.deadline_seconds
+            with self.reads.waiting.waiting(began) as wait, wait.attempt(min(seconds, self.stalls.most_seconds)):
                 await taken.take()
-            if scope.cancelled_caught:
-                raise SourceUnreachable(f"{self.name}: other writes have waited for the backing for {seconds:g} s")
+            if not taken.take_now():
+                raise SourceUnreachable(f"{self.name}: other writes wait for memory, and {wait.ended}")
         pos = cluster * self.overlay.cluster_size
         size = min(self.overlay.cluster_size, self.size - pos)
         buffer = bytearray(self.overlay.cluster_size)
-        if not await self.reads.fill([(pos, memoryview(buffer)[:size])]):
-            return bytes(len(buffer))  # missing clusters of a complete image read as zeros
+        while not await self.reads.fill([(pos, memoryview(buffer)[:size])], began):
+            if self.complete:
+                return bytes(len(buffer))  # missing clusters of a complete image read as zeros
         return buffer
 
     async def flush(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qedfs.errors import QedfsError, SourceUnreachable
 from qedfs.image.condition import Cause
-from qedfs.image.waiting_reads import WaitingReads
+from qedfs.image.waiting_reads import WaitingRead, WaitingReads
 
 if TYPE_CHECKING:
     from qedfs.image.image import Image
@@ -24,33 +24,44 @@ class MissingReads:
         self.waiting = WaitingReads()
         self._image = image
 
-    async def fill(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+    async def fill(self, pieces: Sequence[tuple[int, memoryview]], began: float) -> bool:
         """Fill each view with the image's bytes at its position, from the source, and with zeros past the source's end.
 
-        Returns False if the source has failed but is no longer needed. In this case the stream has finished meanwhile,
-        and the user may have deleted the source. The overlay has the bytes now, or they are zeros.
+        `began`: when the request came. Returns False if the source has failed, and the clusters are to be looked up
+        again: the request was stalled and may try again now, or the source is no longer needed. In the latter case the
+        stream has finished meanwhile, and the user may have deleted the source.
         """
         image = self._image
-        with self.waiting.waiting() as read:
+        with self.waiting.waiting(began) as read:
             while True:
                 if (changed := image.changed) is not None:
                     raise changed.fresh()
                 source, answered = image.exchanges, False
                 try:
-                    with read.attempt():
+                    with read.attempt(image.stalls.most_seconds):
                         await self._ask(pieces)
                         answered = True
                 except QedfsError as exc:
                     if source == image.exchanges:
-                        if image.complete:
+                        if not image.complete:
+                            await self._outlast(exc, read)
+                        if not read.ended:
                             return False
-                        image.failed(exc)
-                        raise
-                if read.given_up:
-                    raise SourceUnreachable(f"{image.name}: nobody waits for this read any more")
+                if read.ended:
+                    raise SourceUnreachable(f"{image.name}: {read.ended}")
                 # After an exchange, the old source's bytes must not be answered, and its errors mean nothing.
                 if answered and source == image.exchanges:
                     return True
+
+    async def _outlast(self, error: QedfsError, read: WaitingRead) -> None:
+        """Wait until the read should be tried again after this error; raise it if the read should not."""
+        image = self._image
+        if image.standby is not None or image.fetch is None or not image.stalls.outlasts(error):
+            image.failed(error)
+            raise error
+        image.condition.note(Cause.FETCH_FAILED, error)  # not counted as a failure of the stream
+        with read.attempt(image.stalls.most_seconds):
+            await image.stalls.stall(error, image.fetch.comeback)
 
     async def _ask(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
         """One attempt of `fill`."""

@@ -9,9 +9,9 @@ reader has long gone. Both may take as long as a source's deadline. Nobody needs
 - all processes that have it open are dying: SIGKILL is pending, or the process is exiting. Some processes cannot be
   seen from here (another user's, another PID namespace's, a memory mapping), so their number is compared with the
   kernel's count of opens;
-- or it is unmounted, every open() has been matched by a close(), and no living process is seen to have it open. The
-  kernel sends FLUSH at a close(), but RELEASE only after the last read has been answered. (A close() alone proves
-  little, since a shell that redirects closes a duplicate, and programs go on after a lazy unmount.)
+- or it is unmounted, every open() has been matched by a close() or belongs to a dying process, and no living process is
+  seen to have it open. The kernel sends FLUSH at a close(), but RELEASE only after the last read has been answered. (A
+  close() alone proves little: a shell that redirects closes a duplicate, and programs go on after a lazy unmount.)
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ async def release_abandoned_reads(
             deserted = await trio.to_thread.run_sync(held_by_the_dying, opens, abandon_on_cancel=True, limiter=limiter)
             left = [served for served in waiting if os.path.join(mountpoint, served.name) in deserted]
         else:
-            inodes = {one.name: one.inode for one in waiting if one.closes >= one.opens}
-            held = await trio.to_thread.run_sync(held_by_the_living, inodes, abandon_on_cancel=True, limiter=limiter)
-            left = [one for one in waiting if one.name in inodes and one.name not in held]
+            inodes = {one.name: one.inode for one in waiting}
+            held, dying = await trio.to_thread.run_sync(holders, inodes, abandon_on_cancel=True, limiter=limiter)
+            left = [one for one in waiting if one.name not in held and one.opens <= one.closes + dying[one.name]]
         for served in left:
             if served.image is not None:
                 served.image.give_up(since=began)
@@ -75,18 +75,22 @@ def held_by_the_dying(opens: dict[str, int]) -> set[str]:
     return {file for file, count in opens.items() if file not in living and 0 < count <= dying[file]}
 
 
-def held_by_the_living(inodes: dict[str, int]) -> set[str]:
-    """The names that a process which is not dying has open. `inodes`: name -> inode.
+def holders(inodes: dict[str, int]) -> tuple[set[str], Counter[str]]:
+    """Who has these files open: the names that living processes have, and how many descriptors dying ones have of each.
 
-    The path does not matter: it differs between mount namespaces, and there is none after an unmount.
+    `inodes`: name -> inode. The path does not matter: it differs between mount namespaces, and there is none after an
+    unmount.
     """
-    return {
-        name
-        for task in _tasks()
-        for link, file in _links(task)
-        if (name := os.path.basename(file)) in inodes and _inode(task, link) in (None, inodes[name])
-        if not is_dying(task)
-    }
+    living: set[str] = set()
+    dying: Counter[str] = Counter()
+    for task in _tasks():
+        links = ((link, os.path.basename(file)) for link, file in _links(task))
+        names = [name for link, name in links if name in inodes and _inode(task, link) in (None, inodes[name])]
+        if names and is_dying(task):
+            dying.update(names)
+        else:
+            living.update(names)
+    return living, dying
 
 
 def _inode(task: Path, link: str) -> int | None:

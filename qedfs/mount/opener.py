@@ -17,13 +17,17 @@ from qedfs.errors import BadOverlay, Inaccessible, NoMemory, QedfsError
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.image import Image
+from qedfs.image.source_errors import from_stored
+from qedfs.image.stalls import Stalls, StallSlots
 from qedfs.image.standby_record import put_in_standby
 from qedfs.image.write_gate import WriteGate
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
+from qedfs.mount.fuse_init import background_limit
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.request_timeout import most_wait_seconds
 from qedfs.mount.settling import check_settled
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.open import open_overlay
@@ -50,6 +54,8 @@ class Opener:
         self._sources = sources
         self._images = images
         self._hold_off = hold_off
+        self._stall_slots = StallSlots(background_limit())
+        self._most_wait_seconds = most_wait_seconds()
 
     def begin_scan(self) -> None:
         """Call this before a series of `open`. Together they get a fixed time for the first checks of their sources."""
@@ -83,6 +89,8 @@ class Opener:
         options = self._options
         keep = overlay.record.copy_on_read if options.copy_on_read is None else options.copy_on_read
         image = Image(name, overlay, fetch, copy_on_read=keep, standby=standby)
+        rule = options.on_source_error or from_stored(overlay.record.on_source_error)
+        image.stalls = Stalls(rule, slots=self._stall_slots, kernel_seconds=self._most_wait_seconds)
         enabled = options.stream and not image.in_standby
         stream = StreamJob(image, enabled=enabled, limit=options.limit, hold_off=self._hold_off)
         self._images.add(image)

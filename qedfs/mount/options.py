@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from qedfs.image.boot_profile import Range
+from qedfs.image.source_errors import OnSourceError
 from qedfs.image.write_gate import Writes
 from qedfs.jobs.rules import Rules
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
@@ -31,4 +32,5 @@ class Options:
     pinning: Pinning = USUAL
     credentials: Credentials = NO_CREDENTIALS
     deadline_seconds: float = DEADLINE_SECONDS
+    on_source_error: OnSourceError | None = None  # None: as the overlay says
     journal_folder: Path | None = None

@@ -230,7 +230,7 @@ class Session:
         # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing.
         offset, size = self._dropped_name
         self._storage.write(offset, [bytes(size)])
-        self.store(dataclasses.replace(self.record, pin=None, paused=False, standby=Standby.NEVER))
+        self.store(dataclasses.replace(self.record, pin=None, paused=False, standby=Standby.NEVER, on_source_error=""))
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None

@@ -56,6 +56,7 @@ records = st.builds(
     times=st.none() | st.tuples(*[st.integers(-(1 << 62), 1 << 62)] * 2),
     written=st.booleans(),
     journal=st.sampled_from(["", "0.1.00000000", "4294967295.ffffffffffffffff.ffffffff"]),
+    on_source_error=st.sampled_from(["", "wait", "wait:999999999"]),
 )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.abandoned_reads import LOOK_SECONDS, held_by_the_dying, held_by_the_living, is_dying
+from qedfs.mount.abandoned_reads import LOOK_SECONDS, held_by_the_dying, holders, is_dying
 from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require
@@ -144,7 +144,7 @@ def test_who_has_a_name_open_is_told_by_its_inode(tmp_path: Path) -> None:
     file.touch()
     inode = file.stat().st_ino
     with file.open():
-        assert held_by_the_living({"file": inode}) == {"file"}
-        assert held_by_the_living({"file": inode + 1}) == set()
-        assert held_by_the_living({"other": inode}) == set()
-    assert held_by_the_living({"file": inode}) == set()
+        assert holders({"file": inode}) == ({"file"}, {})
+        assert holders({"file": inode + 1}) == (set(), {})
+        assert holders({"other": inode}) == (set(), {})
+    assert holders({"file": inode}) == (set(), {})

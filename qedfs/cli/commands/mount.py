@@ -17,7 +17,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.mount_arguments import MountArguments
 from qedfs.cli.mount_checks import check_options, check_source, remarks
 from qedfs.cli.mount_options import expand
-from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked
+from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked, parse_source_errors
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.output import remark
 from qedfs.control.monitoring.metrics_address import parse_address
@@ -119,6 +119,13 @@ class MountCommand(GivenOnce):
     default="30s",
     show_default=True,
     help="A read fails if the source does not deliver within this time, retries included.",
+)
+@click.option(
+    "--on-source-error",
+    type=Checked(parse_source_errors),
+    metavar="eio|wait[:TIME]",
+    help="What reads do when that time is over: fail, or wait until the source is back, for at most TIME. "
+    "Default: as recorded in each overlay (qedfs source on-error).",
 )
 @pin_options
 @click.option(

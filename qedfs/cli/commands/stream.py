@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import click
 
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE, SIZE
-from qedfs.cli.served_images import check_served, connect, fetch
+from qedfs.cli.served_images import check_served, connect, fetch, on_each, print_images
 from qedfs.cli.ui.output import print_json
-from qedfs.control.qmp.client import Client
 from qedfs.errors import UsageError
 from qedfs.units import format_size
 
@@ -28,22 +26,6 @@ def stream() -> None:
 stream.command_class = GivenOnce
 
 
-def _on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
-    """Run a command for the images that the user means; with JSON, print their status."""
-    with connect(mountpoint) as client:
-        chosen = fetch(client, image, mountpoint)
-        # An image that is not served is an error if the user has named it. Otherwise it is skipped.
-        for found in chosen if image is not None else [found for found in chosen if found["served"]]:
-            check_served(found)
-            client.execute(command, device=found["name"], **arguments)
-        if as_json:
-            _print_images(client, image, mountpoint)
-
-
-def _print_images(client: Client, image: str | None, mountpoint: str) -> None:
-    print_json({"mountpoint": os.path.abspath(mountpoint), "images": fetch(client, image, mountpoint)})
-
-
 _mountpoint = click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
 _image = click.argument("image", required=False, shell_complete=images)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
@@ -56,7 +38,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the state of
 @_json
 def start(mountpoint: str, image: str | None, limit: int | None, as_json: bool) -> None:
     """Start the stream of IMAGE: after --no-stream, a cancel or a failure, or to end a pause."""
-    _on_each(mountpoint, image, "x-qedfs-start", as_json=as_json, limit=limit)
+    on_each(mountpoint, image, "x-qedfs-start", as_json=as_json, limit=limit)
 
 
 @stream.command(short_help="Pause until resumed.")
@@ -65,7 +47,7 @@ def start(mountpoint: str, image: str | None, limit: int | None, as_json: bool) 
 @_json
 def pause(mountpoint: str, image: str | None, as_json: bool) -> None:
     """Pause the stream of IMAGE. The overlay records this, so the stream stays paused in later mounts."""
-    _on_each(mountpoint, image, "x-qedfs-pause", as_json=as_json)
+    on_each(mountpoint, image, "x-qedfs-pause", as_json=as_json)
 
 
 @stream.command(short_help="Continue after a pause.")
@@ -74,7 +56,7 @@ def pause(mountpoint: str, image: str | None, as_json: bool) -> None:
 @_json
 def resume(mountpoint: str, image: str | None, as_json: bool) -> None:
     """Resume the stream of IMAGE."""
-    _on_each(mountpoint, image, "x-qedfs-resume", as_json=as_json)
+    on_each(mountpoint, image, "x-qedfs-resume", as_json=as_json)
 
 
 @stream.command(short_help="Stop for this mount.")
@@ -83,7 +65,7 @@ def resume(mountpoint: str, image: str | None, as_json: bool) -> None:
 @_json
 def cancel(mountpoint: str, image: str | None, as_json: bool) -> None:
     """Stop the stream of IMAGE until it is started again. What is local stays local."""
-    _on_each(mountpoint, image, "x-qedfs-cancel", as_json=as_json)
+    on_each(mountpoint, image, "x-qedfs-cancel", as_json=as_json)
 
 
 @stream.command(short_help="Limit the rate.")
@@ -102,9 +84,9 @@ def limit(mountpoint: str, words: tuple[str, ...], total: bool, as_json: bool) -
         with connect(mountpoint) as client:
             client.execute("x-qedfs-limit-total", limit=rate)
             if as_json:
-                _print_images(client, None, mountpoint)
+                print_images(client, None, mountpoint)
         return
-    _on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
+    on_each(mountpoint, image, "x-qedfs-limit", as_json=as_json, limit=rate)
 
 
 @stream.command(short_help="Populate the next missing run.")

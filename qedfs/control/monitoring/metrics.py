@@ -47,6 +47,7 @@ _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, Job], float]], ...] = (
     ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.progress),
     ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.disk_usage),
     ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
+    ("stalled_requests", "Requests that wait for a source that is away.", lambda image, job: image.stalls.count),
     ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.writable),
     (
         "uncommitted_bytes",

@@ -11,6 +11,8 @@
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
 - `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size] that readers had to wait for, in that order.
 - `x-qedfs-ready {device}`: whether `blockdev-set-active` would activate an image in standby now. An error says why not.
+- `x-qedfs-on-source-error {device, action, bound?}`: what reads do while the source is away: `eio` or `wait`, the
+  latter for at most `bound` seconds. The overlay records it.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
 
 Their errors also have `x-qedfs-exit-code`: the exit status of the command line for this error.
@@ -30,6 +32,8 @@ from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
 from qedfs.errors import ReadOnlyOverlay
 from qedfs.image.image import Image
+from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
+from qedfs.image.source_rule import set_source_errors
 from qedfs.jobs.kinds import KINDS
 
 our_commands: Commands[Call] = Commands()
@@ -135,6 +139,18 @@ async def _profile(call: Call, arguments: Arguments) -> dict[str, Any]:
 async def _ready(call: Call, arguments: Arguments) -> Nothing:
     served, _, _ = find_served(call, arguments["device"])
     await call.control.mount.activate(served, dry=True)
+    return {}
+
+
+@our_commands(
+    "x-qedfs-on-source-error", Arg("device"), Arg("action", ("eio", "wait")), Arg("bound", "integer", optional=True)
+)
+async def _on_source_error(call: Call, arguments: Arguments) -> Nothing:
+    _, image, _ = find_served(call, arguments["device"])
+    wait, bound = arguments["action"] == "wait", arguments.get("bound")
+    if bound is not None and not (wait and 0 < bound <= MOST_BOUND_SECONDS):
+        raise QmpError("Parameter 'bound' expects seconds, with the action 'wait'")
+    await set_source_errors(image, OnSourceError(wait=wait, bound_seconds=bound))
     return {}
 
 
