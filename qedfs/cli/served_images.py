@@ -76,6 +76,8 @@ def print_images(client: Client, image: str | None, mountpoint: str) -> None:
 
 def trouble(image: Image) -> str | None:
     """What is wrong with an image, or why it waits; None if all is well. Does not repeat the name of the image."""
+    if image["error"] and image["error"] == image["reason"] and image["condition"][0]["cause"] == "source-away":
+        return f"{image['state']} ({image['error']})"
     if image["error"]:
         return _without_path(image, image["error"])
     return f"{image['state']} ({image['reason']})" if image["reason"] else None

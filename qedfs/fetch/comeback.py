@@ -62,8 +62,9 @@ class Comeback:
     async def _answers(self) -> bool:
         """Ask for a byte. Returns whether those who wait should try again."""
         try:
-            size = (await self._remote.connect()).size
-            if size:
+            # With a connection from before the outage, `connect` would succeed without asking anything.
+            identity = self._remote.identity or await self._remote.connect()
+            if identity.size:
                 await self._remote.read(0, memoryview(bytearray(1)), urgent=True)
         except SourceChanged:
             return True  # their own attempts will tell them

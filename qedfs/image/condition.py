@@ -31,6 +31,7 @@ class Cause(enum.StrEnum):
     SOURCE_CHANGED = "source-changed"  # the source serves another version than that of the overlay's clusters
     JOB_STOPPED = "job-stopped"  # an error has stopped the background job of the image
     NOT_KEPT = "not-kept"  # fetched clusters could not be written to the overlay
+    SOURCE_AWAY = "source-away"  # requests to the source get no answer
     FETCH_FAILED = "fetch-failed"  # the last read of missing bytes, or the stream, has failed
 
 
@@ -48,11 +49,19 @@ _ENDS_WITH = {
     Cause.SOURCE_CHANGED: "the next mount, with the old version again or with a new overlay",
     Cause.JOB_STOPPED: "qedfs stream start",
     Cause.NOT_KEPT: "the next fetched cluster that can be written",
+    Cause.SOURCE_AWAY: "the next answer of the source",
     Cause.FETCH_FAILED: "the next fetch that succeeds",
 }
 # Causes that a complete image cannot have, because it needs no source and nothing is fetched for it.
 _OF_INCOMPLETE = frozenset(
-    {Cause.NO_SPACE, Cause.SOURCE_CHANGED, Cause.JOB_STOPPED, Cause.NOT_KEPT, Cause.FETCH_FAILED}
+    {
+        Cause.NO_SPACE,
+        Cause.SOURCE_CHANGED,
+        Cause.JOB_STOPPED,
+        Cause.NOT_KEPT,
+        Cause.SOURCE_AWAY,
+        Cause.FETCH_FAILED,
+    }
 )
 
 
@@ -78,10 +87,15 @@ class Condition:
         self._overlay = overlay
         self._troubles: dict[Cause, Trouble] = {}
 
-    def note(self, cause: Cause, error: QedfsError) -> None:
-        """Record that something is wrong, or still is. Stores the error without its traceback."""
+    def note(self, cause: Cause, error: QedfsError, *, since: float | None = None) -> None:
+        """Record that something is wrong, or still is. Stores the error without its traceback.
+
+        `since`: when it began, in seconds since 1970; None if it is noted as it begins.
+        """
         known = self._troubles.get(cause)
-        self._troubles[cause] = Trouble(cause, error.fresh(), time.time() if known is None else known.since)
+        if since is None:
+            since = time.time() if known is None else known.since
+        self._troubles[cause] = Trouble(cause, error.fresh(), since)
 
     def clear(self, cause: Cause) -> None:
         """Record that a trouble is over, if there was one."""

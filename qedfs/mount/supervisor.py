@@ -15,6 +15,7 @@ from qedfs.errors import BadOverlay, QedfsError
 from qedfs.image.boot_profile import Range
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
+from qedfs.image.outage import look_at_source
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.prefetch import replay
 from qedfs.jobs.state import State
@@ -133,8 +134,7 @@ class Supervisor:
         """Check once a second whether the file was damaged or replaced. If so, fail the jobs and return."""
         while True:
             await trio.sleep(INSPECT_SECONDS)
-            if image.source is not None:
-                image.source.silence()
+            look_at_source(image)
             try:
                 await image.overlay.inspect()
                 self._check_path(image, served)

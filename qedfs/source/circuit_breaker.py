@@ -14,7 +14,8 @@ The kernel bounds the requests in flight for a whole mount, and each waiting rea
   If the source gives no sign of life during a hold, that reader gets an error, because it only keeps the request slots
   of the kernel from others. Readers of a source that is slow but alive lose nothing before their deadline.
 
-A sign of life is an answer, or a part of one. An error is not.
+A sign of life is an answer, or a part of one. An error is not. A source is *away* from the moment on when requests have
+waited for AWAY_SECONDS without a sign of life, until the next one. That is for people and managers: it ends no wait.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ ERRORS_PER_SECOND = 250
 CROWD = 16  # up to this many waiting readers get their errors at once
 GRACE_SECONDS = 1.0  # on top of a reader's deadline: the error of the step that failed is the more precise one
 LEAST_SLOTS = 64
+AWAY_SECONDS = 2.0  # long links answer within one second
 
 
 class ReaderSlots:
@@ -79,6 +81,7 @@ class CircuitBreaker:
         self._next_probe = 0.0
         self._seen = (0, 0)  # the signs of life at the last call of `silent_since`, and when they were new there
         self._heard_at, self._heard_on = trio.current_time(), time.time()
+        self.is_away = False  # as of the last call of `silence`
         # The scopes of readers, and of the requests sent for them, each with its original deadline.
         self._waits: dict[trio.CancelScope, float] = {}
 
@@ -95,11 +98,18 @@ class CircuitBreaker:
     def silence(self) -> Silence:
         """For how long requests have been waiting without a sign of life. Call it about once a second.
 
-        Sees only what has changed between two calls: nothing else is noted with each answer.
+        Sees only what has changed between two calls: nothing else is noted with each answer. Once the source is away,
+        it stays so while nobody asks it: a stream that retries pauses in between.
         """
-        if not self._waits or self.signs_of_life != self._seen:
-            self._seen, self._heard_at, self._heard_on = self.signs_of_life, trio.current_time(), time.time()
-        return Silence(trio.current_time() - self._heard_at, self._heard_on)
+        answers, received = self.signs_of_life
+        # A new connection counts its bytes from 0, which is no sign of life.
+        heard = answers != self._seen[0] or received > self._seen[1]
+        self._seen = answers, received
+        if heard or (not self._waits and not self.is_away):
+            self._heard_at, self._heard_on = trio.current_time(), time.time()
+        silence = Silence(trio.current_time() - self._heard_at, self._heard_on)
+        self.is_away = silence.seconds >= AWAY_SECONDS
+        return silence
 
     def answered(self) -> bool:
         """Record an answer of the source. Returns whether it was dead before."""

@@ -78,6 +78,11 @@ class RetryingSource:
         return self._breaker.silence()
 
     @property
+    def is_away(self) -> bool:
+        """Whether requests have waited for AWAY_SECONDS without a sign of life, as of the last call of `silence`."""
+        return self._breaker.is_away
+
+    @property
     def connected(self) -> Source | None:
         """The source that answers now; None before the first connection and after the last."""
         return self._source

@@ -121,3 +121,18 @@ async def test_images_that_are_not_there(tmp_path: Path, name: str) -> None:
         mount.add_broken("bad", SourceError("no such thing"))
         assert (await talk.error(f"x-qedfs-{name}", device="nope"))[1].startswith("Cannot find device='nope'")
         assert (await talk.error(f"x-qedfs-{name}", device="bad"))[1] == "Device 'bad' cannot be served: no such thing"
+
+
+async def test_the_rule_for_a_source_that_is_away(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        served = await mount.add("disk", MemorySource(bytes(CLUSTER)))
+        assert served.image is not None
+        command = "x-qedfs-on-source-error"
+        await talk.get(command, device="disk", action="wait", bound=60)
+        assert served.image.overlay.record.on_source_error == "wait:60"
+        assert (await talk.get("x-qedfs-status"))["images"][0]["wait_bound_seconds"] == 60
+        for action, bound in (("eio", 5), ("wait", 0), ("wait", 10**12)):
+            _, text = await talk.error(command, device="disk", action=action, bound=bound)
+            assert text == "Parameter 'bound' expects seconds, with the action 'wait'"
+        await talk.get(command, device="disk", action="eio")
+        assert served.image.overlay.record.on_source_error == ""

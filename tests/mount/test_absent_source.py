@@ -32,9 +32,11 @@ def test_a_source_that_does_not_answer_is_named_long_before_the_deadline(tmp_pat
         create_overlay(str(tmp_path / "disk.qed"), image_size=CLUSTER, backing=url)
         with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--source-timeout", "1h") as mount:
             wait_for(lambda: mount.image()["state"] == "waiting", "the state of the image")
-            assert mount.image()["reason"].startswith(f"no answer from {url} since ")
+            assert mount.image()["reason"].startswith("source away since ")
+            assert mount.image()["reason"].endswith(f": no answer from {url}")
+            assert mount.image()["condition"][0]["cause"] == "source-away"
             done = qedfs("status", mount.mountpoint)
-            assert f"disk.raw: waiting (no answer from {url} since " in done.stdout
+            assert "disk.raw: waiting (source away since " in done.stdout
     refused = f"http://127.0.0.1:{free_port()}/disk.raw"
     create_overlay(str(tmp_path / "other.qed"), image_size=CLUSTER, backing=refused)
     with mounted(tmp_path / "other.qed", tmp_path / "mnt", "--source-timeout", "1h") as mount:

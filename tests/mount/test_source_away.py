@@ -80,6 +80,27 @@ def test_a_reader_waits_until_the_server_is_back(tmp_path: Path) -> None:
         assert stalled(mount) == 0
 
 
+def test_an_outage_is_told_once_and_its_end_once(tmp_path: Path) -> None:
+    with (
+        away(tmp_path, "--on-source-error", "wait") as (mount, server, _),
+        Client.connect(str(mount.mountpoint)) as client,
+    ):
+        with reader(mount, 4 * MIB) as process:
+            wait_for(lambda: "source away" in (mount.image("disk.raw")["error"] or ""), "the trouble")
+            image = mount.image("disk.raw")
+            assert image["error"].startswith("source away since ")
+            assert mount.status()["sources"][0]["away_since"] == image["condition"][0]["since"]
+            server.restart()
+            process.communicate(timeout=LIMIT_SECONDS)
+        wait_for(lambda: mount.image("disk.raw")["error"] is None, "the end of the trouble")
+        names = []
+        while "X_QEDFS_SOURCE_BACK" not in names:
+            event = client.event(LIMIT_SECONDS)
+            assert event is not None
+            names += [event["event"]] if event["event"].startswith("X_QEDFS") else []
+        assert names == ["X_QEDFS_SOURCE_AWAY", "X_QEDFS_SOURCE_BACK"]
+
+
 def test_the_rule_is_changed_while_readers_wait_and_outlives_a_kill(tmp_path: Path) -> None:
     with away(tmp_path) as (mount, server, data):
         place = mount.mountpoint

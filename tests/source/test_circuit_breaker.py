@@ -347,4 +347,10 @@ async def test_silence_counts_while_somebody_waits_and_nothing_comes(autojump_cl
         nursery.start_soon(found.read, 0, memoryview(bytearray(1)))
         assert (await heard_for(6))[-2:] == [4, 5]
         nursery.cancel_scope.cancel()
+    # A stream that was asking may only pause: the source stays away until it answers.
+    assert await heard_for(2) == [6, 7]
+    assert found.is_away
+    source.round_trip = 0.5
+    await found.read(0, memoryview(bytearray(1)))
     assert await heard_for(2) == [0, 0]
+    assert not found.is_away

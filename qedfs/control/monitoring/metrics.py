@@ -68,6 +68,12 @@ _SOURCE_GAUGES: tuple[tuple[str, str, Callable[[FetchQueue], float], Callable[[I
     ("window_bytes", "Bytes that may be in flight in the background.", lambda fetch: fetch.window.bytes, sum),
     ("round_trip_seconds", "Shortest time of a request lately.", lambda fetch: fetch.window.round_trip, max),
     ("rate_bytes_per_second", "Best rate that the link has shown.", lambda fetch: fetch.window.rate, max),
+    (
+        "away_seconds",
+        "How long it has given no answer, 0 if it does.",
+        lambda fetch: fetch.remote.silence().seconds if fetch.remote.is_away else 0.0,
+        max,
+    ),
     ("up", "0 if the last request failed.", lambda fetch: fetch.remote.error is None, min),
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +11,13 @@ from qedfs.control.monitoring.progress_rate import Rate
 from qedfs.control.port import Mounted, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
-from qedfs.image.condition import Trouble
+from qedfs.image.condition import Cause, Trouble
 from qedfs.image.image import Image
 from qedfs.jobs.job import Job
 from qedfs.jobs.state import State
 
 STANDBY = "standby"  # state of an image that keeps nothing of its source yet
 BROKEN = "broken"  # state of an overlay that cannot be served
-SILENT_SECONDS = 2.0  # a source that does not answer for so long is named; long links answer within one second
 SETTLING = "the overlay is new and may still be being copied into the folder"
 
 
@@ -43,8 +41,8 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
     if image is None or job is None:
         return _unserved_status(served)
     left = job.total - job.progress
-    silence = _silence(image, job)
-    running = job.state is State.RUNNING and image.counted and not silence
+    waits_for = away(image, job)
+    running = job.state is State.RUNNING and image.counted and not waits_for
     eta = rate.seconds_for(left) if rate and running else None
     return {
         "name": served.name,
@@ -53,7 +51,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "backing": None if image.complete or image.source is None else str(image.source.location),
         "served": True,
         "state": state_of(served),
-        "reason": silence or job.reason or None,
+        "reason": waits_for or job.reason or None,
         "populated": job.progress,
         "total": job.total,
         "rate": round(rate.value) if rate else 0,
@@ -78,25 +76,20 @@ def state_of(served: ServedImage) -> str:
     if served.image is not None and served.image.in_standby:
         return STANDBY
     if served.image is not None and served.job is not None:
-        return str(State.WAITING if _silence(served.image, served.job) else served.job.state)
+        return str(State.WAITING if away(served.image, served.job) else served.job.state)
     return str(State.WAITING) if served.error is None else BROKEN
 
 
-def _silence(image: Image, job: Job) -> str:
-    """What a stream waits for that has requests under way, and no answer; "" if there are answers.
+def away(image: Image, job: Job) -> str:
+    """What a stream waits for whose source is away; "" if it is not, or if the stream would not work anyway.
 
     The job itself finds that out after the whole deadline, as it is the source that retries. People want to know
     sooner.
     """
-    if job.state is not State.RUNNING or image.source is None:
+    error = image.condition.noted(Cause.SOURCE_AWAY)
+    if error is None or image.complete or not (job.state is State.RUNNING or job.hindered):
         return ""
-    seconds, since = image.source.silence()
-    if seconds < SILENT_SECONDS:
-        return ""
-    location, error = str(image.source.location), image.source.error
-    why = "" if error is None else str(error).removeprefix("backing ").removeprefix(location).strip(": ")
-    at = time.strftime("%H:%M:%S", time.localtime(since))
-    return f"no answer from {location} since {at}" + (f": {why}" if why else "")
+    return str(error)
 
 
 def _unserved_status(served: ServedImage) -> dict[str, Any]:
@@ -162,5 +155,6 @@ def _source_status(fetches: Sequence[FetchQueue]) -> dict[str, Any]:
         "window": sum(fetch.window.bytes for fetch in fetches),
         "retries": sum(remote.retries.values()),
         "retries_by_reason": {str(reason): count for reason, count in remote.retries.items()},
+        "away_since": round(remote.silence().since, 3) if remote.is_away else None,
         "error": None if remote.error is None else str(remote.error),
     }

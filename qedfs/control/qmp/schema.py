@@ -11,7 +11,7 @@ from typing import Any
 from qedfs.control.qmp.command import Arg, Command
 
 _BUILTIN = {"string": "str", "integer": "int", "boolean": "bool"}
-_JSON_TYPES = {"str": "string", "int": "int", "bool": "boolean", "any": "value"}
+_JSON_TYPES = {"str": "string", "int": "int", "bool": "boolean", "number": "number", "any": "value"}
 _EVENTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "JOB_STATUS_CHANGE": (("id", "str"), ("status", "str")),
     "BLOCK_JOB_COMPLETED": (
@@ -20,6 +20,8 @@ _EVENTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "BLOCK_JOB_CANCELLED": (("type", "str"), ("device", "str"), ("len", "int"), ("offset", "int"), ("speed", "int")),
     "BLOCK_JOB_ERROR": (("device", "str"), ("operation", "str"), ("action", "str")),
     "BLOCK_JOB_PENDING": (("type", "str"), ("id", "str")),
+    "X_QEDFS_SOURCE_AWAY": (("device", "str"), ("backing", "str"), ("since", "number"), ("error", "str")),
+    "X_QEDFS_SOURCE_BACK": (("device", "str"), ("backing", "str"), ("since", "number")),
 }
 _OPTIONAL_IN_EVENTS = frozenset({"error"})
 

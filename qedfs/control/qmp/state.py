@@ -15,6 +15,7 @@ from qedfs import __version__
 from qedfs.control.monitoring.progress_rate import SAMPLE_SECONDS, Rate
 from qedfs.control.port import Mounted
 from qedfs.control.qmp.jobs import Jobs
+from qedfs.control.qmp.outages import Outages
 from qedfs.control.qmp.session import QmpSession
 from qedfs.control.qmp.wire import encode
 
@@ -31,6 +32,7 @@ class Control:
         self.sessions: set[QmpSession] = set()
         self.rates: dict[str, Rate] = {}
         self.jobs = Jobs(mount, self.emit)
+        self._outages = Outages(self.emit)
 
     def version(self) -> dict[str, Any]:
         """The version in `query-version` and in the greeting."""
@@ -53,6 +55,7 @@ class Control:
         while True:
             self.jobs.sync()
             self._sample()
+            self._outages.sync(self.mount.everything())
             await trio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:
