@@ -117,6 +117,11 @@ class Job(abc.ABC):
         """How many of the `total` bytes are done."""
 
     @property
+    def moved(self) -> int:
+        """The part of `progress` that the job has taken time for, plus a constant: what its rate is measured by."""
+        return self.progress
+
+    @property
     @abc.abstractmethod
     def total(self) -> int:
         """The number of bytes when the job is done."""

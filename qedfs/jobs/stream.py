@@ -84,6 +84,12 @@ class StreamJob(Job):
         skipped = self._missing.skipped - self.image.discarded_holes  # those are populated
         return min(self.image.size, self.image.populated + skipped)
 
+    @property
+    def moved(self) -> int:
+        """Without what guests have discarded: a trim is progress, but says nothing of the time for the rest."""
+        overlay = self.image.overlay
+        return self.image.populated + self._missing.skipped - overlay.discarded * overlay.cluster_size
+
     async def next_missing(self, pos: int) -> int | None:
         """The first byte at or after `pos` for which the source is still needed; None if there is none."""
         return await self._missing.first_from(pos)

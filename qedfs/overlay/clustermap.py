@@ -49,6 +49,7 @@ class ClusterMap:
         self._tables = tables
         self._slices = tables.slices  # the same dictionary, to save an attribute look-up on the read path
         self._first_byte = header.area_bytes  # the lowest valid offset of a cluster
+        self.discarded = 0  # how many missing clusters were discarded
         self._missing: int | None = None  # as of the last complete count
         self._count_epoch = 0  # the epoch of the tables that were counted
         self._counted_to = 0  # slices below this one are included in _counted_missing
@@ -330,6 +331,7 @@ class ClusterMap:
             # Without `missing_too`, a table need not exist.
             if (part := self._slices.get(number)) is not None:
                 missing += self._discard_of(number, part, start, end, freed, missing_too=missing_too)
+        self.discarded += missing
         return freed, missing
 
     def _discard_of(

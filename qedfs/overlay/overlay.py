@@ -54,6 +54,7 @@ from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.split import partial_clusters
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
 
@@ -137,6 +138,11 @@ class Overlay:
     def discards(self) -> int:
         """Changes when data is discarded. Then the data runs of an earlier `map` may be out of date."""
         return self._freed.discards
+
+    @property
+    def discarded(self) -> int:
+        """How many missing clusters were discarded."""
+        return self.clusters.discarded
 
     @property
     def writable(self) -> bool:
@@ -382,11 +388,6 @@ class Overlay:
         """Give the space of discarded clusters back, see `FreedClusters.give_back`. Raises nothing."""
         await self._freed.give_back()
 
-    @property
-    def not_given_back(self) -> str:
-        """Why no space is given back: the overlay is damaged. "" if nothing is wrong so far."""
-        return self._freed.references.problem
-
     async def reads_as_zeros(self, cluster: int) -> bool:
         """Whether a cluster is a zero cluster, or missing while there is no backing."""
         await self._pending.settle(cluster * self.cluster_size, 1)
@@ -404,15 +405,7 @@ class Overlay:
         return self.backing is not None and self.clusters.entry(cluster) == MISSING
 
     def _partial_clusters(self, pos: int, size: int) -> list[int]:
-        """The clusters that the request covers in part, at most two. The last cluster of the image ends with it."""
-        cluster_size = self.cluster_size
-        end = pos + size
-        partial = []
-        if pos % cluster_size:
-            partial.append(pos // cluster_size)
-        if end % cluster_size and end != self.image_size and end // cluster_size not in partial:
-            partial.append(end // cluster_size)
-        return partial
+        return partial_clusters(pos, size, self.cluster_size, self.image_size)
 
     # Adopt.
 

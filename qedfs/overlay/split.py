@@ -54,3 +54,14 @@ def laid_out(
 def zero_bytes(size: int) -> bytes:
     """`size` zeros, made once for each cluster size in use."""
     return bytes(size)
+
+
+def partial_clusters(pos: int, size: int, cluster_size: int, image_size: int) -> list[int]:
+    """The clusters that a request covers in part, at most two. The last cluster of the image ends with it."""
+    end = pos + size
+    partial = []
+    if pos % cluster_size:
+        partial.append(pos // cluster_size)
+    if end % cluster_size and end != image_size and end // cluster_size not in partial:
+        partial.append(end // cluster_size)
+    return partial

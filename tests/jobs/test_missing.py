@@ -130,6 +130,8 @@ async def test_progress_does_not_count_a_discarded_hole_twice() -> None:
         job = StreamJob(image, enabled=False)
         assert await job._missing.next_run(512, len(source.content)) is not None
         assert job.progress == 12 * MIB
+        moved = job.moved
         await make_zeros(image, 0, 14 * MIB)
         assert job.progress == 14 * MIB
+        assert job.moved == moved  # nothing was fetched, so the rate stays as it was
         assert image.counters.discarded == 2 * MIB

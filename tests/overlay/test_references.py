@@ -69,7 +69,7 @@ async def test_a_discard_does_not_free_what_another_entry_shows(
     assert await content(overlay, kept) == DATA[2]
     await overlay.write(20 * CLUSTER, b"w" * CLUSTER, no_fill)
     assert await content(overlay, kept) == DATA[2]
-    assert "two entries point to the cluster" in overlay.not_given_back
+    assert "two entries point to the cluster" in overlay._freed.references.problem
 
 
 @pytest.mark.expect_log("is not given back")
@@ -91,7 +91,7 @@ async def test_a_discard_does_not_free_a_table() -> None:
     overlay = await open_storage(MemoryStorage(data))
     await discarded(overlay, 2, 1)
     assert await content(overlay, 3) == DATA[3]
-    assert "shares clusters" in overlay.not_given_back or "two entries" in overlay.not_given_back
+    assert "shares clusters" in overlay._freed.references.problem or "two entries" in overlay._freed.references.problem
 
 
 @pytest.mark.expect_log("is not given back")
@@ -172,5 +172,5 @@ async def test_a_walk_that_is_cancelled_goes_on(monkeypatch: pytest.MonkeyPatch)
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
     await overlay.give_space_back()
-    assert overlay.not_given_back == ""
+    assert overlay._freed.references.problem == ""
     assert place_in(storage, 2) < 0

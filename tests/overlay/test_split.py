@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfs.overlay.split import adopted_views, laid_out, pieces, zero_bytes
+from qedfs.overlay.split import adopted_views, laid_out, partial_clusters, pieces, zero_bytes
 
 CLUSTER = 16
 
@@ -49,3 +49,12 @@ def test_neighbours_in_the_buffer_are_one_view() -> None:
 def test_zeros_are_made_once() -> None:
     assert zero_bytes(CLUSTER) == bytes(CLUSTER)
     assert zero_bytes(CLUSTER) is zero_bytes(CLUSTER)
+
+
+def test_partial_clusters_are_those_that_keep_other_bytes() -> None:
+    image_size = 10 * 4096 + 512
+    assert partial_clusters(0, 8192, 4096, image_size) == []
+    assert partial_clusters(5, 10, 4096, image_size) == [0]
+    assert partial_clusters(5, 3 * 4096, 4096, image_size) == [0, 3]
+    assert partial_clusters(9 * 4096, 4096 + 512, 4096, image_size) == []
+    assert partial_clusters(10 * 4096 + 1, 511, 4096, image_size) == [10]

@@ -33,5 +33,5 @@ class Bars:
     def _rate(self, served: ServedImage) -> Rate:
         rate = self._rates.setdefault(served.path, Rate())
         if served.job is not None:
-            rate.note(trio.current_time(), served.job.progress)
+            rate.note(trio.current_time(), served.job.moved)
         return rate

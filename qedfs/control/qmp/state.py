@@ -65,7 +65,7 @@ class Control:
             del self.rates[path]
         for path, job in served.items():
             if job is not None and job.image.counted:
-                self.rates.setdefault(path, Rate()).note(now, job.progress)
+                self.rates.setdefault(path, Rate()).note(now, job.moved)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
