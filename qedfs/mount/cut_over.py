@@ -33,11 +33,12 @@ from qedfs.mount.source_pool import SourcePool
 
 log = logging.getLogger(__name__)
 
-# Together less than two seconds, for which a guest stands still.
+# A guest stands still for less than two seconds. All of this starts with the cut-over, whatever it waits for.
 CONNECT_SECONDS = 1.0
-ANSWER_SECONDS = 0.4  # for the reads that are run again
-PAGES_SECONDS = 0.3
-LOST_SECONDS = 5.0  # for the kernel, after its reads were given up. It needs a millisecond.
+ANSWER_SECONDS = 1.4  # until the reads that are run again are answered
+PAGES_SECONDS = 1.7  # until reads are given up, those that have waited for STUCK_SECONDS
+STUCK_SECONDS = 0.3
+LOST_SECONDS = 5.0  # for the kernel, after its reads were given up. It needs milliseconds.
 
 DropPages = Callable[[Served], Awaitable[None]]
 
@@ -61,17 +62,17 @@ class CutOver:
             QedfsError: the activation cannot be recorded. The image is in standby.
         """
         async with served.cut_over:
-            image = _image(served)
+            image, began = _image(served), trio.current_time()
             if image.in_standby:
                 if not image.writable:
                     raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
                 fetch = await self._connected(image)
-                await self._exchange(served, image, fetch)
+                await self._exchange(served, image, fetch, latest=began + ANSWER_SECONDS)
                 self._start_stream(served)
                 log.info("%s: is active", served.name)
             # Also for a call that repeats one which has failed here.
             if served.stale_pages:
-                await self._fresh_pages(served, image)
+                await self._fresh_pages(served, image, latest=began + PAGES_SECONDS)
 
     async def check(self, served: Served) -> None:
         """Raise what `activate` would raise now, as far as that shows without changing anything."""
@@ -100,13 +101,13 @@ class CutOver:
             self._sources.release_soon(fetch.remote)
             raise
 
-    async def _exchange(self, served: Served, image: Image, fetch: FetchQueue) -> None:
+    async def _exchange(self, served: Served, image: Image, fetch: FetchQueue, *, latest: float) -> None:
         """Steps 2 to 4."""
         standby = image.standby
         served.stale_pages = True
         image.exchange_source(fetch)
         try:
-            with trio.move_on_after(ANSWER_SECONDS) as scope:
+            with trio.move_on_at(latest) as scope:
                 await image.reads.waiting.answered()
                 await image.source_size()
             if scope.cancelled_caught:
@@ -122,7 +123,7 @@ class CutOver:
         if standby is not None:
             self._sources.release_soon(standby.remote)
 
-    async def _fresh_pages(self, served: Served, image: Image) -> None:
+    async def _fresh_pages(self, served: Served, image: Image, *, latest: float) -> None:
         """Step 5."""
         done = False
 
@@ -134,9 +135,10 @@ class CutOver:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(drop)
-            await trio.sleep(PAGES_SECONDS)
-            image.give_up(since=trio.current_time())
-            await trio.sleep(LOST_SECONDS)
+            await trio.sleep_until(latest)
+            while trio.current_time() < latest + LOST_SECONDS:
+                image.give_up(since=trio.current_time() - STUCK_SECONDS)
+                await trio.sleep(STUCK_SECONDS / 3)
             nursery.cancel_scope.cancel()
         if not done:
             raise QedfsError(f"{served.name}: is active, but the kernel still has old pages of it; activate it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .servers import Server
 
@@ -17,6 +17,8 @@ class Link:
         assert isinstance(server.address, tuple)
         self.url = f"{server.scheme}://127.0.0.1:{listener.getsockname()[1]}{server.path}"
         self.asked = 0  # bytes that clients have sent
+        self.connections = 0
+        self._free: int | None = None  # bytes that a new connection may answer before it stalls
         self._to = server.address
         self._listener = listener
         self._passing = threading.Event()  # of the connections that come: set while answers pass
@@ -25,16 +27,18 @@ class Link:
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
-    def stall(self, *, new_too: bool = False) -> None:
-        """Hold back all answers over the present connections; `new_too`: also over those that come."""
+    def stall(self, *, new_after: int | None = None) -> None:
+        """Hold back all answers over the present connections; over those that come, after `new_after` bytes."""
         self._passing.clear()
         self._held.append(self._passing)
-        if not new_too:
+        self._free = new_after
+        if new_after is None:
             self._passing = threading.Event()
             self._passing.set()
 
     def release(self) -> None:
         """Deliver what was held back."""
+        self._free = None
         for passing in self._held:
             passing.set()
 
@@ -43,6 +47,7 @@ class Link:
         with contextlib.suppress(OSError):
             while True:
                 near = self._listener.accept()[0]
+                self.connections += 1
                 self._sockets.append(near)
                 try:
                     far = socket.create_connection(self._to)
@@ -50,10 +55,8 @@ class Link:
                     near.close()
                     continue
                 self._sockets.append(far)
-                for copy in (self._requests, self._answers):
-                    thread = threading.Thread(target=copy, args=(near, far, self._passing))
-                    self._threads.append(thread)
-                    thread.start()
+                self._start(self._requests, near, far)
+                self._start(self._answers, near, far, self._passing, self._free or 0)
 
     def close(self) -> None:
         """Cut all connections."""
@@ -67,7 +70,12 @@ class Link:
         for end in self._sockets:
             end.close()
 
-    def _requests(self, near: socket.socket, far: socket.socket, _: threading.Event) -> None:
+    def _start(self, copy: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=copy, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _requests(self, near: socket.socket, far: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := near.recv(1 << 16):
                 far.sendall(data)
@@ -75,11 +83,14 @@ class Link:
         with contextlib.suppress(OSError):
             far.shutdown(socket.SHUT_WR)
 
-    def _answers(self, near: socket.socket, far: socket.socket, passing: threading.Event) -> None:
+    def _answers(self, near: socket.socket, far: socket.socket, passing: threading.Event, free: int) -> None:
         with contextlib.suppress(OSError):
             while data := far.recv(1 << 16):
-                passing.wait()
-                near.sendall(data)
+                near.sendall(data[:free])
+                data, free = data[free:], max(0, free - len(data))
+                if data:
+                    passing.wait()
+                    near.sendall(data)
         with contextlib.suppress(OSError):
             near.shutdown(socket.SHUT_WR)
 
