@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import trio
 
 from qedfs.fetch.queue import FetchQueue
-from qedfs.image.image import Image
+from qedfs.image.image import COMMIT_SECONDS, Image
 from qedfs.overlay.open import open_storage
 from qedfs.source.pinning import USUAL, Pinning
 from tests.fakes.source import FakeSource, remote
@@ -16,6 +16,13 @@ from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 
 CLUSTER = 1 << 16
+
+
+async def tended(image: Image) -> None:
+    """Look after an image as a mount does, until cancelled."""
+    while True:
+        await trio.sleep(COMMIT_SECONDS)
+        await image.tend()
 
 
 @contextlib.asynccontextmanager
@@ -38,7 +45,7 @@ async def served(
         told = remote(source, deadline_seconds=deadline_seconds, pinning=pinning)
         fetch = FetchQueue(told, cluster_size, nursery)
         image = Image("disk.raw", await open_storage(storage), fetch, copy_on_read=copy_on_read)
-        nursery.start_soon(image.run)
+        nursery.start_soon(tended, image)
         await image.overlay.clusters.count()
         yield image
         await image.close()

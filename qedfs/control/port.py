@@ -80,7 +80,10 @@ class Mounted(Protocol):
         ...
 
     def everything(self) -> Sequence[ServedImage]:
-        """All overlays that were found, served or not, sorted by name."""
+        """All overlays that were found, served or not, sorted by name.
+
+        The same object as the last time only if none has come or gone since.
+        """
         ...
 
     def fetches(self) -> Sequence[FetchQueue]:

@@ -8,6 +8,7 @@ would break the parsing of the whole table.) Imports nothing of the project.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 
+_held: dict[int, str] = {}  # see `held_type`
+_FDINFO_BYTES = 4096  # mnt_id is among the first lines; those of locks may follow
 _TABLE = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _MOUNT_ID = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
@@ -73,12 +76,32 @@ def filesystem_type(path: Path | str | int) -> str:
 def _type_of(fd: int) -> str:
     # Not by st_dev of stat(2): btrfs and overlayfs report devices that are not in mountinfo.
     number = mount_number(fd)
-    return next((line.kind for line in mounts() if line.number == number), "")
+    kind = _held.get(number)
+    return next((line.kind for line in mounts() if line.number == number), "") if kind is None else kind
+
+
+@contextlib.contextmanager
+def held_type(fd: int) -> Iterator[None]:
+    """In the block, know the type of the file system of `fd`, an open file, without reading the mount table again.
+
+    The table may be long. As long as the file is open, the kernel gives the number of its mount to no other.
+    """
+    number = -1
+    with contextlib.suppress(OSError):
+        number = mount_number(fd)
+    known = {number: kind} if number >= 0 and (kind := _type_of(fd)) else {}
+    _held.update(known)
+    try:
+        yield
+    finally:
+        for one in known:
+            _held.pop(one, None)
 
 
 def mount_number(fd: int) -> int:
     """The mount id, as in mountinfo, of an open file; -1 if the kernel does not report it. OSError without /proc."""
-    found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
+    with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
+        found = _MOUNT_ID.search(file.read(_FDINFO_BYTES))
     return int(found[1]) if found else -1
 
 

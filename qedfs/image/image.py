@@ -3,8 +3,8 @@
 Owns what a read, a write and a flush of the image do, and when entries are committed. Must not know FUSE, names or
 sockets.
 
-Tasks. Any task on the event loop may read and write. One background task per image, `run`, commits changes that have
-become old. Fetched bytes arrive through `take`, in a task of the fetch queue.
+Tasks. Any task on the event loop may read and write. Somebody calls `tend` every COMMIT_SECONDS, one call at a time, to
+commit changes that have become old. Fetched bytes arrive through `take`, in a task of the fetch queue.
 """
 
 from __future__ import annotations
@@ -400,18 +400,26 @@ class Image:
         finally:
             self._committing = False
 
-    async def run(self) -> None:
-        """Commit changes that have become old. Runs until cancelled."""
-        while not self.closed:
-            await trio.sleep(COMMIT_SECONDS)
-            if self.overlay.missing is None and not self.overlay.writable:
-                with contextlib.suppress(QedfsError):  # about a bad table, which the first count has reported
-                    await self.overlay.count_missing()  # again, because a failed barrier has taken entries back
-            if self.overlay.writable and self.overlay.commit_pending and not self._committing:
-                await self._commit()
-            await self.overlay.give_space_back()
-            self.condition.look()
-            await self._remember_version()
+    @property
+    def calm(self) -> bool:
+        """Whether `tend` would find nothing to do. Takes less than a microsecond."""
+        overlay = self.overlay
+        if overlay.commit_pending or overlay.has_space_to_give_back or overlay.failure is not None or overlay.full:
+            return False
+        if overlay.missing is None and not overlay.writable:
+            return False
+        return not self._may_have_new_samples
+
+    async def tend(self) -> None:
+        """Commit what has not been committed, and do what else waits for a quiet moment. Call every COMMIT_SECONDS."""
+        if self.overlay.missing is None and not self.overlay.writable:
+            with contextlib.suppress(QedfsError):  # about a bad table, which the first count has reported
+                await self.overlay.count_missing()  # again, because a failed barrier has taken entries back
+        if self.overlay.writable and self.overlay.commit_pending and not self._committing:
+            await self._commit()
+        await self.overlay.give_space_back()
+        self.condition.look()
+        await self._remember_version()
 
     async def detach(self) -> None:
         """Drop the backing, after the stream has found no missing cluster. See `Overlay.detach`."""
@@ -452,9 +460,13 @@ class Image:
         self.reads.waiting.run_again()
         return old
 
+    @property
+    def _may_have_new_samples(self) -> bool:
+        return self.version is not None and bool(self.counters.kept or self.counters.written) and not self.complete
+
     async def _remember_version(self) -> None:
         """Store in the overlay what is known about the version of its new clusters, if there are any."""
-        if self.version is None or not (self.counters.kept or self.counters.written) or self.complete:
+        if self.version is None or not self._may_have_new_samples:
             return
         try:
             await self.version.remember()

@@ -1,4 +1,4 @@
-"""Opens an overlay, makes an image of it with its source and its jobs, and closes it.
+"""Opens an overlay, makes an image of it with its source and its jobs, and closes it. Several may be opened at once.
 
 Owns the checks before an overlay is opened, the choice between writable and read-only, and the release of sources.
 Must not know the inodes of the mount, nor when overlays appear and disappear.
@@ -56,6 +56,8 @@ class Opener:
         self._hold_off = hold_off
         self._stall_slots = StallSlots(background_limit())
         self._most_wait_seconds = most_wait_seconds()
+        self._opening = 0  # overlays that are being opened, not counted in `images` yet
+        self._asking = trio.Lock()  # held while a source is looked for: one at a time makes a source that is not there
 
     def begin_scan(self) -> None:
         """Call this before a series of `open`. Together they get a fixed time for the first checks of their sources."""
@@ -70,17 +72,26 @@ class Opener:
             QedfsError: it cannot be served.
             OSError: its attributes cannot be read, or no descriptor is left.
         """
+        self._opening += 1
+        try:
+            return await self._open(path, name, is_new=is_new)
+        finally:
+            self._opening -= 1
+
+    async def _open(self, path: str, name: str, *, is_new: bool) -> tuple[Image, ImageJobs]:
         overlay = await self._open_overlay(path, is_new=is_new)
         try:
             self._check_clusters(path, overlay)
             if self._options.standby:
                 await put_in_standby(path, overlay)
             fetch, standby = None, None
-            if overlay.backing is not None and overlay.record.standby.waits:
-                through = await self._sources.pass_through_for(overlay, overlays=len(self._images) + 1)
-                standby = through, WriteGate(name, self._options.standby_writes)
-            else:
-                fetch = await self._sources.fetch_for(overlay, overlays=len(self._images) + 1)
+            overlays = len(self._images) + self._opening
+            async with self._asking:
+                if overlay.backing is not None and overlay.record.standby.waits:
+                    through = await self._sources.pass_through_for(overlay, overlays=overlays)
+                    standby = through, WriteGate(name, self._options.standby_writes)
+                else:
+                    fetch = await self._sources.fetch_for(overlay, overlays=overlays)
         except BaseException:
             # Even if cancelled: the locks of an open descriptor would keep the overlay in use.
             with trio.CancelScope(shield=True):
@@ -97,7 +108,7 @@ class Opener:
         return image, ImageJobs(stream)
 
     async def _open_overlay(self, path: str, *, is_new: bool) -> Overlay:
-        check_room(len(self._images) + 1, self._sources.count)
+        check_room(len(self._images) + self._opening, self._sources.count)
         if stat.S_ISLNK(self._folder.lstat(path).st_mode):
             raise BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
         await check_settled(path, self._folder.fd, is_new=is_new)

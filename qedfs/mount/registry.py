@@ -12,7 +12,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -27,11 +28,23 @@ from qedfs.mount.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 SCAN_SECONDS = 1.0
+# Overlays that are opened at the same time. The two barriers of an opening are nearly all of its time, and the disk
+# combines those of several files.
+MAX_OPENING = 16
 # Errors of this machine or of a file server, not of the file. EAGAIN: a process has a lease on the file.
 _TRANSIENT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
 )
+NO_INODE = 0  # of what is listed without an image
 _NO_STAMP = (0, 0, 0)  # no file has it, so a file counts as changed once its attributes can be read
+
+
+class Candidate(NamedTuple):
+    """A file that is to be opened. `before`: why it was refused the last time, which is already in the log."""
+
+    path: str
+    stamp: tuple[int, int, int]  # see `Served`
+    before: Trouble | None
 
 
 class Registry:
@@ -46,6 +59,7 @@ class Registry:
         self._supervisor = supervisor
         self._forget = forget
         self._by_path: dict[str, Served] = {}
+        self._sorted: Sequence[Served] | None = None  # all of these by name, if none has come or gone since
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
         self._inodes = itertools.count(2)  # 1 is the root
@@ -67,9 +81,14 @@ class Registry:
         """The served images, in the order in which they were opened."""
         return [served for served in self._by_inode.values() if not served.removed]
 
-    def everything(self) -> list[Served]:
-        """All overlays in the folder, sorted by name, including those that cannot be served."""
-        return sorted(self._by_path.values(), key=lambda served: served.name)
+    def everything(self) -> Sequence[Served]:
+        """All overlays in the folder, sorted by name, including those that cannot be served.
+
+        The same object as before if none has come or gone since.
+        """
+        if self._sorted is None:
+            self._sorted = sorted(self._by_path.values(), key=lambda served: served.name)
+        return self._sorted
 
     def including_removed(self) -> set[Served]:
         """All overlays in the folder, and the images that are still open after their overlay was removed from it."""
@@ -125,7 +144,8 @@ class Registry:
             # Read before the folder is listed, so that a change during this scan causes another one.
             self._scanned_mtime = self._folder.stat().st_mtime_ns
             try:
-                await self._scan()
+                with self._folder.known():
+                    await self._scan()
             except BaseException:
                 self._scanned_mtime = -1  # scan again: this one may have missed some
                 raise
@@ -136,19 +156,18 @@ class Registry:
         found = dict(self._folder.overlays())
         for path in [path for path in self._by_path if path not in found]:
             await self._remove(self._by_path[path])
+        waiting = [one for path, status in found.items() if (one := await self._examine(path, status))]
         added: list[Served] = []
         try:
-            for path, status in found.items():
-                if served := await self._examine(path, status):
-                    added.append(served)
+            await self._add_all(waiting, added)
         finally:
             # All at once: streams share what they fetch, so none should run ahead of the others. And even after an
             # error: an image that is served without its tasks would never be committed.
-            for served in added:
+            for served in sorted(added, key=lambda one: one.path):
                 self._supervisor.start(served)
 
-    async def _examine(self, path: str, status: os.stat_result | OSError) -> Served | None:
-        """Open a file that is new, replaced, or refused before. Returns it if it is served from now on."""
+    async def _examine(self, path: str, status: os.stat_result | OSError) -> Candidate | None:
+        """Look whether a file is to be opened, because it is new, replaced, or was refused before."""
         if isinstance(status, OSError):
             self._note_unreadable(path, status)
             return None
@@ -164,24 +183,49 @@ class Registry:
             # A refused overlay stays in the list until `_add` replaces it, so that it never disappears from `status`.
         elif self._scanned_before and settling(status):
             self._scanned_mtime = -1  # scan again
-            self._by_path[path] = known or Served(_image_name(path), path, next(self._inodes), stamp)
+            self._list(known or Served(_image_name(path), path, NO_INODE, stamp))
             return None
-        return await self._add(path, stamp, known.refusal if known else None)
+        return Candidate(path, stamp, known.refusal if known else None)
 
     def _note_unreadable(self, path: str, error: OSError) -> None:
         """List a file whose attributes cannot be read. An image that is already served continues: its file is open."""
         known = self._by_path.get(path)
         if known is None or known.image is None:
-            unreadable = Served(_image_name(path), path, next(self._inodes), _NO_STAMP)
+            unreadable = Served(_image_name(path), path, NO_INODE, _NO_STAMP)
             self._refuse(unreadable, Inaccessible(f"{path}: {error.strerror}"), known.refusal if known else None)
-            self._by_path[path] = unreadable
+            self._list(unreadable)
 
     # Adding and removing.
 
-    async def _add(self, path: str, stamp: tuple[int, int, int], before: Trouble | None) -> Served | None:
-        """Open an overlay and list it. `before`: why it was refused the last time, which is already in the log."""
+    async def _add_all(self, candidates: Sequence[Candidate], added: list[Served]) -> None:
+        """Open overlays, up to MAX_OPENING at the same time. Those that are served are appended to `added`."""
+        left = iter(candidates)
+        links: list[Candidate] = []  # further names of files
+        files: set[int] = set()
+
+        async def work() -> None:
+            for one in left:
+                # After the file itself, so that it is refused with the name under which the file is served.
+                if one.stamp[0] in files:
+                    links.append(one)
+                    continue
+                files.add(one.stamp[0])
+                if served := await self._add(one):
+                    added.append(served)
+
+        if len(candidates) == 1:  # a nursery would wrap the error of a single overlay in a group
+            await work()
+            return
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(MAX_OPENING, len(candidates))):
+                nursery.start_soon(work)
+        added += [served for one in links if (served := await self._add(one))]
+
+    async def _add(self, candidate: Candidate) -> Served | None:
+        """Open an overlay and list it."""
+        path, stamp, before = candidate
         name = _image_name(path)
-        served = Served(name, path, next(self._inodes), stamp)
+        served = Served(name, path, NO_INODE, stamp)
         try:
             self._check_not_open(path)
             served.image, served.jobs = await self._opener.open(path, name, is_new=self._scanned_before)
@@ -192,11 +236,18 @@ class Registry:
             # OSError: the file or its file system disappeared meanwhile.
             error = exc if isinstance(exc, QedfsError) else Inaccessible(f"{path}: {exc.strerror}")
             self._refuse(served, error, before)
-        self._by_path[path] = served
+        self._list(served)
         if served.image is None:
             return None
+        # Not before, as overlays may be opened in another order: readdir goes on after an inode, so the numbers must
+        # ascend as the images are listed.
+        served.inode = next(self._inodes)
         self._by_name[name] = self._by_inode[served.inode] = served
         return served
+
+    def _list(self, served: Served) -> None:
+        self._by_path[served.path] = served
+        self._sorted = None
 
     def _refuse(self, served: Served, error: QedfsError, before: Trouble | None) -> None:
         """Record why an overlay is not served, and log it unless it was logged for `before`."""
@@ -210,7 +261,8 @@ class Registry:
         """Raise InUse if this mount has the file open under another name."""
         found = self._folder.lstat(path)
         for other in self._by_inode.values():
-            if not other.is_on(found):
+            # The number alone, at first: with 1,000 overlays a system call for each of the others takes seconds.
+            if other.stamp[0] != found.st_ino or not other.is_on(found):
                 continue
             name = os.path.basename(other.path)
             if other.removed:
@@ -222,6 +274,7 @@ class Registry:
     async def _remove(self, served: Served) -> None:
         """Take an overlay off the list. Programs that have its image open can use it until they close it."""
         del self._by_path[served.path]
+        self._sorted = None
         self._by_name.pop(served.name, None)
         if served.image is not None:
             self._forget(served.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trio
@@ -76,7 +76,7 @@ class Mount:
         """Why lseek(SEEK_DATA) and fallocate are not answered; "" if they are."""
         return self.session.without_more
 
-    def everything(self) -> list[Served]:
+    def everything(self) -> Sequence[Served]:
         """All overlays in the folder."""
         return self.images.registry.everything()
 

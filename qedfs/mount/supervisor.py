@@ -1,4 +1,4 @@
-"""Runs the tasks of each image while it is served: count, commits, profile, stream and other jobs, inspection.
+"""Runs the tasks of each image while it is served: count, profile, stream and other jobs; commits, inspection.
 
 Owns these tasks, the order in which an image ends, and the errors of images whose last flush has failed. Must not know
 how overlays are found.
@@ -15,18 +15,17 @@ from qedfs.errors import BadOverlay, QedfsError
 from qedfs.image.boot_profile import Range
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
-from qedfs.image.outage import look_at_source
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.prefetch import replay
 from qedfs.jobs.state import State
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.rounds import Rounds, Visited
 from qedfs.mount.served import Served
 from qedfs.source.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
 
-INSPECT_SECONDS = 1.0  # between inspections of an overlay file; one takes 5 us
 MAX_CLOSING = 16  # overlays that are closed at the same time, so that the disk can combine their flushes
 
 
@@ -47,6 +46,8 @@ class Supervisor:
         self._profile = profile
         self._nursery = nursery
         self._activate = activate
+        self._rounds = Rounds()
+        nursery.start_soon(self._rounds.run)
         self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
         self.ending = 0  # images that are being closed because their overlay was removed
 
@@ -107,9 +108,8 @@ class Supervisor:
         with served.scope:
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(image.run)
+                    nursery.start_soon(self._visit, image, jobs, served, nursery)
                     nursery.start_soon(jobs.run)
-                    nursery.start_soon(self._inspect, image, jobs, served)
                     nursery.start_soon(replay, image, self._profile)
                     try:
                         await image.overlay.count_missing()
@@ -130,22 +130,30 @@ class Supervisor:
                 log.error("%s: internal error", served.name, exc_info=group)
                 _end_jobs(image, jobs, QedfsError("internal error, see the log"))
 
-    async def _inspect(self, image: Image, jobs: ImageJobs, served: Served) -> None:
-        """Check once a second whether the file was damaged or replaced. If so, fail the jobs and return."""
-        while True:
-            await trio.sleep(INSPECT_SECONDS)
-            look_at_source(image)
-            try:
-                await image.overlay.inspect()
-                self._check_path(image, served)
-            except BadOverlay as exc:
-                if image.overlay.damage is None:
-                    image.condition.note(Cause.REPLACED, exc)
-                jobs.fail(exc)
-                return
-            except QedfsError as exc:
-                # An error of the disk or of a file server does not prove any damage, and readers will get it too.
-                log.debug("%s: cannot be looked at: %s", image.name, exc)
+    async def _visit(self, image: Image, jobs: ImageJobs, served: Served, nursery: trio.Nursery) -> None:
+        """Have the image in the rounds until cancelled."""
+        visited = Visited(image, nursery, lambda: self._inspect(image, jobs, served), always=self._folder.single)
+        self._rounds.add(visited)
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._rounds.leave_out(visited)
+
+    async def _inspect(self, image: Image, jobs: ImageJobs, served: Served) -> bool:
+        """Check whether the file was damaged or replaced. If so, fail the jobs and return False."""
+        try:
+            await image.overlay.inspect()
+            self._check_path(image, served)
+        except BadOverlay as exc:
+            if image.overlay.damage is None:
+                image.condition.note(Cause.REPLACED, exc)
+            image.condition.look()  # since when there is damage
+            jobs.fail(exc)
+            return False
+        except QedfsError as exc:
+            # An error of the disk or of a file server does not prove any damage, and readers will get it too.
+            log.debug("%s: cannot be looked at: %s", image.name, exc)
+        return True
 
     def _check_path(self, image: Image, served: Served) -> None:
         """Raise BadOverlay if the path of a single overlay leads to another file. (In a folder, the scan notices it.)

@@ -33,7 +33,7 @@ class Length:
         self.damage: BadOverlay | None = None  # how the file was damaged; never cleared
         self._fd = fd
         self._path = path
-        self._cheap = filesystem_type in LOCAL_TYPES
+        self.local = filesystem_type in LOCAL_TYPES  # so that a check is cheap
         self._known = 0
         self._known = self._look()
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class Length:
 
     def before_write(self, end: int) -> None:
         """Check the length if a write up to this offset could hide a truncation."""
-        enough = self._look() >= self._known if self._cheap else end < self._known
+        enough = self._look() >= self._known if self.local else end < self._known
         if not enough or self.damage is not None:
             self.check()
 

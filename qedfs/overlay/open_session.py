@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 
 import trio
@@ -21,7 +22,7 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.session import Session
 from qedfs.overlay.session_start import SessionStart
-from qedfs.overlay.storage import Storage
+from qedfs.overlay.storage import MARK_AGE_NS, ChangeMark, Storage
 
 Change = Callable[[Record], Record]
 
@@ -45,6 +46,7 @@ class OpenSession:
         self._committer = committer
         self._barriers = barriers
         self._start = start
+        self._in_order: ChangeMark | None = None  # the file when it was last found in order
         self._changes: list[Change] = []  # changes of the record that are being stored, or wait to be
 
     @property
@@ -116,6 +118,12 @@ class OpenSession:
             with contextlib.suppress(QedfsError):
                 await self.change_record(lambda record: dataclasses.replace(record, journal=""))
 
+    @property
+    def seems_unchanged(self) -> bool:
+        """See `Overlay.seems_unchanged`."""
+        known = self._in_order
+        return known is not None and self._storage.damage is None and self._storage.change_mark() == known
+
     async def inspect(self) -> None:
         """See `Overlay.inspect`."""
         if self._storage.damage is None and self._barriers.failure is None:
@@ -128,6 +136,7 @@ class OpenSession:
         """The caller holds the lock. Without it, our own change of the header would look like another program's."""
         if self._storage.damage is not None:
             return
+        mark = self._storage.change_mark()  # before the look, or a change meanwhile would go unseen
         try:
             if self._session.is_seen():
                 self._storage.check_length()
@@ -138,6 +147,9 @@ class OpenSession:
         except BadOverlay as exc:
             if self._storage.damage is None:
                 self._storage.condemn(exc)
+        else:
+            old_enough = mark is not None and mark[-1] < time.time_ns() - MARK_AGE_NS
+            self._in_order = mark if old_enough else None
 
     async def detach(self) -> None:
         """Drop the backing from the header, durably. The caller has flushed: see `Overlay.detach`."""

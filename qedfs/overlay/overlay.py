@@ -384,6 +384,11 @@ class Overlay:
         """
         return await self._discards.discard(cluster, count, missing_too=self.backing is not None)
 
+    @property
+    def has_space_to_give_back(self) -> bool:
+        """Whether `give_space_back` may have something to do."""
+        return self._freed.any and self.writable
+
     async def give_space_back(self) -> None:
         """Give the space of discarded clusters back, see `FreedClusters.give_back`. Raises nothing."""
         await self._freed.give_back()
@@ -431,6 +436,11 @@ class Overlay:
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Turn those of these clusters that are missing into zero clusters, because the source has a hole there."""
         await self._adoption.adopt_zeros(cluster, count)
+
+    @property
+    def seems_unchanged(self) -> bool:
+        """Whether nobody, this process included, has changed the file since `inspect` found it in order. One fstat."""
+        return self._session.seems_unchanged
 
     async def inspect(self) -> None:
         """Raise BadOverlay if the file is no longer the overlay that was opened. Takes some microseconds.

@@ -248,12 +248,13 @@ class Session:
             self._slots[0] if self._slots is not None else min(self.header.area_bytes, HEADER_BYTES + MAX_BACKING_NAME)
         )
         size = end - HEADER_BYTES
-        if not any(read_bytes(self._storage, HEADER_BYTES, size)):
+        zeros = bytes(size)
+        if read_bytes(self._storage, HEADER_BYTES, size) == zeros:
             return
         # A header without backing must be on the disk before the zeros: see `detach`.
         self._storage.barrier()
         with contextlib.suppress(NoSpace):
-            self._storage.write(HEADER_BYTES, [bytes(size)])
+            self._storage.write(HEADER_BYTES, [zeros])
             self._storage.barrier()
 
     def _write_header(self, header: Header) -> None:

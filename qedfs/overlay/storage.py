@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
+ChangeMark = tuple[int, int, int]  # length, mtime and ctime of a file
+# If the ctime is younger, the file may change again without a change of its times: the kernel's clock for them advances
+# in steps of up to 10 ms (a tick).
+MARK_AGE_NS = 10**9
 
 # Threads per overlay: enough to keep a deep disk queue busy with reads during all adoptions (`adoption.py`), and few
 # enough that a disk that hangs affects only its own overlays.
@@ -96,6 +100,13 @@ class Storage(Protocol):
 
     def modified_ns(self) -> int:
         """The mtime of the file, in nanoseconds since 1970."""
+        ...
+
+    def change_mark(self) -> ChangeMark | None:
+        """Length and times, which differ after a later change by whomever; None if the file system tells them late.
+
+        See MARK_AGE_NS for when it is safe to conclude from equal marks that nothing has changed.
+        """
         ...
 
     def disk_usage(self) -> int:
@@ -179,11 +190,11 @@ class FileStorage:
         self.writable = writable
         self.locked = locked
         self._limiter: trio.CapacityLimiter | None = None
-        kind = filesystem_type(fd)
+        self._kind = filesystem_type(fd)
         # tmpfs does not support RWF_NOWAIT, but has no disk to wait for.
-        self._read_flags = 0 if kind in TMPFS_TYPES else os.RWF_NOWAIT
+        self._read_flags = 0 if self._kind in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
-        self._length = Length(fd, path, kind)
+        self._length = Length(fd, path, self._kind)
         self._foreign: BadOverlay | None = None  # set by `condemn`: why the file must not be read any more
 
     @classmethod
@@ -220,7 +231,7 @@ class FileStorage:
         release the lease at once. This process must be the file's owner or have CAP_LEASE, and the file system must be
         local, because a server may refuse a lease for other reasons.
         """
-        if filesystem_type(self._fd) in _SERVED_TYPES:
+        if self._kind in _SERVED_TYPES:
             return None
         try:
             # If a process opens the file for writing during the lease, the kernel sends us a signal. The default SIGIO
@@ -276,6 +287,16 @@ class FileStorage:
     def modified_ns(self) -> int:
         """st_mtime_ns."""
         return self.stat().st_mtime_ns
+
+    def change_mark(self) -> ChangeMark | None:
+        """One fstat, of a file on a local file system."""
+        if not self._length.local:
+            return None
+        try:
+            found = os.fstat(self._fd)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk (st_blocks counts units of 512 bytes on every file system).
@@ -376,7 +397,7 @@ class FileStorage:
             os.fdatasync(self._fd)
         except OSError as exc:
             failure = exc
-        if filesystem_type(self._fd) not in TMPFS_TYPES and not evict(self._fd):
+        if self._kind not in TMPFS_TYPES and not evict(self._fd):
             raise InUse(
                 f"{self.path}: was not closed in order, and another program keeps part of it in memory, so what is on "
                 "the disk cannot be read; close that program first"

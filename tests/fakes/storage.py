@@ -24,7 +24,7 @@ import trio
 
 from qedfs.errors import BadOverlay, QedfsError
 from qedfs.format.geometry import MAX_FILE_SIZE, SECTOR_SIZE, round_down, round_up
-from qedfs.overlay.storage import Buffer, FileExtent
+from qedfs.overlay.storage import Buffer, ChangeMark, FileExtent
 
 T = TypeVar("T")
 
@@ -181,6 +181,9 @@ class MemoryStorage:
 
     def modified_ns(self) -> int:
         return self.written_ns
+
+    def change_mark(self) -> ChangeMark | None:
+        return None
 
     def disk_usage(self) -> int:
         return len(self.bytes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qedfs.host.procfs import filesystem_type, mount_number, mounts, outer_user, sockets
+from qedfs.host import procfs
+from qedfs.host.procfs import filesystem_type, held_type, mount_number, mounts, outer_user, sockets
 
 # Each byte that Python's text files, `splitlines` or `split` would take for the end of something, and the kernel's own.
 NAMES = [
@@ -48,6 +50,29 @@ def test_this_machine_s_own_files(tmp_path: Path) -> None:
         assert filesystem_type(file.fileno()) == filesystem_type(tmp_path) != ""
         assert any(one.number == mount_number(file.fileno()) for one in mounts())
     assert outer_user(os.getuid()) == os.getuid()
+
+
+def test_the_type_of_a_file_system_that_is_in_use_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    table = procfs.mounts
+    reads: list[str] = []
+
+    def counted() -> Iterator[procfs.MountLine]:
+        reads.append("mounts")
+        return table()
+
+    monkeypatch.setattr(procfs, "mounts", counted)
+    with (tmp_path / "file").open() as file, Path("/proc/version").open() as other:
+        kind, other_kind = filesystem_type(file.fileno()), filesystem_type(other.fileno())
+        assert (kind != other_kind, other_kind) == (True, "proc")
+        with held_type(file.fileno()):
+            reads.clear()
+            assert [filesystem_type(tmp_path), filesystem_type(file.fileno())] == [kind, kind]
+            assert not reads
+            assert filesystem_type(other.fileno()) == other_kind
+        reads.clear()
+        assert filesystem_type(file.fileno()) == kind
+        assert reads
 
 
 def test_the_path_of_a_socket_is_the_rest_of_its_line() -> None:

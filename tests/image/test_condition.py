@@ -18,7 +18,7 @@ from tests.control.support import Served
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
-from tests.served import CLUSTER, served
+from tests.served import CLUSTER, served, tended
 
 OF_OVERLAY = {Cause.DAMAGED, Cause.BARRIER_FAILED, Cause.FULL_AT_OPENING, Cause.COMMIT_FAILED}
 ZEROS = bytes(8 * CLUSTER)  # keeping them changes entries only: nothing is written before the commit
@@ -57,7 +57,7 @@ async def test_a_complete_image_tells_of_a_failed_commit(
     storage = MemoryStorage(empty(image_size=len(ZEROS), backing=b"").data, name="disk")
     image = Image("disk.raw", await open_storage(storage, journal_folder=tmp_path), None)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(image.run)
+        nursery.start_soon(tended, image)
         await image.write(0, b"g" * CLUSTER)
         storage.fail("write", QedfsError("cannot write: Input/output error"), forever=True)
         await trio.sleep(3)

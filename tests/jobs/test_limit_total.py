@@ -20,6 +20,7 @@ from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
+from tests.served import tended
 
 CLUSTER = 4 << 10
 TOTAL = 64 * CLUSTER  # a second
@@ -48,7 +49,7 @@ async def streams(
         for number, source in enumerate(sources):
             overlay = empty(cluster_size=CLUSTER, image_size=len(source.content), backing=b"http://fake/disk.raw")
             image = Image(f"{number}.raw", await open_storage(MemoryStorage(overlay.data)), queues[source])
-            nursery.start_soon(image.run)
+            nursery.start_soon(tended, image)
             await image.overlay.clusters.count()
             jobs.append(StreamJob(image, limit=limits[number] if limits else 0))
         for job in jobs:

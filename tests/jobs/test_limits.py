@@ -19,7 +19,7 @@ from qedfs.overlay.open import open_storage
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
-from tests.served import CLUSTER, served
+from tests.served import CLUSTER, served, tended
 
 CONTENT = random.Random(5).randbytes(320 * CLUSTER)
 
@@ -87,7 +87,7 @@ async def siblings(
         for number, limit in enumerate(limits):
             overlay = empty(cluster_size=SMALL, image_size=len(source.content), backing=b"http://fake/disk.raw")
             image = Image(f"{number}.raw", await open_storage(MemoryStorage(overlay.data)), fetch)
-            nursery.start_soon(image.run)
+            nursery.start_soon(tended, image)
             await image.overlay.clusters.count()
             if lacking:
                 for cluster in set(range(len(source.content) // SMALL)) - set(lacking[number]):

@@ -71,7 +71,7 @@ async def test_a_job_that_is_begun_ends_with_the_image(tmp_path: Path) -> None:
 
 @pytest.mark.expect_log("the stream has stopped: was cut", "the count has stopped: was cut")
 async def test_an_overlay_that_is_damaged_ends_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qedfs.mount.supervisor.INSPECT_SECONDS", 0.01)
+    monkeypatch.setattr("qedfs.mount.rounds.ROUND_SECONDS", 0.01)
     damage: list[BadOverlay] = []
 
     async def inspect(_: Overlay) -> None:

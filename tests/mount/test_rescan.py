@@ -124,7 +124,7 @@ async def test_a_transient_error_is_retried(
 @pytest.mark.expect_log("the stream has stopped: was cut")
 async def test_a_failed_inspection_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server is away for a while; a file that was cut stays so."""
-    monkeypatch.setattr("qedfs.mount.supervisor.INSPECT_SECONDS", 0.01)
+    monkeypatch.setattr("qedfs.mount.rounds.ROUND_SECONDS", 0.01)
     overlay = tmp_path / "o" / "new.qed"
     answers = [QedfsError("Stale file handle"), QedfsError("Stale file handle"), None, BadOverlay("was cut")]
     states: list[tuple[State, QedfsError | None]] = []

@@ -15,6 +15,7 @@ from qedfs.jobs.state import State
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
 from qedfs.overlay.create import create_overlay
+from tests.harness.hang import HANG_SECONDS
 
 Leave = Callable[[Path], object]
 
@@ -86,22 +87,31 @@ async def test_an_open_image_lives_on_without_its_overlay_in_the_folder(tmp_path
 
 
 @pytest.mark.expect_log("disk.raw: internal error", "disk.raw: the stream has stopped")
-async def test_a_bug_in_a_task_costs_its_image_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["a task", "the rounds"])
+async def test_a_bug_costs_its_image_only(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("disk", "other"):
         create_overlay(str(tmp_path / f"{name}.qed"), image_size=65536, backing="http://127.0.0.1:1/disk")
-    run = Image.run
 
-    async def fail(image: Image) -> None:
+    def look(image: Image) -> bool:
+        if image.name == "disk.raw" and place == "the rounds":
+            raise RuntimeError("a bug")
+        return False
+
+    async def tend(image: Image) -> None:
         if image.name == "disk.raw":
             raise RuntimeError("a bug")
-        await run(image)
 
-    monkeypatch.setattr(Image, "run", fail)
+    monkeypatch.setattr("qedfs.mount.rounds.ROUND_SECONDS", 0.01)
+    monkeypatch.setattr("qedfs.mount.rounds.COMMIT_SECONDS", 0.01)
+    monkeypatch.setattr(Image, "calm", property(look))
+    monkeypatch.setattr(Image, "tend", tend)
     async with trio.open_nursery() as nursery:
         images = Images(str(tmp_path), Options(stream=False), nursery)
         await images.registry.scan()
         disk, other = images.registry.everything()
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        with trio.move_on_after(HANG_SECONDS):
+            while not disk.troubles:  # noqa: ASYNC110 - no event tells
+                await trio.sleep(0.01)
         assert {str(trouble.error) for trouble in disk.troubles} == {"internal error, see the log"}
         assert disk.troubles[0].cause is Cause.INTERNAL_ERROR
         # Whoever waits for the stream must learn that nothing works at it any more.

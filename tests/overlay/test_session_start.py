@@ -21,7 +21,7 @@ from tests.fakes.source import FakeSource
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Written
 from tests.overlay.images import empty, filled
 from tests.served import CLUSTER as SERVED_CLUSTER
-from tests.served import served
+from tests.served import served, tended
 
 CLUSTER = 4096
 PIN = Pin("0" * 32, 4096, etag='"e"')
@@ -190,7 +190,7 @@ async def test_a_complete_image_tells_of_a_full_disk_while_it_is_full(
     storage.fail("write", NoSpace("full"), forever=True, wrote=0)
     image = Image("disk.raw", await open_storage(storage, journal_folder=tmp_path), None)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(image.run)
+        nursery.start_soon(tended, image)
         await trio.sleep(5)
         assert {str(trouble.error) for trouble in image.condition.troubles()} == {"full"}
         storage.mend()

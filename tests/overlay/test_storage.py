@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_what_is_punched_reads_as_zeros_and_the_length_stays(opener: Opener) -> 
     assert storage.punch(4096, 8192)
     assert read(storage, 0, 20000) == b"x" * 4096 + bytes(8192) + b"x" * 7712
     assert storage.size() == 20000
+
+
+def test_what_changes_the_file_changes_its_mark(opener: Opener) -> None:
+    storage = opener(b"x" * 8192)
+    marks = [storage.change_mark(), storage.change_mark()]
+    time.sleep(0.02)  # two ticks of the clock of file times
+    storage.write(0, [b"y"])
+    marks.append(storage.change_mark())
+    storage.resize(4096)
+    marks.append(storage.change_mark())
+    assert set(marks) == {None} or (marks[0] == marks[1] and len(set(marks)) == 3)
 
 
 def test_a_name_stays_the_same(opener: Opener) -> None:
@@ -368,11 +380,13 @@ def test_where_nobody_can_tell_nobody_does(tmp_path: Path, monkeypatch: pytest.M
     """A server refuses a lease for its own reasons, and only the owner may ask for one."""
     path = tmp_path / "file"
     path.write_bytes(b"x")
+    monkeypatch.setattr("qedfs.overlay.storage.filesystem_type", lambda _: "nfs4")
     storage = FileStorage.open(str(path), writable=False)
     with path.open("ab"):
-        monkeypatch.setattr("qedfs.overlay.storage.filesystem_type", lambda _: "nfs4")
         assert storage.open_for_writing() is None
+    storage.close()
     monkeypatch.undo()
+    storage = FileStorage.open(str(path), writable=False)
     monkeypatch.setattr(fcntl, "fcntl", lambda *_: _raise(OSError(errno.EACCES, "Permission denied")))
     assert storage.open_for_writing() is None
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream
+from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream, thousand
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -15,4 +15,5 @@ ROWS: tuple[Row, ...] = (
     *barriers.ROWS,
     *sparse.ROWS,
     *start.ROWS,
+    *thousand.ROWS,
 )

@@ -8,6 +8,7 @@ job that starts by itself, with the mount, has the image's name as its id.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from qedfs.control.port import Mounted, ServedImage
 from qedfs.control.qmp.block_job import BlockJob, Emit, Status, Wishes
@@ -32,14 +33,15 @@ class Jobs(Driver):
         self._names: dict[Job, str] = {}  # the image's name, for each job that this drives
         self._active: dict[Image, BlockJob] = {}
         self._by_id: dict[str, BlockJob] = {}
+        self._synced: Sequence[ServedImage] | None = None  # what `sync` has seen, if it would find the same again
 
     def sync(self) -> None:
         """Add the jobs of images that have appeared, and end the jobs of those that have disappeared."""
+        everything = self._mount.everything()
+        if everything is self._synced:
+            return
         there = {
-            job: device_name(served)
-            for served in self._mount.everything()
-            if served.jobs is not None
-            for job in served.jobs.all()
+            job: device_name(served) for served in everything if served.jobs is not None for job in served.jobs.all()
         }
         for job in self._names.keys() - there.keys():
             del self._names[job]
@@ -49,6 +51,9 @@ class Jobs(Driver):
         for job, name in there.items():
             if job not in self._names:
                 self._adopt(job, name)
+        # A job that was begun by a command comes and goes with no image.
+        only_streams = len(there) == sum(served.jobs is not None for served in everything)
+        self._synced = everything if only_streams else None
 
     def all(self) -> list[BlockJob]:
         """All block jobs that have not been dismissed."""
@@ -86,6 +91,7 @@ class Jobs(Driver):
         if job_id in self._by_id:
             raise QmpError(f"Job ID '{job_id}' already in use")
         self._names[job] = name
+        self._synced = None
         job.attach(self)
         block = BlockJob(job_id, job, wishes, self._emit, nothing=nothing)
         self._by_id[job_id] = block

@@ -59,13 +59,16 @@ class Control:
             await trio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:
-        now = trio.current_time()
-        served = {found.path: found.job for found in self.mount.everything() if found.image is not None}
-        for path in self.rates.keys() - served.keys():
+        now, sampled = trio.current_time(), set[str]()
+        for found in self.mount.everything():
+            job = found.job
+            if job is None or job.image.complete:
+                continue  # most images of a large mount: nothing more will come
+            if job.image.counted:
+                self.rates.setdefault(found.path, Rate()).note(now, job.moved)
+                sampled.add(found.path)
+        for path in self.rates.keys() - sampled:
             del self.rates[path]
-        for path, job in served.items():
-            if job is not None and job.image.counted:
-                self.rates.setdefault(path, Rate()).note(now, job.moved)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
