@@ -103,6 +103,14 @@ def read_back(image: Path, name: str = WRITTEN_NAME) -> bytes:
     return subprocess.run(argv, check=True, capture_output=True).stdout
 
 
+def free_bytes(image: Path) -> int:
+    """How much of an ext4 image is free, according to its superblock."""
+    argv = [require("dumpe2fs"), "-h", str(image)]
+    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    numbers = dict(re.findall(r"^(Free blocks|Block size): +(\d+)", text, re.MULTILINE))
+    return int(numbers["Free blocks"]) * int(numbers["Block size"])
+
+
 @functools.cache
 def initramfs(init: str = _INIT, files: tuple[tuple[str, bytes], ...] = (("written", WRITTEN),)) -> Path:
     """The guest's initramfs, beside its kernel; made once for each content.

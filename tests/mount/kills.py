@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check
 from tests.harness.mounts import mounted
+from tests.harness.process import wait_for
 
 from .support import Writer, make_hole
 
@@ -60,7 +61,9 @@ def kill_once(overlay: Overlay, seed: int, *options: str) -> Outcome:
             argv = [sys.executable, "-m", __name__, str(mount.path("disk.raw")), str(size), str(seed)]
             writer = subprocess.Popen(argv, stdout=output, stderr=subprocess.DEVNULL)
         try:
-            # The mount's own time: the writer starts meanwhile, so some kills come before its first write.
+            # From the first write on, or some kills of a busy machine would come before it. A few do all the same.
+            if source.random() < 0.9:
+                wait_for(lambda: told.stat().st_size > 0 or writer.poll() is not None, "the first write")
             deadline = source.random() * LONGEST_LIFE_SECONDS + 0.1
             with contextlib.suppress(subprocess.TimeoutExpired):
                 writer.wait(deadline)
