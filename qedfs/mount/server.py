@@ -21,7 +21,7 @@ from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.total_limit import TotalLimit
-from qedfs.host import descriptors
+from qedfs.host import descriptors, scheduling
 from qedfs.host.runtime import SOCKET_NAME, serving_folder
 from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
@@ -130,6 +130,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
 async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path) -> None:
     descriptors.raise_limit()
     memory.set_up()
+    scheduling.ask_for_short_slices()
     exit_report.discard(settings.mountpoint)  # the report of an earlier mount, if nobody has read it
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
