@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -266,6 +267,10 @@ class Image:
     async def flush(self) -> None:
         """Make every write that has returned durable. Raises what `Overlay.flush` raises."""
         await self.overlay.flush()
+
+    def flush_now(self, done: Callable[[Exception | None], None]) -> bool:
+        """Begin a flush if it is a short one. See `Committer.flush_now`."""
+        return self.overlay.flush_now(done)
 
     # Adopt: the methods of `Consumer`.
 

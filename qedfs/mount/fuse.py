@@ -19,6 +19,7 @@ from qedfs.errors import QedfsError
 from qedfs.image.image import Image
 from qedfs.image.seek import seek
 from qedfs.image.zero_range import make_zeros
+from qedfs.mount import fuse_wait
 from qedfs.mount.fuse_attributes import changes, folder_attributes, image_attributes
 from qedfs.mount.fuse_errors import FailureReplies
 from qedfs.mount.fuse_session import FileSystem
@@ -77,10 +78,24 @@ class Operations(FileSystem):
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Flush the image: data and entries together, whatever `datasync` is."""
+        fuse_wait.next_request.late = True
         try:
             await self._images[fh].flush()
         except Exception as exc:
             raise self._reply(exc, fh) from exc
+
+    def fsync_now(self, inode: int, reply: Callable[[int], None]) -> bool:
+        """Flush the image if one barrier is enough, and reply with 0 or an errno. If this is False, use `fsync`."""
+        image = self._images.get(inode)
+        if image is None:
+            return False
+        fuse_wait.next_request.late = True
+
+        def done(error: Exception | None) -> None:
+            fuse_wait.next_request.late = False
+            reply(0 if error is None else self._reply(error, inode).errno)
+
+        return image.flush_now(done)
 
     @total
     async def lseek(self, inode: int, pos: int, whence: int) -> int:

@@ -60,6 +60,15 @@ class Lock:
             self._waiting.unpark()
 
 
+class NextRequest:
+    """What the handlers know about the kernel's next request."""
+
+    late = False  # it is likely to come only after a wait for the disk, so that polling for it would be in vain
+
+
+next_request = NextRequest()
+
+
 class Poller:
     """Busy-polls a descriptor for a moment, as long as that pays off."""
 
@@ -70,12 +79,15 @@ class Poller:
         self._credit = CREDIT  # negative: the number of waits before polling is tried again
 
     def readable(self) -> bool:
-        """Poll once, and up to POLLS times more if that has succeeded lately."""
+        """Poll once, and up to POLLS times more if that has succeeded lately and may succeed now."""
         poll = self._poll
+        late, next_request.late = next_request.late, False
         if poll(0):
             return True
         if self._credit < 0:
             self._credit += 1
+            return False
+        if late:
             return False
         for _ in range(POLLS):
             if poll(0):

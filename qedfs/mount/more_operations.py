@@ -1,18 +1,23 @@
-"""lseek (SEEK_DATA, SEEK_HOLE) and fallocate (TRIM, zero ranges) through FUSE: pyfuse3 has no handlers for them.
+"""lseek (SEEK_DATA, SEEK_HOLE) and fallocate (TRIM, zero ranges), for which pyfuse3 has no handlers, and a short fsync.
 
-Owns the way in which two handlers get into libfuse's table, and their replies. Must not know images.
+Owns the way in which these handlers get into libfuse's table, and their replies. Must not know images.
 
 pyfuse3 passes its table of handlers to libfuse in one call. The dynamic loader has put the address of that function
 into pyfuse3's data. For the time of `pyfuse3.init`, `offered` replaces this pointer by a function of ours, which calls
-the real one with a copy of the table that has two more entries. The order of the entries is libfuse's ABI
-(fuse_lowlevel.h: struct fuse_lowlevel_ops), which only grows. libfuse 3.17 calls the function by another name, with one
-more argument.
+the real one with a copy of the table that has two more entries, and another one for fsync. The order of the entries is
+libfuse's ABI (fuse_lowlevel.h: struct fuse_lowlevel_ops), which only grows. libfuse 3.17 calls the function by another
+name, with one more argument.
 
 That is safe only if there is exactly one such pointer, and the two entries are empty. Otherwise nothing is changed, and
 the mount does without: the kernel then treats a file as all data, and refuses fallocate.
 
-A handler runs as a task, because libfuse calls us from the middle of pyfuse3's loop. It replies exactly once, whatever
-happens. The tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all requests.
+An fsync waits for the disk in a thread, which then replies itself, as libfuse allows. Through the event loop, the reply
+would take two more turns of the loop, and on a busy host as many waits for a processor. If a flush takes more than one
+barrier, pyfuse3's own handler answers.
+
+The other two handlers run as tasks, because libfuse calls us from the middle of pyfuse3's loop. Each replies exactly
+once, whatever happens. The tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all
+requests.
 """
 
 from __future__ import annotations
@@ -34,12 +39,14 @@ import trio
 log = logging.getLogger(__name__)
 
 # Indices in struct fuse_lowlevel_ops.
-_FALLOCATE, _LSEEK = 40, 43
+_FSYNC, _FALLOCATE, _LSEEK = 19, 40, 43
+LOOK_SECONDS = 0.01  # between two looks whether a thread has replied, at the end of the mount
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 _LSEEK_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 _FALLOCATE_HANDLER = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
 )
+_FSYNC_HANDLER = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p)
 _TABLE = ctypes.POINTER(ctypes.c_void_p)
 # The function that takes the table, by name: since libfuse 3.17, and before. PYFUNCTYPE, like PyDLL below, keeps the
 # interpreter's lock during the call, as pyfuse3 does: libfuse's state is shared with pyfuse3's handlers.
@@ -52,7 +59,11 @@ _NEW_SESSION: dict[str, Any] = {
 
 
 class Handlers(Protocol):
-    """What answers the two requests. Both raise FUSEError; any other exception becomes EIO."""
+    """What answers the requests. Raises FUSEError; any other exception becomes EIO."""
+
+    def fsync_now(self, inode: int, reply: Callable[[int], None]) -> bool:
+        """Begin an fsync, and call `reply` once, in any thread, with 0 or an errno; or return False."""
+        ...
 
     async def lseek(self, inode: int, pos: int, whence: int) -> int:
         """The position that lseek(2) returns for SEEK_DATA or SEEK_HOLE."""
@@ -72,12 +83,13 @@ class _Pointer(NamedTuple):
 
 
 class MoreOperations:
-    """The two handlers of one mount. `missing`: why they are not there; "" if they are, once `offered` has ended."""
+    """The handlers of one mount. `missing`: why they are not there; "" if they are, once `offered` has ended."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.missing = "the file system is not mounted yet"
         self._handlers = handlers
         self._nursery: trio.Nursery | None = None
+        self._syncing: set[Callable[[int], None]] = set()  # of `fsync_now`, and not called yet
         self._kept: list[object] = []  # what libfuse refers to as long as the session exists
 
     @contextlib.contextmanager
@@ -106,6 +118,11 @@ class MoreOperations:
                 yield
         finally:
             self._nursery = None
+            with trio.CancelScope(shield=True):
+                # A reply after the end of libfuse's session would use freed memory. A thread that has replied does not
+                # wake the loop, so look again and again; this is at the end of the mount, and rare even there.
+                while self._syncing:  # noqa: ASYNC110
+                    await trio.sleep(LOOK_SECONDS)
 
     def _hook(self, library: ctypes.PyDLL, pointer: _Pointer) -> int:
         """The address of a function that stands for libfuse's: it adds the handlers."""
@@ -129,6 +146,12 @@ class MoreOperations:
                 lambda number: reply_error(request, number),
             )
 
+        def fsync(request: int, inode: int, datasync: int, file: int) -> None:
+            if not self._begin_fsync(inode, lambda number: reply_error(request, number)):
+                real_fsync[0](request, inode, datasync, file)
+
+        real_fsync: list[Callable[[int, int, int, int], None]] = []  # pyfuse3's
+        fsync_entry = _FSYNC_HANDLER(fsync)
         lseek_entry, fallocate_entry = _LSEEK_HANDLER(lseek), _FALLOCATE_HANDLER(fallocate)
 
         def new_session(arguments: int, table: Any, size: int, *rest: int) -> int | None:  # noqa: ANN401 - _TABLE
@@ -137,14 +160,34 @@ class MoreOperations:
             if entries[_LSEEK] or entries[_FALLOCATE]:
                 self.missing = "pyfuse3 has handlers of its own"
                 return real(arguments, table, size, *rest)  # type: ignore[no-any-return]
+            real_fsync.append(_FSYNC_HANDLER(entries[_FSYNC] or 0))
+            entries[_FSYNC] = ctypes.cast(fsync_entry, ctypes.c_void_p)
             entries[_LSEEK] = ctypes.cast(lseek_entry, ctypes.c_void_p)
             entries[_FALLOCATE] = ctypes.cast(fallocate_entry, ctypes.c_void_p)
             self.missing = ""
             return real(arguments, ctypes.cast(entries, _TABLE), count * _WORD, *rest)  # type: ignore[no-any-return]
 
         hook = type(real)(new_session)
-        self._kept += [lseek_entry, fallocate_entry, hook]
+        self._kept += [fsync_entry, lseek_entry, fallocate_entry, hook]
         return ctypes.cast(hook, ctypes.c_void_p).value or 0
+
+    def _begin_fsync(self, inode: int, reply_error: Callable[[int], object]) -> bool:
+        """Whether a reply to this fsync will be sent. Called by libfuse, so it must not raise."""
+
+        def reply(number: int) -> None:
+            reply_error(number)
+            self._syncing.discard(reply)
+
+        if self._nursery is None:
+            return False  # nobody would wait for the thread
+        self._syncing.add(reply)
+        try:
+            if self._handlers.fsync_now(inode, reply):
+                return True
+        except Exception:
+            log.exception("internal error in a request")
+        self._syncing.discard(reply)
+        return False
 
     def _start(
         self,

@@ -12,7 +12,9 @@ Steps of a group:
    without its L1 entry is invisible, and an L1 entry without L2 entries leads to "missing".
 
 A flush is a group followed by another **barrier**. Without it, an fsync could return, and its clusters still read as
-the backing after a power cut. Whatever a power cut interrupts, it leaves at worst clusters that nothing refers to.
+the backing after a power cut. Whatever a power cut interrupts, it leaves at worst clusters that nothing refers to. If
+no entries wait, the group is empty, and the flush is one barrier for the data in place (`flush_now`); if nothing was
+written since the start of the last barrier either, there is nothing to do.
 
 A group with discards has the second barrier, too. Only after that may the space of the discarded clusters be used again
 (`freed.py`). Otherwise an old entry could come back in a power cut, and show another cluster's bytes.
@@ -44,6 +46,7 @@ from qedfs.format.tables import decode_table, encode_table
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.lock import Lock
 from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
@@ -88,8 +91,8 @@ class Committer:
         self._barriers = barriers
         self._marks = marks
         self._freed = freed
-        self._lock = trio.Lock()
-        self._barrier_lock = trio.Lock()  # acquired after the other locks
+        self._lock = Lock()
+        self._barrier_lock = Lock()  # acquired after the other locks
         self._started = 0  # number of the last group that was started
         self._committed = 0  # number of the last group that succeeded
         self._flushed = 0  # likewise, among the groups with the second barrier
@@ -131,6 +134,7 @@ class Committer:
         # Before acquiring the lock: a group that starts from now on has our entries, but a running one may lack them.
         mine = self._started + 1
         async with self._lock:
+            await trio.lowlevel.checkpoint()  # writers that are about to publish their entries can share this group
             self._check()
             if self._committed < mine and self._waiting:
                 await self._run(durable=False)
@@ -141,14 +145,57 @@ class Committer:
         mine = self._started + 1
         async with self._lock:
             self._check()
-            if self._flushed < mine:
+            # Nothing to do if all that was written is older than the last barrier, and no entry is still to be written.
+            if self._flushed < mine and (self._waiting or self._cold or self._storage.unsynced):
                 await self._run(durable=True)
+
+    def flush_now(self, done: Callable[[Exception | None], None]) -> bool:
+        """Begin a flush if one barrier is enough, or none. If it returns False, use `flush`.
+
+        That is so if no entry waits: then all that the last barrier has not covered is data in place. `done` is called
+        exactly once: with None, in any thread, as soon as everything is durable; or on the event loop, with what
+        `flush` would raise. No turn of the event loop is between the barrier and this call.
+        """
+        if self.pending or self._closed or self._marks.unsecured or self._cold or not self._barriers.writable:
+            return False
+        if not self._storage.unsynced:
+            done(None)
+            return True
+        if not self._barrier_lock.take_now():
+            return False
+        token = trio.lowlevel.current_trio_token()
+
+        def ended(error: Exception | None) -> None:
+            if error is not None:
+                token.run_sync_soon(trio.lowlevel.spawn_system_task, self._flush_failed, error, done)
+                return
+            # Before `done`: whoever then flushes again is to find the lock free.
+            self._barrier_lock.release_in_thread(token)
+            done(None)
+
+        try:
+            self._storage.begin_in_thread(self._barriers.barrier, ended)
+        except BaseException:
+            self._barrier_lock.release()
+            raise
+        return True
+
+    async def _flush_failed(self, error: Exception, done: Callable[[Exception | None], None]) -> None:
+        """As after a failure in `durably`. Has the lock of barriers. Raises nothing: it is a task of its own."""
+        try:
+            await self._take_back()
+        except Exception as exc:
+            error = exc
+        finally:
+            self._barrier_lock.release()
+            done(error)
 
     @contextlib.asynccontextmanager
     async def ended(self) -> AsyncIterator[None]:
         """Wait for the requested groups, and end the commits: later requests raise an error. Holds the lock."""
-        # Under the lock, because a group may be running in a thread, and the caller is about to close the descriptor.
-        async with self._lock:
+        # Under both locks, because a group, or the barrier of `flush_now`, may be running in a thread, and the caller
+        # is about to close the descriptor.
+        async with self._lock, self._barrier_lock:
             self._closed = True
             self._marks.close()
             yield
@@ -321,11 +368,15 @@ class Committer:
             try:
                 await self._storage.in_thread(call)
             except ReadOnlyOverlay:
-                if self._barriers.failure is not None:
-                    # Before the await and the caller's `_put_back`, which would make the dropped entries dirty again.
-                    self._reread = True
-                    await self._read_again()
+                await self._take_back()
                 raise
+
+    async def _take_back(self) -> None:
+        """If a barrier has failed, let the map show what is on the disk. The caller has the lock of barriers."""
+        if self._barriers.failure is not None:
+            # Before the await and the caller's `_put_back`, which would make the dropped entries dirty again.
+            self._reread = True
+            await self._read_again()
 
     async def _read_again(self) -> None:
         """After a failed barrier, drop every entry and page that may not be on the disk.

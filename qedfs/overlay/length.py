@@ -43,6 +43,10 @@ class Length:
         with self._lock:
             self._check()
 
+    def is_whole(self) -> bool:
+        """Whether the file is as long as expected, as far as a look can tell that costs no I/O; otherwise False."""
+        return self.local and self.damage is None and self._look() >= self._known
+
     def before_write(self, end: int) -> None:
         """Check the length if a write up to this offset could hide a truncation."""
         enough = self._look() >= self._known if self.local else end < self._known

@@ -89,7 +89,7 @@ class Overlay:
         self.geometry = clusters.geometry
         self.clusters = clusters
         self.tables = tables
-        self.committer = committer
+        self.committer, self.flush_now = committer, committer.flush_now  # an fsync tries the latter first
         self.backing = backing
         self.journal_remark = journal_remark
         self.times = session.times  # of the image

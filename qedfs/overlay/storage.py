@@ -12,23 +12,22 @@ import contextlib
 import errno
 import fcntl
 import os
-import pwd
 import signal
-import stat
-import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar, cast
 
 import trio
+from outcome import Error  # what trio returns the results of threads in
 
-from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, file_error
+from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.overlay.length import Length
+from qedfs.overlay.opening import open_file
 from qedfs.overlay.pagecache import evict
 
 if TYPE_CHECKING:
-    from outcome import Outcome  # what trio returns the results of threads in
+    from outcome import Outcome
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -41,12 +40,8 @@ MARK_AGE_NS = 10**9
 # enough that a disk that hangs affects only its own overlays.
 THREADS = 12
 
-# QEMU's image locks (block/file-posix.c): byte 100+i says "I use permission i", 200+i "I do not share it".
-_LOCK_USES, _LOCK_UNSHARED = 100, 200
-_READ, _WRITE, _RESIZE = 0, 1, 3
 # File systems whose leases a server grants.
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
-_FLOCK = struct.Struct("hhqqi4x")
 _KEEP_SIZE = 1  # of fallocate(2)
 _PUNCH_HOLE = 2 | _KEEP_SIZE  # the second must go with it
 
@@ -139,6 +134,14 @@ class Storage(Protocol):
         """Set the length of the file. New bytes are zeros."""
         ...
 
+    @property
+    def unsynced(self) -> bool:
+        """Whether something was written that no barrier has covered. True before the first barrier.
+
+        Always true if the length of the file can change without a look at it showing that (on a file server).
+        """
+        ...
+
     def barrier(self) -> None:
         """Make everything that was written before this call durable (fdatasync).
 
@@ -176,6 +179,10 @@ class Storage(Protocol):
         """Run a call that may wait for the disk in a worker thread. It is never abandoned half way."""
         ...
 
+    def begin_in_thread(self, function: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+        """Run a call in a thread, beside those of `in_thread`. Then `ended` is called there with what it has raised."""
+        ...
+
     def close(self) -> None:
         """Close the file, which releases its locks."""
         ...
@@ -195,6 +202,9 @@ class FileStorage:
         self._read_flags = 0 if self._kind in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
         self._length = Length(fd, path, self._kind)
+        # Objects without content, one per write, because threads write, too, and would count past each other.
+        self._written = object()
+        self._synced: object = None  # what `_written` was at the start of the last barrier
         self._foreign: BadOverlay | None = None  # set by `condemn`: why the file must not be read any more
 
     @classmethod
@@ -209,19 +219,7 @@ class FileStorage:
             BadOverlay: it is not a regular file.
             InUse: QEMU or qedfs has it open.
         """
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            fd = os.open(path if dir_fd is None else os.path.basename(path), flags, dir_fd=dir_fd)
-        except OSError as exc:
-            raise _open_error(path, exc, writable=writable) from exc
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise BadOverlay(f"{path}: is not a regular file")
-            if locked:
-                _lock_as_qemu(fd, path, writable=writable)
-        except BaseException:
-            os.close(fd)
-            raise
+        fd = open_file(path, writable=writable, locked=locked, dir_fd=dir_fd)
         return cls(fd, path, writable=writable, locked=locked)
 
     def open_for_writing(self) -> bool | None:
@@ -372,6 +370,10 @@ class FileStorage:
                     left[0] = left[0][count:]
         except OSError as exc:
             raise self._translated("write", exc) from exc
+        finally:
+            # After the write: a barrier that begins before its end may lack it. Also after a failure, which may have
+            # written a part.
+            self._written = object()
         self._length.written(end)
 
     def resize(self, size: int) -> None:
@@ -381,14 +383,23 @@ class FileStorage:
                 os.ftruncate(self._fd, size)
         except OSError as exc:
             raise self._translated("resize", exc) from exc
+        finally:
+            self._written = object()
 
     def barrier(self) -> None:
         """fdatasync, which covers data and file length (POSIX: everything that is needed to read the data back)."""
         self._length.check()  # fdatasync would succeed although data was cut off
+        written = self._written
         try:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise self._translated("sync", exc) from exc
+        self._synced = written
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether something was written since the start of the last successful barrier, or may have been cut off."""
+        return self._synced is not self._written or not self._length.is_whole()
 
     def refresh(self) -> None:
         """fdatasync, then eviction. On a tmpfs there is no disk, and the pages are the file."""
@@ -422,7 +433,10 @@ class FileStorage:
         self._length.check()
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
         arguments = ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(size)
-        return ctypes.get_errno() if fallocate(ctypes.c_int(self._fd), *arguments) else 0
+        try:
+            return ctypes.get_errno() if fallocate(ctypes.c_int(self._fd), *arguments) else 0
+        finally:
+            self._written = object()
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise. It is only advice, so errors do not matter."""
@@ -453,6 +467,16 @@ class FileStorage:
         finally:
             self._limiter.release_on_behalf_of(task)
 
+    def begin_in_thread(self, function: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+        """Run a call in one of trio's worker threads, not counted among THREADS: the committer has one at a time."""
+
+        def deliver(result: Outcome[None]) -> None:
+            error = result.error if isinstance(result, Error) else None
+            # A thread of trio's gets nothing that is no Exception: signals arrive in the main thread.
+            ended(error if error is None or isinstance(error, Exception) else QedfsError(repr(error)))
+
+        trio.lowlevel.start_thread_soon(function, deliver)
+
     def close(self) -> None:
         """Close the descriptor. The locks belong to the open file description, so they are released."""
         fd, self._fd = self._fd, -1
@@ -473,48 +497,3 @@ class FileStorage:
         if exc.errno in (errno.EROFS, errno.EBADF):
             return ReadOnlyOverlay(f"{self.path}: cannot {action}: {os.strerror(exc.errno)}")
         return QedfsError(f"{self.path}: cannot {action}: {exc.strerror}")
-
-
-def _open_error(path: str, exc: OSError, *, writable: bool) -> QedfsError:
-    if exc.errno == errno.ELOOP:
-        return BadOverlay(f"{path}: is a symbolic link; name the overlay itself")
-    if exc.errno in (errno.ENXIO, errno.EISDIR):
-        return BadOverlay(f"{path}: is not a regular file")
-    text = f"{path}: {exc.strerror}"
-    if exc.errno == errno.EACCES:
-        text += f"; {_access(path)}"
-    if exc.errno == errno.EACCES and writable:
-        text += "; the overlay must be writable to keep what is fetched"
-    return file_error(text, exc)
-
-
-def _access(path: str) -> str:
-    """Who may access a file that was refused to us, in words."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return "a folder above it lets this user not through"
-    try:
-        owner = pwd.getpwuid(found.st_uid).pw_name
-    except KeyError:
-        owner = str(found.st_uid)
-    return f"it belongs to {owner} and has the mode {stat.S_IMODE(found.st_mode):04o}"
-
-
-def _lock_as_qemu(fd: int, path: str, *, writable: bool) -> None:
-    """Take QEMU's shared byte locks, then check whether another program's permissions conflict with ours.
-
-    OFD locks belong to the open file, not to the process, so two openings in the same process conflict, too.
-    """
-    uses = (_READ, _WRITE, _RESIZE) if writable else (_READ,)
-    for byte in [_LOCK_USES + p for p in uses] + [_LOCK_UNSHARED + p for p in (_WRITE, _RESIZE)]:
-        _ofd_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
-    conflicts = [_LOCK_UNSHARED + p for p in uses] + [_LOCK_USES + p for p in (_WRITE, _RESIZE)]
-    if any(_ofd_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK for byte in conflicts):
-        text = f"{path}: is in use by another program (QEMU or qedfs); close it there first"
-        raise InUse(text, overlay=path)
-
-
-def _ofd_lock(fd: int, command: int, kind: int, byte: int) -> int:
-    request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-    return int(_FLOCK.unpack(fcntl.fcntl(fd, command, request))[0])

@@ -135,6 +135,8 @@ class MemoryStorage:
         self.damage: BadOverlay | None = None
         self._foreign: BadOverlay | None = None
         self._length = len(self.bytes)  # that it must have
+        self._changes = 0  # how often the file was changed
+        self._covered = -1  # by a barrier
         self._name = name
         self._faults: dict[str, list[_Fault]] = {}
         self._random = None if seed is None else random.Random(seed)
@@ -236,6 +238,14 @@ class MemoryStorage:
     def barrier(self) -> None:
         self._begin("barrier")
         self.check_length()
+        self._sync()
+
+    def _sync(self) -> None:
+        self._covered = self._changes
+
+    @property
+    def unsynced(self) -> bool:
+        return self._covered != self._changes or self.damage is not None or len(self.bytes) < self._length
 
     def refresh(self) -> None:
         self._begin("refresh")
@@ -265,12 +275,24 @@ class MemoryStorage:
             raise steps.error
         return steps.result  # type: ignore[return-value]
 
+    def begin_in_thread(self, function: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+        async def run() -> None:
+            try:
+                await self.in_thread(function)
+            except Exception as exc:
+                ended(exc)
+            else:
+                ended(None)
+
+        trio.lowlevel.spawn_system_task(run)
+
     def close(self) -> None:
         self.closed = True
 
     # Inside.
 
     def _put(self, offset: int, data: bytes) -> None:
+        self._changes += 1
         assert self.writable, "a write to a file that was opened for reading"
         self.check_length()
         if not data:
@@ -283,6 +305,7 @@ class MemoryStorage:
     def _resized(self, size: int) -> None:
         assert self.writable, "a resize of a file that was opened for reading"
         self.check_length()
+        self._changes += 1
         if size < len(self.bytes):
             del self.bytes[size:]
         else:
@@ -342,10 +365,9 @@ class RecordingStorage(MemoryStorage):
         """Simulate that the kernel fails to write some pages back. `told`: to another program, already."""
         self._unreported = self._lose(bytes(self.bytes), rng, forget=not told) and not told
 
-    def barrier(self) -> None:
-        super().barrier()
+    def _sync(self) -> None:
         number = self._barrier_begun()
-        content = bytes(self.bytes)
+        content, changes = bytes(self.bytes), self._changes
         # Other tasks may write while the disk works; none of that is covered.
         self._stop()
         if self._loss is not None and self.operations["barrier"] >= self._loss[0]:
@@ -355,7 +377,7 @@ class RecordingStorage(MemoryStorage):
                 on_loss()
                 raise QedfsError("cannot sync: Input/output error")
         self._tell()
-        self._synced = content
+        self._synced, self._covered = content, changes
         self.log.append(BarrierEnded(number))
 
     def refresh(self) -> None:

@@ -64,7 +64,8 @@ def assert_told_at_the_end(mount: Mount) -> None:
     assert "may be lost" in mount.output().splitlines()[-1]
 
 
-def test_a_failed_barrier(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [MIB, 100], ids=["new cluster", "in place"])
+def test_a_failed_barrier(at: int, tmp_path: Path) -> None:
     require_root()
     backing = random_image(tmp_path / "backing.raw", SIZE)
     expected = bytearray(backing.read_bytes())
@@ -78,7 +79,7 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
             os.pwrite(fd, b"synced", 10)
             os.fsync(fd)
             with broken_barriers(mount, tmp_path / "strace"):
-                os.pwrite(fd, b"returned", MIB)
+                os.pwrite(fd, b"returned", at)
                 assert _fsync_error(fd) in (errno.EIO, errno.EROFS)
             expected[10:16] = b"synced"
             # The disk is well again; that proves nothing about what was lost.
@@ -89,8 +90,8 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
             os.close(fd)
         # What was written without a flush is there or not, as after a power cut; all else is as it was.
         shown = path.read_bytes()
-        assert shown[MIB : MIB + 8] in (b"returned", expected[MIB : MIB + 8])
-        assert shown[:MIB] + shown[MIB + 8 :] == expected[:MIB] + expected[MIB + 8 :]
+        assert shown[at : at + 8] in (b"returned", expected[at : at + 8])
+        assert shown[:at] + shown[at + 8 :] == expected[:at] + expected[at + 8 :]
         with pytest.raises(OSError, match="Read-only"):
             path.open("r+b")
         image = mount.image()
@@ -113,8 +114,8 @@ def test_a_failed_barrier(tmp_path: Path) -> None:
     )
     # The write whose fsync has failed is there or not; around it is what was there before.
     found = bytearray(final.read_bytes())
-    assert bytes(found[MIB : MIB + 8]) in (b"returned", bytes(expected[MIB : MIB + 8]))
-    found[MIB : MIB + 8] = expected[MIB : MIB + 8]
+    assert bytes(found[at : at + 8]) in (b"returned", bytes(expected[at : at + 8]))
+    found[at : at + 8] = expected[at : at + 8]
     assert found == expected
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from qedfs.mount.fuse_wait import CREDIT, PAUSE, POLLS, REQUESTS_PER_YIELD, Lock, Poller, Trio
+from qedfs.mount.fuse_wait import CREDIT, PAUSE, POLLS, REQUESTS_PER_YIELD, Lock, Poller, Trio, next_request
 from tests.harness.hang import HANG_SECONDS
 
 
@@ -52,6 +52,19 @@ def test_a_request_that_comes_soon_is_waited_for(monkeypatch: pytest.MonkeyPatch
     polls = Polls(POLLS)
     assert patience(polls, monkeypatch).readable()
     assert polls.count == POLLS + 1
+
+
+def test_a_request_that_is_expected_late_costs_one_look_and_the_next_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    polls = Polls(POLLS)
+    poller = patience(polls, monkeypatch)
+    monkeypatch.setattr(next_request, "late", True)
+    assert not poller.readable()
+    assert polls.count == 1
+    assert poller.readable()
+    assert polls.count == POLLS + 1
+    assert not next_request.late
 
 
 def test_polling_that_does_not_pay_ends_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyfuse3
@@ -14,6 +15,8 @@ import trio
 
 from qedfs.mount import more_operations
 from qedfs.mount.more_operations import MoreOperations
+from tests.harness.process import Child
+from tests.harness.require import require
 
 from .support import CLUSTER_SIZE, MIB, mounted_over, opened, origin
 
@@ -22,6 +25,17 @@ WORD = ctypes.sizeof(ctypes.c_void_p)
 
 class Answers:
     """Handlers that do what the test says."""
+
+    def __init__(self) -> None:
+        self.replies: list[Callable[[int], None]] = []  # of fsyncs that are under way
+
+    def fsync_now(self, inode: int, reply: Callable[[int], None]) -> bool:
+        if inode == 1:
+            return False
+        if inode == 2:
+            raise ValueError("a bug")
+        self.replies.append(reply)
+        return True
 
     async def lseek(self, inode: int, pos: int, whence: int) -> int:
         if inode == 1:
@@ -136,7 +150,48 @@ async def test_the_end_waits_for_requests_in_flight() -> None:
     assert replies.told == [("found", 8)]
 
 
+@pytest.mark.expect_log("internal error in a request")
+async def test_the_end_waits_for_fsyncs_whose_threads_have_not_replied() -> None:
+    answers = Answers()
+    more = MoreOperations(answers)
+    told: list[int] = []
+    assert not more._begin_fsync(0, told.append)  # nobody would wait for it
+    async with trio.open_nursery() as nursery:
+        async with more.serving():
+            assert more._begin_fsync(0, told.append)
+            assert not more._begin_fsync(1, told.append)
+            assert not more._begin_fsync(2, told.append)
+            assert more._begin_fsync(3, told.append)
+            for reply in answers.replies:
+                nursery.start_soon(trio.to_thread.run_sync, reply, errno.EIO)
+            answers.replies.clear()
+            assert told == []
+        assert told == [errno.EIO] * 2
+
+
 # The real thing.
+
+
+def test_an_fsync_is_one_barrier_and_another_one_none(tmp_path: Path) -> None:
+    with (
+        origin(tmp_path) as source,
+        mounted_over(tmp_path, source.url, "--no-stream") as mount,
+        opened(mount.path("disk.raw")) as fd,
+    ):
+        os.pwrite(fd, b"x" * CLUSTER_SIZE, 0)
+        os.fsync(fd)
+        tracer = Child(
+            [require("strace"), "-f", "-p", str(mount.pid), "-e", "trace=fdatasync"], tmp_path / "strace.log"
+        )
+        try:
+            tracer.wait_until(lambda: "attached" in tracer.output(), "strace attached")
+            for _ in range(5):
+                os.pwrite(fd, b"y" * 4096, 0)
+                os.fsync(fd)
+                os.fdatasync(fd)
+        finally:
+            tracer.stop()
+        assert tracer.output().count("fdatasync(") == 5
 
 
 def test_a_program_sees_data_and_holes(tmp_path: Path) -> None:

@@ -73,6 +73,24 @@ MUTANTS = (
         "if durable and (group.dirty or group.tables):",
     ),
     Mutant(
+        "flush: one barrier is enough only where no entry waits",
+        "commit:Committer.flush_now",
+        "self.pending or ",
+        "",
+    ),
+    Mutant(
+        "flush: no barrier only where nothing was written since the last one",
+        "commit:Committer.flush_now",
+        "if not self._storage.unsynced:",
+        "if True:",
+    ),
+    Mutant(
+        "flush: one that waits for the lock has a barrier for what was written meanwhile",
+        "commit:Committer.flush",
+        " or self._storage.unsynced)",
+        ")",
+    ),
+    Mutant(
         "discard: its space is used again behind a barrier for its entries",
         "commit:Committer._run_group",
         "durable = durable or bool(group.freed)",
@@ -152,7 +170,7 @@ MUTANTS = (
     ),
     Mutant(
         "a failed barrier: what waits for a commit is taken back",
-        "commit:Committer.durably",
+        "commit:Committer._take_back",
         "await self._read_again()",
         "pass",
         "bad_barrier",

@@ -481,7 +481,7 @@ class Actors:
     async def flush(self) -> None:
         since = self._model.flushing()
         with self._trouble_allowed():
-            await self.overlay.flush()
+            await flush(self.overlay)
             self._model.flushed(since, self._now())
 
     async def recorder(self, count: int) -> None:
@@ -512,6 +512,23 @@ class Actors:
         except ReadOnlyOverlay:
             if not self.history.failed:
                 raise
+
+
+async def flush(overlay: Overlay) -> None:
+    """As an fsync does: the short way if possible."""
+    ended = trio.Event()
+    errors: list[Exception | None] = []
+
+    def done(error: Exception | None) -> None:
+        errors.append(error)
+        ended.set()
+
+    if not overlay.flush_now(done):
+        await overlay.flush()
+        return
+    await ended.wait()
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def _backing(rng: random.Random, size: int, cluster_size: int) -> bytes:

@@ -171,6 +171,7 @@ async def test_nothing_is_given_back_after_a_failed_barrier_or_of_a_truncated_fi
     await overlay.discard(1, 1)
     await overlay.flush()
     await overlay.discard(2, 1)
+    await overlay.write(5 * CLUSTER, DATA[5], no_fill)
     storage.fail("barrier", QedfsError("cannot sync"))
     with pytest.raises(QedfsError):
         await overlay.flush()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.overlay.length import Length
 from qedfs.overlay.storage import FileExtent, FileStorage, Storage
@@ -290,33 +290,6 @@ def test_looks_at_the_length_cost_no_read_anything(tmp_path: Path, monkeypatch: 
         assert looks == []
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_what_is_no_regular_file_is_refused(tmp_path: Path, writable: bool) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "link").symlink_to("/etc/passwd")
-    (tmp_path / "folder").mkdir()
-    for name, kind in (("fifo", BadOverlay), ("link", BadOverlay), ("folder", BadOverlay), ("nothing", UsageError)):
-        with pytest.raises(kind):
-            FileStorage.open(str(tmp_path / name), writable=writable)
-
-
-def test_one_writer_or_many_readers(tmp_path: Path) -> None:
-    path = str(tmp_path / "file")
-    Path(path).write_bytes(b"x")
-    first = FileStorage.open(path, writable=False)
-    second = FileStorage.open(path, writable=False)
-    with pytest.raises(InUse, match="is in use by another program"):
-        FileStorage.open(path, writable=True)
-    unlocked = FileStorage.open(path, writable=True, locked=False)
-    for storage in (first, second, unlocked):
-        storage.close()
-        storage.close()
-    writer = FileStorage.open(path, writable=True)
-    with pytest.raises(InUse):
-        FileStorage.open(path, writable=False)
-    writer.close()
-
-
 def test_a_file_opened_for_reading_takes_no_write(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123")
@@ -483,3 +456,37 @@ def test_what_a_file_server_says_at_the_close_is_no_error(path: Path, monkeypatc
         storage.close()
     assert len(closed) == 1
     os.close(closed[0])
+
+
+def is_unsynced(storage: Storage) -> bool:
+    return storage.unsynced
+
+
+def test_what_a_barrier_has_not_covered_is_known(opener: Opener) -> None:
+    storage = opener(bytes(8192))
+    assert is_unsynced(storage)
+    changes: list[Callable[[], object]] = [
+        lambda: storage.write(0, [b"x"]),
+        lambda: storage.resize(16384),
+        lambda: storage.punch(0, 4096),
+    ]
+    for change in changes:
+        storage.barrier()
+        assert not is_unsynced(storage)
+        change()
+        assert is_unsynced(storage)
+
+
+async def test_a_call_that_is_begun_in_a_thread_tells_how_it_has_ended(opener: Opener) -> None:
+    storage = opener(b"x" * 512)
+    ended: list[Exception | None] = []
+    problem = QedfsError("no")
+
+    def fail() -> None:
+        raise problem
+
+    storage.begin_in_thread(storage.barrier, ended.append)
+    storage.begin_in_thread(fail, ended.append)
+    while len(ended) < 2:
+        await trio.lowlevel.checkpoint()
+    assert sorted(ended, key=repr) == [None, problem]
