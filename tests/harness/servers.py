@@ -279,16 +279,45 @@ def qsd(
 
 
 @contextlib.contextmanager
-def wan(behind: Server, *, rtt_ms: float = 20, rate_mbit: float = 1000, handshake: bool = False) -> Iterator[Server]:
-    """A long link to `behind`: its `url` is the far server's, `rtt_ms` away, with `rate_mbit` towards the client."""
+def wan(
+    behind: Server,
+    *,
+    rtt_ms: float = 20,
+    rate_mbit: float = 1000,
+    up_mbit: float | None = None,
+    handshake: bool = False,
+) -> Iterator[Server]:
+    """A long link to `behind`: its `url` is the far server's, `rtt_ms` away, with `rate_mbit` towards the client.
+
+    `up_mbit`: towards the server; as fast as this machine if None.
+    """
+    there = (behind.address, behind.scheme, behind.path)
+    with link_to(*there, rtt_ms=rtt_ms, rate_mbit=rate_mbit, up_mbit=up_mbit, handshake=handshake) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def link_to(
+    address: Address,
+    scheme: str = "nbd",
+    path: str = "",
+    *,
+    rtt_ms: float = 20,
+    rate_mbit: float = 1000,
+    up_mbit: float | None = None,
+    handshake: bool = False,
+) -> Iterator[Server]:
+    """A long link to an address at which somebody will listen, now or later. As `wan`."""
     with _folder() as folder:
         port = free_port()
-        to = f"unix:{behind.address}" if isinstance(behind.address, Path) else "{}:{}".format(*behind.address)
+        to = f"unix:{address}" if isinstance(address, Path) else "{}:{}".format(*address)
         argv: list[str | Path] = [sys.executable, WAN, "--listen", str(port), "--to", to]
         argv += ["--rtt-ms", str(rtt_ms), "--rate-mbit", str(rate_mbit)]
+        if up_mbit is not None:
+            argv += ["--up-mbit", str(up_mbit)]
         if handshake:
             argv.append("--handshake")
-        running = Server(argv, ("127.0.0.1", port), behind.scheme, behind.path, folder)
+        running = Server(argv, ("127.0.0.1", port), scheme, path, folder)
         with _stopping(running):
             yield running
 

@@ -34,10 +34,14 @@ def prepare(source: Machine, destination: Machine, *, postcopy: bool = False) ->
         side.qmp.execute("migrate-set-capabilities", capabilities=states)
 
 
-def begin(source: Machine, destination: Machine, *, postcopy: bool = False) -> float:
-    """Starts it and returns when the guest is stopped at the source with its disk written ("pre-switchover")."""
-    uri = f"unix:{destination.qmp_path.with_name('migration')}"
-    destination.qmp.execute("migrate-incoming", uri=uri)
+def begin(source: Machine, destination: Machine, *, postcopy: bool = False, uri: str = "") -> float:
+    """Starts it and returns when the guest is stopped at the source with its disk written ("pre-switchover").
+
+    `uri`: where the destination listens already, else it listens at a Unix socket.
+    """
+    if not uri:
+        uri = f"unix:{destination.qmp_path.with_name('migration')}"
+        destination.qmp.execute("migrate-incoming", uri=uri)
     begun = time.time()
     source.qmp.execute("migrate", uri=uri)
     if postcopy:
