@@ -27,6 +27,7 @@ READERS = {
     "harness/terminal.py": "its waits end with HANG_SECONDS; it watches a screen for a while",
     "harness/migration/flow.py": "its waits end with HANG_SECONDS; contrib/migration prints its times",
     "harness/migration/machine.py": "it notes when a line of the console came, for contrib/migration",
+    "harness/migration/scene.py": "the same",
     "faults/soak.py": "it goes on for as long as it is told",
     "faults/test_failed_commit.py": "a time of day in the status lies between two readings, however far apart",
 }

@@ -30,6 +30,7 @@ COMMANDS = {
     "info": ("info", "info"),
     "list": ("list", "list_mounts"),
     "map": ("map", "show_map"),
+    "migrate": ("migrate", "migrate"),
     "mount": ("mount", "mount"),
     "profile": ("profile", "profile"),
     "source": ("source", "source"),

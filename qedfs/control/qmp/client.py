@@ -141,7 +141,7 @@ class Client:
         self._answer(None)
         self.execute("qmp_capabilities")
 
-    def execute(self, name: str, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
+    def execute(self, name: str, /, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         """Run a command and return its result. An `_` in the name of an argument stands for `-`.
 
         Raises:

@@ -1,0 +1,156 @@
+"""The memory of a guest moves between two real QEMUs, whose guest is only their firmware."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from qedfs.cli.migration.two_qemus import Lost, TwoQemus
+from qedfs.control.qmp.qemu import QemuClient
+from qedfs.errors import QedfsError, TimedOut, UsageError
+from tests.harness.migration.bare import Bare, bare
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+class Pair:
+    """Two QEMUs and the migration between them."""
+
+    def __init__(self, source: Bare, destination: Bare, qemus: TwoQemus) -> None:
+        self.source = source
+        self.destination = destination
+        self.qemus = qemus
+
+    def stop(self) -> None:
+        """Up to the moment at which the guest stands still."""
+        self.qemus.check()
+        self.qemus.prepare()
+        self.qemus.start()
+        self.qemus.wait_stopped(math.inf, _ignore)
+
+    def runs(self) -> tuple[bool, bool]:
+        """Whether the guest runs at the source, and at the destination."""
+        here, there = (qemu.execute("query-status") for qemu in (self.qemus.source, self.qemus.destination))
+        return here["running"], there["running"]
+
+
+@contextlib.contextmanager
+def pair(*, post_copy: bool = False, incoming: str = "defer") -> Iterator[Pair]:
+    with (
+        bare() as source,
+        bare(incoming=incoming) as destination,
+        QemuClient.at(source.monitor) as here,
+        QemuClient.at(destination.monitor) as there,
+    ):
+        yield Pair(source, destination, TwoQemus(here, there, destination.incoming, post_copy=post_copy))
+
+
+@pytest.mark.parametrize("post_copy", [False, True], ids=["pre-copy", "post-copy"])
+def test_a_guest_moves_and_its_old_qemu_ends(post_copy: bool) -> None:
+    with pair(post_copy=post_copy) as both:
+        both.stop()
+        assert both.runs() == (False, False)
+        both.qemus.go_on()
+        assert both.runs() == (False, True)
+        assert both.qemus.resumed_at >= both.qemus.stopped_at > 0
+        both.qemus.wait_completed(_ignore)
+        both.qemus.quit_source()
+        assert both.source.wait() == 0
+
+
+@pytest.mark.parametrize("post_copy", [False, True], ids=["pre-copy", "post-copy"])
+def test_a_guest_that_stands_still_runs_on_at_the_source(post_copy: bool) -> None:
+    with pair(post_copy=post_copy) as both:
+        both.stop()
+        both.qemus.cancel()
+        assert both.qemus.source.execute("query-status")["running"]
+        with bare(incoming="defer") as third, QemuClient.at(third.monitor) as there:
+            again = Pair(both.source, third, TwoQemus(both.qemus.source, there, third.incoming, post_copy=post_copy))
+            again.stop()
+            again.qemus.go_on()
+            assert again.runs() == (False, True)
+
+
+def test_a_destination_that_listens_already() -> None:
+    with bare() as source, QemuClient.at(source.monitor) as here:
+        uri = f"unix:{source.monitor}-incoming"
+        with bare(incoming=uri) as destination, QemuClient.at(destination.monitor) as there:
+            both = Pair(source, destination, TwoQemus(here, there, uri, post_copy=False))
+            both.stop()
+            both.qemus.go_on()
+            assert both.runs() == (False, True)
+
+
+def test_nobody_listens_where_the_memory_goes() -> None:
+    with pair() as both:
+        both.qemus.prepare()
+        both.qemus = TwoQemus(both.qemus.source, both.qemus.destination, "unix:/nowhere/at-all", post_copy=False)
+        both.qemus.start()
+        with pytest.raises(QedfsError, match=r"has failed before the guest was stopped.*No such file"):
+            both.qemus.wait_stopped(math.inf, _ignore)
+        both.qemus.cancel()
+        assert both.runs() == (True, False)
+
+
+def test_a_destination_that_dies_before_the_guest_stands_still() -> None:
+    with pair() as both:
+        both.qemus.source.execute("migrate-set-parameters", max_bandwidth=4096)
+        both.qemus.prepare()
+        both.qemus.start()
+        both.destination.kill()
+        with pytest.raises(QedfsError, match="the migration has failed before the guest was stopped"):
+            both.qemus.wait_stopped(math.inf, _ignore)
+        both.qemus.cancel()
+        assert both.qemus.source.execute("query-status")["running"]
+
+
+def test_a_destination_that_dies_in_the_last_step_leaves_the_guest_at_the_source() -> None:
+    with pair() as both:
+        both.stop()
+        both.destination.kill()
+        with pytest.raises(Lost):
+            both.qemus.go_on()
+        assert both.qemus.end_destination()
+        both.qemus.cancel()
+        assert both.qemus.source.execute("query-status")["running"]
+
+
+def test_a_guest_that_runs_is_not_ended_at_the_destination() -> None:
+    with pair() as both:
+        both.stop()
+        both.qemus.go_on()
+        assert not both.qemus.end_destination()
+        assert both.runs() == (False, True)
+
+
+def test_memory_that_takes_too_long() -> None:
+    with pair() as both:
+        both.qemus.source.execute("migrate-set-parameters", max_bandwidth=4096)
+        both.qemus.prepare()
+        both.qemus.start()
+        with pytest.raises(TimedOut):
+            both.qemus.wait_stopped(0, _ignore)
+        both.qemus.cancel()
+        assert both.qemus.source.execute("query-status")["running"]
+
+
+def test_what_cannot_migrate() -> None:
+    with pair() as both:
+        both.qemus.source.execute("stop")
+        with pytest.raises(UsageError, match="its guest does not run"):
+            both.qemus.check()
+        both.qemus.source.execute("cont")
+        both.qemus.check()
+        backwards = TwoQemus(both.qemus.source, both.qemus.source, "unix:/run/x", post_copy=False)
+        with pytest.raises(UsageError, match="waits for no migration"):
+            backwards.check()
+        both.qemus.source.execute("migrate-set-parameters", max_bandwidth=4096)
+        both.qemus.prepare()
+        both.qemus.start()
+        with pytest.raises(UsageError, match="migrates already"):
+            both.qemus.check()
