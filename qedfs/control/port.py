@@ -102,6 +102,13 @@ class Mounted(Protocol):
         """
         ...
 
+    async def deactivate(self, served: ServedImage) -> None:
+        """Put an image back in standby, and drop what it has got since it was activated.
+
+        Raises a QedfsError if that is not possible, and then it is active.
+        """
+        ...
+
     async def rescan(self) -> None:
         """Scan the folder again. Raises QedfsError."""
         ...

@@ -87,6 +87,10 @@ class Condition:
         self._overlay = overlay
         self._troubles: dict[Cause, Trouble] = {}
 
+    def follow(self, overlay: Overlay) -> None:
+        """Read the errors of this overlay from now on."""
+        self._overlay = overlay
+
     def note(self, cause: Cause, error: QedfsError, *, since: float | None = None) -> None:
         """Record that something is wrong, or still is. Stores the error without its traceback.
 

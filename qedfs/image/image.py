@@ -434,6 +434,19 @@ class Image:
         if self.fetch is not None:
             self.fetch.part(self)
 
+    async def adoptions_ended(self) -> None:
+        """Wait until nothing is being adopted any more."""
+        if self._adopting:
+            # A thread may be writing to the overlay. If we closed it now, its clusters would be lost and leak.
+            self._adopted = trio.Event()
+            await self._adopted.wait()
+
+    def replace_overlay(self, overlay: Overlay) -> None:
+        """Use the same file, opened anew after it was emptied."""
+        self.overlay = overlay
+        self.condition.follow(overlay)
+        self.exchanges += 1  # a read must not use places in the file that it has looked up before
+
     def exchange_source(self, fetch: FetchQueue | None, *, standby: PassThrough | None = None) -> RetryingSource | None:
         """Give the image another source, in one step: `fetch`, or `standby`, in which nothing is kept.
 
@@ -487,9 +500,6 @@ class Image:
                 self.version.close()
             if self.fetch is not None:
                 self.fetch.part(self)
-            if self._adopting:
-                # A thread may be writing to the overlay. If we closed it now, its clusters would be lost and leak.
-                self._adopted = trio.Event()
-                await self._adopted.wait()
+            await self.adoptions_ended()
             await self._remember_version()
             await self.overlay.close()

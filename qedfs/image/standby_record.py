@@ -71,3 +71,33 @@ async def record_active(overlay: Overlay, pin: Pin | None) -> None:
     await overlay.change_record(
         lambda record: dataclasses.replace(record, standby=Standby.REVOCABLE, pin=pin or record.pin)
     )
+
+
+async def record_emptying(name: str, overlay: Overlay) -> None:
+    """Note, durably, that the overlay goes back to standby, without anything that it has got since its activation.
+
+    `name`: of the image. Writes that passed the gate are noted before this, or refused after it.
+
+    Raises:
+        QedfsError: a guest has written since, or it was not activated, or is complete; or what `record_active` raises.
+    """
+    check_way_back(name, overlay)
+    await overlay.change_record(_emptying)
+    # The guest may have written while the change waited for its turn.
+    if overlay.record.standby is not Standby.EMPTYING:
+        check_way_back(name, overlay)
+
+
+def check_way_back(name: str, overlay: Overlay) -> None:
+    """Raise QedfsError if the overlay cannot go back to standby."""
+    standby = overlay.record.standby
+    if standby is not Standby.REVOCABLE:
+        why = "a guest has written to it since it was activated" if standby is Standby.ACTIVE else "was not activated"
+        if overlay.backing is None:
+            why = "is complete, and has no backing any more"
+        raise QedfsError(f"{name}: {why}; it stays active")
+
+
+def _emptying(record: Record) -> Record:
+    back = record.standby is Standby.REVOCABLE
+    return dataclasses.replace(record, standby=Standby.EMPTYING) if back else record

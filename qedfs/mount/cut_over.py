@@ -25,11 +25,16 @@ import trio
 from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
-from qedfs.image.standby_record import check_size, record_active
+from qedfs.image.standby import PassThrough
+from qedfs.image.standby_record import check_size, check_way_back, record_active, record_emptying
+from qedfs.image.write_gate import WriteGate
+from qedfs.jobs.state import AT_WORK
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
 from qedfs.mount.source_pool import SourcePool
+from qedfs.overlay.open import open_storage
+from qedfs.source.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 1.4  # until the reads that are run again are answered
 PAGES_SECONDS = 1.7  # until reads are given up, those that have waited for STUCK_SECONDS
 STUCK_SECONDS = 0.3
+LOOK_SECONDS = 0.005  # between two looks whether a job has come to rest
 LOST_SECONDS = 5.0  # for the kernel, after its reads were given up. It needs milliseconds.
 
 DropPages = Callable[[Served], Awaitable[None]]
@@ -46,12 +52,35 @@ DropPages = Callable[[Served], Awaitable[None]]
 class CutOver:
     """The cut-overs of one mount."""
 
-    def __init__(self, sources: SourcePool, images: OpenImages, options: Options, drop_pages: DropPages) -> None:
-        """`drop_pages`: lets the kernel drop the pages of an image (`KernelPages.drop`)."""
+    def __init__(
+        self,
+        sources: SourcePool,
+        images: OpenImages,
+        options: Options,
+        nursery: trio.Nursery,
+        drop_pages: DropPages,
+    ) -> None:
+        """`nursery` runs activations that writes have asked for.
+
+        `drop_pages`: lets the kernel drop the pages of an image (`KernelPages.drop`).
+        """
         self._sources = sources
         self._images = images
         self._options = options
+        self._nursery = nursery
         self._drop_pages = drop_pages
+
+    def activation(self, served: Served) -> Callable[[], Awaitable[None]]:
+        """What a write does that activates its image. Writes that come together activate it once, or fail together."""
+
+        async def activate() -> None:
+            await self.activate(served)
+
+        def ended() -> QedfsError:
+            return QedfsError(f"{served.name}: the mount has ended")
+
+        name = f"{served.name}: cannot be activated"
+        return SingleFlight(self._nursery, activate, name=name, cancelled=ended).result
 
     async def activate(self, served: Served) -> None:
         """Activate an image. Does nothing if it is active. Of concurrent calls, the later ones wait for the first.
@@ -73,6 +102,51 @@ class CutOver:
             # Also for a call that repeats one which has failed here.
             if served.stale_pages:
                 await self._fresh_pages(served, image, latest=began + PAGES_SECONDS)
+
+    async def deactivate(self, served: Served) -> None:
+        """Put an image back in standby, and drop what it has got since its activation: the other program goes on.
+
+        Does nothing if it is in standby. Waits for no source.
+
+        Raises:
+            QedfsError: a guest has written since, or it was not activated, or is complete. The image is active.
+        """
+        async with served.cut_over:
+            image = _image(served)
+            if image.in_standby:
+                return
+            check_way_back(served.name, image.overlay)
+            through = await self._sources.pass_through_for(image.overlay, overlays=len(self._images) + 1)
+            # First, and without an await after it: a write that has passed is noted in the record before the next step.
+            gate = image.gate = WriteGate(served.name, self._options.standby_writes)
+            gate.activate = self.activation(served)
+            try:
+                with trio.CancelScope(shield=True):
+                    await record_emptying(served.name, image.overlay)
+            except BaseException:
+                gate.open()
+                image.gate = None
+                self._sources.release_soon(through.remote)
+                raise
+            with trio.CancelScope(shield=True):
+                await self._empty(served, image, through)
+            await self._fresh_pages(served, image, latest=trio.current_time() + PAGES_SECONDS)
+            log.info("%s: is in standby again", served.name)
+
+    async def _empty(self, served: Served, image: Image, through: PassThrough) -> None:
+        """The record says already that the overlay is empty: reads pass through from here on, then the file follows."""
+        served.stale_pages = True
+        old = image.exchange_source(None, standby=through)
+        if old is not None:
+            await self._sources.release(old)
+        for job in [] if served.jobs is None else served.jobs.all():
+            job.cancel()
+            while job.state in AT_WORK:  # noqa: ASYNC110 - once in a lifetime
+                await trio.sleep(LOOK_SECONDS)
+        await image.adoptions_ended()
+        storage = await image.overlay.empty()
+        image.replace_overlay(await open_storage(storage, journal_folder=self._options.journal_folder))
+        await image.overlay.count_missing()
 
     async def check(self, served: Served) -> None:
         """Raise what `activate` would raise now, as far as that shows without changing anything."""

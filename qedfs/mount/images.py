@@ -59,8 +59,8 @@ class Images:
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
-        self.cut_over = CutOver(self.sources, images, options, drop_pages)
-        self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activate)
+        self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
+        self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activation)
         self.registry = Registry(self.folder, opener, self._supervisor, forget)
 
     async def close(self) -> list[QedfsError]:

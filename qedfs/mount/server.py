@@ -100,6 +100,13 @@ class Mount:
             raise QedfsError(f"{served.name}: is not there any more")
         await (self.images.cut_over.check(found) if dry else self.images.cut_over.activate(found))
 
+    async def deactivate(self, served: ServedImage) -> None:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None:
+            raise QedfsError(f"{served.name}: is not there any more")
+        await self.images.cut_over.deactivate(found)
+
     def quit(self, failure: QedfsError | None = None) -> None:
         """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure

@@ -22,7 +22,6 @@ from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.rounds import Rounds, Visited
 from qedfs.mount.served import Served
-from qedfs.source.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +37,17 @@ class Supervisor:
         opener: Opener,
         profile: Sequence[Range],
         nursery: trio.Nursery,
-        activate: Callable[[Served], Awaitable[None]],
+        activation: Callable[[Served], Callable[[], Awaitable[None]]],
     ) -> None:
-        """`profile`: ranges to populate first. `nursery` runs the tasks. `activate`: ends the standby of an image."""
+        """`profile`: ranges to populate first. `nursery` runs the tasks.
+
+        `activation`: makes what a write calls that activates its image.
+        """
         self._folder = folder
         self._opener = opener
         self._profile = profile
         self._nursery = nursery
-        self._activate = activate
+        self._activation = activation
         self._rounds = Rounds()
         nursery.start_soon(self._rounds.run)
         self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
@@ -54,19 +56,8 @@ class Supervisor:
     def start(self, served: Served) -> None:
         """Run the tasks of an image."""
         if served.image is not None and served.image.gate is not None:
-            served.image.gate.activate = self._activation(served).result
+            served.image.gate.activate = self._activation(served)
         self._nursery.start_soon(self._run, served)
-
-    def _activation(self, served: Served) -> SingleFlight[None]:
-        """What a write does that activates its image. Writes that come together activate it once, or fail together."""
-
-        async def activate() -> None:
-            await self._activate(served)
-
-        def ended() -> QedfsError:
-            return QedfsError(f"{served.name}: the mount has ended")
-
-        return SingleFlight(self._nursery, activate, name=f"{served.name}: cannot be activated", cancelled=ended)
 
     async def end(self, served: Served) -> None:
         """Stop the tasks of an image whose overlay was removed from the folder, and close it."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from qedfs.errors import BadOverlay, InUse, NoMemory
 from qedfs.format.geometry import round_down, round_up
 from qedfs.format.header import NEED_CHECK
+from qedfs.format.record import Standby
+from qedfs.format.sparse import SparseTable
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
 from qedfs.overlay.allocator import Allocator
@@ -80,7 +82,7 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
         raise
 
 
-def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:
+def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:  # noqa: C901 - its steps
     if storage.locked:  # otherwise a mount may be writing to it, and the page cache has what that mount serves
         revalidate(storage, journal_folder)
     header, backing = read_header(storage)
@@ -88,13 +90,16 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
     barriers = Barriers(storage, journal)
     session = Session(storage, header, read_record(storage, header), barrier=barriers.barrier)
     found = find(storage, journal_folder, session.record.session, session.record.journal)
+    if emptying := session.record.standby is Standby.EMPTYING:
+        found = _emptied(found, session, writable=storage.writable)
     remark = _unread(found, session, writable=storage.writable)
     if storage.writable:
         session.finish_detach()
     if storage.writable and header.dirty:
         repair(storage, header)
         session.clear_dirty(NEED_CHECK)
-    l1 = read_l1(storage, header.l1_table_offset, header.geometry.l1_used, share)
+    l1_used = header.geometry.l1_used
+    l1 = SparseTable(l1_used) if emptying else read_l1(storage, header.l1_table_offset, l1_used, share)
     # After the read: if a mount writes to the file meanwhile, it is then long enough for every table in this L1.
     file_end = storage.size()
     cluster_size = header.geometry.cluster_size
@@ -138,6 +143,15 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         backing=backing,
         journal_remark=remark if storage.locked else "",
     )
+
+
+def _emptied(found: Found, session: Session, *, writable: bool) -> Found:
+    """Finish what a kill or a power cut has interrupted: whatever file and journal have, the overlay is empty."""
+    if writable:
+        if found.orphan:
+            found.orphan.remove()
+        session.empty()
+    return Found()
 
 
 def _unread(found: Found, session: Session, *, writable: bool) -> str:

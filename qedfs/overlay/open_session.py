@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import BadOverlay, NoSpace, QedfsError
+from qedfs.errors import BadOverlay, InStandby, NoSpace, QedfsError
 from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Record
 from qedfs.overlay.barrier import Barriers
@@ -128,7 +128,8 @@ class OpenSession:
         """See `Overlay.inspect`."""
         if self._storage.damage is None and self._barriers.failure is None:
             async with self.lock:
-                await self._inspect()
+                if self._barriers.failure is None:  # it may have been emptied meanwhile (`Overlay.empty`)
+                    await self._inspect()
         if self._storage.damage is not None:
             raise self._storage.damage.fresh()
 
@@ -155,7 +156,13 @@ class OpenSession:
         """Drop the backing from the header, durably. The caller has flushed: see `Overlay.detach`."""
         async with self.lock:
             self._barriers.check_writable()
+            if self.record.standby.waits:
+                raise InStandby("the overlay is on its way back to standby")
             await self._committer.durably(self._session.detach)
+
+    def empty(self) -> None:
+        """See `Session.empty`. The caller holds this lock."""
+        self._session.empty()
 
     async def end(self, *, in_order: bool) -> None:
         """Record that the session has ended cleanly, if it has. The caller holds this lock and the committer's.

@@ -47,6 +47,7 @@ from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.cold_reads import ColdReads
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.discard import Discards
+from qedfs.overlay.ending import Ending
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.loop_writes import LoopWrites
@@ -105,6 +106,7 @@ class Overlay:
             storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
         )
         self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending, freed)
+        self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
     # What it is.
@@ -492,17 +494,14 @@ class Overlay:
                 in_order = True
                 await self.give_space_back()
         finally:
-            # A thread may be punching, or writing a record, a header or a group, so the descriptor must not be closed
-            # yet. Acquire the session's lock before the committer's, as a change of the record does.
-            async with self._freed.ended(), self._session.lock, self.committer.ended():
-                await self._session.end(in_order=in_order)
-                # After the note in the record, because a session that has not ended needs its journal.
-                self._journal.close(remove=not self.committer.pending)
-                self.storage.close()
-                self.tables.close()
+            await self._ending.close(in_order=in_order)
         if self.storage.writable and self.storage.damage is not None:
             raise self.storage.damage.fresh()
         self._barriers.check()
+
+    async def empty(self) -> Storage:
+        """Drop all clusters, and end this object. The file stays open, for `open_storage`. See `Ending.empty`."""
+        return await self._ending.empty()
 
     def close_now(self) -> None:
         """Close the file of an overlay that is open read-only, without waiting for anything."""

@@ -20,7 +20,7 @@ from qedfs.format.header import (
     decode_backing_name,
     decode_header,
 )
-from qedfs.format.record import SLOT_BYTES, Record, Standby, decode_record, encode_record, slot_index, slot_offsets
+from qedfs.format.record import SLOT_BYTES, Pin, Record, Standby, decode_record, encode_record, slot_index, slot_offsets
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.times import times_at_open
 
@@ -30,6 +30,9 @@ def read_bytes(storage: Storage, offset: int, size: int) -> bytes:
     data = bytearray(size)
     storage.read(offset, memoryview(data))
     return bytes(data)
+
+
+_ZEROS_AT_ONCE = 1 << 20
 
 
 def read_header(storage: Storage) -> tuple[Header, str | None]:
@@ -234,6 +237,23 @@ class Session:
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None
+
+    def empty(self) -> None:
+        """Drop all clusters, and record that the overlay is in standby. The record says EMPTYING already, durably.
+
+        The overlay counts as empty from then on, whatever the file has (`open.py`), so a kill or a power cut here costs
+        nothing: the next opening does this again. The session must be begun anew after it.
+        """
+        geometry, first = self.header.geometry, self.header.l1_table_offset
+        end = first + geometry.table_bytes
+        for at in range(first, end, _ZEROS_AT_ONCE):
+            self._storage.write(at, [bytes(min(_ZEROS_AT_ONCE, end - at))])
+        # Before the record, which then no longer says that the file has to be emptied, and before the cut: other
+        # programs, which do not know the record, must not find entries that point past the end.
+        self._barrier()
+        self._storage.resize(max(end, self.header.area_bytes))
+        pin = None if self.record.pin is None else Pin(self.record.pin.backing, self.record.pin.size)
+        self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, session="", journal=""))
 
     def finish_detach(self) -> None:
         """Overwrite what is left of a backing's name in an overlay that has no backing, as `detach` would have done.

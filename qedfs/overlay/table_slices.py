@@ -369,6 +369,16 @@ class TableSlices:
         self._written |= self._pinned
         self._evict(range(0))
 
+    def forget(self) -> None:
+        """Drop all entries, whether the file has them or not. Only before the file is emptied, too."""
+        self.epoch += 1  # a slice that is being read counts as out of date
+        self._share.give(len(self.slices) * self._slice_bytes)
+        self.slices.clear()  # in place, because the cluster map uses the same dictionary
+        self.dirty.clear()
+        self.unwritten.clear()
+        self._pinned = frozenset()
+        self.l1 = SparseTable(len(self.l1))
+
     def begin_reread(self) -> None:
         """After a failed barrier, drop every entry that may not be on the disk. `load` then waits for `end_reread`.
 

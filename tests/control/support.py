@@ -126,6 +126,9 @@ class FakeMount:
     async def activate(self, served: ServedImage, *, dry: bool = False) -> None:
         self.activated.append((served.name, dry))
 
+    async def deactivate(self, served: ServedImage) -> None:
+        self.activated.remove((served.name, False))
+
     def quit(self) -> None:
         self.has_quit.set()
 

@@ -287,3 +287,36 @@ def test_a_kill_after_an_activation_leaves_it_active(tmp_path: Path, raw: Path) 
             assert mount.path("disk.raw").read_bytes() == content
             assert mount.unmount() == 0
         assert qemu_same(overlay, raw)
+
+
+def test_the_way_back_drops_what_was_kept_since_the_activation(tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        before = tables_and_data(overlay)
+        with mounted(overlay, tmp_path / "mnt", "--limit", "1M") as mount, opened(mount.path("disk.raw")) as fd:
+            for seed in (3, 4):
+                content = raw.read_bytes()
+                assert activate(mount) == 0
+                # Kept by copy-on-read and by the stream, and in the kernel.
+                assert os.pread(fd, 8 * MIB, 0) == content[: 8 * MIB]
+                wait_for(lambda: mount.image()["counters"]["kept_asked"] > 4 * MIB, "adopted clusters")
+                assert activate(mount, "--undo") == 0
+                assert (mount.image()["state"], mount.image()["populated"]) == ("standby", 0)
+                assert tables_and_data(overlay) == before
+                # The machine goes on at its source.
+                content = change(raw, seed=seed)
+                assert read_direct(mount.path("disk.raw"), 0, SIZE) == content
+                with pytest.raises(OSError, match="Read-only"):
+                    os.pwrite(fd, b"guest", 0)
+            assert activate(mount, "--undo") == 0  # it is in standby
+            assert activate(mount) == 0
+            assert os.pread(fd, MIB, 0) == content[:MIB]
+            os.pwrite(fd, content[:512], 0)
+            refused = qedfs("activate", mount.mountpoint, "--undo", check=False)
+            assert (refused.returncode, "a guest has written" in refused.stderr) == (1, True)
+            assert mount.image()["state"] == "running"
+            qedfs("stream", "limit", mount.mountpoint, "0")
+            mount.wait()
+            refused = qedfs("activate", mount.mountpoint, "--undo", check=False)
+            assert (refused.returncode, "is complete" in refused.stderr) == (1, True)
+        assert_whole(overlay, raw)

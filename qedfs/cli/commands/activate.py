@@ -8,13 +8,19 @@ from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import check_served, connect, fetch, stem
+from qedfs.errors import UsageError
 
 
 @click.command(cls=GivenOnce, short_help="End the standby: keep what is read from now on.")
 @click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
 @click.argument("image", required=False, shell_complete=images)
 @click.option("--dry-run", is_flag=True, help="Only find out whether it would succeed now. Nothing is changed.")
-def activate(mountpoint: str, image: str | None, dry_run: bool) -> None:
+@click.option(
+    "--undo",
+    is_flag=True,
+    help="Put it back in standby, and drop what it has got since: for a machine that goes on at its source.",
+)
+def activate(mountpoint: str, image: str | None, dry_run: bool, undo: bool) -> None:
     """Activate IMAGE, or all images, of the mount at MOUNTPOINT: nobody changes the source any more.
 
     The image gets a new connection to its source, whose size is compared. What was read before is forgotten, also by
@@ -23,7 +29,12 @@ def activate(mountpoint: str, image: str | None, dry_run: bool) -> None:
 
     Takes less than two seconds, whatever the source does. If it fails, the image is still in standby: exit code 4 if
     the source is not there or does not deliver, 5 if it has another size.
+
+    With --undo, which fails if a guest has written to the image since, or if the image is complete. If nobody knows
+    whether an activation has succeeded, --undo leads to standby in any case.
     """
+    if dry_run and undo:
+        raise UsageError("--dry-run tries an activation; omit it or --undo")
     with connect(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         for found in chosen if image is not None else [found for found in chosen if found["served"]]:
@@ -31,4 +42,4 @@ def activate(mountpoint: str, image: str | None, dry_run: bool) -> None:
             if dry_run:
                 client.execute("x-qedfs-ready", device=found["name"])
             else:
-                client.execute("blockdev-set-active", **{"node-name": stem(found["name"]), "active": True})
+                client.execute("blockdev-set-active", **{"node-name": stem(found["name"]), "active": not undo})

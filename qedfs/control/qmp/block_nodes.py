@@ -42,6 +42,8 @@ async def _blockdev_set_active(call: Call, arguments: Arguments) -> dict[str, An
     for served in found:
         if arguments["active"]:
             await call.control.mount.activate(served)
+        else:
+            await call.control.mount.deactivate(served)
     return {}
 
 
