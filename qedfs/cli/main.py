@@ -32,6 +32,7 @@ COMMANDS = {
     "map": ("map", "show_map"),
     "migrate": ("migrate", "migrate"),
     "mount": ("mount", "mount"),
+    "populate": ("populate", "populate"),
     "profile": ("profile", "profile"),
     "source": ("source", "source"),
     "status": ("status", "status"),

@@ -109,6 +109,12 @@ class Mounted(Protocol):
         """
         ...
 
+    async def populate(
+        self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
+    ) -> None:
+        """Begin to populate what an image lacks from the file or URL `place`. Raises a QedfsError."""
+        ...
+
     async def rescan(self) -> None:
         """Scan the folder again. Raises QedfsError."""
         ...

@@ -92,6 +92,7 @@ class FetchQueue:
         """Never hand anything over to this consumer again, not even what is in flight: it does not want it any more."""
         self._parted.add(consumer)
         self.consumers = [one for one in self.consumers if one is not consumer]
+        self._scheduler.wake()
 
     @property
     def readers(self) -> int:
@@ -293,8 +294,8 @@ class FetchQueue:
         return cluster in self._flights
 
     async def landed(self, consumer: Consumer) -> None:
-        """Wait until there is no flight for this consumer."""
-        while self._budget.held_for(consumer):
+        """Wait until there is no flight for this consumer, or it takes nothing any more."""
+        while self._budget.held_for(consumer) and consumer not in self._parted:
             await self._scheduler.change()
 
     # Flights.

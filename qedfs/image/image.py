@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -26,6 +26,7 @@ from qedfs.image.counters import Counters
 from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.missing_reads import MissingReads
 from qedfs.image.pin import SourceVersion
+from qedfs.image.rescue import Rescue
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
 from qedfs.image.source_errors import from_stored
 from qedfs.image.stalls import Stalls
@@ -87,6 +88,7 @@ class Image:
         # In standby: what reads pass through to, and the gate. Without a gate, writes and adoptions are allowed.
         self.standby: PassThrough | None = None if standby is None else standby[0]
         self.gate: WriteGate | None = None if standby is None else standby[1]
+        self.rescue: Rescue | None = None  # another copy of the source, which answers while the source does not
         self.exchanges = 0  # how many times it has got another source
         self._adopting = 0  # running adoptions
         self._adopted = trio.Event()  # set when the last of them has ended
@@ -287,9 +289,15 @@ class Image:
         """Adopt fetched bytes, see `Overlay.adopt`. Errors are recorded, not raised: the reader has its bytes."""
         if self.changed is not None or self.closed or pos >= self.size or self._too_full():
             return
+        with self.adopting():
+            await self._keep(pos, buffer, min(size, self.size - pos), asked=asked)
+
+    @contextlib.contextmanager
+    def adopting(self) -> Iterator[None]:
+        """The context of an adoption, for whose end `adoptions_ended` waits."""
         self._adopting += 1
         try:
-            await self._keep(pos, buffer, min(size, self.size - pos), asked=asked)
+            yield
         finally:
             self._adopting -= 1
             if not self._adopting:
@@ -429,6 +437,7 @@ class Image:
     async def detach(self) -> None:
         """Drop the backing, after the stream has found no missing cluster. See `Overlay.detach`."""
         await self.overlay.detach()
+        self.stalls.wake()  # those that wait for the source read the overlay now
         self.streaming = False
         self._ahead.active = False
         if self.fetch is not None:

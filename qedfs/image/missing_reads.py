@@ -6,6 +6,7 @@ go, nor who keeps them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,15 +44,37 @@ class MissingReads:
                         answered = True
                 except QedfsError as exc:
                     if source == image.exchanges:
-                        if not image.complete:
-                            await self._outlast(exc, read)
-                        if not read.ended:
+                        answered = await self._despite(exc, pieces, read)
+                        if not (answered or read.ended):
                             return False
                 if read.ended:
                     raise SourceUnreachable(f"{image.name}: {read.ended}")
                 # After an exchange, the old source's bytes must not be answered, and its errors mean nothing.
                 if answered and source == image.exchanges:
                     return True
+
+    async def _despite(self, error: QedfsError, pieces: Sequence[tuple[int, memoryview]], read: WaitingRead) -> bool:
+        """What to do after an error of the source: returns whether the pieces are filled all the same.
+
+        Returns False if it makes sense to look the clusters up again. Raises the error otherwise.
+        """
+        image, source = self._image, self._image.exchanges
+        if not image.complete:
+            if await self._rescued(pieces, read):
+                return True
+            # Look again before a wait: nothing would end it if the image needs no source any more.
+            if not image.complete and source == image.exchanges and not read.ended:
+                await self._outlast(error, read)
+        return False
+
+    async def _rescued(self, pieces: Sequence[tuple[int, memoryview]], read: WaitingRead) -> bool:
+        """Whether another copy of the source has answered."""
+        answered = False
+        with contextlib.suppress(QedfsError), read.attempt(self._image.stalls.most_seconds):
+            if self._image.rescue is not None and self._image.standby is None:
+                await self._image.rescue.read(pieces)
+                answered = True
+        return answered
 
     async def _outlast(self, error: QedfsError, read: WaitingRead) -> None:
         """Wait until the read should be tried again after this error; raise it if the read should not."""

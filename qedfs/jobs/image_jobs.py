@@ -11,7 +11,9 @@ import trio
 from qedfs.errors import InUse, QedfsError
 from qedfs.jobs.job import Job
 from qedfs.jobs.kinds import KINDS
+from qedfs.jobs.populate import Populate
 from qedfs.jobs.stream import StreamJob
+from qedfs.source.retrying import RetryingSource
 
 
 class ImageJobs:
@@ -19,6 +21,7 @@ class ImageJobs:
 
     def __init__(self, stream: StreamJob) -> None:
         self.stream = stream
+        self.populate: Populate | None = None  # the rescue that runs, or the last one
         self._begun: list[Job] = []
         self._nursery: trio.Nursery | None = None
 
@@ -47,6 +50,19 @@ class ImageJobs:
         if self._nursery is not None:
             self._nursery.start_soon(self._run_begun, job)
         return job
+
+    def begin_populate(self, copy: RetryingSource, *, force: bool) -> None:
+        """Populate the image from another copy of its source; see `Populate`. Raises InUse if that is under way."""
+        if self.populate is not None and self.populate.active:
+            raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location} already")
+        if self._nursery is None:
+            raise QedfsError(f"{self.stream.image.name}: has no tasks, so that nothing can run")
+        self.populate = Populate(self.stream.image, copy, force=force)
+        self._nursery.start_soon(self._run_populate, self.populate)
+
+    async def _run_populate(self, populate: Populate) -> None:
+        await populate.run()
+        self.stream.poke()  # the image may be complete
 
     def fail(self, error: QedfsError) -> None:
         """Fail every job, because the overlay is no longer usable."""

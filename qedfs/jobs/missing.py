@@ -10,6 +10,7 @@ a hole is skipped: after the detach it reads as zeros anyway.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import trio
 
@@ -19,6 +20,7 @@ from qedfs.source.base import Extent
 
 EXTENTS_BYTES = 1 << 30  # size of the range in one query for extents
 MOST_EXTENTS = 1024  # how many of them are kept, 0.2 MiB. The rest is queried again.
+MOST_RUN_CLUSTERS = 1 << 16
 STEPS_PER_TURN = 32  # steps of a walk over holes, up to 0.5 ms each, before other tasks get their turn
 
 
@@ -61,13 +63,11 @@ class MissingRuns:
 
     async def next_run(self, cursor: int, source_size: int) -> tuple[int, int] | None:
         """The next run that has to be fetched, at most one request long. Handles the holes before it."""
-        image, fetch = self._image, self._image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; callers have checked
-        overlay = image.overlay
+        image, overlay = self._image, self._image.overlay
         cluster_size = overlay.cluster_size
         while True:
             await self._yield_sometimes()
-            most = max(1, fetch.background_request_bytes() // cluster_size)
+            most = max(1, self.request_bytes() // cluster_size)
             run = await overlay.next_missing(cursor, most)
             if run is None:
                 return None
@@ -83,6 +83,37 @@ class MissingRuns:
             if whole < 1:
                 return first, 1  # the hole ends inside this cluster
             cursor = await self._handle_hole(first, whole)
+
+    def request_bytes(self) -> int:
+        """How long the next run may be."""
+        assert self._image.fetch is not None  # noqa: S101 - for the type checker; callers have checked
+        return self._image.fetch.background_request_bytes()
+
+    async def told(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """The extents that the source tells of this range."""
+        assert self._image.fetch is not None  # noqa: S101 - for the type checker; callers have checked
+        return await self._image.fetch.extents(pos, size)
+
+    async def ranges_from(self, pos: int, most: int) -> tuple[list[tuple[int, int]], int | None]:
+        """Up to `most` ranges, as (pos, size), that need the source, and where to go on; None at the end."""
+        cluster_size, found = self._image.overlay.cluster_size, list[tuple[int, int]]()
+        while (start := await self.first_from(pos)) is not None:
+            if len(found) == most:
+                return found, start
+            first = start // cluster_size
+            run = await self._image.overlay.next_missing(first, MOST_RUN_CLUSTERS)
+            count = 1 if run is None or run[0] != first else run[1]
+            end = min(self._image.size, (first + count) * cluster_size)
+            # Up to the next known hole at most.
+            table = -(-(first + 1) // self._image.overlay.geometry.entries)
+            hole = self._image.source_holes.next_from(table, -(-end // self._image.overlay.geometry.l2_span))
+            end = min(end, hole * self._image.overlay.geometry.l2_span)
+            if found and sum(found[-1]) == start:
+                found[-1] = (found[-1][0], found[-1][1] + end - start)
+            else:
+                found.append((start, end - start))
+            pos = end
+        return found, None
 
     def _skip_known_holes(self, cluster: int) -> int:
         """This cluster, or the first one after the known hole that it lies in."""
@@ -127,11 +158,10 @@ class MissingRuns:
         while self._extents and self._extents[0].pos + self._extents[0].size <= pos:
             self._extents.popleft()
         if not self._extents or self._extents[0].pos > pos:
-            assert self._image.fetch is not None  # noqa: S101 - for the type checker; callers have checked
             # At least to the end of the next L2 table's range, to detect a table that lies entirely in a hole.
             span = self._image.overlay.geometry.l2_span
             size = min(max(EXTENTS_BYTES, 2 * span - pos % span), source_size - pos)
-            told = await self._image.fetch.extents(pos, size)
+            told = await self.told(pos, size)
             if self._exchanges != self._image.exchanges:
                 raise SourceUnreachable(f"{self._image.name}: has another source now")
             self._extents = deque((told or [Extent(pos, size, zero=False)])[:MOST_EXTENTS])

@@ -107,6 +107,17 @@ class Mount:
             raise QedfsError(f"{served.name}: is not there any more")
         await self.images.cut_over.deactivate(found)
 
+    async def populate(
+        self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
+    ) -> None:
+        """See `Mounted`."""
+        if served.image is None or served.jobs is None:
+            raise QedfsError(f"{served.name}: is not served")
+        count = len(self.images.registry.images())
+        sources, device = self.images.sources, self.device
+        copy = await sources.copy_for(place, device=device, backing_format=backing_format, overlays=count)
+        served.jobs.begin_populate(copy, force=force)
+
     def quit(self, failure: QedfsError | None = None) -> None:
         """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure

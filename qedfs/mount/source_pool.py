@@ -23,6 +23,7 @@ from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.standby import DEADLINE_SECONDS, PassThrough
 from qedfs.mount.fuse_init import background_limit
+from qedfs.mount.rescue_source import rescue_source
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.circuit_breaker import ReaderSlots
 from qedfs.source.credentials import NO_CREDENTIALS, Credentials
@@ -128,6 +129,18 @@ class SourcePool:
             return made
 
         return PassThrough(make, self.release_soon)
+
+    async def copy_for(self, place: str, *, device: str, backing_format: str | None, overlays: int) -> RetryingSource:
+        """Another copy of a source; see `rescue_source`, and what that raises. Who asks for it closes it."""
+        check_room(overlays, self.count + 1)
+        return await rescue_source(
+            place,
+            self._nursery,
+            device=device,
+            backing_format=backing_format,
+            credentials=self._credentials,
+            deadline_seconds=self._deadline_seconds,
+        )
 
     async def _location(self, overlay: Overlay) -> Location:
         try:

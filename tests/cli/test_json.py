@@ -79,7 +79,7 @@ def printed(*words: str | Path, code: int = 0) -> Any:
     done = qedfs(*words, "--json", check=False)
     assert done.returncode == code, done.stderr
     found = json.loads(done.stdout)
-    named = " ".join(str(word) for word in words[: 2 if words[0] == "stream" else 1])
+    named = " ".join(str(word) for word in words[: 2 if words[0] in ("stream", "source") else 1])
     for one in found if named == "map" else [found]:
         assert wrong(one, f"qedfs {named}") == []
     return found
@@ -148,6 +148,8 @@ def test_what_is_printed_about_a_mount(web: Nginx, overlay: Path, folder: Path, 
         assert disk["counters"] is not None
         step = printed("stream", "step", mountpoint, "disk", "--offset", "64K")
         assert (step["pos"], step["next"]) == (64 << 10, (64 << 10) + step["size"])
+        assert printed("map", mountpoint, "disk", "--missing")[0]["depth"] == 1
+        assert printed("source", "on-error", mountpoint, "wait:5m")["images"][1]["wait_bound_seconds"] == 300
         (mountpoint / "disk.raw").read_bytes()
         assert printed("profile", mountpoint, "disk", folder / "boot.profile")["range_count"] > 0
         late = printed("wait", mountpoint, "disk", "--timeout", "100ms", code=7)

@@ -110,6 +110,7 @@ class FakeMount:
         self.nursery = nursery
         self.served: list[Served] = []
         self.rescans = 0
+        self.populated: list[tuple[str, str, str | None, bool]] = []
         self.activated: list[tuple[str, bool]] = []  # name, dry
         self.has_quit = trio.Event()
         self.total = TotalLimit()
@@ -128,6 +129,11 @@ class FakeMount:
 
     async def deactivate(self, served: ServedImage) -> None:
         self.activated.remove((served.name, False))
+
+    async def populate(
+        self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
+    ) -> None:
+        self.populated.append((served.name, place, backing_format, force))
 
     def quit(self) -> None:
         self.has_quit.set()

@@ -136,3 +136,24 @@ async def test_the_rule_for_a_source_that_is_away(tmp_path: Path) -> None:
             assert text == "Parameter 'bound' expects seconds, with the action 'wait'"
         await talk.get(command, device="disk", action="eio")
         assert served.image.overlay.record.on_source_error == ""
+
+
+async def test_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        served = await mount.add("disk", MemorySource(bytes(64 * CLUSTER)))
+        assert served.image is not None
+        await served.image.write(3 * CLUSTER, b"g" * CLUSTER)
+        assert await talk.get("x-qedfs-missing", device="disk") == {
+            "ranges": [[0, 3 * CLUSTER], [4 * CLUSTER, 60 * CLUSTER]],
+            "next": None,
+        }
+        assert (await talk.get("x-qedfs-missing", device="disk", offset=50 * CLUSTER + 5))["ranges"] == [
+            [50 * CLUSTER + 5, 14 * CLUSTER - 5]
+        ]
+        await talk.get("x-qedfs-populate", device="disk", **{"from": "/backup"}, format="raw", force=True)
+        assert mount.populated == [("disk.raw", "/backup", "raw", True)]
+        await talk.get("x-qedfs-populate-cancel", device="disk")  # there is none
+        assert (await talk.get("x-qedfs-status"))["images"][0]["populate"] is None
+        await mount.add("whole", None)
+        await talk.get("x-qedfs-populate", device="whole", **{"from": "/backup"})
+        assert len(mount.populated) == 1

@@ -12,7 +12,7 @@ import trio
 
 from qedfs.errors import SourceUnreachable
 from qedfs.format.record import Pin, Record, decode_record, digest, encode_record
-from qedfs.source.samples import BLOCK_BYTES, MOST_SAMPLES, Read, Samples
+from qedfs.source.samples import BLOCK_BYTES, MOST_IN_MEMORY, MOST_SAMPLES, Read, Samples
 
 KIB = 1024
 # As large as the other fields get.
@@ -135,12 +135,22 @@ async def test_earlier_ones_are_taken_over_as_far_as_there_is_room() -> None:
     assert positions(third) == [0, 8 * KIB]
     # Of more of them than there is room for, those that lie far apart.
     many = offered(*((pos * 4 * KIB, 4 * KIB) for pos in range(MOST_SAMPLES)))
-    few = offered(*((512 * KIB + pos * 4 * KIB, 4 * KIB) for pos in range(MOST_SAMPLES - 3)))
+    few = offered(*((512 * KIB + pos * 4 * KIB, 4 * KIB) for pos in range(MOST_IN_MEMORY - 3)))
     few.take_over(many.encode())
-    assert positions(few)[:3] == [0, 16 * KIB, 32 * KIB]
-    assert len(positions(few)) == MOST_SAMPLES
+    asked: list[int] = []
+    await few.difference(reading(CONTENT, asked), len(CONTENT))
+    assert sorted(asked)[:4] == [0, 16 * KIB, 32 * KIB, 512 * KIB]
+    assert len(few) == MOST_IN_MEMORY
     few.take_over(first.encode())
-    assert len(positions(few)) == MOST_SAMPLES
+    assert len(few) == MOST_IN_MEMORY
+    assert MOST_SAMPLES // 2 < len(positions(few)) <= MOST_SAMPLES  # the record has room for no more
+
+
+async def test_a_copy_grows_alone() -> None:
+    samples = offered((0, 4 * KIB))
+    other = samples.copy()
+    other.take_over(offered((8 * KIB, 4 * KIB)).encode())
+    assert (positions(samples), len(other)) == ([0], 2)
 
 
 async def test_what_they_notice() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import click
 import trio
 
+from qedfs.cli.completion import images
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.missing_ranges import print_missing
 from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import peeked
@@ -19,6 +21,7 @@ from qedfs.cli.ui import map_picture
 from qedfs.cli.ui.cells import Cells, Kind
 from qedfs.cli.ui.output import JsonList, console
 from qedfs.cli.ui.png import SIGNATURE
+from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import Overlay
@@ -32,10 +35,12 @@ _ASCII_SIGNS = "#0.+"
 
 
 @click.command("map", cls=GivenOnce, short_help="Show which parts are local.")
-@click.argument("overlay", type=PLACE)
+@click.argument("overlay", type=PLACE, metavar="OVERLAY|MOUNTPOINT")
+@click.argument("image", required=False, shell_complete=images)
+@click.option("--missing", is_flag=True, help="List only what is missing.")
 @click.option("--png", metavar="FILE", type=PLACE, help="Draw into this file instead of on the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in the format of qemu-img map --output=json.")
-def show_map(overlay: str, png: str | None, as_json: bool) -> None:
+def show_map(overlay: str, image: str | None, missing: bool, png: str | None, as_json: bool) -> None:
     """Draw which parts of OVERLAY are data, zeros or missing. It may be mounted meanwhile.
 
     Data was either written or fetched; the overlay does not record which. An existing FILE is replaced only if it is a
@@ -43,7 +48,17 @@ def show_map(overlay: str, png: str | None, as_json: bool) -> None:
 
     In JSON, parts with depth 0 are in the overlay and those with depth 1 in its backing, which is not contacted;
     `offset` is the position of data in the overlay file.
+
+    --missing lists the parts that need the backing. With MOUNTPOINT and IMAGE, the mount is asked: the overlay file
+    shows an entry only some seconds after it was made.
     """
+    if missing:
+        if png is not None:
+            raise UsageError("--missing is a list; omit --png")
+        print_missing(overlay, image, as_json=as_json)
+        return
+    if image is not None:
+        raise UsageError("an IMAGE of a mount goes with --missing; to draw a map, name the overlay alone")
     if png is not None:
         check_replaceable(png, SIGNATURE, "PNG")
     screen = console()

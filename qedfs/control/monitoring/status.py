@@ -13,6 +13,7 @@ from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause, Trouble
 from qedfs.image.image import Image
+from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.job import Job
 from qedfs.jobs.state import State
 
@@ -64,6 +65,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "on_source_error": image.stalls.rule.action,
         "wait_bound_seconds": image.stalls.rule.bound_seconds,
         "stalled": image.stalls.count,
+        "populate": _populate(served.jobs),
         "read_only": not image.writable,
         "opens": served.opens,
         "disk_usage": image.overlay.disk_usage,
@@ -78,6 +80,20 @@ def state_of(served: ServedImage) -> str:
     if served.image is not None and served.job is not None:
         return str(State.WAITING if away(served.image, served.job) else served.job.state)
     return str(State.WAITING) if served.error is None else BROKEN
+
+
+def _populate(jobs: ImageJobs | None) -> dict[str, Any] | None:
+    """The rescue of an image from another copy of its source, the last one if it has ended."""
+    if jobs is None or jobs.populate is None:
+        return None
+    found = jobs.populate
+    return {
+        "from": str(found.copy.location),
+        "state": str(found.state),
+        "done": found.done,
+        "error": None if found.error is None else str(found.error),
+        "exit_code": 0 if found.error is None else found.error.exit_code,
+    }
 
 
 def away(image: Image, job: Job) -> str:
@@ -114,6 +130,7 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
         "on_source_error": None,
         "wait_bound_seconds": None,
         "stalled": 0,
+        "populate": None,
         "read_only": None,
         "opens": 0,
         "disk_usage": None,

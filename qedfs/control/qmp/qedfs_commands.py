@@ -11,6 +11,10 @@
 - `x-qedfs-next-missing {device, offset?}`: returns `{offset}` of the next byte that needs the source, or null.
 - `x-qedfs-profile {device}`: returns `{ranges}`, a list of [pos, size] that readers had to wait for, in that order.
 - `x-qedfs-ready {device}`: whether `blockdev-set-active` would activate an image in standby now. An error says why not.
+- `x-qedfs-missing {device, offset?}`: returns `{ranges, next}`: up to 1024 ranges [pos, size] that need the source, and
+  where to go on, or null.
+- `x-qedfs-populate {device, from, format?, force?}`: begin to populate what is missing from another copy, a file or a
+  URL. `populate` of the status tells how far it is. `x-qedfs-populate-cancel {device}` ends it.
 - `x-qedfs-on-source-error {device, action, bound?}`: what reads do while the source is away: `eio` or `wait`, the
   latter for at most `bound` seconds. The overlay records it.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
@@ -30,13 +34,16 @@ from qedfs.control.qmp.errors import QmpError
 from qedfs.control.qmp.job_commands import Nothing, begin_stream, check_active, find_served
 from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
-from qedfs.errors import ReadOnlyOverlay
+from qedfs.errors import InStandby, ReadOnlyOverlay
 from qedfs.image.image import Image
 from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
 from qedfs.image.source_rule import set_source_errors
 from qedfs.jobs.kinds import KINDS
+from qedfs.jobs.missing import MissingRuns
 
 our_commands: Commands[Call] = Commands()
+
+MOST_RANGES = 1024  # in one answer of x-qedfs-missing
 
 
 @our_commands("x-qedfs-status")
@@ -139,6 +146,43 @@ async def _profile(call: Call, arguments: Arguments) -> dict[str, Any]:
 async def _ready(call: Call, arguments: Arguments) -> Nothing:
     served, _, _ = find_served(call, arguments["device"])
     await call.control.mount.activate(served, dry=True)
+    return {}
+
+
+@our_commands("x-qedfs-missing", Arg("device"), Arg("offset", "integer", optional=True))
+async def _missing(call: Call, arguments: Arguments) -> dict[str, Any]:
+    _, image, _ = find_served(call, arguments["device"])
+    ranges, following = await MissingRuns(image).ranges_from(_not_negative(arguments, "offset"), MOST_RANGES)
+    return {"ranges": ranges, "next": following}
+
+
+@our_commands(
+    "x-qedfs-populate",
+    Arg("device"),
+    Arg("from"),
+    Arg("format", ("raw", "qcow2"), optional=True),
+    Arg("force", "boolean", optional=True),
+)
+async def _populate(call: Call, arguments: Arguments) -> Nothing:
+    served, image, _ = find_served(call, arguments["device"])
+    if image.in_standby:
+        raise InStandby(f"{served.name}: is in standby, and keeps nothing; qedfs activate ends that")
+    _check_writable(served, image)
+    if not image.complete:
+        await call.control.mount.populate(
+            served,
+            arguments["from"],
+            backing_format=arguments.get("format"),
+            force=arguments.get("force", False),
+        )
+    return {}
+
+
+@our_commands("x-qedfs-populate-cancel", Arg("device"))
+async def _populate_cancel(call: Call, arguments: Arguments) -> Nothing:
+    served, _, _ = find_served(call, arguments["device"])
+    if served.jobs is not None and served.jobs.populate is not None:
+        served.jobs.populate.cancel()
     return {}
 
 
