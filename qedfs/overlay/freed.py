@@ -130,7 +130,10 @@ class FreedClusters:
     async def _give_back(self) -> None:
         while self._may_go_on():
             if not self.references.known:
-                await self.references.look()
+                try:
+                    await self.references.look()
+                except QedfsError:
+                    return  # the disk fails; the next call goes on
                 self._leaks = self._leaked()
                 continue
             if self.references.problem:

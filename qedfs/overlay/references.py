@@ -86,7 +86,10 @@ class References:
             self._ahead.add(piece)
 
     async def look(self) -> None:
-        """Go on with a walk that has begun, to its end. If it is cancelled, the next call continues there."""
+        """Go on with a walk that has begun, to its end. If it is cancelled, the next call continues there.
+
+        Raises QedfsError if a table cannot be read. The next call tries again.
+        """
         if self.known:
             return
         while self._l1_pages:

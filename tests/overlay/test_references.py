@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfs.errors import QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay import references as references_module
 from qedfs.overlay.check import check
@@ -174,3 +175,18 @@ async def test_a_walk_that_is_cancelled_goes_on(monkeypatch: pytest.MonkeyPatch)
     await overlay.give_space_back()
     assert overlay._freed.references.problem == ""
     assert place_in(storage, 2) < 0
+
+
+async def test_a_disk_that_fails_during_the_walk_delays_it() -> None:
+    storage = MemoryStorage(filled(DATA).data, name="disk")
+    killed = await open_storage(storage)
+    await killed.discard(2, 1)
+    left = MemoryStorage(storage.bytes, name="disk")
+    left.read_now = lambda offset, view: False  # type: ignore[method-assign]
+    overlay = await open_storage(left)
+    left.fail("read", QedfsError("cannot read: Input/output error"), forever=True)
+    await overlay.give_space_back()
+    assert place_in(left, 2) >= 0
+    left.mend()
+    await overlay.give_space_back()
+    assert place_in(left, 2) < 0
