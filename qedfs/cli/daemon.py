@@ -10,14 +10,13 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
-import qedfs
+from qedfs.cli.holding import environment
 from qedfs.cli.ui.output import remark
 from qedfs.errors import QedfsError
 from qedfs.host.runtime import LOG_NAME, held_folder, remove_unless_served
@@ -53,14 +52,16 @@ class Readiness:
         self._fd = None
 
 
-def start(arguments: Sequence[str], mountpoint: str) -> None:
-    """Run `qedfs mount ARGUMENTS` in the background. Returns when it serves.
+def start(command: Callable[[int], Sequence[str]], mountpoint: str) -> None:
+    """Run a command that serves a mount in the background. Returns when it serves.
+
+    `command`: the words for a pipe at this descriptor, to which it reports (`Readiness`).
 
     If it fails, exits with the child's message and exit code. If interrupted before that, also ends the child.
     """
     with held_folder(mountpoint) as folder:
         log_path = folder / LOG_NAME
-        answer, child = _started(arguments, log_path)
+        answer, child = _started(command, log_path)
     if not answer:
         raise QedfsError(f"the daemon ended with {child.wait()} before it served, see {log_path}")
     message = json.loads(answer)
@@ -78,14 +79,14 @@ def start(arguments: Sequence[str], mountpoint: str) -> None:
     child.returncode = 0
 
 
-def _started(arguments: Sequence[str], log_path: Path) -> tuple[bytes, subprocess.Popen[bytes]]:
+def _started(command: Callable[[int], Sequence[str]], log_path: Path) -> tuple[bytes, subprocess.Popen[bytes]]:
     """Start the child. Returns its report, once it serves or has failed, and the child."""
     read_fd, write_fd = os.pipe()
     with _open_log(log_path) as log:
         child = subprocess.Popen(  # noqa: S603 - the interpreter that runs us, with what the user typed
-            [sys.executable, "-P", "-m", "qedfs", "mount", "--ready-fd", str(write_fd), *arguments],
+            command(write_fd),
             cwd="/",
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -101,21 +102,6 @@ def _started(arguments: Sequence[str], log_path: Path) -> tuple[bytes, subproces
         _end(child, log_path)
         raise
     return answer, child
-
-
-def _environment() -> dict[str, str]:
-    """Our environment, changed so that Python finds the same modules, and none in the current working directory.
-
-    `-m` would search that folder first (hence `-P`). So would an empty entry in PYTHONPATH, as in
-    "$PYTHONPATH:/opt/lib". Otherwise anybody who may write to a shared folder could put a secrets.py there, which root
-    would run.
-    """
-    entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    home = os.path.dirname(os.path.dirname(qedfs.__file__))
-    if sys.path[:1] == [home] and not sys.flags.safe_path:
-        entries.append(home)  # `python -m qedfs` in a checkout that is not installed
-    path = {"PYTHONPATH": os.pathsep.join(entries)} if entries else {}
-    return {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, **path}
 
 
 def _end(child: subprocess.Popen[bytes], log_path: Path) -> None:

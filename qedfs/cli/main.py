@@ -38,6 +38,7 @@ COMMANDS = {
     "status": ("status", "status"),
     "stream": ("stream", "stream"),
     "umount": ("umount", "umount"),
+    "upgrade": ("upgrade", "upgrade"),
     "wait": ("wait", "wait"),
 }
 

@@ -27,6 +27,7 @@ from qedfs.host.runtime import journal_folder
 from qedfs.image.write_gate import Writes
 from qedfs.jobs.rules import Rules, parse_between, parse_delay
 from qedfs.mount.clock import LoopClock
+from qedfs.mount.held import HolderLink
 from qedfs.mount.options import Options
 from qedfs.mount.server import Settings, serve
 from qedfs.source.pinning import By, Pinning
@@ -41,28 +42,32 @@ MOST_REMARKS = 5  # lines about single overlays that a mount prints before it on
 NOT_WRITABLE = "is not writable; it is served read-only, and nothing that is fetched is kept"
 
 
-def serve_mount(arguments: MountArguments, ready_fd: int | None) -> None:
+def serve_mount(arguments: MountArguments, ready_fd: int | None, holder_fd: int | None) -> None:
     """Serve until the mount ends. Raises what ended it.
 
-    `ready_fd`: this process is a daemon, and its parent waits for a report at this pipe.
+    `ready_fd`: this process is a daemon, and its parent waits for a report at this pipe. `holder_fd`: this process was
+    started by the holder of the mount, which is at the other end of this socket.
     """
     readiness = Readiness(ready_fd)
+    link = HolderLink(holder_fd)
     if ready_fd is not None:
         # The daemon must not keep the user's working directory busy.
         os.chdir("/")
     try:
-        _serve(arguments, readiness)
+        _serve(arguments, readiness, link)
     except BaseException as exc:
-        readiness.failed(*explain(exc))
+        line, exit_code = explain(exc)
+        readiness.failed(line, exit_code)
+        link.finish(f"failed {line}")
         raise
 
 
-def _serve(arguments: MountArguments, readiness: Readiness) -> None:
+def _serve(arguments: MountArguments, readiness: Readiness, link: HolderLink) -> None:
     # Bars need a terminal. Without one, as in a daemon, the library that draws them is not loaded.
     terminal = console(stderr=True) if sys.stderr.isatty() and not arguments.log_json else None
     bars = terminal if terminal is not None and terminal.is_terminal else None
     logs.set_up(verbose=arguments.verbose, as_json=arguments.log_json, bars=bars)
-    trio.run(_serve_with_bars, arguments, readiness, bars, clock=LoopClock())
+    trio.run(_serve_with_bars, arguments, readiness, link, bars, clock=LoopClock())
 
 
 def _rules(arguments: MountArguments) -> Rules:
@@ -92,7 +97,9 @@ def _remarks(mounted: Mounted, arguments: MountArguments) -> list[str]:
     return [*lines[:most], *more]
 
 
-async def _serve_with_bars(arguments: MountArguments, readiness: Readiness, terminal: Console | None) -> None:
+async def _serve_with_bars(
+    arguments: MountArguments, readiness: Readiness, link: HolderLink, terminal: Console | None
+) -> None:
     rule = arguments.on_source_error
     settings = Settings(
         source=arguments.source,
@@ -128,7 +135,7 @@ async def _serve_with_bars(arguments: MountArguments, readiness: Readiness, term
             if terminal is not None:
                 nursery.start_soon(_draw, mounted, terminal)
 
-        await serve(settings, ready)
+        await serve(settings, ready, link)
         nursery.cancel_scope.cancel()
 
 

@@ -14,6 +14,25 @@ from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.job import Job
 
 
+class Restart(Protocol):
+    """The last change of the servers of a mount."""
+
+    @property
+    def reason(self) -> str:
+        """How the server before this one has ended."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many servers have taken this mount over."""
+        ...
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long the mount has answered nothing."""
+        ...
+
+
 class ServedImage(Protocol):
     """One overlay of the mount. If it cannot be served, `image`, `job` and `jobs` are None and `error` says why.
 
@@ -77,6 +96,15 @@ class Mounted(Protocol):
     @property
     def without_more(self) -> str:
         """Why lseek(SEEK_DATA, SEEK_HOLE) and fallocate (TRIM) are not answered; "" if they are."""
+        ...
+
+    @property
+    def restart(self) -> Restart | None:
+        """The last time that another server took the mount over; None if that has not happened."""
+        ...
+
+    async def upgrade(self) -> None:
+        """Let another server take the mount over, which is ready when this returns. Raises QedfsError."""
         ...
 
     def everything(self) -> Sequence[ServedImage]:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
 
 from qedfs.errors import QedfsError
@@ -58,6 +59,9 @@ class Operations(FileSystem):
         self._registry = registry
         self._folder = folder
         self._images: dict[int, Image] = {}  # by handle, which is the inode
+        for served in registry.images():
+            self._restore(served)
+        registry.restored = self._restore
         self._failures = FailureReplies()
 
     # The read and write path.
@@ -178,15 +182,19 @@ class Operations(FileSystem):
             # With this flag no setattr follows: after a success the kernel assumes an empty image.
             raise FUSEError(errno.EPERM)
         self._images[inode] = served.image
-        return FileInfo(fh=inode, keep_cache=served.note_open())
+        keep_cache = served.note_open()
+        self._registry.numbers.note_opens(served)
+        return FileInfo(fh=inode, keep_cache=keep_cache)
 
     @total
     async def release(self, fh: int) -> None:
         """The last descriptor of one open() was closed."""
         served = self._served(fh)
         served.note_release()
+        # After the answer: see `inode_numbers.py`.
+        trio.lowlevel.current_trio_token().run_sync_soon(self._registry.numbers.note_opens, served)
         if not served.opens:
-            del self._images[fh]
+            self._images.pop(fh, None)
         await self._registry.close_if_unused(served)
 
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
@@ -203,7 +211,7 @@ class Operations(FileSystem):
     @total
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """The images, in the order of their inodes, which are never reused."""
-        for served in self._registry.images():
+        for served in sorted(self._registry.images(), key=lambda one: one.inode):
             if served.inode <= start_id:
                 continue
             try:
@@ -270,6 +278,11 @@ class Operations(FileSystem):
         if served is None:
             raise FUSEError(errno.ESTALE)
         return served
+
+    def _restore(self, served: Served) -> None:
+        """An image that was opened in an earlier server of this mount."""
+        if served.opens and served.image is not None:
+            self._images[served.inode] = served.image
 
     def _image(self, inode: int) -> Image:
         image = self._images.get(inode)

@@ -10,6 +10,10 @@ every other image.
 fusectl exposes the same number, but is often not mounted, especially in containers. So during this one exchange a pipe
 stands between the kernel and libfuse, and the answer is edited on its way. The edited bytes are the kernel's interface
 (fuse(4), <linux/fuse.h>), not libfuse's.
+
+The kernel sends FUSE_INIT once. A server that takes a mount over gives its libfuse the same bytes through the same
+pipe, and keeps the answer from the kernel, which has had it. Then it asks the kernel to send again what the other
+server had read and not answered (FUSE_NOTIFY_RESEND, Linux 6.9).
 """
 
 from __future__ import annotations
@@ -33,6 +37,11 @@ _HEADER = struct.Struct("=IiQ")  # fuse_out_header: length, error, the request t
 # After the header in fuse_init_out: major, minor, max_readahead, flags; then max_background, congestion_threshold.
 _LIMITS = struct.Struct("=HH")
 _LIMITS_AT = _HEADER.size + 16
+# In fuse_init_in: after the header of 40 bytes major, minor, max_readahead, flags, flags2.
+_FLAGS2 = struct.Struct("=I")
+_FLAGS2_AT = 40 + 16
+_HAS_RESEND = 1 << (39 - 32)
+_RESEND = _HEADER.pack(_HEADER.size, 7, 0)  # a notification: no request is answered, and the error is its kind
 
 
 def background_limit() -> int:
@@ -52,9 +61,13 @@ class Handshake:
     (FUSE_DEV_IOC_SYNC_INIT, Linux 6.18). Then request and answer pass through unchanged.
     """
 
-    def __init__(self, fd: int) -> None:
-        """Read the kernel's request and make `fd` refer to a pipe. OSError: the mount is gone, `fd` is unchanged."""
+    def __init__(self, fd: int, replay: bytes = b"") -> None:
+        """Read the kernel's request and make `fd` refer to a pipe. OSError: the mount is gone, `fd` is unchanged.
+
+        `replay`: the request that the kernel has sent to an earlier server, for a libfuse that takes the mount over.
+        """
         self._fd = fd
+        self._replayed = bool(replay)
         self._kernel = os.dup(fd)
         self._pipe, end = os.pipe()
         try:
@@ -62,9 +75,9 @@ class Handshake:
             both = os.open(f"/proc/self/fd/{end}", os.O_RDWR | os.O_CLOEXEC)
             os.close(end)
             end = both
-            request = os.read(self._kernel, MESSAGE_BYTES)
-            self._changed = with_limits if is_init(request) else bytes
-            os.write(both, request)
+            self.request = replay or os.read(self._kernel, MESSAGE_BYTES)
+            self._changed = with_limits if is_init(self.request) else bytes
+            os.write(both, self.request)
             os.dup2(both, fd, inheritable=False)
         except BaseException:
             self._close()
@@ -79,7 +92,11 @@ class Handshake:
             # If libfuse gave no answer, this reads the end of the pipe. On OSError the mount is gone, and the next read
             # of `fd` will report that.
             with contextlib.suppress(OSError):
-                os.write(self._kernel, self._changed(os.read(self._pipe, MESSAGE_BYTES)))
+                answer = os.read(self._pipe, MESSAGE_BYTES)
+                if not self._replayed:
+                    os.write(self._kernel, self._changed(answer))
+                elif can_resend(self.request):
+                    os.write(self._kernel, _RESEND)
         finally:
             self._close()
 
@@ -91,6 +108,13 @@ class Handshake:
 def is_init(request: bytes) -> bool:
     """Whether a request is FUSE_INIT."""
     return len(request) >= _REQUEST.size and _REQUEST.unpack_from(request)[1] == _INIT
+
+
+def can_resend(request: bytes) -> bool:
+    """Whether the kernel that has sent this FUSE_INIT can send again what a dead server has not answered."""
+    if not is_init(request) or len(request) < _FLAGS2_AT + _FLAGS2.size:
+        return False
+    return bool(_FLAGS2.unpack_from(request, _FLAGS2_AT)[0] & _HAS_RESEND)
 
 
 def with_limits(answer: bytes) -> bytes:

@@ -15,6 +15,7 @@ threads are served too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 from collections.abc import Callable
 from types import TracebackType
@@ -100,8 +101,16 @@ class Poller:
 class _Lowlevel:
     """`trio.lowlevel` with its own `wait_readable`."""
 
-    def __init__(self, first: Callable[[int], Handshake] | None) -> None:
+    def __init__(
+        self,
+        first: Callable[[int], Handshake] | None,
+        done: Callable[[int, bytes], None] | None,
+        *,
+        replayed: bool,
+    ) -> None:
         self._first = first
+        self._replayed = replayed
+        self._done = done
         self._fd = -1
         self._poller: Poller
         self._left = REQUESTS_PER_YIELD
@@ -116,8 +125,7 @@ class _Lowlevel:
             await self._begin(fd)
             return
         if self._handshake is not None:
-            self._handshake.finish()
-            self._handshake = None
+            self._finish(self._handshake)
         if not self._poller.readable():
             self._left = REQUESTS_PER_YIELD
             await trio.lowlevel.wait_readable(fd)
@@ -127,10 +135,17 @@ class _Lowlevel:
             self._left = REQUESTS_PER_YIELD
             await trio.lowlevel.checkpoint()
 
+    def _finish(self, handshake: Handshake) -> None:
+        handshake.finish()
+        self._handshake = None
+        if self._done is not None:
+            self._done(self._fd, handshake.request)
+
     async def _begin(self, fd: int) -> None:
-        """Return when the kernel has sent its first request."""
+        """Return when the kernel has sent its first request. Of a mount that is taken over, it has done so before."""
         self._poller, self._fd = Poller(fd), fd
-        await trio.lowlevel.wait_readable(fd)
+        if not self._replayed:
+            await trio.lowlevel.wait_readable(fd)
         if self._first is not None:
             with contextlib.suppress(OSError):  # the mount is gone already; libfuse will notice
                 self._handshake = self._first(fd)
@@ -141,14 +156,24 @@ class Trio:
 
     Lock = Lock
 
-    def __init__(self, first: Callable[[int], Handshake] | None = None) -> None:
-        """`first`: called once with the descriptor, when the first request can be read."""
-        self.lowlevel = _Lowlevel(first)
+    def __init__(
+        self,
+        first: Callable[[int], Handshake] | None = None,
+        done: Callable[[int, bytes], None] | None = None,
+        *,
+        replayed: bool = False,
+    ) -> None:
+        """`first`: called once with the descriptor, when the first request can be read; at once if it is `replayed`.
+
+        `done`: called with the descriptor and that request, when it has been answered.
+        """
+        self.lowlevel = _Lowlevel(first, done, replayed=replayed)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a stand-in for a whole module
         return getattr(trio, name)
 
 
-def install() -> None:
-    """Make pyfuse3 use the stand-in."""
-    pyfuse3.trio = Trio(Handshake)  # type: ignore[attr-defined]
+def install(done: Callable[[int, bytes], None] | None = None, *, replay: bytes = b"") -> None:
+    """Make pyfuse3 use the stand-in. `done`, `replay`: see `Trio` and `Handshake`."""
+    first = functools.partial(Handshake, replay=replay)
+    pyfuse3.trio = Trio(first, done, replayed=bool(replay))  # type: ignore[attr-defined]

@@ -5,13 +5,16 @@ Must not know FUSE, nor when the mount ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import trio
 
 from qedfs.errors import QedfsError
 from qedfs.jobs.idle import Idle, Pressure
+from qedfs.mount import stream_orders
 from qedfs.mount.cut_over import CutOver, DropPages
+from qedfs.mount.held import HolderLink
+from qedfs.mount.inode_numbers import InodeNumbers
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.opener import Opener
 from qedfs.mount.options import Options
@@ -37,11 +40,14 @@ class Images:
         *,
         forget: Callable[[str], None] = lambda _: None,
         drop_pages: DropPages = no_pages,
+        link: HolderLink | None = None,
+        values: Mapping[str, str] | None = None,
     ) -> None:
         """`source`: a folder of overlays, or one overlay file. `nursery` runs the tasks of images and connections.
 
         `forget`: called with the name of an image that is removed, which the kernel may have cached. `drop_pages`: lets
-        the kernel drop the pages of an image.
+        the kernel drop the pages of an image. `link`, `values`: to the holder of the mount, and what an earlier server
+        has told of it.
 
         Raises:
             UsageError: `source` cannot be opened.
@@ -61,7 +67,23 @@ class Images:
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
         self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
         self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activation)
-        self.registry = Registry(self.folder, opener, self._supervisor, forget)
+        self._link, told = link or HolderLink(), values or {}
+        if "limit-total" in told:
+            self.sources.total.limiter.limit = int(told["limit-total"])
+        self._numbers = InodeNumbers(self._link, told)
+        self.registry = Registry(self.folder, opener, self._supervisor, forget, self._numbers, told)
+
+    def note(self) -> None:
+        """Tell the holder what the next server has to know."""
+        for served in self.registry.including_removed():
+            self._numbers.note(served)
+            stream_orders.note(self._link, served)
+        self._link.set("limit-total", str(self.sources.total.limiter.limit))
+
+    def note_closed(self) -> None:
+        """Tell the holder that all images were closed for the next server."""
+        for served in self.registry.including_removed():
+            self._numbers.note_closed(served)
 
     async def close(self) -> list[QedfsError]:
         """Flush and close every overlay, then close the connections.

@@ -16,5 +16,10 @@ READ_AHEAD_KIB = 1024
 def tune(mountpoint: str) -> None:
     """Raise the kernel's read-ahead for this mount. Blocks until the mount answers a stat: call it in a thread."""
     device = os.stat(mountpoint).st_dev
+    tune_device(f"{os.major(device)}:{os.minor(device)}")
+
+
+def tune_device(device: str) -> None:
+    """The same for the file system with this device number, such as "0:57", once its mount has answered."""
     with contextlib.suppress(OSError):
-        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))

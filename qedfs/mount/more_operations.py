@@ -16,8 +16,8 @@ would take two more turns of the loop, and on a busy host as many waits for a pr
 barrier, pyfuse3's own handler answers.
 
 The other two handlers run as tasks, because libfuse calls us from the middle of pyfuse3's loop. Each replies exactly
-once, whatever happens. The tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all
-requests.
+once, whatever happens, unless another server takes the mount over, to which the kernel sends what was not answered. The
+tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all requests.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import contextlib
 import ctypes
 import errno
 import logging
-import mmap
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pyfuse3
 import trio
+
+from qedfs.mount.library_memory import Pointer, address_of, memory_of, replaced
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +74,12 @@ class Handlers(Protocol):
         ...
 
 
-class _Pointer(NamedTuple):
-    """A place in memory that has the address of a function of libfuse."""
-
-    place: int
-    writable: bool  # or in a part that the loader has made read-only after it had resolved the pointers (RELRO)
-    function: str
-
-
 class MoreOperations:
     """The handlers of one mount. `missing`: why they are not there; "" if they are, once `offered` has ended."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.missing = "the file system is not mounted yet"
+        self.leaves = False  # another server answers what this one breaks off
         self._handlers = handlers
         self._nursery: trio.Nursery | None = None
         self._syncing: set[Callable[[int], None]] = set()  # of `fsync_now`, and not called yet
@@ -98,9 +91,9 @@ class MoreOperations:
         try:
             # Functions of the libfuse that pyfuse3 is linked with are found through pyfuse3 itself.
             library = ctypes.PyDLL(pyfuse3.__file__)
-            pointer = _find_pointer(library, _memory_of(os.path.realpath(pyfuse3.__file__)))
+            pointer = _find_pointer(library, memory_of(os.path.realpath(pyfuse3.__file__)))
             replacing = contextlib.ExitStack()
-            replacing.enter_context(_replaced(pointer, self._hook(library, pointer)))
+            replacing.enter_context(replaced(pointer, self._hook(library, pointer)))
         except (OSError, ValueError, LookupError, AttributeError) as exc:
             self.missing = str(exc)
             log.warning("no SEEK_HOLE, no TRIM: %s", exc)
@@ -124,10 +117,10 @@ class MoreOperations:
                 while self._syncing:  # noqa: ASYNC110
                     await trio.sleep(LOOK_SECONDS)
 
-    def _hook(self, library: ctypes.PyDLL, pointer: _Pointer) -> int:
+    def _hook(self, library: ctypes.PyDLL, pointer: Pointer) -> int:
         """The address of a function that stands for libfuse's: it adds the handlers."""
         kind = _NEW_SESSION[pointer.function]
-        real = kind(_address(library, pointer.function))
+        real = kind(address_of(library, pointer.function))
         reply_error, reply_position = library.fuse_reply_err, library.fuse_reply_lseek
         reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
         reply_position.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -203,7 +196,8 @@ class MoreOperations:
             except pyfuse3.FUSEError as exc:
                 reply_error(exc.errno)
             except BaseException as exc:
-                reply_error(errno.EIO)
+                if not self.leaves or isinstance(exc, Exception):
+                    reply_error(errno.EIO)
                 if not isinstance(exc, Exception):
                     raise  # the task is cancelled
                 log.exception("internal error in a request")
@@ -216,72 +210,24 @@ class MoreOperations:
             self._nursery.start_soon(answer)
 
 
-def _find_pointer(library: ctypes.PyDLL, regions: Sequence[tuple[int, int, bool]]) -> _Pointer:
+def _find_pointer(library: ctypes.PyDLL, regions: Sequence[tuple[int, int, bool]]) -> Pointer:
     """The pointer through which pyfuse3 calls libfuse. `regions` of its memory: (start, end, writable).
 
     Raises:
         LookupError: there is none, or more than one.
     """
-    found: list[_Pointer] = []
+    found: list[Pointer] = []
     for function in _NEW_SESSION:
         if not hasattr(library, function):
             continue
-        address = _address(library, function).to_bytes(_WORD, sys.byteorder)
+        address = address_of(library, function).to_bytes(_WORD, sys.byteorder)
         for start, end, writable in regions:
             memory = ctypes.string_at(start, end - start)
             at = memory.find(address)
             while at >= 0:
                 if at % _WORD == 0:
-                    found.append(_Pointer(start + at, writable, function))
+                    found.append(Pointer(start + at, writable, function))
                 at = memory.find(address, at + 1)
     if len(found) != 1:
         raise LookupError(f"pyfuse3 has {len(found)} pointers to libfuse's fuse_session_new, not one")
     return found[0]
-
-
-def _memory_of(path: str) -> list[tuple[int, int, bool]]:
-    """The data of a loaded library in the memory of this process: (start, end, writable). Empty if it is not loaded."""
-    regions = []
-    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(None, 5)
-        if len(fields) == 6 and fields[5] == path and fields[1].startswith("r") and "x" not in fields[1]:
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            regions.append((start, end, "w" in fields[1]))
-    return regions
-
-
-def _address(library: ctypes.PyDLL, function: str) -> int:
-    return ctypes.cast(getattr(library, function), ctypes.c_void_p).value or 0
-
-
-@contextlib.contextmanager
-def _replaced(pointer: _Pointer, value: int) -> Iterator[None]:
-    """Set a pointer while the context is open."""
-    word = ctypes.c_void_p.from_address(pointer.place)
-    before = word.value
-    with _made_writable(pointer):
-        word.value = value
-        try:
-            yield
-        finally:
-            word.value = before
-
-
-@contextlib.contextmanager
-def _made_writable(pointer: _Pointer) -> Iterator[None]:
-    if pointer.writable:
-        yield
-        return
-    page = pointer.place - pointer.place % mmap.PAGESIZE
-    _protect(page, mmap.PROT_READ | mmap.PROT_WRITE)
-    try:
-        yield
-    finally:
-        _protect(page, mmap.PROT_READ)
-
-
-def _protect(page: int, protection: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), protection):
-        number = ctypes.get_errno()
-        raise OSError(number, f"mprotect: {os.strerror(number)}")

@@ -27,8 +27,12 @@ SEND_SECONDS = 0.5
 class Notifier:
     """The connection to the service manager that started the mount, if there is one."""
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
+    def __init__(self, environment: Mapping[str, str] = os.environ, relay: Callable[[str], None] | None = None) -> None:
+        """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+
+        `relay`: sends a message to the process that the manager has started, if that is not this one.
+        """
+        self._relay = relay
         self._address = _address(environment.get("NOTIFY_SOCKET", ""))
         self._watchdog_seconds = _watchdog_seconds(environment) if self._address else None
 
@@ -59,6 +63,9 @@ class Notifier:
 
     def _send(self, text: str) -> None:
         if not self._address:
+            return
+        if self._relay is not None:
+            self._relay(f"notify {text}")
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:

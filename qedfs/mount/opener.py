@@ -115,7 +115,11 @@ class Opener:
         journals, dir_fd = self._options.journal_folder, self._folder.fd
         try:
             return await open_overlay(
-                path, writable=not self._options.read_only, journal_folder=journals, dir_fd=dir_fd
+                path,
+                writable=not self._options.read_only,
+                journal_folder=journals,
+                dir_fd=dir_fd,
+                session_prefix=self._options.session_prefix,
             )
         except Inaccessible as exc:
             cause = exc.__cause__

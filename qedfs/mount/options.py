@@ -34,3 +34,4 @@ class Options:
     deadline_seconds: float = DEADLINE_SECONDS
     on_source_error: OnSourceError | None = None  # None: as the overlay says
     journal_folder: Path | None = None
+    session_prefix: str = ""  # of the ids of sessions, in hexadecimal

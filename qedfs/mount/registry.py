@@ -8,17 +8,18 @@ in the list with the reason, for the log and for `status`.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import trio
 
 from qedfs.errors import Inaccessible, InUse, NoMemory, QedfsError
 from qedfs.image.condition import Cause, Trouble
+from qedfs.mount import stream_orders
+from qedfs.mount.inode_numbers import InodeNumbers
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
 from qedfs.mount.served import Served
@@ -51,9 +52,18 @@ class Registry:
     """The overlays of one mount, by path, and the images of those that can be served, by name and by inode."""
 
     def __init__(
-        self, folder: OverlayFolder, opener: Opener, supervisor: Supervisor, forget: Callable[[str], None]
+        self,
+        folder: OverlayFolder,
+        opener: Opener,
+        supervisor: Supervisor,
+        forget: Callable[[str], None],
+        numbers: InodeNumbers,
+        told: Mapping[str, str],
     ) -> None:
-        """`forget`: called with the name of an image that is removed, which the kernel may have cached."""
+        """`forget`: called with the name of an image that is removed, which the kernel may have cached.
+
+        `told`: what an earlier server has told of the orders of users (`stream_orders.py`).
+        """
         self._folder = folder
         self._opener = opener
         self._supervisor = supervisor
@@ -62,7 +72,9 @@ class Registry:
         self._sorted: Sequence[Served] | None = None  # all of these by name, if none has come or gone since
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
-        self._inodes = itertools.count(2)  # 1 is the root
+        self.numbers = numbers
+        self.restored: Callable[[Served], None] = lambda _: None  # called with an image that an earlier server had open
+        self._told = told
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
         self._scanned_before = False
@@ -239,10 +251,13 @@ class Registry:
         self._list(served)
         if served.image is None:
             return None
-        # Not before, as overlays may be opened in another order: readdir goes on after an inode, so the numbers must
+        # Not before, as overlays may be opened in another order: readdir goes on after an inode, so new numbers must
         # ascend as the images are listed.
-        served.inode = next(self._inodes)
+        self.numbers.admit(served)
+        await stream_orders.restore(self._told, served)
         self._by_name[name] = self._by_inode[served.inode] = served
+        if served.opens:
+            self.restored(served)
         return served
 
     def _list(self, served: Served) -> None:
@@ -286,6 +301,7 @@ class Registry:
         if not served.removed or served.opens:
             return
         self._by_inode.pop(served.inode, None)
+        self.numbers.forget(served)
         await self._supervisor.end(served)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,17 +28,22 @@ from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
 from qedfs.mount.fuse import Operations, forget_name
 from qedfs.mount.fuse_session import FuseSession
+from qedfs.mount.held import HolderLink
 from qedfs.mount.images import Images
 from qedfs.mount.kernel_pages import KernelPages
-from qedfs.mount.kernel_tuning import tune
+from qedfs.mount.kernel_tuning import tune, tune_device
 from qedfs.mount.mountpoint import check_mountpoint
 from qedfs.mount.notify import Notifier
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
+from qedfs.mount.takeover import Restart, Takeover
 from qedfs.mount.until_streamed import until_streamed
 
 log = logging.getLogger(__name__)
+
+INFORM_SECONDS = 1.0  # between two looks whether the next server has to know more
+NO_HOLDER = HolderLink()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,9 +61,10 @@ class Settings:
 class Mount:
     """The running mount, as the control side sees it."""
 
-    def __init__(self, images: Images, session: FuseSession) -> None:
+    def __init__(self, images: Images, session: FuseSession, takeover: Takeover) -> None:
         self.images = images
         self.session = session
+        self.takeover = takeover
         self.failure: QedfsError | None = None  # why the mount has failed, apart from lost writes
         self._quit = trio.Event()
 
@@ -70,6 +77,15 @@ class Mount:
     def device(self) -> str:
         """The device number of the mounted file system, as in the kernel's tables of mounts; "" if unknown."""
         return self.session.device
+
+    @property
+    def restart(self) -> Restart | None:
+        """The last change of servers; None if this is the first one."""
+        return self.takeover.restart
+
+    async def upgrade(self) -> None:
+        """Let another server take the mount over, which is ready when this returns. Raises QedfsError."""
+        await self.takeover.upgrade()
 
     @property
     def without_more(self) -> str:
@@ -128,11 +144,11 @@ class Mount:
         await self._quit.wait()
 
 
-async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
+async def serve(settings: Settings, ready: Callable[[Mounted], None], link: HolderLink = NO_HOLDER) -> None:
     """Mount, and serve until the file system is unmounted or a signal arrives.
 
     `ready` is called once requests are answered. With `until_streamed`, serving also ends when every overlay is
-    complete and no image is open.
+    complete and no image is open. `link`: to the holder, which may have a mount that is to be taken over.
 
     Raises:
         UsageError: the source or the mountpoint is not there or not usable.
@@ -140,35 +156,60 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None]) -> None:
         QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; the
             connection to the kernel was cut; or the last flush of an overlay failed (NoSpace if the disk is full).
     """
-    check_mountpoint(settings.mountpoint, settings.source)
-    with serving_folder(settings.mountpoint) as home:
-        await _serve(settings, ready, home)
+    takeover = Takeover(link, link.turn())
+    if not takeover.is_taken:
+        check_mountpoint(settings.mountpoint, settings.source)
+    try:
+        with serving_folder(settings.mountpoint) as home:
+            await _serve(settings, ready, home, takeover)
+    finally:
+        if takeover.handing:
+            link.finish("handed")
+        elif takeover.over:
+            link.finish("over")
 
 
-async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path) -> None:
+async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path, takeover: Takeover) -> None:
     descriptors.raise_limit()
     memory.set_up()
     scheduling.ask_for_short_slices()
-    exit_report.discard(settings.mountpoint)  # the report of an earlier mount, if nobody has read it
-    notifier = Notifier()
+    if not takeover.is_taken:
+        exit_report.discard(settings.mountpoint)  # the report of an earlier mount, if nobody has read it
+    link = takeover.link
+    notifier = Notifier(relay=link.tell if link else None)
+    options = dataclasses.replace(settings.options, session_prefix=takeover.session_prefix())
     async with trio.open_nursery() as nursery:
         # Tasks of this nursery run until the overlays are closed.
         nursery.start_soon(notifier.watchdog)
         session = FuseSession(settings.mountpoint)
         pages = KernelPages(session.mountpoint)
-        images = Images(settings.source, settings.options, nursery, forget=forget_name, drop_pages=pages.drop)
+        images = Images(
+            settings.source,
+            options,
+            nursery,
+            forget=_leave_name if link else forget_name,
+            drop_pages=pages.drop,
+            link=link,
+            values=takeover.values,
+        )
         try:
             await images.registry.scan()
-            mount = Mount(images, session)
-            await nursery.start(stop_on_signal, mount.quit)
+            mount = Mount(images, session, takeover)
+            # The holder passes signals on, and its user may have sent one to us as well.
+            await nursery.start(stop_on_signal, mount.quit, signal.SIG_IGN if link else signal.SIG_DFL)
             nursery.start_soon(dump_on_signal, mount.fetches)
             await _serve_mounted(mount, settings, home / SOCKET_NAME, ready, notifier)
         finally:
             with trio.CancelScope(shield=True):
-                losses = await images.close()
-                exit_report.discard(settings.mountpoint)
+                images.note()
+                losses = takeover.losses() + await images.close()
+                images.note_closed()
+                if takeover.over or not takeover.is_taken:
+                    exit_report.discard(settings.mountpoint)
         nursery.cancel_scope.cancel()
-    if losses:
+    if losses and takeover.handing:
+        link.set("lost", str(_summed_up(losses)))
+    elif losses:
         error = _summed_up(losses)
         exit_report.write(settings.mountpoint, error)
         raise error
@@ -187,7 +228,9 @@ async def _serve_mounted(
     mount: Mount, settings: Settings, socket: Path, ready: Callable[[Mounted], None], notifier: Notifier
 ) -> None:
     images, session = mount.images, mount.session
-    session.mount(
+    takeover = mount.takeover
+    takeover.begin(
+        session,
         Operations(images.registry, images.folder),
         images.folder.source,
         allow_other=settings.allow_other,
@@ -197,6 +240,7 @@ async def _serve_mounted(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_answer_kernel, mount)
+            nursery.start_soon(_heed_holder, mount)
             nursery.start_soon(images.registry.watch)
             nursery.start_soon(memory.give_back_memory, images.sources.buffers)
             nursery.start_soon(
@@ -205,21 +249,57 @@ async def _serve_mounted(
             await nursery.start(serve_control, socket, mount)
             if settings.metrics is not None:
                 await nursery.start(serve_metrics, settings.metrics, mount)
-            await trio.to_thread.run_sync(
-                tune, mount.mountpoint, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
+            await _tune(mount)
             log.info("serving %s at %s", images.folder.source, mount.mountpoint)
             ready(mount)
             notifier.ready()
+            takeover.link.tell("serving")
             nursery.start_soon(notifier.tell_status, mount.everything)
             if settings.until_streamed:
                 nursery.start_soon(_quit_when_streamed, mount)
             await mount.stopping()
-            notifier.stopping()
-            _log_open_images(mount)
+            if takeover.handing:
+                await takeover.leave(session)
+            else:
+                notifier.stopping()
+                _log_open_images(mount)
             nursery.cancel_scope.cancel()
     finally:
         session.end()
+        takeover.over = not takeover.handing
+
+
+def _leave_name(_: str) -> None:
+    """Leave the name of a removed image in the kernel's cache, which asks again after ATTRIBUTE_SECONDS.
+
+    The thread that drops it would wait for lookups which we have to answer: see `fuse_session.py`.
+    """
+
+
+async def _tune(mount: Mount) -> None:
+    """Set the kernel's read-ahead once the mount answers."""
+    if mount.takeover.link:
+        # Nothing of ours may wait for the mount: see `fuse_session.py`.
+        await mount.takeover.established.wait()
+        tune_device(mount.device)
+        return
+    await trio.to_thread.run_sync(tune, mount.mountpoint, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+
+
+async def _heed_holder(mount: Mount) -> None:
+    """Hear what the holder wants, and keep it informed."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_inform_holder, mount)
+        failure = await mount.takeover.hear()
+        nursery.cancel_scope.cancel()
+    mount.quit(failure)
+
+
+async def _inform_holder(mount: Mount) -> None:
+    while mount.takeover.link:
+        mount.images.note()
+        mount.takeover.link.flush()
+        await trio.sleep(INFORM_SECONDS)
 
 
 async def _answer_kernel(mount: Mount) -> None:

@@ -27,9 +27,13 @@ _TRIO = os.path.dirname(trio.__file__) + os.sep
 
 
 async def stop_on_signal(
-    stop: Callable[[], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    stop: Callable[[], None],
+    then: signal.Handlers = signal.SIG_DFL,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Call `stop` at the first signal in STOPPING. After that, a further signal ends the process at once.
+
+    `then`: SIG_IGN if another process heeds further signals.
 
     Reports `started` when the handlers are installed. An earlier signal ends the process, so do not mount before.
 
@@ -43,7 +47,7 @@ async def stop_on_signal(
         stop()
     # The default action of the kernel works even if the event loop hangs. A shell reports it as 143, 130 or 129.
     for number in STOPPING:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, then)
 
 
 async def dump_on_signal(fetches: Callable[[], Sequence[FetchQueue]]) -> None:

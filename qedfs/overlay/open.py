@@ -42,12 +42,18 @@ log = logging.getLogger(__name__)
 
 
 async def open_overlay(
-    path: str, *, writable: bool, locked: bool = True, journal_folder: Path | None = None, dir_fd: int | None = None
+    path: str,
+    *,
+    writable: bool,
+    locked: bool = True,
+    journal_folder: Path | None = None,
+    dir_fd: int | None = None,
+    session_prefix: str = "",
 ) -> Overlay:
     """Open the overlay file at `path`, see `FileStorage.open` and `open_storage`. Errors name the path."""
     storage = FileStorage.open(path, writable=writable, locked=locked, dir_fd=dir_fd)
     try:
-        overlay = await open_storage(storage, journal_folder=journal_folder)
+        overlay = await open_storage(storage, journal_folder=journal_folder, session_prefix=session_prefix)
     except (BadOverlay, InUse, NoMemory) as exc:
         storage.close()
         raise type(exc)(f"{path}: {exc}") from exc
@@ -61,13 +67,14 @@ async def open_overlay(
     return overlay
 
 
-async def open_storage(storage: Storage, *, journal_folder: Path | None = None) -> Overlay:
+async def open_storage(storage: Storage, *, journal_folder: Path | None = None, session_prefix: str = "") -> Overlay:
     """Read and validate the overlay. If it is writable, repair it, replay its journal and start a session.
 
     On a full disk the session starts later (`session_start.py`), and operations that need it raise NoSpace until then.
     A read-only overlay shows the entries of a killed session's journal, but does not remove the journal.
 
     `journal_folder`: on a tmpfs. If None, writes to new clusters are acknowledged only after a group commit.
+    `session_prefix`: the beginning of the id of the session (`Session`).
 
     Raises:
         BadOverlay: the overlay cannot be served. Nothing has been written to it.
@@ -76,19 +83,23 @@ async def open_storage(storage: Storage, *, journal_folder: Path | None = None) 
     """
     share = Share(memory_pool.TABLES)
     try:
-        return await storage.in_thread(lambda: _open(storage, journal_folder, share))
+        return await storage.in_thread(lambda: _open(storage, journal_folder, share, session_prefix))
     except BaseException:
         share.close()
         raise
 
 
-def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overlay:  # noqa: C901 - its steps
+def _open(  # noqa: C901 - its steps
+    storage: Storage, journal_folder: Path | None, share: Share, session_prefix: str
+) -> Overlay:
     if storage.locked:  # otherwise a mount may be writing to it, and the page cache has what that mount serves
         revalidate(storage, journal_folder)
     header, backing = read_header(storage)
     journal = SessionJournal()
     barriers = Barriers(storage, journal)
-    session = Session(storage, header, read_record(storage, header), barrier=barriers.barrier)
+    record = read_record(storage, header)
+    session = Session(storage, header, record, barrier=barriers.barrier, prefix=session_prefix)
+    found_mark = session.mark()
     found = find(storage, journal_folder, session.record.session, session.record.journal)
     if emptying := session.record.standby is Standby.EMPTYING:
         found = _emptied(found, session, writable=storage.writable)
@@ -142,6 +153,7 @@ def _open(storage: Storage, journal_folder: Path | None, share: Share) -> Overla
         freed,
         backing=backing,
         journal_remark=remark if storage.locked else "",
+        found_mark=found_mark,
     )
 
 

@@ -54,6 +54,14 @@ class OpenSession:
         """The record, including changes that are not stored yet."""
         return functools.reduce(lambda record, change: change(record), self._changes, self._session.record)
 
+    def mark(self) -> str:
+        """See `Session.mark`."""
+        return self._session.mark()
+
+    def marks(self) -> tuple[str, ...]:
+        """See `Session.marks`."""
+        return self._session.marks()
+
     @property
     def names_format(self) -> bool:
         """Whether the header says that the backing is raw."""

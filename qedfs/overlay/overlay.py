@@ -81,10 +81,12 @@ class Overlay:
         *,
         backing: str | None,
         journal_remark: str,
+        found_mark: str,
     ) -> None:
         """Takes over what `open.py` has read.
 
-        `journal_remark`: what to tell the user about writes of a killed session that are not served.
+        `journal_remark`: what to tell the user about writes of a killed session that are not served. `found_mark`: the
+        mark of the overlay when it was opened (`Session.mark`).
         """
         self.storage = storage
         self.geometry = clusters.geometry
@@ -93,6 +95,7 @@ class Overlay:
         self.committer, self.flush_now = committer, committer.flush_now  # an fsync tries the latter first
         self.backing = backing
         self.journal_remark = journal_remark
+        self.found_mark = found_mark
         self.times = session.times  # of the image
         self._cold_reads = ColdReads(storage)
         self._loop_writes = LoopWrites()
@@ -125,6 +128,14 @@ class Overlay:
     def record(self) -> Record:
         """The private record, including changes that are not stored yet."""
         return self._session.record
+
+    def mark(self) -> str:
+        """See `Session.mark`."""
+        return self._session.mark()
+
+    def marks(self) -> tuple[str, ...]:
+        """The beginnings of `found_mark` at the next opening, if nobody else has written to the overlay until then."""
+        return self._session.marks()
 
     @property
     def probes_backing(self) -> bool:

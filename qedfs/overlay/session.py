@@ -72,12 +72,22 @@ class Session:
     """
 
     def __init__(
-        self, storage: Storage, header: Header, record: Record | None, *, barrier: Callable[[], None] | None = None
+        self,
+        storage: Storage,
+        header: Header,
+        record: Record | None,
+        *,
+        barrier: Callable[[], None] | None = None,
+        prefix: str = "",
     ) -> None:
-        """`barrier`: that of the open overlay (`barrier.py`); None if nothing but NEED_CHECK is going to be written."""
+        """`barrier`: that of the open overlay (`barrier.py`); None if nothing but NEED_CHECK is going to be written.
+
+        `prefix`: of the ids of sessions, in hexadecimal, by which they show the mount that they belong to.
+        """
         self.header = header
         self._storage = storage
         self._barrier = barrier or storage.barrier
+        self._prefix = prefix
         self._slots = slot_offsets(header)
         self.record = record or Record()
         # Whether the last write of a slot may not be durable yet. True at first: an earlier session may have ended, or
@@ -141,7 +151,26 @@ class Session:
 
     def fresh(self) -> str:
         """The id of a new session; "" if the overlay has no room for a record."""
-        return secrets.token_hex(16) if self.has_room else ""
+        return f"{self._prefix}{secrets.token_hex(16 - len(self._prefix) // 2)}" if self.has_room else ""
+
+    def mark(self) -> str:
+        """Tells which session the overlay is in, or which was the last one.
+
+        If another program writes to it, it gets another mark. Only an overlay that has no room for a record always has
+        the same.
+        """
+        if not self.has_room:
+            return "-"
+        told = f"{'' if self.untouched else '!'}{self.record.session or f'#{self.record.sequence}.'}"
+        # Without a session of ours, the only trace of others is the time of the file, which we leave alone.
+        return told if self._storage.writable else f"{told}@{self._storage.modified_ns()}"
+
+    def marks(self) -> tuple[str, ...]:
+        """The beginnings of the marks that it may have later if nobody else writes to it."""
+        if self.has_room and self._storage.writable:
+            # Of any session of this mount, and of the end of this one.
+            return (self._prefix or self.record.session, f"#{self.record.sequence + 1}.")
+        return (self.mark(),)
 
     def begin(self, session: str, journal: str = "") -> None:
         """Store a new session in the overlay. `journal`: the note of its journal (`journal_search.py`), which exists.

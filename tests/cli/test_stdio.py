@@ -110,17 +110,17 @@ def test_a_daemon_runs_nothing_of_the_folder_that_its_caller_stands_in(
 def test_a_daemon_finds_modules_where_its_caller_does_but_for_the_present_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qedfs.cli.daemon import _environment
+    from qedfs.cli.holding import environment
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["/usr/bin", *sys.path[1:]])
     monkeypatch.setenv("PYTHONPATH", ":/opt/lib::lib:")
-    assert _environment()["PYTHONPATH"] == f"/opt/lib:{tmp_path}/lib"
+    assert environment()["PYTHONPATH"] == f"/opt/lib:{tmp_path}/lib"
     monkeypatch.setenv("PYTHONPATH", ":")
-    assert "PYTHONPATH" not in _environment()
+    assert "PYTHONPATH" not in environment()
     checkout = str(Path(__file__).parents[2])
     monkeypatch.setattr(sys, "path", [checkout, *sys.path[1:]])
-    assert _environment()["PYTHONPATH"] == checkout
+    assert environment()["PYTHONPATH"] == checkout
 
 
 def test_a_result_that_cannot_be_written_is_a_failure_of_one_line(overlay: Path) -> None:

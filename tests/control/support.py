@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from qedfs.control.port import ServedImage
+from qedfs.control.port import Restart, ServedImage
 from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
@@ -113,6 +113,8 @@ class FakeMount:
         self.populated: list[tuple[str, str, str | None, bool]] = []
         self.activated: list[tuple[str, bool]] = []  # name, dry
         self.has_quit = trio.Event()
+        self.restart: Restart | None = None
+        self.upgrades = 0
         self.total = TotalLimit()
 
     def everything(self) -> list[Served]:
@@ -134,6 +136,9 @@ class FakeMount:
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:
         self.populated.append((served.name, place, backing_format, force))
+
+    async def upgrade(self) -> None:
+        self.upgrades += 1
 
     def quit(self) -> None:
         self.has_quit.set()

@@ -17,6 +17,8 @@ import pyfuse3
 import pytest
 
 from qedfs.mount.fuse import Operations
+from qedfs.mount.held import HolderLink
+from qedfs.mount.inode_numbers import InodeNumbers
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
@@ -49,6 +51,8 @@ class Overlays:
 
     def __init__(self, *found: Served) -> None:
         self._found = found
+        self.numbers = InodeNumbers(HolderLink())
+        self.restored: Callable[[Served], None] = lambda _: None
         self.asked_to_close: list[str] = []
 
     def by_name(self, name: str) -> Served | None:

@@ -62,7 +62,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     for name in ("mount_info_at", "unmount"):
         monkeypatch.setattr(fuse_session, name, getattr(stand_in, name))
     monkeypatch.setattr(fuse_session, "is_dead", lambda _: stand_in.dead)
-    monkeypatch.setattr(fuse_wait, "install", lambda: None)
+    monkeypatch.setattr(fuse_wait, "install", lambda *_, **__: None)
     return stand_in
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyfuse3
 import pytest
 import trio
 
-from qedfs.mount import more_operations
+from qedfs.mount import library_memory, more_operations
 from qedfs.mount.more_operations import MoreOperations
 from tests.harness.process import Child
 from tests.harness.require import require
@@ -55,7 +54,7 @@ class Answers:
 
 def test_the_pointer_is_found_once_and_is_back_afterwards() -> None:
     library = ctypes.PyDLL(pyfuse3.__file__)
-    regions = more_operations._memory_of(os.path.realpath(pyfuse3.__file__))
+    regions = library_memory.memory_of(os.path.realpath(pyfuse3.__file__))
     pointer = more_operations._find_pointer(library, regions)
     word = ctypes.c_void_p.from_address(pointer.place)
     before = word.value
@@ -71,35 +70,14 @@ def test_the_pointer_is_found_once_and_is_back_afterwards() -> None:
 def test_without_exactly_one_pointer_nothing_is_changed(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     library = ctypes.PyDLL(pyfuse3.__file__)
     name = next(name for name in more_operations._NEW_SESSION if hasattr(library, name))
-    words = (ctypes.c_void_p * 4)(*[more_operations._address(library, name)] * count)
+    words = (ctypes.c_void_p * 4)(*[library_memory.address_of(library, name)] * count)
     place = ctypes.addressof(words)
-    monkeypatch.setattr(more_operations, "_memory_of", lambda _: [(place, place + 4 * WORD, True)])
+    monkeypatch.setattr(more_operations, "memory_of", lambda _: [(place, place + 4 * WORD, True)])
     before = list(words)
     more = MoreOperations(Answers())
     with more.offered():
         assert list(words) == before
     assert more.missing == f"pyfuse3 has {count} pointers to libfuse's fuse_session_new, not one"
-
-
-def test_a_library_that_is_not_loaded_has_no_memory() -> None:
-    assert more_operations._memory_of("/nowhere.so") == []
-
-
-def test_a_pointer_in_read_only_memory_is_replaced_and_protected_again() -> None:
-    memory = mmap.mmap(-1, mmap.PAGESIZE)
-    word = ctypes.c_void_p.from_buffer(memory)
-    page = ctypes.addressof(word)
-    more_operations._protect(page, mmap.PROT_READ)
-    pointer = more_operations._Pointer(page, writable=False, function="")
-    with more_operations._replaced(pointer, 7):
-        assert word.value == 7
-    assert not word.value
-    assert any(
-        "r--" in line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(f"{page:x}-")
-    )
-    more_operations._protect(page, mmap.PROT_READ | mmap.PROT_WRITE)
-    del word
-    memory.close()
 
 
 # One reply to each request.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ import click
 from qedfs.cli.command_line import arguments_for
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.holding import hold, holder_command, server_command
 from qedfs.cli.mount_arguments import MountArguments
 from qedfs.cli.mount_checks import check_options, check_source, remarks
 from qedfs.cli.mount_options import expand
@@ -136,8 +138,22 @@ class MountCommand(GivenOnce):
 )
 @click.option("--log-json", is_flag=True, help="Log one JSON object per line.")
 @click.option("--verbose", is_flag=True, help="Log more.")
+@click.option(
+    "--restart/--no-restart",
+    default=False,
+    help="Keep the mount when its server dies: another process holds it, and starts a server that takes it over.",
+)
+@click.option("--most-deaths", type=click.IntRange(min=1), default=5, hidden=True)  # in a minute; for contrib/outlive
 @click.option("--ready-fd", type=int, hidden=True)
-def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  # noqa: ANN401 - MountArguments' fields
+@click.option("--holder-fd", type=int, hidden=True)
+def mount(
+    in_background: bool,
+    restart: bool,
+    most_deaths: int,
+    ready_fd: int | None,
+    holder_fd: int | None,
+    **options: Any,  # noqa: ANN401 - MountArguments' fields
+) -> None:
     """Serve SOURCE, one overlay or a folder of them, at the folder MOUNTPOINT.
 
     disk.qed appears as MOUNTPOINT/disk.raw, and can be read and written at once. Missing parts are fetched from the
@@ -152,21 +168,44 @@ def mount(in_background: bool, ready_fd: int | None, **options: Any) -> None:  #
     Runs until unmounted (qedfs umount) or interrupted; a second signal ends it at once, without a flush. SIGUSR1 logs
     what it is doing. The options can also be written as `-o limit=20M,allow_other,...`.
     """
-    if ready_fd is None:
+    is_first = ready_fd is None and holder_fd is None  # the process that the user has started
+    if is_first:
         check_source(options["source"], options["mountpoint"])
     arguments = MountArguments(**_absolute(options))
     check_options(arguments)
-    if ready_fd is None:
+    if is_first:
         for line in remarks(arguments):
             remark(line)
     if in_background:
         from qedfs.cli import daemon  # here, as it loads subprocess, which takes as long as all of this module
 
-        daemon.start(arguments_for(mount, dataclasses.asdict(arguments)), arguments.mountpoint)
+        daemon.start(_command(arguments, most_deaths if restart else 0), arguments.mountpoint)
+    elif restart:
+        hold(_words(arguments), arguments.mountpoint, log=_log_kind(arguments), most_deaths=most_deaths)
     else:
         from qedfs.cli.serving import serve_mount  # see above
 
-        serve_mount(arguments, ready_fd)
+        serve_mount(arguments, ready_fd, holder_fd)
+
+
+def _words(arguments: MountArguments) -> list[str]:
+    return arguments_for(mount, dataclasses.asdict(arguments))
+
+
+def _command(arguments: MountArguments, most_deaths: int) -> Callable[[int], list[str]]:
+    """What a daemon runs, when its pipe has this number. `most_deaths`: of its servers; 0: it has no holder."""
+    if not most_deaths:
+        return lambda fd: server_command(f"--ready-fd={fd}", *_words(arguments))
+    log = "json" if arguments.log_json else "text"
+    words, mountpoint = _words(arguments), arguments.mountpoint
+    return lambda fd: holder_command(words, mountpoint, log=log, most_deaths=most_deaths, ready_fd=fd)
+
+
+def _log_kind(arguments: MountArguments) -> str:
+    """How the holder writes its lines, as `logs.py` does for the server."""
+    if arguments.log_json:
+        return "json"
+    return "journal" if os.environ.get("JOURNAL_STREAM") else "text"
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def _unmount_and_wait(mountpoint: str, deadline: float, *, if_mounted: bool) -> 
         finally:
             if process is not None:
                 os.close(process)
-    if process is None:  # the connection may end before the server does
-        _wait_until_released(mountpoint, places)
+    # The connection may end before the server does, and a server that was killed may have another one after it.
+    _wait_until_released(mountpoint, places)
     _exit_as_reported(mountpoint, places)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qedfs.control.monitoring.progress_rate import Rate
-from qedfs.control.port import Mounted, ServedImage
+from qedfs.control.port import Mounted, Restart, ServedImage
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause, Trouble
@@ -29,11 +29,17 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "device": mount.device,
         "socket": socket,
         "more_operations": {"answered": not mount.without_more, "error": mount.without_more or None},
+        "restarts": mount.restart.count if mount.restart else 0,
+        "last_restart": _restart_status(mount.restart),
         "limit_total": mount.total.limiter.limit,
         "fetched_in_background": mount.total.fetched,
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }
+
+
+def _restart_status(restart: Restart | None) -> dict[str, Any] | None:
+    return None if restart is None else {"reason": restart.reason, "pause_seconds": round(restart.pause_seconds, 3)}
 
 
 def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:

@@ -18,6 +18,8 @@
 - `x-qedfs-on-source-error {device, action, bound?}`: what reads do while the source is away: `eio` or `wait`, the
   latter for at most `bound` seconds. The overlay records it.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
+- `x-qedfs-upgrade`: let another server of the installed version take the mount over; returns when that is ready. The
+  connection ends a moment later.
 
 Their errors also have `x-qedfs-exit-code`: the exit status of the command line for this error.
 """
@@ -201,6 +203,12 @@ async def _on_source_error(call: Call, arguments: Arguments) -> Nothing:
 @our_commands("x-qedfs-rescan")
 async def _rescan(call: Call, _: Arguments) -> Nothing:
     await call.control.mount.rescan()
+    return {}
+
+
+@our_commands("x-qedfs-upgrade")
+async def _upgrade(call: Call, _: Arguments) -> Nothing:
+    await call.control.mount.upgrade()
     return {}
 
 

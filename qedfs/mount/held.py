@@ -1,0 +1,166 @@
+"""A server's connection to the holder of its mount (`holder.py`), and what one server tells the next one.
+
+Owns the messages. Each is one packet of text; its first word says what it is:
+
+| from the server | |
+|---|---|
+| `ready` | it has loaded its program, and waits for its turn |
+| `keep` and a descriptor | /dev/fuse: from now on the mount outlives the server |
+| `set KEY VALUE`, `del KEY` | what the next server has to know |
+| `serving` | requests are answered |
+| `upgrade` | start the next server |
+| `handed` | everything is closed for the next server, and this one ends |
+| `over` | the mount has ended in order |
+| `failed TEXT` | why it is about to end |
+| `notify TEXT` | for the service manager |
+
+| from the holder | |
+|---|---|
+| `mount` | there is no mount yet: make it |
+| `take JSON` and two descriptors | /dev/fuse and the values: take the mount over |
+| `hand` | the next server is ready: hand the mount over |
+| `failed TEXT` | the next server could not start |
+
+A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. Must not
+know what the values mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import socket
+from collections import deque
+from collections.abc import Mapping
+
+import trio
+
+from qedfs.errors import QedfsError
+
+MESSAGE_BYTES = 1 << 16
+FORMAT = "1"  # of the values; a server refuses those of another one
+WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Taken:
+    """A mount that is taken over from another server."""
+
+    fd: int  # /dev/fuse
+    values: Mapping[str, str]
+    reason: str  # how the other server has ended
+    restarts: int  # how many servers have taken this mount over, with this one
+    since: float  # when the mount stopped answering, in CLOCK_MONOTONIC
+
+
+class HolderLink:
+    """The connection to the holder, or none: then nothing is sent, and there is never a mount to take over."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._socket = None if fd is None else socket.socket(fileno=fd)
+        self._unsent: deque[bytes] = deque()
+        self._values: dict[str, str] = {}
+        if self._socket is not None:
+            self._socket.set_inheritable(False)
+
+    def __bool__(self) -> bool:
+        return self._socket is not None
+
+    def turn(self) -> Taken | None:
+        """Wait for our turn. Returns the mount to take over, None if there is none yet. Waits without an event loop.
+
+        Raises:
+            QedfsError: the holder has gone, or what it keeps is of another version of this program.
+        """
+        if self._socket is None:
+            return None
+        self._send("ready")
+        content, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 2)
+        verb, _, rest = content.decode().partition(" ")
+        self._socket.setblocking(False)
+        if verb == "mount":
+            self.set("format", FORMAT)
+            return None
+        if verb != "take" or len(descriptors) != 2:
+            raise QedfsError("the holder of the mount has gone")
+        with open(descriptors[1], "rb") as file:
+            file.seek(0)
+            self._values = json.loads(file.read())
+        if self._values.get("format") != FORMAT:
+            raise QedfsError("the mount was served by a version whose state this one cannot read")
+        told = json.loads(rest)
+        taken = Taken(
+            descriptors[0],
+            dict(self._values),
+            reason=str(told["reason"]),
+            restarts=int(told["restarts"]),
+            since=float(self._values.get("paused", told["since"])),
+        )
+        self.drop("paused")
+        return taken
+
+    def keep(self, fd: int) -> None:
+        """Let the holder keep /dev/fuse."""
+        if self._socket is not None:
+            self.flush()
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._socket, [b"keep"], [fd])
+
+    def set(self, key: str, value: str) -> None:
+        """Tell the next server. Nothing is sent if the value is what it was."""
+        if self._socket is not None and self._values.get(key) != value:
+            self._values[key] = value
+            self._send(f"set {key} {value}")
+
+    def drop(self, key: str) -> None:
+        """Forget a value."""
+        if self._values.pop(key, None) is not None:
+            self._send(f"del {key}")
+
+    def tell(self, message: str) -> None:
+        """Send one of the messages that have no more than text."""
+        self._send(message)
+
+    async def heard(self) -> str:
+        """Wait for a message of the holder. Returns "" if the holder has gone; never returns if there is none."""
+        if self._socket is None:
+            await trio.sleep_forever()
+            raise AssertionError
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                return self._socket.recv(MESSAGE_BYTES).decode(errors="replace")
+            except BlockingIOError:
+                continue
+            except OSError:
+                return ""
+
+    def _send(self, text: str) -> None:
+        """Send a packet. It waits in a queue of ours if the holder does not read, which a stopped one does not."""
+        if self._socket is not None:
+            self._unsent.append(text.encode(errors="surrogateescape"))
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits in our queue, as far as the holder reads."""
+        while self._unsent and self._socket is not None:
+            try:
+                self._socket.send(self._unsent[0], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:  # it has gone, which `heard` reports
+                self._unsent.clear()
+                return
+            self._unsent.popleft()
+
+    def finish(self, message: str) -> None:
+        """Send the last message, and wait for a holder that is slow to read."""
+        if self._socket is not None:
+            self._socket.settimeout(WAIT_SECONDS)
+            self._send(message)
+
+    def close(self) -> None:
+        """Close our end."""
+        if self._socket is not None:
+            self._socket.close()

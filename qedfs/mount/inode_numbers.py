@@ -1,0 +1,84 @@
+"""The inode numbers of the images, and how often each is open, for the lifetime of the mount.
+
+Owns the numbers, and what the next server has to know of them (`held.py`): the kernel, and whoever has an image open,
+know an image by its number only. Must not know what is done with an image.
+
+A number is never used again for anything else, because the kernel keeps the pages of a file under it. So the next
+server gives an image its number back only if nobody else has changed the overlay meanwhile: it has the same name, is
+the same file, and its record shows either a session of this mount or the end of the last one (`Session.mark`).
+Otherwise whoever has the image open gets ESTALE.
+
+Counts may be too high after a crash, never too low, as that would close an image which is still in use. So an open()
+is noted before the kernel hears of it, and a release() after that. A server that dies between note and answer, some
+microseconds, leaves an open() that nobody releases. What it costs: an overlay that is removed later is not closed
+before the end of the mount, and --until-streamed does not end it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from qedfs.mount.held import HolderLink
+from qedfs.mount.served import Served
+
+_NOTHING: Mapping[str, str] = {}
+
+
+class InodeNumbers:
+    """The numbers of one mount. `values`: what an earlier server has told of them."""
+
+    def __init__(self, link: HolderLink, values: Mapping[str, str] = _NOTHING) -> None:
+        self._link = link
+        self._next = int(values.get("next-inode", 2))  # 1 is the root
+        # (name, inode of the file) -> (number, marks), of images that were not opened again yet.
+        self._left: dict[tuple[str, int], tuple[int, list[str]]] = {}
+        self._opens: dict[int, int] = {}
+        for key, value in values.items():
+            kind, _, number = key.partition("/")
+            if kind == "image":
+                name, file, marks = json.loads(value)
+                self._left[name, file] = int(number), marks
+            elif kind == "opens":
+                self._opens[int(number)] = int(value)
+
+    def _fresh(self) -> int:
+        """A number that was never used."""
+        number, self._next = self._next, self._next + 1
+        self._link.set("next-inode", str(self._next))
+        return number
+
+    def admit(self, served: Served) -> None:
+        """An image was opened: give it the number and the opens that it had in an earlier server, or a new number."""
+        if served.image is None:
+            return
+        number, marks = self._left.pop((served.name, served.stamp[0]), (0, []))
+        if any(served.image.overlay.found_mark.startswith(mark) for mark in marks):
+            served.inode, served.opens = number, self._opens.pop(number, 0)
+            # Of an image that was activated, nobody knows whether its pages were dropped before the crash.
+            served.stale_pages = bool(served.image.overlay.record.standby)
+        else:
+            served.inode = self._fresh()
+        self.note(served)
+
+    def note(self, served: Served) -> None:
+        """Tell the next server of an image."""
+        if self._link and served.image is not None:
+            marks = [mark for mark in served.image.overlay.marks() if mark]
+            self._link.set(f"image/{served.inode}", json.dumps([served.name, served.stamp[0], marks]))
+
+    def note_closed(self, served: Served) -> None:
+        """Tell the next server of an image that was closed for it."""
+        if self._link and served.image is not None and served.image.writable:
+            value = json.dumps([served.name, served.stamp[0], [served.image.overlay.mark()]])
+            self._link.set(f"image/{served.inode}", value)
+
+    def note_opens(self, served: Served) -> None:
+        """Tell the next server how often an image is open."""
+        if self._link:
+            self._link.set(f"opens/{served.inode}", str(served.opens))
+
+    def forget(self, served: Served) -> None:
+        """The image has no users any more."""
+        self._link.drop(f"image/{served.inode}")
+        self._link.drop(f"opens/{served.inode}")

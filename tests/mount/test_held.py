@@ -1,0 +1,116 @@
+"""What a server and the holder of its mount say to each other, over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from qedfs.errors import QedfsError
+from qedfs.mount.held import HolderLink
+
+
+@contextlib.contextmanager
+def linked() -> Iterator[tuple[HolderLink, socket.socket]]:
+    """A link, and the holder's end of its socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(60)
+    with ours:
+        link = HolderLink(theirs.detach())
+        yield link, ours
+        link.close()
+
+
+def taken(holder: socket.socket, values: dict[str, str], told: dict[str, object]) -> None:
+    """Passes a mount on, as the holder does."""
+    fd = os.memfd_create("values")
+    os.write(fd, json.dumps(values).encode())
+    socket.send_fds(holder, [f"take {json.dumps(told)}".encode()], [fd, fd])
+    os.close(fd)
+
+
+def heard(holder: socket.socket, count: int) -> list[str]:
+    return [holder.recv(1000).decode() for _ in range(count)]
+
+
+def test_the_first_server_makes_the_mount_and_tells_what_the_next_one_needs() -> None:
+    with linked() as (link, holder):
+        holder.send(b"mount")
+        assert link.turn() is None
+        for value in ("1", "1", "2"):
+            link.set("opens/5", value)
+        link.drop("opens/5")
+        link.drop("opens/5")
+        assert heard(holder, 5) == ["ready", "set format 1", "set opens/5 1", "set opens/5 2", "del opens/5"]
+
+
+def test_the_next_server_gets_the_mount_with_all_values() -> None:
+    with linked() as (link, holder):
+        taken(holder, {"format": "1", "a": "b"}, {"reason": "SIGKILL", "restarts": 3, "since": 7.5})
+        found = link.turn()
+        assert found is not None
+        assert (dict(found.values), found.reason) == ({"format": "1", "a": "b"}, "SIGKILL")
+        assert (found.restarts, found.since) == (3, 7.5)
+        link.set("a", "b")  # known to the holder already
+        link.set("a", "c")
+        assert heard(holder, 2) == ["ready", "set a c"]
+        os.close(found.fd)
+
+
+def test_a_handed_mount_has_paused_when_its_server_began_to_hand_it_over() -> None:
+    with linked() as (link, holder):
+        taken(holder, {"format": "1", "paused": "5.0"}, {"reason": "an upgrade", "restarts": 1, "since": 7.5})
+        found = link.turn()
+        assert found is not None
+        assert found.since == 5.0
+        assert heard(holder, 2) == ["ready", "del paused"]  # or a later crash would count from then
+        os.close(found.fd)
+
+
+@pytest.mark.parametrize("values", [{"format": "2"}, {}])
+def test_the_values_of_another_format_are_refused(values: dict[str, str]) -> None:
+    with linked() as (link, holder):
+        taken(holder, values, {"reason": "SIGKILL", "restarts": 1, "since": 7.5})
+        with pytest.raises(QedfsError, match="whose state this one cannot read"):
+            link.turn()
+
+
+def test_without_a_holder_nothing_is_sent() -> None:
+    link = HolderLink()
+    assert link.turn() is None
+    link.set("a", "b")
+    link.tell("serving")
+    link.finish("over")
+    assert not link
+
+
+def test_a_holder_that_does_not_read_delays_nobody_and_misses_nothing() -> None:
+    with linked() as (link, holder):
+        holder.send(b"mount")
+        link.turn()
+        for number in range(5000):  # more than fits into the socket
+            link.set("opens/5", str(number))
+        assert heard(holder, 3)[2] == "set opens/5 0"
+        link.tell("serving")
+        said = ""
+        count = 0
+        while said != "serving":
+            said = holder.recv(1000).decode()
+            link.tell("more") if count == 0 else link.flush()
+            count += 1
+        assert count == 5000
+
+
+async def test_the_end_of_the_holder_is_heard() -> None:
+    with linked() as (link, holder):
+        holder.send(b"mount")
+        link.turn()
+        holder.send(b"hand")
+        assert await link.heard() == "hand"
+        holder.close()
+        assert await link.heard() == ""
+        link.set("a", "b")  # to nobody

@@ -1,0 +1,71 @@
+"""The part of one server in a change of servers. `test_holder.py` does it with real ones."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from qedfs.errors import QedfsError
+from qedfs.mount.held import Taken
+from qedfs.mount.takeover import Takeover
+
+from .test_held import linked
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+RESUMED = Taken(-1, {"token": "ab" * 8, "lost": "disk.raw: the disk is full"}, "SIGKILL", 1, 0.0)
+
+
+async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection_ends() -> None:
+    with linked() as (link, holder):
+        takeover = Takeover(link, None)
+        takeover._request = b"the kernel's first one"
+        answered: list[bool] = []
+
+        async def ask() -> None:
+            await takeover.upgrade()
+            answered.append(not takeover.handing)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            assert holder.recv(100) == b"upgrade"
+            holder.send(b"hand")
+            assert await takeover.hear() is None
+        assert takeover.handing
+        assert answered == [True]
+
+
+@pytest.mark.expect_log("the new server could not start: it is too new")
+async def test_a_new_server_that_fails_is_an_error_and_this_one_goes_on() -> None:
+    with linked() as (link, holder):
+        takeover = Takeover(link, None)
+        takeover._request = b"the kernel's first one"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(takeover.hear)
+            holder.send(b"failed it is too new")
+            with pytest.raises(QedfsError, match="serves on: it is too new"):
+                await takeover.upgrade()
+            assert not takeover.handing
+            nursery.cancel_scope.cancel()
+
+
+async def test_the_end_of_the_holder_is_an_error() -> None:
+    with linked() as (link, holder):
+        takeover = Takeover(link, None)
+        holder.close()
+        error = await takeover.hear()
+        assert "the holder of the mount was killed" in str(error)
+
+
+async def test_all_sessions_of_a_mount_begin_alike() -> None:
+    with linked() as (link, _):
+        first = Takeover(link, None).session_prefix()
+        assert len(first) == 16
+        assert Takeover(link, RESUMED).session_prefix() == "ab" * 8
+
+
+async def test_what_an_earlier_server_has_lost_is_told_at_the_end() -> None:
+    with linked() as (link, _):
+        assert [str(loss) for loss in Takeover(link, RESUMED).losses()] == ["disk.raw: the disk is full"]
+        assert not Takeover(link, None).losses()
