@@ -18,6 +18,7 @@ from qedfs.control.qmp.client import Client
 from qedfs.control.qmp.qemu import QemuClient
 from tests.harness.images import random_image
 from tests.harness.migration.bare import Bare, bare
+from tests.harness.migration.left import Left
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.require import require
 
@@ -39,6 +40,7 @@ class Scene:
         self.mount = mount
         self.source = source
         self.destination = destination
+        self.left = Left()
 
     def words(self, *options: str) -> list[str]:
         """Of the command line."""
@@ -49,7 +51,9 @@ class Scene:
     def migrate(self, *options: str) -> tuple[int, dict[str, Any], str]:
         """`qedfs migrate --json`: the exit code, what it prints, and its remarks."""
         done = qedfs(*self.words("--json", *options), check=False)
-        return done.returncode, json.loads(done.stdout), done.stderr
+        told = json.loads(done.stdout)
+        self.left.add(told["export_pid"])
+        return done.returncode, told, done.stderr
 
     @contextlib.contextmanager
     def handover(self, *, post_copy: bool = False) -> Iterator[tuple[Handover, Callable[[], None]]]:
@@ -62,6 +66,7 @@ class Scene:
             with contextlib.closing(image), contextlib.closing(running):
                 running.check()
                 running.serve("", listen_words(image.backing, None))
+                self.left.add(running.outcome.export_pid)
                 running.try_connection()
                 yield running, lambda: running.move(math.inf, lambda _: None, lambda: None)
 
@@ -76,15 +81,20 @@ class Scene:
 
 
 @contextlib.contextmanager
-def migrating(folder: Path, size: int = SIZE, *, standby: bool = True) -> Iterator[Scene]:
+def migrating(folder: Path, size: int = SIZE, *options: str, standby: bool = True) -> Iterator[Scene]:
+    """`size`: of the image. `options`: of its mount."""
     require("qemu-nbd")
     disk = random_image(folder / "source.raw", SIZE)
     overlay = folder / "disk.qed"
     known = ["--offline", "--backing-format", "raw", "--size", str(size), *(["--standby"] if standby else [])]
     qedfs("create", overlay, "--backing", f"nbd+unix:///?socket={folder / 'nbd'}", *known)
     with (
-        mounted(overlay, folder / "mnt", "--allow-backing", "/") as mount,
+        mounted(overlay, folder / "mnt", "--allow-backing", "/", *options) as mount,
         bare(*drive(disk)) as source,
         bare(*drive(mount.path("disk.raw")), incoming="defer") as destination,
     ):
-        yield Scene(folder, disk, overlay, mount, source, destination)
+        made = Scene(folder, disk, overlay, mount, source, destination)
+        try:
+            yield made
+        finally:
+            made.left.kill()

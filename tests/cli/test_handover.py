@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.cli.migration import moved_image
+from qedfs.cli.migration.moved_image import MovedImage
+from qedfs.cli.migration.two_qemus import Lost
 from qedfs.control.qmp import client
 from qedfs.errors import QedfsError, SourceError, TimedOut
+from tests.harness.images import first_difference
+from tests.harness.migration.bare import bare
+from tests.harness.mounts import qedfs
 
-from .migrating import Scene, migrating
+from .migrating import SIZE, Scene, drive, migrating
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    with migrating(tmp_path) as made:
+    # Slow enough that the image is not complete when the way back is taken.
+    with migrating(tmp_path, SIZE, "--limit", "256K") as made:
         yield made
 
 
@@ -54,3 +60,72 @@ def test_a_mount_that_dies_before_the_cut_over(scene: Scene) -> None:
         with pytest.raises(QedfsError, match="the mount has ended"):
             move()
         assert scene.source_runs()
+
+
+def _after_the_cut_over(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Something happens when the image is active, and the guest stands still."""
+    cut_over = MovedImage.cut_over
+
+    def then(image: MovedImage) -> None:
+        cut_over(image)
+        happens()
+
+    monkeypatch.setattr(MovedImage, "cut_over", then)
+
+
+def test_a_destination_that_dies_in_the_last_step_and_another_one(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        _after_the_cut_over(patched, scene.destination.kill)
+        with scene.handover() as (handover, move):
+            with pytest.raises(Lost):
+                move()
+            assert handover.outcome.guest == "source"
+            assert scene.source_runs()
+    assert scene.state() == "standby"
+    with bare(*drive(scene.mount.path("disk.raw")), incoming="defer") as scene.destination:
+        qedfs("stream", "limit", scene.mount.mountpoint, "disk", "0")
+        code, _, remarks = scene.migrate()
+        assert code == 0, remarks
+    assert first_difference(scene.mount.path("disk.raw"), scene.disk) is None
+
+
+def test_a_destination_that_does_not_start_the_guest_gives_it_back(scene: Scene) -> None:
+    with bare(*drive(scene.mount.path("disk.raw")), "-S", incoming="defer") as scene.destination:
+        with scene.handover() as (handover, move):
+            with pytest.raises(Lost, match=r"has the guest, but did not start it \(paused\)"):
+                move()
+            assert handover.outcome.guest == "source"
+            assert scene.source_runs()
+        assert scene.destination.wait() == 0
+    assert scene.state() == "standby"
+
+
+def test_a_guest_that_may_have_written_at_the_destination_does_not_run_on_at_the_source(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        with scene.mount.path("disk.raw").open("r+b") as file:
+            file.write(b"guest")
+
+    _after_the_cut_over(monkeypatch, write)
+    there = bare(*drive(scene.mount.path("disk.raw")), "-S", incoming="defer")
+    with there as scene.destination, scene.handover() as (handover, move):
+        with pytest.raises(Lost):
+            move()
+        assert handover.outcome.guest == "stopped"
+        assert not scene.source_runs()
+        assert "since the image may have been written to" in capsys.readouterr().out
+
+
+def test_a_cut_over_whose_answer_is_lost_is_taken_back(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose() -> None:
+        raise TimedOut("no answer")
+
+    _after_the_cut_over(monkeypatch, lose)
+    with scene.handover() as (_, move):
+        with pytest.raises(TimedOut):
+            move()
+        assert scene.source_runs()
+    assert scene.state() == "standby"

@@ -120,10 +120,15 @@ class Handover:
         try:
             self._image.way_back()
         except QedfsError as exc:
-            self._say(f"{self._image}: cannot go back to standby: {exc}; begin with a new overlay")
+            self._say(f"{self._image}: cannot go back to standby: {exc}; see activate --undo")
 
     def _take_back(self) -> None:
         """The guest did not come up at the destination. If it has written nothing there, the source has all of it."""
+        if self._qemus.has_failed():
+            self._qemus.cancel()
+            self.outcome.guest = "source"
+            self._way_back()
+            return
         if not self._qemus.end_destination():
             self._say("the guest may still come up at the destination, so it stands still at the source")
             return

@@ -143,6 +143,16 @@ class TwoQemus:
             show(found)
             self.source.event(POLL_SECONDS)
 
+    def has_failed(self) -> bool:
+        """Whether the source has given the migration up. It lets the guest run on by itself then.
+
+        False if it has sent all of the guest, and so has no more say in what becomes of it.
+        """
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while (status := self.source.execute("query-migrate").get("status")) in _BUSY and time.monotonic() < deadline:
+            self.source.event(POLL_SECONDS)
+        return status in ("failed", "cancelled")
+
     def end_destination(self) -> bool:
         """End the destination's QEMU, in which no guest has come up. False if one has, or if QEMU does not answer."""
         try:

@@ -106,6 +106,13 @@ def check(path: Path, layout: Layout, table_sum: int) -> Verdict:
     )
 
 
+def foreign_blocks(path: Path, layout: Layout) -> int:
+    """How many blocks are no version of themselves, whatever their guest last wrote."""
+    any_version = (_DOUBTFUL | (_DOUBTFUL - 1),) * layout.blocks
+    with path.open("rb") as file:
+        return len(list(_wrong_blocks(file.fileno(), layout, any_version)))
+
+
 def _wrong_blocks(fd: int, layout: Layout, versions: tuple[int, ...]) -> Iterator[bool]:
     """For each wrong block, whether it is an old version of itself, whole or in part."""
     with open(fd, "rb", closefd=False) as file:

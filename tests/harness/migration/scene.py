@@ -24,6 +24,7 @@ from tests.harness.servers import Server, link_to, qemu_nbd
 
 from . import flow
 from .disk import SMALL, Layout, Verdict, check, make_disk
+from .left import Left
 from .machine import Machine, Rate, machine
 
 
@@ -83,6 +84,8 @@ class Stage:
         self.disk = disk
         self._stack = stack
         self._links: dict[str, Server] = {}
+        self.left = Left()
+        stack.callback(self.left.kill)
 
     def url(self, name: str, address: Path | tuple[str, int]) -> str:
         """The NBD address of a server at `address`, over the link if there is one."""
@@ -163,6 +166,7 @@ def migrate(here: Stage, destination: Machine, mount: Mount, socket: Path, *opti
     done = qedfs("migrate", *words)
     print(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)
+    here.left.add(found["export_pid"])
     return found
 
 
