@@ -21,7 +21,7 @@ from trio.testing import MockClock
 
 from qedfs.host import memory_pool
 from tests.harness import require, sample, worker
-from tests.harness.tiers import TIERS, tiers_of
+from tests.harness.tiers import TIERS, UNIT, tiers_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job inherits that SIGINT is ignored, and so would each program that a test interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A run that is told to end (`timeout`, CI) leaves by the road of Ctrl-C: servers and mounts are taken down.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,8 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
-            for tier in sorted(tiers_of(item)):
+            tiers = tiers_of(item)
+            for tier in sorted(tiers):
                 item.add_marker(tier)
+            # A tracer would slow down the servers of the other tests, and so change what they see. It could not see
+            # mount processes anyway.
+            if tiers != {UNIT} and config.pluginmanager.hasplugin("_cov"):
+                item.add_marker("no_cover")
     # Deselected, not skipped: a skip says that a test could not run here.
     if config.getoption("--slow"):
         return

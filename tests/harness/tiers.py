@@ -73,7 +73,7 @@ def _named(thing: Any) -> tuple[Any, ...]:
     """The functions and classes of the tests that a function's code or a class's members name."""
     if isinstance(thing, type):
         return tuple(_helpers([*vars(thing).values(), *thing.__bases__]))
-    names = set(_names(thing.__code__))
+    names = _names(thing.__code__)
     # What a nested function or a decorated one has caught.
     values = [cell.cell_contents for cell in thing.__closure__ or () if _is_set(cell)]
     for name in names & thing.__globals__.keys():
@@ -84,11 +84,10 @@ def _named(thing: Any) -> tuple[Any, ...]:
     return tuple(_helpers(values))
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)
 
 
 def _constants(code: types.CodeType) -> Iterator[str]:

@@ -25,7 +25,7 @@ from tests.served import tended
 CLUSTER = 4 << 10
 TOTAL = 64 * CLUSTER  # a second
 WINDOW_SECONDS = 20.0
-CONTENT = random.Random(8).randbytes(80 * TOTAL)
+CONTENT = random.Random(8).randbytes(TOTAL) * 80
 
 
 class Compressed(FakeSource):

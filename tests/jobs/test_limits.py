@@ -21,7 +21,7 @@ from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 from tests.served import CLUSTER, served, tended
 
-CONTENT = random.Random(5).randbytes(320 * CLUSTER)
+CONTENT = random.Random(5).randbytes(CLUSTER) * 320
 
 
 async def test_a_limit_is_kept(autojump_clock: trio.testing.MockClock) -> None:

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness.mounts import Mount, mounted
+from tests.harness.process import wait_for
 from tests.harness.require import require
 
 from .support import MIB, create, opened, origin
 
 SIZE = 16 * MIB
 SLOW = "limit_rate 3m;"
-# The kernel asks again after 2 s, and only then could it notice.
-STALE_SECONDS = 2.2
+# <linux/stat.h>, <linux/fcntl.h>
+STATX_BASIC_STATS = 0x7FF
+AT_STATX_FORCE_SYNC, AT_EMPTY_PATH = 0x2000, 0x1000
+CTIME_AT, MTIME_AT = 96, 112  # in struct statx: seconds, nanoseconds
 
 
 def times(image: Path) -> tuple[int, int]:
-    """As the mount tells them, not as the kernel remembers them."""
-    # Of a descriptor that was opened just now: open() asks the mount.
+    """mtime and ctime as the mount tells them, not as the kernel remembers them, which then knows them too."""
     with opened(image, os.O_RDONLY) as fd:
-        time.sleep(STALE_SECONDS)
-        found = os.fstat(fd)
-    return found.st_mtime_ns, found.st_ctime_ns
+        return _ask_for_times(fd)
+
+
+def _ask_for_times(fd: int) -> tuple[int, int]:
+    found = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, found):
+        raise OSError(ctypes.get_errno(), "statx")
+    mtime, ctime = (struct.unpack_from("=qI", found, at) for at in (MTIME_AT, CTIME_AT))
+    return mtime[0] * 10**9 + mtime[1], ctime[0] * 10**9 + ctime[1]
 
 
 def read_all(image: Path, size: int = SIZE) -> None:
@@ -39,6 +49,12 @@ def read_all(image: Path, size: int = SIZE) -> None:
 def write(image: Path, data: bytes, pos: int = 0) -> None:
     with opened(image) as fd:
         assert os.pwrite(fd, data, pos) == len(data)
+
+
+def wait_for_stream(mount: Mount) -> None:
+    """Until it has brought in something more."""
+    before = mount.image()["counters"]["kept_stream"]
+    wait_for(lambda: mount.image()["counters"]["kept_stream"] > before, "a streamed cluster")
 
 
 def test_no_backup_takes_reading_for_a_change(tmp_path: Path) -> None:
@@ -77,10 +93,10 @@ def test_the_page_cache_of_an_image_stays_beside_a_stream(tmp_path: Path) -> Non
         read_all(image, 4 * MIB)
         counted = mount.image()["counters"]
         for _ in range(2):
-            time.sleep(STALE_SECONDS)
+            wait_for_stream(mount)
+            times(image)  # a reader's kernel asks again after 2 s, and only then could it notice
             read_all(image, 4 * MIB)
         after = mount.image()
-        assert after["counters"]["kept_stream"] > counted["kept_stream"]
         assert after["state"] == "running"
         # The kernel's own read-ahead may still bring in some pages behind the last read; a drop brings in 8 MiB again.
         assert after["counters"]["read"] - counted["read"] < MIB

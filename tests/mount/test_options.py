@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import stat
@@ -164,36 +165,49 @@ class User:
     def __init__(self, folder: Path, uid: int) -> None:
         self.folder = folder
         self.through: tuple[str, ...] = ()  # a command that runs another one, and its options
-        self._uid = str(uid)
-        self._python = self._reachable_python()
-
-    def _reachable_python(self) -> str:
-        """An interpreter that this user can run with what we import; ours may lie in root's home."""
-        version = "python{}.{}".format(*sys.version_info)
-        candidates = (f"/usr/bin/{version}", f"/usr/local/bin/{version}", os.path.realpath(sys.executable))
-        found = [python for python in candidates if os.path.exists(python) and self._can_run(python)]
-        return found[0] if found else unavailable("needs an interpreter and a checkout that other users can reach")
-
-    def _can_run(self, python: str) -> bool:
-        return self.run(python, "-c", "import qedfs, click, pycurl, pyfuse3", check=False).returncode == 0
+        self._uid = uid
+        self._python = _reachable_python(uid)
 
     def run(self, *argv: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a program as this user, without a runtime folder."""
-        environment = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "HOME")}
-        become = (require("setpriv"), "--reuid", self._uid, "--regid", self._uid, "--clear-groups", "--")
-        return subprocess.run(
-            [*self.through, *become, *argv],
-            check=check,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=HANG_SECONDS,
-            env={**environment, "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        return _run_as(self._uid, *argv, through=self.through, check=check)
 
     def qedfs(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `qedfs`."""
         return self.run(self._python, "-m", "qedfs", *args, check=check)
+
+
+def _run_as(
+    uid: int, *argv: str | Path, through: tuple[str, ...] = (), check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "HOME")}
+    if sys.pycache_prefix:
+        # Ours has nothing of another interpreter, and this user may not write there: each start would compile all.
+        own = Path(f"{sys.pycache_prefix}-{uid}")
+        own.mkdir(exist_ok=True)
+        os.chown(own, uid, uid)
+        environment["PYTHONPYCACHEPREFIX"] = str(own)
+    become = (require("setpriv"), "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--")
+    return subprocess.run(
+        [*through, *become, *argv],
+        check=check,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=HANG_SECONDS,
+        env={**environment, "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+@functools.cache
+def _reachable_python(uid: int) -> str:
+    """An interpreter that this user can run with what we import; ours may lie in root's home."""
+    version = "python{}.{}".format(*sys.version_info)
+    for python in (f"/usr/bin/{version}", f"/usr/local/bin/{version}", os.path.realpath(sys.executable)):
+        imports = (python, "-c", "import qedfs, click, pycurl, pyfuse3")
+        if os.path.exists(python) and _run_as(uid, *imports, check=False).returncode == 0:
+            return python
+    return unavailable("needs an interpreter and a checkout that other users can reach")
 
 
 @contextlib.contextmanager
