@@ -19,6 +19,7 @@ from pathlib import Path
 
 import zstandard
 
+from .hang import HANG_SECONDS
 from .images import ext4_image
 from .require import GUEST_FOLDER, require, require_guest
 
@@ -31,6 +32,9 @@ SUMS_NAME = "SUMS"
 UP, MOUNTED, VERIFIED, WROTE, DONE = (f"GUEST-{step}" for step in ("UP", "MOUNTED", "VERIFIED", "WROTE", "DONE"))
 FAILED = "GUEST-FAILED"
 _TRIM = "qedfs.trim"  # on the kernel's command line: trim the file system first
+
+# no_timer_check: on a busy machine the emulated timer may tick too late for the kernel's check, which then panics.
+_KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on"
 
 # Modules the guest needs unless its kernel has them built in; what they depend on is found from their own words.
 _MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
@@ -62,7 +66,7 @@ busybox poweroff -f
 """
 
 
-def boot(drive: str, *, timeout_seconds: float = 100, memory_mib: int = 256, trim: bool = False) -> str:
+def boot(drive: str, *, timeout_seconds: float = HANG_SECONDS, memory_mib: int = 256, trim: bool = False) -> str:
     """Boots the guest with its disk and returns the console's text.
 
     `drive` is the value of QEMU's -drive without interface and id: `file=/mnt/disk.raw,format=raw`. A file system made
@@ -75,7 +79,7 @@ def boot(drive: str, *, timeout_seconds: float = 100, memory_mib: int = 256, tri
         *(require_guest(), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", str(memory_mib), "-smp", "1"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", str(GUEST_FOLDER / "vmlinuz"), "-initrd", str(initramfs())),
-        *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on {_TRIM * trim}"),
+        *("-append", f"{_KERNEL_OPTIONS} {_TRIM * trim}"),
         *("-drive", f"if=virtio,{drive}"),
     ]
     try:

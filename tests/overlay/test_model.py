@@ -161,6 +161,7 @@ RULES = (
         "adoption:Adoption._sort_out",
         "or self._pending.is_pending(cluster)",
         "",
+        first=16,
     ),
     Mutant(
         "an adoption leaves clusters alone that have something",
@@ -173,12 +174,14 @@ RULES = (
         "pending:PendingAllocations._claim_in",
         "if not self._pending:",
         "if True:",
+        first=6,
     ),
     Mutant(
         "a discard waits for a claim to end",
         "discard:Discards._discard_some",
         "await self._pending.settle(pos, size)",
         "await self._map.load(pos, size)",
+        first=22,
     ),
     Mutant(
         "the space of a discarded cluster is used after all reads and writes that may refer to it",
@@ -192,6 +195,7 @@ RULES = (
         "discard:Discards.discard",
         "self._barriers.check_writable()",
         "pass",
+        first=83,
     ),
 )
 
