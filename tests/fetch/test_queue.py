@@ -240,3 +240,31 @@ async def test_a_fault_of_a_taker_costs_nobody_else(
         assert well.overlay.clusters.missing == 0
         assert faulty.fetch._budget.held == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_a_request_counts_against_each_image_when_it_is_sent_and_once_against_the_limit_of_the_mount(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """At its arrival, each sibling would have sent a request of its own."""
+    source = FakeSource(CONTENT)
+    async with trio.open_nursery() as nursery:
+        queue = Queue(source)
+        await nursery.start(queue.run)
+        one, two = [await queue.image() for _ in range(2)]
+        for image in (one, two):
+            nursery.start_soon(image.run)
+            await image.source_size()
+            image.streaming = True  # as a stream does
+            queue.fetch.consumers.append(image)
+            image.limiter.limit = len(CONTENT)
+        total = queue.fetch._total.limiter
+        total.limit = len(CONTENT)
+        source.gate = trio.Event()
+        queue.fetch.start(0, 2, consumer=one)
+        assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
+        queue.fetch.start(0, 2, consumer=two)  # what is in flight already
+        assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
+        source.gate.set()
+        await queue.fetch.landed(two)
+        assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
+        nursery.cancel_scope.cancel()

@@ -70,7 +70,7 @@ async def test_who_comes_late_has_no_precedence(autojump_clock: trio.testing.Moc
     total, first, second = TotalLimit(LIMIT), [0], [0]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: sends(total, somebody(), 20, first, others=[]))
-        await trio.sleep(1000)
+        await trio.sleep(100)
         before = first[0]
         nursery.start_soon(lambda: sends(total, somebody(), 20, second, others=[]))
         await trio.sleep(20)

@@ -62,7 +62,7 @@ MUTANTS = (
         "self._tables.make_dirty(number, changed)",
         "pass",
         "full_disk",
-        first=14,
+        first=49,
     ),
     Mutant(
         "flush: a second barrier behind the entries",
@@ -108,14 +108,14 @@ MUTANTS = (
         "commit:Committer._landed",
         "self._freed.landed(group.freed)",
         "self._freed.landed(group.freed | self._freed.take())",
-        first=25,
+        first=26,
     ),
     Mutant(
         "discard: its space counts as zeros behind the punch, not before it",
         "freed:FreedClusters._give_back",
         "punched = await self._storage.in_thread(functools.partial(self._punch, runs))",
         "punched = True",
-        first=25,
+        first=28,
     ),
     Mutant(
         "detach: a barrier before the header drops the backing",
@@ -145,7 +145,7 @@ MUTANTS = (
         "session:Session._write_slot",
         "if self._unordered:",
         "if False:",
-        first=120,
+        first=84,
     ),
     Mutant(
         "record: the slots are written in turn",
@@ -159,6 +159,7 @@ MUTANTS = (
         "overlay:Overlay._write",
         "await self._session.let_times_move()",
         "self.times.may_move = True",
+        first=5,
     ),
     Mutant(
         "repair: a barrier before NEED_CHECK is cleared",
@@ -189,7 +190,7 @@ MUTANTS = (
         "await self._read_again()",
         "pass",
         "bad_barrier",
-        first=53,
+        first=62,
     ),
     Mutant(
         "a failed barrier: nobody else's barrier runs beside it",
@@ -205,7 +206,7 @@ MUTANTS = (
         "if _checksum(storage, orphan, cluster_size) != before:",
         "if False:",
         "killed",
-        first=321,
+        first=14,
     ),
 )
 

@@ -176,7 +176,7 @@ RULES = (
         "recovery:_follows",
         "found == ZERO and",
         "False and",
-        first=12,
+        first=16,
     ),
     Mutant(
         "a journal fits in which a discard explains another place",

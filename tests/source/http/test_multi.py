@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import select
 import threading
@@ -14,12 +15,15 @@ import trio
 
 from qedfs.errors import SourceUnreachable
 from qedfs.source.http import version
+from qedfs.source.http.multi import Multi
 from qedfs.source.policy import Policy
+from tests.fakes.http_behaviours import BEHAVIOURS, Exchange
 from tests.fakes.http_server import FakeHttpServer
 from tests.harness.hang import HANG_SECONDS
 from tests.source.http.conftest import CONTENT, OpenSource, read, until
 
 REAL_EPOLL = select.epoll
+STEP = 100_000  # bytes of a body that is sent in steps
 
 
 class FailingEpoll:
@@ -137,21 +141,51 @@ async def test_a_name_look_up_that_holds_libcurl_does_not_hold_the_program(
     await until(closed.is_set)
 
 
-async def test_bytes_gather_until_somebody_waits(server: FakeHttpServer, open_source: OpenSource) -> None:
+async def test_bytes_gather_until_somebody_waits(
+    server: FakeHttpServer, open_source: OpenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is received meanwhile, however many pieces arrive, and urgent reads do not take part."""
+    sent: list[int] = []
+    go_on = threading.Semaphore(0)
+
+    def in_steps(exchange: Exchange) -> None:
+        first, last, fields = exchange.asked()
+        exchange.send("206 Partial Content", {**fields, "Content-Length": str(last - first + 1)})
+        for at in range(first, last + 1, STEP):
+            exchange.sock.sendall(server.content[at : min(at + STEP, last + 1)])
+            sent.append(at)
+            go_on.acquire()
+
+    def has_sent(pieces: int) -> bool:
+        return len(sent) == pieces
+
+    monkeypatch.setitem(BEHAVIOURS, "in-steps", in_steps)
     source = await open_source(server.url())
-    await read(source, 0, 10)  # so that there is a connection
+    for urgent in (True, False):
+        await read(source, 0, 10, urgent=urgent)  # so that there are connections
+    # libcurl's own timers end a sleep, too.
+    monkeypatch.setattr(Multi, "_set_deadline", lambda multi, _seconds: None)
+    source._background._multi._deadline = math.inf
     source.gather(math.inf)
+    server.queue.append("in-steps")
     found: list[bytes] = []
 
     async def background() -> None:
         found.append(await read(source, 0, len(CONTENT)))
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(background)
-        await until(lambda: len(server.requests) == 3)
-        before = source._background.received
-        assert await read(source, 5, 100_000, urgent=True) == CONTENT[5:100_005]
-        assert source._background.received == before
-        source.gather(0)
+    received = []
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background)
+            for pieces in range(1, 7):
+                await until(functools.partial(has_sent, pieces))
+                assert await read(source, 5, 100_000, urgent=True) == CONTENT[5:100_005]
+                received.append(source._background.received)
+                go_on.release()
+            # The pump may have waited for the first one already.
+            assert received[1:] == received[1:2] * 5
+            source.gather(0)
+            go_on.release(len(CONTENT))
+    finally:
+        go_on.release(len(CONTENT))
     assert found == [CONTENT]
