@@ -252,7 +252,6 @@ async def test_a_request_counts_against_each_image_when_it_is_sent_and_once_agai
         await nursery.start(queue.run)
         one, two = [await queue.image() for _ in range(2)]
         for image in (one, two):
-            nursery.start_soon(image.run)
             await image.source_size()
             image.streaming = True  # as a stream does
             queue.fetch.consumers.append(image)
