@@ -186,6 +186,8 @@ class Image:
             # then they would cross the wire twice.
             if not await self.reads.fill(missing, began):
                 return None
+            if exchanges != self.exchanges:
+                return None  # the overlay may have been emptied, and its file may be shorter
             if discards != self.overlay.discards:
                 runs = await self.overlay.map(pos, size)
                 for run in runs:

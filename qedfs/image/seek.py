@@ -32,9 +32,9 @@ def _missing_from(image: Image, cluster: int) -> tuple[int, bool]:
     """Whether missing clusters from this one on are known to read as zeros, and up to which cluster that is so."""
     overlay = image.overlay
     clusters, entries = overlay.geometry.clusters, overlay.geometry.entries
-    if image.complete or image.version is None:
+    if image.complete or image.source is None:
         return clusters, True
-    identity = image.version.identity
+    identity = None if image.version is None else image.version.identity  # in standby, nothing is known of the source
     end = clusters if identity is None else min(clusters, -(-identity.size // overlay.cluster_size))
     if cluster >= end:
         return clusters, True

@@ -33,10 +33,17 @@ class WriteGate:
         self._name = name
         self._writes = writes
         self._opened = trio.Event()
+        self._activating: set[trio.CancelScope] = set()  # of the writes that wait for an activation
 
     def open(self) -> None:
-        """Let all writes through, also those that wait."""
+        """Let all writes through, also those that wait. The end of the activation may have to wait for them."""
         self._opened.set()
+        for scope in tuple(self._activating):
+            scope.cancel()
+
+    async def opened(self) -> None:
+        """Wait until the gate is open."""
+        await self._opened.wait()
 
     async def passed(self) -> None:
         """Return when a write may begin.
@@ -50,7 +57,12 @@ class WriteGate:
             raise InStandby(f"{self._name}: is in standby and takes no writes; qedfs activate ends that")
         with self.waiting.waiting() as write, write.attempt():
             if self._writes is Writes.ACTIVATE and self.activate is not None:
-                await self.activate()
+                with trio.CancelScope() as scope:
+                    self._activating.add(scope)
+                    try:
+                        await self.activate()
+                    finally:
+                        self._activating.discard(scope)
             await self._opened.wait()
             return
         raise SourceUnreachable(f"{self._name}: nobody waits for this write any more")

@@ -31,6 +31,8 @@ async def replay(image: Image, ranges: Sequence[Range]) -> None:
     """
     if not ranges or image.complete or not image.copy_on_read:
         return
+    if image.gate is not None:
+        await image.gate.opened()  # in standby nothing would be kept
     known_failures = image.failures
     image.replaying = True
     try:

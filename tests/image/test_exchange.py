@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -9,11 +10,15 @@ import trio
 
 from qedfs.errors import QedfsError, SourceError
 from qedfs.fetch.queue import FetchQueue
+from qedfs.format.record import Standby
 from qedfs.image.image import Image
+from qedfs.image.standby import PassThrough
+from qedfs.image.standby_record import record_emptying
 from qedfs.jobs.job import Action, Driver, Job
 from qedfs.jobs.missing import MissingRuns
 from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
+from qedfs.overlay.open import open_storage
 from qedfs.source.base import Extent
 from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
@@ -225,3 +230,29 @@ async def test_a_stream_that_still_connects_to_the_old_source_meets_no_error(
             exchange(image, new)
         assert (job.state, image.failures) == (State.COMPLETE, 0)
         assert bytes(await image.read(0, len(NEW))) == NEW
+
+
+async def test_a_read_that_waits_while_the_overlay_is_emptied_uses_no_place_of_the_old_file(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    old, new = FakeSource(OLD), FakeSource(NEW)
+    async with served(old) as image:
+        await image.read(0, CLUSTER)
+        await image.overlay.flush()
+        await image.overlay.change_record(lambda record: dataclasses.replace(record, standby=Standby.REVOCABLE))
+        new.gate, answer = trio.Event(), b""
+
+        async def read() -> None:
+            nonlocal answer
+            answer = bytes(await image.read(0, 2 * CLUSTER))
+
+        async with trio.open_nursery() as nursery:
+            old.gate = trio.Event()
+            nursery.start_soon(read)
+            await trio.sleep(1)
+            await record_emptying(image.name, image.overlay)
+            image.exchange_source(None, standby=PassThrough(lambda: remote(new), lambda _: None))
+            image.replace_overlay(await open_storage(await image.overlay.empty()))
+            new.gate.set()
+        assert answer == NEW[: 2 * CLUSTER]
+        assert image.overlay.damage is None

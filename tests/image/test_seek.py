@@ -10,8 +10,9 @@ import trio
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.image import Image
 from qedfs.image.seek import seek
+from qedfs.image.standby import PassThrough
 from qedfs.jobs.stream import StreamJob
-from tests.fakes.source import FakeSource
+from tests.fakes.source import FakeSource, remote
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty, filled
 from tests.overlay.work import at_most
@@ -134,3 +135,11 @@ async def test_a_long_search_lets_others_run() -> None:
         assert await seek(image, 0, hole=False) is None
         nursery.cancel_scope.cancel()
     assert turns >= 512 // 64
+
+
+async def test_in_standby_all_that_is_missing_may_be_data(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(bytes(4 * CLUSTER))
+    async with served(source) as image:
+        await image.read(0, 512)
+        image.exchange_source(None, standby=PassThrough(lambda: remote(source), lambda _: None))
+        assert [await seek(image, 3 * CLUSTER, hole=hole) for hole in (False, True)] == [3 * CLUSTER, 4 * CLUSTER]

@@ -66,3 +66,18 @@ async def test_a_write_that_activates_waits_for_the_activation_or_fails_with_it(
         await gate.passed()
     fails = False
     await gate.passed()
+
+
+async def test_a_write_goes_on_before_the_activation_that_waits_for_it_has_ended(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    gate, written = WriteGate("disk.raw", Writes.ACTIVATE), trio.Event()
+
+    async def activate() -> None:
+        gate.open()
+        await written.wait()  # as the kernel, which locks the pages of a write until it is answered
+
+    gate.activate = activate
+    with trio.fail_after(1):
+        await gate.passed()
+    written.set()

@@ -8,6 +8,7 @@ import trio.testing
 
 from qedfs.errors import SourceError
 from qedfs.image.image import Image
+from qedfs.image.write_gate import WriteGate, Writes
 from qedfs.jobs.prefetch import replay
 from qedfs.jobs.stream import StreamJob
 from qedfs.overlay.open import open_storage
@@ -156,3 +157,15 @@ async def test_a_disk_that_hangs_under_a_profile_holds_up_its_own_image_only(
             nursery.cancel_scope.cancel()
         await other.close()
         hanging.fetch.nursery.cancel_scope.cancel()
+
+
+async def test_in_standby_a_profile_waits_for_the_activation(autojump_clock: trio.testing.MockClock) -> None:
+    source = FakeSource(b"p" * (4 * CLUSTER))
+    async with served(source) as image, trio.open_nursery() as nursery:
+        image.gate = WriteGate(image.name, Writes.REFUSE)
+        nursery.start_soon(replay, image, [(0, CLUSTER)])
+        await trio.sleep(100)
+        assert source.reads == []
+        image.open_gate()
+        await trio.sleep(1)
+        assert source.reads == [(0, CLUSTER, False)]

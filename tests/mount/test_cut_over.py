@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -229,10 +230,10 @@ def test_sixteen_readers_over_a_stalled_link_see_nothing_old(tmp_path: Path, raw
         assert_whole(overlay, raw)
 
 
-def read_in_vain(path: Path) -> None:
+def read_in_vain(path: Path, pos: int = 0) -> None:
     """Read, and pass over the errors that the end of the mount is."""
     with contextlib.suppress(OSError), opened(path, os.O_RDONLY) as fd:
-        os.pread(fd, 4096, 0)
+        os.pread(fd, 4096, pos)
 
 
 # Over a new connection: nothing at all, or the handshake and no answer to any read.
@@ -320,3 +321,152 @@ def test_the_way_back_drops_what_was_kept_since_the_activation(tmp_path: Path, r
             refused = qedfs("activate", mount.mountpoint, "--undo", check=False)
             assert (refused.returncode, "is complete" in refused.stderr) == (1, True)
         assert_whole(overlay, raw)
+
+
+class Writing(threading.Thread):
+    """A write in a thread, to the page cache or past it, and its error."""
+
+    def __init__(self, path: Path, pos: int, data: bytes, *, direct: bool) -> None:
+        super().__init__()
+        self.error: OSError | None = None
+        self._words = (path, pos, data)
+        self._direct = direct
+        self.start()
+
+    def run(self) -> None:
+        path, pos, data = self._words
+        try:
+            if self._direct:
+                write_direct(path, pos, data)
+                return
+            with opened(path) as fd:
+                os.pwrite(fd, data, pos)
+        except OSError as exc:
+            self.error = exc
+
+
+# Buffered: the kernel locks the page that it waits to write. Not whole: the rest is fetched from the new source.
+@pytest.mark.parametrize("how", ["hold", "activate"])
+def test_writes_that_come_before_the_cut_over_wait_for_it_or_bring_it(how: str, tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        with mounted(overlay, tmp_path / "mnt", "--standby-writes", how) as mount:
+            path = mount.path("disk.raw")
+            with opened(path) as fd:
+                assert os.pread(fd, SIZE, 0) == raw.read_bytes()  # in the page cache
+                content = bytearray(change(raw))
+                writes = [(512, b"a" * 512, False), (MIB, b"b" * 8192, True), (2 * MIB - 100, b"c" * 70000, False)]
+                threads = [Writing(path, pos, data, direct=direct) for pos, data, direct in writes]
+                if how == "hold":
+                    wait_for(lambda: mount.image()["opens"] == 1 + len(writes), "the writers have it open")
+                    assert mount.image()["state"] == "standby"
+                    assert activate(mount) == 0
+                for thread in threads:
+                    thread.join()
+                    assert thread.error is None
+                for pos, data, _ in writes:
+                    content[pos : pos + len(data)] = data
+                wait_for(lambda: mount.image()["state"] != "standby", "the end of the standby")
+                assert activate(mount) == 0  # which waits for the one that a write has begun
+                assert os.pread(fd, SIZE, 0) == content
+            mount.wait()
+            assert path.read_bytes() == content
+            assert mount.unmount() == 0
+        assert first_difference_in(overlay, bytes(content), tmp_path) is None
+
+
+def first_difference_in(overlay: Path, content: bytes, folder: Path) -> int | None:
+    """Where the overlay differs from these bytes, by QEMU's reading of it."""
+    expected = folder / "expected"
+    expected.write_bytes(content)
+    return None if qemu_same(overlay, expected) else 0
+
+
+def test_a_write_that_would_activate_fails_with_the_activation(tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        server.stop()
+        with mounted(overlay, tmp_path / "mnt", "--standby-writes", "activate") as mount:
+            with opened(mount.path("disk.raw")) as fd, pytest.raises(OSError, match="Input/output"):
+                os.pwrite(fd, b"guest", 0)
+            assert mount.image()["state"] == "standby"
+            server.restart()
+            with opened(mount.path("disk.raw")) as fd:
+                os.pwrite(fd, b"guest", 0)
+            assert mount.image()["state"] != "standby"
+
+
+def test_a_killed_writer_and_the_end_of_the_mount_end_a_held_write(tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        with mounted(overlay, tmp_path / "mnt", "--standby-writes", "hold") as mount:
+            words = ["dd", "if=/dev/zero", f"of={mount.path('disk.raw')}", "bs=4096", "count=1", "conv=notrunc"]
+            with subprocess.Popen(words, stderr=subprocess.DEVNULL) as writer:
+                wait_for(lambda: mount.image()["opens"] == 1, "the writer has it open")
+                writer.kill()
+                assert writer.wait(HANG_SECONDS) < 0
+            wait_for(lambda: mount.image()["opens"] == 0, "the image is closed")
+            with subprocess.Popen(words, stderr=subprocess.DEVNULL) as writer:
+                wait_for(lambda: mount.image()["opens"] == 1, "the writer has it open")
+                os.kill(mount.pid, signal.SIGTERM)
+                assert mount.wait_exit() == 0
+                assert writer.wait(HANG_SECONDS) == 1
+        with mounted(overlay, tmp_path / "mnt") as mount:
+            assert mount.image()["state"] == "standby"
+
+
+def test_images_of_one_source_share_nothing_over_a_cut_over(tmp_path: Path, raw: Path) -> None:
+    folder = tmp_path / "overlays"
+    folder.mkdir()
+    with served(raw) as server, link(server) as slow:
+        create(folder / "one.qed", slow.url, "--standby")
+        create(folder / "other.qed", slow.url, "--standby")
+        with mounted(folder, tmp_path / "mnt", "--no-stream") as mount:
+            assert activate(mount, "one") == 0
+            assert read_direct(mount.path("one.raw"), 0, MIB) == raw.read_bytes()[:MIB]
+            # A request of the active image is under way, for the same bytes, when the other one is activated.
+            slow.stall()
+            asked = slow.asked
+            reader = threading.Thread(target=read_in_vain, args=(mount.path("one.raw"), 8 * MIB))
+            reader.start()
+            wait_for(lambda: slow.asked > asked, "a request whose answer does not come")
+            content = change(raw)
+            assert activate(mount, "other") == 0
+            assert mount.path("other.raw").read_bytes() == content
+            slow.release()
+            reader.join()
+            assert mount.path("other.raw").read_bytes() == content
+
+
+def test_concurrent_activations_are_one(tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server, link(server) as slow:
+        overlay = create(tmp_path / "disk.qed", slow.url, "--standby")
+        with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+            words, before = [*QEDFS, "activate", str(mount.mountpoint)], slow.connections
+            with contextlib.ExitStack() as stack:
+                children = [stack.enter_context(subprocess.Popen(words)) for _ in range(4)]
+                assert [child.wait(HANG_SECONDS) for child in children] == [0] * 4
+            assert slow.connections == before + 1
+
+
+def test_a_read_only_mount_of_an_overlay_in_standby_stays_there(tmp_path: Path, raw: Path) -> None:
+    with served(raw) as server:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        with mounted(overlay, tmp_path / "mnt", "--read-only") as mount:
+            assert mount.image()["state"] == "standby"
+            assert mount.path("disk.raw").read_bytes() == raw.read_bytes()
+            refused = qedfs("activate", mount.mountpoint, check=False)
+            assert (refused.returncode, "read-only" in refused.stderr) == (1, True)
+        refused = qedfs("export", overlay, tmp_path / "copy", "--with-backing", check=False)
+        assert (refused.returncode, "is in standby" in refused.stderr) == (1, True)
+
+
+def test_an_overlay_that_appears_later_is_put_in_standby_too(tmp_path: Path, raw: Path) -> None:
+    folder = tmp_path / "overlays"
+    folder.mkdir()
+    with served(raw) as server, mounted(folder, tmp_path / "mnt", "-o", "standby,standby_writes=hold") as mount:
+        create(folder / "later.qed", server.url)
+        wait_for(lambda: [image["state"] for image in mount.status()["images"]] == ["standby"], "the overlay")
+        assert mount.path("later.raw").read_bytes() == raw.read_bytes()
+        assert activate(mount) == 0
+        mount.wait()

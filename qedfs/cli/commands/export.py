@@ -22,7 +22,7 @@ from qedfs.cli.overlay_files import image_explained
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import QedfsError, UsageError
+from qedfs.errors import InStandby, QedfsError, UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_overlay
@@ -105,6 +105,8 @@ async def _export(
     with image_explained(path):
         overlay = await open_overlay(path, writable=False)
     try:
+        if with_backing and overlay.record.standby.waits:
+            raise InStandby(f"{path}: is in standby: its backing may still change while it is read; activate it first")
         runs = [run async for run in whole_map(overlay)]
         missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
         if missing and not with_backing:
