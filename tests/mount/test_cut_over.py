@@ -135,6 +135,7 @@ def test_a_source_of_another_size_is_not_activated(tmp_path: Path, raw: Path) ->
             assert mount.path("disk.raw").read_bytes() == raw.read_bytes() + bytes(MIB)
             assert mount.image()["state"] == "standby"
             os.truncate(raw, SIZE)
+            server.kill()  # in its own orderly way it would wait for its client
             server.restart()
             assert activate(mount) == 0
 
