@@ -137,6 +137,10 @@ class Mounted(Protocol):
         """
         ...
 
+    async def move_source(self, served: ServedImage, place: str, *, force: bool = False) -> None:
+        """Give an image another address of its source, a URL or an absolute path. Raises a QedfsError."""
+        ...
+
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:

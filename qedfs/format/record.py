@@ -84,6 +84,8 @@ class Record:
     see overlay/journal_search.py.
     `times`: mtime and ctime of the image in nanoseconds since 1970. `written`: a guest may have written since then, so
     that `times` is out of date. `on_source_error`: see image/source_errors.py.
+    `moved`: the `digest` of the backing name that the header is about to get (`Session.move_backing`). The pin counts
+    for that name, too.
     """
 
     session: str = ""
@@ -96,6 +98,7 @@ class Record:
     written: bool = False
     standby: Standby = Standby.NEVER
     on_source_error: str = ""
+    moved: str = ""
 
 
 def digest(text: str) -> str:
@@ -187,7 +190,7 @@ def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
     # Older versions of qedfs reject a record with a field that they do not know.
-    for name in ("journal", "times", "written", "standby", "on_source_error"):
+    for name in ("journal", "times", "written", "standby", "on_source_error", "moved"):
         if not fields[name]:
             del fields[name]
     if record.pin is not None:
@@ -203,11 +206,14 @@ def _from_json(fields: object, sequence: int) -> Record:
             times, written = _times_from_json(rest.pop("times", None)), rest.pop("written", False)
             standby = Standby(str(rest.pop("standby", "")))  # ValueError for another one, as below
             rule = rest.pop("on_source_error", "")
+            moved = rest.pop("moved", "")
+            if not isinstance(moved, str) or (moved and not _DIGEST.fullmatch(moved)):
+                raise ValueError("not a record of this version")
             if rest or not isinstance(written, bool) or not isinstance(rule, str) or not _RULE.fullmatch(rule):
                 raise ValueError("not a record of this version")
             if _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
                 known = _pin_from_json(pin)
-                last = (sequence, journal, times, written, standby, rule)
+                last = (sequence, journal, times, written, standby, rule, moved)
                 return Record(session, known, copy_on_read, paused, *last)
     raise ValueError("not a record of this version")
 

@@ -20,6 +20,7 @@ from qedfs.image.condition import Cause, Condition
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.base import Identity, Sameness
 from qedfs.source.pinning import By, Pinning
+from qedfs.source.retrying import RetryingSource
 from qedfs.source.samples import Samples
 from qedfs.source.single_flight import SingleFlight
 
@@ -189,6 +190,17 @@ class SourceVersion:
         error = SourceChanged(f"{what} ({difference}); what is local is served. {_way_out(difference)}")
         self.refuse(error)
         raise error
+
+
+def pin_for(backing: str, remote: RetryingSource, identity: Identity, samples: Samples) -> Pin:
+    """The pin of a source that was compared. `backing`: its name in the overlay. `samples`: of the same version."""
+    made = _pin(digest(backing), identity, remote.pinning.called)
+    return dataclasses.replace(made, samples=samples.encode())
+
+
+async def store_pin(overlay: Overlay, pin: Pin) -> None:
+    """Store a pin, whatever the record has now. Raises what `Overlay.change_record` raises."""
+    await overlay.change_record(lambda record: dataclasses.replace(record, pin=pin))
 
 
 def _way_out(difference: str) -> str:

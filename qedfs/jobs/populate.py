@@ -20,15 +20,14 @@ from collections.abc import Sequence
 import trio
 
 from qedfs.errors import QedfsError, SourceChanged, SourceError
-from qedfs.format.record import digest
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
 from qedfs.image.image import COMMIT_BYTES, Image
+from qedfs.image.known_blocks import is_raw, keeps_nothing, known_blocks
 from qedfs.jobs.missing import MissingRuns
-from qedfs.source.base import Extent, HasFile
+from qedfs.source.base import Extent
 from qedfs.source.evidence import difference
 from qedfs.source.retrying import RetryingSource
-from qedfs.source.samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class Populate:
             view[wanted:] = bytes(len(view) - wanted)
 
     async def _check(self) -> None:
-        image, overlay = self._image, self._image.overlay
+        image = self._image
         size = (await self.copy.connect()).size
         known = None if image.version is None else image.version.size
         if known is not None and size != known:
@@ -136,34 +135,17 @@ class Populate:
             )
         if self._force:
             return
-        different = await difference(self.copy, self._samples(), of_raw=self._is_raw())
+        different = await difference(self.copy, known_blocks(image), of_raw=is_raw(image))
         if different:
             raise SourceChanged(
                 f"{self.copy.location} is not the disk that {image.name} was started from ({different});"
                 " nothing of it is used"
             )
-        if different is None:
-            await overlay.count_missing()
-            if overlay.missing != overlay.geometry.clusters:
-                raise SourceError(
-                    f"no block of the backing of {image.name} is known that {self.copy.location} could be compared"
-                    " with; --force if it is the right disk"
-                )
-
-    def _samples(self) -> Samples:
-        """Blocks of the backing, as they were read in this session and in earlier ones."""
-        source, pin, backing = self._image.source, self._image.overlay.record.pin, self._image.overlay.backing
-        samples = Samples() if source is None else source.samples.copy()
-        if pin is not None and pin.backing == digest(backing or ""):
-            samples.take_over(pin.samples)
-        return samples
-
-    def _is_raw(self) -> bool:
-        source = self._image.source
-        if not self._image.overlay.probes_backing:
-            return True
-        connected = None if source is None else source.connected
-        return connected is not None and not isinstance(connected, HasFile)
+        if different is None and not await keeps_nothing(image):
+            raise SourceError(
+                f"no block of the backing of {image.name} is known that {self.copy.location} could be compared"
+                " with; --force if it is the right disk"
+            )
 
     async def _populate(self) -> None:
         """Populate everything, then drop the backing."""

@@ -21,6 +21,7 @@ from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
 from qedfs.mount.served import Served
+from qedfs.mount.source_move import SourceMoves
 from qedfs.mount.source_pool import SourcePool
 from qedfs.mount.supervisor import Supervisor
 
@@ -65,6 +66,7 @@ class Images:
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
+        self.moves = SourceMoves(self.sources, images)
         self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
         self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activation)
         self._link, told = link or HolderLink(), values or {}

@@ -123,6 +123,13 @@ class Mount:
             raise QedfsError(f"{served.name}: is not there any more")
         await self.images.cut_over.deactivate(found)
 
+    async def move_source(self, served: ServedImage, place: str, *, force: bool = False) -> None:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None:
+            raise QedfsError(f"{served.name}: is not there any more")
+        await self.images.moves.move(found, place, force=force)
+
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:

@@ -117,6 +117,19 @@ class SourcePool:
         self._remotes[place] = self._source(location, overlay, self._deadline_seconds, self._pinning)
         return self._fetch(place, overlay)
 
+    async def fetch_at(self, location: Location, overlay: Overlay, *, overlays: int) -> FetchQueue:
+        """Like `own_fetch_for`, of another place than the overlay names. Raises Refused if the policy forbids it."""
+        await allowed(location, self._policy)
+        check_room(overlays, self.count + 1)
+        place = (location.secret_url, not overlay.probes_backing, next(self._own))
+        self._remotes[place] = self._source(location, overlay, self._deadline_seconds, self._pinning)
+        return self._fetch(place, overlay)
+
+    @property
+    def root(self) -> str:
+        """The folder of the overlays, to which a path is relative."""
+        return self._root
+
     async def pass_through_for(self, overlay: Overlay, *, overlays: int) -> PassThrough:
         """What an overlay in standby reads from, shared with nobody. Raises what `fetch_for` raises."""
         location = await self._location(overlay)

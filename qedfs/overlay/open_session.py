@@ -16,7 +16,7 @@ import trio
 
 from qedfs.errors import BadOverlay, InStandby, NoSpace, QedfsError
 from qedfs.format.header import NO_PROBE
-from qedfs.format.record import Record
+from qedfs.format.record import Pin, Record
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
@@ -171,6 +171,12 @@ class OpenSession:
     def empty(self) -> None:
         """See `Session.empty`. The caller holds this lock."""
         self._session.empty()
+
+    async def move_backing(self, name: bytes, pin: Pin | None) -> None:
+        """See `Session.move_backing`."""
+        async with self.lock:
+            self._barriers.check_writable()
+            await self._committer.durably(lambda: self._session.move_backing(name, pin))
 
     async def end(self, *, in_order: bool) -> None:
         """Record that the session has ended cleanly, if it has. The caller holds this lock and the committer's.

@@ -37,7 +37,7 @@ import contextlib
 import os
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
-from qedfs.format.record import Record
+from qedfs.format.record import Pin, Record
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.adoption import Adoption
 from qedfs.overlay.allocator import Allocator
@@ -489,6 +489,16 @@ class Overlay:
         await self.committer.flush()
         await self._session.detach()
         self.backing = None
+
+    async def move_backing(self, name: str, pin: Pin | None) -> None:
+        """Give the overlay another backing name, which the caller has compared. `pin`: of it; None if none is known.
+
+        Raises:
+            QedfsError: the header has no room for it, or the disk failed; see `Session.move_backing`.
+        """
+        await self._session.ready()
+        await self._session.move_backing(name.encode(), pin)
+        self.backing = name
 
     async def close(self) -> None:
         """Flush if writable, and close the file. The journal is removed if the overlay has all entries.

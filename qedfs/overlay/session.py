@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable
 
-from qedfs.errors import BadOverlay, NoSpace
+from qedfs.errors import BadOverlay, NoSpace, QedfsError
 from qedfs.format.header import (
     BACKING_FILE,
     HEADER_BYTES,
@@ -20,7 +20,17 @@ from qedfs.format.header import (
     decode_backing_name,
     decode_header,
 )
-from qedfs.format.record import SLOT_BYTES, Pin, Record, Standby, decode_record, encode_record, slot_index, slot_offsets
+from qedfs.format.record import (
+    SLOT_BYTES,
+    Pin,
+    Record,
+    Standby,
+    decode_record,
+    digest,
+    encode_record,
+    slot_index,
+    slot_offsets,
+)
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.times import times_at_open
 
@@ -65,6 +75,22 @@ def read_record(storage: Storage, header: Header) -> Record | None:
     return decode_record((first, second))
 
 
+# A second place for a backing name, in a sector of its own, after the longest name at the first place.
+SECOND_NAME_OFFSET = 2048
+
+
+def _settled(record: Record, storage: Storage, header: Header) -> Record:
+    """The record after a kill or a power cut in `Session.move_backing`: its pin is that of the name in the header."""
+    if not record.moved:
+        return record
+    pin = record.pin
+    if pin is not None and header.has_backing:
+        name = read_bytes(storage, header.backing_name_offset, header.backing_name_size)
+        if digest(name.decode(errors="surrogateescape")) == record.moved:
+            pin = dataclasses.replace(pin, backing=record.moved)
+    return dataclasses.replace(record, pin=pin, moved="")
+
+
 class Session:
     """The header, backing name and record of an overlay that is open for writing, and their changes.
 
@@ -89,7 +115,7 @@ class Session:
         self._barrier = barrier or storage.barrier
         self._prefix = prefix
         self._slots = slot_offsets(header)
-        self.record = record or Record()
+        self.record = _settled(record or Record(), storage, header)
         # Whether the last write of a slot may not be durable yet. True at first: an earlier session may have ended, or
         # been killed, before the barrier.
         self._unordered = self.record.sequence > 0
@@ -283,6 +309,46 @@ class Session:
         self._storage.resize(max(end, self.header.area_bytes))
         pin = None if self.record.pin is None else Pin(self.record.pin.backing, self.record.pin.size)
         self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, session="", journal=""))
+
+    def move_backing(self, name: bytes, pin: Pin | None) -> None:
+        """Give the overlay another backing name, durably. `pin`: of that backing, with the `digest` of the name.
+
+        The caller has compared the backing. At every moment the file names a backing that was compared, whole, and has
+        a pin that counts for it: without the pin, a later session would accept any version. So, with a barrier after
+        each step:
+
+        1. The record says that its pin counts for the new name, too.
+        2. The new name is written where the old one is not, as the old one still counts.
+        3. The header names the new one. It is 64 bytes in one sector, which a power cut does not tear.
+        4. The record has the new pin. The old name is overwritten, since it may contain a password.
+
+        Raises:
+            QedfsError: the header has no room for the name. Nothing was written.
+        """
+        old = self.header
+        offset = self._place_for(len(name))
+        self.store(dataclasses.replace(self.record, moved=digest(name.decode())))
+        self._storage.write(offset, [name])
+        self._barrier()
+        self._write_header(dataclasses.replace(old, backing_name_offset=offset, backing_name_size=len(name)))
+        self._barrier()
+        self._storage.write(old.backing_name_offset, [bytes(old.backing_name_size)])
+        self.store(dataclasses.replace(self.record, pin=pin or self._moved_pin(), moved=""))
+        if self._slots is None:
+            self._barrier()  # for the zeros, as there is no record whose barrier covers them
+
+    def _moved_pin(self) -> Pin | None:
+        pin = self.record.pin
+        return None if pin is None else dataclasses.replace(pin, backing=self.record.moved)
+
+    def _place_for(self, size: int) -> int:
+        """Where in the header's clusters a new name has room beside the present one. Raises QedfsError if nowhere."""
+        end = self.header.area_bytes if self._slots is None else self._slots[0]
+        first, last = self.header.backing_name_offset, self.header.backing_name_offset + self.header.backing_name_size
+        for offset in (HEADER_BYTES, SECOND_NAME_OFFSET):
+            if offset + size <= end and (offset + size <= first or offset >= last):
+                return offset
+        raise QedfsError("the header of the overlay has no room for another name of a backing")
 
     def finish_detach(self) -> None:
         """Overwrite what is left of a backing's name in an overlay that has no backing, as `detach` would have done.

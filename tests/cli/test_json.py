@@ -150,6 +150,8 @@ def test_what_is_printed_about_a_mount(web: Nginx, overlay: Path, folder: Path, 
         assert (step["pos"], step["next"]) == (64 << 10, (64 << 10) + step["size"])
         assert printed("map", mountpoint, "disk", "--missing")[0]["depth"] == 1
         assert printed("source", "on-error", mountpoint, "wait:5m")["images"][1]["wait_bound_seconds"] == 300
+        (one,) = printed("source", "set", mountpoint, "disk", f"{web.url}/disk.img")["images"]
+        assert one["backing"] == f"{web.url}/disk.img"
         (mountpoint / "disk.raw").read_bytes()
         assert printed("profile", mountpoint, "disk", folder / "boot.profile")["range_count"] > 0
         late = printed("wait", mountpoint, "disk", "--timeout", "100ms", code=7)

@@ -110,6 +110,7 @@ class FakeMount:
         self.nursery = nursery
         self.served: list[Served] = []
         self.rescans = 0
+        self.moved: list[tuple[str, str, bool]] = []
         self.populated: list[tuple[str, str, str | None, bool]] = []
         self.activated: list[tuple[str, bool]] = []  # name, dry
         self.has_quit = trio.Event()
@@ -131,6 +132,9 @@ class FakeMount:
 
     async def deactivate(self, served: ServedImage) -> None:
         self.activated.remove((served.name, False))
+
+    async def move_source(self, served: ServedImage, place: str, *, force: bool = False) -> None:
+        self.moved.append((served.name, place, force))
 
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False

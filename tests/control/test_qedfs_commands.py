@@ -153,6 +153,8 @@ async def test_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
         await talk.get("x-qedfs-populate", device="disk", **{"from": "/backup"}, format="raw", force=True)
         assert mount.populated == [("disk.raw", "/backup", "raw", True)]
         await talk.get("x-qedfs-populate-cancel", device="disk")  # there is none
+        await talk.get("x-qedfs-source-set", device="disk", url="http://mirror/disk")
+        assert mount.moved == [("disk.raw", "http://mirror/disk", False)]
         assert (await talk.get("x-qedfs-status"))["images"][0]["populate"] is None
         await mount.add("whole", None)
         await talk.get("x-qedfs-populate", device="whole", **{"from": "/backup"})

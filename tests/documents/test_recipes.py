@@ -87,7 +87,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Origin]:
     size = f"{(SIZE - PARTITION) >> 10}k"
     options: list[str | Path] = ["-q", "-F", "-d", files, "-E", f"offset={PARTITION}", raw, size]
     subprocess.run([require("mkfs.ext4"), *options], check=True)
-    (folder / "base.raw").symlink_to(raw)
+    for name in ("base.raw", "mirror.raw"):
+        (folder / name).symlink_to(raw)
     packed = folder / "debian.qcow2"
     subprocess.run([require("qemu-img"), "convert", "-c", "-O", "qcow2", raw, packed], check=True)
     (folder / "debian-13-nocloud-amd64.qcow2").symlink_to(packed)

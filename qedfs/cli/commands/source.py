@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
+from qedfs.cli.backing_argument import location_of
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, parse_source_errors
@@ -15,10 +18,7 @@ from qedfs.mount.request_timeout import remark_on_limit
 
 @click.group(short_help="Say what to do about sources.")
 def source() -> None:
-    """Say what a mount does about the sources of its images.
-
-    Without IMAGE, a command applies to all images of the mount.
-    """
+    """Say what a mount does about the sources of its images."""
 
 
 source.command_class = GivenOnce
@@ -31,9 +31,9 @@ source.command_class = GivenOnce
 def on_error(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
     """Say what reads of missing parts do while the source of IMAGE is away.
 
-    eio: they fail after --source-timeout of the mount. wait: they wait until the source is back, with a TIME at most
-    that long. The overlay records this, so it holds in later mounts, too. With eio, reads that have waited longer than
-    --source-timeout fail at once.
+    Without IMAGE, this applies to all images of the mount. eio: they fail after --source-timeout of the mount. wait:
+    they wait until the source is back, with a TIME at most that long. The overlay records this, so it holds in later
+    mounts, too. With eio, reads that have waited longer than --source-timeout fail at once.
     """
     if len(words) > 2:
         raise UsageError("usage: qedfs source on-error MOUNTPOINT [IMAGE] eio|wait[:TIME]")
@@ -45,3 +45,21 @@ def on_error(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
     image = words[0] if len(words) == 2 else None
     bound = {} if rule.bound_seconds is None else {"bound": rule.bound_seconds}
     on_each(mountpoint, image, "x-qedfs-on-source-error", as_json=as_json, action=rule.action, **bound)
+
+
+@source.command("set", short_help="Use another address of the same source.")
+@click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
+@click.argument("image", shell_complete=images)
+@click.argument("url")
+@click.option("--force", is_flag=True, help="Also if no fetched block is known that could be compared.")
+@click.option("--json", "as_json", is_flag=True, help="Print the state of the image afterwards as JSON.")
+def set_source(mountpoint: str, image: str, url: str, force: bool, as_json: bool) -> None:
+    """Fetch what IMAGE lacks from URL from now on: another address, port or mirror of the same disk.
+
+    Size, a published digest and blocks that were fetched before are compared first. If they differ, nothing changes
+    (exit code 5). The overlay names URL from then on, so later mounts use it, too. Readers that wait for the old
+    address get their bytes from the new one. Other images keep their source.
+    """
+    location = location_of(url, os.getcwd(), option="URL")
+    place = os.path.abspath(url) if location.kind == "file" else url
+    on_each(mountpoint, image, "x-qedfs-source-set", as_json=as_json, url=place, force=force)

@@ -15,6 +15,8 @@
   where to go on, or null.
 - `x-qedfs-populate {device, from, format?, force?}`: begin to populate what is missing from another copy, a file or a
   URL. `populate` of the status tells how far it is. `x-qedfs-populate-cancel {device}` ends it.
+- `x-qedfs-source-set {device, url, force?}`: another address of the same source, from now on. It is compared first. The
+  overlay names it from then on.
 - `x-qedfs-on-source-error {device, action, bound?}`: what reads do while the source is away: `eio` or `wait`, the
   latter for at most `bound` seconds. The overlay records it.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
@@ -185,6 +187,13 @@ async def _populate_cancel(call: Call, arguments: Arguments) -> Nothing:
     served, _, _ = find_served(call, arguments["device"])
     if served.jobs is not None and served.jobs.populate is not None:
         served.jobs.populate.cancel()
+    return {}
+
+
+@our_commands("x-qedfs-source-set", Arg("device"), Arg("url"), Arg("force", "boolean", optional=True))
+async def _source_set(call: Call, arguments: Arguments) -> Nothing:
+    served, _, _ = find_served(call, arguments["device"])
+    await call.control.mount.move_source(served, arguments["url"], force=arguments.get("force", False))
     return {}
 
 
