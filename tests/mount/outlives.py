@@ -14,7 +14,7 @@ import random
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.harness.hang import HANG_SECONDS
@@ -155,14 +155,19 @@ class Load:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, *options: str, seed: int = 0, size: int = 32 * MIB) -> Iterator[tuple[Mount, Load]]:
-    """A mount with a holder, and the load on it. At the end everything is compared; raises Broken."""
+def loaded(
+    folder: Path, *options: str, seed: int = 0, size: int = 32 * MIB, through: Sequence[str] = ()
+) -> Iterator[tuple[Mount, Load]]:
+    """A mount with a holder, and the load on it. At the end everything is compared; raises Broken.
+
+    `through`: as for `mounted`.
+    """
     overlays = folder / "overlays"
     overlays.mkdir()
     with origin(folder, size, seed=seed) as source:
         for name in ("fio", "model"):
             create(overlays / f"{name}.qed", source.url)
-        with mounted(overlays, folder / "mnt", "--restart", "--limit", "2M", *options) as mount:
+        with mounted(overlays, folder / "mnt", "--restart", "--limit", "2M", *options, through=through) as mount:
             load = Load(folder, source, mount, seed)
             load.start()
             try:
