@@ -265,3 +265,20 @@ def test_a_cut_over_that_is_taken_back_and_repeated(tmp_path: Path) -> None:
         migrate(made.here, second, mount, made.socket)
         second.wait_working(100)
         assert made.verdict(second).good
+
+
+def test_the_first_write_of_the_guest_activates_its_disk_where_nobody_else_does(tmp_path: Path) -> None:
+    """For a manager that has no hook at the right moment. Its QEMU writes nothing before, and reads pass through."""
+    with scene(tmp_path, Plan()) as made, qemu_nbd(made.here.disk) as server:
+        _back(made, server)
+        with made.mounted("--standby-writes", "activate") as mount:
+            destination = made.here.destination(made.image)
+            with _readers(made.image, 2):
+                flow.prepare(made.here.source, destination)
+                begun = flow.begin(made.here.source, destination)
+                assert mount.image()["state"] == "standby"
+                flow.switch(made.here.source, destination, begun)
+                destination.wait_working(100)
+            mount.wait()
+            assert destination.rates()[-1].errors == 0
+            assert made.verdict(destination).good
