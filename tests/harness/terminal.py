@@ -117,12 +117,14 @@ class Terminal:
             if not self._read(deadline - time.monotonic()):
                 raise TimeoutError(f"no {what} on the terminal:\n{self.grid.text}")
 
-    def watch(self, seconds: float) -> int:
-        """Read for this long; returns how many bytes were sent meanwhile."""
-        before, deadline = self.sent, time.monotonic() + seconds
-        while self._read(deadline - time.monotonic()):
+    def watch(self, seconds: float) -> float:
+        """Read for this long, or longer on a busy machine; returns how many bytes a second were sent meanwhile."""
+        while self._read(0):  # what was sent before
             pass
-        return self.sent - before
+        before, began = self.sent, time.monotonic()
+        while self._read(began + seconds - time.monotonic()):
+            pass
+        return (self.sent - before) / max(seconds, time.monotonic() - began)
 
     def interrupt(self) -> int:
         """Ctrl-C, if it still runs; then what it says at its end, and its exit code."""

@@ -101,7 +101,7 @@ MUTANTS = (
         "commit:Committer._run_group",
         "durable = durable or bool(group.freed)",
         "pass",
-        first=55,
+        first=9,
     ),
     Mutant(
         "discard: what a group frees is what it writes, not what is discarded meanwhile",
