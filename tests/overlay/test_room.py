@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -158,3 +158,27 @@ async def test_a_kill_after_a_group_of_which_only_discards_are_durable(tmp_path:
         view = memoryview(bytearray(CLUSTER))
         await again.read_data(await entry(again, cluster), view)
         assert bytes(view) == byte * CLUSTER
+
+
+async def test_a_barrier_comes_before_the_space_of_what_is_durable_alone_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, overlay = await opened(tmp_path)
+    disk.free = 1
+    await overlay.write(PER_TABLE * CLUSTER, b"w" * CLUSTER, no_fill)
+    await overlay.discard(0, 1)
+    order: list[str] = []
+    for name in ("write", "barrier", "punch"):
+        real = getattr(disk, name)
+
+        def noting(*args: object, name: str = name, real: Callable[..., object] = real) -> object:
+            order.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(disk, name, noting)
+    with pytest.raises(NoSpace):
+        await overlay.committer.commit()
+    await overlay.give_space_back()
+    last_write = len(order) - 1 - order[::-1].index("write")
+    assert order[last_write + 1 :] == ["barrier", "punch"]
+    assert DATA[0] not in disk.bytes
