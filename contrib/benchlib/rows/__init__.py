@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream, thousand
+from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream, thousand, whole
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -16,4 +16,5 @@ ROWS: tuple[Row, ...] = (
     *sparse.ROWS,
     *start.ROWS,
     *thousand.ROWS,
+    *whole.ROWS,
 )
