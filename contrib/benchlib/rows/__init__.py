@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, cold, complete, fresh, guest, many, sparse, start, stream, thousand, whole
+from . import barriers, beside, cold, complete, fresh, guest, many, sparse, start, stream, thousand, whole
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -13,6 +13,7 @@ ROWS: tuple[Row, ...] = (
     *guest.ROWS,
     *many.ROWS,
     *barriers.ROWS,
+    *beside.ROWS,
     *sparse.ROWS,
     *start.ROWS,
     *thousand.ROWS,
