@@ -10,7 +10,6 @@ unreachable, 5 source changed, 6 no space, 7 timed out, 8 in use, 9 refused by p
 
 from __future__ import annotations
 
-import copy
 import enum
 import errno as _errno
 from typing import ClassVar, Self
@@ -29,6 +28,8 @@ class QedfsError(Exception):
         exception is raised. It keeps alive the frames, and with them the buffers, of every request that the exception
         ended.
         """
+        import copy  # here, because few commands need it, and its import looks for a module of Jython
+
         return copy.copy(self)
 
 

@@ -8,6 +8,7 @@ loads before our first line is not in our hands.) Must not know any command.
 import gc
 import os
 import signal
+import sys
 
 INTERRUPTED = 130  # 128 + SIGINT, as the shell reports a command that Ctrl-C ended
 
@@ -18,9 +19,19 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)
     # Modules are no garbage. Without this, collections are an eighth of the instructions that loading click takes.
     gc.disable()
-    from qedfs.cli.main import main as command
+    from qedfs.cli.plain.forms import plain_call
 
-    command()
+    plain = plain_call(sys.argv[1:])
+    if plain is None:
+        from qedfs.cli.main import main as command
+
+        command()
+    else:
+        from qedfs.cli.frame import run_framed
+
+        gc.freeze()  # all that is loaded until now stays; see `cli/main.py`
+        gc.enable()
+        run_framed(plain)
 
 
 class Interruptible:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-
-import click
+from typing import TYPE_CHECKING
 
 from qedfs.cli.entry import INTERRUPTED
 from qedfs.cli.ui.output import remark
 from qedfs.errors import InUse, QedfsError
+
+if TYPE_CHECKING:
+    import click
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -21,13 +23,11 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         result = run()
         sys.stdout.flush()
-    except click.ClickException as exc:
-        return _report_usage(exc)
     except BrokenPipeError:
         # `qedfs status | head`: the reader has gone. What is still buffered must not raise again at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return QedfsError.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException as exc:
         return _report(exc)
@@ -69,6 +69,8 @@ def cause_of(exc: BaseException) -> BaseException:
 
 def _report_usage(exc: click.ClickException) -> int:
     """Print a usage error as one line that names the command whose help is relevant."""
+    import click
+
     text = exc.format_message()
     if "\n" in text:
         # The user gave no command, so the text is the help.
@@ -84,6 +86,13 @@ def _report_usage(exc: click.ClickException) -> int:
 def _report(exc: BaseException) -> int:
     if isinstance(exc, SystemExit):
         raise exc
+    if "click" in sys.modules:  # a command in its plain form does not load it
+        import click
+
+        if isinstance(exc, click.ClickException):
+            return _report_usage(exc)
+        if isinstance(exc, click.Abort):
+            return INTERRUPTED
     line, exit_code = explain(exc)
     import logging  # here, because loading it takes as long as a short command
 

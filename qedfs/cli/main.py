@@ -6,18 +6,15 @@ not need cost more than what most commands do.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
-import io
-import sys
 from typing import Any
 
 import click
 
 from qedfs import __version__
-from qedfs.cli.entry import Interruptible
-from qedfs.cli.exit_status import guarded
-from qedfs.cli.stdio import drop_unwritten, open_closed
+from qedfs.cli.frame import run_framed
 from qedfs.errors import UsageError
 
 # Command -> its module in `cli/commands/`, and what it is called there.
@@ -60,20 +57,9 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own signature
         """Run the command named on the command line and exit."""
-        open_closed()
         kwargs["standalone_mode"] = False
         kwargs.setdefault("prog_name", "qedfs")  # also as `python -m qedfs`
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that is not UTF-8, or that the terminal's encoding cannot show, must not make a command fail.
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            sys.exit(guarded(lambda: self._interruptible(*args, **kwargs)))
-        finally:
-            drop_unwritten()
-
-    def _interruptible(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as above
-        with Interruptible():
-            return super().main(*args, **kwargs)
+        run_framed(functools.partial(super().main, *args, **kwargs))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Also understand `qedfs version`, `qedfs help` and `qedfs help COMMAND`."""

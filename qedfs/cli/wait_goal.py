@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qedfs.cli.served_images import BROKEN, STOPPED, Image, failure_of
 from qedfs.control.qmp.client import Client
@@ -38,7 +37,6 @@ class Goal(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Unused:
     """Nobody has the image open."""
 
@@ -56,8 +54,7 @@ class Unused:
     lacking = held
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Local:
+class Local(NamedTuple):
     """A range of bytes of each image is local; without `end`, the whole image is complete."""
 
     start: int = 0

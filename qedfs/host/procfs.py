@@ -20,10 +20,11 @@ TMPFS_TYPES = frozenset({"tmpfs", "ramfs"})
 _held: dict[int, str] = {}  # see `held_type`
 _FDINFO_BYTES = 4096  # mnt_id is among the first lines; those of locks may follow
 _TABLE = Path("/proc/self/mountinfo")
-_OCTAL = re.compile(rb"\\([0-7]{3})")
-_MOUNT_ID = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
+# Not compiled, as a short command uses few of them; `re` keeps what it has compiled.
+_OCTAL = rb"\\([0-7]{3})"
+_MOUNT_ID = rb"(?m)^mnt_id:\s*([0-9]+)$"
 # "%pK: %08X %08X %08X %04X %02X %5lu PATH" (net/unix/af_unix.c); the path extends to the end of the line.
-_SOCKET = re.compile(rb"^[0-9a-f]+: (?:[0-9A-F]+ ){5} *[0-9]+ (/.*)$", re.MULTILINE)
+_SOCKET = rb"(?m)^[0-9a-f]+: (?:[0-9A-F]+ ){5} *[0-9]+ (/.*)$"
 
 
 class MountLine(NamedTuple):
@@ -53,7 +54,9 @@ def mounts(table: bytes | None = None) -> Iterator[MountLine]:
 
 def _unescaped(field: bytes) -> bytes:
     """Decode the octal escapes of space, tab, line feed, backslash and hash (mangle() in fs/proc_namespace.c)."""
-    return _OCTAL.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), field)
+    if b"\\" not in field:
+        return field
+    return re.sub(_OCTAL, lambda octal: bytes([int(octal[1], 8) & 0xFF]), field)
 
 
 def filesystem_type(path: Path | str | int) -> str:
@@ -101,7 +104,7 @@ def held_type(fd: int) -> Iterator[None]:
 def mount_number(fd: int) -> int:
     """The mount id, as in mountinfo, of an open file; -1 if the kernel does not report it. OSError without /proc."""
     with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
-        found = _MOUNT_ID.search(file.read(_FDINFO_BYTES))
+        found = re.search(_MOUNT_ID, file.read(_FDINFO_BYTES))
     return int(found[1]) if found else -1
 
 
@@ -127,7 +130,7 @@ def sockets(table: bytes | None = None) -> Iterator[bytes]:
         text = Path("/proc/self/net/unix").read_bytes() if table is None else table
     except OSError:
         return
-    for found in _SOCKET.finditer(text):
+    for found in re.finditer(_SOCKET, text):
         yield found[1]
 
 

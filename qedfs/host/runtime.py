@@ -12,16 +12,15 @@ Users are identified by the uid outside our user namespace, so the root of a con
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import hashlib
+import importlib
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from qedfs.errors import Inaccessible, QedfsError
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, mount_user, outer_user, sockets
@@ -44,8 +43,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the owner is checked, here and 
 TEMPORARY = Path("/tmp")  # noqa: S108
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RuntimeFolder:
+class RuntimeFolder(NamedTuple):
     """A folder that belongs to one user, below a system folder."""
 
     base: Path
@@ -60,7 +58,7 @@ class RuntimeFolder:
 
     def below(self, name: str) -> Self:
         """The folder of this name in this one."""
-        return dataclasses.replace(self, names=(*self.names, name))
+        return self._replace(names=(*self.names, name))
 
     def make(self) -> Path:
         """Create it, for our own user. Raises what `private_folder` raises, and OSError if the base does not exist."""
@@ -266,7 +264,17 @@ def _name_of(mountpoint: str) -> str:
 
 
 def _folder_name(place: str) -> str:
-    return hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    return _sha256(os.fsencode(place))[:16]
+
+
+def _sha256(data: bytes) -> str:
+    # Python's own implementation, as in its module `random`: `hashlib` loads OpenSSL, an eighth of a short command.
+    for name in ("_sha2", "_sha256"):  # Python 3.12, 3.11
+        with contextlib.suppress(ImportError):
+            return str(importlib.import_module(name).sha256(data).hexdigest())
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def _own_places() -> Iterator[RuntimeFolder]:

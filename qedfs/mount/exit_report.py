@@ -10,10 +10,10 @@ the file already says that the server was killed, because a killed server can no
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from qedfs.errors import QedfsError
 from qedfs.host.runtime import EXIT_REPORT_NAME, RuntimeFolder, mount_folder, mount_places
@@ -23,8 +23,7 @@ MOST_BYTES = 1 << 16
 _MENDED = "mount them with qedfs once more before anything else opens them"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ExitReport:
+class ExitReport(NamedTuple):
     """What went wrong at the end of a mount."""
 
     error: str
@@ -46,7 +45,7 @@ def write(mountpoint: str, error: QedfsError) -> None:
 def _write(mountpoint: str, report: ExitReport) -> None:
     """Write the report. Errors are ignored, because the log has it, too."""
     with contextlib.suppress(OSError, QedfsError):
-        (mount_folder(mountpoint) / EXIT_REPORT_NAME).write_text(json.dumps(dataclasses.asdict(report)))
+        (mount_folder(mountpoint) / EXIT_REPORT_NAME).write_text(json.dumps(report._asdict()))
 
 
 def discard(mountpoint: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from qedfs.errors import InUse, UsageError, file_error
@@ -53,6 +52,8 @@ def is_dead(mountpoint: str) -> bool:
             os.statvfs(mountpoint)
         except OSError as exc:
             dead.append(exc.errno == errno.ENOTCONN)
+
+    import threading  # here, because most commands look at mounts that live
 
     # A thread can be abandoned. It does not keep the process from ending.
     thread = threading.Thread(target=ask, daemon=True)

@@ -14,6 +14,7 @@ from typing import Any
 from qedfs.control.qmp.client import Client
 from qedfs.host.runtime import mount_folder
 
+from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.require import require_fuse
 
@@ -59,3 +60,18 @@ def connections(mountpoint: Path) -> int:
     """Clients that are connected to the control socket: rows of the kernel's table beside the listening one."""
     name = os.fsencode(mount_folder(str(mountpoint)) / "control.sock")
     return sum(row.endswith(name) for row in Path("/proc/net/unix").read_bytes().split(b"\n")) - 1
+
+
+def with_click(*words: str | Path) -> tuple[int, str, str]:
+    """The exit code and the outputs of a command line that click has parsed, however plain it is."""
+    program = "import sys; from qedfs.cli.main import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def plain(*words: str | Path) -> tuple[int, str, str]:
+    """The same of the command as it is installed."""
+    done = qedfs(*words, check=False)
+    return done.returncode, done.stdout, done.stderr

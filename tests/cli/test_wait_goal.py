@@ -30,7 +30,7 @@ def reached(goal: Goal, *, next_missing: int | None = 0, **changes: Any) -> bool
 
 def test_how_goals_are_written() -> None:
     assert parse_goal("complete") == Local()
-    assert parse_goal("unused") == Unused()
+    assert isinstance(parse_goal("unused"), Unused)
     assert parse_goal("populated:1M-64M") == Local(1 << 20, 64 << 20)
     for text in ("", "completed", "populated:", "populated:5-5", "populated:2M-1M", "populated:x-y"):
         with pytest.raises(UsageError):

@@ -82,6 +82,6 @@ ROWS = (
         Unit.MILLISECONDS,
         _prepare,
         (Target(1.5, against=PYTHON),),
-        note="beside `python3 -c pass`; importing click alone takes it to 1.8 times; targets: --daemon 3, umount 2",
+        note="beside `python3 -c pass`; targets: --daemon 3, umount 2",
     ),
 )

@@ -8,8 +8,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qedfs.cli.ui.layout import printable
 
 if TYPE_CHECKING:
@@ -19,9 +17,14 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 80
 
 
+def echo(text: str, *, error: bool = False) -> None:
+    """Print a line to stdout, or to stderr, and flush it."""
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def print_json(value: object) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2))
+    echo(json.dumps(value, indent=2))
 
 
 class JsonList:
@@ -37,12 +40,12 @@ class JsonList:
 
     def close(self) -> None:
         """Print the end of the array."""
-        click.echo("[]" if self._before == "[" else "]")
+        echo("[]" if self._before == "[" else "]")
 
 
 def print_json_line(value: object) -> None:
     """Print one JSON document on one line and flush it, for streams of documents."""
-    click.echo(json.dumps(value))
+    echo(json.dumps(value))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -69,7 +72,7 @@ def terminal_width() -> int | None:
 def remark(text: str) -> None:
     """Print a line for people to stderr. A failure to print it is ignored, since it is not the result."""
     with contextlib.suppress(OSError):
-        click.echo(f"qedfs: {printable(text)}", err=True)
+        echo(f"qedfs: {printable(text)}", error=True)
 
 
 def print_fields(fields: dict[str, Any]) -> None:
@@ -77,4 +80,4 @@ def print_fields(fields: dict[str, Any]) -> None:
     shown = {name: value for name, value in fields.items() if value is not None}
     width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():
-        click.echo(f"{name + ':':<{width}}{printable(str(value))}")
+        echo(f"{name + ':':<{width}}{printable(str(value))}")
