@@ -27,14 +27,14 @@ from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pi
 SLOW_STARTS = {
     "before it mounts": """
 import os, sys, time
-if "--ready-fd" in sys.orig_argv:
+if any(word.startswith("--ready-fd=") for word in sys.orig_argv):
     with open({flag!r}, "x") as file:
         file.write(str(os.getpid()))
     time.sleep(30)
 """,
     "while it mounts": """
 import os, sys, time
-if "--ready-fd" in sys.orig_argv:
+if any(word.startswith("--ready-fd=") for word in sys.orig_argv):
     import pyfuse3
     init = pyfuse3.init
     def slow_init(*args):
