@@ -97,11 +97,11 @@ class CutOver:
                     raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
                 fetch = await self._connected(image)
                 await self._exchange(served, image, fetch, latest=began + ANSWER_SECONDS)
-                self._start_stream(served)
                 log.info("%s: is active", served.name)
-            # Also for a call that repeats one which has failed here.
+            # Also for a call that repeats one which has failed here, perhaps of an earlier server of this mount.
             if served.stale_pages:
                 await self._fresh_pages(served, image, latest=began + PAGES_SECONDS)
+                self._start_stream(served)
 
     async def deactivate(self, served: Served) -> None:
         """Put an image back in standby, and drop what it has got since its activation: the other program goes on.
@@ -114,6 +114,8 @@ class CutOver:
         async with served.cut_over:
             image = _image(served)
             if image.in_standby:
+                if served.stale_pages:  # a call before this one has failed late
+                    await self._fresh_pages(served, image, latest=trio.current_time() + PAGES_SECONDS)
                 return
             check_way_back(served.name, image.overlay)
             through = await self._sources.pass_through_for(image.overlay, overlays=len(self._images) + 1)
@@ -145,8 +147,20 @@ class CutOver:
                 await trio.sleep(LOOK_SECONDS)
         await image.adoptions_ended()
         storage = await image.overlay.empty()
-        image.replace_overlay(await open_storage(storage, journal_folder=self._options.journal_folder))
+        options = self._options
+        image.replace_overlay(
+            await open_storage(storage, journal_folder=options.journal_folder, session_prefix=options.session_prefix)
+        )
         await image.overlay.count_missing()
+
+    async def refresh(self, served: Served) -> None:
+        """Drop pages that an earlier server of this mount has left, if it may have ended during a cut-over."""
+        async with served.cut_over:
+            if served.stale_pages and served.image is not None:
+                try:
+                    await self._fresh_pages(served, served.image, latest=trio.current_time() + PAGES_SECONDS)
+                except QedfsError as exc:
+                    log.warning("%s", exc)
 
     async def check(self, served: Served) -> None:
         """Raise what `activate` would raise now, as far as that shows without changing anything."""
@@ -219,7 +233,7 @@ class CutOver:
         served.stale_pages = False
 
     def _start_stream(self, served: Served) -> None:
-        if served.jobs is None or not self._options.stream:
+        if served.jobs is None or not self._options.stream or served.jobs.stream.enabled:
             return
         stream = served.jobs.stream
         paused = stream.paused

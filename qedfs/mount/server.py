@@ -258,6 +258,9 @@ async def _serve_mounted(
                 await nursery.start(serve_metrics, settings.metrics, mount)
             await _tune(mount)
             log.info("serving %s at %s", images.folder.source, mount.mountpoint)
+            for served in images.registry.images():
+                if served.stale_pages:
+                    nursery.start_soon(images.cut_over.refresh, served)
             ready(mount)
             notifier.ready()
             takeover.link.tell("serving")

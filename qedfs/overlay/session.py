@@ -308,7 +308,7 @@ class Session:
         self._barrier()
         self._storage.resize(max(end, self.header.area_bytes))
         pin = None if self.record.pin is None else Pin(self.record.pin.backing, self.record.pin.size)
-        self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, session="", journal=""))
+        self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, journal=""))
 
     def move_backing(self, name: bytes, pin: Pin | None) -> None:
         """Give the overlay another backing name, durably. `pin`: of that backing, with the `digest` of the name.
