@@ -275,7 +275,8 @@ class Holder:
             self._stop = number
             if self._heir is not None and server is not None:
                 _kill(self._heir.pid, signal.SIGKILL)
-            if server is not None:
+            # A server that is taking over would end at once. It is told when it serves, so that it ends in order.
+            if server is not None and (server.serving or not self._served):
                 _kill(server.pid, number)
             elif self._heir is not None and self._kept < 0:
                 _kill(self._heir.pid, number)

@@ -79,6 +79,6 @@ class InodeNumbers:
             self._link.set(f"opens/{served.inode}", str(served.opens))
 
     def forget(self, served: Served) -> None:
-        """The image has no users any more."""
-        self._link.drop(f"image/{served.inode}")
-        self._link.drop(f"opens/{served.inode}")
+        """The image has no users any more. Its stream's orders (`stream_orders.py`) are forgotten with it."""
+        for kind in ("image", "opens", "stream"):
+            self._link.drop(f"{kind}/{served.inode}")

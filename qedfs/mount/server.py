@@ -257,13 +257,13 @@ async def _serve_mounted(
             if settings.metrics is not None:
                 await nursery.start(serve_metrics, settings.metrics, mount)
             await _tune(mount)
-            log.info("serving %s at %s", images.folder.source, mount.mountpoint)
             for served in images.registry.images():
                 if served.stale_pages:
                     nursery.start_soon(images.cut_over.refresh, served)
             ready(mount)
-            notifier.ready()
             takeover.link.tell("serving")
+            log.info("serving %s at %s", images.folder.source, mount.mountpoint)
+            notifier.ready()
             nursery.start_soon(notifier.tell_status, mount.everything)
             if settings.until_streamed:
                 nursery.start_soon(_quit_when_streamed, mount)

@@ -168,6 +168,7 @@ def loaded(
         for name in ("fio", "model"):
             create(overlays / f"{name}.qed", source.url)
         with mounted(overlays, folder / "mnt", "--restart", "--limit", "2M", *options, through=through) as mount:
+            wait_until_serving(mount)
             load = Load(folder, source, mount, seed)
             load.start()
             try:
@@ -181,6 +182,11 @@ def loaded(
             if mount.unmount() != 0:
                 raise Broken("the mount did not end well")
         load.compare(overlays)
+
+
+def wait_until_serving(mount: Mount) -> None:
+    """Waits for the moment from which on a dead server is replaced. The mount is there a little earlier."""
+    wait_for(lambda: "serving " in mount.output(), "a mount that serves")
 
 
 def paused_seconds(mount: Mount) -> list[float]:

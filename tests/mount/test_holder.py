@@ -16,7 +16,7 @@ from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 
-from .outlives import Broken, kill_server, loaded, servers, wait_for_takeover
+from .outlives import Broken, kill_server, loaded, servers, wait_for_takeover, wait_until_serving
 from .support import MIB, Origin, assert_same, create, mounted_over, opened, origin
 
 
@@ -27,6 +27,7 @@ def held(folder: Path, *options: str | Path, location: str = "") -> Iterator[tup
         origin(folder, 4 * MIB, location=location) as source,
         mounted_over(folder, source.url, "--restart", *options) as mount,
     ):
+        wait_until_serving(mount)
         yield mount, source
 
 
@@ -181,6 +182,7 @@ def test_an_overlay_that_was_replaced_meanwhile_is_another_image(tmp_path: Path)
         create(folder / "disk.qed", source.url)
         with mounted(folder, tmp_path / "mnt", "--restart", "--no-stream") as mount:
             image = mount.path("disk.raw")
+            wait_until_serving(mount)
             with opened(image) as fd:
                 other = create(tmp_path / "other.qed", source.url)
                 os.kill(mount.pid, signal.SIGSTOP)  # or the next server might be too quick
@@ -206,3 +208,18 @@ def test_a_few_kills_under_load_are_noticed_by_nobody(tmp_path: Path) -> None:
 
 def _ended(process: int) -> list[int]:
     return select.select([process], [], [], 0)[0]
+
+
+def test_a_signal_while_a_server_takes_over_ends_the_mount_in_order(tmp_path: Path) -> None:
+    with held(tmp_path, "--no-stream") as (mount, source):
+        with opened(mount.path("disk.raw")) as fd:
+            os.pwrite(fd, b"written", 0)
+        before = servers(mount.pid)
+        kill_server(mount)
+        wait_for(lambda: servers(mount.pid) not in ([], before), "the next server")
+        os.kill(mount.pid, signal.SIGTERM)
+        assert mount.wait_exit() == 0
+        model = tmp_path / "model"
+        model.write_bytes(b"written" + source.data()[7:])
+        with mounted_over(tmp_path, source.url) as again:
+            assert_same(again.path("disk.raw"), model)

@@ -16,7 +16,7 @@ from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
 from tests.harness.servers import nginx
 
-from .outlives import Broken, kill_server, loaded, paused_seconds, servers, wait_for_takeover
+from .outlives import Broken, kill_server, loaded, paused_seconds, servers, wait_for_takeover, wait_until_serving
 from .support import MIB, create, mounted_over, opened, origin
 from .test_cgroup import inside, limited
 
@@ -76,6 +76,7 @@ def test_a_guest_does_not_notice(tmp_path: Path, cache: str) -> None:
         ):
             drive = f"file={mount.path('disk.raw')},format=raw,cache={cache}"
             console = pool.submit(guest.boot, drive)
+            wait_until_serving(mount)
             kills = 0
             while not console.done():
                 # The guest gets on a little with each server.
@@ -120,6 +121,7 @@ def said(manager: socket.socket, message: bytes) -> bool:
 def test_a_server_that_is_killed_while_it_hands_over(tmp_path: Path, moment: int) -> None:
     with origin(tmp_path, MIB) as source, mounted_over(tmp_path, source.url, "--restart") as mount:
         image = mount.path("disk.raw")
+        wait_until_serving(mount)
         with opened(image) as fd:
             os.pwrite(fd, b"written", 0)
             os.kill(mount.pid, signal.SIGUSR2)
