@@ -221,7 +221,7 @@ def test_a_guest_is_stopped_by_the_error_of_a_server_that_is_away_and_goes_on(tm
 
 def test_the_same_disk_at_another_address(tmp_path: Path) -> None:
     with scene(tmp_path, Plan()) as made, _following(made, "--on-source-error", "wait") as (mount, destination):
-        with qemu_nbd(made.here.disk, tcp=True) as server:
+        with qemu_nbd(made.here.disk) as server:
             qedfs("source", "set", mount.mountpoint, "disk", server.url)
             destination.wait_working(100)
             mount.wait()
