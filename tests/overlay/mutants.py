@@ -47,7 +47,7 @@ MUTANTS = (
         "commit:Committer._write",
         "in group.sectors:",
         "in group.sectors + [self._tables.sector(n, s) for n, changed in group.dirty.items() for s in changed]:",
-        first=32,
+        first=34,
     ),
     Mutant(
         "commit: the file is whole clusters long before an entry is written",
@@ -76,7 +76,7 @@ MUTANTS = (
         "commit:Committer._write",
         "if durable:",
         "if durable and (group.dirty or group.tables):",
-        first=32,
+        first=165,
     ),
     Mutant(
         "flush: one barrier is enough only where no entry waits",
@@ -95,6 +95,7 @@ MUTANTS = (
         "commit:Committer.flush",
         " or self._storage.unsynced)",
         ")",
+        first=14,
     ),
     Mutant(
         "discard: its space is used again behind a barrier for its entries",
