@@ -243,6 +243,12 @@ class Holder:
             self._since = now  # otherwise nobody has served since the last death
         self._deaths = [at for at in self._deaths if at > now - DEATH_SECONDS] + [now]
         how = f"{_how(code)}{f' ({server.said})' if server.said else ''}"
+        if "resend" not in self._values:
+            # Whoever waits for the dead server would wait for ever: the next one does not get these requests.
+            self._give_up(
+                f"its server was ended by {how}, and this kernel does not repeat requests (Linux 6.9 does)", 1
+            )
+            return
         if len(self._deaths) >= int(self._options["most-deaths"]):
             self._give_up(f"its server has died {len(self._deaths)} times within a minute, the last time by {how}", 1)
             return

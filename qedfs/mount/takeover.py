@@ -29,7 +29,6 @@ from qedfs.mount.receive_buffers import touch_receive_buffers
 
 log = logging.getLogger(__name__)
 
-UPGRADE = "an upgrade"  # the holder's reason
 REPLY_SECONDS = 0.5  # for the answer to whoever asked for an upgrade, before the server hands over
 
 
@@ -107,6 +106,8 @@ class Takeover:
         self._request = request
         if is_init(request):
             self.link.set("init", request.hex())
+            if can_resend(request):
+                self.link.set("resend", "yes")
             self.link.keep(fd)
         else:
             log.warning("libfuse has mounted in a way that no other server can continue: a crash ends this mount")
@@ -116,8 +117,6 @@ class Takeover:
         self.restart = restart
         text = "took the mount over after %s; it has answered nothing for %.2f s"
         log.warning(text, restart.reason, restart.pause_seconds)
-        if not can_resend(self._request) and restart.reason != UPGRADE:
-            log.error("this kernel does not repeat requests (Linux 6.9 does)")
         self.established.set()
 
     # Handing over.

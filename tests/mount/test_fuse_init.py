@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.mount import fuse_init
-from qedfs.mount.fuse_init import MAX_BACKGROUND, Handshake, background_limit, with_limits
+from qedfs.mount.fuse_init import MAX_BACKGROUND, Handshake, background_limit, can_resend, with_limits
 from tests.harness.fusectl import fusectl
 from tests.harness.images import qemu_create
 from tests.harness.mounts import mounted
@@ -108,3 +108,10 @@ def test_the_kernel_has_taken_it(tmp_path: Path) -> None:
         connection = connections / str(os.minor(mount.mountpoint.stat().st_dev))
         assert int((connection / "max_background").read_text()) == background_limit()
         assert mount.unmount() == 0
+
+
+@pytest.mark.parametrize(("flags", "expected"), [(1 << 7, True), (1 << 6, False)])
+def test_the_kernel_tells_whether_it_repeats_requests(flags: int, expected: bool) -> None:
+    request = struct.pack("=IIQ", 104, 26, 2) + bytes(24) + struct.pack("=IIIII", 7, 45, 0, 0, flags) + bytes(44)
+    assert can_resend(request) is expected
+    assert not can_resend(request[:56])  # of a kernel that has no second word of flags

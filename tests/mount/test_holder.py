@@ -6,12 +6,14 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from qedfs.mount.holder import Holder, Server
 from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
@@ -223,3 +225,16 @@ def test_a_signal_while_a_server_takes_over_ends_the_mount_in_order(tmp_path: Pa
         model.write_bytes(b"written" + source.data()[7:])
         with mounted_over(tmp_path, source.url) as again:
             assert_same(again.path("disk.raw"), model)
+
+
+def test_on_a_kernel_that_does_not_repeat_requests_a_crash_ends_the_mount(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"mountpoint": str(tmp_path), "log": "text", "most-deaths": "5", "ready-fd": "-1"}
+    holder = Holder(options, [])
+    holder._kept, end = os.pipe()
+    os.close(end)
+    with socket.socket() as connection:
+        holder._died(Server(0, connection), -signal.SIGKILL)
+    assert holder._result == 1
+    assert "does not repeat requests" in capfd.readouterr().err
