@@ -191,7 +191,7 @@ MUTANTS = (
         "await self._read_again()",
         "pass",
         "bad_barrier",
-        first=62,
+        first=47,
     ),
     Mutant(
         "a failed barrier: nobody else's barrier runs beside it",
@@ -207,7 +207,7 @@ MUTANTS = (
         "if _checksum(storage, orphan, cluster_size) != before:",
         "if False:",
         "killed",
-        first=14,
+        first=296,
     ),
 )
 
