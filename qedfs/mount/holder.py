@@ -411,6 +411,8 @@ def _unmount(mountpoint: str, device: str) -> None:
                 found = fields[2].decode()
     if not found or found != device:
         return
+    # A dying server may still have the connection open. fuse(4): the file belongs to the user who has mounted.
+    _write(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort", "1")
     words = ["umount", "-c", "-l"] if os.getuid() == 0 else ["fusermount3", "-u", "-z"]
     with contextlib.suppress(OSError):
         os.waitpid(os.posix_spawnp(words[0], [*words, "--", mountpoint], os.environ), 0)
