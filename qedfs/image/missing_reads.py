@@ -35,6 +35,8 @@ class MissingReads:
         image = self._image
         with self.waiting.waiting(began) as read:
             while True:
+                if image.complete:
+                    return False
                 if (changed := image.changed) is not None:
                     raise changed.fresh()
                 source, answered = image.exchanges, False

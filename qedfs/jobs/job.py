@@ -28,6 +28,7 @@ from qedfs.jobs.state import AT_WORK, Event, JobState, Order, Pause, State
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1.0, 30.0)  # first and longest pause before failed work is retried
+AGAIN_SECONDS = 0.25  # before work that broke off without a reason continues, unless a command comes
 
 HoldOff = Callable[[], str]
 
@@ -236,10 +237,14 @@ class Job(abc.ABC):
             try:
                 if not await self._gate(once=once):
                     break
+                poked = self._poked
                 # A retry does not change the reported state: users want to know what the job waits for.
                 self._report(*(self._hindrance or (Event.RUN, "")))
                 await self._conclude(nothing_left=await self.work())
                 pause = RETRY_SECONDS[0]
+                # Without a wait, work that cannot even begin would keep every other task from running.
+                if poked is self._poked and self.allowed and not self.done and not self.hold_off():
+                    await self.sleep(AGAIN_SECONDS)
             except QedfsError as exc:
                 await self._heed(exc, pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])

@@ -138,13 +138,20 @@ class CutOver:
     async def _empty(self, served: Served, image: Image, through: PassThrough) -> None:
         """The record says already that the overlay is empty: reads pass through from here on, then the file follows."""
         served.stale_pages = True
+        jobs = [] if served.jobs is None else served.jobs.all()
+        for job in jobs:
+            job.cancel()  # before the exchange: from then on they have nothing to work on
+        if served.jobs is not None and served.jobs.populate is not None:
+            # Its copy is of the source as it was, and it writes to the overlay that is emptied here.
+            served.jobs.populate.cancel()
         old = image.exchange_source(None, standby=through)
         if old is not None:
             await self._sources.release(old)
-        for job in [] if served.jobs is None else served.jobs.all():
-            job.cancel()
-            while job.state in AT_WORK:  # noqa: ASYNC110 - once in a lifetime
-                await trio.sleep(LOOK_SECONDS)
+        # The tasks of an image end when its overlay is removed from the folder, and their jobs look the same for ever.
+        while any(job.state in AT_WORK for job in jobs) and not served.scope.cancel_called:  # noqa: ASYNC110
+            await trio.sleep(LOOK_SECONDS)
+        if served.scope.cancel_called:
+            raise QedfsError(f"{served.name}: is not there any more")
         await image.adoptions_ended()
         storage = await image.overlay.empty()
         options = self._options

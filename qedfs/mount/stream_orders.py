@@ -24,7 +24,10 @@ def note(link: HolderLink, served: Served) -> None:
 
 
 async def restore(values: Mapping[str, str], served: Served) -> None:
-    """Give the stream of an image, which does not run yet, the orders that it had. Raises QedfsError."""
+    """Give the stream of an image, which does not run yet, the orders that it had. Raises QedfsError.
+
+    In standby it stays off: what was told dates from before the image went back there.
+    """
     stream = served.job
     if stream is None or (told := values.get(f"stream/{served.inode}")) is None:
         return
@@ -32,7 +35,7 @@ async def restore(values: Mapping[str, str], served: Served) -> None:
     stream.set_limit(limit)
     if stream.enabled and not enabled:
         stream.cancel()
-    elif enabled and not stream.enabled:
+    elif enabled and not stream.enabled and served.image is not None and not served.image.in_standby:
         paused = stream.paused
         stream.start()
         if paused:  # a start ends a pause

@@ -12,7 +12,7 @@ import trio.testing
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, SourceChanged, SourceError, SourceUnreachable
 from qedfs.image.image import NO_SPACE_RETRY_SECONDS
-from qedfs.jobs.job import RETRY_SECONDS, Action, usual_action
+from qedfs.jobs.job import AGAIN_SECONDS, RETRY_SECONDS, Action, usual_action
 from qedfs.jobs.state import ENDED, State
 from tests.fakes.source import FakeSource
 from tests.served import CLUSTER, served
@@ -303,3 +303,27 @@ async def test_another_driver_takes_over(autojump_clock: trio.testing.MockClock)
         job.attach(second)
         await finished(job)
         assert (first.states, second.states) == ([State.RUNNING], [State.COMPLETE])
+
+
+class StuckJob(CountJob):
+    """Breaks off at once, without a reason and without an await."""
+
+    begun = 0
+
+    async def work(self) -> bool:
+        self.begun += 1
+        assert self.begun < 1000
+        return False
+
+
+async def test_work_that_cannot_begin_lets_other_tasks_run(autojump_clock: trio.testing.MockClock) -> None:
+    async with served(FakeSource(b"x" * CLUSTER)) as image, trio.open_nursery() as nursery:
+        job = StuckJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(10)
+        assert job.state is State.RUNNING
+        assert 10 / AGAIN_SECONDS - 1 <= job.begun <= 10 / AGAIN_SECONDS + 1
+        job.cancel()
+        await trio.sleep(0.001)
+        assert state_of(job) is State.OFF
+        nursery.cancel_scope.cancel()

@@ -205,3 +205,26 @@ async def test_holes_of_the_copy_are_not_read(autojump_clock: trio.testing.MockC
         assert (await populate(image, copy)).state is Progress.COMPLETE
         assert max(pos + size for pos, size, _ in copy.reads) <= 4 * CLUSTER
         assert await image.read(0, len(content)) == content
+
+
+async def test_a_reader_that_waits_for_an_answer_does_not_ask_the_source_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    source, copy = FakeSource(CONTENT), FakeSource(CONTENT)
+    async with served(source, copy_on_read=False) as image, trio.open_nursery() as nursery:
+        await image.read(0, CLUSTER)
+        await image.source_size()
+        source.gate = trio.Event()  # for ever
+        answers: list[float] = []
+
+        async def read() -> None:
+            assert await image.read(3 * CLUSTER, CLUSTER) == CONTENT[3 * CLUSTER : 4 * CLUSTER]
+            answers.append(trio.current_time())
+
+        nursery.start_soon(read)
+        await trio.sleep(1)
+        asked = len(source.reads)
+        assert (await populate(image, copy, force=True)).state is Progress.COMPLETE
+        await trio.sleep(1)
+        assert answers
+        assert len(source.reads) == asked

@@ -328,6 +328,33 @@ def test_the_way_back_drops_what_was_kept_since_the_activation(tmp_path: Path, r
         assert_whole(overlay, raw)
 
 
+def test_the_way_back_ends_what_is_populated_from_a_copy(tmp_path: Path, raw: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.write_bytes(raw.read_bytes())
+    with served(raw) as server, served(copy) as other, link(other) as slow:
+        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
+        with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
+            assert activate(mount) == 0
+            assert read_direct(mount.path("disk.raw"), 0, 4096) == raw.read_bytes()[:4096]
+            # Of what it brings, only the last answer is held back, which would come after the next cut-over.
+            slow.stall(new_after=SIZE // 2)
+            words = [*QEDFS, "populate", str(mount.mountpoint), "disk", "--from", slow.url]
+            with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as populate:
+                wait_for(lambda: mount.image()["populated"] >= SIZE // 4, "a part of the copy")
+                assert activate(mount, "--undo") == 0
+                assert mount.image()["populate"]["state"] == "cancelled"
+                content = change(raw)
+                assert activate(mount) == 0
+                slow.release()
+                _, remarks = populate.communicate(timeout=HANG_SECONDS)
+            assert (populate.returncode, "was cancelled" in remarks) == (1, True)
+            assert read_direct(mount.path("disk.raw"), 0, SIZE) == content
+            qedfs("stream", "start", mount.mountpoint)
+            mount.wait()
+            assert mount.unmount() == 0
+        assert_whole(overlay, raw)
+
+
 class Writing(threading.Thread):
     """A write in a thread, to the page cache or past it, and its error."""
 

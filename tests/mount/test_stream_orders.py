@@ -67,3 +67,11 @@ async def test_of_an_image_without_a_stream_nothing_is_told(state: str) -> None:
     made = Stream()
     await stream_orders.restore(link.values, served(made))
     assert not made.told
+
+
+async def test_a_stream_stays_off_if_its_image_has_gone_back_to_standby() -> None:
+    link = Values()
+    stream_orders.note(cast("HolderLink", link), served(Stream(limit=7)))
+    made = Stream(enabled=False)
+    await stream_orders.restore(link.values, served(made, in_standby=True))
+    assert (made.rate_limiter.limit, made.told) == (7, [])
