@@ -81,6 +81,7 @@ async def record_emptying(name: str, overlay: Overlay) -> None:
     Raises:
         QedfsError: a guest has written since, or it was not activated, or is complete; or what `record_active` raises.
     """
+    await overlay.ready()  # as in `record_active`: the clusters are dropped next
     check_way_back(name, overlay)
     await overlay.change_record(_emptying)
     # The guest may have written while the change waited for its turn.

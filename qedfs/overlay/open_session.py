@@ -16,7 +16,7 @@ import trio
 
 from qedfs.errors import BadOverlay, InStandby, NoSpace, QedfsError
 from qedfs.format.header import NO_PROBE
-from qedfs.format.record import Pin, Record
+from qedfs.format.record import Pin, Record, Standby
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
@@ -113,12 +113,19 @@ class OpenSession:
         """The caller holds the lock."""
         if self.times.may_move:
             return
-        # A full disk may not even allow overwriting (btrfs). The next write tries again.
-        with contextlib.suppress(NoSpace):
+        standby = self._session.record.standby
+        if standby.waits:  # since this write has passed the gate, and the clusters are about to be dropped
+            raise InStandby("the overlay is on its way back to standby")
+        try:
             if dirty_pages.crowded():
                 await self._storage.in_thread(self._session.let_times_move)
             else:
                 self._session.let_times_move()
+        except NoSpace:
+            # A full disk may not even allow overwriting (btrfs). The next write tries again. But if the record does not
+            # say that a guest has written, its bytes would be dropped on a way back to standby.
+            if standby is Standby.REVOCABLE:
+                raise
 
     async def note_no_journal(self) -> None:
         """Record that there is no journal for a later session to find: it was lost, but the file has its entries."""

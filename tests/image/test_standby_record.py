@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceChanged
+from qedfs.errors import InStandby, NoSpace, QedfsError, ReadOnlyOverlay, SourceChanged
 from qedfs.format.record import Pin, Standby, digest
-from qedfs.image.standby_record import check_size, put_in_standby, record_active
+from qedfs.image.standby_record import check_size, put_in_standby, record_active, record_emptying
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
@@ -105,6 +105,49 @@ async def test_the_first_write_of_a_guest_is_noted_whichever_session_it_is_in() 
     states.append(again.record.standby)
     assert states == [Standby.REVOCABLE, Standby.ACTIVE]
     await again.close()
+
+
+async def revocable() -> MemoryStorage:
+    """An overlay that was activated, and that no guest has written to."""
+    storage = MemoryStorage(empty(cluster_size=CLUSTER, image_size=SIZE, backing=BACKING).data)
+    overlay = await opened(storage)
+    await put_in_standby("disk.qed", overlay)
+    await record_active(overlay, None)
+    await overlay.close()
+    return MemoryStorage(storage.bytes)
+
+
+async def test_the_way_back_is_not_begun_on_a_full_disk_that_cannot_say_so() -> None:
+    """Otherwise a kill would leave an active overlay with half of its clusters dropped."""
+    storage = await revocable()
+    storage.fail("write", NoSpace("full"), forever=True, wrote=0)
+    overlay = await opened(storage)
+    assert overlay.full is not None
+    with pytest.raises(NoSpace):
+        await record_emptying("disk.raw", overlay)
+    assert overlay.record.standby is Standby.REVOCABLE
+    storage.mend()
+    await record_emptying("disk.raw", overlay)
+    assert (await opened(MemoryStorage(storage.bytes, writable=False))).record.standby is Standby.EMPTYING
+
+
+async def test_no_guest_writes_what_a_way_back_would_drop() -> None:
+    storage = await revocable()
+    overlay = await opened(storage)
+    storage.fail("write", NoSpace("full"), wrote=0)  # only the record, whose new place a file system has to find
+    with pytest.raises(NoSpace):
+        await overlay.write(0, bytes(CLUSTER), no_fill)
+    await overlay.write(0, bytes(CLUSTER), no_fill)
+    with pytest.raises(QedfsError, match="has written"):
+        await record_emptying("disk.raw", overlay)
+    await overlay.close()
+
+
+async def test_a_write_that_comes_after_the_way_back_has_begun_is_refused() -> None:
+    overlay = await opened(await revocable())
+    await record_emptying("disk.raw", overlay)
+    with pytest.raises(InStandby):
+        await overlay.write(0, bytes(CLUSTER), no_fill)
 
 
 async def no_fill(cluster: int) -> bytes:
