@@ -248,6 +248,14 @@ class Registry:
             # OSError: the file or its file system disappeared meanwhile.
             error = exc if isinstance(exc, QedfsError) else Inaccessible(f"{path}: {exc.strerror}")
             self._refuse(served, error, before)
+        except Exception:
+            # A bug, or no thread is left. It must cost this overlay only, not those that are opened beside it.
+            if self._folder.single:
+                raise
+            if before is None:
+                log.exception("%s: internal error", path)
+            served.transient = True
+            self._refuse(served, QedfsError("internal error, see the log"), before)
         self._list(served)
         if served.image is None:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,29 @@ async def test_a_transient_error_is_retried(
         (served,) = registry.everything()
         assert served.image is not None
         assert not await registry.scan_if_changed(retry=True)
+
+
+@pytest.mark.expect_log("internal error")
+async def test_a_bug_costs_its_own_overlay_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also no thread that can be started, which is a RuntimeError."""
+    paths = [tmp_path / "o" / f"{name}.qed" for name in "abc"]
+    real = FileStorage.in_thread
+
+    async def no_thread(self: FileStorage, function: Callable[[], object]) -> object:
+        if self.path.endswith("b.qed"):
+            raise RuntimeError("can't start new thread")
+        return await real(self, function)
+
+    async with empty_folder(tmp_path / "o") as registry:
+        for path in paths:
+            create(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(FileStorage, "in_thread", no_thread)
+            assert await registry.scan_if_changed()
+            assert [served.image is not None for served in registry.everything()] == [True, False, True]
+            assert str(registry.everything()[1].error) == "internal error, see the log"
+        assert await registry.scan_if_changed(retry=True)
+        assert all(served.image is not None for served in registry.everything())
 
 
 @pytest.mark.expect_log("the stream has stopped: was cut")
