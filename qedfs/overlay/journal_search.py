@@ -51,9 +51,13 @@ def find(storage: Storage, folder: Path | None, session: str, noted: str) -> Fou
         return Found()
     user = user_number()
     if told := _NOTE.fullmatch(noted):
-        if told[3] != _boot():
-            return Found()  # lost in a power cut or reboot, like the writes that were not flushed
         user = int(told[1])
+        try:
+            boot = boot_id()
+        except OSError as exc:  # no descriptor is left, perhaps. Whether there was a reboot is unknown.
+            return Found(unread=f"{_killed(user)}, and the id of this boot cannot be read: {exc.strerror}")
+        if told[3] != boot[:8]:
+            return Found()  # lost in a power cut or reboot, like the writes that were not flushed
         if told[2] != name:
             return Found(gone=f"it is a copy, made while it was mounted by {_called(user)}")
         if user not in (0, user_number(), storage.owner()):

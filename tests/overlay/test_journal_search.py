@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -79,6 +80,24 @@ def with_note(image: bytes | bytearray, text: str) -> bytearray:
     assert record is not None
     Session(storage, header, record).begin(record.session, text)
     return storage.bytes
+
+
+async def test_without_a_descriptor_to_look_for_it_it_is_not_taken_for_lost(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (places / "SHARED_MEMORY").mkdir()
+    left = await killed(journal_folder())
+
+    def no_descriptor() -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qedfs.overlay.journal_search.boot_id", no_descriptor)
+        with pytest.raises(InUse, match="Too many open files"):
+            await open_storage(MemoryStorage(left, name="disk"), journal_folder=journal_folder())
+    again = await open_storage(MemoryStorage(left, name="disk"), journal_folder=journal_folder())
+    assert await seen(again) == b"1"
+    await again.close()
 
 
 @pytest.mark.parametrize("name", ["RUN", "SHARED_MEMORY", "TEMPORARY"])
