@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import BadOverlay, InStandby, NoSpace, QedfsError
+from qedfs.errors import BadOverlay, InStandby, NoSpace, QedfsError, UsageError
 from qedfs.format.header import NO_PROBE
 from qedfs.format.record import Pin, Record, Standby
 from qedfs.overlay.barrier import Barriers
@@ -183,6 +183,8 @@ class OpenSession:
         """See `Session.move_backing`."""
         async with self.lock:
             self._barriers.check_writable()
+            if not self._session.header.has_backing:
+                raise UsageError("the image has become complete meanwhile, and needs no source")
             await self._committer.durably(lambda: self._session.move_backing(name, pin))
 
     async def end(self, *, in_order: bool) -> None:

@@ -494,6 +494,7 @@ class Overlay:
         """Give the overlay another backing name, which the caller has compared. `pin`: of it; None if none is known.
 
         Raises:
+            UsageError: it has been dropped meanwhile.
             QedfsError: the header has no room for it, or the disk failed; see `Session.move_backing`.
         """
         await self._session.ready()

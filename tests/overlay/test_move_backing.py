@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from qedfs.errors import QedfsError
+from qedfs.errors import QedfsError, UsageError
 from qedfs.format.record import Pin, digest
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
@@ -90,3 +90,16 @@ async def test_a_disk_that_fails(kind: str, nth: int) -> None:
     name, valid = says(await open_storage(MemoryStorage(storage.bytes, writable=False)))
     assert name in (OLD, NEW)
     assert valid
+
+
+async def test_an_overlay_that_was_detached_meanwhile_gets_no_backing() -> None:
+    storage = await started(65536)
+    overlay = await open_storage(storage)
+    await overlay.detach()
+    with pytest.raises(UsageError, match="complete"):
+        await overlay.move_backing(NEW, pin_of(NEW))
+    assert overlay.backing is None
+    assert NEW.encode() not in storage.bytes
+    await overlay.close()
+    again = await open_storage(MemoryStorage(bytes(storage.bytes), writable=False))
+    assert (again.backing, again.record.pin) == (None, None)
