@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.cli.migration import moved_image
+from qedfs.cli.migration.handover import _undisturbed
 from qedfs.cli.migration.moved_image import MovedImage
 from qedfs.cli.migration.two_qemus import Lost
 from qedfs.control.qmp import client
@@ -129,3 +131,18 @@ def test_a_cut_over_whose_answer_is_lost_is_taken_back(scene: Scene, monkeypatch
             move()
         assert scene.source_runs()
     assert scene.state() == "standby"
+
+
+def test_a_signal_in_the_last_steps_is_heeded_after_them_and_not_blocked_for_programs_that_are_started() -> None:
+    steps = []
+
+    def interrupted() -> None:
+        with _undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            blocked = subprocess.run(["grep", "SigBlk", "/proc/self/status"], capture_output=True, check=True).stdout
+            steps.append(int(blocked.split()[1], 16) & 1 << signal.SIGTERM - 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert steps == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

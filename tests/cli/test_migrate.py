@@ -84,13 +84,15 @@ def test_memory_that_takes_too_long(scene: Scene) -> None:
     assert scene.state() == "standby"
 
 
-def test_a_command_that_is_interrupted_while_the_memory_moves(scene: Scene) -> None:
+# SIGHUP: its terminal, or the connection of ssh, has ended.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_command_that_is_interrupted_while_the_memory_moves(scene: Scene, number: signal.Signals) -> None:
     with QemuClient.at(scene.source.second_monitor) as client:
         client.execute("migrate-set-parameters", max_bandwidth=4096)
     child = Child([*QEDFS, *scene.words()], scene.folder / "log")
     try:
         wait_for(lambda: "memory moves" in child.output(), "the move")
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, number)
         assert child.wait() == 130
     finally:
         child.kill()

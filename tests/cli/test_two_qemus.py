@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
+import socket
 from collections.abc import Iterator
 
 import pytest
 
+from qedfs.cli.migration import two_qemus
 from qedfs.cli.migration.two_qemus import Lost, TwoQemus
+from qedfs.control.qmp import client
 from qedfs.control.qmp.qemu import QemuClient
 from qedfs.errors import QedfsError, TimedOut, UsageError
 from tests.harness.migration.bare import Bare, bare
@@ -118,6 +123,43 @@ def test_a_destination_that_dies_in_the_last_step_leaves_the_guest_at_the_source
         assert both.qemus.end_destination()
         both.qemus.cancel()
         assert both.qemus.source.execute("query-status")["running"]
+
+
+def test_a_connection_that_breaks_in_the_last_step_does_not_prove_that_the_destination_has_ended() -> None:
+    with pair() as both:
+        both.stop()
+        both.qemus.destination._socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(Lost):
+            both.qemus.go_on()
+        assert not both.qemus.end_destination()
+        with QemuClient.at(both.destination.second_monitor) as again:
+            assert again.execute("query-status")["status"] in ("inmigrate", "running")
+
+
+def test_a_qemu_that_gives_no_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SWITCH_SECONDS", "CANCEL_SECONDS", "END_SECONDS"):
+        monkeypatch.setattr(two_qemus, name, 0.5)
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 60.0)
+    with pair() as both:
+        both.stop()
+        os.kill(both.source.pid, signal.SIGSTOP)
+        with pytest.raises(TimedOut, match="has given no answer for 1 s"):
+            both.qemus.cancel()
+        with pytest.raises(Lost, match="has given no answer for 1 s"):
+            both.qemus.go_on()
+        with pytest.raises(TimedOut, match="has given no answer for 1 s"):
+            both.qemus.has_failed()
+        os.kill(both.destination.pid, signal.SIGSTOP)
+        assert not both.qemus.end_destination()
+
+
+def test_a_source_that_gives_no_answer_while_the_memory_moves() -> None:
+    with pair() as both:
+        both.qemus.prepare()
+        both.qemus.start()
+        os.kill(both.source.pid, signal.SIGSTOP)
+        with pytest.raises(TimedOut):
+            both.qemus.wait_stopped(0, _ignore)
 
 
 def test_a_guest_that_runs_is_not_ended_at_the_destination() -> None:

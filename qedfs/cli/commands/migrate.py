@@ -15,7 +15,7 @@ import click
 from qedfs.cli.completion import images
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.migration.disk_export import listen_words
-from qedfs.cli.migration.handover import Handover, Outcome
+from qedfs.cli.migration.handover import ENDS, Handover, Outcome
 from qedfs.cli.migration.moved_disk import disk_meant
 from qedfs.cli.migration.moved_image import MovedImage
 from qedfs.cli.migration.two_qemus import TwoQemus
@@ -89,8 +89,11 @@ def migrate(
         raise UsageError("--no-export and --listen exclude each other")
     words = _Words(quiet=quiet)
     outcome, error = Outcome(), None
-    # Killed by SIGTERM while the memory moves, it would leave a guest that stands still at the end, for ever.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Killed while the memory moves, it would leave a guest that stands still at the end, for ever. SIGHUP: the terminal
+    # or the connection of ssh has ended.
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(QemuClient.at(source_qmp))

@@ -23,6 +23,7 @@ from qedfs.errors import QedfsError, UsageError
 
 Say = Callable[[str], None]
 Show = Callable[[dict[str, Any]], None]  # gets what QEMU says of the migration
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end this command
 
 
 @dataclasses.dataclass
@@ -81,15 +82,17 @@ class Handover:
         them while they still changed remembers old ones.
         """
         self._began = time.monotonic()
-        try:
-            self._qemus.prepare()
-            self._qemus.start()
-            self._qemus.wait_stopped(deadline, show)
-        except BaseException:
-            self._qemus.cancel()
-            raise
-        # The guest stands still, and belongs to one of two: Ctrl-C comes too late, or has to wait for the way back.
-        with _undisturbed():
+        with contextlib.ExitStack() as stack:
+            try:
+                self._qemus.prepare()
+                self._qemus.start()
+                self._qemus.wait_stopped(deadline, show)
+                # The guest stands still, and belongs to one of two: Ctrl-C comes too late, or waits for the way back.
+                stack.enter_context(_undisturbed())
+            except BaseException:
+                with _undisturbed():  # a second signal must not leave the guest standing still
+                    self._qemus.cancel()
+                raise
             try:
                 if self._export is not None and self._disk.driver != "raw":
                     self._export.end()
@@ -175,9 +178,19 @@ class Handover:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals that would end this command are seen only afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    """Signals that would end this command are heeded only afterwards.
+
+    They are not blocked: a server that is started meanwhile would inherit that, and nothing but SIGKILL could end it.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in ENDS}
     try:
+        for number in ENDS:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, lambda it, _: came.append(it))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

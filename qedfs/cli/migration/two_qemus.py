@@ -9,9 +9,10 @@ not know what happens to the disk meanwhile.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qedfs.control.qmp.client import Gone
@@ -79,6 +80,10 @@ class TwoQemus:
         `show` gets what query-migrate says, now and then. Raises QedfsError if the migration fails, TimedOut after
         `deadline`.
         """
+        with _within(deadline, self.source):
+            self._wait_stopped(deadline, show)
+
+    def _wait_stopped(self, deadline: float, show: Callable[[dict[str, Any]], None]) -> None:
         asked = not self._post_copy
         while True:
             event = self.source.event(POLL_SECONDS)
@@ -105,10 +110,14 @@ class TwoQemus:
 
         Raises QedfsError if it does not run.
         """
+        deadline = time.monotonic() + CANCEL_SECONDS
+        with _within(deadline, self.source):
+            self._cancel(deadline)
+
+    def _cancel(self, deadline: float) -> None:
         # Refused if there is nothing to cancel, which is as good.
         with contextlib.suppress(QedfsError):
             self.source.execute("migrate_cancel")
-        deadline = time.monotonic() + CANCEL_SECONDS
         while not self.source.execute("query-status")["running"]:
             if time.monotonic() > deadline:
                 raise QedfsError(f"{self.source.peer}: the guest stands still, although the migration was cancelled")
@@ -123,9 +132,11 @@ class TwoQemus:
 
         Raises Lost if it does not come to that.
         """
+        deadline = time.monotonic() + SWITCH_SECONDS
         try:
-            self.source.execute("migrate-continue", state="pre-switchover")
-            self._wait_running(time.monotonic() + SWITCH_SECONDS)
+            with _within(deadline, self.source, self.destination):
+                self.source.execute("migrate-continue", state="pre-switchover")
+                self._wait_running(deadline)
         except QedfsError as exc:
             raise exc if isinstance(exc, Lost) else Lost(str(exc)) from exc
 
@@ -149,21 +160,23 @@ class TwoQemus:
         False if it has sent all of the guest, and so has no more say in what becomes of it.
         """
         deadline = time.monotonic() + CANCEL_SECONDS
-        while (status := self.source.execute("query-migrate").get("status")) in _BUSY and time.monotonic() < deadline:
-            self.source.event(POLL_SECONDS)
+        with _within(deadline, self.source):
+            while (status := self._status()) in _BUSY and time.monotonic() < deadline:
+                self.source.event(POLL_SECONDS)
         return status in ("failed", "cancelled")
 
     def end_destination(self) -> bool:
-        """End the destination's QEMU, in which no guest has come up. False if one has, or if QEMU does not answer."""
-        try:
-            if self.destination.execute("query-status")["running"]:
+        """End the destination's QEMU, in which no guest has come up. False if one has, or if that is not certain."""
+        with _within(time.monotonic() + END_SECONDS, self.destination):
+            try:
+                if self.destination.execute("query-status")["running"]:
+                    return False
+                self.destination.execute("quit")
+                _wait_end(self.destination)
+            except Gone:
+                return self.destination.has_ended
+            except QedfsError:
                 return False
-            self.destination.execute("quit")
-            _wait_end(self.destination)
-        except Gone:
-            return True
-        except QedfsError:
-            return False
         return True
 
     def quit_source(self) -> None:
@@ -195,10 +208,26 @@ class TwoQemus:
         elif self.source.execute("query-migrate").get("status") in ("failed", "cancelled"):
             raise Lost(f"the migration has failed in its last step{self._why()}")
 
+    def _status(self) -> str | None:
+        status: str | None = self.source.execute("query-migrate").get("status")
+        return status
+
     def _why(self) -> str:
         """What QEMU says of a failure, to be appended to a message."""
         reason = self.source.execute("query-migrate").get("error-desc")
         return f": {reason}" if reason else ""
+
+
+@contextlib.contextmanager
+def _within(deadline: float, *qemus: QemuClient) -> Iterator[None]:
+    """A QEMU that gives no answer any more is given up at the deadline: the guest stands still meanwhile."""
+    for qemu in qemus:
+        qemu.deadline = deadline
+    try:
+        yield
+    finally:
+        for qemu in qemus:
+            qemu.deadline = math.inf
 
 
 def _set_capabilities(qemu: QemuClient, wanted: dict[str, bool]) -> None:

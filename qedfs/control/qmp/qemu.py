@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import select
 import socket
 import time
 from typing import Self
@@ -16,11 +18,26 @@ from typing import Self
 from qedfs.control.qmp.client import CONNECT_SECONDS, Client, Gone
 from qedfs.errors import Inaccessible, QedfsError, TimedOut, file_error
 
+END_SECONDS = 1.0  # between the end of a connection and that of the process
 _TCP = re.compile(r"^(?:tcp:)?(\[[0-9a-fA-F:.%\w]+\]|[^/:\[\]]+):([0-9]{1,5})$")
 
 
 class QemuClient(Client):
     """A connection to a QMP monitor at an address."""
+
+    _process: int | None = None  # a pidfd of QEMU, if that is certainly who we are connected to
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether QEMU has certainly ended. A closed connection alone proves nothing: ssh or others may forward it."""
+        return self._process is not None and bool(select.select([self._process], [], [], END_SECONDS)[0])
+
+    def close(self) -> None:
+        """Close the connection."""
+        super().close()
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
 
     @classmethod
     def at(cls, address: str, *, name: str | None = None) -> Self:
@@ -35,6 +52,7 @@ class QemuClient(Client):
         peer = name or f"QEMU at {address}"
         connection = _connected(address, peer)
         client = cls(connection)
+        client._process = _process(client.server_pid)
         client.peer, client.peer_ended = peer, f"{peer} has ended"
         client.deadline = time.monotonic() + CONNECT_SECONDS
         try:
@@ -50,6 +68,18 @@ class QemuClient(Client):
             raise
         client.deadline = math.inf
         return client
+
+
+def _process(pid: int) -> int | None:
+    """A pidfd of this process if it is a QEMU; None if it is another program, or cannot be seen from here."""
+    try:
+        found = os.pidfd_open(pid)
+        if os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith(("qemu", "kvm")):
+            return found
+        os.close(found)
+    except OSError:  # as for pid 0, of a TCP connection
+        pass
+    return None
 
 
 def _connected(address: str, peer: str) -> socket.socket:
