@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from qedfs.cli.migration import disk_export
 from qedfs.cli.migration.disk_export import DiskExport, listen_words
 from qedfs.errors import InUse, QedfsError, UsageError
 from qedfs.source.url import parse_location
@@ -122,3 +123,19 @@ def test_a_disk_in_qcow2_that_another_program_writes(tmp_path: Path) -> None:
 )
 def test_where_it_listens(backing: str, given: str | None, words: list[str]) -> None:
     assert listen_words(parse_location(backing), given) == words
+
+
+def test_a_server_that_was_just_started_ends_with_an_interrupted_command(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = disk_export._run
+
+    def interrupted(words: Sequence[str], inherited: int) -> str | None:
+        assert run(words, inherited) is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk_export, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DiskExport.start(str(disk), "raw", [f"--socket={tmp_path / 'nbd'}"], "")
+    info = [require("nbdinfo"), f"nbd+unix:///?socket={tmp_path / 'nbd'}"]
+    wait_for(lambda: subprocess.run(info, capture_output=True, check=False).returncode != 0, "the end of the server")

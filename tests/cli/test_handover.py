@@ -5,6 +5,8 @@ What a guest writes meanwhile is looked at in `tests/mount/test_live_migration.p
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -130,6 +132,19 @@ def test_a_cut_over_whose_answer_is_lost_is_taken_back(scene: Scene, monkeypatch
         with pytest.raises(TimedOut):
             move()
         assert scene.source_runs()
+    assert scene.state() == "standby"
+
+
+def test_a_server_that_cannot_be_started_anew_at_the_cut_over(scene: Scene) -> None:
+    def fail() -> None:
+        raise QedfsError("the port is taken")
+
+    with scene.handover() as (handover, _):
+        handover._disk = dataclasses.replace(handover._disk, driver="qcow2")
+        with pytest.raises(QedfsError, match="the port is taken"):
+            handover.move(math.inf, lambda _: None, fail)
+        assert scene.source_runs()
+        assert handover.outcome.export_pid is None
     assert scene.state() == "standby"
 
 

@@ -59,9 +59,13 @@ class DiskExport:
                 with tempfile.TemporaryDirectory(prefix="qedfs-") as folder:
                     pid_file = os.path.join(folder, "pid")
                     opened = (f"--cache={cache}", f"--pid-file={pid_file}", *_image_words(path, driver))
-                    failure = _run([program, *words, *listen, *opened], file)
-                    if failure is None:
-                        return cls(*_process(pid_file), file, path)
+                    try:
+                        failure = _run([program, *words, *listen, *opened], file)
+                        if failure is None:
+                            return cls(*_process(pid_file), file, path)
+                    except BaseException:
+                        _end_started(pid_file)
+                        raise
             raise QedfsError(f"qemu-nbd does not serve {path}: {failure}")
         except BaseException:
             os.close(file)
@@ -138,6 +142,16 @@ def _run(words: Sequence[str], inherited: int) -> str | None:
     except subprocess.TimeoutExpired:
         return f"no answer within {START_SECONDS:g} s"
     return None if done.returncode == 0 else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+
+
+def _end_started(pid_file: str) -> None:
+    """End a server of which nobody knows, as after Ctrl-C. Before it has written the file, it fails by itself."""
+    with contextlib.suppress(OSError, ValueError):
+        pidfd = _process(pid_file)[1]
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        finally:
+            os.close(pidfd)
 
 
 def _process(pid_file: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Handover:
                 raise
             try:
                 if self._export is not None and self._disk.driver != "raw":
-                    self._export.end()
+                    self.end_export()
                     again()
                 self._image.cut_over()
             except BaseException:
