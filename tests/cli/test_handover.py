@@ -18,7 +18,7 @@ import pytest
 from qedfs.cli.migration import moved_image
 from qedfs.cli.migration.handover import _undisturbed
 from qedfs.cli.migration.moved_image import MovedImage
-from qedfs.cli.migration.two_qemus import Lost
+from qedfs.cli.migration.two_qemus import Lost, TwoQemus
 from qedfs.control.qmp import client
 from qedfs.errors import QedfsError, SourceError, TimedOut
 from tests.harness.images import first_difference
@@ -145,6 +145,18 @@ def test_a_server_that_cannot_be_started_anew_at_the_cut_over(scene: Scene) -> N
             handover.move(math.inf, lambda _: None, fail)
         assert scene.source_runs()
         assert handover.outcome.export_pid is None
+    assert scene.state() == "standby"
+
+
+def test_a_migration_that_has_failed_at_the_source_only(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwoQemus, "has_failed", lambda _: True)
+    with bare(*drive(scene.mount.path("disk.raw")), "-S", incoming="defer") as scene.destination:
+        with scene.handover() as (handover, move):
+            with pytest.raises(Lost):
+                move()
+            assert handover.outcome.guest == "source"
+            assert scene.source_runs()
+        assert scene.destination.wait() == 0
     assert scene.state() == "standby"
 
 

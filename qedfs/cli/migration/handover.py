@@ -130,6 +130,9 @@ class Handover:
         if self._qemus.has_failed():
             self._qemus.cancel()
             self.outcome.guest = "source"
+            # It may have got all of the guest in spite of that.
+            if not self._qemus.end_destination():
+                self._say("it is not certain that the guest does not run at the destination, too: end its QEMU")
             self._way_back()
             return
         if not self._qemus.end_destination():
