@@ -55,7 +55,7 @@ class RetryingSource:
         # What the source has reported of its version so far. Replaced when it reports more, or other values that still
         # stand for the same version.
         self.identity: Identity | None = None
-        self.error: QedfsError | None = None  # why the last attempt failed; None after a success
+        self._error: QedfsError | None = None
         # Failed attempts that a retry may remedy, by reason. Includes the one that the deadline ended.
         self.retries = dict.fromkeys(Reason, 0)
         self._opener = opener
@@ -78,9 +78,17 @@ class RetryingSource:
         return self._breaker.silence()
 
     @property
+    def error(self) -> QedfsError | None:
+        """Why the last attempt failed. None after a success, and after `aclose`: nobody needs the source any more."""
+        return None if self._closed else self._error
+
+    @property
     def is_away(self) -> bool:
-        """Whether requests have waited for AWAY_SECONDS without a sign of life, as of the last call of `silence`."""
-        return self._breaker.is_away
+        """Whether requests have waited for AWAY_SECONDS without a sign of life, as of the last call of `silence`.
+
+        Not after `aclose`.
+        """
+        return self._breaker.is_away and not self._closed
 
     @property
     def connected(self) -> Source | None:
@@ -236,7 +244,7 @@ class RetryingSource:
                     if self._closed:
                         raise
                     trying = False
-                    last, self.error = exc, exc.fresh()
+                    last, self._error = exc, exc.fresh()
                     self.retries[exc.reason] += 1
                     # Half of the pause is random, so that the clients of one server do not retry in lockstep.
                     wait = max(pause * random.uniform(0.5, 1), exc.retry_after_seconds or 0)  # noqa: S311
@@ -247,16 +255,16 @@ class RetryingSource:
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                     trying = True
                 except QedfsError as exc:
-                    self.error = exc.fresh()
+                    self._error = exc.fresh()
                     self._answered()
                     raise
                 else:
-                    self.error = None
+                    self._error = None
                     self._answered()
                     return result
         if trying:
             self.retries[Reason.TIMEOUT] += 1
-        self.error = last.fresh()
+        self._error = last.fresh()
         if self._breaker.exhausted(signs, last):
             log.info("%s; until it answers, its readers get this error after a moment", last)
         raise last

@@ -136,6 +136,22 @@ async def test_what_is_closed_stays_closed(autojump_clock: trio.testing.MockCloc
     assert (source.opened, source.closed) == (1, 1)
 
 
+async def test_what_is_closed_is_not_away(autojump_clock: trio.testing.MockClock) -> None:
+    """As after `qedfs populate`: its server never comes back, and no alarm may go on for ever."""
+    found = RetryingSource(LOCATION, failing(*[Reason.CONNECT] * 100), deadline_seconds=5)
+    found.silence()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.connect)
+        await trio.sleep(3)
+        found.silence()
+        assert found.is_away
+        assert found.error is not None
+        await found.aclose()
+        nursery.cancel_scope.cancel()
+    found.silence()
+    assert (found.is_away, found.error) == (False, None)
+
+
 async def test_a_connection_that_comes_after_the_end_is_closed(autojump_clock: trio.testing.MockClock) -> None:
     source = Counted()
     found = RetryingSource(LOCATION, source.connect)
