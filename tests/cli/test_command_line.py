@@ -12,14 +12,15 @@ from qedfs.cli.command_line import arguments_for
 from qedfs.cli.commands.mount import _absolute, mount
 from qedfs.cli.mount_arguments import MountArguments
 
-# Of this process alone.
-NOT_HANDED_ON = {"in_background", "ready_fd"}
+# Of this process alone: whether it serves itself, and who waits for it or holds the mount.
+NOT_HANDED_ON = {"in_background", "ready_fd", "restart", "most_deaths", "holder_fd"}
 WORDS = {
     "stream_between": "22:00-06:00",
     "stream_delay": "30s-2m",
     "limit": "20M",
     "limit_total": "100M",
     "source_timeout": "17s",
+    "on_source_error": "wait:10m",
     "allow_backing": "http://a/ --daemon",
     "metrics": "unix:here/metrics",
 }

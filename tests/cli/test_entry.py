@@ -41,7 +41,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("module", ["click", "qedfs.cli.main", "qedfs.errors"])
 def test_ctrl_c_while_the_modules_are_loaded(module: str) -> None:
-    done = run(LOADING.format(module=module, before="", word="--version"))
+    done = run(LOADING.format(module=module, before="", word="help"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -52,7 +52,7 @@ def test_ctrl_c_at_the_end_of_a_command() -> None:
 
 def test_a_caller_that_ignores_sigint_keeps_it_ignored() -> None:
     ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    done = run(LOADING.format(module="click", before=ignored, word="--version"))
+    done = run(LOADING.format(module="click", before=ignored, word="help"))
     assert (done.returncode, done.stderr) == (0, "")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
