@@ -49,6 +49,8 @@ def image_explained(path: str) -> Iterator[None]:
     except BadOverlay as exc:
         if filesystem_type(path) != FILESYSTEM:
             raise
+        if os.path.isdir(path):
+            raise BadOverlay(f"{path}: is a mount, not an overlay; qedfs list shows which overlays it serves") from exc
         raise BadOverlay(
             f"{path}: is the image in a mount, not its overlay; name the overlay: qedfs list shows where it is"
         ) from exc

@@ -85,7 +85,7 @@ class Mount:
 
     async def upgrade(self) -> None:
         """Let another server take the mount over, which is ready when this returns. Raises QedfsError."""
-        await self.takeover.upgrade()
+        await self.takeover.upgrade(self.mountpoint)
 
     @property
     def without_more(self) -> str:

@@ -121,19 +121,19 @@ class Takeover:
 
     # Handing over.
 
-    async def upgrade(self) -> None:
+    async def upgrade(self, mountpoint: str) -> None:
         """Ask for the next server, and wait until it is ready. Then `hand_over` follows, when this is answered.
 
         Raises:
             QedfsError: the mount has no holder, or the next server could not start; this one serves on.
         """
         if not self.link or not self._request:
-            raise QedfsError("the mount has no holder, so it ends with its server; mount it with --restart")
+            raise QedfsError(f"{mountpoint}: has no holder, so it ends with its server; mount it with --restart")
         self._heir, self._failure = trio.Event(), ""
         self.link.tell("upgrade")
         await self._heir.wait()
         if self._failure:
-            raise QedfsError(f"the new server could not start, so the old one serves on: {self._failure}")
+            raise QedfsError(f"{mountpoint}: the new server could not start, so the old one serves on: {self._failure}")
 
     async def hear(self) -> QedfsError | None:
         """Wait until this server shall end: to hand over, or with this error because the holder has gone."""

@@ -135,6 +135,18 @@ def test_info(overlay: Path) -> None:
     assert "256 KiB (25%)" in qedfs("info", overlay).stdout
 
 
+def test_info_says_what_the_overlay_records_of_its_source(folder: Path, mountpoint: Path) -> None:
+    path = folder / "disk.qed"
+    qedfs("create", path, "--standby", "--backing", "nbd://localhost:9/", "--size", "1M", "--offline")
+    with mounted(path, mountpoint):
+        qedfs("source", "on-error", mountpoint, "wait:1h")
+    found = json.loads(qedfs("info", path, "--json").stdout)
+    assert (found["standby"], found["on_source_error"], found["wait_bound_seconds"]) == (True, "wait", 3600)
+    lines = " ".join(qedfs("info", path).stdout.split())
+    assert "standby: keeps nothing until qedfs activate" in lines
+    assert "source away: reads wait for it, for 1h 00m at most" in lines
+
+
 def test_map_in_the_shape_of_qemu(overlay: Path) -> None:
     found = json.loads(qedfs("map", overlay, "--json").stdout)
     shapes = [(e["start"] >> 16, e["length"] >> 16, e["depth"], e["present"], e["zero"], e["data"]) for e in found]
@@ -228,6 +240,9 @@ def test_an_image_in_a_mount_is_not_its_overlay(folder: Path, mountpoint: Path) 
                 f"qedfs: {image}: is the image in a mount, not its overlay; name the overlay: "
                 "qedfs list shows where it is\n"
             )
+            done = qedfs(command, mountpoint, *rest, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+            assert f"{mountpoint}: is a mount, not an overlay" in done.stderr
         for words in (["status"], ["umount"], ["stream", "pause"]):
             done = qedfs(*words, image, check=False)
             assert (done.returncode, done.stdout) == (2, "")

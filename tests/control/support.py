@@ -69,7 +69,7 @@ class AskedOnce(RetryingSource):
         try:
             return await action()
         except QedfsError as exc:
-            self.error = exc
+            self._error = exc
             raise
 
 

@@ -125,7 +125,7 @@ def test_a_mount_without_a_holder_cannot_be_upgraded(tmp_path: Path) -> None:
     with origin(tmp_path, MIB) as source, mounted_over(tmp_path, source.url) as mount:
         done = qedfs("upgrade", mount.mountpoint, check=False)
         assert done.returncode == 1
-        assert "has no holder" in done.stderr
+        assert f"{mount.mountpoint}: has no holder" in done.stderr
         assert mount.status()["restarts"] == 0
 
 

@@ -92,8 +92,10 @@ def test_another_disk_is_refused_and_a_server_may_have_the_copy(tmp_path: Path) 
         with nginx(www) as server:
             assert "it is complete" in qedfs("populate", place, "disk", "--from", f"{server.url}/right").stdout
         assert read_direct(mount.path("disk.raw"), 0, SIZE) == data
-        # Once more: there is nothing to do.
-        qedfs("populate", place, "disk", "--from", www / "right")
+        # Once more: there is nothing to do, and nothing is said of the time before.
+        assert "nothing is taken from" in qedfs("populate", place, "disk", "--from", www / "right").stdout
+        shown = json.loads(qedfs("populate", place, "disk", "--from", www / "right", "--json").stdout)
+        assert (shown["populated"], shown["complete"]) == (0, True)
 
 
 @pytest.mark.parametrize("options", [["--read-only"], []])

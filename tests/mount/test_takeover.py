@@ -23,7 +23,7 @@ async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection
         answered: list[bool] = []
 
         async def ask() -> None:
-            await takeover.upgrade()
+            await takeover.upgrade("mnt")
             answered.append(not takeover.handing)
 
         async with trio.open_nursery() as nursery:
@@ -45,7 +45,7 @@ async def test_a_new_server_that_fails_is_an_error_and_this_one_goes_on() -> Non
             nursery.start_soon(takeover.hear)
             holder.send(b"failed it is too new")
             with pytest.raises(QedfsError, match="serves on: it is too new"):
-                await takeover.upgrade()
+                await takeover.upgrade("mnt")
             assert not takeover.handing
             nursery.cancel_scope.cancel()
 

@@ -31,6 +31,11 @@ def failing(*reasons: Reason) -> Callable[[], Awaitable[FakeSource]]:
     return connect
 
 
+def trouble(found: RetryingSource) -> tuple[bool, bool]:
+    """Whether it is told as away, and as failing."""
+    return found.is_away, found.error is not None
+
+
 async def test_a_source_that_answers_is_asked_once(autojump_clock: trio.testing.MockClock) -> None:
     found = remote(FakeSource(b"content"))
     await found.read(0, memoryview(bytearray(4)))
@@ -144,12 +149,11 @@ async def test_what_is_closed_is_not_away(autojump_clock: trio.testing.MockClock
         nursery.start_soon(found.connect)
         await trio.sleep(3)
         found.silence()
-        assert found.is_away
-        assert found.error is not None
+        assert trouble(found) == (True, True)
         await found.aclose()
         nursery.cancel_scope.cancel()
     found.silence()
-    assert (found.is_away, found.error) == (False, None)
+    assert trouble(found) == (False, False)
 
 
 async def test_a_connection_that_comes_after_the_end_is_closed(autojump_clock: trio.testing.MockClock) -> None:

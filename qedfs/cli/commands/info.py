@@ -12,10 +12,11 @@ from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import peeked
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.format.record import Record
+from qedfs.image.source_errors import from_stored
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.samples import Samples
 from qedfs.source.url import redact
-from qedfs.units import format_size
+from qedfs.units import format_seconds, format_size
 
 
 @click.command(short_help="Show what an overlay is.")
@@ -33,6 +34,7 @@ def info(overlay: str, as_json: bool) -> None:
 async def _info(path: str) -> dict[str, Any]:
     async with peeked(path) as overlay:
         await overlay.count_missing()
+        rule = from_stored(overlay.record.on_source_error)
         return {
             "format": "qed",
             "size": overlay.image_size,
@@ -47,6 +49,9 @@ async def _info(path: str) -> dict[str, Any]:
             "populated": _populated(overlay),
             "copy_on_read": overlay.record.copy_on_read,
             "paused": overlay.record.paused,
+            "standby": overlay.backing is not None and overlay.record.standby.waits,
+            "on_source_error": rule.action,
+            "wait_bound_seconds": rule.bound_seconds,
             "pin": _pin(overlay.record),
         }
 
@@ -89,7 +94,14 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "source": f"pinned to {', '.join(filter(None, version))}" if version else None,
         "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
         "stream": "paused by the user" if found["paused"] else None,
+        "standby": "keeps nothing until qedfs activate" if found["standby"] else None,
+        "source away": _waiting(found) if found["on_source_error"] == "wait" else None,
     }
+
+
+def _waiting(found: dict[str, Any]) -> str:
+    bound = found["wait_bound_seconds"]
+    return "reads wait for it" if bound is None else f"reads wait for it, for {format_seconds(bound)} at most"
 
 
 def _version(pin: dict[str, Any]) -> list[str | None]:

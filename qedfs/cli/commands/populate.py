@@ -60,6 +60,7 @@ def populate(
         found = fetch(client, image, mountpoint)[0]
         check_served(found)
         options = {} if backing_format is None else {"format": backing_format}
+        done: dict[str, Any] | None = None
         if found["state"] != "complete":
             client.execute("x-qedfs-populate", device=found["name"], force=force, **{"from": copy}, **options)
             try:
@@ -67,12 +68,15 @@ def populate(
             except BaseException:
                 client.execute("x-qedfs-populate-cancel", device=found["name"])
                 raise
-    done: dict[str, Any] = found["populate"] or {"from": str(location), "done": 0}
+            done = found["populate"]
+    source, taken = (str(location), 0) if done is None else (done["from"], done["done"])
     if as_json:
-        shown = {"mountpoint": os.path.abspath(mountpoint), "image": found["name"], "from": done["from"]}
-        print_json({**shown, "populated": done["done"], "complete": found["populated"] == found["total"]})
+        shown = {"mountpoint": os.path.abspath(mountpoint), "image": found["name"], "from": source}
+        print_json({**shown, "populated": taken, "complete": found["populated"] == found["total"]})
+    elif not quiet and done is None:
+        click.echo(f"{found['name']}: was complete before; nothing is taken from {source}")
     elif not quiet:
-        click.echo(f"{found['name']}: {format_size(done['done'])} from {done['from']}; it is complete")
+        click.echo(f"{found['name']}: {format_size(taken)} from {source}; it is complete")
 
 
 def _watch(client: Client, name: str, mountpoint: str, began: float, *, quiet: bool) -> Image:

@@ -10,6 +10,7 @@ import click
 from qedfs.cli.completion import mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.served_images import connect
 from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted, TimedOut
 
@@ -30,7 +31,7 @@ def upgrade(mountpoint: str, timeout: float) -> None:
     """
     mountpoint = os.path.abspath(mountpoint)
     deadline = time.monotonic() + timeout
-    with Client.connect(mountpoint, deadline=deadline) as client:
+    with connect(mountpoint, deadline=deadline) as client:
         pid = client.server_pid
         before = client.execute("x-qedfs-status")["restarts"]
         client.execute("x-qedfs-upgrade")
