@@ -40,8 +40,8 @@ def held(fd):
     raise OSError(errno.EIO, "Input/output error")
 os.fdatasync = held
 if "umount" in sys.orig_argv:
-    import qedfs.cli.commands.umount
-    qedfs.cli.commands.umount.SILENCE_SECONDS = 0.0
+    import qedfs.cli.plain.umount
+    qedfs.cli.plain.umount.SILENCE_SECONDS = 0.0
 """
 
 

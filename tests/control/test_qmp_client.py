@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.cli.commands import status, umount
+from qedfs.cli.plain import status, umount
 from qedfs.cli.main import main
 from qedfs.control.qmp import client
 from qedfs.control.qmp.client import Client, NotServed
