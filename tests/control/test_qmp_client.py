@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.cli.plain import status, umount
 from qedfs.cli.main import main
+from qedfs.cli.plain import status, umount
 from qedfs.control.qmp import client
 from qedfs.control.qmp.client import Client, NotServed
 from qedfs.errors import TimedOut
