@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import trio
 
 from qedfs.errors import SourceUnreachable
+from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
 from qedfs.source.base import Extent
 
@@ -22,6 +23,13 @@ EXTENTS_BYTES = 1 << 30  # size of the range in one query for extents
 MOST_EXTENTS = 1024  # how many of them are kept, 0.2 MiB. The rest is queried again.
 MOST_RUN_CLUSTERS = 1 << 16
 STEPS_PER_TURN = 32  # steps of a walk over holes, up to 0.5 ms each, before other tasks get their turn
+
+
+def fetch_of(image: Image) -> FetchQueue:
+    """The queue of an image. Raises SourceUnreachable if it has none: at any await it may go back to standby."""
+    if image.fetch is None:
+        raise SourceUnreachable(f"{image.name}: its source was taken away")
+    return image.fetch
 
 
 class MissingRuns:
@@ -86,13 +94,11 @@ class MissingRuns:
 
     def request_bytes(self) -> int:
         """How long the next run may be."""
-        assert self._image.fetch is not None  # noqa: S101 - for the type checker; callers have checked
-        return self._image.fetch.background_request_bytes()
+        return fetch_of(self._image).background_request_bytes()
 
     async def told(self, pos: int, size: int) -> Sequence[Extent] | None:
         """The extents that the source tells of this range."""
-        assert self._image.fetch is not None  # noqa: S101 - for the type checker; callers have checked
-        return await self._image.fetch.extents(pos, size)
+        return await fetch_of(self._image).extents(pos, size)
 
     async def ranges_from(self, pos: int, most: int) -> tuple[list[tuple[int, int]], int | None]:
         """Up to `most` ranges, as (pos, size), that need the source, and where to go on; None at the end."""

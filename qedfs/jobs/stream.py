@@ -20,7 +20,7 @@ from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.jobs.job import RETRY_SECONDS, Driver, HoldOff, Job, never
-from qedfs.jobs.missing import MissingRuns
+from qedfs.jobs.missing import MissingRuns, fetch_of
 from qedfs.jobs.state import State
 
 log = logging.getLogger(__name__)
@@ -195,8 +195,7 @@ class StreamJob(Job):
 
     async def _walk(self, source_size: int) -> bool:
         """Walk over the map from the cursor to the end. Returns whether another walk may find more to do."""
-        image, fetch = self.image, self.image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked
+        image, fetch = self.image, fetch_of(self.image)
         asked = self._passed_over = False
         while self.allowed and (run := await self._missing.next_run(self.cursor, source_size)) is not None:
             if self.hold_off():
@@ -235,14 +234,12 @@ class StreamJob(Job):
 
     def _paced(self, count: int) -> int:
         """How many of `count` clusters one request may fetch at the current limit."""
-        assert self.image.fetch is not None  # noqa: S101 - for the type checker; `work` has checked
-        piece_bytes = self.image.fetch.piece_bytes(self.image)
+        piece_bytes = fetch_of(self.image).piece_bytes(self.image)
         return int(max(1, min(count, piece_bytes // self.image.overlay.cluster_size)))
 
     def _due(self) -> float:
         """Seconds until the limit allows the next request. What it allows belongs to a profile first."""
-        assert self.image.fetch is not None  # noqa: S101 - for the type checker; `work` has checked
-        if self.image.replaying and self.image.fetch.piece_bytes(self.image) < math.inf:
+        if self.image.replaying and fetch_of(self.image).piece_bytes(self.image) < math.inf:
             return PACE_SECONDS
         return self.rate_limiter.due()
 
@@ -253,8 +250,7 @@ class StreamJob(Job):
         fetched again and again until the write has ended. A claimed cluster that is already in flight is no reason to
         stop, because it is not requested again.
         """
-        overlay, fetch = self.image.overlay, self.image.fetch
-        assert fetch is not None  # noqa: S101 - for the type checker; `work` has checked
+        overlay, fetch = self.image.overlay, fetch_of(self.image)
         pending = (cluster for cluster in overlay.pending(first, count) if not fetch.in_flight(cluster))
         return next(pending, first + count) - first
 

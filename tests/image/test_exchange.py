@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import trio
 
 from qedfs.errors import QedfsError, SourceError
@@ -256,3 +258,24 @@ async def test_a_read_that_waits_while_the_overlay_is_emptied_uses_no_place_of_t
             new.gate.set()
         assert answer == NEW[: 2 * CLUSTER]
         assert image.overlay.damage is None
+
+
+@pytest.mark.parametrize("where", ["source_size", "next_missing"])
+async def test_a_stream_whose_source_is_taken_away_at_an_await_has_not_failed(
+    where: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with served(FakeSource(OLD)) as image, trio.open_nursery() as nursery:
+        owner: Any = image if where == "source_size" else image.overlay
+        stream, whole = StreamJob(image), getattr(owner, where)
+
+        async def then_taken(*args: int) -> Any:
+            answer = await whole(*args)
+            stream.cancel()
+            image.exchange_source(None, standby=PassThrough(lambda: remote(FakeSource(NEW)), lambda _: None))
+            return answer
+
+        setattr(owner, where, then_taken)
+        nursery.start_soon(stream.run)
+        await trio.sleep(10)
+        assert (stream.error, stream.state) == (None, State.OFF)
+        nursery.cancel_scope.cancel()
