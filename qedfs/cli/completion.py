@@ -1,4 +1,4 @@
-"""What the shell offers for MOUNTPOINT and IMAGE when TAB is pressed.
+"""What the shell offers for places, images and rules when TAB is pressed.
 
 Owns the choice. It never fails and never waits for long: a shell has nowhere to show a message, and no way to go on
 meanwhile. So mountpoints come from the kernel's table, and a server that does not answer has no images. Must not know
@@ -41,12 +41,26 @@ def images(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
     """The images of the mount that is typed before."""
     del param
     try:
-        mountpoint = mount_meant(ctx.params.get("mountpoint"))
+        mountpoint = mount_meant(ctx.params.get("mountpoint") or ctx.params.get("overlay"))
         with Client.connect(mountpoint, deadline=time.monotonic() + ANSWER_SECONDS) as client:
             names = [image["name"] for image in client.execute("x-qedfs-status")["images"]]
     except (QedfsError, OSError):
         return []
     return _offered(names, incomplete)
+
+
+def rules(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What reads do while a source is away; or an image, if no word is there yet."""
+    named = [] if ctx.params.get(str(param.name)) else images(ctx, param, incomplete)
+    return [*_offered(["eio", "wait"], incomplete), *named]
+
+
+def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The shell's own names of files."""
+    del ctx, param
+    from click.shell_completion import CompletionItem  # see above
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _spellings(mountpoint: str, incomplete: str) -> Iterator[str]:

@@ -17,6 +17,8 @@ from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import QEDFS
 from tests.mount.support import MIB, create, origin
 
+IMAGES = ("one.raw", "two.raw")
+
 
 def offered(*words: str | Path, cwd: Path | None = None) -> list[str]:
     """What the shell is told for the last of these words; nothing may be printed beside it."""
@@ -54,12 +56,22 @@ def test_mountpoints_and_images_of_a_mount(tmp_path: Path) -> None:
             for command in ("pause", "limit"):
                 assert offered("stream", command, mountpoint, "o") == ["plain,one.raw"]
             assert offered("profile", mountpoint, "tw") == ["plain,two.raw"]
+            assert offered("map", mountpoint, "tw") == ["plain,two.raw"]
+            assert offered("source", "on-error", mountpoint, "") == [f"plain,{n}" for n in ("eio", "wait", *IMAGES)]
+            assert offered("source", "on-error", mountpoint, "two", "w") == ["plain,wait"]
+            assert offered("migrate", "old.qmp", "new.qmp", "m", cwd=tmp_path) == ["plain,mnt"]
 
 
 def test_no_mount_no_name() -> None:
     """A folder may be typed all the same: the shell completes it."""
     assert offered("umount", "/no/such/place") == ["dir,/no/such/place"]
     assert offered("wait", "/no/such/place", "") == []
+
+
+def test_files_and_rules_need_no_mount() -> None:
+    assert offered("populate", "mnt", "disk", "--from", "back") == ["file,back"]
+    assert offered("migrate", "ol") == ["file,ol"]
+    assert offered("mount", "--on-source-error", "") == ["plain,eio", "plain,wait"]
 
 
 def test_a_server_that_does_not_answer_has_no_names(tmp_path: Path) -> None:

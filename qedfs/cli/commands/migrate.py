@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from qedfs.cli.completion import images
+from qedfs.cli.completion import files, images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.migration.disk_export import listen_words
 from qedfs.cli.migration.handover import ENDS, Handover, Outcome
@@ -33,15 +33,15 @@ SHOW_SECONDS = 5.0  # between two lines about the memory
 
 
 @click.command(cls=GivenOnce, short_help="Move a running guest to another host, its disk after it.")
-@click.argument("source_qmp")
-@click.argument("destination_qmp")
-@click.argument("mountpoint")
+@click.argument("source_qmp", shell_complete=files)
+@click.argument("destination_qmp", shell_complete=files)
+@click.argument("mountpoint", shell_complete=mountpoints)
 @click.argument("image", required=False, shell_complete=images)
 @click.option(
     "--to", "uri", required=True, metavar="URI", help="Where the memory goes, as QEMU writes it: tcp:HOST:PORT."
 )
 @click.option("--disk", metavar="NAME", help="The disk that moves, if the guest has several: its id in QEMU.")
-@click.option("--file", metavar="FILE", help="The file of that disk, if QEMU does not tell it.")
+@click.option("--file", metavar="FILE", shell_complete=files, help="The file of that disk, if QEMU does not tell it.")
 @click.option(
     "--listen",
     metavar="[HOST:]PORT|SOCKET",

@@ -126,6 +126,7 @@ class MountCommand(GivenOnce):
     "--on-source-error",
     type=Checked(parse_source_errors),
     metavar="eio|wait[:TIME]",
+    shell_complete=lambda _, __, typed: [word for word in ("eio", "wait") if word.startswith(typed)],
     help="What reads do when that time is over: fail, or wait until the source is back, for at most TIME. "
     "Default: as recorded in each overlay (qedfs source on-error).",
 )

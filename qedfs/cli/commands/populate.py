@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qedfs.cli.backing_argument import location_of
-from qedfs.cli.completion import images, mountpoints
+from qedfs.cli.completion import files, images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import Image, check_served, connect, fetch
@@ -25,7 +25,14 @@ REMARK_SECONDS = 10.0
 @click.command(cls=GivenOnce, short_help="Fill an image from another copy of its source.")
 @click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
 @click.argument("image", shell_complete=images)
-@click.option("--from", "place", required=True, metavar="FILE|URL", help="The copy: a disk with the same content.")
+@click.option(
+    "--from",
+    "place",
+    required=True,
+    metavar="FILE|URL",
+    shell_complete=files,
+    help="The copy: a disk with the same content.",
+)
 @click.option(
     "--backing-format",
     type=click.Choice(["raw", "qcow2"]),

@@ -7,7 +7,7 @@ import os
 import click
 
 from qedfs.cli.backing_argument import location_of
-from qedfs.cli.completion import images, mountpoints
+from qedfs.cli.completion import images, mountpoints, rules
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, parse_source_errors
 from qedfs.cli.served_images import on_each
@@ -26,7 +26,7 @@ source.command_class = GivenOnce
 
 @source.command("on-error", short_help="Let reads fail or wait.")
 @click.argument("mountpoint", type=PLACE, shell_complete=mountpoints)
-@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] eio|wait[:TIME]", shell_complete=images)
+@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] eio|wait[:TIME]", shell_complete=rules)
 @click.option("--json", "as_json", is_flag=True, help="Print the state of the images afterwards as JSON.")
 def on_error(mountpoint: str, words: tuple[str, ...], as_json: bool) -> None:
     """Say what reads of missing parts do while the source of IMAGE is away.
