@@ -49,6 +49,12 @@ def test_there_is_no_socket(tmp_path: Path) -> None:
         QemuClient.at(str(tmp_path / "none"))
 
 
+def test_no_such_port() -> None:
+    """65536 more than a port would be that port."""
+    with pytest.raises(UsageError, match="99999 is not a port"):
+        QemuClient.at("127.0.0.1:99999")
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     path = str(tmp_path / "qmp")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:

@@ -16,9 +16,10 @@ import time
 from typing import Self
 
 from qedfs.control.qmp.client import CONNECT_SECONDS, Client, Gone
-from qedfs.errors import Inaccessible, QedfsError, TimedOut, file_error
+from qedfs.errors import Inaccessible, QedfsError, TimedOut, UsageError, file_error
 
 END_SECONDS = 1.0  # between the end of a connection and that of the process
+MOST_PORT = 0xFFFF
 _TCP = re.compile(r"^(?:tcp:)?(\[[0-9a-fA-F:.%\w]+\]|[^/:\[\]]+):([0-9]{1,5})$")
 
 
@@ -85,6 +86,8 @@ def _process(pid: int) -> int | None:
 def _connected(address: str, peer: str) -> socket.socket:
     address = address.removeprefix("unix:")
     tcp = _TCP.match(address)
+    if tcp and int(tcp[2]) > MOST_PORT:  # the C library would take its lower 16 bits
+        raise UsageError(f"{peer}: {tcp[2]} is not a port; the largest is {MOST_PORT}")
     connection = None
     try:
         if tcp:
