@@ -27,9 +27,13 @@ know what the values mean.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
 import dataclasses
 import json
+import os
+import signal
 import socket
 from collections import deque
 from collections.abc import Mapping
@@ -41,6 +45,7 @@ from qedfs.errors import QedfsError
 MESSAGE_BYTES = 1 << 16
 FORMAT = "1"  # of the values; a server refuses those of another one
 WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class HolderLink:
 
     def __init__(self, fd: int | None = None) -> None:
         self._socket = None if fd is None else socket.socket(fileno=fd)
-        self._unsent: deque[bytes] = deque()
+        self._unsent: deque[tuple[bytes, int | None]] = deque()  # packets, and a descriptor for each that has one
         self._values: dict[str, str] = {}
         if self._socket is not None:
             self._socket.set_inheritable(False)
@@ -75,6 +80,7 @@ class HolderLink:
         """
         if self._socket is None:
             return None
+        _wake_after_holder()
         self._send("ready")
         content, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 2)
         verb, _, rest = content.decode().partition(" ")
@@ -103,9 +109,8 @@ class HolderLink:
     def keep(self, fd: int) -> None:
         """Let the holder keep /dev/fuse."""
         if self._socket is not None:
+            self._unsent.append((b"keep", os.dup(fd)))
             self.flush()
-            with contextlib.suppress(OSError):
-                socket.send_fds(self._socket, [b"keep"], [fd])
 
     def set(self, key: str, value: str) -> None:
         """Tell the next server. Nothing is sent if the value is what it was."""
@@ -139,20 +144,30 @@ class HolderLink:
     def _send(self, text: str) -> None:
         """Send a packet. It waits in a queue of ours if the holder does not read, which a stopped one does not."""
         if self._socket is not None:
-            self._unsent.append(text.encode(errors="surrogateescape"))
+            self._unsent.append((text.encode(errors="surrogateescape"), None))
             self.flush()
 
     def flush(self) -> None:
         """Send what waits in our queue, as far as the holder reads."""
         while self._unsent and self._socket is not None:
+            text, fd = self._unsent[0]
             try:
-                self._socket.send(self._unsent[0], socket.MSG_NOSIGNAL)
+                passed = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+                self._socket.sendmsg([text], passed, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             except OSError:  # it has gone, which `heard` reports
-                self._unsent.clear()
+                self._drop_unsent()
                 return
             self._unsent.popleft()
+            if fd is not None:
+                os.close(fd)
+
+    def _drop_unsent(self) -> None:
+        for _, fd in self._unsent:
+            if fd is not None:  # an open /dev/fuse would keep the mount's connection
+                os.close(fd)
+        self._unsent.clear()
 
     def finish(self, message: str) -> None:
         """Send the last message, and wait for a holder that is slow to read."""
@@ -164,3 +179,12 @@ class HolderLink:
         """Close our end."""
         if self._socket is not None:
             self._socket.close()
+
+
+def _wake_after_holder() -> None:
+    """Let the end of the holder wake this process: a stopped one would not notice it, and the mount would hang.
+
+    The kernel does so for a process group that loses its last parent, but only if it has stopped entirely by then.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)

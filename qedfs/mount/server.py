@@ -144,6 +144,7 @@ class Mount:
     def quit(self, failure: QedfsError | None = None) -> None:
         """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure
+        self.takeover.established.set()  # or a start would wait for a request that never comes
         self._quit.set()
 
     async def stopping(self) -> None:

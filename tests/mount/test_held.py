@@ -105,6 +105,23 @@ def test_a_holder_that_does_not_read_delays_nobody_and_misses_nothing() -> None:
         assert count == 5000
 
 
+def test_the_mount_reaches_a_holder_that_was_behind() -> None:
+    with linked() as (link, holder):
+        holder.send(b"mount")
+        link.turn()
+        for number in range(5000):
+            link.set("opens/5", str(number))
+        fd = os.memfd_create("the mount")
+        link.keep(fd)
+        os.close(fd)
+        descriptors: list[int] = []
+        while not descriptors:
+            said, descriptors, _, _ = socket.recv_fds(holder, 1000, 1)
+            link.flush()
+        assert (said, os.readlink(f"/proc/self/fd/{descriptors[0]}")) == (b"keep", "/memfd:the mount (deleted)")
+        os.close(descriptors[0])
+
+
 async def test_the_end_of_the_holder_is_heard() -> None:
     with linked() as (link, holder):
         holder.send(b"mount")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -16,10 +17,12 @@ import pytest
 from qedfs.mount.holder import Holder, Server
 from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import wait_for
+from tests.harness.process import Command, wait_for
 
 from .outlives import Broken, kill_server, loaded, servers, wait_for_takeover, wait_until_serving
 from .support import MIB, Origin, assert_same, create, mounted_over, opened, origin
+
+MNT_FORCE, MNT_DETACH = 1, 2
 
 
 @contextlib.contextmanager
@@ -162,6 +165,39 @@ def test_if_the_holder_is_killed_the_mount_ends_with_a_report(tmp_path: Path) ->
         os.close(server)
         assert not os.path.ismount(mount.mountpoint)
         assert "the holder of the mount was killed" in mount.output()
+
+
+def test_a_stopped_server_notices_the_end_of_its_holder(tmp_path: Path) -> None:
+    with held(tmp_path, "--no-stream") as (mount, _):
+        server = servers(mount.pid)[0]
+        process = os.pidfd_open(server)
+        try:
+            os.kill(server, signal.SIGSTOP)
+            os.kill(mount.pid, signal.SIGKILL)
+            wait_for(lambda: bool(_ended(process)), "the end of the server")
+        finally:
+            os.kill(server, signal.SIGKILL) if not _ended(process) else None
+            os.close(process)
+        assert not os.path.ismount(mount.mountpoint)
+
+
+def test_a_mount_that_is_taken_away_before_it_answers_ends(tmp_path: Path) -> None:
+    """A process that lists mounts all the time takes it away in the moment when it is there."""
+    with origin(tmp_path, MIB) as source:
+        overlay, mountpoint = create(tmp_path / "disk.qed", source.url), tmp_path / "mnt"
+        mountpoint.mkdir()
+        process = Command(["mount", overlay, mountpoint, "--restart", "--no-stream"], tmp_path / "log")
+        try:
+            path = os.fsencode(mountpoint)
+            while path not in Path("/proc/self/mountinfo").read_bytes():
+                assert process.returncode is None
+            ctypes.CDLL(None).umount2(path, MNT_FORCE | MNT_DETACH)
+            assert process.wait() == 0
+        finally:
+            for pid in servers(process.pid):
+                if process.returncode is None:
+                    os.kill(pid, signal.SIGKILL)
+            process.kill()
 
 
 def test_an_unmount_while_nobody_serves_waits_for_the_overlays(tmp_path: Path) -> None:
