@@ -129,8 +129,9 @@ class Takeover:
         """
         if not self.link or not self._request:
             raise QedfsError(f"{mountpoint}: has no holder, so it ends with its server; mount it with --restart")
-        self._heir, self._failure = trio.Event(), ""
-        self.link.tell("upgrade")
+        if self._heir is None:  # otherwise somebody else has asked, and waits for the same server
+            self._heir, self._failure = trio.Event(), ""
+            self.link.tell("upgrade")
         await self._heir.wait()
         if self._failure:
             raise QedfsError(f"{mountpoint}: the new server could not start, so the old one serves on: {self._failure}")

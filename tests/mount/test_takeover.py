@@ -50,6 +50,32 @@ async def test_a_new_server_that_fails_is_an_error_and_this_one_goes_on() -> Non
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.expect_log("the new server could not start: it is too new")
+async def test_all_who_ask_for_an_upgrade_get_an_answer() -> None:
+    with linked() as (link, holder):
+        takeover = Takeover(link, None)
+        takeover._request = b"the kernel's first one"
+        failures: list[str] = []
+
+        async def ask() -> None:
+            try:
+                await takeover.upgrade("mnt")
+            except QedfsError as exc:
+                failures.append(str(exc))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(takeover.hear)
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            holder.send(b"failed it is too new")
+            with trio.move_on_after(60):
+                while len(failures) < 2:
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert len(failures) == 2
+
+
 async def test_the_end_of_the_holder_is_an_error() -> None:
     with linked() as (link, holder):
         takeover = Takeover(link, None)
