@@ -69,9 +69,7 @@ async def test_all_who_ask_for_an_upgrade_get_an_answer() -> None:
             nursery.start_soon(ask)
             await trio.testing.wait_all_tasks_blocked()
             holder.send(b"failed it is too new")
-            with trio.move_on_after(60):
-                while len(failures) < 2:
-                    await trio.sleep(0.01)
+            await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
     assert len(failures) == 2
 
