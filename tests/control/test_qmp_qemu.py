@@ -21,7 +21,7 @@ def test_a_command_of_qemu_and_its_error(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     argv = [require("qemu-system-x86_64"), "-machine", "none", "-display", "none", "-nodefaults", "-S"]
     with subprocess.Popen([*argv, "-qmp", f"unix:{path},server=on,wait=off"]) as process:
-        wait_for(path.exists, "a QMP socket")
+        wait_for(lambda: listening(path), "a QMP socket")
         try:
             with QemuClient.at(f"unix:{path}") as client:
                 assert client.execute("query-status")["running"] is False

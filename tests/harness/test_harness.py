@@ -109,7 +109,8 @@ def test_the_link_carries_both_ways(tmp_path: Path) -> None:
 
 def test_the_link_holds_bytes_back_for_half_a_round_trip() -> None:
     program = runpy.run_path(str(WAN))
-    link = program["Link"](argparse.Namespace(to="", listen=0, rtt_ms=40, rate_mbit=8, window_mib=1, handshake=False))
+    settings = argparse.Namespace(to="", listen=0, rtt_ms=40, rate_mbit=8, up_mbit=None, window_mib=1, handshake=False)
+    link = program["Link"](settings)
     with link.listener, link.epoll, socket.socket() as one:
         end = program["End"](one, 1 << 20)
         link.up.accept(end, memoryview(b"request"), 7.0)

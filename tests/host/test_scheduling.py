@@ -12,6 +12,8 @@ import pytest
 
 from qedfs.host import scheduling
 
+from ..harness.require import unavailable
+
 _GET = {"x86_64": 315, "aarch64": 275}  # sched_getattr
 
 
@@ -44,8 +46,9 @@ def in_a_process(how: str) -> tuple[bool, int, int]:
         return pool.apply(asked, (how,))
 
 
-@pytest.mark.skipif(os.uname().machine not in _GET, reason="the numbers of the calls are known for two architectures")
 def test_threads_get_the_slice_and_keep_their_nice_value() -> None:
+    if os.uname().machine not in _GET:
+        unavailable("the numbers of the calls are known for two architectures")
     answer, nice, slice_ns = in_a_process("nice")
     assert (answer, nice) == (True, os.getpriority(os.PRIO_PROCESS, 0) + 7)
     if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 12):

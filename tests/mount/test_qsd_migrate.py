@@ -20,7 +20,7 @@ from qedfs.errors import QedfsError
 from tests.harness.images import random_image
 from tests.harness.migration.bare import bare
 from tests.harness.mounts import mounted, qedfs
-from tests.harness.process import Child
+from tests.harness.process import Child, listening
 from tests.harness.require import require, unavailable
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def daemon(folder: Path, disk: Path) -> Iterator[QemuClient]:
     ]
     child = Child(argv, folder / "log")
     try:
-        child.wait_until((folder / "qsd").exists, "a QMP socket")
+        child.wait_until(lambda: listening(folder / "qsd"), "a QMP socket")
         with QemuClient.at(str(folder / "qsd")) as client:
             yield client
     finally:

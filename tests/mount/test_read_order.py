@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from qedfs.fetch.queue import FetchQueue
+from qedfs.format.record import Record
 from qedfs.format.tables import MISSING
 from qedfs.image.image import Image
 from qedfs.overlay.clustermap import Run
@@ -26,6 +27,7 @@ class HalfFilled:
     cluster_size = CLUSTER_SIZE
     epoch = 0
     discards = 0
+    record = Record()
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked

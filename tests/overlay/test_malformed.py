@@ -31,6 +31,7 @@ def path() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
+@pytest.mark.expect_log("the space of discarded clusters is not given back")
 async def test_named_cases(path: Path) -> None:
     verdicts = {case.name: await judge(case, path) for case in named()}
     assert len(verdicts) > 200

@@ -188,14 +188,14 @@ RULES = (
         "freed:FreedClusters._next",
         " or self._durable[0][0] > self.accesses.oldest",
         "",
-        first=161,
+        first=1378,
     ),
     Mutant(
         "a discard that a failed barrier has taken back is an error",
         "discard:Discards.discard",
         "self._barriers.check_writable()",
         "pass",
-        first=83,
+        first=567,
     ),
 )
 
