@@ -16,24 +16,30 @@ reader has long gone. Both may take as long as a source's deadline. Nobody needs
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import trio
 
+from qedfs.host.procfs import mounts
 from qedfs.mount.served import Served
 
 LOOK_SECONDS = 1.0  # between checks; younger reads are left alone
 _KILLED = 1 << 8  # SIGKILL in the masks of /proc/PID/status: bit 9 - 1
+_FDINFO = frozenset({b"ino", b"mnt_id"})  # of /proc/PID/fdinfo
 _PF_EXITING = 0x4  # <linux/sched.h>, in the flags of /proc/PID/stat
 
 
 async def release_abandoned_reads(
-    images: Callable[[], Sequence[Served]], mountpoint: str, stands: Callable[[], bool]
+    images: Callable[[], Sequence[Served]], mountpoint: str, stands: Callable[[], bool], device: Callable[[], str]
 ) -> None:
-    """Give up reads that nobody needs, until cancelled. `stands`: whether the mount is still there."""
+    """Give up reads that nobody needs, until cancelled.
+
+    `stands`: whether the mount is still there. `device`: see `holders`.
+    """
     limiter = trio.CapacityLimiter(1)
     while True:
         await trio.sleep(LOOK_SECONDS)
@@ -48,7 +54,9 @@ async def release_abandoned_reads(
             left = [served for served in waiting if os.path.join(mountpoint, served.name) in deserted]
         else:
             inodes = {one.name: one.inode for one in waiting}
-            held, dying = await trio.to_thread.run_sync(holders, inodes, abandon_on_cancel=True, limiter=limiter)
+            held, dying = await trio.to_thread.run_sync(
+                holders, inodes, device(), abandon_on_cancel=True, limiter=limiter
+            )
             left = [one for one in waiting if one.name not in held and one.opens <= one.closes + dying[one.name]]
         for served in left:
             if served.image is not None:
@@ -75,17 +83,20 @@ def held_by_the_dying(opens: dict[str, int]) -> set[str]:
     return {file for file, count in opens.items() if file not in living and 0 < count <= dying[file]}
 
 
-def holders(inodes: dict[str, int]) -> tuple[set[str], Counter[str]]:
+def holders(inodes: dict[str, int], device: str) -> tuple[set[str], Counter[str]]:
     """Who has these files open: the names that living processes have, and how many descriptors dying ones have of each.
 
-    `inodes`: name -> inode. The path does not matter: it differs between mount namespaces, and there is none after an
-    unmount.
+    `inodes`: name -> inode. `device`: of our file system, as in the table of mounts; "" if it is mounted nowhere any
+    more. The path does not matter: it differs between mount namespaces, and there is none after an unmount.
     """
+    elsewhere: set[int] = set()
+    with contextlib.suppress(OSError):  # without the table, what may be ours counts as ours
+        elsewhere = {line.number for line in mounts() if line.device != device}
     living: set[str] = set()
     dying: Counter[str] = Counter()
     for task in _tasks():
         links = ((link, os.path.basename(file)) for link, file in _links(task))
-        names = [name for link, name in links if name in inodes and _inode(task, link) in (None, inodes[name])]
+        names = [name for link, name in links if name in inodes and _may_be(task, link, inodes[name], elsewhere)]
         if names and is_dying(task):
             dying.update(names)
         else:
@@ -93,13 +104,18 @@ def holders(inodes: dict[str, int]) -> tuple[set[str], Counter[str]]:
     return living, dying
 
 
-def _inode(task: Path, link: str) -> int | None:
-    """The inode of a descriptor, without asking its file system. None before Linux 5.14, which first reports it."""
+def _may_be(task: Path, link: str, inode: int, elsewhere: Collection[int]) -> bool:
+    """Whether a descriptor may be of this inode of ours, which is told without asking its file system.
+
+    The kernel tells the number of its mount, and since Linux 5.14 the inode. `elsewhere`: numbers of other mounts. They
+    may well have the same name and inode: the first image of every mount of ours has the inode 2.
+    """
     try:
         lines = (task / "fdinfo" / link).read_bytes().splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"ino:")), None)
+        return True
+    found = {name: int(value) for name, _, value in (line.partition(b":") for line in lines) if name in _FDINFO}
+    return found.get(b"ino", inode) == inode and found.get(b"mnt_id") not in elsewhere
 
 
 def is_dying(task: Path) -> bool:

@@ -252,7 +252,11 @@ async def _serve_mounted(
             nursery.start_soon(images.registry.watch)
             nursery.start_soon(memory.give_back_memory, images.sources.buffers)
             nursery.start_soon(
-                release_abandoned_reads, images.registry.images, mount.mountpoint, lambda: session.is_mounted
+                release_abandoned_reads,
+                images.registry.images,
+                mount.mountpoint,
+                lambda: session.is_mounted,
+                lambda: session.device,
             )
             await nursery.start(serve_control, socket, mount)
             if settings.metrics is not None:

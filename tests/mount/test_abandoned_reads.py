@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.host.procfs import mount_number, mounts
 from qedfs.mount.abandoned_reads import LOOK_SECONDS, held_by_the_dying, holders, is_dying
 from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
@@ -139,12 +140,16 @@ def test_what_a_living_process_has_open_is_not_deserted(tmp_path: Path) -> None:
     assert held_by_the_dying({str(file): 0}) == set()
 
 
-def test_who_has_a_name_open_is_told_by_its_inode(tmp_path: Path) -> None:
+def test_who_has_a_name_open_is_told_by_its_inode_and_its_file_system(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     inode = file.stat().st_ino
-    with file.open():
-        assert holders({"file": inode}) == ({"file"}, {})
-        assert holders({"file": inode + 1}) == (set(), {})
-        assert holders({"other": inode}) == (set(), {})
-    assert holders({"file": inode}) == (set(), {})
+    with file.open() as opened:
+        number = mount_number(opened.fileno())
+        device = next(line.device for line in mounts() if line.number == number)
+        assert holders({"file": inode}, device) == ({"file"}, {})
+        assert holders({"file": inode + 1}, device) == (set(), {})
+        assert holders({"other": inode}, device) == (set(), {})
+        # Another mount of ours may have the same name and inode: the first image of each has the same number.
+        assert holders({"file": inode}, "0:0") == (set(), {})
+    assert holders({"file": inode}, device) == (set(), {})

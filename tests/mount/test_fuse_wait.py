@@ -37,6 +37,12 @@ class Polls:
         return [1] if self.count > self.yes_after else []
 
 
+@pytest.fixture(autouse=True)
+def _expected_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the handlers of another test have expected."""
+    monkeypatch.setattr(next_request, "late", False)
+
+
 def patience(polls: Polls, monkeypatch: pytest.MonkeyPatch) -> Poller:
     monkeypatch.setattr("select.poll", lambda: polls)
     return Poller(0)
