@@ -368,6 +368,15 @@ async def in_place(seed: int | None = None) -> tuple[MemoryStorage, Overlay, Flu
     return storage, overlay, Flushes(overlay)
 
 
+async def test_the_end_of_the_commits_waits_for_the_thread_of_a_short_flush() -> None:
+    """The file is closed next: its number may be that of another overlay by then."""
+    _, overlay, flushes = await in_place()
+    assert flushes.begin()
+    async with overlay.committer.ended():
+        assert flushes.ended == [None]
+        overlay.close_now()
+
+
 async def test_a_flush_of_data_in_place_is_one_barrier_and_the_next_one_none() -> None:
     _, overlay, flushes = await in_place()
     before = overlay.barriers
