@@ -22,7 +22,7 @@ from qedfs.control.qmp.server import serve_control
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.total_limit import TotalLimit
-from qedfs.host import descriptors, scheduling
+from qedfs.host import descriptors, oom, scheduling
 from qedfs.host.runtime import SOCKET_NAME, serving_folder
 from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
@@ -179,6 +179,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None], link: Hold
 
 async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path, takeover: Takeover) -> None:
     descriptors.raise_limit()
+    oom.stay_killable()
     memory.set_up()
     scheduling.ask_for_short_slices()
     if not takeover.is_taken:

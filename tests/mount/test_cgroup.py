@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.host.cgroup import memory_limit
+from tests.harness.cgroup import inside, limited
 from tests.harness.images import random_image
 from tests.harness.mounts import mounted
-from tests.harness.require import require, require_root, unavailable
 from tests.harness.servers import nginx
 from tests.overlay.images import empty
 
@@ -59,32 +57,6 @@ def test_the_limit_is_the_least_of_all_groups_above(
 
 def test_without_control_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
     assert memory_limit(tmp_path / "proc", tmp_path / "sys") == MACHINE
-
-
-@contextlib.contextmanager
-def limited(limit: int) -> Iterator[Path]:
-    """A control group with so much memory, of either kind."""
-    require_root()
-    root = Path("/sys/fs/cgroup")
-    v1 = root / "memory"
-    group = (v1 if v1.is_dir() else root) / f"qedfs-test-{os.getpid()}"
-    try:
-        if not v1.is_dir():
-            (root / "cgroup.subtree_control").write_text("+memory")
-        group.mkdir()
-    except OSError as exc:
-        unavailable(f"needs control groups that it may make: {exc}")
-    try:
-        name = "memory.limit_in_bytes" if v1.is_dir() else "memory.max"
-        (group / name).write_text(str(limit))
-        yield group
-    finally:
-        group.rmdir()
-
-
-def inside(group: Path) -> list[str]:
-    """The command that runs another one in the group."""
-    return [require("sh"), "-c", 'echo $$ > "$0"/cgroup.procs; exec "$@"', str(group)]
 
 
 def test_a_mount_streams_many_sources_in_a_hundred_mebibytes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import guest
+from tests.harness.cgroup import inside, limited
 from tests.harness.images import random_image
 from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
@@ -18,7 +19,6 @@ from tests.harness.servers import nginx
 
 from .outlives import Broken, kill_server, loaded, paused_seconds, servers, wait_for_takeover, wait_until_serving
 from .support import MIB, create, mounted_over, opened, origin
-from .test_cgroup import inside, limited
 
 OOM_KILLS = 2
 

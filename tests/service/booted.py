@@ -37,6 +37,19 @@ class Booted:
         """A path of the machine as it is reached from outside, mounts included."""
         return Path(f"/proc/{self._init}/root{inside}")
 
+    def outside(self, pid: int) -> int:
+        """The number that a process of the machine has here (NSpid in proc(5))."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                numbers = status.read_text().partition("NSpid:")[2].splitlines()[0].split()
+                if numbers[-1] == str(pid) and len(numbers) > 1 and self._has(int(numbers[0])):
+                    return int(numbers[0])
+        raise LookupError(f"the machine has no process {pid}")
+
+    def _has(self, pid: int) -> bool:
+        """Whether a process, by its number here, is one of the machine."""
+        return Path(f"/proc/{pid}/ns/pid").readlink() == Path(f"/proc/{self._init}/ns/pid").readlink()
+
     def run(
         self, *words: str | Path, seconds: float = COMMAND_SECONDS, env: dict[str, str] | None = None, text: str = ""
     ) -> subprocess.CompletedProcess[str]:

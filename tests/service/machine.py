@@ -25,14 +25,16 @@ LOG = "[Service]\nStandardOutput=append:{log}\nStandardError=append:{log}\n"
 class Installed:
     """The files of an installation in a folder: bin/qedfs, the units in units/, /etc/qedfs in etc/."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python_path: Path | None = None) -> None:
+        """`python_path`: more modules for the program."""
         self.folder = folder
         for name in ("bin", "units", "etc"):
             (folder / name).mkdir(parents=True)
         program = folder / "bin" / "qedfs"
         # PYTHONPATH stands for an installation, whose bytecode was written when it was made.
         bytecode = f" PYTHONPYCACHEPREFIX={sys.pycache_prefix}" if sys.pycache_prefix else ""
-        environment = f"PYTHONPATH={ROOT} PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1{bytecode}"
+        modules = f"{ROOT}:{python_path}" if python_path is not None else f"{ROOT}"
+        environment = f"PYTHONPATH={modules} PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1{bytecode}"
         program.write_text(f'#!/bin/sh\n{environment} exec {sys.executable} -m qedfs "$@"\n')
         program.chmod(0o755)
 
@@ -40,8 +42,8 @@ class Installed:
 class Machine(Installed):
     """An installation on a machine that runs."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, python_path: Path | None = None) -> None:
+        super().__init__(folder, python_path)
         units = folder / "units"
         put_units(units)
         # As the guide copies them.
@@ -59,7 +61,9 @@ class Machine(Installed):
 
     def add_unit(self, name: str, text: str) -> None:
         """A unit of somebody else's, there from the next start of anything on."""
-        (self.folder / "units" / name).write_text(text)
+        path = self.folder / "units" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
         self.systemctl("daemon-reload")
 
     def systemctl(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +98,10 @@ class Machine(Installed):
         """A path of the machine, as it is reached from here: mounts are seen in there only."""
         return self.booted.path(inside)
 
+    def outside(self, pid: int) -> int:
+        """The number that a process of the machine has here."""
+        return self.booted.outside(pid)
+
     def is_mounted(self, mountpoint: Path) -> bool:
         """Whether something is mounted there, in the machine."""
         return self.booted.run("mountpoint", "-q", mountpoint).returncode == 0
@@ -105,10 +113,13 @@ class Machine(Installed):
 
 
 @contextlib.contextmanager
-def machine(shared: Path) -> Iterator[Machine]:
-    """A machine with qedfs on it that has come up. `shared`: a folder that it shares with the test."""
+def machine(shared: Path, *, python_path: Path | None = None) -> Iterator[Machine]:
+    """A machine with qedfs on it that has come up. `shared`: a folder that it shares with the test.
+
+    `python_path`: as for `Installed`.
+    """
     require_fuse()
-    found = Machine(shared / "machine")
+    found = Machine(shared / "machine", python_path)
     try:
         with booted(shared, found.folder) as found.booted:
             yield found

@@ -16,9 +16,10 @@ import pytest
 
 from qedfs.control.qmp.client import Client
 from tests.harness.hang import HANG_SECONDS
-from tests.harness.mounts import mounted
+from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
 from tests.harness.require import require
+from tests.mount.outlives import wait_for_takeover, wait_until_serving
 from tests.mount.support import MIB, assert_whole, create, origin
 
 from .machine import CONTRIB, INSTALLED, UNITS, Machine, machine
@@ -178,22 +179,29 @@ def test_whoever_has_an_image_taken_away_is_told_of(host: Machine, tmp_path: Pat
     assert "disk.raw: still open; its users get errors from now on" in host.log()
 
 
+def server_of(mount: Mount) -> int:
+    """The process that serves it."""
+    with Client.connect(str(mount.mountpoint)) as client:
+        return client.server_pid
+
+
 def test_every_system_call_of_a_mount_is_allowed_to_its_unit(tmp_path: Path) -> None:
     allowed = allowed_system_calls(MOUNT)
     trace = tmp_path / "trace"
     traced: list[str | Path] = [require("strace"), "-f", "-qq", "-o", trace]
     with origin(tmp_path, 4 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url.replace("127.0.0.1", "localhost"))
-        with mounted(overlay, tmp_path / "mnt", "--metrics", "127.0.0.1:0", through=traced) as mount:
+        with mounted(overlay, tmp_path / "mnt", "--restart", "--metrics", "127.0.0.1:0", through=traced) as mount:
+            wait_until_serving(mount)
             with mount.path("disk.raw").open("r+b") as image:
                 image.write(b"written")
                 os.fsync(image.fileno())
                 image.seek(2 * MIB)
                 image.read(100_000)
             mount.wait()
-            with Client.connect(str(mount.mountpoint)) as client:
-                server = client.server_pid
-            os.kill(server, signal.SIGTERM)
+            os.kill(server_of(mount), signal.SIGKILL)
+            wait_for_takeover(mount, 1)
+            os.kill(server_of(mount), signal.SIGTERM)
             assert mount.wait_exit() == 0
     used = {UNNAMED.get(name, name) for name in re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE)}
     assert {"mount", "umount2", "fdatasync", "connect"} <= used
