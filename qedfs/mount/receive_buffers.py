@@ -35,12 +35,12 @@ _kept: list[object] = []  # what libfuse refers to until the process ends
 def touch_receive_buffers() -> bool:
     """From now on, touch the large blocks that libfuse allocates. Returns whether that is possible."""
     try:
-        library = ctypes.PyDLL(None)
-        pointer = _pointer_to_malloc(library)
+        pointer = _pointer_to_malloc()
     except (OSError, LookupError, QedfsError) as exc:
         log.warning("a crash may fail the write that is being received: %s", exc)
         return False
-    real = _MALLOC(address_of(library, "malloc"))
+    word = ctypes.c_void_p.from_address(pointer.place)
+    real = _MALLOC(word.value or 0)
 
     def malloc(size: int) -> int | None:
         block: int | None = real(size)
@@ -51,18 +51,28 @@ def touch_receive_buffers() -> bool:
     hook = _MALLOC(malloc)
     _kept.append(hook)
     with made_writable(pointer):
-        ctypes.c_void_p.from_address(pointer.place).value = ctypes.cast(hook, ctypes.c_void_p).value
+        word.value = ctypes.cast(hook, ctypes.c_void_p).value
     return True
 
 
-def _pointer_to_malloc(library: ctypes.PyDLL) -> Pointer:
+def _pointer_to_malloc() -> Pointer:
     """libfuse's one pointer to malloc. Raises LookupError."""
-    wanted = address_of(library, "malloc").to_bytes(_WORD, sys.byteorder)
+    path = libfuse()[1]
+    wanted = {address.to_bytes(_WORD, sys.byteorder) for address in _mallocs(path)}
     found = []
-    for start, end, writable in memory_of(os.path.realpath(libfuse()[1])):
+    for start, end, writable in memory_of(os.path.realpath(path)):
         memory = ctypes.string_at(start, end - start)
-        places = [at for at in range(0, len(memory), _WORD) if memory[at : at + _WORD] == wanted]
+        places = [at for at in range(0, len(memory), _WORD) if memory[at : at + _WORD] in wanted]
         found += [Pointer(start + at, writable, "malloc") for at in places]
     if len(found) != 1:
         raise LookupError(f"libfuse has {len(found)} pointers to malloc, not one")
     return found[0]
+
+
+def _mallocs(path: str) -> set[int]:
+    """The addresses that libfuse may have for malloc: the C library's, or that of a library that has replaced it.
+
+    The process as a whole may name a third one. If the interpreter is not a position-independent program, as in Debian,
+    that is a place in the interpreter that leads to the C library's.
+    """
+    return {address_of(ctypes.PyDLL(library), "malloc") for library in (None, path)}
