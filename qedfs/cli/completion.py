@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qedfs.cli.found_mounts import mount_meant, qedfs_mounts
+from qedfs.cli.option_types import source_error_words
 from qedfs.control.qmp.client import Client
 from qedfs.errors import QedfsError
 
@@ -52,7 +53,7 @@ def images(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 def rules(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """What reads do while a source is away; or an image, if no word is there yet."""
     named = [] if ctx.params.get(str(param.name)) else images(ctx, param, incomplete)
-    return [*_offered(["eio", "wait"], incomplete), *named]
+    return [*source_error_words(ctx, param, incomplete), *named]
 
 
 def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

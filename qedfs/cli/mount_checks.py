@@ -14,6 +14,7 @@ from qedfs.cli.option_types import parse_source_errors
 from qedfs.errors import BadOverlay, UsageError
 from qedfs.format.header import MAGIC
 from qedfs.image.source_errors import EIO
+from qedfs.image.write_gate import Writes
 from qedfs.mount.mountpoint import known_at
 from qedfs.mount.request_timeout import remark_on_limit
 
@@ -33,6 +34,11 @@ def check_options(arguments: MountArguments) -> None:
         raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
     if arguments.standby and arguments.read_only:
         raise UsageError("--standby is recorded in the overlay, which --read-only does not allow; omit one of them")
+    if arguments.standby_writes != Writes.REFUSE and arguments.read_only:
+        raise UsageError(
+            f"--standby-writes {arguments.standby_writes}: with --read-only, no image takes writes, nor can it be"
+            " activated; omit one of them"
+        )
     if arguments.profile is not None and (arguments.read_only or arguments.copy_on_read is False):
         raise UsageError("--profile fetches clusters, and nothing would be kept; omit it")
 
@@ -68,6 +74,8 @@ def remarks(arguments: MountArguments) -> list[str]:
         lines.append(f"{place}: is not empty; what is in it is hidden until the mount ends")
     rule = EIO if arguments.on_source_error is None else parse_source_errors(arguments.on_source_error)
     longest = float(rule.bound_seconds or "inf") if rule.wait else arguments.source_timeout
+    if arguments.standby_writes == Writes.HOLD:
+        longest = float("inf")
     if text := remark_on_limit(longest):
         lines.append(text)
     return lines

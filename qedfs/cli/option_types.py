@@ -116,6 +116,12 @@ def parse_source_errors(text: str) -> OnSourceError:
     raise UsageError(f"{text!r}: write eio, wait, or a longest wait like wait:10m")
 
 
+def source_error_words(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What the shell offers where `parse_source_errors` reads a text."""
+    del ctx, param
+    return [word for word in ("eio", "wait") if word.startswith(incomplete)]
+
+
 SIZE = Size()
 RATE = Rate()
 DURATION = Duration()

@@ -74,7 +74,7 @@ class Stalls:
         """`kernel_seconds`: longest wait for a source, whatever the rule, because of a limit of the kernel."""
         self.rule = rule
         self._slots = slots or StallSlots()
-        self._kernel_seconds = kernel_seconds
+        self.kernel_seconds = kernel_seconds
         self._stalls: dict[_Stall, None] = {}
 
     @property
@@ -86,8 +86,8 @@ class Stalls:
     def most_seconds(self) -> float:
         """How long a request may wait for the source, with all its attempts."""
         if self.rule.bound_seconds is None:
-            return self._kernel_seconds
-        return min(self._kernel_seconds, self.rule.bound_seconds)
+            return self.kernel_seconds
+        return min(self.kernel_seconds, self.rule.bound_seconds)
 
     def set_rule(self, rule: OnSourceError) -> None:
         """Change the rule, for the requests that are stalled, too."""

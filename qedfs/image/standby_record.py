@@ -95,7 +95,10 @@ def check_way_back(name: str, overlay: Overlay) -> None:
     if standby is not Standby.REVOCABLE:
         why = "a guest has written to it since it was activated" if standby is Standby.ACTIVE else "was not activated"
         if overlay.backing is None:
-            why = "is complete, and has no backing any more"
+            raise QedfsError(
+                f"{name}: is complete, and has no backing any more, so it cannot go back to standby; for another"
+                " migration, make a new overlay: qedfs create --standby"
+            )
         raise QedfsError(f"{name}: {why}; it stays active")
 
 

@@ -25,13 +25,14 @@ class Writes(enum.StrEnum):
 class WriteGate:
     """The gate of one image. It is closed at first, and stays open once it was opened."""
 
-    def __init__(self, name: str, writes: Writes) -> None:
-        """`name`: the image's name, for messages."""
+    def __init__(self, name: str, writes: Writes, *, most_seconds: float = float("inf")) -> None:
+        """`name`: the image's name, for messages. `most_seconds`: longest wait, because of a limit of the kernel."""
         self.waiting = WaitingReads()  # the writes that wait
         # Activates the image. Set before the image is served; needed for Writes.ACTIVATE.
         self.activate: Callable[[], Awaitable[None]] | None = None
         self._name = name
         self._writes = writes
+        self._most_seconds = most_seconds
         self._opened = trio.Event()
         self._activating: set[trio.CancelScope] = set()  # of the writes that wait for an activation
 
@@ -49,13 +50,13 @@ class WriteGate:
         """Return when a write may begin.
 
         Raises:
-            InStandby: writes are refused.
+            InStandby: writes are refused, or the image was not activated in time.
             SourceUnreachable: nobody waits for this write any more.
             QedfsError: the write would have activated the image, and that has failed.
         """
         if self._writes is Writes.REFUSE:
             raise InStandby(f"{self._name}: is in standby and takes no writes; qedfs activate ends that")
-        with self.waiting.waiting() as write, write.attempt():
+        with self.waiting.waiting() as write, write.attempt(self._most_seconds):
             if self._writes is Writes.ACTIVATE and self.activate is not None:
                 with trio.CancelScope() as scope:
                     self._activating.add(scope)
@@ -64,5 +65,12 @@ class WriteGate:
                     finally:
                         self._activating.discard(scope)
             await self._opened.wait()
+        if self._opened.is_set():
             return
+        if trio.current_time() >= write.since + self._most_seconds:
+            # Later, the kernel would cut the mount because of this write, and with it all images.
+            raise InStandby(
+                f"{self._name}: is in standby, and was not activated within {self._most_seconds:g} s, the longest that"
+                " the kernel lets a write wait"
+            )
         raise SourceUnreachable(f"{self._name}: nobody waits for this write any more")

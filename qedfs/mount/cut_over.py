@@ -120,7 +120,8 @@ class CutOver:
             check_way_back(served.name, image.overlay)
             through = await self._sources.pass_through_for(image.overlay, overlays=len(self._images) + 1)
             # First, and without an await after it: a write that has passed is noted in the record before the next step.
-            gate = image.gate = WriteGate(served.name, self._options.standby_writes)
+            longest = image.stalls.kernel_seconds
+            gate = image.gate = WriteGate(served.name, self._options.standby_writes, most_seconds=longest)
             gate.activate = self.activation(served)
             try:
                 with trio.CancelScope(shield=True):

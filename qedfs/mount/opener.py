@@ -89,7 +89,8 @@ class Opener:
             async with self._asking:
                 if overlay.backing is not None and overlay.record.standby.waits:
                     through = await self._sources.pass_through_for(overlay, overlays=overlays)
-                    standby = through, WriteGate(name, self._options.standby_writes)
+                    gate = WriteGate(name, self._options.standby_writes, most_seconds=self._most_wait_seconds)
+                    standby = through, gate
                 else:
                     fetch = await self._sources.fetch_for(overlay, overlays=overlays)
         except BaseException:

@@ -1,7 +1,7 @@
 """The kernel's limit on how long a request of a FUSE mount may remain unanswered (Linux 6.15).
 
 Owns the look at it and the margin below it. The kernel cuts the whole mount, for all images, if a single answer is
-later than that. So it bounds every wait for a source, whatever the user has asked for.
+later than that. So it bounds every wait for a source or an activation, whatever the user has asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def kernel_limit(folder: Path = FOLDER) -> int | None:
 
 
 def most_wait_seconds(folder: Path = FOLDER) -> float:
-    """How long a request may wait for a source at most; infinite without a limit of the kernel."""
+    """How long a request may wait at most, for a source or an activation; infinite without a limit of the kernel."""
     limit = kernel_limit(folder)
     return float("inf") if limit is None else limit - MARGIN_SECONDS
 
@@ -35,7 +35,8 @@ def remark_on_limit(longest_seconds: float, folder: Path = FOLDER) -> str:
         return ""
     return (
         f"the kernel ends a mount that does not answer a request within {limit} s (fs.fuse.max_request_timeout,"
-        f" fs.fuse.default_request_timeout); so reads wait for a source for {limit - MARGIN_SECONDS:g} s at most"
+        " fs.fuse.default_request_timeout); so reads wait for a source, and writes for an activation, for"
+        f" {limit - MARGIN_SECONDS:g} s at most"
     )
 
 

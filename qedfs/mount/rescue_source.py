@@ -45,7 +45,7 @@ async def rescue_source(
         raise UsageError(f"{location}: give an absolute path")
     local = tuple(filter(None, (location.path, *location.tls_files)))
     if location.kind == "file":
-        await _check_elsewhere(location, device)
+        await check_elsewhere(location, device)
     return remote_source(
         location,
         # A policy that allows a local file forbids everything that it does not name, so name the URL too.
@@ -59,7 +59,11 @@ async def rescue_source(
     )
 
 
-async def _check_elsewhere(location: Location, device: str) -> None:
+async def check_elsewhere(location: Location, device: str) -> None:
+    """Raise UsageError for a file in the mount with this `device`: its reads would wait for themselves.
+
+    Raises SourceUnreachable if its file system does not answer.
+    """
     path = location.path or ""
     with trio.move_on_after(PATH_SECONDS):
         try:
@@ -67,7 +71,7 @@ async def _check_elsewhere(location: Location, device: str) -> None:
         except OSError:
             return  # the source says what is wrong
         if device and found == device:
-            raise UsageError(f"{path}: is in this mount; name the copy itself")
+            raise UsageError(f"{path}: is in this mount; name the file that it comes from")
         return
     raise SourceUnreachable(f"{path}: its file system does not answer")
 

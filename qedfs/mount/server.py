@@ -128,7 +128,7 @@ class Mount:
         found = self.images.registry.by_name(served.name)
         if found is None:
             raise QedfsError(f"{served.name}: is not there any more")
-        await self.images.moves.move(found, place, force=force)
+        await self.images.moves.move(found, place, device=self.device, force=force)
 
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False

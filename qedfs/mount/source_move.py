@@ -22,6 +22,7 @@ from qedfs.image.image import Image
 from qedfs.image.known_blocks import compared
 from qedfs.image.pin import store_pin
 from qedfs.mount.open_images import OpenImages
+from qedfs.mount.rescue_source import check_elsewhere
 from qedfs.mount.served import Served
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.create import encode_backing_name
@@ -37,15 +38,17 @@ class SourceMoves:
         self._sources = sources
         self._images = images
 
-    async def move(self, served: Served, place: str, *, force: bool) -> None:
+    async def move(self, served: Served, place: str, *, device: str, force: bool) -> None:
         """Give an image the source at `place`, a URL or an absolute path.
 
-        `force`: also if no block is known that could be compared.
+        `device`: the number of our own mount, as in /proc/self/mountinfo. `force`: also if no block is known that could
+        be compared.
 
         Raises:
             SourceChanged: it is not the same disk. Nothing has changed, as after each of these errors.
             SourceUnreachable, SourceError: it is not there, or cannot be compared.
             Refused: the policy of the mount forbids it.
+            UsageError: it is a file in this very mount, or a URL with a secret that others could read.
             QedfsError: the image needs no source or keeps nothing, or the overlay cannot name the new one.
         """
         async with served.cut_over:
@@ -53,6 +56,8 @@ class SourceMoves:
             encode_backing_name(place)
             location = parse_location(place, relative_to=self._sources.root)
             _check_secrets(image, location)
+            if location.kind == "file":
+                await check_elsewhere(location, device)
             fetch = await self._sources.fetch_at(location, image.overlay, overlays=len(self._images))
             try:
                 pin = await compared(image, place, fetch.remote, force=force)

@@ -27,6 +27,7 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     private: bool = False,
     standby: bool = False,
     source_size: int | None = None,
+    on_source_error: str = "",
 ) -> Header:
     """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
 
@@ -34,7 +35,8 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     never shows an incomplete one. Once this function has returned, the file survives a power cut. The default geometry
     is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them. `private`: only the
     owner may read and write the file, whatever the umask allows. `standby`: mounts keep nothing of the backing until
-    the overlay is activated. The backing must have `source_size` bytes then, unless that is None.
+    the overlay is activated. The backing must have `source_size` bytes then, unless that is None. `on_source_error`:
+    as the record holds it.
 
     Raises:
         UsageError: the file exists, its folder does not, or the geometry or the backing's name is invalid.
@@ -43,7 +45,7 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     """
     name = encode_backing_name(backing or "")
     header = _header(Geometry(cluster_size, table_size, round_up(image_size, 512)), name, raw_backing=raw_backing)
-    record = Record(copy_on_read=copy_on_read)
+    record = Record(copy_on_read=copy_on_read, on_source_error=on_source_error)
     if standby:
         pin = None if source_size is None else Pin(digest(backing or ""), source_size)
         record = dataclasses.replace(record, standby=Standby.WAITING, pin=pin)

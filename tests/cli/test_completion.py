@@ -72,6 +72,7 @@ def test_files_and_rules_need_no_mount() -> None:
     assert offered("populate", "mnt", "disk", "--from", "back") == ["file,back"]
     assert offered("migrate", "ol") == ["file,ol"]
     assert offered("mount", "--on-source-error", "") == ["plain,eio", "plain,wait"]
+    assert offered("create", "--on-source-error", "w") == ["plain,wait"]
 
 
 def test_a_server_that_does_not_answer_has_no_names(tmp_path: Path) -> None:

@@ -266,3 +266,15 @@ def test_a_name_that_no_mount_of_a_folder_serves_is_remarked_on(tmp_path: Path) 
     assert said.stdout.startswith(f"{tmp_path}/disk.raw: 1.00 MiB")
     assert qedfs(*words, "--quiet", tmp_path / "quiet.raw").stderr == ""
     assert qedfs(*words, tmp_path / "disk.qed").stderr == ""
+
+
+def test_what_reads_do_while_the_backing_is_away_is_recorded(tmp_path: Path) -> None:
+    backing = ["--backing", "nbd://localhost:9/", "--size", "1M", "--offline"]
+    for name, words, recorded in (("a", ["--on-source-error", "wait:1h"], ("wait", 3600)), ("b", [], ("eio", None))):
+        qedfs("create", tmp_path / name, *backing, *words)
+        found = json.loads(qedfs("info", tmp_path / name, "--json").stdout)
+        assert (found["on_source_error"], found["wait_bound_seconds"]) == recorded
+    for words in (["--on-source-error", "wait", "--size", "1M"], ["--on-source-error", "later", *backing]):
+        refused = qedfs("create", tmp_path / "c", *words, check=False)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert not (tmp_path / "c").exists()

@@ -50,6 +50,15 @@ async def test_a_held_write_that_nobody_waits_for_is_given_up(autojump_clock: tr
         gate.waiting.give_up(since=trio.current_time())
 
 
+async def test_a_held_write_fails_before_the_kernel_would_cut_the_mount_because_of_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    gate, began = WriteGate("disk.raw", Writes.HOLD, most_seconds=55), trio.current_time()
+    with pytest.raises(InStandby, match="not activated within 55 s, the longest that the kernel lets a write wait"):
+        await gate.passed()
+    assert trio.current_time() - began == 55
+
+
 async def test_a_write_that_activates_waits_for_the_activation_or_fails_with_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

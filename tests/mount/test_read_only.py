@@ -129,3 +129,12 @@ def test_what_contradicts_it(overlay: Path, tmp_path: Path, option: str) -> None
     refused = qedfs("mount", overlay, tmp_path / "mnt", "-o", "ro", option, check=False)
     reason = "--read-only keeps nothing; omit --until-streamed and --copy-on-read"
     assert (refused.returncode, refused.stderr) == (2, f"qedfs: {reason}\n")
+
+
+@pytest.mark.parametrize("option", ["--standby", "--standby-writes=hold", "--standby-writes=activate"])
+def test_it_can_be_put_in_standby_as_little_as_it_takes_writes(overlay: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "mnt").mkdir()
+    refused = qedfs("mount", overlay, tmp_path / "mnt", "-o", "ro", option, check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert option.replace("=", " ") in refused.stderr
+    assert "omit one of them" in refused.stderr

@@ -71,6 +71,8 @@ def test_another_disk_of_equal_size_is_refused_live_and_at_a_reconnect(tmp_path:
                 read_direct(image, pos, 4096)
             done = qedfs("source", "set", mount.mountpoint, "disk", clone.url, check=False)
             assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+            done = qedfs("source", "set", mount.mountpoint, "disk", image, check=False)
+            assert (done.returncode, "is in this mount" in done.stderr) == (2, True)
             assert mount.image()["backing"] == server.url
             assert mount.image()["error"] is None
             # The server is swapped without a word.

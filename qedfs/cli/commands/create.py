@@ -12,7 +12,7 @@ from qedfs.cli.backing_argument import location_of, misplaced_url
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
-from qedfs.cli.option_types import DURATION, SIZE
+from qedfs.cli.option_types import DURATION, SIZE, Checked, parse_source_errors, source_error_words
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.errors import UsageError
@@ -70,6 +70,14 @@ class _Create(GivenOnce):
     help="Mounts pass reads through and keep nothing until qedfs activate: the backing still changes.",
 )
 @click.option(
+    "--on-source-error",
+    type=Checked(parse_source_errors),
+    metavar="eio|wait[:TIME]",
+    shell_complete=source_error_words,
+    help="What reads of mounts do while the backing is away: fail, or wait until it is back, for at most TIME. "
+    "Default: fail.",
+)
+@click.option(
     "--source-timeout", type=DURATION, default="10s", show_default=True, help="How long to try to reach the backing."
 )
 @credentials_option
@@ -86,6 +94,7 @@ def create(
     table_size: int,
     no_copy_on_read: bool,
     standby: bool,
+    on_source_error: str | None,
     source_timeout: float,
     credentials: str | None,
     quiet: bool,
@@ -106,9 +115,7 @@ def create(
     "zstd", or null), `disk_size` of the disk in the backing, `stored_size` of the backing's file (these two are null
     if nobody has looked), and `cluster_size`. All sizes are in bytes.
     """
-    _check(backing, backing_format, size, offline=offline)
-    if standby and backing is None:
-        raise UsageError("--standby needs --backing: without one there is nothing to wait for")
+    _check(backing, backing_format, size, offline=offline, standby=standby, on_source_error=on_source_error)
     if os.path.lexists(overlay):
         raise already_exists(overlay)
     location, found = None, None
@@ -131,6 +138,7 @@ def create(
         private=private,
         standby=standby,
         source_size=None if found is None else found.size,
+        on_source_error="" if on_source_error is None else parse_source_errors(on_source_error).stored(),
     )
     made = header.geometry.image_size
     if as_json:
@@ -156,7 +164,15 @@ def create(
             _remark_on_local_files(location)
 
 
-def _check(backing: str | None, backing_format: str | None, size: int | None, *, offline: bool) -> None:
+def _check(
+    backing: str | None,
+    backing_format: str | None,
+    size: int | None,
+    *,
+    offline: bool,
+    standby: bool,
+    on_source_error: str | None,
+) -> None:
     if backing is None and size is None:
         raise UsageError("give --backing, --size or both")
     if backing is None and backing_format is not None:
@@ -165,6 +181,10 @@ def _check(backing: str | None, backing_format: str | None, size: int | None, *,
         raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
     if offline and size is None:
         raise UsageError("--offline needs --size, since the size of the disk is not asked for")
+    if standby and backing is None:
+        raise UsageError("--standby needs --backing: without one there is nothing to wait for")
+    if on_source_error is not None and backing is None:
+        raise UsageError("--on-source-error needs --backing: without one there is no source")
 
 
 def _look(location: Location, backing_format: str | None, timeout_seconds: float, credentials: str | None) -> Look:

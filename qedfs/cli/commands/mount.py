@@ -19,7 +19,7 @@ from qedfs.cli.holding import hold, holder_command, server_command
 from qedfs.cli.mount_arguments import MountArguments
 from qedfs.cli.mount_checks import check_options, check_source, remarks
 from qedfs.cli.mount_options import expand
-from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked, parse_source_errors
+from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked, parse_source_errors, source_error_words
 from qedfs.cli.pin_options import pin_options
 from qedfs.cli.ui.output import remark
 from qedfs.control.monitoring.metrics_address import parse_address
@@ -126,7 +126,7 @@ class MountCommand(GivenOnce):
     "--on-source-error",
     type=Checked(parse_source_errors),
     metavar="eio|wait[:TIME]",
-    shell_complete=lambda _, __, typed: [word for word in ("eio", "wait") if word.startswith(typed)],
+    shell_complete=source_error_words,
     help="What reads do when that time is over: fail, or wait until the source is back, for at most TIME. "
     "Default: as recorded in each overlay (qedfs source on-error).",
 )
