@@ -31,6 +31,7 @@ COMMANDS = {
     "mount": ("mount", "mount"),
     "populate": ("populate", "populate"),
     "profile": ("profile", "profile"),
+    "release": ("release", "release"),
     "source": ("source", "source"),
     "status": ("status", "status"),
     "stream": ("stream", "stream"),

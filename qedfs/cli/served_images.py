@@ -18,6 +18,10 @@ STOPPED = ("failed", "source-changed")  # the states of a stream that an error h
 MOST_NAMED = 10  # names in a message
 
 
+class Released(UsageError):
+    """The image that the user means has left the mount."""
+
+
 def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
     """Connect to the server of the mount. `deadline`: see Client.
 
@@ -53,8 +57,11 @@ def stem(name: str) -> str:
 
 
 def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
-    """Ask the server for the images that the user means."""
-    return named(client.execute("x-qedfs-status")["images"], name, mountpoint)
+    """Ask the server for the images that the user means. Raises Released, and UsageError if there is no such image."""
+    status = client.execute("x-qedfs-status")
+    if name is not None and stem(name) + ".raw" in status.get("released", ()):
+        raise Released(f"{mountpoint}: has released {name}; qedfs release --undo serves it again")
+    return named(status["images"], name, mountpoint)
 
 
 def on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401

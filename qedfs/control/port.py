@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from qedfs.errors import QedfsError
@@ -79,6 +79,11 @@ class ServedImage(Protocol):
         """How many times the image is open now."""
         ...
 
+    @property
+    def releasing(self) -> bool:
+        """Whether it leaves the mount once nobody has it open."""
+        ...
+
 
 class Mounted(Protocol):
     """A mount that is being served."""
@@ -145,6 +150,24 @@ class Mounted(Protocol):
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:
         """Begin to populate what an image lacks from the file or URL `place`. Raises a QedfsError."""
+        ...
+
+    def released(self) -> Mapping[str, str]:
+        """The overlay of each image that was released, by the name of the image."""
+        ...
+
+    async def release(self, served: ServedImage) -> bool:
+        """Take a complete image out of the mount once nobody has it open, and free its overlay.
+
+        Returns whether that is done, without waiting for those who have it open. Raises a QedfsError if it stays.
+        """
+        ...
+
+    async def take_back(self, name: str) -> bool:
+        """Serve an image on, or again, that is to be released, or was. Returns whether there was one.
+
+        Raises the QedfsError because of which it cannot be served.
+        """
         ...
 
     async def rescan(self) -> None:

@@ -20,6 +20,8 @@ from qedfs.mount.opener import Opener
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.registry import Registry
+from qedfs.mount.release import DropName, Releases
+from qedfs.mount.released import Released
 from qedfs.mount.served import Served
 from qedfs.mount.source_move import SourceMoves
 from qedfs.mount.source_pool import SourcePool
@@ -30,10 +32,14 @@ async def no_pages(_: Served) -> None:
     """Without a mount, the kernel has no pages."""
 
 
+async def no_name(_: str) -> None:
+    """Nor names."""
+
+
 class Images:
     """All that one mount serves. `registry`: the overlays and images. `sources`: what they are filled from."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it asks of the kernel and of the holder
         self,
         source: str,
         options: Options,
@@ -41,14 +47,15 @@ class Images:
         *,
         forget: Callable[[str], None] = lambda _: None,
         drop_pages: DropPages = no_pages,
+        drop_name: DropName = no_name,
         link: HolderLink | None = None,
         values: Mapping[str, str] | None = None,
     ) -> None:
         """`source`: a folder of overlays, or one overlay file. `nursery` runs the tasks of images and connections.
 
-        `forget`: called with the name of an image that is removed, which the kernel may have cached. `drop_pages`: lets
-        the kernel drop the pages of an image. `link`, `values`: to the holder of the mount, and what an earlier server
-        has told of it.
+        `forget`: called with the name of an image that is removed, which the kernel may have cached. `drop_pages`,
+        `drop_name`: let the kernel drop the pages of an image, and the name of one that was released. `link`, `values`:
+        to the holder of the mount, and what an earlier server has told of it.
 
         Raises:
             UsageError: `source` cannot be opened.
@@ -73,7 +80,9 @@ class Images:
         if "limit-total" in told:
             self.sources.total.limiter.limit = int(told["limit-total"])
         self._numbers = InodeNumbers(self._link, told)
-        self.registry = Registry(self.folder, opener, self._supervisor, forget, self._numbers, told)
+        self.released = Released(self.folder, self._link, told)
+        self.registry = Registry(self.folder, opener, self._supervisor, forget, self._numbers, told, self.released)
+        self.releases = Releases(self.registry, self.released, nursery, drop_name, single=self.folder.single)
 
     def note(self) -> None:
         """Tell the holder what the next server has to know."""
@@ -92,7 +101,9 @@ class Images:
 
         Returns an error for each overlay, open or closed earlier, that may lack acknowledged writes.
         """
+        await self.releases.stop()
         await self._supervisor.end_all(self.registry.including_removed())
         await self.sources.aclose()
+        self.released.close()
         self.folder.close()
         return self._supervisor.losses

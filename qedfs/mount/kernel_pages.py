@@ -41,7 +41,7 @@ class KernelPages:
         `served.stale_pages` must be set. If this is cancelled, the kernel goes on by itself.
         """
         before = served.fresh_opens
-        status = await _run([*OPENER, os.path.join(self._mountpoint, served.name)])
+        status = await run([*OPENER, os.path.join(self._mountpoint, served.name)])
         if status == 0 and served.fresh_opens > before:
             return
         # The path leads elsewhere: something is mounted on top, or ours was unmounted lazily and is still in use.
@@ -49,7 +49,7 @@ class KernelPages:
         await trio.to_thread.run_sync(_notify, served.inode, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
 
 
-async def _run(argv: list[str]) -> int | None:
+async def run(argv: list[str]) -> int | None:
     """Run a program to its end. Returns its exit status; None if it cannot be started.
 
     Not `trio.run_process`: if that is cancelled, it kills the program and waits for its end, which may not come.

@@ -22,6 +22,7 @@ from qedfs.mount import stream_orders
 from qedfs.mount.inode_numbers import InodeNumbers
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
+from qedfs.mount.released import Released
 from qedfs.mount.served import Served
 from qedfs.mount.settling import settling
 from qedfs.mount.supervisor import Supervisor
@@ -59,9 +60,11 @@ class Registry:
         forget: Callable[[str], None],
         numbers: InodeNumbers,
         told: Mapping[str, str],
+        released: Released,
     ) -> None:
         """`forget`: called with the name of an image that is removed, which the kernel may have cached.
 
+        `released`: the files that are left alone.
         `told`: what an earlier server has told of the orders of users (`stream_orders.py`).
         """
         self._folder = folder
@@ -74,7 +77,9 @@ class Registry:
         self._by_inode: dict[int, Served] = {}
         self.numbers = numbers
         self.restored: Callable[[Served], None] = lambda _: None  # called with an image that an earlier server had open
+        self.added: Callable[[Served], None] = lambda _: None  # called with each image that has come
         self._told = told
+        self._released = released
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
         self._scanned_before = False
@@ -88,6 +93,10 @@ class Registry:
     def by_inode(self, inode: int) -> Served | None:
         """The served image with this inode."""
         return self._by_inode.get(inode)
+
+    def listed(self, name: str) -> Served | None:
+        """The overlay in the folder whose image has this name, served or not."""
+        return next((served for served in self._by_path.values() if served.name == name), None)
 
     def images(self) -> list[Served]:
         """The served images, in the order in which they were opened."""
@@ -166,8 +175,9 @@ class Registry:
     async def _scan(self) -> None:
         self._opener.begin_scan()
         found = dict(self._folder.overlays())
-        for path in [path for path in self._by_path if path not in found]:
-            await self._remove(self._by_path[path])
+        for gone in [served for path, served in self._by_path.items() if path not in found]:
+            await self._remove(gone)
+        self._released.keep_only(one.st_ino for one in found.values() if not isinstance(one, OSError))
         waiting = [one for path, status in found.items() if (one := await self._examine(path, status))]
         added: list[Served] = []
         try:
@@ -182,6 +192,8 @@ class Registry:
         """Look whether a file is to be opened, because it is new, replaced, or was refused before."""
         if isinstance(status, OSError):
             self._note_unreadable(path, status)
+            return None
+        if status in self._released:
             return None
         stamp = (status.st_ino, status.st_size, status.st_ctime_ns)
         known = self._by_path.get(path)
@@ -266,6 +278,7 @@ class Registry:
         self._by_name[name] = self._by_inode[served.inode] = served
         if served.opens:
             self.restored(served)
+        self.added(served)
         return served
 
     def _list(self, served: Served) -> None:
@@ -294,23 +307,29 @@ class Registry:
                 text = f"is the same file as {name}, which is served as {other.name}"
             raise InUse(f"{path}: {text}")
 
-    async def _remove(self, served: Served) -> None:
+    async def let_go(self, served: Served) -> QedfsError | None:
+        """Take an image that nobody has open off the list, and close it. Returns an error if last writes are lost."""
+        return await self._remove(served)
+
+    async def _remove(self, served: Served) -> QedfsError | None:
         """Take an overlay off the list. Programs that have its image open can use it until they close it."""
+        if served.removed:
+            return None
         del self._by_path[served.path]
         self._sorted = None
         self._by_name.pop(served.name, None)
         if served.image is not None:
             self._forget(served.name)
         served.removed = True
-        await self.close_if_unused(served)
+        return await self.close_if_unused(served)
 
-    async def close_if_unused(self, served: Served) -> None:
-        """Close an image whose overlay was removed, unless it is open."""
+    async def close_if_unused(self, served: Served) -> QedfsError | None:
+        """Close an image whose overlay was removed, unless it is open. Returns as `let_go`."""
         if not served.removed or served.opens:
-            return
+            return None
         self._by_inode.pop(served.inode, None)
         self.numbers.forget(served)
-        await self._supervisor.end(served)
+        return await self._supervisor.end(served)
 
 
 def _image_name(path: str) -> str:

@@ -37,6 +37,9 @@ class Served:
     transient: bool = False  # the refusal may end without any change of the file
     stale_pages: bool = False  # the kernel may hold pages of the time before the image was activated
     fresh_opens: int = 0  # opens at which the kernel has dropped its pages
+    releases: int = 0  # how many times an open() has ended
+    releasing: bool = False  # it leaves the mount once nobody has it open
+    unused: trio.Event | None = None  # set when nobody has it open any more, if somebody waits for that
     cut_over: trio.Lock = dataclasses.field(default_factory=trio.Lock)  # held while it is activated, or the reverse
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
 
@@ -93,3 +96,6 @@ class Served:
         """FUSE_RELEASE: the last descriptor of one open() was closed."""
         self.opens -= 1
         self.closes = max(0, self.closes - 1) if self.opens else 0
+        self.releases += 1
+        if not self.opens and self.unused is not None:
+            self.unused.set()

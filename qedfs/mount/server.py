@@ -30,6 +30,7 @@ from qedfs.mount.fuse import Operations, forget_name
 from qedfs.mount.fuse_session import FuseSession
 from qedfs.mount.held import HolderLink
 from qedfs.mount.images import Images
+from qedfs.mount.kernel_names import KernelNames
 from qedfs.mount.kernel_pages import KernelPages
 from qedfs.mount.kernel_tuning import tune, tune_device
 from qedfs.mount.mountpoint import check_mountpoint
@@ -141,6 +142,21 @@ class Mount:
         copy = await sources.copy_for(place, device=device, backing_format=backing_format, overlays=count)
         served.jobs.begin_populate(copy, force=force)
 
+    def released(self) -> dict[str, str]:
+        """See `Mounted`."""
+        return self.images.released.overlays()
+
+    async def release(self, served: ServedImage) -> bool:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None:
+            raise QedfsError(f"{served.name}: is not there any more")
+        return await self.images.releases.release(found)
+
+    async def take_back(self, name: str) -> bool:
+        """See `Mounted`."""
+        return await self.images.releases.undo(name)
+
     def quit(self, failure: QedfsError | None = None) -> None:
         """Begin to stop. `failure`: why the mount has failed; the first failure is the one that `serve` raises."""
         self.failure = self.failure or failure
@@ -191,13 +207,14 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
         # Tasks of this nursery run until the overlays are closed.
         nursery.start_soon(notifier.watchdog)
         session = FuseSession(settings.mountpoint)
-        pages = KernelPages(session.mountpoint)
+        pages, names = KernelPages(session.mountpoint), KernelNames(session.mountpoint)
         images = Images(
             settings.source,
             options,
             nursery,
             forget=_leave_name if link else forget_name,
             drop_pages=pages.drop,
+            drop_name=names.drop,
             link=link,
             values=takeover.values,
         )

@@ -59,17 +59,22 @@ class Supervisor:
             served.image.gate.activate = self._activation(served)
         self._nursery.start_soon(self._run, served)
 
-    async def end(self, served: Served) -> None:
-        """Stop the tasks of an image whose overlay was removed from the folder, and close it."""
+    async def end(self, served: Served) -> QedfsError | None:
+        """Stop the tasks of an image that has left the mount, and close it.
+
+        Returns an error if its last writes are lost. Those of a deleted file are no loss.
+        """
         served.scope.cancel()
         self.ending += 1
         try:
             # Asked before the file is closed, because this needs its descriptor.
             deleted = served.is_deleted()
-            if (error := await self._closed(served)) and not deleted:
+            error = None if (found := await self._closed(served)) and deleted else found
+            if error is not None:
                 self.losses.append(error)
             if served.image is not None:
                 await self._opener.release_source(served.image)
+            return error
         finally:
             self.ending -= 1
 

@@ -165,6 +165,8 @@ def test_what_is_printed_about_a_mount(web: Nginx, overlay: Path, folder: Path, 
         assert (done["reached"], done["error"], done["images"][0]["state"]) == (True, None, "complete")
         found = printed("status", mountpoint)
         assert found["sources"] == [] or found["sources"][0]["fetched"] >= 0
+        assert printed("release", mountpoint, "disk")["released"]
+        assert printed("status", mountpoint)["released"] == ["disk.raw"]
         qedfs("umount", mountpoint)
     gone = printed("wait", mountpoint, "--overlay", overlay)
     assert (gone["reached"], gone["mounted"], gone["images"]) == (True, False, [])

@@ -82,6 +82,7 @@ class Served:
     jobs: ImageJobs | None = None
     error: QedfsError | None = None
     opens: int = 0
+    releasing: bool = False
 
     @property
     def troubles(self) -> list[Trouble]:
@@ -114,6 +115,7 @@ class FakeMount:
         self.populated: list[tuple[str, str, str | None, bool]] = []
         self.activated: list[tuple[str, bool]] = []  # name, dry
         self.has_quit = trio.Event()
+        self.leaving: dict[str, str] = {}  # name -> overlay, of released images
         self.restart: Restart | None = None
         self.upgrades = 0
         self.total = TotalLimit()
@@ -140,6 +142,19 @@ class FakeMount:
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:
         self.populated.append((served.name, place, backing_format, force))
+
+    def released(self) -> dict[str, str]:
+        return self.leaving
+
+    async def release(self, served: ServedImage) -> bool:
+        if served.opens:
+            return False
+        self.leaving[served.name] = served.path
+        self.served = [other for other in self.served if other is not served]
+        return True
+
+    async def take_back(self, name: str) -> bool:
+        return self.leaving.pop(name, None) is not None
 
     async def upgrade(self) -> None:
         self.upgrades += 1

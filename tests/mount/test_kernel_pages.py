@@ -36,13 +36,13 @@ async def test_a_file_that_is_not_ours_proves_nothing(tmp_path: Path, told: list
 async def test_our_answer_to_the_open_is_the_proof(
     tmp_path: Path, told: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served, run = stale(), kernel_pages._run
+    served, run = stale(), kernel_pages.run
 
     async def opening(argv: list[str]) -> int | None:
         served.note_open()
         return await run(argv)
 
-    monkeypatch.setattr(kernel_pages, "_run", opening)
+    monkeypatch.setattr(kernel_pages, "run", opening)
     (tmp_path / "-n.raw").write_bytes(b"")
     served.name = "-n.raw"  # no option of the program that opens it
     await KernelPages(str(tmp_path)).drop(served)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.mount_table import mounted_type
-from qedfs.cli.served_images import MOST_NAMED, Image, connect, fetch
+from qedfs.cli.served_images import MOST_NAMED, Image, Released, connect, fetch
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import console, print_json, remark
 from qedfs.cli.ui.progress_lines import ProgressLines
@@ -90,7 +90,7 @@ class _Waiting:
         """Return when all images have reached the goal, including any that have just appeared in the folder."""
         client.execute("x-qedfs-rescan")
         self._watch(client)
-        if not self.images and not self._quiet:
+        if not (self.images or self._image or self._quiet):
             remark(f"{self.mountpoint}: has no overlays, so there is nothing to wait for")
 
     def result(self, goal: str, error: QedfsError | None) -> dict[str, Any]:
@@ -135,7 +135,10 @@ class _Waiting:
         return self._reached(client)
 
     def _reached(self, client: Client) -> bool:
-        self.images = fetch(client, self._image, self.mountpoint)
+        try:
+            self.images = fetch(client, self._image, self.mountpoint)
+        except Released:
+            return True  # it was complete, and nobody had it open
         # Check all images, so that the failure of one is reported even if another is not ready.
         reached = [self.goal.reached(client, image) for image in self.images]
         return all(reached)

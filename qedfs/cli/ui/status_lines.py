@@ -22,10 +22,10 @@ TROUBLES_SHARE = 3  # troubles get at most a third of the lines
 def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     """The whole status, nothing shortened. Without a width, each image and each trouble is one line."""
     images = found["images"]
-    if not images:
-        return [f"{printable(found['mountpoint'])}: no overlays there"]
-    lines = list(table([HEADER, *map(row, images)], ALIGNMENT, width))
-    for text in [*troubles(images), *summary(images), *total_limit(found)]:
+    lines = [f"{printable(found['mountpoint'])}: no overlays there"]
+    if images:
+        lines = list(table([HEADER, *map(row, images)], ALIGNMENT, width))
+    for text in [*troubles(images), *releases(found), *summary(images), *total_limit(found)]:
         lines += [text] if width is None else wrapped(text, width)
     return lines
 
@@ -36,7 +36,8 @@ def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
     if not images:
         return status_lines(found, width)
     texts = fitted_troubles(images, width, height)
-    head = [*fitted_summary(images, width), *(shortened(text, width) for text in total_limit(found))]
+    more = [*releases(found), *total_limit(found)]
+    head = [*fitted_summary(images, width), *(shortened(text, width) for text in more)]
     shown, left_out = fitted_images(images, height - len(head) - len(texts) - 1)
     return [*head, *table([HEADER, *map(row, shown)], ALIGNMENT, width, cut=True), *left_out, *texts]
 
@@ -94,6 +95,16 @@ def troubles(images: Sequence[Image]) -> list[str]:
         if text is not None:
             names.setdefault(text, []).append(image["name"])
     return [printable(f"{listed(found)}: {text}") for text, found in names.items()]
+
+
+def releases(found: dict[str, Any]) -> list[str]:
+    """The images that have left the mount, and those that will."""
+    done = found.get("released") or []
+    ordered = [image["name"] for image in found["images"] if image.get("releasing")]
+    lines = [f"released: {listed(done)}; qedfs release --undo serves it again"] if done else []
+    if ordered:
+        lines.append(f"released as soon as nobody uses it: {listed(ordered)}")
+    return [printable(line) for line in lines]
 
 
 def total_limit(found: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "last_restart": _restart_status(mount.restart),
         "limit_total": mount.total.limiter.limit,
         "fetched_in_background": mount.total.fetched,
+        "released": sorted(mount.released()),
         "images": [image_status(served, rates.get(served.path)) for served in mount.everything()],
         "sources": [_source_status(fetches) for fetches in _by_connection(mount.fetches())],
     }
@@ -74,6 +75,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "populate": _populate(served.jobs),
         "read_only": not image.writable,
         "opens": served.opens,
+        "releasing": served.releasing,
         "disk_usage": image.overlay.disk_usage,
         "counters": dataclasses.asdict(image.counters),
     }
@@ -139,6 +141,7 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
         "populate": None,
         "read_only": None,
         "opens": 0,
+        "releasing": False,
         "disk_usage": None,
         "counters": None,
     }

@@ -19,6 +19,9 @@
   overlay names it from then on.
 - `x-qedfs-on-source-error {device, action, bound?}`: what reads do while the source is away: `eio` or `wait`, the
   latter for at most `bound` seconds. The overlay records it.
+- `x-qedfs-release {device, undo?}`: let a complete image leave the mount once nobody has it open, so that others can
+  open its overlay; returns `{released}`: whether that is done. If not, the event `X_QEDFS_RELEASED` comes when it is.
+  `undo`: serve it on, or again.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
 - `x-qedfs-upgrade`: let another server of the installed version take the mount over; returns when that is ready. The
   connection ends a moment later.
@@ -36,7 +39,7 @@ from qedfs.control.qmp.block_job import Status, Wishes
 from qedfs.control.qmp.command import Arg, Arguments, Commands
 from qedfs.control.qmp.errors import QmpError
 from qedfs.control.qmp.job_commands import Nothing, begin_stream, check_active, find_served
-from qedfs.control.qmp.jobs import device_name
+from qedfs.control.qmp.jobs import SUFFIX, device_name
 from qedfs.control.qmp.state import Call
 from qedfs.errors import InStandby, ReadOnlyOverlay
 from qedfs.image.image import Image
@@ -207,6 +210,23 @@ async def _on_source_error(call: Call, arguments: Arguments) -> Nothing:
         raise QmpError("Parameter 'bound' expects seconds, with the action 'wait'")
     await set_source_errors(image, OnSourceError(wait=wait, bound_seconds=bound))
     return {}
+
+
+@our_commands("x-qedfs-release", Arg("device"), Arg("undo", "boolean", optional=True))
+async def _release(call: Call, arguments: Arguments) -> dict[str, bool]:
+    mount, device = call.control.mount, arguments["device"]
+    name = device.removesuffix(SUFFIX) + SUFFIX
+    if arguments.get("undo", False):
+        if not await mount.take_back(name):
+            find_served(call, device)  # an image that stays anyway is no error
+        return {"released": False}
+    if name in mount.released():
+        return {"released": True}
+    served, _, _ = find_served(call, device)
+    done = await mount.release(served)
+    call.control.jobs.sync()
+    call.control.releases.sync(mount.released())
+    return {"released": done}
 
 
 @our_commands("x-qedfs-rescan")

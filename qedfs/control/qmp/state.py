@@ -16,6 +16,7 @@ from qedfs.control.monitoring.progress_rate import SAMPLE_SECONDS, Rate
 from qedfs.control.port import Mounted
 from qedfs.control.qmp.jobs import Jobs
 from qedfs.control.qmp.outages import Outages
+from qedfs.control.qmp.releases import Releases
 from qedfs.control.qmp.session import QmpSession
 from qedfs.control.qmp.wire import encode
 
@@ -33,6 +34,7 @@ class Control:
         self.rates: dict[str, Rate] = {}
         self.jobs = Jobs(mount, self.emit)
         self._outages = Outages(self.emit)
+        self.releases = Releases(self.emit)
 
     def version(self) -> dict[str, Any]:
         """The version in `query-version` and in the greeting."""
@@ -56,6 +58,7 @@ class Control:
             self.jobs.sync()
             self._sample()
             self._outages.sync(self.mount.everything())
+            self.releases.sync(self.mount.released())
             await trio.sleep(SAMPLE_SECONDS)
 
     def _sample(self) -> None:
