@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qedfs.cli.ui.layout import listed
 from qedfs.errors import Inaccessible, NotMounted, QedfsError, UsageError, file_error
-from qedfs.host.procfs import MountLine, filesystem_type, mount_user, mounts
+from qedfs.host.procfs import MountLine, filesystem_type, is_denied_privileges, mount_user, mounts
 from qedfs.host.runtime import place_of
-from qedfs.mount.mountpoint import MountInfo, is_dead, mount_info_at
+from qedfs.mount.mountpoint import NO_NEW_PRIVILEGES, MountInfo, is_dead, mount_info_at
 
 FILESYSTEM = "fuse.qedfs"
 SUFFIX = ".qed"
@@ -72,6 +72,8 @@ def not_unmounted(mountpoint: str, said: str) -> QedfsError:
     owner = _other_owner(mountpoint)
     if owner is not None:
         return Inaccessible(f"{mountpoint}: is a mount of user {owner}; only that user and root can unmount it")
+    if os.getuid() != 0 and is_denied_privileges():
+        said = f"{NO_NEW_PRIVILEGES} ({said})"
     return QedfsError(f"{mountpoint}: cannot be unmounted: {said}")
 
 

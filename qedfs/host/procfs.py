@@ -147,6 +147,15 @@ def outer_user(uid: int, table: bytes | None = None) -> int:
     return -1
 
 
+def is_denied_privileges(status: bytes | None = None) -> bool:
+    """Whether setuid programs that this process starts stay as weak as it is (PR_SET_NO_NEW_PRIVS)."""
+    try:
+        text = Path("/proc/self/status").read_bytes() if status is None else status
+    except OSError:
+        return False
+    return re.search(rb"(?m)^NoNewPrivs:\t1$", text) is not None
+
+
 def boot_id() -> str:
     """The kernel's id of this boot: if it differs from a stored one, the page cache has been lost since."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -12,12 +12,16 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from qedfs.errors import InUse, UsageError, file_error
-from qedfs.host.procfs import mounts
+from qedfs.host.procfs import is_denied_privileges, mounts
 from qedfs.host.runtime import place_of
 
 if TYPE_CHECKING:
     import subprocess
 
+NO_NEW_PRIVILEGES = (
+    "fusermount3 gets no privileges here (NoNewPrivs, see qedfs doctor); run it outside of what forbids them, "
+    "such as NoNewPrivileges=yes in a unit"
+)
 ANSWER_SECONDS = 3.0  # wait this long for a server to show that it lives
 
 
@@ -118,6 +122,8 @@ def why_not_mounted(mountpoint: str, said: str) -> str:
         return "/dev/fuse may not be opened by this user; ask for the mode 0666 that udev gives it"
     if "exec fusermount" in said or (os.getuid() != 0 and shutil.which("fusermount3") is None):
         return f"there is no fusermount3, which mounts for users other than root; install the package fuse3 ({said})"
+    if os.getuid() != 0 and is_denied_privileges():
+        return f"{NO_NEW_PRIVILEGES} ({said})"
     if not os.access(mountpoint, os.W_OK):
         return "this user may not write to that folder; mount on one of your own"
     return said or "libfuse does not say why"

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from qedfs.host import procfs
-from qedfs.host.procfs import filesystem_type, held_type, mount_number, mounts, outer_user, sockets
+from qedfs.host.procfs import (
+    filesystem_type,
+    held_type,
+    is_denied_privileges,
+    mount_number,
+    mounts,
+    outer_user,
+    sockets,
+)
 
 # Each byte that Python's text files, `splitlines` or `split` would take for the end of something, and the kernel's own.
 NAMES = [
@@ -92,3 +100,9 @@ def test_the_path_of_a_socket_is_the_rest_of_its_line() -> None:
 def test_the_number_outside_of_a_user_namespace(uid: int, outer: int) -> None:
     assert outer_user(uid, b"         0       1000          1\n         1     100000      65536\n") == outer
     assert outer_user(uid, b"         0          0 4294967295\n") == (uid if uid < 4294967295 else -1)
+
+
+def test_whether_setuid_programs_get_privileges() -> None:
+    assert is_denied_privileges(b"Name:\tx NoNewPrivs:\t1\nCapEff:\t0\nNoNewPrivs:\t1\nSeccomp:\t2\n")
+    assert not is_denied_privileges(b"Name:\tNoNewPrivs:\t1\nNoNewPrivs:\t0\nSeccomp:\t2\n")
+    assert not is_denied_privileges(b"Name:\told kernel\n")

@@ -67,7 +67,7 @@ def test_a_mount_of_a_user_for_whom_no_descriptor_is_left_leaves_none(tmp_path: 
         nobody.run("mkdir", mountpoint)
         nobody.qedfs("create", overlay, "--size", "1M")
         for limit in range(8, 56, 4):
-            python = nobody._python
+            python = nobody.python
             command = (python, "-m", "qedfs", "mount", overlay, mountpoint, "--until-streamed")
             done = nobody.run(require("prlimit"), f"--nofile={limit}", *command, check=False)
             failed += done.returncode != 0

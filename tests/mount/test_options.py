@@ -165,16 +165,17 @@ class User:
     def __init__(self, folder: Path, uid: int) -> None:
         self.folder = folder
         self.through: tuple[str, ...] = ()  # a command that runs another one, and its options
+        self.inside: tuple[str, ...] = ()  # likewise, but run by this user
         self._uid = uid
-        self._python = _reachable_python(uid)
+        self.python = _reachable_python(uid)
 
     def run(self, *argv: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a program as this user, without a runtime folder."""
-        return _run_as(self._uid, *argv, through=self.through, check=check)
+        return _run_as(self._uid, *self.inside, *argv, through=self.through, check=check)
 
     def qedfs(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `qedfs`."""
-        return self.run(self._python, "-m", "qedfs", *args, check=check)
+        return self.run(self.python, "-m", "qedfs", *args, check=check)
 
 
 def _run_as(
