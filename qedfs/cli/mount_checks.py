@@ -16,7 +16,7 @@ from qedfs.format.header import MAGIC
 from qedfs.image.source_errors import EIO
 from qedfs.image.write_gate import Writes
 from qedfs.mount.mountpoint import known_at
-from qedfs.mount.request_timeout import remark_on_limit
+from qedfs.mount.request_timeout import remark_on_limit, remark_on_watchdog
 
 if TYPE_CHECKING:
     from qedfs.cli.mount_arguments import MountArguments
@@ -62,8 +62,8 @@ def check_source(source: str, mountpoint: str) -> None:
         _check_overlay(source, mountpoint)
 
 
-def remarks(arguments: MountArguments) -> list[str]:
-    """What the user may not have expected of a mount that is possible."""
+def remarks(arguments: MountArguments, *, held: bool) -> list[str]:
+    """What the user may not have expected of a mount that is possible. `held`: another server may take it over."""
     lines = []
     rules = [name for name in ("stream_between", "stream_delay") if getattr(arguments, name) is not None]
     if arguments.stream == "off" and rules:
@@ -78,7 +78,17 @@ def remarks(arguments: MountArguments) -> list[str]:
         longest = float("inf")
     if text := remark_on_limit(longest):
         lines.append(text)
+    if held and (text := _remark_on_watchdog(os.environ.get("WATCHDOG_USEC", ""))):
+        lines.append(text)
     return lines
+
+
+def _remark_on_watchdog(microseconds: str) -> str:
+    if not microseconds.isdecimal():
+        return ""
+    from qedfs.mount.holder import WATCHDOG_PART  # here, as most mounts have no watchdog
+
+    return remark_on_watchdog(WATCHDOG_PART * int(microseconds) / 1e6)
 
 
 def _of_url(url: str, mountpoint: str) -> str:

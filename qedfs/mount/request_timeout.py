@@ -10,6 +10,7 @@ from pathlib import Path
 
 FOLDER = Path("/proc/sys/fs/fuse")
 LEAST_LIMIT_SECONDS = 15  # FUSE_TIMEOUT_TIMER_FREQ in fs/fuse: the kernel raises a shorter limit to this
+TAKEOVER_SECONDS = 10.0  # for another server to start and to take the mount over: the longest seen is 7 s
 MARGIN_SECONDS = 5.0  # for the answer itself, on a machine that is busy
 
 
@@ -37,6 +38,18 @@ def remark_on_limit(longest_seconds: float, folder: Path = FOLDER) -> str:
         f"the kernel ends a mount that does not answer a request within {limit} s (fs.fuse.max_request_timeout,"
         " fs.fuse.default_request_timeout); so reads wait for a source, and writes for an activation, for"
         f" {limit - MARGIN_SECONDS:g} s at most"
+    )
+
+
+def remark_on_watchdog(silence_seconds: float, folder: Path = FOLDER) -> str:
+    """What to tell a user whose hanging server is replaced after so long a silence; "" if that is early enough."""
+    limit = kernel_limit(folder)
+    if limit is None or silence_seconds <= limit - TAKEOVER_SECONDS:
+        return ""
+    return (
+        f"the kernel ends a mount that does not answer a request within {limit} s (fs.fuse.max_request_timeout,"
+        f" fs.fuse.default_request_timeout), but a server that hangs is replaced after {silence_seconds:g} s:"
+        " set WatchdogSec= of the unit lower, or the limit higher"
     )
 
 

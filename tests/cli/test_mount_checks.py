@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.cli import mount_checks
 from qedfs.overlay.create import create_overlay
 from tests.harness.images import qemu_create, random_image
 from tests.harness.mounts import mounted, qedfs
@@ -171,3 +172,12 @@ def test_a_damaged_overlay_is_not_taken_for_a_disk(place: Path) -> None:
     with overlay.open("r+b") as file:
         file.write(b"XXXX")
     assert failing(BAD_OVERLAY, "mount", overlay, place / "mnt") == f"qedfs: {overlay}: not a QED image"
+
+
+@pytest.mark.parametrize(("microseconds", "said"), [("120000000", "90"), ("", ""), ("none", ""), ("-1", "")])
+def test_the_watchdog_of_a_unit_is_compared_with_the_kernels_limit(
+    monkeypatch: pytest.MonkeyPatch, microseconds: str, said: str
+) -> None:
+    """A server that hangs is replaced after three quarters of its time."""
+    monkeypatch.setattr(mount_checks, "remark_on_watchdog", lambda silence: f"{silence:g}")
+    assert mount_checks._remark_on_watchdog(microseconds) == said

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.mount.request_timeout import MARGIN_SECONDS, kernel_limit, most_wait_seconds, remark_on_limit
+from qedfs.mount.request_timeout import (
+    MARGIN_SECONDS,
+    kernel_limit,
+    most_wait_seconds,
+    remark_on_limit,
+    remark_on_watchdog,
+)
 
 
 def sysctls(folder: Path, default: str, most: str) -> Path:
@@ -44,3 +50,12 @@ def test_a_wait_that_the_kernel_would_end_is_remarked_on(tmp_path: Path) -> None
     text = remark_on_limit(float("inf"), folder)
     assert "within 60 s (fs.fuse.max_request_timeout" in text
     assert text.endswith("for 55 s at most")
+
+
+def test_a_watchdog_that_would_come_after_the_kernel_is_remarked_on(tmp_path: Path) -> None:
+    assert remark_on_watchdog(90, sysctls(tmp_path, "0", "0")) == ""
+    folder = sysctls(tmp_path, "0", "60")
+    assert remark_on_watchdog(45, folder) == ""
+    text = remark_on_watchdog(90, folder)
+    assert "within 60 s (fs.fuse.max_request_timeout" in text
+    assert "is replaced after 90 s: set WatchdogSec= of the unit lower" in text

@@ -175,7 +175,7 @@ def mount(
     arguments = MountArguments(**_absolute(options))
     check_options(arguments)
     if is_first:
-        for line in remarks(arguments):
+        for line in remarks(arguments, held=restart):
             remark(line)
     if in_background:
         from qedfs.cli import daemon  # here, as it loads subprocess, which takes as long as all of this module
