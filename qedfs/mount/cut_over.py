@@ -11,8 +11,9 @@ it. Must not know commands. Whoever asks for a cut-over promises that nobody cha
 5. The kernel drops its pages. Without this, a reader could get bytes that were read before the cut-over.
 6. The stream starts, the old connection is closed.
 
-The source decides how long steps 1, 2 and 5 take, so that each has a bound. If step 5 exceeds it, the reads that the
-kernel waits for are given up.
+The source decides how long steps 1, 2 and 5 take, and the overlay's disk how long step 3 does, so that each has a
+bound. If step 3 exceeds it, what the disk writes later is revoked. If step 5 does, the reads that the kernel waits for
+are given up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
 from qedfs.image.standby import PassThrough
-from qedfs.image.standby_record import check_size, check_way_back, record_active, record_emptying
+from qedfs.image.standby_record import check_size, check_way_back, record_active, record_emptying, record_waiting
 from qedfs.image.write_gate import WriteGate
 from qedfs.jobs.state import AT_WORK
 from qedfs.mount.open_images import OpenImages
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 # A guest stands still for less than two seconds. All of this starts with the cut-over, whatever it waits for.
 CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 1.4  # until the reads that are run again are answered
+RECORD_SECONDS = 1.8  # until the disk has the record
 PAGES_SECONDS = 1.7  # until reads are given up, those that have waited for STUCK_SECONDS
 STUCK_SECONDS = 0.3
 LOOK_SECONDS = 0.005  # between two looks whether a job has come to rest
@@ -93,10 +95,9 @@ class CutOver:
         async with served.cut_over:
             image, began = _image(served), trio.current_time()
             if image.in_standby:
-                if not image.writable:
-                    raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
+                _check_recordable(served, image)
                 fetch = await self._connected(image)
-                await self._exchange(served, image, fetch, latest=began + ANSWER_SECONDS)
+                await self._exchange(served, image, fetch, began)
                 log.info("%s: is active", served.name)
             # Also for a call that repeats one which has failed here, perhaps of an earlier server of this mount.
             if served.stale_pages:
@@ -114,6 +115,8 @@ class CutOver:
         async with served.cut_over:
             image = _image(served)
             if image.in_standby:
+                if served.recording is not None:
+                    await served.recording.wait()  # or a later mount could find it active
                 if served.stale_pages:  # a call before this one has failed late
                     await self._fresh_pages(served, image, latest=trio.current_time() + PAGES_SECONDS)
                 return
@@ -176,8 +179,7 @@ class CutOver:
             image = _image(served)
             if not image.in_standby:
                 return
-            if not image.writable:
-                raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
+            _check_recordable(served, image)
             fetch = await self._connected(image)
             self._sources.release_soon(fetch.remote)
 
@@ -197,20 +199,18 @@ class CutOver:
             self._sources.release_soon(fetch.remote)
             raise
 
-    async def _exchange(self, served: Served, image: Image, fetch: FetchQueue, *, latest: float) -> None:
+    async def _exchange(self, served: Served, image: Image, fetch: FetchQueue, began: float) -> None:
         """Steps 2 to 4."""
         standby = image.standby
         served.stale_pages = True
         image.exchange_source(fetch)
         try:
-            with trio.move_on_at(latest) as scope:
+            with trio.move_on_at(began + ANSWER_SECONDS) as scope:
                 await image.reads.waiting.answered()
                 await image.source_size()
             if scope.cancelled_caught:
                 raise SourceUnreachable(f"{image.name}: backing {fetch.remote.location} connects, but does not deliver")
-            pin = None if image.version is None else image.version.pin
-            with trio.CancelScope(shield=True):
-                await record_active(image.overlay, pin)
+            await self._record(served, image, latest=began + RECORD_SECONDS)
         except BaseException:
             image.exchange_source(None, standby=standby)
             self._sources.release_soon(fetch.remote)
@@ -218,6 +218,38 @@ class CutOver:
         image.open_gate()
         if standby is not None:
             self._sources.release_soon(standby.remote)
+
+    async def _record(self, served: Served, image: Image, *, latest: float) -> None:
+        """Step 3, in a task of its own: a thread that waits for a disk which hangs cannot be cancelled."""
+        pin = None if image.version is None else image.version.pin
+        failure: Exception | None = None
+        ended, in_time = trio.Event(), True
+
+        async def record() -> None:
+            nonlocal failure
+            try:
+                with trio.CancelScope(shield=True):
+                    await record_active(image.overlay, pin)
+                    if not in_time:
+                        # Whoever has asked was told that it is in standby, and goes on at the source.
+                        await record_waiting(image.overlay)
+            except Exception as exc:
+                failure = exc
+            finally:
+                served.recording = None
+                ended.set()
+
+        served.recording = ended
+        self._nursery.start_soon(record)
+        with trio.CancelScope(shield=True, deadline=latest):
+            await ended.wait()
+        in_time = ended.is_set()
+        if not in_time:
+            raise QedfsError(
+                f"{image.name}: stays in standby: the disk of its overlay does not take the record of that"
+            )
+        if failure is not None:
+            raise failure
 
     async def _fresh_pages(self, served: Served, image: Image, *, latest: float) -> None:
         """Step 5."""
@@ -248,6 +280,14 @@ class CutOver:
         stream.start()
         if paused:
             stream.hold()
+
+
+def _check_recordable(served: Served, image: Image) -> None:
+    """Raise QedfsError if no record could say that the image is active."""
+    if not image.writable:
+        raise ReadOnlyOverlay(f"{served.name}: is read-only, so that it stays in standby")
+    if served.recording is not None:
+        raise QedfsError(f"{served.name}: the disk of its overlay has not ended an earlier activation yet")
 
 
 def _image(served: Served) -> Image:

@@ -97,7 +97,9 @@ class OpenSession:
                 except NoSpace:
                     self._session.remember(change(self._session.record))
                 else:
-                    await self._committer.durably(lambda: self._session.store(change(self._session.record)))
+                    await self._committer.durably(
+                        lambda: self._session.store(change(self._session.record), revoke=True)
+                    )
         finally:
             # No await between storing and this, or a reader of `record` would see the change twice.
             self._changes.remove(change)

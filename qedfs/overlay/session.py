@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable
 
-from qedfs.errors import BadOverlay, NoSpace, QedfsError
+from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import (
     BACKING_FILE,
     HEADER_BYTES,
@@ -231,13 +231,33 @@ class Session:
         """Take over a record that cannot be stored yet, because the session has not begun: `begin` stores it."""
         self.record = record
 
-    def store(self, record: Record) -> None:
-        """Write a record to the slot that does not hold the current one, and make it durable."""
+    def store(self, record: Record, *, revoke: bool = False) -> None:
+        """Write a record to the slot that does not hold the current one, and make it durable.
+
+        `revoke`: if the barrier fails, the current record is to count in the next session, too.
+        """
         record = self._write_slot(record)
         if self._slots is not None:
-            self._barrier()
+            try:
+                self._barrier()
+            except ReadOnlyOverlay:
+                if revoke:
+                    self._revoke(record)
+                raise
         self._unordered = False
         self.record = record
+
+    def _revoke(self, record: Record) -> None:
+        """After a failed barrier, overwrite the new record with the current one, which its caller goes on with.
+
+        A failed barrier does not tell whether the disk has the new record. Without this, an overlay whose activation
+        has failed could be active in the next session, although its guest went on at the source. It goes to the same
+        slot: torn, it leaves the other slot with the current record. No barrier follows, as it would prove nothing.
+        """
+        again = dataclasses.replace(self.record, sequence=record.sequence + 2)
+        if self._slots is not None:
+            with contextlib.suppress(QedfsError):
+                self._storage.write(self._slots[slot_index(again)], [encode_record(again)])
 
     def let_times_move(self) -> None:
         """Record that a guest is about to write. From then on, what was activated is not revoked any more.
