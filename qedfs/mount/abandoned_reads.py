@@ -24,6 +24,7 @@ from pathlib import Path
 
 import trio
 
+from qedfs.host.beat import next_beat
 from qedfs.host.procfs import mounts
 from qedfs.mount.served import Served
 
@@ -38,11 +39,11 @@ async def release_abandoned_reads(
 ) -> None:
     """Give up reads that nobody needs, until cancelled.
 
-    `stands`: whether the mount is still there. `device`: see `holders`.
+    `images`: those that are open. `stands`: whether the mount is still there. `device`: see `holders`.
     """
     limiter = trio.CapacityLimiter(1)
     while True:
-        await trio.sleep(LOOK_SECONDS)
+        await next_beat(LOOK_SECONDS)
         began = trio.current_time()
         waiting = [served for served in images() if _waits(served)]
         if not waiting:

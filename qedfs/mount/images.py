@@ -75,7 +75,14 @@ class Images:
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
         self.moves = SourceMoves(self.sources, images)
         self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
-        self._supervisor = Supervisor(self.folder, opener, options.profile, nursery, self.cut_over.activation)
+        self._supervisor = Supervisor(
+            self.folder,
+            opener,
+            options.profile,
+            nursery,
+            self.cut_over.activation,
+            tell=self._tell,
+        )
         self._link, told = link or HolderLink(), values or {}
         if "limit-total" in told:
             self.sources.total.limiter.limit = int(told["limit-total"])
@@ -87,9 +94,16 @@ class Images:
     def note(self) -> None:
         """Tell the holder what the next server has to know."""
         for served in self.registry.including_removed():
-            self._numbers.note(served)
-            stream_orders.note(self._link, served)
+            self._tell(served)
+        self.note_total()
+
+    def note_total(self) -> None:
+        """The same, of what belongs to no image. Of an image, the rounds tell it (`rounds.py`)."""
         self._link.set("limit-total", str(self.sources.total.limiter.limit))
+
+    def _tell(self, served: Served) -> None:
+        self._numbers.note(served)
+        stream_orders.note(self._link, served)
 
     def note_closed(self) -> None:
         """Tell the holder that all images were closed for the next server."""

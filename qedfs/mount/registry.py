@@ -17,6 +17,7 @@ from typing import NamedTuple
 import trio
 
 from qedfs.errors import Inaccessible, InUse, NoMemory, QedfsError
+from qedfs.host.beat import next_beat
 from qedfs.image.condition import Cause, Trouble
 from qedfs.mount import stream_orders
 from qedfs.mount.inode_numbers import InodeNumbers
@@ -64,8 +65,8 @@ class Registry:
     ) -> None:
         """`forget`: called with the name of an image that is removed, which the kernel may have cached.
 
-        `released`: the files that are left alone.
         `told`: what an earlier server has told of the orders of users (`stream_orders.py`).
+        `released`: the files that are left alone.
         """
         self._folder = folder
         self._opener = opener
@@ -80,6 +81,7 @@ class Registry:
         self.added: Callable[[Served], None] = lambda _: None  # called with each image that has come
         self._told = told
         self._released = released
+        self._open_now = supervisor.open_now
         self._scanning = trio.Lock()
         self._scanned_mtime = -1
         self._scanned_before = False
@@ -102,6 +104,10 @@ class Registry:
         """The served images, in the order in which they were opened."""
         return [served for served in self._by_inode.values() if not served.removed]
 
+    def open_images(self) -> list[Served]:
+        """The served images that are open now."""
+        return [served for served in self._open_now if not served.removed]
+
     def everything(self) -> Sequence[Served]:
         """All overlays in the folder, sorted by name, including those that cannot be served.
 
@@ -118,14 +124,14 @@ class Registry:
     @property
     def in_use(self) -> bool:
         """Whether an image is open, even if its overlay was removed, or is being closed because that was removed."""
-        return bool(self._supervisor.ending) or any(served.opens for served in self._by_inode.values())
+        return bool(self._supervisor.ending or self._open_now)
 
     # Scanning.
 
     async def watch(self) -> None:
         """Look for changes once a second, until cancelled. A look costs one fstat if all overlays are served."""
         while True:
-            await trio.sleep(SCAN_SECONDS)
+            await next_beat(SCAN_SECONDS)
             try:
                 await self.scan_if_changed(retry=True)
             except (OSError, QedfsError) as exc:
@@ -249,7 +255,7 @@ class Registry:
         """Open an overlay and list it."""
         path, stamp, before = candidate
         name = _image_name(path)
-        served = Served(name, path, NO_INODE, stamp)
+        served = Served(name, path, NO_INODE, stamp, open_now=self._open_now)
         try:
             self._check_not_open(path)
             served.image, served.jobs = await self._opener.open(path, name, is_new=self._scanned_before)
@@ -277,6 +283,7 @@ class Registry:
         await stream_orders.restore(self._told, served)
         self._by_name[name] = self._by_inode[served.inode] = served
         if served.opens:
+            self._open_now.add(served)
             self.restored(served)
         self.added(served)
         return served

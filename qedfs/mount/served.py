@@ -32,6 +32,7 @@ class Served:
     jobs: ImageJobs | None = None
     refusal: Trouble | None = None
     opens: int = 0
+    open_now: set[Served] = dataclasses.field(default_factory=set)  # all images of the mount that are open
     closes: int = 0  # of descriptors of these opens: one open() may result in several descriptors
     removed: bool = False  # from the folder; the image lives on while it is open
     transient: bool = False  # the refusal may end without any change of the file
@@ -85,6 +86,7 @@ class Served:
     def note_open(self) -> bool:
         """FUSE_OPEN: one more open(). Returns whether the kernel may keep the pages that it has of the image."""
         self.opens += 1
+        self.open_now.add(self)
         keep = not (self.stale_pages or (self.image is not None and self.image.in_standby))
         self.fresh_opens += not keep
         return keep
@@ -98,5 +100,7 @@ class Served:
         self.opens -= 1
         self.closes = max(0, self.closes - 1) if self.opens else 0
         self.releases += 1
-        if not self.opens and self.unused is not None:
-            self.unused.set()
+        if not self.opens:
+            self.open_now.discard(self)
+            if self.unused is not None:
+                self.unused.set()

@@ -23,6 +23,7 @@ from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import descriptors, oom, scheduling
+from qedfs.host.beat import next_beat
 from qedfs.host.runtime import SOCKET_NAME, serving_folder
 from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
@@ -271,7 +272,7 @@ async def _serve_mounted(
             nursery.start_soon(memory.give_back_memory, images.sources.buffers)
             nursery.start_soon(
                 release_abandoned_reads,
-                images.registry.images,
+                images.registry.open_images,
                 mount.mountpoint,
                 lambda: session.is_mounted,
                 lambda: session.device,
@@ -330,9 +331,9 @@ async def _heed_holder(mount: Mount) -> None:
 
 async def _inform_holder(mount: Mount) -> None:
     while mount.takeover.link:
-        mount.images.note()
+        mount.images.note_total()
         mount.takeover.link.flush()
-        await trio.sleep(INFORM_SECONDS)
+        await next_beat(INFORM_SECONDS)
 
 
 async def _answer_kernel(mount: Mount) -> None:

@@ -38,17 +38,20 @@ class Supervisor:
         profile: Sequence[Range],
         nursery: trio.Nursery,
         activation: Callable[[Served], Callable[[], Awaitable[None]]],
+        tell: Callable[[Served], None],
     ) -> None:
         """`profile`: ranges to populate first. `nursery` runs the tasks.
 
-        `activation`: makes what a write calls that activates its image.
+        `activation`: makes what a write calls that activates its image. `tell`: see `Visited`.
         """
         self._folder = folder
         self._opener = opener
         self._profile = profile
         self._nursery = nursery
         self._activation = activation
-        self._rounds = Rounds()
+        self._tell = tell
+        self.open_now: set[Served] = set()  # the images that are open
+        self._rounds = Rounds(self.open_now)
         nursery.start_soon(self._rounds.run)
         self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
         self.ending = 0  # images that are being closed because their overlay was removed
@@ -128,7 +131,14 @@ class Supervisor:
 
     async def _visit(self, image: Image, jobs: ImageJobs, served: Served, nursery: trio.Nursery) -> None:
         """Have the image in the rounds until cancelled."""
-        visited = Visited(image, nursery, lambda: self._inspect(image, jobs, served), always=self._folder.single)
+        visited = Visited(
+            served,
+            image,
+            nursery,
+            lambda: self._inspect(image, jobs, served),
+            always=self._folder.single,
+            tell=self._tell,
+        )
         self._rounds.add(visited)
         try:
             await trio.sleep_forever()

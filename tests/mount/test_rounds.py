@@ -7,13 +7,15 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 
 from qedfs.errors import BadOverlay
 from qedfs.image.image import COMMIT_SECONDS, Image
-from qedfs.mount.rounds import ROUND_SECONDS, Rounds, Visited
+from qedfs.mount.rounds import RESTING_AT_ONCE, RESTING_ROUNDS, ROUND_SECONDS, Rounds, Visited
+from qedfs.mount.served import Served
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay
 from tests.harness.hang import HANG_SECONDS
@@ -56,7 +58,7 @@ async def opened(path: Path) -> AsyncIterator[Image]:
 
 def visit(image: Image, nursery: trio.Nursery, *, always: bool = False) -> tuple[Visited, Inspections]:
     inspections = Inspections(image)
-    return Visited(image, nursery, inspections.inspect, always=always), inspections
+    return Visited(of(image, set()), image, nursery, inspections.inspect, always=always), inspections
 
 
 async def look(visited: Visited, inspections: Inspections) -> int:
@@ -123,7 +125,7 @@ async def test_an_image_is_tended_while_it_has_something_to_do(
 
     monkeypatch.setattr(Image, "tend", tend)
     monkeypatch.setattr(Image, "calm", property(lambda image: image.name == "calm"))
-    rounds = Rounds()
+    rounds = Rounds(())
     async with contextlib.AsyncExitStack() as stack:
         images = [
             await stack.enter_async_context(opened(tmp_path / f"{name}.qed")) for name in ("calm", "busy", "stuck")
@@ -144,3 +146,75 @@ async def test_an_image_is_calm_once_its_writes_are_committed(tmp_path: Path) ->
         calm.append(image.calm)
         await image.tend()
         assert [*calm, image.calm] == [True, False, True]
+
+
+class Resting:
+    """Stands for an image: complete, nothing to commit, its file unchanged. Counts the looks at the file."""
+
+    source = None
+    in_standby = False
+    complete = calm = True
+
+    def __init__(self) -> None:
+        self.name = "disk"
+        self.condition = self.overlay = self
+        self.looks = 0
+
+    def clear(self, _: object) -> None: ...
+
+    @property
+    def seems_unchanged(self) -> bool:
+        self.looks += 1
+        return True
+
+
+async def test_images_that_rest_take_turns(autojump_clock: trio.testing.MockClock) -> None:
+    count = 2 * RESTING_ROUNDS * RESTING_AT_ONCE
+    open_now: set[Served] = set()
+    images = [Resting() for _ in range(count)]
+
+    def looks() -> Counter[int]:
+        return Counter(image.looks for image in images)
+
+    async with trio.open_nursery() as nursery:
+        rounds = Rounds(open_now)
+        nursery.start_soon(rounds.run)
+        visits = [Visited(of(image, open_now), cast("Image", image), nursery, never, always=False) for image in images]
+        for one in visits:
+            rounds.add(one)
+        await trio.sleep(1.5 * ROUND_SECONDS)
+        assert looks() == {1: count}
+        await trio.sleep(ROUND_SECONDS)
+        assert looks() == {1: count - count // RESTING_ROUNDS, 2: count // RESTING_ROUNDS}
+        await trio.sleep((RESTING_ROUNDS - 1) * ROUND_SECONDS)
+        assert looks() == {2: count}
+        # One that is open is visited in every round, and one that was left out in none.
+        visits[0].served.note_open()
+        rounds.leave_out(visits[1])
+        await trio.sleep(2 * RESTING_ROUNDS * ROUND_SECONDS)
+        assert images[0].looks == 2 + 2 * RESTING_ROUNDS
+        assert images[1].looks == 2
+        visits[0].served.note_release()
+        await trio.sleep(2 * RESTING_ROUNDS * ROUND_SECONDS)
+        assert images[0].looks <= 2 + 2 * RESTING_ROUNDS + 3
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_few_images_that_rest_are_all_visited_in_each_round(autojump_clock: trio.testing.MockClock) -> None:
+    images = [Resting() for _ in range(RESTING_AT_ONCE)]
+    async with trio.open_nursery() as nursery:
+        rounds = Rounds(())
+        nursery.start_soon(rounds.run)
+        for image in images:
+            rounds.add(Visited(of(image, set()), cast("Image", image), nursery, never, always=False))
+        await trio.sleep((LOOKS + 0.5) * ROUND_SECONDS)
+        assert {image.looks for image in images} == {LOOKS}
+        nursery.cancel_scope.cancel()
+
+
+def of(image: Resting | Image, open_now: set[Served]) -> Served:
+    return Served(image.name, f"/{image.name}.qed", 2, (1, 1, 1), cast("Image", image), open_now=open_now)
+
+
+async def never() -> bool:
+    raise AssertionError("inspected")

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import trio
 
 from qedfs import __version__
 from qedfs.control.monitoring.progress_rate import SAMPLE_SECONDS, Rate
-from qedfs.control.port import Mounted
+from qedfs.control.port import Mounted, ServedImage
 from qedfs.control.qmp.jobs import Jobs
 from qedfs.control.qmp.outages import Outages
 from qedfs.control.qmp.releases import Releases
 from qedfs.control.qmp.session import QmpSession
 from qedfs.control.qmp.wire import encode
+from qedfs.host.beat import next_beat
 
 # The version of QEMU whose QMP we implement. Some clients compare versions before they use a command.
 QEMU_VERSION = {"major": 7, "minor": 2, "micro": 0}
+IDLE_SECONDS = 1.0  # between two looks for images that have come, while all are complete
 
 
 class Control:
@@ -53,21 +56,21 @@ class Control:
             session.post(line)
 
     async def watch(self) -> None:
-        """Sample the progress of every image every SAMPLE_SECONDS, until cancelled."""
+        """Sample the progress of every image that is not complete every SAMPLE_SECONDS, until cancelled."""
         while True:
             self.jobs.sync()
-            self._sample()
-            self._outages.sync(self.mount.everything())
+            # Of the others, which are most images of a large mount, nothing more will come.
+            lacking = [one for one in self.mount.everything() if one.image is not None and not one.image.complete]
+            self._sample(lacking)
+            self._outages.sync(lacking)
             self.releases.sync(self.mount.released())
-            await trio.sleep(SAMPLE_SECONDS)
+            await next_beat(SAMPLE_SECONDS if lacking else IDLE_SECONDS)
 
-    def _sample(self) -> None:
+    def _sample(self, lacking: Sequence[ServedImage]) -> None:
         now, sampled = trio.current_time(), set[str]()
-        for found in self.mount.everything():
+        for found in lacking:
             job = found.job
-            if job is None or job.image.complete:
-                continue  # most images of a large mount: nothing more will come
-            if job.image.counted:
+            if job is not None and job.image.counted:
                 self.rates.setdefault(found.path, Rate()).note(now, job.moved)
                 sampled.add(found.path)
         for path in self.rates.keys() - sampled:
