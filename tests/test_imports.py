@@ -31,7 +31,10 @@ PARTS = frozenset({"clusters", "committer", "storage", "tables"})
 NETWORK_MODULES = frozenset({"socket", "ssl", "pycurl"})
 # The daemon's control socket is a Unix socket, and so is the service manager's; everything else that connects is a
 # source.
-NETWORK_ROOMS = ("source/", "control/", "mount/notify.py", "mount/held.py", "mount/holder.py")
+NETWORK_ROOMS = (
+    *("source/", "control/"),
+    *("mount/notify.py", "mount/held.py", "mount/holder_machine.py", "cli/holding.py"),
+)
 # What opens a connection or a listening socket without `import socket`.
 TRIO_NETWORK = frozenset(
     {

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import click
 
-from qedfs.cli.holding import environment
+from qedfs.cli.server_command import environment
 from qedfs.cli.ui.output import remark
 from qedfs.errors import QedfsError
 from qedfs.host.runtime import LOG_NAME, held_folder, remove_unless_served

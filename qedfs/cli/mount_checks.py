@@ -14,7 +14,6 @@ from qedfs.cli.option_types import parse_source_errors
 from qedfs.errors import BadOverlay, UsageError
 from qedfs.format.header import MAGIC
 from qedfs.image.source_errors import EIO
-from qedfs.image.write_gate import Writes
 from qedfs.mount.mountpoint import known_at
 from qedfs.mount.request_timeout import remark_on_limit, remark_on_watchdog
 
@@ -34,7 +33,7 @@ def check_options(arguments: MountArguments) -> None:
         raise UsageError("--read-only keeps nothing; omit --until-streamed and --copy-on-read")
     if arguments.standby and arguments.read_only:
         raise UsageError("--standby is recorded in the overlay, which --read-only does not allow; omit one of them")
-    if arguments.standby_writes != Writes.REFUSE and arguments.read_only:
+    if arguments.standby_writes != "refuse" and arguments.read_only:
         raise UsageError(
             f"--standby-writes {arguments.standby_writes}: with --read-only, no image takes writes, nor can it be"
             " activated; omit one of them"
@@ -74,7 +73,7 @@ def remarks(arguments: MountArguments, *, held: bool) -> list[str]:
         lines.append(f"{place}: is not empty; what is in it is hidden until the mount ends")
     rule = EIO if arguments.on_source_error is None else parse_source_errors(arguments.on_source_error)
     longest = float(rule.bound_seconds or "inf") if rule.wait else arguments.source_timeout
-    if arguments.standby_writes == Writes.HOLD:
+    if arguments.standby_writes == "hold":
         longest = float("inf")
     if text := remark_on_limit(longest):
         lines.append(text)

@@ -6,10 +6,10 @@ import math
 import os
 from typing import Any
 
-from qedfs.cli.mount_table import not_served
+from qedfs.cli.takeovers import reach_server
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import print_json
-from qedfs.control.qmp.client import Client, NotServed, error_of
+from qedfs.control.qmp.client import Client, error_of
 from qedfs.errors import QedfsError, UsageError
 
 Image = dict[str, Any]
@@ -23,17 +23,8 @@ class Released(UsageError):
 
 
 def connect(mountpoint: str, *, deadline: float = math.inf) -> Client:
-    """Connect to the server of the mount. `deadline`: see Client.
-
-    Raises:
-        NotMounted: no server answers.
-        TimedOut: the server does not reply.
-        UsageError: the path cannot be a qedfs mount.
-    """
-    try:
-        return Client.connect(mountpoint, deadline=deadline)
-    except NotServed as exc:
-        raise not_served(mountpoint) from exc
+    """Connect to the server of the mount. `deadline`: see Client. Raises what `reach_server` raises."""
+    return reach_server(mountpoint, deadline=deadline)
 
 
 def named(images: list[Image], name: str | None, mountpoint: str) -> list[Image]:

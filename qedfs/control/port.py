@@ -32,6 +32,11 @@ class Restart(Protocol):
         """How long the mount has answered nothing."""
         ...
 
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """The count, by what had ended the earlier servers: "upgrade", "killed", "error", "hung"."""
+        ...
+
 
 class ServedImage(Protocol):
     """One overlay of the mount. If it cannot be served, `image`, `job` and `jobs` are None and `error` says why.
@@ -106,6 +111,16 @@ class Mounted(Protocol):
     @property
     def restart(self) -> Restart | None:
         """The last time that another server took the mount over; None if that has not happened."""
+        ...
+
+    @property
+    def without_restart(self) -> str:
+        """Why a crash of the server ends the mount; "" if another server takes it over."""
+        ...
+
+    @property
+    def without_upgrade(self) -> str:
+        """Why no other server can take the mount over from one that lives; "" if one can."""
         ...
 
     async def upgrade(self) -> None:

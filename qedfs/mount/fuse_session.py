@@ -155,6 +155,21 @@ class FuseSession:
         except RuntimeError as exc:
             raise QedfsError(f"cannot take over {self.mountpoint}: {'; '.join(words)}") from exc
 
+    @property
+    def breaks_off(self) -> bool:
+        """Whether requests that are broken off get no answer, because the kernel sends them to the next server."""
+        return self._more is not None and self._more.leaves
+
+    @breaks_off.setter
+    def breaks_off(self, value: bool) -> None:
+        if self._more is not None:
+            self._more.leaves = value
+
+    def abandon(self) -> None:
+        """Close everything after an error in this server, and leave the mount to the next one."""
+        self._leaves = True
+        self.end()
+
     async def leave(self, *, wait: bool) -> None:
         """Stop to read requests, so that `answer` returns. After that the mount is left to the next server.
 

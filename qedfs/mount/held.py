@@ -31,6 +31,7 @@ import array
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import json
 import os
 import signal
@@ -45,7 +46,12 @@ from qedfs.errors import QedfsError
 MESSAGE_BYTES = 1 << 16
 FORMAT = "1"  # of the values; a server refuses those of another one
 WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
+ORPHAN_SECONDS = 60.0  # for an event loop to turn after the end of the holder
 _PR_SET_PDEATHSIG = 1
+
+
+class HolderGone(QedfsError):
+    """The holder was killed, so no other server follows this one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Taken:
     reason: str  # how the other server has ended
     restarts: int  # how many servers have taken this mount over, with this one
     since: float  # when the mount stopped answering, in CLOCK_MONOTONIC
+    kinds: Mapping[str, int]  # of all these takeovers, by the constants of `holder.py`
 
 
 class HolderLink:
@@ -66,6 +73,7 @@ class HolderLink:
         self._socket = None if fd is None else socket.socket(fileno=fd)
         self._unsent: deque[tuple[bytes, int | None]] = deque()  # packets, and a descriptor for each that has one
         self._values: dict[str, str] = {}
+        self._gone = False  # the holder was killed
         if self._socket is not None:
             self._socket.set_inheritable(False)
 
@@ -76,11 +84,14 @@ class HolderLink:
         """Wait for our turn. Returns the mount to take over, None if there is none yet. Waits without an event loop.
 
         Raises:
-            QedfsError: the holder has gone, or what it keeps is of another version of this program.
+            HolderGone: the holder was killed.
+            QedfsError: what it keeps is of another version of this program.
         """
         if self._socket is None:
             return None
         _wake_after_holder()
+        # We are in the background of the terminal. With `stty tostop` the first line of the log would stop us.
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         self._send("ready")
         content, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 2)
         verb, _, rest = content.decode().partition(" ")
@@ -89,7 +100,7 @@ class HolderLink:
             self.set("format", FORMAT)
             return None
         if verb != "take" or len(descriptors) != 2:
-            raise QedfsError("the holder of the mount has gone")
+            raise HolderGone("the holder of the mount was killed before this server had its turn")
         with open(descriptors[1], "rb") as file:
             file.seek(0)
             self._values = json.loads(file.read())
@@ -102,6 +113,7 @@ class HolderLink:
             reason=str(told["reason"]),
             restarts=int(told["restarts"]),
             since=float(self._values.get("paused", told["since"])),
+            kinds=dict(told.get("kinds", {})),  # a holder may be older than its servers
         )
         self.drop("paused")
         return taken
@@ -156,7 +168,10 @@ class HolderLink:
                 self._socket.sendmsg([text], passed, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
-            except OSError:  # it has gone, which `heard` reports
+            except TimeoutError:  # in `finish`: it was stopped
+                return
+            except OSError:  # which `heard` reports
+                self._gone = True
                 self._drop_unsent()
                 return
             self._unsent.popleft()
@@ -169,11 +184,32 @@ class HolderLink:
                 os.close(fd)
         self._unsent.clear()
 
-    def finish(self, message: str) -> None:
-        """Send the last message, and wait for a holder that is slow to read."""
-        if self._socket is not None:
-            self._socket.settimeout(WAIT_SECONDS)
-            self._send(message)
+    def finish(self, message: str) -> bool:
+        """Send the last message, and wait for a holder that is slow to read. Returns whether there is one."""
+        if self._socket is None or self._gone:
+            return False
+        self._socket.settimeout(WAIT_SECONDS)
+        self._send(message)
+        return not self._gone
+
+    def end_if_orphaned(self) -> None:
+        """From now on, end this process if it hangs after the end of its holder: nobody else would.
+
+        To be called in the event loop. If that does not turn within ORPHAN_SECONDS, the stacks of all threads are
+        logged and the process ends, as if it was killed.
+        """
+        if self._socket is None:
+            return
+        holder, token = os.getppid(), trio.lowlevel.current_trio_token()
+
+        def woken(*_: object) -> None:
+            if os.getppid() == holder:  # somebody has continued a stopped process
+                return
+            with contextlib.suppress(trio.RunFinishedError, OSError, ValueError):
+                faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
+                token.run_sync_soon(faulthandler.cancel_dump_traceback_later)
+
+        signal.signal(signal.SIGCONT, woken)
 
     def close(self) -> None:
         """Close our end."""

@@ -1,171 +1,130 @@
 """The holder of a mount: the process that keeps it while its server is replaced, after a crash or for an upgrade.
 
-Owns the descriptor of /dev/fuse between two servers, the start of servers, and the decision to start another one. A
-server that dies by a signal leaves its mount to the next one; one that ends in order ends the mount. After as many
-deaths in DEATH_SECONDS as the option allows, the holder gives up and takes the mount away. Must not know what is
-served: what one server tells the next are keys and values to it. The other end of the conversation is `held.py`, which
-has the table of messages.
+Owns the decisions: which server has the mount, which one gets it next, when another one is started, and how the mount
+ends. A server that has not said that it has ended the mount in order has crashed, whatever its exit code: it leaves the
+mount to the next one. After as many crashes in DEATH_SECONDS as the option allows, the holder gives up and takes the
+mount away. Must not know what is served: what one server tells the next are keys and values to it. The other end of the
+conversation is `held.py`, which has the table of messages; the processes themselves are in `holder_machine.py`.
 
 It is the last process that the machine should lose, so it is small, allocates next to nothing while the mount serves,
-and loads nothing but a few modules of the standard library. It is run by its path, not as a part of the package. Nor
-does it touch the mount: a request to it would wait for a server that only this process can start.
+and loads nothing but a few modules of the standard library. It is run by its path. Nor does it touch the mount: a
+request to it would wait for a server that only this process can start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
-import select
 import signal
-import socket
 import sys
-import time
+
+TYPE_CHECKING = False  # without loading `typing`
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Protocol
+
+    from qedfs.mount.holder_machine import Listener, Server
+
+    class Port(Protocol):
+        """What a holder needs of the machine. See `holder_machine.Machine`."""
+
+        def now(self) -> float: ...
+        def start(self) -> Server: ...
+        def wait(self, seconds: float, listener: Listener) -> None: ...
+        def send(self, server: Server, text: str) -> None: ...
+        def pass_on(
+            self, server: Server, mount_fd: int, told: Mapping[str, object], values: Mapping[str, str]
+        ) -> None: ...
+        def kill(self, server: Server, number: int) -> None: ...
+        def lingers_for(self, server: Server) -> str: ...
+        def take_away(self, mount_fd: int, device: str) -> None: ...
+        def notify(self, text: str) -> None: ...
+        def log(self, text: str, level: str) -> None: ...
+
 
 DEATH_SECONDS = 60.0
-MESSAGE_BYTES = 1 << 16
 WATCHDOG_PART = 0.75  # of the service manager's time: after it a silent server is replaced, before the manager acts
-STUCK_SECONDS = 10.0  # for the threads of a killed server to end
+LOAD_SECONDS = 60.0  # for the next server to load its program
+# For the threads of a killed server to end. One that waits for the mount never ends by itself. One that waits for a
+# disk does, however slow that is, and the next server could not have the overlays before.
+LINGER_SECONDS = {"mount": 10.0, "unknown": 120.0, "disk": math.inf}
 LOOK_SECONDS = 5.0
 STARTS_WITHIN = 5  # of these times: a server that takes over may need longer than one that serves, but not for ever
 
+# Why a mount has got another server: `qedfs_restarts_total` has these labels.
+UPGRADE, KILLED, ERROR, HUNG = "upgrade", "killed", "error", "hung"
+
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_OOM_SCORE = "/proc/self/oom_score_adj"
-_UNKILLABLE = "-1000"
-
-
-class Server:
-    """A server process, and our end of the socket to it."""
-
-    def __init__(self, pid: int, connection: socket.socket) -> None:
-        self.pid = pid
-        self.connection = connection
-        self.ready = False  # it has loaded its program, and waits for its turn
-        self.serving = False
-        self.over = False  # it has ended the mount in order
-        self.handed = False  # it has closed everything for its heir
-        self.said = ""  # why it has failed
-        self.heard_at = time.monotonic()
-        self.dying_since = 0.0
-
-    def send(self, text: str, *descriptors: int) -> None:
-        """Send a message. A server that has died does not get it, and its end is noticed elsewhere."""
-        with contextlib.suppress(OSError):
-            socket.send_fds(self.connection, [text.encode()], list(descriptors))
 
 
 class Holder:
-    """The holder of one mount. `options`: those of `main`. `command`: what starts a server, `... mount ...`."""
+    """The holder of one mount. `first`: the server that makes it. `most_deaths`: crashes in DEATH_SECONDS.
 
-    def __init__(self, options: dict[str, str], command: list[str]) -> None:
-        self._options = options
-        self._command = command
+    `watchdog_seconds`: the service manager's, after which it ends a silent service; None if it does not watch.
+    """
+
+    def __init__(
+        self, machine: Port, first: Server, mountpoint: str, *, most_deaths: int, watchdog_seconds: float | None = None
+    ) -> None:
+        self.result: int | None = None  # our exit code; negative for a signal
+        self._machine = machine
+        self._mountpoint = mountpoint
+        self._most_deaths = most_deaths
+        self._watchdog = watchdog_seconds
         self._server: Server | None = None  # which has the mount
-        self._heir: Server | None = None  # which will get it
+        self._heir: Server | None = first  # which will get it
         self._kept = -1  # /dev/fuse
         self._values: dict[str, str] = {}  # what a server tells the next one
         self._deaths: list[float] = []
         self._served = False  # a server has answered requests
         self._reason = ""  # of the last change of servers
-        self._restarts = 0
+        self._restarts: dict[str, int] = {}  # by kind
         self._since = 0.0  # when the last server ended
         self._stop = 0  # the signal that has told us to end the mount
-        self._result: int | None = None  # our exit code; negative for a signal
-        self._score = _read(_OOM_SCORE)
-        self._watchdog = _watchdog_seconds()
 
     def run(self) -> int:
         """Hold the mount until it has ended. Returns the exit code of its last server; negative for a signal."""
-        wakeup, end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-        for heeded in (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
-            signal.signal(heeded, lambda *_: None)
-        self._heir = self._started(first=True)
-        while self._result is None:
-            poll = select.poll()
-            poll.register(wakeup, select.POLLIN)
-            for server in (self._server, self._heir):
-                if server is not None and server.connection.fileno() >= 0:
-                    poll.register(server.connection, select.POLLIN)
-            with contextlib.suppress(InterruptedError):
-                poll.poll(1000 * min(LOOK_SECONDS, (self._watchdog or math.inf) / 4))
-            for number in _drained(wakeup):
-                self._signal(number)
-            for server in (self._server, self._heir):
-                if server is not None:
-                    self._listen(server)
-            self._reap()
-            self._look_for_stuck()
+        while self.result is None:
+            self._machine.wait(min(LOOK_SECONDS, (self._watchdog or math.inf) / 4), self)
+            self.look()
+        return self.result
+
+    def look(self) -> None:
+        """Deal with what has not happened in time."""
+        if self.result is None and self._kept >= 0:
+            self._look_for_loading()
+            self._look_for_lingering()
             self._look_after_watchdog()
-        return self._result
 
-    # Servers.
+    # Messages: the table is in `held.py`.
 
-    def _started(self, *, first: bool = False) -> Server:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [f"--holder-fd={theirs.fileno()}"]
-        inherited = [theirs.fileno()]
-        ready_fd = int(self._options["ready-fd"])
-        if first and ready_fd >= 0:
-            words.append(f"--ready-fd={ready_fd}")
-            inherited.append(ready_fd)
-        for fd in inherited:
-            os.set_inheritable(fd, True)
-        _write(_OOM_SCORE, self._score)  # inherited
-        # A process group of its own: Ctrl-C reaches only us, and a second signal to the server would end it at once.
-        at = self._command.index("mount") + 1
-        command = [*self._command[:at], *words, *self._command[at:]]
-        pid = os.posix_spawn(command[0], command, os.environ, setpgroup=0, setsigdef=_ALL)
-        _write(_OOM_SCORE, _UNKILLABLE)
-        theirs.close()
-        if first and ready_fd >= 0:
-            os.close(ready_fd)  # or who waits there would not notice the end of the server
-        ours.setblocking(False)
-        return Server(pid, ours)
-
-    def _listen(self, server: Server) -> None:
-        """Read what a server has sent."""
-        while True:
-            try:
-                content, descriptors, _, _ = socket.recv_fds(server.connection, MESSAGE_BYTES, 1)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                content, descriptors = b"", []
-            if not content:
-                server.connection.close()  # SIGCHLD follows
-                return
-            verb, _, rest = content.decode(errors="surrogateescape").partition(" ")
-            self._heed(server, verb, rest, descriptors)
-
-    def _heed(self, server: Server, verb: str, rest: str, descriptors: list[int]) -> None:
-        """Do what a message says: the table is in `held.py`."""
-        server.heard_at = time.monotonic()
+    def heard(self, server: Server, verb: str, rest: str, fd: int | None) -> None:
+        """A server has sent a message, and a descriptor, if the message has one."""
+        server.heard_at = self._machine.now()
         key, _, value = rest.partition(" ")
-        if verb == "keep" and descriptors:
-            self._kept, descriptors = descriptors[0], []
-            os.set_inheritable(self._kept, False)
+        if verb == "keep" and fd is not None:
+            self._kept, fd = fd, None
         elif verb == "set":
             self._values[key] = value
         elif verb == "del":
             self._values.pop(key, None)
         elif verb == "notify":
-            _notify(rest)
+            self._machine.notify(rest)
         else:
-            self._heed_event(server, verb, rest)
-        for fd in descriptors:
+            self._heard_event(server, verb, rest)
+        if fd is not None:
             os.close(fd)
 
-    def _heed_event(self, server: Server, verb: str, rest: str) -> None:
+    def _heard_event(self, server: Server, verb: str, rest: str) -> None:
         if verb == "ready":
             server.ready = True
             self._pass_on()
         elif verb == "serving":
             server.serving = self._served = True
             if self._stop:
-                _kill(server.pid, self._stop)
+                self._machine.kill(server, self._stop)
         elif verb == "upgrade":
             self._upgrade()
         elif verb == "failed":
@@ -176,157 +135,170 @@ class Holder:
             server.handed = True
 
     def _pass_on(self) -> None:
-        """Give the mount to a heir that is ready, if nobody has it; or ask who has it to give it up."""
-        heir = self._heir
+        """Give the mount to an heir that is ready, if nobody has it; or ask who has it to give it up."""
+        heir, server = self._heir, self._server
         if heir is None or not heir.ready:
             return
-        if self._server is not None:
-            self._server.send("hand")
+        if server is not None:
+            if not self._stop and not server.asked:
+                server.asked = True
+                self._machine.send(server, "hand")
             return
         self._server, self._heir = heir, None
         if self._kept < 0:
-            heir.send("mount")
+            self._machine.send(heir, "mount")
             return
-        self._restarts += 1
-        told = {"reason": self._reason, "restarts": self._restarts, "since": self._since}
-        values = os.memfd_create("qedfs-values")
-        os.write(values, json.dumps(self._values).encode(errors="surrogateescape"))
-        heir.send(f"take {json.dumps(told)}", self._kept, values)
-        os.close(values)
+        told = {
+            "reason": self._reason,
+            "restarts": sum(self._restarts.values()),
+            "kinds": self._restarts,
+            "since": self._since,
+        }
+        self._machine.pass_on(heir, self._kept, told, self._values)
 
     def _upgrade(self) -> None:
-        if self._heir is None and not self._stop:
-            self._heir = self._started()
+        if self._heir is not None or self._server is None or self._stop:
+            return
+        try:
+            self._heir = self._machine.start()
+        except OSError as exc:
+            self._machine.send(self._server, f"failed {exc.strerror}")
 
-    # Ends.
+    # Ends of servers.
 
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            for server in (self._server, self._heir):
-                if server is not None and server.pid == pid:
-                    if server.connection.fileno() >= 0:
-                        self._listen(server)  # its last words
-                    server.connection.close()
-                    self._ended(server, os.waitstatus_to_exitcode(status))
-
-    def _ended(self, server: Server, code: int) -> None:
+    def ended(self, server: Server, code: int) -> None:
+        """A server process has ended."""
         if server is self._heir and self._server is not None:
             self._heir = None
-            self._server.send(f"failed {server.said or _how(code)}")
+            self._machine.send(self._server, f"failed {server.said or _how(code)}")
             return
         if server is self._heir:
             self._heir = None
-        else:
+        elif server is self._server:
             self._server = None
+        else:
+            return
         if server.over or self._kept < 0:
-            self._result = code
+            self.result = code
         elif not self._served:
             self._give_up(f"its server was ended by {_how(code)} before it served", code)
         elif server.handed:
-            self._reason, self._since = "an upgrade", time.monotonic()
-            self._heir = self._heir or self._started()
-            self._pass_on()
-        elif self._stop:
-            self._give_up(f"its server was ended by {_how(code)} while it was closing", code)
+            self._since = self._machine.now()
+            self._replace(UPGRADE, "an upgrade")
         else:
             self._died(server, code)
 
     def _died(self, server: Server, code: int) -> None:
-        now = time.monotonic()
+        now = self._machine.now()
         if server.serving or not self._since:
             self._since = now  # otherwise nobody has served since the last death
         self._deaths = [at for at in self._deaths if at > now - DEATH_SECONDS] + [now]
         how = f"{_how(code)}{f' ({server.said})' if server.said else ''}"
         if "resend" not in self._values:
             # Whoever waits for the dead server would wait for ever: the next one does not get these requests.
-            self._give_up(
-                f"its server was ended by {how}, and this kernel does not repeat requests (Linux 6.9 does)", 1
-            )
-            return
-        if len(self._deaths) >= int(self._options["most-deaths"]):
-            self._give_up(f"its server has died {len(self._deaths)} times within a minute, the last time by {how}", 1)
-            return
-        self._reason = how
-        self._log(f"the server (pid {server.pid}) was ended by {how}; another one takes over", "warning")
-        self._heir = self._heir or self._started()
+            self._give_up(f"its server was ended by {how}, and this kernel does not repeat requests (Linux 6.9 does)")
+        elif len(self._deaths) >= self._most_deaths:
+            self._give_up(f"its server has died {len(self._deaths)} times within a minute, the last time by {how}")
+        else:
+            self._machine.log(f"the server (pid {server.pid}) was ended by {how}; another one takes over", "warning")
+            self._replace(HUNG if server.hung else KILLED if code < 0 else ERROR, how)
+
+    def _replace(self, kind: str, reason: str) -> None:
+        """Let another server take the mount over, which nobody has."""
+        self._reason = reason
+        self._restarts[kind] = self._restarts.get(kind, 0) + 1
+        if self._heir is None:
+            try:
+                self._heir = self._machine.start()
+            except OSError as exc:
+                self._give_up(f"its server was ended by {reason}, and no other one can be started: {exc.strerror}")
+                return
         self._pass_on()
 
-    def _give_up(self, why: str, code: int) -> None:
-        self._log(f"{self._options['mountpoint']}: {why}; the mount is taken away", "error")
-        if self._heir is not None:
-            _kill(self._heir.pid, signal.SIGKILL)
-        os.close(self._kept)  # cuts the connection: whoever waits gets an error
-        _unmount(self._options["mountpoint"], self._values.get("device", ""))
-        self._result = code or 1
+    def _give_up(self, why: str, code: int = 1) -> None:
+        self._machine.log(f"{self._mountpoint}: {why}; the mount is taken away", "error")
+        self._kill_all()
+        self.result = code or 1
 
-    def _signal(self, number: int) -> None:
-        server = self._server
+    def _kill_all(self) -> None:
+        for one in (self._server, self._heir):
+            if one is not None:
+                self._machine.kill(one, signal.SIGKILL)
+        if self._kept >= 0:
+            self._machine.take_away(self._kept, self._values.get("device", ""))
+
+    # Signals.
+
+    def signalled(self, number: int) -> None:
+        """A signal has arrived."""
         if number == signal.SIGUSR2:
             self._upgrade()
-        elif number == signal.SIGUSR1 and server is not None:
-            _kill(server.pid, number)
+        elif number == signal.SIGUSR1 and self._server is not None:
+            self._machine.kill(self._server, number)
         elif number in _STOPPING and self._stop:
             # The second one ends everything at once, also if the event loop of the server hangs.
-            for one in (server, self._heir):
-                if one is not None:
-                    _kill(one.pid, signal.SIGKILL)
-            self._result = -number
+            self._kill_all()
+            self.result = -number
         elif number in _STOPPING:
             self._stop = number
-            if self._heir is not None and server is not None:
-                _kill(self._heir.pid, signal.SIGKILL)
-            # A server that is taking over would end at once. It is told when it serves, so that it ends in order.
-            if server is not None and (server.serving or not self._served):
-                _kill(server.pid, number)
-            elif self._heir is not None and self._kept < 0:
-                _kill(self._heir.pid, number)
+            self._pass_stop_on()
 
-    def _look_for_stuck(self) -> None:
+    def _pass_stop_on(self) -> None:
+        """Tell a server to end the mount, unless one takes over: that would end at once, so it is told when it serves.
+
+        After a crash, and while the mount is handed over, only the next server can end it in order.
+        """
+        server, heir = self._server, self._heir
+        if server is None:
+            if heir is not None and self._kept < 0:
+                self._machine.kill(heir, self._stop)
+        elif not server.asked:
+            if heir is not None:
+                self._machine.kill(heir, signal.SIGKILL)
+            if server.serving or not self._served:
+                self._machine.kill(server, self._stop)
+
+    # What has not happened in time.
+
+    def _look_for_loading(self) -> None:
+        """Replace a next server that does not get ready."""
+        heir = self._heir
+        if heir is None or heir.ready or heir.hung or self._machine.now() - heir.started_at < LOAD_SECONDS:
+            return
+        heir.hung, heir.said = True, f"it has loaded for longer than {LOAD_SECONDS:.0f} s"
+        self._machine.kill(heir, signal.SIGKILL)
+
+    def _look_for_lingering(self) -> None:
         """Give up if a killed server does not end, because one of its threads waits for the mount.
 
         No server should have such a thread. Only the end of the connection frees it.
         """
         server = self._server
-        if server is None or self._kept < 0 or not _is_dying(server.pid):
+        if server is None or not (waits_for := self._machine.lingers_for(server)):
             return
-        server.dying_since = server.dying_since or time.monotonic()
-        if time.monotonic() - server.dying_since > STUCK_SECONDS:
-            self._give_up(f"its server (pid {server.pid}) was killed, but one of its threads waits for the mount", 1)
-
-    # The service manager.
+        now = self._machine.now()
+        if server.dying_since is None:
+            server.dying_since = now
+            if waits_for == "disk":
+                text = f"the server (pid {server.pid}) was killed, and waits for a disk; then another one takes over"
+                self._machine.log(text, "warning")
+        if now - server.dying_since > LINGER_SECONDS[waits_for]:
+            self._give_up(f"its server (pid {server.pid}) was killed, but one of its threads waits for the mount")
 
     def _look_after_watchdog(self) -> None:
         """Replace a server that hangs, and keep the service manager from doing worse to all of us."""
         server = self._server or self._heir
-        if self._watchdog is None or server is None or self._kept < 0:
+        if self._watchdog is None or server is None:
             return
-        silence = time.monotonic() - server.heard_at
+        silence = self._machine.now() - server.heard_at
         most = self._watchdog * (WATCHDOG_PART if server.serving else STARTS_WITHIN)
         if silence > most:
-            self._log(f"the server (pid {server.pid}) has been silent for {silence:.0f} s", "error")
-            _kill(server.pid, signal.SIGKILL)
-            server.heard_at = time.monotonic()
+            self._machine.log(f"the server (pid {server.pid}) has been silent for {silence:.0f} s", "error")
+            server.hung = True
+            self._machine.kill(server, signal.SIGKILL)
+            server.heard_at = self._machine.now()
         if silence > most or not server.serving:
-            _notify("WATCHDOG=1")
-
-    def _log(self, text: str, level: str) -> None:
-        if self._options["log"] == "json":
-            line = json.dumps({"time": round(time.time(), 6), "level": level, "logger": "holder", "message": text})
-        elif self._options["log"] == "journal":
-            line = f"<{4 if level == 'warning' else 3}>{level.upper()} {text}"
-        else:
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {level.upper()} {text}"
-        with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-
-
-_ALL = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
+            self._machine.notify("WATCHDOG=1")
 
 
 def _how(code: int) -> str:
@@ -339,85 +311,6 @@ def _how(code: int) -> str:
         return f"signal {-code}"
 
 
-def _drained(fd: int) -> bytes:
-    with contextlib.suppress(BlockingIOError, InterruptedError):
-        return os.read(fd, 4096)
-    return b""
-
-
-def _kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _is_dying(pid: int) -> bool:
-    """Whether the main thread of a process has ended, and others have not."""
-    return _read(f"/proc/{pid}/stat").rpartition(") ")[2].startswith("Z")
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _write(path: str, text: str) -> None:
-    """Write a setting, if we may: a lower score needs CAP_SYS_RESOURCE."""
-    with contextlib.suppress(OSError), open(path, "w") as file:
-        file.write(text)
-
-
-def _notify(text: str) -> None:
-    """Pass a server's message on to the service manager, which believes its main process only."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.settimeout(0.5)
-        sender.sendto(text.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
-
-
-def _watchdog_seconds() -> float | None:
-    """The service manager's watchdog time in seconds; None if it does not watch us. Our servers report to us."""
-    watched = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
-    try:
-        microseconds = int(os.environ.get("WATCHDOG_USEC", "0"))
-    except ValueError:
-        return None
-    if watched != str(os.getpid()):
-        os.environ.pop("WATCHDOG_USEC", None)
-        return None
-    return microseconds / 1e6 if microseconds > 0 else None
-
-
-def _unmount(mountpoint: str, device: str) -> None:
-    """Take a dead mount away, unless another file system is mounted at the path."""
-    found = ""
-    with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            fields = line.split(b" ")
-            place = fields[4]
-            for code, byte in (
-                (b"\\040", b" "),
-                (b"\\011", b"\t"),
-                (b"\\012", b"\n"),
-                (b"\\043", b"#"),
-                (b"\\134", b"\\"),
-            ):
-                place = place.replace(code, byte)
-            if place == os.fsencode(mountpoint):
-                found = fields[2].decode()
-    if not found or found != device:
-        return
-    # A dying server may still have the connection open. fuse(4): the file belongs to the user who has mounted.
-    _write(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort", "1")
-    words = ["umount", "-c", "-l"] if os.getuid() == 0 else ["fusermount3", "-u", "-z"]
-    with contextlib.suppress(OSError):
-        os.waitpid(os.posix_spawnp(words[0], [*words, "--", mountpoint], os.environ), 0)
-
-
 def _lock(folder: str) -> int:
     """Hold the runtime folder, as servers do (`host/runtime.py`): between two of them it must not be removed."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -426,26 +319,36 @@ def _lock(folder: str) -> int:
     return fd
 
 
-def _tidy_up(options: dict[str, str]) -> None:
+def _tidy_up(folder: str) -> None:
     """Remove the runtime folder of a mount that has ended well, which we have kept from others until now."""
     with contextlib.suppress(Exception):  # what it needs is loaded only now, and may not be there any more
-        sys.path.insert(0, options["package"])
         from pathlib import Path
 
         from qedfs.host.runtime import remove_unless_served
 
-        remove_unless_served(Path(options["folder"]))
+        remove_unless_served(Path(folder))
 
 
 def main(arguments: list[str]) -> int:
     """Run `holder.py --KEY=VALUE... -- COMMAND...`. Returns the exit code; negative for a signal."""
     at = arguments.index("--")
     options = dict(word.removeprefix("--").split("=", 1) for word in arguments[:at])
+    sys.path.append(options["package"])  # last, so that it hides no module of the standard library
+    from qedfs.mount.holder_machine import Machine, watchdog_seconds
+
+    machine = Machine(options, arguments[at + 1 :])
+    machine.become()
     lock = _lock(options["folder"])
-    code = Holder(options, arguments[at + 1 :]).run()
+    code = Holder(
+        machine,
+        machine.adopt(int(options["first-pid"]), int(options["first-fd"])),
+        options["mountpoint"],
+        most_deaths=int(options["most-deaths"]),
+        watchdog_seconds=watchdog_seconds(),
+    ).run()
     os.close(lock)
     if code == 0:
-        _tidy_up(options)
+        _tidy_up(options["folder"])
     return code
 
 

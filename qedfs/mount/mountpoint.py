@@ -66,6 +66,13 @@ def is_dead(mountpoint: str) -> bool:
     return any(dead)
 
 
+def remove_dead(mountpoint: str) -> None:
+    """Take a mount of ours away whose connection to the kernel nobody has open any more. Others stay."""
+    found = known_at(mountpoint)
+    if found is not None and found.kind == "fuse.qedfs" and is_dead(mountpoint):
+        unmount(mountpoint, lazy=True)
+
+
 def check_mountpoint(mountpoint: str, source: str) -> None:
     """Check that `source` can be mounted there, as far as this can be known without trying.
 

@@ -29,17 +29,17 @@ from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
 from qedfs.mount.fuse import Operations, forget_name
 from qedfs.mount.fuse_session import FuseSession
-from qedfs.mount.held import HolderLink
+from qedfs.mount.held import HolderGone, HolderLink
 from qedfs.mount.images import Images
 from qedfs.mount.kernel_names import KernelNames
 from qedfs.mount.kernel_pages import KernelPages
 from qedfs.mount.kernel_tuning import tune, tune_device
-from qedfs.mount.mountpoint import check_mountpoint
+from qedfs.mount.mountpoint import check_mountpoint, remove_dead
 from qedfs.mount.notify import Notifier
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
-from qedfs.mount.takeover import Restart, Takeover
+from qedfs.mount.takeover import HOLDER_KILLED, Restart, Takeover
 from qedfs.mount.until_streamed import until_streamed
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,16 @@ class Mount:
     async def upgrade(self) -> None:
         """Let another server take the mount over, which is ready when this returns. Raises QedfsError."""
         await self.takeover.upgrade(self.mountpoint)
+
+    @property
+    def without_restart(self) -> str:
+        """Why a crash of this server ends the mount; "" if another one takes over."""
+        return self.takeover.without_restart
+
+    @property
+    def without_upgrade(self) -> str:
+        """Why no other server can take the mount over; "" if one can."""
+        return self.takeover.without_upgrade
 
     @property
     def without_more(self) -> str:
@@ -181,17 +191,23 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None], link: Hold
         QedfsError: the single overlay cannot be served; with `until_streamed`, an overlay cannot complete; the
             connection to the kernel was cut; or the last flush of an overlay failed (NoSpace if the disk is full).
     """
-    takeover = Takeover(link, link.turn())
+    try:
+        takeover = Takeover(link, link.turn())
+    except HolderGone:
+        remove_dead(settings.mountpoint)
+        raise
     if not takeover.is_taken:
         check_mountpoint(settings.mountpoint, settings.source)
     try:
         with serving_folder(settings.mountpoint) as home:
             await _serve(settings, ready, home, takeover)
     finally:
-        if takeover.handing:
-            link.finish("handed")
-        elif takeover.over:
+        if takeover.over:
             link.finish("over")
+    if takeover.handing and not link.finish("handed"):
+        exit_report.discard(settings.mountpoint)  # everything was closed
+        remove_dead(settings.mountpoint)
+        raise QedfsError(HOLDER_KILLED)
 
 
 async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Path, takeover: Takeover) -> None:
@@ -202,6 +218,7 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
     if not takeover.is_taken:
         exit_report.discard(settings.mountpoint)  # the report of an earlier mount, if nobody has read it
     link = takeover.link
+    link.end_if_orphaned()
     notifier = Notifier(relay=link.tell if link else None)
     options = dataclasses.replace(settings.options, session_prefix=takeover.session_prefix())
     async with trio.open_nursery() as nursery:
@@ -285,7 +302,7 @@ async def _serve_mounted(
                 if served.stale_pages:
                     nursery.start_soon(images.cut_over.refresh, served)
             ready(mount)
-            takeover.link.tell("serving")
+            takeover.serve()
             log.info("serving %s at %s", images.folder.source, mount.mountpoint)
             notifier.ready()
             nursery.start_soon(notifier.tell_status, mount.everything)
@@ -298,9 +315,16 @@ async def _serve_mounted(
                 notifier.stopping()
                 _log_open_images(mount)
             nursery.cancel_scope.cancel()
-    finally:
+    except BaseException:
+        # Nobody has told this server to end: an error that nobody expected, here or in a task of ours elsewhere.
+        if takeover.survives_crash:
+            session.abandon()
+            raise
         session.end()
-        takeover.over = not takeover.handing
+        takeover.over = True
+        raise
+    session.end()
+    takeover.over = not takeover.handing
 
 
 def _leave_name(_: str) -> None:

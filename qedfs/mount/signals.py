@@ -45,9 +45,12 @@ async def stop_on_signal(
         number = await anext(signals)
         log.info("stopping on %s; a second signal stops at once", signal.Signals(number).name)
         stop()
+        # A second one that has arrived meanwhile is sent again at the end of this block, before `then` is there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     # The default action of the kernel works even if the event loop hangs. A shell reports it as 143, 130 or 129.
     for number in STOPPING:
         signal.signal(number, then)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def dump_on_signal(fetches: Callable[[], Sequence[FetchQueue]]) -> None:

@@ -13,6 +13,7 @@ Two requests for the same bytes that were in flight at the same time have no ord
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import secrets
 import time
@@ -29,6 +30,7 @@ from qedfs.mount.receive_buffers import touch_receive_buffers
 
 log = logging.getLogger(__name__)
 
+HOLDER_KILLED = "the holder of the mount was killed; the mount is taken away"
 REPLY_SECONDS = 0.5  # for the answer to whoever asked for an upgrade, before the server hands over
 
 
@@ -39,6 +41,7 @@ class Restart:
     reason: str  # how the server before this one has ended
     count: int  # how many servers have taken this mount over
     pause_seconds: float  # how long the mount has answered nothing
+    kinds: Mapping[str, int]  # the count, by what had ended the earlier servers
 
 
 class Takeover:
@@ -50,6 +53,7 @@ class Takeover:
         self.restart: Restart | None = None
         self.handing = False  # to the next server
         self.over = False  # the mount has ended in order
+        self.serving = False  # requests are answered, and the holder knows it
         self._taken = taken
         self._values: Mapping[str, str] = taken.values if taken is not None else {}
         self._request = b""
@@ -85,7 +89,7 @@ class Takeover:
         if self.link:
             touch_receive_buffers()
         if self._taken is None:
-            done = self._keep if self.link else None
+            done = functools.partial(self._keep, session) if self.link else None
             session.mount(operations, source, allow_other=allow_other, read_only=read_only, done=done)
             if session.mounted is not None:
                 self.link.set("device", session.mounted.device)
@@ -93,21 +97,23 @@ class Takeover:
                 self.link.set("source", session.mounted.source.hex())
             return
         mounted = MountInfo(self._values["device"], self._values["kind"], bytes.fromhex(self._values["source"]))
-        since, reason, count = self._taken.since, self._taken.reason, self._taken.restarts
+        taken = self._taken
 
         def taken_over(_: int, request: bytes) -> None:
             self._request = request
-            self._note(Restart(reason, count, time.monotonic() - since))
+            session.breaks_off = can_resend(request)
+            self._note(Restart(taken.reason, taken.restarts, time.monotonic() - taken.since, taken.kinds))
 
         session.take_over(operations, self._taken.fd, mounted, bytes.fromhex(self._values["init"]), taken_over)
 
-    def _keep(self, fd: int, request: bytes) -> None:
+    def _keep(self, session: FuseSession, fd: int, request: bytes) -> None:
         """The mount answers: from now on it may outlive this server."""
         self._request = request
         if is_init(request):
             self.link.set("init", request.hex())
             if can_resend(request):
                 self.link.set("resend", "yes")
+                session.breaks_off = True
             self.link.keep(fd)
         else:
             log.warning("libfuse has mounted in a way that no other server can continue: a crash ends this mount")
@@ -119,6 +125,32 @@ class Takeover:
         log.warning(text, restart.reason, restart.pause_seconds)
         self.established.set()
 
+    def serve(self) -> None:
+        """Tell the holder that requests are answered. From now on a crash costs the mount nothing."""
+        self.serving = True
+        self.link.tell("serving")
+
+    @property
+    def without_upgrade(self) -> str:
+        """Why no other server can take the mount over; "" if one can."""
+        if not self.link:
+            return "the mount has no holder (--no-restart)"
+        if not self._request:
+            return "the kernel has sent nothing yet"
+        return "" if is_init(self._request) else "libfuse has mounted in a way that no other server can continue"
+
+    @property
+    def without_restart(self) -> str:
+        """Why a crash of the server ends the mount; "" if another one takes over."""
+        if self.without_upgrade or can_resend(self._request):
+            return self.without_upgrade
+        return "this kernel does not repeat requests (Linux 6.9 does)"
+
+    @property
+    def survives_crash(self) -> bool:
+        """Whether the holder starts another server if this one ends without a word."""
+        return (self.serving or self.is_taken) and not self.without_restart
+
     # Handing over.
 
     async def upgrade(self, mountpoint: str) -> None:
@@ -127,8 +159,8 @@ class Takeover:
         Raises:
             QedfsError: the mount has no holder, or the next server could not start; this one serves on.
         """
-        if not self.link or not self._request:
-            raise QedfsError(f"{mountpoint}: has no holder, so it ends with its server; mount it with --restart")
+        if self.without_upgrade:
+            raise QedfsError(f"{mountpoint}: cannot be upgraded: {self.without_upgrade}; unmount it and mount it again")
         if self._heir is None:  # otherwise somebody else has asked, and waits for the same server
             self._heir, self._failure = trio.Event(), ""
             self.link.tell("upgrade")
@@ -151,7 +183,7 @@ class Takeover:
                     await trio.sleep(REPLY_SECONDS)
                 self.handing = True
                 return None
-        return QedfsError("the holder of the mount was killed; the mount is taken away")
+        return QedfsError(HOLDER_KILLED)
 
     async def leave(self, session: FuseSession) -> None:
         """Answer what is in flight, as far as the kernel cannot repeat it, and nothing else."""

@@ -74,7 +74,7 @@ def test_one_that_is_dead_and_one_that_is_silent(tmp_path: Path, monkeypatch: py
         create_overlay(str(tmp_path / f"{name}.qed"), image_size=1 << 20, backing=None)
     with own_mounts() as inside:
         for name in names:
-            inside.qedfs("mount", tmp_path / f"{name}.qed", place(tmp_path, name), "--daemon")
+            inside.qedfs("mount", tmp_path / f"{name}.qed", place(tmp_path, name), "--daemon", "--no-restart")
         pids = [mount["pid"] for mount in listed(inside)]
         os.kill(pids[1], signal.SIGKILL)
         os.kill(pids[2], signal.SIGSTOP)
@@ -101,7 +101,7 @@ def test_each_user_has_his_own_and_root_has_all(tmp_path: Path) -> None:
         ours = place(tmp_path, "mnt")
         for who, folder in ((they, they.folder), (inside, tmp_path)):
             who.qedfs("create", folder / "disk.qed", "--size", "1M")
-            who.qedfs("mount", folder / "disk.qed", folder / "mnt", "--daemon")
+            who.qedfs("mount", folder / "disk.qed", folder / "mnt", "--daemon", "--no-restart")
         (one,) = listed(they)
         assert (one["mountpoint"], one["uid"], one["user"]) == (f"{they.folder}/mnt", USER, "nobody")
         assert [(mount["state"], mount["uid"]) for mount in listed(inside)] == [("served", USER), ("served", 0)]

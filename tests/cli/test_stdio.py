@@ -110,7 +110,7 @@ def test_a_daemon_runs_nothing_of_the_folder_that_its_caller_stands_in(
 def test_a_daemon_finds_modules_where_its_caller_does_but_for_the_present_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qedfs.cli.holding import environment
+    from qedfs.cli.server_command import environment
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["/usr/bin", *sys.path[1:]])

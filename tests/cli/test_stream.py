@@ -96,7 +96,7 @@ def test_umount_of_a_busy_mount_tells_by_whom(overlay: Path, mountpoint: Path) -
 
 
 def test_umount_of_a_dead_mount(overlay: Path, mountpoint: Path) -> None:
-    with daemon(overlay, mountpoint, "--no-stream"):
+    with daemon(overlay, mountpoint, "--no-stream", "--no-restart"):
         pid = server_pid(mountpoint)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_running(pid), "its end")

@@ -105,6 +105,8 @@ class FakeMount:
     mountpoint = "/mnt/images"
     device = "0:57"
     without_more = ""
+    without_restart = ""
+    without_upgrade = ""
 
     def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
         self.folder = folder

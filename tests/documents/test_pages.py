@@ -90,7 +90,7 @@ def test_the_reference_has_the_states_and_causes() -> None:
 
 def test_the_reference_has_the_metrics_with_their_labels() -> None:
     total = SimpleNamespace(limiter=SimpleNamespace(limit=0, granted=0), fetched=0)
-    empty = SimpleNamespace(mountpoint="", total=total, everything=list, fetches=list)
+    empty = SimpleNamespace(mountpoint="", restart=None, total=total, everything=list, fetches=list)
     there = {
         metric.name + ("_total" if metric.type == "counter" else "")
         for metric in MountCollector(cast("Mounted", empty)).collect()

@@ -138,6 +138,8 @@ def mounted(
 ) -> Iterator[Mount]:
     """Mounts an overlay or a folder of them, for the length of the block; `mountpoint` is made if it is not there.
 
+    Without a holder, unless the options say `--restart`: a test looks at the process that serves, and kills it.
+
     `through`: a command that runs another one, and its options. `own_interpreter`: nothing is forked from the starter,
     for a test that looks at the process from outside (its words in /proc).
 
@@ -149,7 +151,8 @@ def mounted(
     folder = Path(tempfile.mkdtemp(prefix="qedfs-"))
     outside = mountpoint.stat().st_dev
     try:
-        words: list[str | Path] = ["mount", source, mountpoint, *options]
+        held = not {"--restart", "--no-restart"}.isdisjoint(options)
+        words: list[str | Path] = ["mount", source, mountpoint, *options, *([] if held else ["--no-restart"])]
         log = folder / "output"
         child = (
             Child([*through, *QEDFS, *words], log, env=env)

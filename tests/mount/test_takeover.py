@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import trio
 import trio.testing
 
 from qedfs.errors import QedfsError
-from qedfs.mount.held import Taken
+from qedfs.mount.held import HolderLink, Taken
 from qedfs.mount.takeover import Takeover
 
 from .test_held import linked
 
 pytestmark = pytest.mark.usefixtures("autojump_clock")
-RESUMED = Taken(-1, {"token": "ab" * 8, "lost": "disk.raw: the disk is full"}, "SIGKILL", 1, 0.0)
+RESUMED = Taken(-1, {"token": "ab" * 8, "lost": "disk.raw: the disk is full"}, "SIGKILL", 1, 0.0, {"killed": 1})
+INIT = struct.pack("=II48x", 56, 26)  # as a kernel sends it that does not repeat requests
 
 
 async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection_ends() -> None:
     with linked() as (link, holder):
         takeover = Takeover(link, None)
-        takeover._request = b"the kernel's first one"
+        takeover._request = INIT
         answered: list[bool] = []
 
         async def ask() -> None:
@@ -40,7 +43,7 @@ async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection
 async def test_a_new_server_that_fails_is_an_error_and_this_one_goes_on() -> None:
     with linked() as (link, holder):
         takeover = Takeover(link, None)
-        takeover._request = b"the kernel's first one"
+        takeover._request = INIT
         async with trio.open_nursery() as nursery:
             nursery.start_soon(takeover.hear)
             holder.send(b"failed it is too new")
@@ -54,7 +57,7 @@ async def test_a_new_server_that_fails_is_an_error_and_this_one_goes_on() -> Non
 async def test_all_who_ask_for_an_upgrade_get_an_answer() -> None:
     with linked() as (link, holder):
         takeover = Takeover(link, None)
-        takeover._request = b"the kernel's first one"
+        takeover._request = INIT
         failures: list[str] = []
 
         async def ask() -> None:
@@ -93,3 +96,18 @@ async def test_what_an_earlier_server_has_lost_is_told_at_the_end() -> None:
     with linked() as (link, _):
         assert [str(loss) for loss in Takeover(link, RESUMED).losses()] == ["disk.raw: the disk is full"]
         assert not Takeover(link, None).losses()
+
+
+def test_it_is_known_what_a_crash_of_the_server_means() -> None:
+    with linked() as (link, _):
+        assert "--no-restart" in Takeover(HolderLink(), None).without_restart
+        takeover = Takeover(link, None)
+        assert not takeover.survives_crash
+        takeover._request = b"of a libfuse that did this while it mounted"
+        assert "no other server can continue" in takeover.without_upgrade
+        takeover._request = INIT
+        takeover.serving = True
+        assert (takeover.without_upgrade, "does not repeat" in takeover.without_restart) == ("", True)
+        assert not takeover.survives_crash
+        takeover._request = struct.pack("=II48xI", 60, 26, 1 << 7)  # FUSE_HAS_RESEND
+        assert takeover.survives_crash

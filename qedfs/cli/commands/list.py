@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from qedfs.cli.found_mounts import FoundMount, qedfs_mounts
+from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.list_lines import list_lines
 from qedfs.cli.ui.output import print_json, terminal_width
 from qedfs.control.qmp.client import Client, Gone, NotServed
@@ -112,6 +113,8 @@ def _served(status: dict[str, Any]) -> Listed:
 
 
 def _unserved(mount: FoundMount) -> Listed:
+    if is_between_servers(mount.mountpoint):
+        return {"state": "restarting", "error": "another server takes the mount over"}
     if _is_dead(mount):
         return {"state": "dead", "error": f"the server has died; run: qedfs umount {mount.mountpoint}"}
     return {

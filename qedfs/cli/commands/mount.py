@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import sys
 from typing import Any
 
 import click
@@ -15,12 +15,12 @@ import click
 from qedfs.cli.command_line import arguments_for
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
-from qedfs.cli.holding import hold, holder_command, server_command
 from qedfs.cli.mount_arguments import MountArguments
 from qedfs.cli.mount_checks import check_options, check_source, remarks
 from qedfs.cli.mount_options import expand
 from qedfs.cli.option_types import DURATION, PLACE, RATE, Checked, parse_source_errors, source_error_words
 from qedfs.cli.pin_options import pin_options
+from qedfs.cli.server_command import server_command
 from qedfs.cli.ui.output import remark
 from qedfs.control.monitoring.metrics_address import parse_address
 from qedfs.jobs.rules import parse_between, parse_delay
@@ -141,7 +141,8 @@ class MountCommand(GivenOnce):
 @click.option("--verbose", is_flag=True, help="Log more.")
 @click.option(
     "--restart/--no-restart",
-    default=False,
+    default=True,
+    show_default=True,
     help="Keep the mount when its server dies: another process holds it, and starts a server that takes it over.",
 )
 @click.option("--most-deaths", type=click.IntRange(min=1), default=5, hidden=True)  # in a minute; for contrib/outlive
@@ -180,33 +181,40 @@ def mount(
     if in_background:
         from qedfs.cli import daemon  # here, as it loads subprocess, which takes as long as all of this module
 
-        daemon.start(_command(arguments, most_deaths if restart else 0), arguments.mountpoint)
-    elif restart:
-        hold(_words(arguments), arguments.mountpoint, log=_log_kind(arguments), most_deaths=most_deaths)
-    else:
-        from qedfs.cli.serving import serve_mount  # see above
+        held = [f"--most-deaths={most_deaths}"] if restart else ["--no-restart"]
+        words = [*held, *_words(arguments)]
+        daemon.start(lambda fd: server_command(f"--ready-fd={fd}", *words), arguments.mountpoint)
+        return
+    if restart and holder_fd is None:
+        holder_fd = _held(arguments, most_deaths, ready_fd)  # from here on this is another process
+    from qedfs.cli.serving import serve_mount  # see above
 
-        serve_mount(arguments, ready_fd, holder_fd)
+    serve_mount(arguments, ready_fd, holder_fd)
+
+
+def _held(arguments: MountArguments, most_deaths: int, ready_fd: int | None) -> int | None:
+    """Leave this process to the holder, and go on in another one. Returns the socket between them, None without."""
+    from qedfs.cli.holding import hold  # see above
+
+    closed = [] if ready_fd is None else [ready_fd]  # or who waits there would not notice the end of the server
+    log = _log_kind(arguments)
+    found = hold(_words(arguments), arguments.mountpoint, log=log, most_deaths=most_deaths, closed=closed)
+    if found is None:
+        remark("there is no room for a second process, so this mount ends with its server")
+    return found
 
 
 def _words(arguments: MountArguments) -> list[str]:
     return arguments_for(mount, dataclasses.asdict(arguments))
 
 
-def _command(arguments: MountArguments, most_deaths: int) -> Callable[[int], list[str]]:
-    """What a daemon runs, when its pipe has this number. `most_deaths`: of its servers; 0: it has no holder."""
-    if not most_deaths:
-        return lambda fd: server_command(f"--ready-fd={fd}", *_words(arguments))
-    log = "json" if arguments.log_json else "text"
-    words, mountpoint = _words(arguments), arguments.mountpoint
-    return lambda fd: holder_command(words, mountpoint, log=log, most_deaths=most_deaths, ready_fd=fd)
-
-
 def _log_kind(arguments: MountArguments) -> str:
     """How the holder writes its lines, as `logs.py` does for the server."""
     if arguments.log_json:
         return "json"
-    return "journal" if os.environ.get("JOURNAL_STREAM") else "text"
+    from qedfs.cli.logs import is_journal  # here, as it loads logging, which the parent of a daemon does not need
+
+    return "journal" if is_journal(sys.stderr) else "text"
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:

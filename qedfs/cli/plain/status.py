@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.served_images import connect
+from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.output import console, echo, print_json, print_json_line, terminal_width
 from qedfs.cli.ui.status_lines import fitted_lines, status_lines
 from qedfs.control.qmp.client import Client, Gone
@@ -20,11 +21,20 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 
 def status(mountpoint: str | None = None, *, as_json: bool = False, watch: bool = False) -> None:
     """See the command's help."""
-    with connect(mount_meant(mountpoint), deadline=time.monotonic() + ANSWER_SECONDS) as client:
-        if watch:
-            _watch(client, as_json=as_json)
-            return
-        found = _ask(client)
+    place = mount_meant(mountpoint)
+    while True:
+        try:
+            with connect(place, deadline=time.monotonic() + ANSWER_SECONDS) as client:
+                if watch:
+                    _watch(client, as_json=as_json)
+                found = _ask(client)
+        except Gone:
+            if is_between_servers(place):
+                continue
+            if watch:
+                return
+            raise
+        break
     if as_json:
         print_json(found)
         return
@@ -38,18 +48,16 @@ def _ask(client: Client) -> dict[str, Any]:
 
 
 def _watch(client: Client, *, as_json: bool) -> None:
+    """Go on until the server ends. Raises Gone then."""
     screen = console()
-    try:
-        if screen.is_terminal and not as_json:
-            _watch_on(screen, client)
-        else:
-            _watch_in_lines(client, as_json=as_json)
-    except Gone:
-        return
+    if screen.is_terminal and not as_json:
+        _watch_on(screen, client)
+    else:
+        _watch_in_lines(client, as_json=as_json)
 
 
-def _watch_on(terminal: Console, client: Client) -> None:
-    """Draw until the mount ends."""
+def _watch_on(terminal: Console, client: Client) -> NoReturn:
+    """Draw until the server ends."""
     # Imported here because loading rich is slow, and a status without --watch is printed without it.
     from rich.text import Text
 
@@ -62,8 +70,8 @@ def _watch_on(terminal: Console, client: Client) -> None:
             time.sleep(WATCH_SECONDS)
 
 
-def _watch_in_lines(client: Client, *, as_json: bool) -> None:
-    """Print until the mount ends."""
+def _watch_in_lines(client: Client, *, as_json: bool) -> NoReturn:
+    """Print until the server ends."""
     while True:
         found = _ask(client)
         if as_json:

@@ -11,6 +11,7 @@ from typing import Any
 from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.served_images import MOST_NAMED, Image, Released, connect, fetch
+from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import console, print_json, remark
 from qedfs.cli.ui.progress_lines import ProgressLines
@@ -51,8 +52,7 @@ def wait(
 def _wait(waiting: _Waiting, image: str | None, place: str | None) -> None:
     """Wait at the mount, or look at the overlays if it has ended."""
     try:
-        with connect(waiting.mountpoint, deadline=waiting.deadline) as client:
-            waiting.run(client)
+        _wait_at(waiting)
     except NotMounted as exc:
         waiting.mounted = False
         if isinstance(exc, Gone) and isinstance(waiting.goal, Unused):
@@ -68,6 +68,22 @@ def _wait(waiting: _Waiting, image: str | None, place: str | None) -> None:
         left = [overlay for overlay in overlays_at(place, image) if not stands_alone(overlay)]
         if left:
             raise NotMounted(f"{exc}, and not complete: {listed(left, MOST_NAMED)}") from exc
+
+
+def _wait_at(waiting: _Waiting) -> None:
+    """Wait at the mount, whichever servers it has meanwhile. Raises Gone if it ends."""
+    gone: Gone | None = None
+    while True:
+        try:
+            with connect(waiting.mountpoint, deadline=waiting.deadline) as client:
+                waiting.run(client)
+            return
+        except Gone as exc:
+            gone = exc
+            if not is_between_servers(waiting.mountpoint):
+                raise
+        except NotMounted as exc:
+            raise gone or exc from exc
 
 
 class _Waiting:

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from qedfs import __version__
 from qedfs.control.monitoring.status import BROKEN, STANDBY, state_of
-from qedfs.control.port import Mounted, ServedImage
+from qedfs.control.port import Mounted, Restart, ServedImage
 from qedfs.errors import Reason
 from qedfs.fetch.latency import BOUNDS
 from qedfs.fetch.queue import FetchQueue
@@ -31,6 +31,7 @@ from qedfs.jobs.state import State
 
 Served = tuple[str, Image, Job]
 
+RESTART_REASONS = ("upgrade", "killed", "error", "hung")
 STATES = (*(str(state) for state in State), STANDBY, BROKEN)
 
 _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
@@ -102,6 +103,7 @@ class MountCollector(Collector):
         )
         info.add_metric([__version__, _label(self._mount.mountpoint)], 1)
         yield info
+        yield from _restart_metrics(self._mount.restart)
         yield from _limit_metrics(self._mount.total)
         everything = self._mount.everything()
         yield _states(everything)
@@ -109,6 +111,17 @@ class MountCollector(Collector):
         served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
         yield from _image_metrics(served)
         yield from _source_metrics(self._mount.fetches())
+
+
+def _restart_metrics(restart: Restart | None) -> Iterator[Metric]:
+    counter = CounterMetricFamily("qedfs_restarts", "Servers that have taken this mount over.", labels=["reason"])
+    for reason in RESTART_REASONS:
+        counter.add_metric([reason], 0 if restart is None else restart.kinds.get(reason, 0))
+    pause = GaugeMetricFamily(
+        "qedfs_last_restart_pause_seconds", "How long the mount answered nothing at the last restart, 0 if none was."
+    )
+    pause.add_metric([], 0 if restart is None else restart.pause_seconds)
+    yield from (counter, pause)
 
 
 def _limit_metrics(total: TotalLimit) -> Iterator[Metric]:

@@ -29,6 +29,11 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
         "device": mount.device,
         "socket": socket,
         "more_operations": {"answered": not mount.without_more, "error": mount.without_more or None},
+        "restart": {
+            "after_crash": not mount.without_restart,
+            "upgrade": not mount.without_upgrade,
+            "error": mount.without_restart or None,
+        },
         "restarts": mount.restart.count if mount.restart else 0,
         "last_restart": _restart_status(mount.restart),
         "limit_total": mount.total.limiter.limit,
@@ -40,7 +45,13 @@ def mount_status(mount: Mounted, socket: str, rates: Mapping[str, Rate]) -> dict
 
 
 def _restart_status(restart: Restart | None) -> dict[str, Any] | None:
-    return None if restart is None else {"reason": restart.reason, "pause_seconds": round(restart.pause_seconds, 3)}
+    if restart is None:
+        return None
+    return {
+        "reason": restart.reason,
+        "pause_seconds": round(restart.pause_seconds, 3),
+        "counts": dict(restart.kinds),
+    }
 
 
 def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:

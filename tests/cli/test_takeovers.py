@@ -1,0 +1,87 @@
+"""Commands while one server takes over from another. With real ones: `tests/mount/test_holder_default.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from unittest.mock import Mock
+
+import pytest
+
+from qedfs.cli import takeovers
+from qedfs.cli.plain import status, wait
+from qedfs.control.qmp.client import Client, Gone, NotServed
+from qedfs.errors import NotMounted, TimedOut
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time, which goes on by a second with each look."""
+    now = [100.0]
+
+    def sleep(_: float) -> None:
+        now[0] += 1
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(takeovers, "not_served", lambda place: NotMounted(f"{place}: nothing is mounted there"))
+    return iter([now])
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: object, between: bool = True) -> None:
+    monkeypatch.setattr(takeovers, "is_between_servers", lambda _: between)
+    monkeypatch.setattr(Client, "connect", Mock(side_effect=answers))
+
+
+NONE = NotServed("no qedfs mount answers there")
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_command_waits_for_the_next_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Mock()
+    answering(monkeypatch, NONE, NONE, client)
+    assert takeovers.reach_server("/mnt") is client
+
+
+@pytest.mark.usefixtures("clock")
+def test_where_none_will_come_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, NONE, between=False)
+    with pytest.raises(NotMounted, match="nothing is mounted there"):
+        takeovers.reach_server("/mnt")
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("deadline", [103.0, float("inf")])
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, deadline: float) -> None:
+    answering(monkeypatch, *[NONE] * 100)
+    with pytest.raises(TimedOut, match="another server takes the mount over, and does not answer yet"):
+        takeovers.reach_server("/mnt", deadline=deadline)
+
+
+def test_a_wait_goes_on_at_the_next_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait, "connect", Mock(return_value=Mock(__enter__=Mock(), __exit__=Mock(return_value=None))))
+    monkeypatch.setattr(wait, "is_between_servers", lambda _: True)
+    waiting = Mock(run=Mock(side_effect=[Gone("the mount has ended"), None]))
+    wait._wait_at(waiting)
+    assert waiting.run.call_count == 2
+
+
+def test_a_wait_at_a_mount_that_ends_meanwhile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = Mock(return_value=Mock(__enter__=Mock(), __exit__=Mock(return_value=None)))
+    connect.side_effect = [connect.return_value, NotMounted("nothing is mounted there")]
+    monkeypatch.setattr(wait, "connect", connect)
+    monkeypatch.setattr(wait, "is_between_servers", lambda _: True)
+    with pytest.raises(Gone, match="the mount has ended"):
+        wait._wait_at(Mock(run=Mock(side_effect=Gone("the mount has ended"))))
+
+
+def test_a_status_that_was_broken_off_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Mock(execute=Mock(side_effect=[Gone("the mount has ended"), {"images": []}]))
+    monkeypatch.setattr(
+        status, "connect", Mock(return_value=Mock(__enter__=lambda _: client, __exit__=Mock(return_value=None)))
+    )
+    monkeypatch.setattr(status, "is_between_servers", lambda _: True)
+    status.status("/mnt", as_json=True)
+    assert '"images": []' in capsys.readouterr().out
