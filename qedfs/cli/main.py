@@ -32,6 +32,7 @@ COMMANDS = {
     "populate": ("populate", "populate"),
     "profile": ("profile", "profile"),
     "release": ("release", "release"),
+    "resize": ("resize", "resize"),
     "source": ("source", "source"),
     "status": ("status", "status"),
     "stream": ("stream", "stream"),

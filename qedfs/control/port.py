@@ -161,6 +161,10 @@ class Mounted(Protocol):
         """Give an image another address of its source, a URL or an absolute path. Raises a QedfsError."""
         ...
 
+    async def resize(self, served: ServedImage, size: int) -> None:
+        """Let an image grow to `size` bytes, and let the kernel know. Raises a QedfsError."""
+        ...
+
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False
     ) -> None:

@@ -40,6 +40,10 @@ class SparseTable:
             page = self._pages[index >> _SHIFT] = empty_table(PAGE_ENTRIES)
         page[index & _MASK] = entry
 
+    def grow(self, length: int) -> None:
+        """Let the table have more entries, which are 0."""
+        self._length = length
+
     @property
     def held_bytes(self) -> int:
         """Bytes of memory that the pages take."""

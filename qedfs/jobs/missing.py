@@ -38,6 +38,7 @@ class MissingRuns:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._exchanges = image.exchanges  # the source of which all that follows is known
+        self._size = image.size  # likewise, of the image
         self._skipped = 0
         self._extents: deque[Extent] = deque()
         self._steps = 0
@@ -49,9 +50,9 @@ class MissingRuns:
         return self._skipped
 
     def _forget_old_source(self) -> None:
-        """Forget what is known of a source that the image does not have any more."""
-        if self._exchanges != self._image.exchanges:
-            self._exchanges = self._image.exchanges
+        """Forget what is known of a source that the image does not have any more, or of an image that has grown."""
+        if (self._exchanges, self._size) != (self._image.exchanges, self._image.size):
+            self._exchanges, self._size = self._image.exchanges, self._image.size
             self._skipped = 0
             self._extents.clear()
 

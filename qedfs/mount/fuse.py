@@ -49,7 +49,7 @@ def total(handler: F) -> F:
 
 
 class Operations(FileSystem):
-    """The requests of the kernel for one flat folder of images of fixed size."""
+    """The requests of the kernel for one flat folder of images, whose sizes no request changes."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # writes that returned would stay in the kernel, and be lost with the mount
@@ -120,7 +120,7 @@ class Operations(FileSystem):
         if mode not in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE, _ZERO_RANGE | _KEEP_SIZE):
             raise FUSEError(errno.EOPNOTSUPP)
         if not mode & _KEEP_SIZE and pos + size > image.size:
-            raise FUSEError(errno.EFBIG)  # an image cannot grow
+            raise FUSEError(errno.EFBIG)  # no request lets an image grow
         await make_zeros(image, pos, size)
 
     async def flush(self, fh: int) -> None:

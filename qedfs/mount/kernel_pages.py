@@ -1,4 +1,4 @@
-"""Drops the pages that the kernel holds of an image: those of the time before its source was exchanged.
+"""Drops what the kernel holds of an image: its pages after its source was exchanged, its size after it has grown.
 
 Owns how that is done, and how it is known to be done. Must not know why.
 
@@ -25,6 +25,8 @@ from qedfs.mount.served import Served
 
 log = logging.getLogger(__name__)
 
+# Lets the kernel ask us for the attributes of a file. With an empty format, it would ask for nothing.
+ASKER = ("stat", "--cached=never", "-c", "%s", "--")
 OPENER = ("head", "-c0", "--")  # opens a file, and reads nothing
 
 
@@ -34,6 +36,15 @@ class KernelPages:
     def __init__(self, mountpoint: str) -> None:
         """`mountpoint`: with symbolic links resolved."""
         self._mountpoint = mountpoint
+
+    async def show_size(self, served: Served) -> None:
+        """Let the kernel ask for the size of an image, which has changed. Otherwise, it asks some seconds later.
+
+        The same holds as for `drop`: the program waits for our answer, and no thread of ours does.
+        """
+        path = os.path.join(self._mountpoint, served.name)
+        if (status := await run([*ASKER, path])) != 0:
+            log.debug("%s: cannot be asked for its size at %s, exit status %s", served.name, self._mountpoint, status)
 
     async def drop(self, served: Served) -> None:
         """Drop all pages of an image. Waits until the reads that fill any of them are answered.

@@ -25,6 +25,7 @@ from qedfs.fetch.total_limit import TotalLimit
 from qedfs.host import descriptors, oom, scheduling
 from qedfs.host.beat import next_beat
 from qedfs.host.runtime import SOCKET_NAME, serving_folder
+from qedfs.image.growth import grow
 from qedfs.mount import exit_report, memory
 from qedfs.mount.abandoned_reads import release_abandoned_reads
 from qedfs.mount.fuse import Operations, forget_name
@@ -141,6 +142,15 @@ class Mount:
         if found is None:
             raise QedfsError(f"{served.name}: is not there any more")
         await self.images.moves.move(found, place, device=self.device, force=force)
+
+    async def resize(self, served: ServedImage, size: int) -> None:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None or found.image is None:
+            raise QedfsError(f"{served.name}: is not served")
+        async with found.cut_over:
+            await grow(found.image, size)
+        await KernelPages(self.mountpoint).show_size(found)
 
     async def populate(
         self, served: ServedImage, place: str, *, backing_format: str | None = None, force: bool = False

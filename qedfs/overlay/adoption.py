@@ -47,7 +47,6 @@ class Adoption:
         self._pending = pending
         self._writer = writer
         self._cluster_size = clusters.geometry.cluster_size
-        self._image_size = clusters.geometry.image_size
         self._turns = trio.Semaphore(ADOPTIONS)
 
     async def adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:
@@ -115,7 +114,7 @@ class Adoption:
 
     async def _adopt_some_zeros(self, cluster: int, count: int) -> None:
         pos = cluster * self._cluster_size
-        size = min(count * self._cluster_size, self._image_size - pos)
+        size = count * self._cluster_size  # the last cluster may end past the image
         await self._load_to_allocate(pos, size)
         pending = self._pending.pending_in(range(cluster, cluster + count))
         for number in range(cluster, cluster + count, self._map.slice_entries):

@@ -46,7 +46,6 @@ class ClusterWriter:
         self._pending = pending
         self._accesses = accesses
         self._cluster_size = clusters.geometry.cluster_size
-        self._image_size = clusters.geometry.image_size
 
     def place(self, pos: int, view: memoryview, rest: Mapping[int, Buffer]) -> tuple[list[DataWrite], list[NewEntry]]:
         """Decide where every byte of a request goes. `rest`: the content of missing clusters that it covers in part.
@@ -86,7 +85,7 @@ class ClusterWriter:
 
     def _merged(self, cluster: int, start: int, piece: memoryview, rest: Buffer) -> list[Buffer]:
         """The cluster's fetched content with the guest's piece in it, up to the end of the image."""
-        inside = min(self._cluster_size, self._image_size - cluster * self._cluster_size)
+        inside = min(self._cluster_size, self._map.geometry.image_size - cluster * self._cluster_size)
         view = memoryview(rest)
         return [view[:start], piece, view[start + len(piece) : inside]]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import trio
 
 from qedfs.errors import BadOverlay
-from qedfs.format.geometry import ENTRY_SIZE
+from qedfs.format.geometry import ENTRY_SIZE, Geometry
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.sectors import SECTOR_ENTRIES
@@ -367,7 +367,23 @@ class ClusterMap:
         """Load the slice of a cluster, waiting for the disk. Only before anybody else uses the map."""
         self._tables.load_now(cluster >> self._shift)
 
+    def grow(self, geometry: Geometry) -> None:
+        """Let the image be larger. The slice of its last cluster so far is in memory, or has no entries."""
+        number, first = self.geometry.clusters >> self._shift, self.geometry.clusters & self._mask
+        self.geometry = geometry
+        if first and number < self._counted_to:
+            # The count has included this slice, up to the old end.
+            stop = min(self.slice_entries, geometry.clusters - (number << self._shift))
+            part = self._slices.get(number)
+            self._counted_missing += stop - first if part is None else part[first:stop].count(MISSING)
+        if self._missing is not None:
+            self._missing = self._counted_missing if self._counted_to >= self._slice_count else None
+
     # Counting.
+
+    @property
+    def _slice_count(self) -> int:
+        return -(-self.geometry.clusters // self.slice_entries)
 
     @property
     def missing(self) -> int | None:
@@ -389,7 +405,6 @@ class ClusterMap:
             BadOverlay: an L1 entry points to an invalid place. All other tables have been read even so, because
                 their bad entries have to be marked.
         """
-        slices = -(-self.geometry.clusters // self.slice_entries)
         for turn in itertools.count():
             if turn % COUNT_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
@@ -398,7 +413,7 @@ class ClusterMap:
                 self._count_epoch = self._tables.epoch
                 self._missing, self._counted_to, self._counted_missing = None, 0, 0
             number = self._counted_to
-            if number >= slices:
+            if number >= self._slice_count:  # again each time, as the image may grow
                 break
             try:
                 missing = await self.gap(number << self._shift)

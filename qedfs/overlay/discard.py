@@ -64,7 +64,6 @@ class Discards:
         self._freed = freed
         self._room = Room(committer, freed)
         self._cluster_size = clusters.geometry.cluster_size
-        self._image_size = clusters.geometry.image_size
 
     async def discard(self, cluster: int, count: int, *, missing_too: bool) -> int:
         """See `Overlay.discard`. `missing_too`: missing clusters may read as something else than zeros."""
@@ -105,7 +104,7 @@ class Discards:
 
     async def _discard_some(self, first: int, count: int, *, missing_too: bool) -> int:
         pos = first * self._cluster_size
-        size = min(count * self._cluster_size, self._image_size - pos)
+        size = count * self._cluster_size  # the last cluster may end past the image
         while True:
             # Whoever has claimed a cluster is about to give it an entry, which the discard replaces.
             await self._pending.settle(pos, size)

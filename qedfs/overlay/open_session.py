@@ -177,6 +177,14 @@ class OpenSession:
                 raise InStandby("the overlay is on its way back to standby")
             await self._committer.durably(self._session.detach)
 
+    async def resize(self, image_size: int) -> None:
+        """See `Session.resize`."""
+        async with self.lock:
+            self._barriers.check_writable()
+            if self.record.standby.waits:
+                raise InStandby("the overlay is in standby, so its size is that of its source")
+            await self._committer.durably(lambda: self._session.resize(image_size))
+
     def empty(self) -> None:
         """See `Session.empty`. The caller holds this lock."""
         self._session.empty()

@@ -53,6 +53,7 @@ from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.resize import Resizing
 from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.split import partial_clusters
@@ -109,6 +110,7 @@ class Overlay:
             storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
         )
         self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending, freed)
+        self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
         self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
@@ -500,6 +502,26 @@ class Overlay:
         await self._session.ready()
         await self._session.move_backing(name.encode(), pin)
         self.backing = name
+
+    async def grow(self, image_size: int) -> None:
+        """Let the image end later, at `image_size` bytes. Durable, and no await follows the change in memory.
+
+        What is new reads as zeros, if the backing is not larger than the image was. The missing clusters may have to be
+        counted again (`count_missing`).
+
+        Raises:
+            UsageError: that is less than it has, not a multiple of 512, or more than the tables can map.
+            NoSpace, ReadOnlyOverlay, BadOverlay, InStandby: it has the old size.
+        """
+        await self._resizing.grow(image_size)
+        self.geometry = self.clusters.geometry
+
+    async def shrink(self, image_size: int) -> None:
+        """Let the image end earlier, if only zeros and missing clusters go. Nobody else uses the overlay.
+
+        It can only be closed afterwards. Raises what `grow` raises; UsageError also if data would go.
+        """
+        await self._resizing.shrink(image_size)
 
     async def close(self) -> None:
         """Flush if writable, and close the file. The journal is removed if the overlay has all entries.

@@ -92,6 +92,9 @@ class References:
         """
         if self.known:
             return
+        if self._l1_pages and not await self._tables.ends_with_image():
+            # Another program would show their clusters if it enlarged the image, and so they are in use.
+            self._stop("L1 entries lie past the end of the image")
         while self._l1_pages:
             self._count_tables(*self._l1_pages.pop())
             await trio.lowlevel.checkpoint()

@@ -313,6 +313,12 @@ class Session:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None
 
+    def resize(self, image_size: int) -> None:
+        """Record another size of the image, durably. The caller says what must be durable before (`resize.py`)."""
+        geometry = dataclasses.replace(self.header.geometry, image_size=image_size)
+        self._write_header(dataclasses.replace(self.header, geometry=geometry))
+        self._barrier()
+
     def empty(self) -> None:
         """Drop all clusters, and record that the overlay is in standby. The record says EMPTYING already, durably.
 

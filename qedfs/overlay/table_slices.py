@@ -27,11 +27,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import trio
 
 from qedfs.errors import BadOverlay, NoMemory
-from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, round_down, round_up
+from qedfs.format.geometry import ENTRY_SIZE, SECTOR_SIZE, Geometry, round_down, round_up
 from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.sparse import SparseTable
 from qedfs.format.tables import MISSING, decode_table, empty_table, encode_table
 from qedfs.host.memory_pool import Pool, Share
+from qedfs.overlay.file_zeros import is_zero
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.sectors import SECTOR_ENTRIES, joined
 from qedfs.overlay.storage import Storage
@@ -89,6 +90,11 @@ class TableSlices:
         self._slice_bytes = self.slice_entries * ENTRY_SIZE
         self._cache_slices = self._dirty_slices = max(LEAST_SLICES, CACHE_BYTES // self._slice_bytes)
 
+    def grow(self, geometry: Geometry) -> None:
+        """Let the image be larger. The file has no L1 entries past the old end."""
+        self.geometry = geometry
+        self.l1.grow(geometry.l1_used)
+
     # The end of the file.
 
     def reach(self, end: int) -> None:
@@ -142,6 +148,15 @@ class TableSlices:
     def next_table(self, number: int) -> int:
         """The first slice after this one's table that has a table, or where a search of GAP_STEPS ends."""
         return self.l1.next_filled(number // self.per_table, GAP_STEPS) * self.per_table
+
+    async def ends_with_image(self) -> bool:
+        """Whether the L1 table of the file has no entry past the image's end."""
+        first, count = self.l1_place(len(self.l1)), self.geometry.entries - len(self.l1)
+        return await self._storage.in_thread(lambda: is_zero(self._storage, first, count * ENTRY_SIZE))
+
+    def l1_place(self, index: int) -> int:
+        """The offset of an L1 entry."""
+        return self._header.l1_table_offset + index * ENTRY_SIZE
 
     def _slice_place(self, number: int) -> int:
         return self.table_offset(number) + number % self.per_table * self.slice_entries * ENTRY_SIZE

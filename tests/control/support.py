@@ -18,6 +18,7 @@ from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.total_limit import TotalLimit
 from qedfs.image.condition import Cause, Trouble
+from qedfs.image.growth import grow
 from qedfs.image.image import Image
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
@@ -136,6 +137,10 @@ class FakeMount:
 
     async def deactivate(self, served: ServedImage) -> None:
         self.activated.remove((served.name, False))
+
+    async def resize(self, served: ServedImage, size: int) -> None:
+        assert served.image is not None
+        await grow(served.image, size)
 
     async def move_source(self, served: ServedImage, place: str, *, force: bool = False) -> None:
         self.moved.append((served.name, place, force))

@@ -71,3 +71,17 @@ async def test_only_an_inode_without_pages_needs_no_drop(
     else:
         with pytest.raises(QedfsError, match="does not drop"):
             await KernelPages(str(tmp_path)).drop(stale())
+
+
+async def test_a_size_is_asked_for_by_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    run = kernel_pages.run
+
+    async def running(argv: list[str]) -> int | None:
+        ran.append(argv)
+        return await run(argv)
+
+    monkeypatch.setattr(kernel_pages, "run", running)
+    pages = KernelPages(str(tmp_path))
+    await pages.show_size(stale("-f.raw"))  # not there: the kernel asks later
+    assert ran == [[*kernel_pages.ASKER, str(tmp_path / "-f.raw")]]

@@ -1,4 +1,4 @@
-"""`query-block` and `query-named-block-nodes`: the images of a mount as QEMU would list them.
+"""The images of a mount as QEMU would list them: `query-block`, `query-named-block-nodes`; and what is done to them.
 
 An image disk.raw is the device `disk` with the node `disk`, driver qed.
 """
@@ -44,6 +44,20 @@ async def _blockdev_set_active(call: Call, arguments: Arguments) -> dict[str, An
             await call.control.mount.activate(served)
         else:
             await call.control.mount.deactivate(served)
+    return {}
+
+
+@node_commands("block_resize", Arg("device", optional=True), Arg("node-name", optional=True), Arg("size", "integer"))
+async def _block_resize(call: Call, arguments: Arguments) -> dict[str, Any]:
+    """As in QEMU: `size` is that of the image, in bytes. It only grows."""
+    device, node = arguments.get("device", ""), arguments.get("node-name", "")
+    name = node or device
+    served = next((found for found, _ in _nodes(call) if name in (found.name, device_name(found))), None)
+    if served is None:
+        raise QmpError(f"Cannot find device='{device}' nor node-name='{node}'")
+    if arguments["size"] < 0:
+        raise QmpError("Parameter 'size' expects a >0 size")
+    await call.control.mount.resize(served, arguments["size"])
     return {}
 
 
