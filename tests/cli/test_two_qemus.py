@@ -287,6 +287,17 @@ def test_post_copy_that_stands_still_says_how_to_go_on(state: str) -> None:
             both.qemus.wait_completed(_ignore)
 
 
+def test_a_guest_whose_destination_ends_before_all_of_its_memory_is_there_is_lost() -> None:
+    with fakes(post_copy=True) as both:
+        both.stop()
+        both.qemus.go_on()
+        both.destination.kill()
+        with pytest.raises(Lost, match="so the guest is lost as in a power cut"):
+            both.qemus.wait_completed(_ignore)
+        with pytest.raises(QedfsError, match="Migration is not finalized yet"):
+            both.qemus.source.execute("cont")  # QEMU itself sees to it that it does not run on from here
+
+
 def test_a_destination_that_never_starts_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(two_qemus, "SWITCH_SECONDS", 0.0)
     with fakes() as both:

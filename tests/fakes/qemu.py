@@ -95,6 +95,8 @@ class FakePair:
         """One of them has died."""
         if qemu is self.destination and self.state in ("setup", "active", "device"):
             self._fail("Unable to write to socket: Broken pipe")
+        elif qemu is self.destination and self.state == "postcopy-active":
+            self._to("postcopy-paused")
 
     def _query_status(self, qemu: FakeQemu) -> dict[str, Any]:
         return {"running": qemu.status == "running", "status": qemu.status}
@@ -171,7 +173,7 @@ class FakePair:
             self.destination.tell("RESUME")
 
     def _cont(self, qemu: FakeQemu) -> None:
-        if self.state == "device":
+        if self.state in ("device", "postcopy-active", "postcopy-paused"):
             raise QedfsError("Migration is not finalized yet")
         qemu.status = "running"
 

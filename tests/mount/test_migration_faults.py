@@ -6,23 +6,26 @@ Each of these takes a guest on an emulated processor, so all are slow.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qedfs.control.qmp.client import Client
+from qedfs.errors import QedfsError
 from tests.harness.migration import flow
 from tests.harness.migration.disk import Verdict, check, foreign_blocks
 from tests.harness.migration.gate import gate
 from tests.harness.migration.machine import Machine
-from tests.harness.migration.scene import Plan, Stage, migrate, reading, stage
+from tests.harness.migration.scene import Plan, Stage, migrate, reading, stage, uri
 from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import wait_for
+from tests.harness.process import QEDFS, Child, wait_for
 from tests.harness.require import require
 from tests.harness.servers import Server, qemu_nbd
 
@@ -282,3 +285,68 @@ def test_the_first_write_of_the_guest_activates_its_disk_where_nobody_else_does(
             mount.wait()
             assert destination.rates()[-1].errors == 0
             assert made.verdict(destination).good
+
+
+@contextlib.contextmanager
+def _half_there(made: Scene, mount: Mount) -> Iterator[tuple[Machine, Child]]:
+    """The guest runs at the destination, which still lacks a part of its memory: `qedfs migrate --post-copy` waits."""
+    source, destination = made.here.source, made.here.destination(made.image)
+    # Slow before the switch, so that the guest changes memory that was sent already; after it, nothing but its faults.
+    slow = {"max-bandwidth": 6 << 20, "max-postcopy-bandwidth": 4096}
+    source.qmp.execute("migrate-set-parameters", **slow)
+    words: list[str | Path] = [source.client_path, destination.client_path, mount.mountpoint, "--post-copy"]
+    words += ["--json", "--quiet", "--listen", made.socket, "--to", uri(made.here, destination)]
+    child = Child([*QEDFS, "migrate", *map(str, words)], made.folder / "told")
+    try:
+        wait_for(lambda: destination.status() == "running", "the guest at the destination")
+        yield destination, child
+    finally:
+        child.kill()
+
+
+def _told(made: Scene, child: Child) -> dict[str, Any]:
+    """What the command prints at its end, which is a failure."""
+    assert child.wait() == 1
+    text = child.output()
+    told: dict[str, Any] = json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
+    made.here.left.add(told["export_pid"])
+    return told
+
+
+def test_a_destination_that_dies_before_it_has_all_of_the_memory_costs_the_guest_and_not_its_disk(
+    tmp_path: Path,
+) -> None:
+    with scene(tmp_path, Plan(post_copy=True)) as made, made.mounted() as mount:
+        with _half_there(made, mount) as (destination, child):
+            destination.close()
+            told = _told(made, child)
+        assert told["guest"] == "stopped"
+        assert "so the guest is lost as in a power cut" in told["error"]
+        with pytest.raises(QedfsError):
+            made.here.source.qmp.execute("cont")
+        assert made.here.source.status() != "running"
+        # The old disk is served on, and the new one becomes complete.
+        mount.wait()
+        copy = tmp_path / "copy.raw"
+        copy.write_bytes(made.image.read_bytes())
+        argv = [require("e2fsck"), "-f", "-p", str(copy)]
+        assert subprocess.run(argv, check=False, capture_output=True).returncode in (0, 1)
+        assert foreign_blocks(copy, made.here.plan.layout) == 0
+
+
+def test_a_link_that_breaks_before_all_of_the_memory_is_there_is_mended_by_hand(tmp_path: Path) -> None:
+    with scene(tmp_path, Plan(post_copy=True)) as made, made.mounted() as mount:
+        source = made.here.source
+        with _half_there(made, mount) as (destination, child):
+            destination.qmp.execute("migrate-pause")
+            told = _told(made, child)
+        assert told["guest"] == "destination"
+        assert "the migration is postcopy-paused; QMP's migrate-recover" in told["error"]
+        again = f"{uri(made.here, destination)}-again"
+        destination.qmp.execute("migrate-recover", uri=again)
+        source.qmp.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": 0})
+        source.qmp.execute("migrate", uri=again, resume=True)
+        wait_for(lambda: source.qmp.execute("query-migrate")["status"] == "completed", "the rest of the memory")
+        destination.wait_working(50)
+        mount.wait()
+        assert made.verdict(destination).good

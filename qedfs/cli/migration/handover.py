@@ -152,7 +152,11 @@ class Handover:
 
     def free_memory(self, show: Show) -> None:
         """End the source's QEMU as soon as all memory has left it, and keep others from writing to its disk."""
-        self._qemus.wait_completed(show)
+        try:
+            self._qemus.wait_completed(show)
+        except Lost:
+            self.outcome.guest = "stopped"
+            raise
         # While the QEMU is there, nobody else can have come in between: it gave up its locks a moment ago.
         if self._export is not None:
             self._export.guard()

@@ -143,10 +143,18 @@ class TwoQemus:
     def wait_completed(self, show: Callable[[dict[str, Any]], None]) -> None:
         """Return when the source has no page of memory any more that the destination lacks.
 
-        Raises QedfsError if post-copy stands still; QEMU can be told to go on by hand then.
+        Raises:
+            Lost: the destination has ended before that, and with it the guest.
+            QedfsError: post-copy stands still; QEMU can be told to go on by hand then.
         """
         while (found := self.source.execute("query-migrate"))["status"] != "completed":
             if found["status"] in ("failed", "postcopy-paused"):
+                if self._destination_has_ended():
+                    raise Lost(
+                        f"{self.destination.peer}: has ended while a part of the guest's memory was still at the"
+                        " source, so the guest is lost as in a power cut; start it anew from the image of the mount,"
+                        " and end the source's QEMU"
+                    )
                 raise QedfsError(
                     f"the guest runs at the destination, but a part of its memory is still at the source, and the"
                     f" migration is {found['status']}{self._why()}; QMP's migrate-recover and migrate with resume go on"
@@ -178,6 +186,16 @@ class TwoQemus:
             except QedfsError:
                 return False
         return True
+
+    def _destination_has_ended(self) -> bool:
+        with _within(time.monotonic() + END_SECONDS, self.destination):
+            try:
+                self.destination.execute("query-status")
+            except Gone:
+                return self.destination.has_ended
+            except QedfsError:
+                pass
+        return False
 
     def quit_source(self) -> None:
         """End the source's QEMU. Its memory is free afterwards."""

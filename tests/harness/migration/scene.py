@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 from tests.harness.images import sparse_image
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import free_port
+from tests.harness.require import require
 from tests.harness.servers import Server, link_to, qemu_nbd
 
 from . import flow
@@ -34,6 +36,7 @@ class Plan:
 
     layout: Layout = SMALL
     standby: bool = True
+    source_format: str = "raw"  # or qcow2; the destination's disk is raw
     post_copy: bool = False
     cache: str = "none"
     blockdev: bool = False  # -blockdev with auto-read-only instead of -drive
@@ -60,16 +63,16 @@ class Report:
     after: float = 0
 
 
-def drive(path: Path, plan: Plan) -> list[str]:
+def drive(path: Path, plan: Plan, image_format: str = "raw") -> list[str]:
     """QEMU's arguments for the guest's disk."""
     # Without a standby qedfs often notices that the source has changed. The guest is to meet that error, not to wait.
     on_error = "rerror=stop,werror=stop" if plan.standby else "rerror=report,werror=report"
     if not plan.blockdev:
-        return ["-drive", f"if=virtio,file={path},format=raw,cache={plan.cache},{on_error}"]
+        return ["-drive", f"if=virtio,file={path},format={image_format},cache={plan.cache},{on_error}"]
     direct = "on" if plan.cache == "none" else "off"
     return [
         *("-blockdev", f"driver=file,node-name=file,filename={path},auto-read-only=on,cache.direct={direct}"),
-        *("-blockdev", f"driver=raw,node-name=disk,file=file,cache.direct={direct}"),
+        *("-blockdev", f"driver={image_format},node-name=disk,file=file,cache.direct={direct}"),
         *("-device", f"virtio-blk-pci,drive=disk,{on_error}"),
     ]
 
@@ -122,9 +125,14 @@ class Stage:
 def stage(folder: Path, plan: Plan) -> Iterator[Stage]:
     """A guest that has begun to write."""
     disk = make_disk(folder / "source.raw", plan.layout)
+    if plan.source_format != "raw":
+        image = folder / f"source.{plan.source_format}"
+        convert = [require("qemu-img"), "convert", "-f", "raw", "-O", plan.source_format, str(disk), str(image)]
+        subprocess.run(convert, check=True)
+        disk = image
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(
-            machine(drive(disk, plan), layout=plan.layout, pause_us=plan.pause_us, qemu=plan.qemu)
+            machine(drive(disk, plan, plan.source_format), layout=plan.layout, pause_us=plan.pause_us, qemu=plan.qemu)
         )
         source.wait_working(plan.writes_before)
         time.sleep(plan.rate_seconds)
