@@ -19,7 +19,7 @@ import resource
 BASE = 24  # a mount without overlays: libraries, the event loop, /dev/fuse, the folder, sockets, a child's pipes
 RESERVED = 64  # kept free for control clients, folder scans and for anything unforeseen
 RESERVED_FRACTION = 8  # but reserve no more than 1/8 of the limit
-OVERLAY = 2  # per overlay: the file and its journal
+OVERLAY = 3  # per overlay: the file, its probe (`write_probe.py`) and its journal
 SOURCE = 6  # per HTTP source, connections excluded: two epoll objects and libcurl's wakeup descriptors
 POOLS = 2  # connection pools per source
 MOST_CONNECTIONS, FEWEST_CONNECTIONS = 64, 2  # per pool

@@ -96,8 +96,8 @@ class Allocator:
         while cut < len(places) and places[cut] == end - self._cluster_size:
             end = places[cut]
             cut += 1
-        if not cut:
-            return
+        if not cut or self._storage.would_wait():
+            return  # not on the event loop
         try:
             if self._storage.size() > end:
                 self._storage.resize(end)

@@ -8,7 +8,6 @@ worker thread. The kernel's counters are read a few times per second, which take
 from __future__ import annotations
 
 import os
-import time
 
 LOOK_SECONDS = 0.1
 MARGIN = 0.8  # of the midpoint, because other writers continue between two checks
@@ -22,9 +21,8 @@ class DirtyPages:
         self._next_look = 0.0
         self._fd = -1
 
-    def crowded(self) -> bool:
-        """Whether writes should leave the event loop now."""
-        now = time.monotonic()
+    def crowded(self, now: float) -> bool:
+        """Whether writes should leave the event loop. `now`: time.monotonic()."""
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             self._crowded = self._look()

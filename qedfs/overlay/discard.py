@@ -31,6 +31,7 @@ from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.storage import Storage
 from qedfs.overlay.table_slices import TableSlices
 
 CLUSTERS_AT_ONCE = 4096  # 0.1 ms on the event loop if all are missing, up to 1 ms otherwise
@@ -43,6 +44,7 @@ class Discards:
 
     def __init__(  # noqa: PLR0913 - the parts that it works with
         self,
+        storage: Storage,
         tables: TableSlices,
         clusters: ClusterMap,
         committer: Committer,
@@ -53,6 +55,7 @@ class Discards:
         pending: PendingAllocations,
         freed: FreedClusters,
     ) -> None:
+        self._storage = storage
         self._tables = tables
         self._map = clusters
         self._committer = committer
@@ -109,6 +112,9 @@ class Discards:
             # Whoever has claimed a cluster is about to give it an entry, which the discard replaces.
             await self._pending.settle(pos, size)
             if await self._committer.secure_marks():
+                continue
+            if missing_too and self._storage.would_wait():
+                await self._storage.in_thread(self._storage.wait_to_write)  # not on the event loop, in `_make_tables`
                 continue
             self._barriers.check_writable()
             stop = first + count

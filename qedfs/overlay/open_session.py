@@ -119,7 +119,7 @@ class OpenSession:
         if standby.waits:  # since this write has passed the gate, and the clusters are about to be dropped
             raise InStandby("the overlay is on its way back to standby")
         try:
-            if dirty_pages.crowded():
+            if dirty_pages.crowded(time.monotonic()) or self._storage.would_wait():
                 await self._storage.in_thread(self._session.let_times_move)
             else:
                 self._session.let_times_move()

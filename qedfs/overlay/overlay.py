@@ -99,7 +99,7 @@ class Overlay:
         self.found_mark = found_mark
         self.times = session.times  # of the image
         self._cold_reads = ColdReads(storage)
-        self._loop_writes = LoopWrites()
+        self._loop_writes = LoopWrites(storage.would_wait)
         self._session = session
         self._barriers = barriers
         self._journal = journal
@@ -109,7 +109,9 @@ class Overlay:
         self._writer = ClusterWriter(
             storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
         )
-        self._discards = Discards(tables, clusters, committer, barriers, journal, session, allocator, pending, freed)
+        self._discards = Discards(
+            storage, tables, clusters, committer, barriers, journal, session, allocator, pending, freed
+        )
         self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
         self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
@@ -330,12 +332,12 @@ class Overlay:
 
         Raises what `write` raises.
         """
-        if not self._barriers.writable or not self.times.may_move or not self._loop_writes.may_begin(len(data)):
+        if not self._barriers.writable or not self.times.may_move:
             return False
         if not self._journal.takes_entries and (self.committer.pending or self.full):
             return False  # the entry of this cluster may be pending, and would have to be committed first
         offset = self.clusters.data_offset(pos, len(data))
-        if not offset:
+        if not offset or not self._loop_writes.may_begin(len(data)):
             return False
         try:
             self.storage.write(offset, (data,))

@@ -14,20 +14,16 @@ import fcntl
 import os
 import signal
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar, cast
-
-import trio
-from outcome import Error  # what trio returns the results of threads in
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import MAX_FILE_SIZE
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
+from qedfs.host.write_probe import WriteProbe
 from qedfs.overlay.length import Length
 from qedfs.overlay.opening import open_file
 from qedfs.overlay.pagecache import evict
-
-if TYPE_CHECKING:
-    from outcome import Outcome
+from qedfs.overlay.threads import Threads
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -36,12 +32,9 @@ ChangeMark = tuple[int, int, int]  # length, mtime and ctime of a file
 # in steps of up to 10 ms (a tick).
 MARK_AGE_NS = 10**9
 
-# Threads per overlay: enough to keep a deep disk queue busy with reads during all adoptions (`adoption.py`), and few
-# enough that a disk that hangs affects only its own overlays.
-THREADS = 12
-
 # File systems whose leases a server grants.
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
+_MOST_BUFFERS = 1024  # of one call: IOV_MAX
 _KEEP_SIZE = 1  # of fallocate(2)
 _PUNCH_HOLE = 2 | _KEEP_SIZE  # the second must go with it
 
@@ -123,6 +116,17 @@ class Storage(Protocol):
         """
         ...
 
+    def would_wait(self) -> bool:
+        """Whether a write would wait before it begins: the file system is frozen, or another write has locked the file.
+
+        Takes some microseconds. False if nothing can tell.
+        """
+        ...
+
+    def wait_to_write(self) -> None:
+        """Return when a write would not have to wait before it begins. Writes nothing."""
+        ...
+
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         """Write all of the buffers, one after the other.
 
@@ -188,7 +192,7 @@ class Storage(Protocol):
         ...
 
 
-class FileStorage:
+class FileStorage(Threads):
     """A `Storage` on a regular file."""
 
     def __init__(self, fd: int, path: str, *, writable: bool, locked: bool = False) -> None:
@@ -196,11 +200,11 @@ class FileStorage:
         self.path = path
         self.writable = writable
         self.locked = locked
-        self._limiter: trio.CapacityLimiter | None = None
         self._kind = filesystem_type(fd)
         # tmpfs does not support RWF_NOWAIT, but has no disk to wait for.
         self._read_flags = 0 if self._kind in TMPFS_TYPES else os.RWF_NOWAIT
         self._nowait = True
+        self._probe: WriteProbe | None = None  # made when it is needed
         self._length = Length(fd, path, self._kind)
         # Objects without content, one per write, because threads write, too, and would count past each other.
         self._written = object()
@@ -353,21 +357,30 @@ class FileStorage:
                 return FileExtent(MAX_FILE_SIZE, hole=False)
             raise self._translated("look for holes", exc) from exc
 
+    def would_wait(self) -> bool:
+        """One system call, of io_uring."""
+        if self._probe is None:
+            self._probe = WriteProbe(self._fd, self._kind)
+        return self._probe.would_wait()
+
+    def wait_to_write(self) -> None:
+        """A write of no bytes, before which the kernel waits as before any other."""
+        try:
+            os.pwrite(self._fd, b"", 0)
+        except OSError as exc:
+            raise self._translated("write", exc) from exc
+
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         """Write all of the buffers. A short write is continued, so that a full disk results in ENOSPC."""
-        left = [memoryview(buffer) for buffer in data if len(buffer)]
-        if not left:
+        size = sum(map(len, data))
+        if not size:
             return  # nothing to write, and the length does not change
-        end = offset + sum(map(len, left))
+        end = offset + size
         self._length.before_write(end)
         try:
-            while left:
-                count = os.pwritev(self._fd, left[:1024], offset)
-                offset += count
-                while left and count >= len(left[0]):
-                    count -= len(left.pop(0))
-                if left:
-                    left[0] = left[0][count:]
+            done = os.pwritev(self._fd, data[:_MOST_BUFFERS], offset)
+            if done < size:
+                self._write_rest(offset, data, done)
         except OSError as exc:
             raise self._translated("write", exc) from exc
         finally:
@@ -375,6 +388,18 @@ class FileStorage:
             # written a part.
             self._written = object()
         self._length.written(end)
+
+    def _write_rest(self, offset: int, data: Sequence[Buffer], done: int) -> None:
+        """Write the buffers after their first `done` bytes."""
+        offset += done
+        left = [memoryview(buffer) for buffer in data]
+        while left:
+            while left and done >= len(left[0]):
+                done -= len(left.pop(0))
+            if left:
+                left[0] = left[0][done:]
+                done = os.pwritev(self._fd, left[:_MOST_BUFFERS], offset)
+                offset += done
 
     def resize(self, size: int) -> None:
         """ftruncate."""
@@ -443,43 +468,11 @@ class FileStorage:
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run in a worker thread of trio. Cancellation waits for the end of the call, so no write is in doubt.
-
-        As `trio.to_thread.run_sync`, without what a call that knows nothing of trio does not need (a context, a way
-        back into trio): 90 us of processor time instead of 150.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
-        if self._limiter is None:
-            self._limiter = trio.CapacityLimiter(THREADS)
-        try:
-            self._limiter.acquire_on_behalf_of_nowait(task)
-        except trio.WouldBlock:
-            await self._limiter.acquire_on_behalf_of(task)
-
-        def deliver(result: Outcome[T]) -> None:
-            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-
-        try:
-            trio.lowlevel.start_thread_soon(function, deliver)
-            return cast("T", await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED))
-        finally:
-            self._limiter.release_on_behalf_of(task)
-
-    def begin_in_thread(self, function: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
-        """Run a call in one of trio's worker threads, not counted among THREADS: the committer has one at a time."""
-
-        def deliver(result: Outcome[None]) -> None:
-            error = result.error if isinstance(result, Error) else None
-            # A thread of trio's gets nothing that is no Exception: signals arrive in the main thread.
-            ended(error if error is None or isinstance(error, Exception) else QedfsError(repr(error)))
-
-        trio.lowlevel.start_thread_soon(function, deliver)
-
     def close(self) -> None:
         """Close the descriptor. The locks belong to the open file description, so they are released."""
         fd, self._fd = self._fd, -1
+        if self._probe is not None:
+            self._probe.close()
         if fd >= 0:
             # A file server may report a failed write here. A barrier has covered all that had to be durable, and Linux
             # closes the descriptor even on an error (close(2)).

@@ -130,6 +130,7 @@ class MemoryStorage:
         self.owner_number = os.getuid()
         self.written_ns = 10**18  # the mtime of the file, which nobody moves here
         self.closed = False
+        self.frozen = False  # until somebody waits for the thaw
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
         self.damage: BadOverlay | None = None
@@ -220,6 +221,13 @@ class MemoryStorage:
             return FileExtent(page, hole=True)
         hole = self.bytes.find(bytes(_PAGE), offset)
         return FileExtent(len(self.bytes) if hole < 0 else round_up(hole, _PAGE), hole=False)
+
+    def would_wait(self) -> bool:
+        return self.frozen
+
+    def wait_to_write(self) -> None:
+        self._begin("wait")
+        self.frozen = False  # the thaw has come
 
     def write(self, offset: int, data: Sequence[Buffer]) -> None:
         joined = b"".join(bytes(buffer) for buffer in data)

@@ -84,7 +84,7 @@ def test_connections_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert descriptors.connections() == expected
         descriptors.check_room(0, 1)
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
-    descriptors.check_room(100, 30)
+    descriptors.check_room(80, 30)
     for overlays, sources in ((500, 1), (1, 50), (250, 25)):
         with pytest.raises(OSError, match="Too many open files"):
             descriptors.check_room(overlays, sources)

@@ -22,6 +22,10 @@ async def no_fill(cluster: int) -> bytes:
     raise AssertionError(f"nothing is missing of cluster {cluster}")
 
 
+def never() -> bool:
+    return False
+
+
 class Thread:
     """The thread of the event loop: the time, and how often it has slept for something else than a processor."""
 
@@ -39,7 +43,7 @@ def thread(monkeypatch: pytest.MonkeyPatch) -> Thread:
     thread = Thread()
     monkeypatch.setattr("qedfs.overlay.loop_writes.monotonic", lambda: thread.now)
     monkeypatch.setattr(loop_writes, "_sleeps", lambda: thread.slept)
-    monkeypatch.setattr("qedfs.overlay.loop_writes.dirty_pages.crowded", lambda: False)
+    monkeypatch.setattr("qedfs.overlay.loop_writes.dirty_pages.crowded", lambda _: False)
     return thread
 
 
@@ -53,15 +57,15 @@ def is_on_loop(writes: LoopWrites, during: Callable[[], None] = lambda: None) ->
 
 
 def test_only_writes_of_fuse_run_there(thread: Thread, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = LoopWrites()
+    writes = LoopWrites(never)
     assert writes.may_begin(MOST_BYTES)
     assert not writes.may_begin(MOST_BYTES + 1)
-    monkeypatch.setattr("qedfs.overlay.loop_writes.dirty_pages.crowded", lambda: True)
+    monkeypatch.setattr("qedfs.overlay.loop_writes.dirty_pages.crowded", lambda _: True)
     assert not writes.may_begin(1)
 
 
 def test_slow_writes_leave_the_loop_for_a_hundred_times_as_long(thread: Thread) -> None:
-    writes = LoopWrites()
+    writes = LoopWrites(never)
     assert is_on_loop(writes, lambda: thread.sleep(0.3))  # from now on writes are watched
     assert is_on_loop(writes, lambda: thread.sleep(0.3))
     for _ in range(5):
@@ -75,7 +79,7 @@ def test_slow_writes_leave_the_loop_for_a_hundred_times_as_long(thread: Thread) 
 
 
 def test_a_busy_processor_does_not_drive_writes_from_the_loop(thread: Thread) -> None:
-    writes = LoopWrites()
+    writes = LoopWrites(never)
 
     def wait_for_processor() -> None:
         thread.now += 1.0
@@ -84,10 +88,48 @@ def test_a_busy_processor_does_not_drive_writes_from_the_loop(thread: Thread) ->
 
 
 def test_a_single_slow_write_is_forgotten(thread: Thread) -> None:
-    writes = LoopWrites()
+    writes = LoopWrites(never)
     for _ in range(3):
         assert is_on_loop(writes, lambda: thread.sleep(0.3))
         assert all(is_on_loop(writes) for _ in range(WATCHED))
+
+
+async def test_no_write_to_a_frozen_file_system_is_on_the_loop() -> None:
+    class Disk(MemoryStorage):
+        """Notes what is done to it on the event loop while it is frozen."""
+
+        in_thread_now = False
+
+        async def in_thread(self, function: Callable[[], T]) -> T:
+            self.in_thread_now = True
+            try:
+                return await super().in_thread(function)
+            finally:
+                self.in_thread_now = False
+
+        def write(self, offset: int, data: Sequence[Buffer]) -> None:
+            assert self.in_thread_now or not self.frozen
+            super().write(offset, data)
+
+        def resize(self, size: int) -> None:
+            assert not self.frozen  # this is always on the loop
+            super().resize(size)
+
+    disk = Disk(filled({0: b"0"}).data)
+    overlay = await open_storage(disk)
+    disk.frozen = True
+    assert not overlay.write_now(0, b"x")
+    await overlay.write(0, b"x", no_fill)
+    assert overlay.times.may_move
+    assert not overlay.write_now(0, b"x")
+    assert disk.frozen
+    await overlay.write(CLUSTER, b"y" * CLUSTER, no_fill)  # and commit it, which makes the file grow
+    assert disk.operations["wait"] == 1
+    assert overlay.write_now(0, b"z")
+    disk.frozen = True
+    await overlay.discard(0, 1)
+    await overlay.close()
+    assert disk.operations["wait"] == 2
 
 
 @pytest.mark.parametrize("in_place", [True, False])

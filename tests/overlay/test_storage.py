@@ -490,3 +490,11 @@ async def test_a_call_that_is_begun_in_a_thread_tells_how_it_has_ended(opener: O
     while len(ended) < 2:
         await trio.lowlevel.checkpoint()
     assert sorted(ended, key=repr) == [None, problem]
+
+
+def test_a_write_that_need_not_wait_is_told_and_changes_nothing(opener: Opener) -> None:
+    storage = opener(b"0123456789")
+    assert not storage.would_wait()
+    storage.wait_to_write()
+    assert not storage.would_wait()
+    assert (storage.size(), read(storage, 0, 10)) == (10, b"0123456789")
