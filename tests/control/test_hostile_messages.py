@@ -15,6 +15,9 @@ from tests.harness.hang import HANG_SECONDS
 
 from .support import FakeMount, MemorySource, Talk, controlled, talking
 
+# Thousands of rounds through code that other tests cover: a tracer would double their time.
+pytestmark = pytest.mark.no_cover
+
 MESSAGES = 1000
 CLIENTS = 8
 PIECE = b"x" * 65536

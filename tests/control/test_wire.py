@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from qedfs.control.qmp.wire import MAX_DEPTH, Reader, WireError, encode
 
+# Thousands of rounds through code that other tests cover: a tracer would double their time.
+pytestmark = pytest.mark.no_cover
+
 
 def read(*pieces: bytes, max_bytes: int = 1 << 20) -> list[Any]:
     """Everything that comes of these pieces; a WireError as its text."""

@@ -21,6 +21,9 @@ from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 from tests.served import CLUSTER, served, tended
 
+# Thousands of rounds through code that other tests cover: a tracer would double their time.
+pytestmark = pytest.mark.no_cover
+
 CONTENT = random.Random(5).randbytes(CLUSTER) * 320
 
 

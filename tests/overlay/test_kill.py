@@ -24,6 +24,9 @@ from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import History, Kill, Scenario, read_all, repeatable, run_and_kill
 
+# Thousands of rounds through code that other tests cover: a tracer would double their time.
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
