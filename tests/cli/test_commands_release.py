@@ -79,7 +79,7 @@ def test_a_wait_ends_when_the_order_does(wait: Callable[..., Exception | None]) 
 def test_a_wait_ends_in_time(wait: Callable[..., Exception | None]) -> None:
     error = wait(Server(image()), "--timeout", "0s")
     assert isinstance(error, TimedOut)
-    assert "as 1 have it open; the order stays" in str(error)
+    assert "is in use, so it is not released yet; the order stays" in str(error)
 
 
 def test_an_image_that_is_not_there(wait: Callable[..., Exception | None]) -> None:

@@ -47,17 +47,17 @@ def release(
         raise UsageError("--undo serves the image, so that there is nothing to --wait for")
     if not wait and timeout is not None:
         raise UsageError("--timeout is the longest time to --wait; add that, too")
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    with connect(mountpoint) as client:
-        found, done = _found(client, image, mountpoint)
-        if not done or undo:
-            if found is not None and not undo:
+    if wait:
+        _wait(mountpoint, image, math.inf if timeout is None else time.monotonic() + timeout)
+        found, done = None, True
+    else:
+        with connect(mountpoint) as client:
+            found, done = _found(client, image, mountpoint)
+            if undo:
+                done = _order(client, image, undo=True)
+            elif found is not None:
                 check_served(found)
-            name = image if found is None else found["name"]
-            done = client.execute("x-qedfs-release", device=stem(name), undo=undo or None)["released"]
-    if wait and not done:
-        _wait(mountpoint, image, deadline)
-        done = True
+                done = _order(client, image)
     opens = 0 if found is None or done else found["opens"]
     if as_json:
         shown = stem(image) + ".raw"
@@ -74,30 +74,45 @@ def _found(client: Client, image: str, mountpoint: str) -> tuple[Image | None, b
     return named(status["images"], image, mountpoint)[0], False
 
 
+def _order(client: Client, image: str, *, undo: bool = False) -> bool:
+    """Give the order, or take it back. Returns whether the image was released by now."""
+    return bool(client.execute("x-qedfs-release", device=stem(image), undo=undo or None)["released"])
+
+
 def _wait(mountpoint: str, image: str, deadline: float) -> None:
-    """Return when the image was released. Raises QedfsError if the order has ended otherwise."""
-    lost = math.inf  # when we give up on a mount whose server does not answer
+    """Give the order, and return when the image was released. Raises QedfsError if it will not be."""
+    ordered = False
+    lost = 0.0  # when we give up on a server that has answered before
     while True:
         try:
             with connect(mountpoint, deadline=deadline) as client:
                 lost = math.inf
-                while True:
-                    found, done = _found(client, image, mountpoint)
-                    if done or found is None:
-                        return
-                    if not found["releasing"]:
-                        why = trouble(found) or "the order was taken back, or the log of the mount says why"
-                        raise QedfsError(f"{found['name']}: is not released: {why}")
+                while not _is_released(client, image, mountpoint, ordered=ordered):
+                    ordered = True
                     if time.monotonic() >= deadline:
-                        users = f"{found['opens']} have it open" if found["opens"] else "a job is at work"
-                        raise TimedOut(f"{found['name']}: is not released yet, as {users}; the order stays")
+                        raise TimedOut(f"{stem(image)}.raw: is in use, so it is not released yet; the order stays")
                     time.sleep(POLL_SECONDS)
+                return
         except NotMounted:
             # Another server may take the mount over, and it has the order.
             lost = min(lost, time.monotonic() + TAKEOVER_SECONDS)
             if mounted_type(mountpoint) is None or time.monotonic() > lost:
                 raise
             time.sleep(POLL_SECONDS)
+
+
+def _is_released(client: Client, image: str, mountpoint: str, *, ordered: bool) -> bool:
+    """Whether the image was released. If it was not `ordered`, that is done. Raises QedfsError if the order is over."""
+    found, done = _found(client, image, mountpoint)
+    if done or found is None:
+        return True
+    if not ordered:
+        check_served(found)
+        return _order(client, image)
+    if found["releasing"]:
+        return False
+    why = trouble(found) or "the order was taken back, or the log of the mount says why"
+    raise QedfsError(f"{found['name']}: is not released: {why}")
 
 
 def _result(name: str, opens: int, *, done: bool, undo: bool) -> str:
