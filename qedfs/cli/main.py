@@ -33,6 +33,7 @@ COMMANDS = {
     "profile": ("profile", "profile"),
     "release": ("release", "release"),
     "resize": ("resize", "resize"),
+    "snapshot": ("snapshot", "snapshot"),
     "source": ("source", "source"),
     "status": ("status", "status"),
     "stream": ("stream", "stream"),

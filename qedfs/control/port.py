@@ -38,6 +38,20 @@ class Restart(Protocol):
         ...
 
 
+class Snapshot(Protocol):
+    """A copy of an overlay."""
+
+    @property
+    def file(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long writes have waited for it."""
+        ...
+
+
 class ServedImage(Protocol):
     """One overlay of the mount. If it cannot be served, `image`, `job` and `jobs` are None and `error` says why.
 
@@ -180,6 +194,10 @@ class Mounted(Protocol):
 
         Returns whether that is done, without waiting for those who have it open. Raises a QedfsError if it stays.
         """
+        ...
+
+    async def snapshot(self, served: ServedImage, file: str) -> Snapshot:
+        """Copy the overlay of an image, as it is at one moment, to the absolute path `file`. Raises a QedfsError."""
         ...
 
     async def take_back(self, name: str) -> bool:

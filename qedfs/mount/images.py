@@ -23,6 +23,7 @@ from qedfs.mount.registry import Registry
 from qedfs.mount.release import DropName, Releases
 from qedfs.mount.released import Released
 from qedfs.mount.served import Served
+from qedfs.mount.snapshot import Snapshots
 from qedfs.mount.source_move import SourceMoves
 from qedfs.mount.source_pool import SourcePool
 from qedfs.mount.supervisor import Supervisor
@@ -73,6 +74,7 @@ class Images:
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)
         opener = Opener(self.folder, options, self.sources, images, idle.reason)
+        self.snapshots = Snapshots(self.folder)
         self.moves = SourceMoves(self.sources, images)
         self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
         self._supervisor = Supervisor(

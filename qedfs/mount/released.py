@@ -94,6 +94,7 @@ class Released:
 
         Not before it is closed: a server that takes over in between closes it in order, as the order is still there.
         """
+        self._ordered.discard((served.name, served.stamp[0]))
         self._tell(served, done=True)
 
     def forget(self, name: str) -> bool:

@@ -40,6 +40,7 @@ from qedfs.mount.notify import Notifier
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
 from qedfs.mount.signals import dump_on_signal, stop_on_signal
+from qedfs.mount.snapshot import Snapshot
 from qedfs.mount.takeover import HOLDER_KILLED, Restart, Takeover
 from qedfs.mount.until_streamed import until_streamed
 
@@ -173,6 +174,13 @@ class Mount:
         if found is None:
             raise QedfsError(f"{served.name}: is not there any more")
         return await self.images.releases.release(found)
+
+    async def snapshot(self, served: ServedImage, file: str) -> Snapshot:
+        """See `Mounted`."""
+        found = self.images.registry.by_name(served.name)
+        if found is None:
+            raise QedfsError(f"{served.name}: is not there any more")
+        return await self.images.snapshots.take(found, file, mountpoint=self.mountpoint)
 
     async def take_back(self, name: str) -> bool:
         """See `Mounted`."""

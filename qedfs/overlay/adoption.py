@@ -74,8 +74,13 @@ class Adoption:
 
     async def _load_to_allocate(self, pos: int, size: int) -> None:
         """Wait until the slices are loaded and the file may grow. Does not await after the last check."""
-        while not self._map.is_loaded(pos, size) or await self._committer.secure_marks():
-            await self._map.load(pos, size)
+        while True:
+            if self._pending.hold is not None:
+                await self._pending.hold.wait()
+            elif not self._map.is_loaded(pos, size):
+                await self._map.load(pos, size)
+            elif not await self._committer.secure_marks():
+                break
         self._barriers.check_writable()
 
     def _sort_out(self, pos: int, buffer: bytearray, size: int) -> tuple[list[tuple[int, int]], int]:

@@ -200,6 +200,15 @@ class Committer:
             self._marks.close()
             yield
 
+    @contextlib.asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Write all entries to the file, and no others within the block. Raises what `commit` raises."""
+        async with self._lock:
+            self._check()
+            if self._waiting:
+                await self._run(durable=False)
+            yield
+
     def commit_now(self) -> None:
         """Commit and flush, waiting for the disk. Only while nobody else uses the overlay."""
         if self._marks.unsecured:

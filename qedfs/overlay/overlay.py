@@ -57,6 +57,7 @@ from qedfs.overlay.resize import Resizing
 from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.split import partial_clusters
+from qedfs.overlay.stillness import Stillness
 from qedfs.overlay.storage import Buffer, Storage
 from qedfs.overlay.table_slices import TableSlices
 
@@ -114,6 +115,7 @@ class Overlay:
         )
         self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
         self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
+        self.still = Stillness(session, committer, barriers, pending, freed.accesses).still
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
 
     # What it is.

@@ -23,6 +23,7 @@ class PendingAllocations:
         self._cluster_size = clusters.geometry.cluster_size
         self._pending: dict[int, trio.Event] = {}
         self._merges: Counter[int] = Counter()
+        self.hold: trio.Event | None = None  # while nothing may be stored, see `stillness.py`; set at the end of that
 
     def is_pending(self, cluster: int) -> bool:
         """Whether an adoption must skip this cluster."""
@@ -67,15 +68,25 @@ class PendingAllocations:
                 if not self._merges[cluster]:
                     del self._merges[cluster]
 
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let `settle` wait until the end of the block, and adoptions as well."""
+        self.hold = end = trio.Event()
+        try:
+            yield
+        finally:
+            self.hold = None
+            end.set()
+
     async def settle(self, pos: int, size: int) -> None:
-        """Wait until none of the request's clusters is claimed and its slices are loaded.
+        """Wait until none of the request's clusters is claimed, its slices are loaded, and nothing is held.
 
         When this returns, no await has followed the check of both.
         """
         # Start again after each await: another write may have claimed clusters that were free, and a load for another
         # request may have evicted our slices.
         while True:
-            claim = self._claim_in(pos, size)
+            claim = self._claim_in(pos, size) if self.hold is None else self.hold
             if claim is not None:
                 await claim.wait()
             elif self._map.is_loaded(pos, size):

@@ -52,6 +52,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exception | None]:
     def run(server: Server, *words: str, mounted: str | None = "fuse.qedfs") -> Exception | None:
         monkeypatch.setattr(module, "connect", server.connect)
         monkeypatch.setattr(module, "mounted_type", lambda _: mounted)
+        monkeypatch.setattr(module, "is_dead", lambda _: False)
         monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
         done = CliRunner().invoke(module.release, ["mnt", "disk", "--wait", *words])
         assert done.exception is None or isinstance(done.exception, QedfsError), done.exc_info
@@ -61,7 +62,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exception | None]:
 
 
 def test_a_wait_goes_on_at_the_next_server(wait: Callable[..., Exception | None]) -> None:
-    server = Server(image(), image(), None, None, image(opens=0), {})
+    server = Server(None, image(), image(), None, None, image(opens=0), {})
     assert wait(server) is None
 
 

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -72,6 +72,13 @@ class AskedOnce(RetryingSource):
         except QedfsError as exc:
             self._error = exc
             raise
+
+
+class Copied(NamedTuple):
+    """What a snapshot returns."""
+
+    file: str
+    pause_seconds: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -159,6 +166,9 @@ class FakeMount:
         self.leaving[served.name] = served.path
         self.served = [other for other in self.served if other is not served]
         return True
+
+    async def snapshot(self, served: ServedImage, file: str) -> Copied:
+        return Copied(file, 0.25)
 
     async def take_back(self, name: str) -> bool:
         return self.leaving.pop(name, None) is not None

@@ -184,6 +184,11 @@ async def test_the_next_server_carries_out_an_order_and_leaves_released_files_al
     assert [key for key in link.values if key.startswith("release/")]
     async with serving(tmp_path, link) as images:
         await until(images.released.overlays)
+        # What was released under an order of the first server is served again like any other.
+        os.utime(tmp_path / "disk.qed", (1, 1))
+        assert await images.releases.undo("disk.raw")
+        assert not the_image(images).releasing
+        assert await images.releases.release(the_image(images))
     async with serving(tmp_path, link) as images:
         assert images.registry.everything() == []
         assert list(images.released.overlays()) == ["disk.raw"]

@@ -17,6 +17,7 @@ from qedfs.cli.served_images import Image, check_served, connect, named, stem, t
 from qedfs.cli.ui.output import print_json
 from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted, QedfsError, TimedOut, UsageError
+from qedfs.mount.mountpoint import is_dead
 
 POLL_SECONDS = 0.2
 TAKEOVER_SECONDS = 15.0  # for the next server of the mount to answer, if this one is replaced while we wait
@@ -82,7 +83,7 @@ def _order(client: Client, image: str, *, undo: bool = False) -> bool:
 def _wait(mountpoint: str, image: str, deadline: float) -> None:
     """Give the order, and return when the image was released. Raises QedfsError if it will not be."""
     ordered = False
-    lost = 0.0  # when we give up on a server that has answered before
+    lost = math.inf  # when we give up on a mount whose server does not answer
     while True:
         try:
             with connect(mountpoint, deadline=deadline) as client:
@@ -96,7 +97,7 @@ def _wait(mountpoint: str, image: str, deadline: float) -> None:
         except NotMounted:
             # Another server may take the mount over, and it has the order.
             lost = min(lost, time.monotonic() + TAKEOVER_SECONDS)
-            if mounted_type(mountpoint) is None or time.monotonic() > lost:
+            if mounted_type(mountpoint) is None or is_dead(mountpoint) or time.monotonic() > lost:
                 raise
             time.sleep(POLL_SECONDS)
 

@@ -22,6 +22,8 @@
 - `x-qedfs-release {device, undo?}`: let a complete image leave the mount once nobody has it open, so that others can
   open its overlay; returns `{released}`: whether that is done. If not, the event `X_QEDFS_RELEASED` comes when it is.
   `undo`: serve it on, or again.
+- `x-qedfs-snapshot {device, file}`: copy the overlay, as it is at one moment, to the absolute path `file`; returns
+  `{file, pause_seconds}`: how long writes have waited.
 - `x-qedfs-rescan`: scan the folder for new and removed overlays.
 - `x-qedfs-upgrade`: let another server of the installed version take the mount over; returns when that is ready. The
   connection ends a moment later.
@@ -227,6 +229,13 @@ async def _release(call: Call, arguments: Arguments) -> dict[str, bool]:
     call.control.jobs.sync()
     call.control.releases.sync(mount.released())
     return {"released": done}
+
+
+@our_commands("x-qedfs-snapshot", Arg("device"), Arg("file"))
+async def _snapshot(call: Call, arguments: Arguments) -> dict[str, Any]:
+    served, _, _ = find_served(call, arguments["device"])
+    done = await call.control.mount.snapshot(served, arguments["file"])
+    return {"file": done.file, "pause_seconds": round(done.pause_seconds, 4)}
 
 
 @our_commands("x-qedfs-rescan")

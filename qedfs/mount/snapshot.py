@@ -1,0 +1,182 @@
+"""Snapshots: copies of the overlay of an image that is in use, as it is at one moment, which share its blocks.
+
+Owns the order of the steps, and what becomes of a copy that fails. `overlay/stillness.py` stops the writes. Must not
+know commands.
+
+1. A file without a name is made in the folder of the copy, so that a kill leaves nothing behind.
+2. In a still moment it gets the blocks of the overlay (FICLONE). The file system does this at once, whatever has been
+   written; without that the guest would stand still for as long as a copy takes, so it is refused.
+3. Guests write on. The session is ended in the copy, which is made durable.
+4. The copy gets its name, unless there is such a file, and the name is made durable. After the content: a power cut
+   must not leave a name with a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+import trio
+
+from qedfs.errors import InStandby, NoSpace, QedfsError, UsageError, file_error
+from qedfs.host.durable import sync_folder
+from qedfs.image.image import Image
+from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.served import Served
+from qedfs.overlay.create import already_exists
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.session_copy import end_session
+from qedfs.overlay.storage import FileStorage
+from qedfs.source.url import parse_location
+
+_FICLONE = 0x40049409  # ioctl_ficlone(2)
+_CANNOT_SHARE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy that was made. `pause_seconds`: how long writes have waited for it."""
+
+    file: str
+    pause_seconds: float
+
+
+class Snapshots:
+    """The snapshots of one mount."""
+
+    def __init__(self, folder: OverlayFolder) -> None:
+        self._folder = folder
+
+    async def take(self, served: Served, file: str, *, mountpoint: str) -> Snapshot:
+        """Copy the overlay of an image to `file`, an absolute path outside `mountpoint`, durably.
+
+        Raises:
+            UsageError: there is a file already, or the folder is not there.
+            InStandby: the overlay holds nothing that could be copied.
+            NoSpace: the file system has no room for the copy.
+            QedfsError: the file system cannot share blocks between the two, or the overlay cannot be flushed.
+        """
+        _check_place(file, mountpoint)
+        async with served.cut_over:  # so that the image keeps its overlay
+            image = _image(served)
+            overlay = image.overlay
+            _check_backing(overlay, served.path, file)
+            with _errors(file):
+                return await self._take(served, overlay, file)
+
+    async def _take(self, served: Served, overlay: Overlay, file: str) -> Snapshot:
+        run = trio.to_thread.run_sync  # a call that has begun is never abandoned
+        source = await run(lambda: self._open_source(served))
+        target = -1
+        try:
+            target = await run(lambda: _unnamed(file, stat.S_IMODE(overlay.file_status().st_mode)))
+            async with overlay.still():
+                began = time.monotonic()
+                await run(lambda: _share(source, target, file))
+                modified_ns, changed_ns = overlay.times.modified_ns, overlay.times.changed_ns
+                pause = time.monotonic() - began
+            copy = FileStorage(os.dup(target), file, writable=True)
+            try:
+                await run(lambda: end_session(copy, modified_ns=modified_ns, changed_ns=changed_ns))
+            finally:
+                copy.close()
+            await run(lambda: _name(target, file))
+        finally:
+            for fd in (source, target):
+                if fd >= 0:
+                    os.close(fd)
+        return Snapshot(file, pause)
+
+    def _open_source(self, served: Served) -> int:
+        """The overlay's file through a descriptor of our own, as the other one belongs to its storage."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(os.path.basename(served.path), flags, dir_fd=self._folder.fd)
+        if not served.is_on(os.fstat(fd)):
+            os.close(fd)
+            raise QedfsError(f"{served.path}: is another file now")
+        return fd
+
+
+def _image(served: Served) -> Image:
+    image = served.image
+    if image is None or served.removed:
+        raise QedfsError(f"{served.name}: is not served")
+    if image.in_standby:
+        raise InStandby(f"{served.name}: is in standby, so that its overlay holds nothing to copy")
+    if not image.writable:
+        # Without a session nothing changes the file, and whoever may read it can copy it.
+        raise QedfsError(f"{served.name}: is not written to by this mount; cp --reflink {served.path} copies it")
+    return image
+
+
+def _check_place(file: str, mountpoint: str) -> None:
+    if not os.path.isabs(file):
+        raise UsageError(f"{file}: is not an absolute path")
+    if os.path.join(os.path.normpath(file), "").startswith(os.path.join(mountpoint, "")):
+        raise UsageError(f"{file}: is inside the mount; a snapshot is an overlay, and belongs beside the others")
+
+
+def _check_backing(overlay: Overlay, path: str, file: str) -> None:
+    """Raise UsageError if the copy would look for its backing elsewhere."""
+    here, there = (os.path.realpath(os.path.dirname(place)) for place in (path, file))
+    if overlay.backing is None or here == there:
+        return
+    if parse_location(overlay.backing, relative_to=here) != parse_location(overlay.backing, relative_to=there):
+        raise UsageError(f"{file}: the backing {overlay.backing} is relative to the folder of the overlay, {here}")
+
+
+@contextlib.contextmanager
+def _errors(file: str) -> Iterator[None]:
+    """Translate the errors of the copy."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{file}: the file system is full") from exc
+        raise file_error(f"{file}: cannot be written: {exc.strerror}", exc) from exc
+
+
+def _unnamed(file: str, mode: int) -> int:
+    """A file without a name in the folder of `file`. Raises UsageError if there is such a file."""
+    if os.path.lexists(file):
+        raise already_exists(file)
+    try:
+        fd = os.open(os.path.dirname(file), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        # EISDIR: a kernel or a file system that does not know O_TMPFILE. Those that share blocks know it.
+        raise (_cannot_share(file) if exc.errno in (errno.EOPNOTSUPP, errno.EISDIR) else exc) from exc
+    os.fchmod(fd, mode)
+    return fd
+
+
+def _share(source: int, target: int, file: str) -> None:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as exc:
+        if exc.errno in _CANNOT_SHARE:
+            raise _cannot_share(file) from exc
+        raise
+
+
+def _cannot_share(file: str) -> QedfsError:
+    return QedfsError(
+        f"{file}: cannot share blocks with the overlay: that takes one file system for both, XFS with reflink or Btrfs;"
+        " qedfs export copies an overlay that is not mounted"
+    )
+
+
+def _name(fd: int, file: str) -> None:
+    """Step 4."""
+    os.fsync(fd)  # the mode as well, which a barrier leaves out
+    try:
+        # With a descriptor of a folder, which an absolute path does not need, link() follows the symbolic link.
+        os.link(f"/proc/self/fd/{fd}", file, src_dir_fd=fd, follow_symlinks=True)
+    except FileExistsError as exc:
+        raise already_exists(file) from exc
+    sync_folder(os.path.dirname(file))
