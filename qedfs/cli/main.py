@@ -31,6 +31,7 @@ COMMANDS = {
     "mount": ("mount", "mount"),
     "populate": ("populate", "populate"),
     "profile": ("profile", "profile"),
+    "rebase": ("rebase", "rebase"),
     "release": ("release", "release"),
     "resize": ("resize", "resize"),
     "snapshot": ("snapshot", "snapshot"),

@@ -38,11 +38,18 @@ async def keeps_nothing(image: Image) -> bool:
     return image.overlay.missing == image.overlay.geometry.clusters
 
 
+def _known_size(image: Image) -> int | None:
+    """The size in bytes of the backing, which may not be connected; None if nothing is pinned."""
+    if image.version is not None:
+        return image.version.size
+    pin = image.overlay.record.pin
+    return pin.size if pin is not None and pin.backing == digest(image.overlay.backing or "") else None
+
+
 async def compared(image: Image, place: str, remote: RetryingSource, *, force: bool) -> Pin:
     """The pin of the new source, which is the same disk. Raises SourceChanged or SourceError if nobody knows."""
     shown = await remote.connect()
-    known = image.version
-    size = None if known is None else known.size
+    size = _known_size(image)
     if size is not None and shown.size != size:
         raise SourceChanged(f"{remote.location} has {shown.size} bytes, the backing of {image.name} has {size}")
     told = None if image.source is None else image.source.identity

@@ -26,6 +26,7 @@ from qedfs.mount.rescue_source import check_elsewhere
 from qedfs.mount.served import Served
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.create import encode_backing_name
+from qedfs.overlay.overlay import Overlay
 from qedfs.source.url import Location, parse_location
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class SourceMoves:
             image = _image(served)
             encode_backing_name(place)
             location = parse_location(place, relative_to=self._sources.root)
-            _check_secrets(image, location)
+            check_secrets(image.overlay, location)
             if location.kind == "file":
                 await check_elsewhere(location, device)
             fetch = await self._sources.fetch_at(location, image.overlay, overlays=len(self._images))
@@ -91,9 +92,9 @@ def _image(served: Served) -> Image:
     return image
 
 
-def _check_secrets(image: Image, location: Location) -> None:
+def check_secrets(overlay: Overlay, location: Location) -> None:
     """Raise UsageError if others could read a secret of the URL in the overlay."""
-    mode = stat.S_IMODE(image.overlay.file_status().st_mode)
+    mode = stat.S_IMODE(overlay.file_status().st_mode)
     if (location.stores_login or location.stores_query) and mode & 0o077:
         raise UsageError(
             "the URL may hold a secret, and others may read the overlay; chmod 600 it first, or use ~/.netrc or"
