@@ -75,7 +75,7 @@ async def record_active(overlay: Overlay, pin: Pin | None) -> None:
 
 async def record_waiting(overlay: Overlay) -> None:
     """Note, durably, that the overlay is in standby again after `record_active`. Nothing was kept or written since."""
-    await overlay.change_record(lambda record: dataclasses.replace(record, standby=Standby.WAITING))
+    await overlay.change_record(_in_standby)
 
 
 async def record_emptying(name: str, overlay: Overlay) -> None:

@@ -239,6 +239,9 @@ async def test_the_disk_does_not_take_the_record(autojump_clock: trio.testing.Mo
             scene.disk.gate = None
             hung.set()
         assert await stored(scene.disk) is Standby.WAITING
+        pin = scene.image.overlay.record.pin
+        assert pin is not None
+        assert (pin.size, pin.etag) == (SIZE, None)  # as the source goes on changing
         await scene.succeeds()
 
 

@@ -27,8 +27,9 @@ def activate(mountpoint: str, image: str | None, dry_run: bool, undo: bool) -> N
     the kernel. When the command returns, reads show the source as it is now, writes are taken, what is fetched is kept,
     and the stream runs. An active image stays as it is.
 
-    Takes less than two seconds, whatever the source does. If it fails, the image is still in standby: exit code 4 if
-    the source is not there or does not deliver, 5 if it has another size.
+    Takes less than two seconds, whatever the source and the overlay's disk do. If it fails, the image is still in
+    standby: exit code 4 if the source is not there or does not deliver, 5 if it has another size, 1 if the activation
+    cannot be recorded.
 
     With --undo, which fails if a guest has written to the image since, or if the image is complete. If nobody knows
     whether an activation has succeeded, --undo leads to standby in any case.
