@@ -87,7 +87,25 @@ def test_no_person_stands_in_it() -> None:
     assert not (DEBIAN / "changelog").exists()
 
 
-def test_the_script_that_runs_before_it_is_removed_has_no_error_of_syntax() -> None:
-    words: list[str | Path] = [require("sh"), "-n", DEBIAN / "qedfs.prerm"]
+@pytest.mark.parametrize("script", ["qedfs.postinst", "qedfs.prerm"])
+def test_its_scripts_have_no_error_of_syntax(script: str) -> None:
+    words: list[str | Path] = [require("sh"), "-n", DEBIAN / script]
     done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("unit", "left_alone"),
+    [("qedfs@vm1.service", True), ("qedfs-wait@vm1.service", True), ("qedfs.service", False), ("x-qedfs@vm1", False)],
+)
+def test_needrestart_leaves_its_units_alone(unit: str, left_alone: bool) -> None:
+    """Which evaluates the files of conf.d as Perl, and takes the first pattern that matches."""
+    program = """
+        our %nrconf = (override_rc => {});
+        do shift // die;
+        my $unit = shift;
+        print grep { $unit =~ $_ && !$nrconf{override_rc}{$_} } keys %{$nrconf{override_rc}};
+    """
+    words: list[str | Path] = [require("perl"), "-e", program, CONTRIB / "needrestart" / "qedfs.conf", unit]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
+    assert (done.stdout != "", done.stderr) == (left_alone, "")
