@@ -16,10 +16,14 @@ Owns the messages. Each is one packet of text; its first word says what it is:
 
 | from the holder | |
 |---|---|
+| `state FORMAT` | the first message: the format of the values that are kept; without one, if there are none yet |
 | `mount` | there is no mount yet: make it |
 | `take JSON` and two descriptors | /dev/fuse and the values: take the mount over |
 | `hand` | the next server is ready: hand the mount over |
 | `failed TEXT` | the next server could not start |
+
+A holder serves on under later versions of the servers, so messages are only ever added. The values may change: a server
+that cannot read them says so before it is `ready`, so that the one before it serves on.
 
 A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. Must not
 know what the values mean.
@@ -44,7 +48,8 @@ import trio
 from qedfs.errors import QedfsError
 
 MESSAGE_BYTES = 1 << 16
-FORMAT = "1"  # of the values; a server refuses those of another one
+FORMAT = "1"  # of the values that this version tells
+READABLE = frozenset({FORMAT})  # by this version
 WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
 ORPHAN_SECONDS = 60.0  # for an event loop to turn after the end of the holder
 _PR_SET_PDEATHSIG = 1
@@ -92,6 +97,10 @@ class HolderLink:
         _wake_after_holder()
         # We are in the background of the terminal. With `stty tostop` the first line of the log would stop us.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        said = self._socket.recv(MESSAGE_BYTES).decode()
+        _, _, kept = said.partition(" ")
+        if kept and kept not in READABLE:
+            raise QedfsError(f"another version of qedfs has left a state of format {kept}, which this one cannot read")
         self._send("ready")
         content, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 2)
         verb, _, rest = content.decode().partition(" ")
@@ -104,8 +113,7 @@ class HolderLink:
         with open(descriptors[1], "rb") as file:
             file.seek(0)
             self._values = json.loads(file.read())
-        if self._values.get("format") != FORMAT:
-            raise QedfsError("the mount was served by a version whose state this one cannot read")
+        self.set("format", FORMAT)
         told = json.loads(rest)
         taken = Taken(
             descriptors[0],

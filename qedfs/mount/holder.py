@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         """What a holder needs of the machine. See `holder_machine.Machine`."""
 
         def now(self) -> float: ...
-        def start(self) -> Server: ...
+        def start(self, state: str) -> Server: ...
         def wait(self, seconds: float, listener: Listener) -> None: ...
         def send(self, server: Server, text: str) -> None: ...
         def pass_on(
@@ -156,11 +156,15 @@ class Holder:
         }
         self._machine.pass_on(heir, self._kept, told, self._values)
 
+    def _started(self) -> Server:
+        """Another server, which may be of another version than the last one. Raises OSError."""
+        return self._machine.start(self._values.get("format", ""))
+
     def _upgrade(self) -> None:
         if self._heir is not None or self._server is None or self._stop:
             return
         try:
-            self._heir = self._machine.start()
+            self._heir = self._started()
         except OSError as exc:
             self._machine.send(self._server, f"failed {exc.strerror}")
 
@@ -209,7 +213,7 @@ class Holder:
         self._restarts[kind] = self._restarts.get(kind, 0) + 1
         if self._heir is None:
             try:
-                self._heir = self._machine.start()
+                self._heir = self._started()
             except OSError as exc:
                 self._give_up(f"its server was ended by {reason}, and no other one can be started: {exc.strerror}")
                 return

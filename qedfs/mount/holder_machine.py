@@ -90,10 +90,12 @@ class Machine:
         connection = socket.socket(fileno=fd)
         connection.set_inheritable(False)
         connection.setblocking(False)
-        return self._known(pid, connection)
+        server = self._known(pid, connection)
+        self.send(server, "state")  # there are no values yet
+        return server
 
-    def start(self) -> Server:
-        """Start another server. Raises OSError."""
+    def start(self, state: str) -> Server:
+        """Start another server. `state`: the format of the values that it would get. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             os.set_inheritable(theirs.fileno(), True)
@@ -109,7 +111,9 @@ class Machine:
             _write(_OOM_SCORE, _UNKILLABLE)
             theirs.close()
         ours.setblocking(False)
-        return self._known(pid, ours)
+        server = self._known(pid, ours)
+        self.send(server, f"state {state}")
+        return server
 
     def _known(self, pid: int, connection: socket.socket) -> Server:
         server = self._servers[pid] = Server(pid, connection, self.now())

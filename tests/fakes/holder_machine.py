@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class FakeMachine:
-    """`done`: what the holder has done, in words. `clock`: the time in seconds. `starts`: how many it can start."""
+    """`done`: what the holder has done, in words. `clock`: the time in seconds. `starts`: how many it can start.
+
+    `state`: the format that the last server was told of.
+    """
 
     def __init__(self) -> None:
         self.clock = 1000.0
@@ -24,6 +27,7 @@ class FakeMachine:
         self.passed: list[tuple[Mapping[str, object], Mapping[str, str]]] = []
         self.starts = 100
         self.lingering = ""
+        self.state = ""
         self.events: deque[Callable[[Listener], None]] = deque()
 
     def adopt(self) -> Server:
@@ -38,7 +42,8 @@ class FakeMachine:
     def now(self) -> float:
         return self.clock
 
-    def start(self) -> Server:
+    def start(self, state: str) -> Server:
+        self.state = state
         if len(self.servers) >= self.starts:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         server = self.adopt()

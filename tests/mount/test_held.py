@@ -11,15 +11,18 @@ from collections.abc import Iterator
 import pytest
 
 from qedfs.errors import QedfsError
+from qedfs.mount import held
 from qedfs.mount.held import HolderLink
 
 
 @contextlib.contextmanager
-def linked() -> Iterator[tuple[HolderLink, socket.socket]]:
-    """A link, and the holder's end of its socket."""
+def linked(kept: str | None = None) -> Iterator[tuple[HolderLink, socket.socket]]:
+    """A link, and the holder's end of its socket. `kept`: the format of what that keeps, for a server that asks."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(60)
     with ours:
+        if kept is not None:
+            ours.send(f"state {kept}".strip().encode())
         link = HolderLink(theirs.detach())
         yield link, ours
         link.close()
@@ -38,7 +41,7 @@ def heard(holder: socket.socket, count: int) -> list[str]:
 
 
 def test_the_first_server_makes_the_mount_and_tells_what_the_next_one_needs() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         holder.send(b"mount")
         assert link.turn() is None
         for value in ("1", "1", "2"):
@@ -49,7 +52,7 @@ def test_the_first_server_makes_the_mount_and_tells_what_the_next_one_needs() ->
 
 
 def test_the_next_server_gets_the_mount_with_all_values() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         taken(holder, {"format": "1", "a": "b"}, {"reason": "SIGKILL", "restarts": 3, "since": 7.5})
         found = link.turn()
         assert found is not None
@@ -62,7 +65,7 @@ def test_the_next_server_gets_the_mount_with_all_values() -> None:
 
 
 def test_a_handed_mount_has_paused_when_its_server_began_to_hand_it_over() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         taken(holder, {"format": "1", "paused": "5.0"}, {"reason": "an upgrade", "restarts": 1, "since": 7.5})
         found = link.turn()
         assert found is not None
@@ -71,12 +74,23 @@ def test_a_handed_mount_has_paused_when_its_server_began_to_hand_it_over() -> No
         os.close(found.fd)
 
 
-@pytest.mark.parametrize("values", [{"format": "2"}, {}])
-def test_the_values_of_another_format_are_refused(values: dict[str, str]) -> None:
-    with linked() as (link, holder):
-        taken(holder, values, {"reason": "SIGKILL", "restarts": 1, "since": 7.5})
-        with pytest.raises(QedfsError, match="whose state this one cannot read"):
+def test_a_server_that_cannot_read_the_values_says_so_before_it_is_ready() -> None:
+    with linked("7") as (link, holder):
+        with pytest.raises(QedfsError, match="another version of qedfs has left a state of format 7"):
             link.turn()
+        holder.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            holder.recv(1000)
+
+
+def test_a_server_that_reads_an_older_format_tells_the_next_one_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "READABLE", {"0", held.FORMAT})
+    with linked("0") as (link, holder):
+        taken(holder, {"format": "0", "a": "b"}, {"reason": "SIGKILL", "restarts": 1, "since": 7.5})
+        found = link.turn()
+        assert found is not None
+        assert heard(holder, 2) == ["ready", "set format 1"]
+        os.close(found.fd)
 
 
 def test_without_a_holder_nothing_is_sent() -> None:
@@ -89,7 +103,7 @@ def test_without_a_holder_nothing_is_sent() -> None:
 
 
 def test_a_holder_that_does_not_read_delays_nobody_and_misses_nothing() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         holder.send(b"mount")
         link.turn()
         for number in range(5000):  # more than fits into the socket
@@ -106,7 +120,7 @@ def test_a_holder_that_does_not_read_delays_nobody_and_misses_nothing() -> None:
 
 
 def test_the_mount_reaches_a_holder_that_was_behind() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         holder.send(b"mount")
         link.turn()
         for number in range(5000):
@@ -123,7 +137,7 @@ def test_the_mount_reaches_a_holder_that_was_behind() -> None:
 
 
 async def test_the_end_of_the_holder_is_heard() -> None:
-    with linked() as (link, holder):
+    with linked("") as (link, holder):
         holder.send(b"mount")
         link.turn()
         holder.send(b"hand")

@@ -15,6 +15,7 @@ from qedfs.mount.holder_machine import Machine, Server, watchdog_seconds
 
 # A program that gets the socket as `--holder-fd=N` and runs one line.
 LINE = "import os, socket, sys, time; s = socket.socket(fileno=int(sys.argv[2].split('=')[1])); "
+LINE += "state = s.recv(1000); "
 
 
 def machine_of(line: str, **options: str) -> Machine:
@@ -51,13 +52,19 @@ class Told:
 
 def test_the_last_words_of_a_server_come_before_its_end() -> None:
     machine = machine_of("s.send(b'set a b c'); s.send(b'failed it has no more to say'); sys.exit(3)")
-    machine.start()
+    machine.start("7")
     assert Told(machine).until("ended") == ["set:a b c", "failed:it has no more to say", "ended 3"]
+
+
+def test_a_server_hears_the_format_of_the_values_before_all_else() -> None:
+    machine = machine_of("s.send(b'heard ' + state)")
+    machine.start("7")
+    assert Told(machine).until("ended")[0] == "heard:state 7"
 
 
 def test_a_descriptor_arrives_and_is_not_inherited() -> None:
     machine = machine_of("socket.send_fds(s, [b'keep'], [os.memfd_create('mount')])")
-    machine.start()
+    machine.start("7")
     assert Told(machine).until("ended")[0] == "keep: /memfd:mount (deleted) False"
 
 
@@ -66,7 +73,7 @@ def test_a_server_gets_the_mount_with_what_was_said() -> None:
         "b, f, *_ = socket.recv_fds(s, 1000, 2); os.lseek(f[1], 0, 0);"
         "s.send(b'got ' + b + b' ' + os.read(f[1], 1000) + b' ' + os.readlink(f'/proc/self/fd/{f[0]}').encode())"
     )
-    server = machine.start()
+    server = machine.start("7")
     fd = os.memfd_create("mount")
     machine.pass_on(server, fd, {"reason": "SIGKILL"}, {"name": "\udcff"})
     os.close(fd)
@@ -79,7 +86,7 @@ def test_a_server_gets_the_mount_with_what_was_said() -> None:
 
 def test_a_killed_server_has_ended_by_the_signal_and_hears_nothing_more() -> None:
     machine = machine_of("time.sleep(1000)")
-    server = machine.start()
+    server = machine.start("7")
     machine.kill(server, signal.SIGKILL)
     told = Told(machine)
     assert told.until("ended") == ["ended -9"]
@@ -89,7 +96,7 @@ def test_a_killed_server_has_ended_by_the_signal_and_hears_nothing_more() -> Non
 
 def test_servers_have_a_process_group_and_the_usual_signals() -> None:
     machine = machine_of("s.send(f'group {os.getpgid(0) == os.getpid()}'.encode())")
-    machine.start()
+    machine.start("7")
     assert Told(machine).until("ended")[0] == "group:True"
 
 
@@ -97,7 +104,7 @@ def test_what_cannot_be_started_leaves_no_descriptor() -> None:
     machine = Machine({}, ["/none", "mount"])
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
-        machine.start()
+        machine.start("7")
     assert len(os.listdir("/proc/self/fd")) == before
 
 

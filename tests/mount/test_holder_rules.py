@@ -344,3 +344,10 @@ def test_a_descriptor_that_nobody_wants_is_closed(held: Held) -> None:
     held.holder.heard(server, "set", "b c", fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_the_next_server_is_told_of_the_format_that_the_last_one_has_set(held: Held) -> None:
+    server = held.mount()
+    held.says(server, "set format 2")
+    held.dies(server)
+    assert held.machine.state == "2"
