@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from qedfs.format.record import Pin, digest
 from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay
 
+from ..harness.hang import HANG_SECONDS
 from ..harness.images import qemu_check, qemu_create, qemu_info, qemu_io, qemu_same, sparse_image
 from ..harness.mounts import mounted, qedfs
 from ..harness.process import free_port
@@ -385,6 +387,54 @@ def test_export_that_fails_leaves_nothing_behind(web: Nginx, folder: Path) -> No
     done = qedfs("export", path, folder / "disk.raw", "--with-backing", "--source-timeout", "300ms", check=False)
     assert done.returncode == 4
     assert [entry.name for entry in folder.iterdir()] == ["disk.qed"]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_export_into_a_pipe_writes_every_byte_in_order(folder: Path, complete: bool) -> None:
+    sparse_image(folder / "base.raw", (4 << 20) + 512, {3 << 20: b"x" * 4096, 4 << 20: b"y" * 512})
+    path = qemu_create(folder / "disk.qed", None if complete else folder / "base.raw", size=(4 << 20) + 512)
+    qemu_io(path, "write -P 7 1M 192k", "write -z 2M 64k")
+    options = [] if complete else ["--with-backing", "--allow-backing", str(folder)]
+    qedfs("export", path, folder / "disk.raw", *options)
+    expected = (folder / "disk.raw").read_bytes()
+    digest = hashlib.sha256(expected).hexdigest()
+    done = _piped("export", path, "-", *options, "--verify", digest)
+    assert (done.returncode, done.stdout == expected, done.stderr) == (0, True, b"")
+    done = _piped("export", path, "-", *options, "--verify", f"sha256:{'0' * 64}")
+    assert (done.returncode, done.stdout == expected) == (1, True)
+    assert done.stderr.decode() == f"qedfs: {path}: its sha256 is {digest}, not {'0' * 64}\n"
+
+
+def _piped(*words: str | Path) -> subprocess.CompletedProcess[bytes]:
+    argv = [sys.executable, "-m", "qedfs", *words]
+    return subprocess.run(argv, capture_output=True, check=False, timeout=HANG_SECONDS)
+
+
+def test_export_into_a_pipe_that_nobody_reads_and_a_full_disk(folder: Path) -> None:
+    path = qemu_create(folder / "disk.qed", size=4 << 20)
+    command = f"{sys.executable} -m qedfs export {path} -"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}; {command} > /dev/full; echo $?"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
+    )
+    assert done.stdout == "1\n6\n"
+    assert done.stderr == "qedfs: standard output: the file system is full, or allows no larger file\n"
+    assert qedfs("export", path, "-", "--json", check=False).returncode == 2
+
+
+def test_export_gives_a_name_only_to_what_has_the_digest(folder: Path) -> None:
+    path = qemu_create(folder / "disk.qed", size=4 << 20)
+    qemu_io(path, "write -P 7 1M 192k")
+    done = qedfs("export", path, folder / "disk.raw", "--verify", "0" * 64, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert os.listdir(folder) == ["disk.qed"]
+    image = bytes(1 << 20) + b"\7" * (192 << 10) + bytes((3 << 20) - (192 << 10))
+    qedfs("export", path, folder / "disk.raw", "--verify", f"md5:{hashlib.md5(image).hexdigest()}")
+    assert (folder / "disk.raw").read_bytes() == image
+    assert (folder / "disk.raw").stat().st_blocks * 512 <= 220 << 10
 
 
 # the command itself

@@ -1,4 +1,4 @@
-"""`qedfs export`: an overlay -> a raw file."""
+"""`qedfs export`: an overlay -> a raw file, or a pipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import os
-from collections.abc import Iterator
-from typing import BinaryIO
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 import trio
@@ -15,7 +16,10 @@ import trio
 from qedfs.cli.commands.map import whole_map
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
+from qedfs.cli.digest_option import READ_BYTES, ExpectedDigest
+from qedfs.cli.exit_status import cause_of
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.image_pipe import write_all, write_in_order
 from qedfs.cli.new_file import new_file
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.overlay_files import image_explained
@@ -32,6 +36,9 @@ from qedfs.source.credentials import Credentials
 from qedfs.source.pinning import By, Pinning
 from qedfs.units import format_size
 
+if TYPE_CHECKING:
+    from qedfs.image.image import Image
+
 COPY_BYTES = 8 << 20
 FETCH_BYTES = 1 << 20
 FETCHES = 8  # concurrent reads of the backing
@@ -47,6 +54,7 @@ ZEROS = bytes(HOLE_BYTES)
 @click.option("--source-timeout", type=DURATION, default="30s", show_default=True, help="As for mount.")
 @pin_options
 @credentials_option
+@click.option("--verify", metavar="DIGEST", help="Fail unless the image has this digest, such as sha256:9f86d0...")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors: no progress bar, no result.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
@@ -59,23 +67,41 @@ def export(
     pin: str,
     identity: str | None,
     credentials: str | None,
+    verify: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write the image of OVERLAY, which must not be mounted, to the raw file FILE.
+    """Write the image of OVERLAY, which must not be mounted, to the raw file FILE, or to a pipe if FILE is -.
 
     Zeros become holes. If the file system can share blocks (XFS, btrfs), the data takes no additional space. FILE
-    appears only when it is complete.
+    appears only when it is complete, and with --verify only if it has that digest. Into a pipe zeros are written, and a
+    wrong digest is known at the end: then the exit code is 1.
+
+    Of an image that is mounted, take a qedfs snapshot and export that.
     """
+    expected = None if verify is None else ExpectedDigest(verify)
+    asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity), with_backing)
+    if file == "-":
+        if as_json:
+            raise UsageError("standard output gets the image, so that there is no place for --json")
+        if os.isatty(sys.stdout.fileno()):
+            raise UsageError("standard output is a terminal; name a FILE, or pipe it to another command")
+        progress = CopyProgress(os.path.basename(overlay))
+        try:
+            trio.run(_with_bar, _Export(overlay, asking, progress, expected), None, quiet)
+        except ExceptionGroup as exc:
+            if isinstance(cause_of(exc), BrokenPipeError):
+                raise BrokenPipeError from exc  # the reader has had enough
+            raise
+        return
     if os.path.exists(file) and not os.path.isfile(file):
-        raise UsageError(f"{file}: is not a regular file; to write elsewhere, mount OVERLAY and copy its image")
+        raise UsageError(f"{file}: is not a regular file; to write elsewhere, use - and a pipe")
     if os.path.lexists(file) and not force:
         raise UsageError(f"{file}: exists already; --force replaces it")
     progress = CopyProgress(os.path.basename(file))
-    asking = _Asking(allow_backing, read(credentials), source_timeout, Pinning(By(pin), identity))
     with new_file(file) as target:
-        written = trio.run(_export_with_bar, overlay, target, with_backing, asking, progress, quiet)
+        written = trio.run(_with_bar, _Export(overlay, asking, progress, expected), target, quiet)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "file": os.path.abspath(file), **written})
     elif not quiet:
@@ -90,42 +116,95 @@ class _Asking:
     credentials: Credentials
     timeout_seconds: float
     pinning: Pinning
+    with_backing: bool
 
 
-async def _export_with_bar(
-    path: str, target: BinaryIO, with_backing: bool, asking: _Asking, progress: CopyProgress, quiet: bool
-) -> dict[str, int]:
-    async with drawn(progress, quiet=quiet):
-        return await _export(path, target, with_backing, asking, progress)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Export:
+    """What is written, and how."""
+
+    path: str
+    asking: _Asking
+    progress: CopyProgress
+    expected: ExpectedDigest | None
 
 
-async def _export(
-    path: str, target: BinaryIO, with_backing: bool, asking: _Asking, progress: CopyProgress
-) -> dict[str, int]:
-    with image_explained(path):
-        overlay = await open_overlay(path, writable=False)
-    try:
-        if with_backing and overlay.record.standby.waits:
-            raise InStandby(f"{path}: is in standby: its backing may still change while it is read; activate it first")
-        runs = [run async for run in whole_map(overlay)]
-        missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
-        if missing and not with_backing:
-            size = format_size(sum(run.size for run in missing))
-            raise QedfsError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
-        target.truncate(overlay.image_size)
-        data = [run for run in runs if run.offset > ZERO]
-        progress.total = sum(run.size for run in [*data, *missing])
-        with _opened_again(path, overlay) as source:
-            for run in data:
-                await trio.to_thread.run_sync(_copy, source, run, target, progress)
-        fetched = 0
-        if missing:
-            fetched = await _fetch(overlay, path, missing, target, asking, progress)
-        # After all reads: if somebody has truncated the overlay meanwhile, we have read zeros past its end.
-        await overlay.inspect()
-        return {"size": overlay.image_size, "data_size": sum(run.size for run in data) + fetched}
-    finally:
-        overlay.close_now()
+async def _with_bar(export: _Export, target: BinaryIO | None, quiet: bool) -> dict[str, int]:
+    """Write to `target`, or to standard output."""
+    async with drawn(export.progress, quiet=quiet):
+        with image_explained(export.path):
+            overlay = await open_overlay(export.path, writable=False)
+        try:
+            data, missing = await _runs(overlay, export)
+            if target is None:
+                await _pipe(overlay, export, fetched=bool(missing))
+                written = 0
+            else:
+                written = await _export(overlay, export, data, missing, target)
+            # After all reads: if somebody has truncated the overlay meanwhile, we have read zeros past its end.
+            await overlay.inspect()
+            if export.expected is not None:
+                if target is not None:
+                    await trio.to_thread.run_sync(_read_back, target, overlay.image_size, export.expected)
+                export.expected.check(export.path)
+            return {"size": overlay.image_size, "data_size": written}
+        finally:
+            overlay.close_now()
+
+
+async def _runs(overlay: Overlay, export: _Export) -> tuple[list[Run], list[Run]]:
+    """The runs of data, and those that have to be fetched. Raises QedfsError if that is not wanted."""
+    path = export.path
+    if export.asking.with_backing and overlay.record.standby.waits:
+        raise InStandby(f"{path}: is in standby: its backing may still change while it is read; activate it first")
+    runs = [run async for run in whole_map(overlay)]
+    missing = [run for run in runs if run.offset == MISSING] if overlay.backing is not None else []
+    if missing and not export.asking.with_backing:
+        size = format_size(sum(run.size for run in missing))
+        raise QedfsError(f"{path}: {size} is still missing; mount it until it is complete, or use --with-backing")
+    return [run for run in runs if run.offset > ZERO], missing
+
+
+async def _export(overlay: Overlay, export: _Export, data: list[Run], missing: list[Run], target: BinaryIO) -> int:
+    """Write to a file. Returns how many bytes of it are data."""
+    target.truncate(overlay.image_size)
+    export.progress.total = sum(run.size for run in [*data, *missing])
+    with _opened_again(export.path, overlay) as source:
+        for run in data:
+            await trio.to_thread.run_sync(_copy, source, run, target, export.progress)
+    fetched = await _fetch(overlay, export, missing, target) if missing else 0
+    return sum(run.size for run in data) + fetched
+
+
+async def _pipe(overlay: Overlay, export: _Export, *, fetched: bool) -> None:
+    """Write to standard output, all bytes in their order."""
+    from qedfs.image.image import Image
+
+    export.progress.total = overlay.image_size
+
+    def write(piece: bytes) -> None:
+        if export.expected is not None:
+            export.expected.add(piece)
+        write_all(sys.stdout.fileno(), piece)
+        export.progress.add(len(piece))
+
+    if not fetched:
+        await write_in_order(Image(export.path, overlay, None).read, overlay.image_size, write)
+        return
+    async with _over_backing(overlay, export) as image:
+        await write_in_order(image.read, overlay.image_size, write)
+
+
+def _read_back(target: BinaryIO, size: int, expected: ExpectedDigest) -> None:
+    """Hash what was written, most of which is in the page cache."""
+    target.flush()
+    pos = 0
+    while pos < size:
+        piece = os.pread(target.fileno(), READ_BYTES, pos)
+        if not piece:
+            raise QedfsError("the file that was written has become shorter")
+        expected.add(piece)
+        pos += len(piece)
 
 
 @contextlib.contextmanager
@@ -164,18 +243,9 @@ def _copy_by_hand(source: BinaryIO, target: BinaryIO, offset: int, pos: int, siz
     return len(data) or size
 
 
-async def _fetch(
-    overlay: Overlay,
-    path: str,
-    missing: list[Run],
-    target: BinaryIO,
-    asking: _Asking,
-    progress: CopyProgress,
-) -> int:
-    """Fetch the missing runs from the backing, in the version that the overlay is pinned to.
-
-    Returns how many bytes of them are data.
-    """
+@contextlib.asynccontextmanager
+async def _over_backing(overlay: Overlay, export: _Export) -> AsyncIterator[Image]:
+    """The image with its backing, in the version that the overlay is pinned to. Keeps nothing."""
     # Imported here because loading libcurl is slow.
     from qedfs.fetch.queue import FetchQueue
     from qedfs.image.image import Image
@@ -183,7 +253,8 @@ async def _fetch(
     from qedfs.source.policy import Policy
     from qedfs.source.url import parse_location
 
-    location = parse_location(overlay.backing or "", relative_to=_folder(path))
+    asking = export.asking
+    location = parse_location(overlay.backing or "", relative_to=_folder(export.path))
     async with trio.open_nursery() as nursery:
         remote = remote_source(
             location,
@@ -194,9 +265,23 @@ async def _fetch(
             credentials=asking.credentials,
             pinning=asking.pinning,
         )
-        image = Image(path, overlay, FetchQueue(remote, overlay.cluster_size, nursery), copy_on_read=False)
+        try:
+            fetch = FetchQueue(remote, overlay.cluster_size, nursery)
+            yield Image(export.path, overlay, fetch, copy_on_read=False)
+        finally:
+            with trio.CancelScope(shield=True):
+                await remote.aclose()
+        nursery.cancel_scope.cancel()
 
-        written = 0
+
+async def _fetch(overlay: Overlay, export: _Export, missing: list[Run], target: BinaryIO) -> int:
+    """Write the missing runs. Returns how many bytes of them are data."""
+    written, progress = 0, export.progress
+    async with _over_backing(overlay, export) as image:
+        inside = list(_clipped(missing, await image.source_size()))
+        # What lies past the end of the backing is zeros, and needs no copy.
+        progress.add(sum(run.size for run in missing) - sum(run.size for run in inside))
+        pieces = _cut(inside)
 
         async def fetch_pieces() -> None:
             nonlocal written
@@ -206,18 +291,9 @@ async def _fetch(
                 written += _write_sparse(target, pos, data)
                 progress.add(size)
 
-        try:
-            inside = list(_clipped(missing, await image.source_size()))
-            # What lies past the end of the backing is zeros, and needs no copy.
-            progress.add(sum(run.size for run in missing) - sum(run.size for run in inside))
-            pieces = _cut(inside)
-            async with trio.open_nursery() as fetching:
-                for _ in range(FETCHES):
-                    fetching.start_soon(fetch_pieces)
-        finally:
-            with trio.CancelScope(shield=True):
-                await remote.aclose()
-        nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as fetching:
+            for _ in range(FETCHES):
+                fetching.start_soon(fetch_pieces)
     return written
 
 
