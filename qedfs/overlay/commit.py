@@ -47,7 +47,7 @@ from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.lock import Lock
-from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined
+from qedfs.overlay.sectors import SECTOR_ENTRIES, Write, joined, joined_ranges
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.storage import Storage
 from qedfs.overlay.table_slices import TableSlices
@@ -354,7 +354,7 @@ class Committer:
             # a power cut, although their fsync has returned.
             self._barriers.barrier()
         # After the first barrier, because the kernel only drops clean pages.
-        for offset, size in group.cold:
+        for offset, size in joined_ranges(group.cold):
             storage.drop_cache(offset, size)
 
     def _write_discards(self, group: _Group) -> None:

@@ -530,3 +530,20 @@ async def test_writes_that_failed_together_leave_no_leak(seed: int) -> None:
     assert leaks(storage) == 0
     again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await read(again, 0, image) == backing * 60 + b"g" * 4 * CLUSTER
+
+
+async def test_what_a_stream_has_brought_leaves_the_page_cache_in_few_calls() -> None:
+    """The flights of a stream are neighbours in the file, whatever their order: a table in between parts them."""
+    dropped: list[tuple[int, int]] = []
+
+    class Dropping(MemoryStorage):
+        def drop_cache(self, offset: int, size: int) -> None:
+            dropped.append((offset, size))
+
+    overlay = await open_storage(Dropping(empty(table_size=4).data))
+    for flight in (2, 0, 1, 3):
+        fetched = bytearray(b"f" * (8 * CLUSTER))
+        await overlay.adopt(flight * len(fetched), fetched, len(fetched), cold=True)
+    await overlay.commit()
+    assert sum(size for _, size in dropped) == 4 * 8 * CLUSTER
+    assert len(dropped) == 1
