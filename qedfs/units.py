@@ -6,15 +6,16 @@ import re
 
 from qedfs.errors import UsageError
 
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:i?B)?(?:/s)?$", re.IGNORECASE)
-_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?$", re.IGNORECASE)
+# Not compiled here: a command that only prints sizes needs neither.
+_SIZE = r"^(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:i?B)?(?:/s)?$"
+_DURATION = r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?$"
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str) -> int:
     """Parse "64K", "20M", "1.5G" or "4096" into bytes. Raises UsageError."""
-    found = _SIZE.match(text.strip())
+    found = re.match(_SIZE, text.strip(), re.IGNORECASE)
     if found is None:
         raise UsageError(f"{text!r} is not a size; write it like 64K, 20M or 1G")
     return int(float(found[1]) * 1024 ** _POWERS[found[2].upper()])
@@ -22,7 +23,7 @@ def parse_size(text: str) -> int:
 
 def parse_seconds(text: str) -> float:
     """Parse "30", "10s", "5m" or "2h" into seconds. Raises UsageError."""
-    found = _DURATION.match(text.strip())
+    found = re.match(_DURATION, text.strip(), re.IGNORECASE)
     if found is None:
         raise UsageError(f"{text!r} is not a duration; write it like 30s, 10m or 2h")
     return float(found[1]) * _SECONDS[(found[2] or "s").lower()]

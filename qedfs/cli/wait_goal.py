@@ -10,7 +10,7 @@ from qedfs.control.qmp.client import Client
 from qedfs.errors import ReadOnlyOverlay, UsageError
 from qedfs.units import parse_size
 
-_RANGE = re.compile(r"^populated:([^-]+)-([^-]+)$")
+_RANGE = r"^populated:([^-]+)-([^-]+)$"
 # States that end only when somebody acts.
 _ENDED = frozenset({*STOPPED, BROKEN})
 HELD_STATES = {
@@ -95,7 +95,7 @@ def parse_goal(text: str) -> Goal:
         return Local()
     if text == "unused":
         return Unused()
-    found = _RANGE.match(text)
+    found = re.match(_RANGE, text)
     if found is None:
         raise UsageError(f"--for {text}: write complete, unused, or populated:START-END like populated:0-64M")
     start, end = parse_size(found[1]), parse_size(found[2])

@@ -31,7 +31,7 @@ LOG_NAME = "log"
 EXIT_REPORT_NAME = "failure"
 KEPT_ENDED = 16  # folders of mounts that ended with an error
 _SOCKET_ENDING = os.fsencode(f"/{SOCKET_NAME}")
-_FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
+_FOLDER_NAME = r"[0-9a-f]{16}"
 _MOST_SOCKET_PATH = 107  # bytes: sun_path of unix(7) without its terminator
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_LINKS = 40  # symbolic links that the kernel follows while it resolves one path
@@ -198,7 +198,7 @@ def _sweep(parent: Path) -> None:
     ended: list[tuple[int, Path]] = []
     for folder in parent.iterdir():
         with contextlib.suppress(OSError):
-            if _FOLDER_NAME.fullmatch(folder.name) and folder not in serving:
+            if re.fullmatch(_FOLDER_NAME, folder.name) and folder not in serving:
                 ended.append((folder.stat().st_mtime_ns, folder))
     for _, folder in sorted(ended, reverse=True)[KEPT_ENDED:]:
         remove_unless_served(folder)
