@@ -19,7 +19,6 @@ import errno
 import fcntl
 import os
 import stat
-import time
 from collections.abc import Iterator
 
 import trio
@@ -76,11 +75,10 @@ class Snapshots:
         target = -1
         try:
             target = await run(lambda: _unnamed(file, stat.S_IMODE(overlay.file_status().st_mode)))
-            async with overlay.still():
-                began = time.monotonic()
+            async with overlay.still() as since:
                 await run(lambda: _share(source, target, file))
                 modified_ns, changed_ns = overlay.times.modified_ns, overlay.times.changed_ns
-                pause = time.monotonic() - began
+                pause = trio.current_time() - since
             copy = FileStorage(os.dup(target), file, writable=True)
             try:
                 await run(lambda: end_session(copy, modified_ns=modified_ns, changed_ns=changed_ns))

@@ -47,21 +47,25 @@ class Stillness:
         self._accesses = accesses
 
     @contextlib.asynccontextmanager
-    async def still(self) -> AsyncIterator[None]:
-        """A block in which the file does not change. Raises what `Committer.flush` raises."""
+    async def still(self) -> AsyncIterator[float]:
+        """A block in which the file does not change. It gets the moment, by trio's clock, from which writes wait.
+
+        Raises what `Committer.flush` raises.
+        """
         await self._session.ready()
         await self._committer.flush()
         times = self._session.times
         async with self._session.lock:
             self._barriers.check_writable()
             could_move, times.may_move = times.may_move, False
+            since = trio.current_time()
             try:
                 with self._pending.holding():
                     last = self._accesses.next
                     while self._accesses.oldest < last:  # noqa: ASYNC110 - a few times per copy
                         await trio.sleep(LOOK_SECONDS)
                     async with self._committer.stopped():
-                        yield
+                        yield since
             finally:
                 # Before the lock is free: a write that waits for it finds that the record has been changed already.
                 times.may_move = could_move
