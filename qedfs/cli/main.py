@@ -22,6 +22,7 @@ COMMANDS = {
     "activate": ("activate", "activate"),
     "check": ("check", "check"),
     "create": ("create", "create"),
+    "defrag": ("defrag", "defrag"),
     "doctor": ("doctor", "doctor"),
     "export": ("export", "export"),
     "info": ("info", "info"),

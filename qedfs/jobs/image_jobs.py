@@ -22,6 +22,7 @@ class ImageJobs:
     def __init__(self, stream: StreamJob) -> None:
         self.stream = stream
         self.populate: Populate | None = None  # the rescue that runs, or the last one
+        self.other: Job | None = None  # the job beside the stream that runs, or the last one
         self._begun: list[Job] = []
         self._nursery: trio.Nursery | None = None
 
@@ -47,6 +48,7 @@ class ImageJobs:
             raise InUse(f"{self.stream.image.name}: its {other.kind} is at work; an image has one job at a time")
         job = KINDS[kind](self.stream.image, limit=limit, hold_off=self.stream.hold_off)
         self._begun.append(job)
+        self.other = job
         if self._nursery is not None:
             self._nursery.start_soon(self._run_begun, job)
         return job

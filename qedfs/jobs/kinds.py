@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from qedfs.jobs.defrag import DefragJob
 from qedfs.jobs.job import Job
 from qedfs.jobs.stream import StreamJob
 
-KINDS: dict[str, type[Job]] = {job.kind: job for job in (StreamJob,)}
+KINDS: dict[str, type[Job]] = {job.kind: job for job in (StreamJob, DefragJob)}

@@ -14,12 +14,11 @@ from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap
 from qedfs.overlay.commit import Committer
-from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.pending import DataWrite, PendingAllocations
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.split import pieces
 from qedfs.overlay.storage import Buffer, Storage
 
-DataWrite = tuple[int, list[Buffer]]  # offset in the file, and the data of one call
 NewEntry = tuple[int, int]  # cluster, offset
 
 
@@ -107,7 +106,7 @@ class ClusterWriter:
             if now:
                 write_all()
             else:
-                with self._accesses.running(), self._pending.allocating([cluster for cluster, _ in entries]):
+                with self._accesses.running(), self._pending.allocating([cluster for cluster, _ in entries], writes):
                     await self._storage.in_thread(write_all)
         except BaseException:
             # The thread has ended, even if we are cancelled, so nobody writes to these places any more.

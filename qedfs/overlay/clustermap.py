@@ -355,6 +355,16 @@ class ClusterMap:
                 freed.setdefault((number, index // SECTOR_ENTRIES), []).append(offset)
         return missing
 
+    def move(self, cluster: int, offset: int, freed: Freed) -> None:
+        """Let the entry of a cluster with data point to a copy at `offset`. Adds the old place to `freed`."""
+        number, index = cluster >> self._shift, cluster & self._mask
+        freed.setdefault((number, index // SECTOR_ENTRIES), []).append(self._slices[number][index])
+        self.set(cluster, offset)
+
+    def data_in(self, cluster: int, count: int) -> list[int]:
+        """Those of these clusters that have data. Their slices are loaded, or have no entries."""
+        return [number for number in range(cluster, cluster + count) if self.entry(number) > ZERO]
+
     def hold(self, cluster: int) -> None:
         """Keep the slice of a cluster in memory until as many `release` calls."""
         self._tables.hold(cluster >> self._shift)

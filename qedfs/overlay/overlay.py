@@ -8,10 +8,11 @@ Concurrency protocol
 --------------------
 Everything runs on one event loop. The state changes only between two awaits.
 
-- An entry changes from missing to zero or data, or from zero to data, and with a discard to zero, whatever it was. It
-  never becomes missing again, nor goes from data to other data. There is one exception: a failed barrier takes back all
-  entries that may not be on the disk (`Committer.durably`) and increments `epoch`. A reader whose runs are from an
-  earlier `epoch` reads again. A writer that is about to publish entries gets the error.
+- An entry changes from missing to zero or data, or from zero to data, and with a discard to zero, whatever it was. A
+  move changes it from data to a copy of the same data (`relocation.py`). It never becomes missing again. There is one
+  exception: a failed barrier takes back all entries that may not be on the disk (`Committer.durably`) and increments
+  `epoch`. A reader whose runs are from an earlier `epoch` reads again. A writer that is about to publish entries gets
+  the error.
 - A cluster is *claimed* from its allocation until its entry is set, if a worker thread writes the data in between. A
   write to a claimed cluster, or a discard of it, waits for the end of the claim and then looks it up again. An adoption
   skips the cluster.
@@ -20,7 +21,7 @@ Everything runs on one event loop. The state changes only between two awaits.
 - There must be no await between the look-up of entries and the allocation. `PendingAllocations.settle` is the last one.
 - A read looks up its runs once. A write that returned before the read started is included. A concurrent write may or
   may not be seen, as on any disk.
-- A read or a write in place may still be under way where the data of a discarded cluster was. Both are counted as
+- A read or a write in place may still be under way where the data of a discarded or moved cluster was. Both count as
   `accesses` from the look-up on, if they await after it. Nothing else is stored there before they have ended
   (`freed.py`).
 - When a write has failed, its clusters are free once its thread has ended (`allocator.py`): nothing ever referred to
@@ -49,10 +50,12 @@ from qedfs.overlay.commit import Committer
 from qedfs.overlay.discard import Discards
 from qedfs.overlay.ending import Ending
 from qedfs.overlay.fill import Fill, filled
+from qedfs.overlay.fragments import Fragments, fragments
 from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open_session import Change, OpenSession
 from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.relocation import Relocation
 from qedfs.overlay.resize import Resizing
 from qedfs.overlay.room import Room
 from qedfs.overlay.session_journal import SessionJournal
@@ -114,6 +117,9 @@ class Overlay:
             storage, tables, clusters, committer, barriers, journal, session, allocator, pending, freed
         )
         self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
+        self.relocation = Relocation(
+            storage, clusters, committer, barriers, journal, session, allocator, pending, freed, self._loop_writes
+        )
         self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
         self.still = Stillness(session, committer, barriers, pending, freed.accesses).still
         self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
@@ -299,6 +305,10 @@ class Overlay:
         """Count the missing clusters. Raises BadOverlay if a table is invalid, after reading all others."""
         await self.clusters.count()
 
+    async def fragments(self) -> Fragments:
+        """In how many pieces the data is. Raises BadOverlay if a table is invalid."""
+        return await fragments(self.tables, self.clusters)
+
     async def next_missing(self, cluster: int, most: int) -> tuple[int, int] | None:
         """The first run of missing clusters at or after `cluster`: (first, count), at most `most` clusters long."""
         return await self.clusters.next_missing(cluster, most)
@@ -408,9 +418,9 @@ class Overlay:
         """Whether `give_space_back` may have something to do."""
         return self._freed.any and self.writable
 
-    async def give_space_back(self) -> None:
-        """Give the space of discarded clusters back, see `FreedClusters.give_back`. Raises nothing."""
-        await self._freed.give_back()
+    async def give_space_back(self) -> bool:
+        """Give the space of discarded and moved clusters back, see `FreedClusters.give_back`. Raises nothing."""
+        return await self._freed.give_back()
 
     async def reads_as_zeros(self, cluster: int) -> bool:
         """Whether a cluster is a zero cluster, or missing while there is no backing."""

@@ -1,7 +1,8 @@
 """The pending allocations of an overlay: clusters that a running write or adoption is about to give an entry.
 
 Owns two sets: the claimed clusters, which other writes wait for, and the clusters that a partial write is about to
-merge. Adoptions skip both. Must not know what is written. The protocol is at the top of `overlay.py`.
+merge. Adoptions skip both. Also owns where in the file worker threads are writing. Must not know what is written. The
+protocol is at the top of `overlay.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from qedfs.overlay.clustermap import ClusterMap
+from qedfs.overlay.storage import Buffer
+
+DataWrite = tuple[int, list[Buffer]]  # offset in the file, and the data of one call
 
 
 class PendingAllocations:
@@ -24,6 +28,7 @@ class PendingAllocations:
         self._pending: dict[int, trio.Event] = {}
         self._merges: Counter[int] = Counter()
         self.hold: trio.Event | None = None  # while nothing may be stored, see `stillness.py`; set at the end of that
+        self._writes: dict[trio.Event, Sequence[DataWrite]] = {}  # those under way, by the event that ends them
 
     def is_pending(self, cluster: int) -> bool:
         """Whether an adoption must skip this cluster."""
@@ -36,11 +41,12 @@ class PendingAllocations:
         return [cluster for cluster in clusters if self.is_pending(cluster)]
 
     @contextlib.contextmanager
-    def allocating(self, clusters: Sequence[int]) -> Iterator[None]:
-        """Claim these clusters while a worker thread writes their data. Their slices stay in memory meanwhile."""
+    def allocating(self, clusters: Sequence[int], writes: Sequence[DataWrite]) -> Iterator[None]:
+        """Claim these clusters while a worker thread makes these writes. Their slices stay in memory meanwhile."""
         # None of these clusters is claimed already, or its event would be replaced here: adoptions skip claimed
         # clusters, and writes come here from `settle` without an await.
         done = trio.Event()
+        self._writes[done] = writes
         for cluster in clusters:
             self._pending[cluster] = done
             self._map.hold(cluster)  # an entry can only be set in a slice that is in memory
@@ -49,10 +55,19 @@ class PendingAllocations:
         finally:
             # The caller sets the entries next. Until the caller's next await, no slice is evicted and no waiting task
             # runs.
+            del self._writes[done]
             for cluster in clusters:
                 del self._pending[cluster]
                 self._map.release(cluster)
             done.set()
+
+    def write_into(self, offset: int, size: int) -> trio.Event | None:
+        """The end of a thread's write into this part of the file; None if none is under way."""
+        for done, writes in self._writes.items():
+            for start, buffers in writes:
+                if start < offset + size and offset < start + sum(map(len, buffers)):
+                    return done
+        return None
 
     @contextlib.contextmanager
     def merging(self, clusters: Sequence[int]) -> Iterator[None]:

@@ -8,7 +8,7 @@ only if
 - the file has the last entry that the session committed (the witness), which an older state lacks, or one that followed
   it;
 - every entry in it is possible in this file: its place is inside the file, and the cluster has no other place, unless a
-  discard or a later entry explains that.
+  discard, a move or a later entry explains that.
 
 A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
 the kill, if the journal has a place that was already inside the file. A write to it was running when the copy was made,
@@ -24,7 +24,7 @@ from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.journal import OrphanJournal, Pair, zero_count
+from qedfs.overlay.journal import OrphanJournal, Pair, is_move, place_of, zero_count
 from qedfs.overlay.table_slices import TableSlices
 
 # Clusters whose entry in the file the journal has to explain. A group that ran at the kill may leave as many.
@@ -37,7 +37,7 @@ def fits(orphan: OrphanJournal, header: Header, clusters: ClusterMap, file_size:
         unexplained = dict(_unexplained(orphan.pairs, header, clusters, file_size))
         if orphan.witness is not None:
             cluster, entry = orphan.witness
-            entry = ZERO if zero_count(entry) else entry
+            entry = ZERO if zero_count(entry) else place_of(entry)
             if cluster >= header.geometry.clusters or (
                 (found := _entry(clusters, cluster)) != entry and not _follows(orphan.pairs, cluster, found)
             ):
@@ -63,9 +63,10 @@ def _unexplained(
             raise _Misfit
         if run:
             continue  # any cluster may be discarded
-        if entry % geometry.cluster_size or not header.area_bytes <= entry < file_size:
+        place = place_of(entry)
+        if place % geometry.cluster_size or not header.area_bytes <= place < file_size:
             raise _Misfit
-        if (found := _entry(clusters, cluster)) not in (MISSING, ZERO, entry):
+        if (found := _entry(clusters, cluster)) not in (MISSING, ZERO, place):
             count += 1
             if count > MOST_UNEXPLAINED:
                 raise _Misfit
@@ -73,9 +74,9 @@ def _unexplained(
 
 
 def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
-    """Whether the journal explains these entries of the file: as later ones, or as discarded before all others.
+    """Whether the journal explains these entries of the file: as later ones, or as discarded or left before all others.
 
-    An entry never changes from one place to another without a discard in between.
+    An entry never changes from one place to another without a move, or a discard in between.
     """
     left = dict(found)
     placed: set[int] = set()  # clusters with an earlier place in the journal
@@ -86,9 +87,9 @@ def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
                 if number not in placed:
                     del left[number]
         elif cluster in left:
-            placed.add(cluster)
-            if left[cluster] == entry:
+            if left[cluster] == place_of(entry) or (is_move(entry) and cluster not in placed):
                 del left[cluster]
+            placed.add(cluster)
     return not left
 
 
@@ -98,7 +99,7 @@ def _follows(pairs: Iterable[Pair], cluster: int, found: int) -> bool:
         if count := zero_count(entry):
             if found == ZERO and first <= cluster < first + count:
                 return True
-        elif (first, entry) == (cluster, found):
+        elif (first, place_of(entry)) == (cluster, found):
             return True
     return False
 
@@ -125,8 +126,13 @@ def apply(
             continue
         allocator.make_table(cluster)
         clusters.load_now(cluster)
-        if clusters.entry(cluster) in (MISSING, ZERO):
-            clusters.set(cluster, entry)
+        if _takes_effect(entry, clusters.entry(cluster)):
+            clusters.set(cluster, place_of(entry))
+
+
+def _takes_effect(entry: int, found: int) -> bool:
+    """Whether a place in the journal replaces this entry of the file, which may be of a later write."""
+    return is_move(entry) or found in (MISSING, ZERO)
 
 
 def _apply_zeros(

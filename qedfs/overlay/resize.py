@@ -142,7 +142,8 @@ class Resizing:
         entry = self._map.entry(last) if inside else ZERO
         if entry > ZERO:
             place, size = self._map.checked(entry, last) + inside, old.cluster_size - inside
-            with self._freed.accesses.running():
+            # A move of this cluster waits for the end of the write, or it could copy what comes before it.
+            with self._freed.accesses.running(), self._pending.allocating((), [(place, [bytes(size)])]):
                 await self._storage.in_thread(lambda: write_zeros(self._storage, place, size))
 
     # Shrink.

@@ -13,12 +13,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check
-from tests.harness.mounts import mounted
+from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
 
 from .support import Writer, make_hole
@@ -47,15 +48,25 @@ class Broken(AssertionError):
     """A promise did not hold; the message says which, and with which seed."""
 
 
-def kill_once(overlay: Overlay, seed: int, *options: str) -> Outcome:
-    """Mounts, writes, kills, mounts again, compares.
+def no_job(_: Mount) -> contextlib.AbstractContextManager[None]:
+    """Nothing runs beside the writer but the stream."""
+    return contextlib.nullcontext()
+
+
+def kill_once(
+    overlay: Overlay,
+    seed: int,
+    *options: str,
+    beside: Callable[[Mount], contextlib.AbstractContextManager[None]] = no_job,
+) -> Outcome:
+    """Mounts, writes, kills, mounts again, compares. `beside`: what else is done with the mount until the kill.
 
     Raises:
         Broken: the image is not what it has to be.
     """
     source = random.Random(seed)
     size = overlay.expected.stat().st_size
-    with mounted(overlay.path, overlay.mountpoint, *options) as mount:
+    with mounted(overlay.path, overlay.mountpoint, *options) as mount, beside(mount):
         told = overlay.path.with_suffix(".told")
         with told.open("wb") as output:
             argv = [sys.executable, "-m", __name__, str(mount.path("disk.raw")), str(size), str(seed)]

@@ -211,6 +211,30 @@ MUTANTS = (
     ),
 )
 
+# Those that matter only while data is moved: the search for them begins at `scenario.MOVING` and their `first`.
+MOVES = (
+    Mutant(
+        "move: a write under way in a thread ends first",
+        "relocation:Relocation._settled",
+        "await done.wait()",
+        "return data",
+        first=6,
+    ),
+    Mutant(
+        "move: the old place is used again behind a barrier for the new entry",
+        "relocation:Relocation._publish",
+        "self._freed.add(freed)",
+        "self._freed.landed(freed)",
+    ),
+    Mutant(
+        "move: nothing comes between the copy and the entry",
+        "relocation:Relocation.move",
+        "self._publish(found, offset)",
+        "await trio.lowlevel.checkpoint()\n    self._publish(found, offset)",
+        first=4,
+    ),
+)
+
 
 @contextmanager
 def mutated(mutant: Mutant) -> Iterator[None]:

@@ -41,6 +41,7 @@ from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
 
+MOVING = 1_000_000  # from this seed on, a job moves data while guests write
 FULL_DISKS = 5  # times that a scenario with a full disk meets it
 BACKING_NAME = "base.raw"
 # Long enough that the record needs all sectors of its slot: only then can it be torn.
@@ -69,6 +70,7 @@ class Scenario:
     bad_barrier: int = 0  # the one of a session that fails, with pages that the disk does not take; 0: none
     backed: bool = True  # otherwise the overlay has never had a backing, and what nobody wrote reads as zeros
     trims: int = 3  # discards of each trimmer
+    moves: int = 0  # stretches that a job moves
     killed: str = (
         ""  # the first session is, after the disk has not taken pages: that is "unreported", or "told" to others
     )
@@ -93,6 +95,7 @@ class Scenario:
             slice_entries=rng.choice((SLICE_ENTRIES, SECTOR_ENTRIES)),
             bad_barrier=rng.randint(1, 12) if rng.random() < 0.3 else 0,
             killed=rng.choice(("", "", "", "unreported", "told")),
+            moves=6 if seed >= MOVING else 0,
         )
 
     @cached_property
@@ -359,6 +362,8 @@ class Actors:
             nursery.start_soon(self.syncer, 5)
             nursery.start_soon(self.recorder, 2)
             nursery.start_soon(self.reader, 4)
+            if self.history.scenario.moves:
+                nursery.start_soon(self.mover, self.history.scenario.moves)
 
     async def pause(self) -> None:
         for _ in range(self._rng.randrange(12)):
@@ -384,6 +389,23 @@ class Actors:
         with self._trouble_allowed():
             await self.overlay.discard(first, count)
             self._model.returned(version)
+
+    async def mover(self, count: int) -> None:
+        """Move stretches of the image to the end of the file, or to a free place, as a defragmentation does."""
+        relocation = self.overlay.relocation
+        for _ in range(count):
+            await self.pause()
+            first = self._rng.choice(self._focus)
+            many = self._rng.randint(1, min(6, self._geometry.clusters - first))
+            with self._trouble_allowed():
+                low = self._rng.random() < 0.3
+                gathering = await (relocation.lower(first, many, 1 << 40) if low else relocation.gather(first, many))
+                if gathering is not None:
+                    with gathering:
+                        while not gathering.ended and self._rng.random() < 0.9:
+                            await gathering.step(self._rng.choice((1, 1 << 20)))
+            if self._rng.random() < 0.3:
+                await self.overlay.give_space_back()
 
     async def reader(self, count: int) -> None:
         """Read beside everything else, and hold what comes back against what had been written by then."""

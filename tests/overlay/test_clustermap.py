@@ -227,7 +227,7 @@ async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
     await overlay.clusters.count()
     before = overlay.clusters.missing
     assert before == 3 * 512 - 4
-    with overlay._pending.allocating([0, 700]):
+    with overlay._pending.allocating([0, 700], ()):
         await overlay.adopt_zeros(0, 1025)
     entries = [overlay.clusters.entry(cluster) for cluster in range(3 * 512)]
     missing = [cluster for cluster, entry in enumerate(entries) if entry == MISSING]

@@ -134,4 +134,4 @@ async def test_a_journal_that_takes_nothing_more_does_not_outlive_a_discard(
 
 
 def test_the_journal_of_an_older_qedfs_is_read() -> None:
-    assert journal_module._MAGICS == (b"qedfsj\0\3", b"qedfsj\0\2")
+    assert journal_module._MAGICS[1:] == (b"qedfsj\0\3", b"qedfsj\0\2")

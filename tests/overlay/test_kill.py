@@ -22,7 +22,7 @@ from tests.fakes.storage import MemoryStorage
 from tests.harness.sample import sample
 from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import History, Kill, Scenario, read_all, repeatable, run_and_kill
+from tests.overlay.scenario import MOVING, History, Kill, Scenario, read_all, repeatable, run_and_kill
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
 pytestmark = pytest.mark.no_cover
@@ -97,6 +97,11 @@ def test_no_returned_write_is_lost(first: int, tmp_path: Path) -> None:
 def test_no_returned_write_is_lost_without_a_backing(first: int, tmp_path: Path) -> None:
     """There, a discard leaves missing clusters as they are."""
     assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path, alone=True)] == []
+
+
+@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(4, whole=48), 4))
+def test_no_returned_write_is_lost_while_data_is_moved(first: int, tmp_path: Path) -> None:
+    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
 
 
 def test_without_a_backing_a_discard_has_to_begin_with_a_cluster_that_it_changes(tmp_path: Path) -> None:
@@ -191,9 +196,30 @@ RULES = (
     Mutant(
         "a journal fits in which a later write explains another place",
         "recovery:_explained",
-        "if left[cluster] == entry:",
-        "if False:",
+        "left[cluster] == place_of(entry) or ",
+        "",
         first=5,
+    ),
+    Mutant(
+        "a move is in the journal",
+        "relocation:Relocation._publish",
+        "self._journal.append(entries)",
+        "pass",
+        first=MOVING,
+    ),
+    Mutant(
+        "a journal fits in which a move explains another place",
+        "recovery:_explained",
+        " or (is_move(entry) and cluster not in placed)",
+        "",
+        first=MOVING,
+    ),
+    Mutant(
+        "a move in the journal takes effect again over the place before it",
+        "recovery:_takes_effect",
+        "is_move(entry) or ",
+        "",
+        first=MOVING,
     ),
 )
 

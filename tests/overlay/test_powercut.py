@@ -21,9 +21,9 @@ from tests.model import SectorModel
 from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine
 from tests.overlay.images import empty
-from tests.overlay.mutants import MUTANTS, Mutant, mutated
+from tests.overlay.mutants import MOVES, MUTANTS, Mutant, mutated
 from tests.overlay.powercut import Failure, replay, reproduce
-from tests.overlay.scenario import History, Scenario, run_seed
+from tests.overlay.scenario import MOVING, History, Scenario, run_seed
 
 SEEDS = sample(12, whole=64)
 STATES_PER_SEED = 160
@@ -39,16 +39,25 @@ def test_every_state_after_a_power_cut_is_legal(first: int) -> None:
     assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
 
 
+@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(4, whole=64), 4))
+def test_every_state_is_legal_while_data_is_moved(first: int) -> None:
+    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
+    failures = [failure for tally in tallies for failure in tally.failures]
+    assert not failures, "\n".join(map(str, failures[:5]))
+    assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
+
+
 def cheap_seeds(mutant: Mutant) -> Iterator[int]:
     """Seeds of small scenarios that have what the rule needs, from that on at which the search begins."""
-    for scenario in map(Scenario.draw, range(mutant.first, MUTANT_SEEDS)):
+    start = MOVING if mutant in MOVES else 0
+    for scenario in map(Scenario.draw, range(start + mutant.first, start + MUTANT_SEEDS)):
         size = max(scenario.geometry.image_size, scenario.geometry.table_bytes * 8)
         if size < CHEAP_BYTES and (not mutant.needs or getattr(scenario, mutant.needs)):
             yield scenario.seed
 
 
 @pytest.mark.xdist_group("power cut mutants")  # they share what `functools.cache` keeps
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.rule)
+@pytest.mark.parametrize("mutant", MUTANTS + MOVES, ids=lambda mutant: mutant.rule)
 def test_each_rule_is_necessary(mutant: Mutant) -> None:
     """Without the rule some state after a power cut breaks a promise; with it the same states keep them all."""
     with mutated(mutant):

@@ -34,6 +34,7 @@ def info(overlay: str, as_json: bool) -> None:
 async def _info(path: str) -> dict[str, Any]:
     async with peeked(path) as overlay:
         await overlay.count_missing()
+        layout = await overlay.fragments()
         rule = from_stored(overlay.record.on_source_error)
         return {
             "format": "qed",
@@ -42,6 +43,9 @@ async def _info(path: str) -> dict[str, Any]:
             "table_size": overlay.geometry.table_size,
             "file_size": overlay.file_size,
             "disk_usage": overlay.disk_usage,
+            "data": layout.data,
+            "pieces": layout.pieces,
+            "longest_piece": layout.longest,
             "backing": None if overlay.backing is None else redact(overlay.backing),
             "backing_format": None if overlay.backing is None or overlay.probes_backing else "raw",
             "complete": overlay.backing is None and overlay.damage is None,
@@ -90,6 +94,7 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "backing is": None if found["backing"] is None else found["backing_format"] or "not said to be raw",
         "local": f"{format_size(populated)} ({percent}%)",
         "on disk": format_size(found["disk_usage"]),
+        "layout": _layout(found),
         "clusters": f"{format_size(found['cluster_size'])}, tables of {found['table_size']} clusters",
         "source": f"pinned to {', '.join(filter(None, version))}" if version else None,
         "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
@@ -97,6 +102,17 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "standby": "keeps nothing until qedfs activate" if found["standby"] else None,
         "source away": _waiting(found) if found["on_source_error"] == "wait" else None,
     }
+
+
+def _layout(found: dict[str, Any]) -> str | None:
+    """What a read of the whole image costs beside the reading itself: a jump to each piece."""
+    data, pieces = found["data"], found["pieces"]
+    if not pieces:
+        return None
+    if pieces == 1:
+        return f"{format_size(data)} of data in one piece"
+    average, longest = format_size(data // pieces), format_size(found["longest_piece"])
+    return f"{format_size(data)} of data in {pieces} pieces, {average} on average, the longest {longest}"
 
 
 def _waiting(found: dict[str, Any]) -> str:

@@ -110,6 +110,7 @@ class MountCollector(Collector):
         yield _troubles(everything)
         served = [(_label(found.name), found.image, found.job) for found in everything if found.image and found.job]
         yield from _image_metrics(served)
+        yield from _job_metrics(everything)
         yield from _source_metrics(self._mount.fetches())
 
 
@@ -170,6 +171,18 @@ def _image_metrics(served: Sequence[Served]) -> Iterator[Metric]:
         kept.add_metric([image_name, "reader"], image.counters.kept_asked)
         kept.add_metric([image_name, "stream"], image.counters.kept_stream)
     yield kept
+
+
+def _job_metrics(everything: Sequence[ServedImage]) -> Iterator[Metric]:
+    """How far the jobs beside the streams are."""
+    done = GaugeMetricFamily("qedfs_image_job_done_bytes", "How far a job is.", labels=["image", "type"])
+    total = GaugeMetricFamily("qedfs_image_job_total_bytes", "Where it ends.", labels=["image", "type"])
+    for found in everything:
+        job = None if found.jobs is None else found.jobs.other
+        if job is not None and job.active:
+            done.add_metric([_label(found.name), job.kind], job.progress)
+            total.add_metric([_label(found.name), job.kind], job.total)
+    yield from (done, total)
 
 
 def _source_metrics(fetches: Sequence[FetchQueue]) -> Iterator[Metric]:

@@ -84,6 +84,7 @@ def image_status(served: ServedImage, rate: Rate | None) -> dict[str, Any]:
         "wait_bound_seconds": image.stalls.rule.bound_seconds,
         "stalled": image.stalls.count,
         "populate": _populate(served.jobs),
+        "job": _job(served.jobs),
         "read_only": not image.writable,
         "opens": served.opens,
         "releasing": served.releasing,
@@ -112,6 +113,23 @@ def _populate(jobs: ImageJobs | None) -> dict[str, Any] | None:
         "done": found.done,
         "error": None if found.error is None else str(found.error),
         "exit_code": 0 if found.error is None else found.error.exit_code,
+    }
+
+
+def _job(jobs: ImageJobs | None) -> dict[str, Any] | None:
+    """The job beside the stream, the last one if it has ended."""
+    if jobs is None or jobs.other is None:
+        return None
+    job = jobs.other
+    return {
+        "type": job.kind,
+        "state": str(job.state),
+        "reason": job.reason or None,
+        "done": job.progress,
+        "total": job.total,
+        "limit": job.rate_limiter.limit,
+        "error": None if job.error is None else str(job.error),
+        "exit_code": 0 if job.error is None else job.error.exit_code,
     }
 
 
@@ -150,6 +168,7 @@ def _unserved_status(served: ServedImage) -> dict[str, Any]:
         "wait_bound_seconds": None,
         "stalled": 0,
         "populate": None,
+        "job": None,
         "read_only": None,
         "opens": 0,
         "releasing": False,

@@ -3,8 +3,9 @@
 - `x-qedfs-status`: what `qedfs status --json` prints.
 - `x-qedfs-start {device, limit?, type?}`: stream, or run a job of another type; waits while the source is unreachable
   or the disk is full.
-- `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device}`: repeating one is not an error.
-- `x-qedfs-limit {device, limit}`: bytes per second, 0 for no limit; works even while nothing streams.
+- `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device, type?}`: repeating one is not an error. `type`: of a job
+  beside the stream, which must be active.
+- `x-qedfs-limit {device, limit, type?}`: bytes per second, 0 for no limit; works even while nothing streams.
 - `x-qedfs-limit-total {limit}`: the same for all images together, for what they fetch in the background.
 - `x-qedfs-step {device, offset?}`: populate the next missing run at or after `offset` with one request; returns
   `{pos, size, next}`: the range that was populated, and the next missing byte (null if there is none).
@@ -39,7 +40,7 @@ from qedfs.control.monitoring.status import mount_status
 from qedfs.control.port import ServedImage
 from qedfs.control.qmp.block_job import Status, Wishes
 from qedfs.control.qmp.command import Arg, Arguments, Commands
-from qedfs.control.qmp.errors import QmpError
+from qedfs.control.qmp.errors import DeviceNotActive, QmpError
 from qedfs.control.qmp.job_commands import Nothing, begin_stream, check_active, find_served
 from qedfs.control.qmp.jobs import SUFFIX, device_name
 from qedfs.control.qmp.state import Call
@@ -47,6 +48,7 @@ from qedfs.errors import InStandby, ReadOnlyOverlay
 from qedfs.image.image import Image
 from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
 from qedfs.image.source_rule import set_source_errors
+from qedfs.jobs.job import Job
 from qedfs.jobs.kinds import KINDS
 from qedfs.jobs.missing import MissingRuns
 
@@ -92,35 +94,48 @@ def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit
     jobs.begin(served.jobs.begin(kind, limit=limit), name, jobs.free_id(name), Wishes())
 
 
-@our_commands("x-qedfs-pause", Arg("device"))
+_TYPE = Arg("type", "string", optional=True)
+
+
+def _find_job(call: Call, arguments: Arguments) -> Job:
+    """The job that a command means: the stream, or the active job of another `type`."""
+    served, _, stream = find_served(call, arguments["device"])
+    kind = arguments.get("type", stream.kind)
+    if kind == stream.kind:
+        return stream
+    job = None if served.jobs is None else served.jobs.other
+    if job is None or job.kind != kind or not job.active:
+        raise DeviceNotActive(f"{served.name}: has no {kind} at work")
+    return job
+
+
+@our_commands("x-qedfs-pause", Arg("device"), _TYPE)
 async def _pause(call: Call, arguments: Arguments) -> Nothing:
-    _, image, stream = find_served(call, arguments["device"])
-    if not image.complete and not stream.paused:
-        await stream.pause()
+    job = _find_job(call, arguments)
+    if not job.done and not job.paused:
+        await job.pause()
     return {}
 
 
-@our_commands("x-qedfs-resume", Arg("device"))
+@our_commands("x-qedfs-resume", Arg("device"), _TYPE)
 async def _resume(call: Call, arguments: Arguments) -> Nothing:
-    _, image, stream = find_served(call, arguments["device"])
-    if not image.complete:
-        await stream.resume()
+    job = _find_job(call, arguments)
+    if not job.done:
+        await job.resume()
     return {}
 
 
-@our_commands("x-qedfs-cancel", Arg("device"))
+@our_commands("x-qedfs-cancel", Arg("device"), _TYPE)
 async def _cancel(call: Call, arguments: Arguments) -> Nothing:
-    _, _, stream = find_served(call, arguments["device"])
-    block = call.control.jobs.active(stream)
+    block = call.control.jobs.active(_find_job(call, arguments))
     if block is not None and block.status is not Status.ABORTING:
         call.control.jobs.cancel(block)
     return {}
 
 
-@our_commands("x-qedfs-limit", Arg("device"), Arg("limit", "integer"))
+@our_commands("x-qedfs-limit", Arg("device"), Arg("limit", "integer"), _TYPE)
 async def _limit(call: Call, arguments: Arguments) -> Nothing:
-    _, _, stream = find_served(call, arguments["device"])
-    stream.set_limit(_not_negative(arguments, "limit"))
+    _find_job(call, arguments).set_limit(_not_negative(arguments, "limit"))
     return {}
 
 

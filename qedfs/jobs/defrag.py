@@ -1,0 +1,180 @@
+"""The defragmentation job: lays the data of an overlay out in the order of the image.
+
+Owns what is moved, in which order and how fast. How a cluster is moved, without a loss, is in `overlay/relocation.py`.
+Must not know who controls it.
+
+An overlay that readers have filled has its clusters in the order in which they were asked for. Reading the image from
+start to end then jumps about in the file. The job walks the image in stretches. It moves one whose data is in more
+than one piece to the end of the file, in one piece. When it has passed the whole image, the first places are free. It
+moves the same stretches there, as far as they fit, and what is left free at the end of the file is cut off.
+
+Room: what was moved and not committed yet is on the disk twice. That is up to COMMIT_BYTES, as a commit follows then,
+and the old places are given back to the file system. A file system that cannot punch holes needs room for all that is
+moved.
+
+While guests read or write, one piece is moved per GUEST_SECONDS. A request that comes meanwhile waits for it, so fewer
+than one in a hundred does.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import trio
+
+from qedfs.errors import BadOverlay, NoSpace
+from qedfs.image.image import COMMIT_BYTES, Image
+from qedfs.jobs.job import Driver, HoldOff, Job, never
+from qedfs.overlay.relocation import Gathering
+from qedfs.units import format_size
+
+log = logging.getLogger(__name__)
+
+STRETCH_BYTES = 8 << 20  # of the image. A disk with heads reads as much in the time of some seeks.
+GUEST_SECONDS = 0.01
+PACE_SECONDS = 0.25
+LOOKED_AT = 64  # stretches without anything to do, before other tasks get their turn
+
+
+class DefragJob(Job):
+    """The defragmentation of one image. It exists from a command until it has ended."""
+
+    kind: ClassVar[str] = "defrag"
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        enabled: bool = True,
+        limit: int = 0,
+        hold_off: HoldOff = never,
+        driver: Driver | None = None,
+    ) -> None:
+        """See `Job`."""
+        super().__init__(image, enabled=enabled, limit=limit, hold_off=hold_off, driver=driver)
+        self.moved_bytes = 0  # in all
+        self._finished = False
+        self._clusters = image.overlay.geometry.clusters
+        self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
+        self._gathered: list[int] = []  # the stretches that were moved to the end of the file, by their first cluster
+        self._lowered = 0  # how many of them have been looked at again
+        self._activity = -1
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended well."""
+        return self._finished
+
+    @property
+    def total(self) -> int:
+        """The size of the image in bytes."""
+        return self.image.size
+
+    @property
+    def progress(self) -> int:
+        """How far it is in the image, in bytes: half of it when all has been moved once."""
+        if self._finished or not self._clusters:
+            return self.image.size
+        second = self._lowered / len(self._gathered) if self._gathered else 1.0
+        passed = self.cursor / self._clusters
+        return int(self.image.size * (passed / 2 + (second / 2 if passed >= 1 else 0)))
+
+    async def work(self) -> bool:
+        """Move what is not in order; see `Job.work`. A full disk ends the job: it is no reason to wait for room."""
+        relocation = self.image.overlay.relocation
+        if not relocation.most_clusters:
+            self.cursor = self._clusters  # such clusters are longer than any jump
+        try:
+            while self.cursor < self._clusters:
+                if not self._goes_on():
+                    return False
+                await self._gather()
+            await self._give_back()
+            while self._lowered < len(self._gathered):
+                if not self._goes_on():
+                    return False
+                await self._lower(self._gathered[self._lowered])
+        except NoSpace as exc:
+            room = format_size(2 * COMMIT_BYTES)
+            self.fail(NoSpace(f"{exc}; what is in order stays so, and the rest needs {room} of free space"))
+            return False
+        return True
+
+    async def finish(self) -> None:
+        """Make all of it durable, and give the old places back."""
+        await self._give_back()
+        self._finished = True
+        log.info("%s: laid out in order, %s were moved", self.image.name, format_size(self.moved_bytes))
+
+    def _goes_on(self) -> bool:
+        if problem := self.image.overlay.relocation.problem:
+            raise BadOverlay(f"{self.image.name}: {problem}; run qedfs check")
+        return self.allowed and not self.hold_off()
+
+    async def _gather(self) -> None:
+        """Put the next stretch in one piece."""
+        overlay, first = self.image.overlay, self.cursor
+        if gap := await overlay.gap(first):
+            self.cursor = min(self._clusters, first + gap)
+            await trio.lowlevel.checkpoint()
+            return
+        count = min(self._stretch - first % self._stretch, self._clusters - first)
+        if (await overlay.relocation.layout(first, count)).pieces > 1:
+            gathering = await overlay.relocation.gather(first, count)
+            if gathering is not None and await self._move(gathering):
+                self._gathered.append(first)
+            if not self._goes_on():
+                return  # the rest of this stretch follows
+        elif first // self._stretch % LOOKED_AT == 0:
+            await trio.lowlevel.checkpoint()
+        self.cursor = first + count
+
+    async def _lower(self, first: int) -> None:
+        """Move a stretch to a lower place, if there is one that is large enough."""
+        relocation = self.image.overlay.relocation
+        count = min(self._stretch - first % self._stretch, self._clusters - first)
+        layout = await relocation.layout(first, count)
+        if layout.pieces == 1:
+            gathering = await relocation.lower(first, count, layout.first)
+            if gathering is not None:
+                await self._move(gathering)
+                if not self._goes_on():
+                    return
+        self._lowered += 1
+        await trio.lowlevel.checkpoint()
+
+    async def _move(self, gathering: Gathering) -> bool:
+        """Move a stretch, piece by piece, as fast as the rules allow. Returns whether it came to its end."""
+        with gathering:
+            while not gathering.ended:
+                if due := self.rate_limiter.due():
+                    await self.sleep(min(due, PACE_SECONDS))
+                elif self._guests():
+                    await self.sleep(GUEST_SECONDS)
+                if not self._goes_on():
+                    return False
+                if self.rate_limiter.due():
+                    continue
+                moved = await gathering.step(self.rate_limiter.piece_bytes)
+                self.rate_limiter.sent(moved)
+                self.moved_bytes += moved
+                await trio.lowlevel.checkpoint()
+        if self.hindered:
+            self.makes_progress()
+        if self.image.overlay.uncommitted_bytes >= COMMIT_BYTES:
+            await self._give_back()
+        return True
+
+    def _guests(self) -> bool:
+        """Whether a guest has read or written since the last call."""
+        counters = self.image.counters
+        before, self._activity = self._activity, counters.read + counters.written
+        return before != self._activity
+
+    async def _give_back(self) -> None:
+        """Make the new places durable, and give the old ones back."""
+        overlay = self.image.overlay
+        await overlay.commit()
+        while overlay.has_space_to_give_back and await overlay.give_space_back():
+            pass

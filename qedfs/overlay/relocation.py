@@ -1,0 +1,265 @@
+"""Moves data inside the file, so that neighbours in the image become neighbours in the file.
+
+Owns the order of a move, and what a guest's write to a cluster that is moved means. Must not know why a cluster is
+moved (`jobs/defrag.py`). The protocol is at the top of `overlay.py`.
+
+1. The data is copied to a new place. From the look-up of the old place to the new entry in memory and in the session
+   journal, there is no await. So no write, discard or adoption on the event loop comes in between, and a guest's bytes
+   always win: whatever was written before is copied, and whatever follows goes to the new place. Only a write in a
+   thread may still be under way at the old place. A move waits for its end before it looks the place up.
+2. A commit writes the entry after a barrier, which covers the copy. Without it, the cluster could read as what was in
+   the new place before, after a power cut, although the old place has the guest's flushed bytes.
+3. The old place is free as that of a discarded cluster is (`freed.py`): after a second barrier, and after the last
+   access that may have looked it up. A power cut could otherwise bring the old entry back, over another cluster's data.
+
+The copy is made on the event loop, in pieces of PIECE_BYTES: 60 us for 128 KiB from and to the page cache. A thread
+would need a note of every write that comes meanwhile, at the expense of all writes. What is not in the page cache is
+read in a thread first. No piece is copied where a write on the event loop could wait (`loop_writes.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import trio
+
+from qedfs.format.tables import ZERO
+from qedfs.overlay.allocator import Allocator
+from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import ClusterMap, Freed
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.journal import moved_to
+from qedfs.overlay.loop_writes import MOST_BYTES, LoopWrites
+from qedfs.overlay.open_session import OpenSession
+from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.storage import Storage
+
+PIECE_BYTES = 128 << 10
+CROWDED_SECONDS = 0.05  # until a write on the event loop is tried again, if it could have waited for the disk
+
+
+class Layout(NamedTuple):
+    """How the data of a stretch of the image lies in the file."""
+
+    clusters: int  # that have data
+    pieces: int  # of neighbours in the file, in the order of the image
+    first: int  # the offset of the first one
+
+
+class Relocation:
+    """The moves of one overlay."""
+
+    def __init__(  # noqa: PLR0913 - the parts that it works with
+        self,
+        storage: Storage,
+        clusters: ClusterMap,
+        committer: Committer,
+        barriers: Barriers,
+        journal: SessionJournal,
+        session: OpenSession,
+        allocator: Allocator,
+        pending: PendingAllocations,
+        freed: FreedClusters,
+        loop_writes: LoopWrites,
+    ) -> None:
+        self.most_clusters = MOST_BYTES // clusters.geometry.cluster_size  # of one piece; 0: clusters are too large
+        self._storage = storage
+        self._map = clusters
+        self._committer = committer
+        self._barriers = barriers
+        self._journal = journal
+        self._session = session
+        self._allocator = allocator
+        self._pending = pending
+        self._freed = freed
+        self._loop_writes = loop_writes
+        self._cluster_size = clusters.geometry.cluster_size
+
+    @property
+    def problem(self) -> str:
+        """Why the places that moves leave are not used again; "" if they are, as far as is known."""
+        return self._freed.references.problem
+
+    async def layout(self, first: int, count: int) -> Layout:
+        """How the data of these clusters lies in the file. Raises BadOverlay for an invalid table."""
+        await self._load(first, count)
+        places = [self._map.entry(cluster) for cluster in self._map.data_in(first, count)]
+        expected = [0, *(place + self._cluster_size for place in places[:-1])]
+        pieces = sum(place != follows for place, follows in zip(places, expected, strict=False))
+        return Layout(len(places), pieces, places[0] if places else 0)
+
+    async def gather(self, first: int, count: int) -> Gathering | None:
+        """Begin to move the data of these clusters to one place at the end of the file. None if they have none.
+
+        Raises what `Overlay.write` raises. Nothing has changed then.
+        """
+        data = await self._ready(first, count)
+        if not data:
+            return None
+        size = len(data) * self._cluster_size
+        return Gathering(self, data, self._allocator.zeros(size), size)
+
+    async def lower(self, first: int, count: int, below: int) -> Gathering | None:
+        """Likewise, to the lowest free place before offset `below`. None if none is large enough."""
+        data = await self._ready(first, count)
+        if not data or (offset := self._allocator.low_blank(len(data), below)) is None:
+            return None
+        return Gathering(self, data, offset, len(data) * self._cluster_size)
+
+    async def _ready(self, first: int, count: int) -> list[int]:
+        """The clusters with data among these, when the file may grow. No await follows the check of either."""
+        await self._session.ready()
+        await self._load(first, count)
+        while await self._committer.secure_marks():
+            await self._load(first, count)
+        self._barriers.check_writable()
+        return self._map.data_in(first, count)
+
+    async def _load(self, first: int, count: int) -> None:
+        pos, size = first * self._cluster_size, count * self._cluster_size
+        while not self._map.is_loaded(pos, size):
+            await self._map.load(pos, size)
+
+    async def move(self, clusters: list[int], offset: int) -> int:
+        """Move those of these clusters that still have data, one after the other from `offset` on. Returns how many.
+
+        Raises NoSpace: no entry has changed, and nobody uses what is at `offset`.
+        """
+        buffer = memoryview(bytearray(len(clusters) * self._cluster_size))
+        cold = False
+        while True:
+            data = await self._settled(clusters)
+            size = len(data) * self._cluster_size
+            if not data:
+                return 0
+            if not (found := self._read(data, buffer, cold=cold)):
+                await self._warm(data, buffer)
+                cold = True
+                continue
+            if self._loop_writes.may_begin(0):
+                break
+            await trio.sleep(CROWDED_SECONDS)
+        # No await since `_settled`, nor before the end of `_publish`.
+        try:
+            self._storage.write(offset, (buffer[:size],))
+        finally:
+            self._loop_writes.ended()
+        self._publish(found, offset)
+        if cold:
+            self._committer.note_cold(offset, size)
+        await self._heed_journal()
+        return len(data)
+
+    async def _settled(self, clusters: list[int]) -> list[int]:
+        """Those that have data, once something may be stored and nobody writes to their places in a thread."""
+        first, last = clusters[0], clusters[-1]
+        while True:
+            await self._load(first, last + 1 - first)
+            if self._pending.hold is not None:
+                await self._pending.hold.wait()  # the file is being copied
+                continue
+            if self._journal.outlived:
+                # It would contradict the new entry, and take nothing that explains it.
+                await self._heed_journal()
+                continue
+            self._barriers.check_writable()
+            data = [cluster for cluster in clusters if self._map.entry(cluster) > ZERO]
+            under_way = (self._pending.write_into(self._place(cluster), self._cluster_size) for cluster in data)
+            if (done := next((event for event in under_way if event is not None), None)) is None:
+                return data
+            await done.wait()
+
+    def _place(self, cluster: int) -> int:
+        return self._map.checked(self._map.entry(cluster), cluster)
+
+    def _read(self, data: list[int], buffer: memoryview, *, cold: bool) -> list[tuple[int, int]]:
+        """Fill the buffer with their data. Returns (cluster, place) of each; nothing if a read would have to wait.
+
+        `cold`: a thread has just read it. If it is still not to be had at once, the file system never says so.
+        """
+        found = [(cluster, self._place(cluster)) for cluster in data]
+        size = self._cluster_size
+        for number, (_, place) in enumerate(found):
+            view = buffer[number * size : (number + 1) * size]
+            if not self._storage.read_now(place, view):
+                if not cold:
+                    return []
+                self._storage.read(place, view)
+        return found
+
+    async def _warm(self, data: list[int], buffer: memoryview) -> None:
+        """Bring their data into the page cache."""
+        size = self._cluster_size
+        places = [self._place(cluster) for cluster in data]
+
+        def read_all() -> None:
+            for number, place in enumerate(places):
+                self._storage.read(place, buffer[number * size : (number + 1) * size])
+
+        with self._freed.accesses.running():
+            await self._storage.in_thread(read_all)
+
+    def _publish(self, found: list[tuple[int, int]], offset: int) -> None:
+        first, last = found[0][0], found[-1][0]
+        self._freed.references.before_discard(first, last + 1 - first)
+        freed: Freed = {}
+        entries = []
+        for number, (cluster, _) in enumerate(found):
+            place = offset + number * self._cluster_size
+            self._map.move(cluster, place, freed)
+            entries.append((cluster, moved_to(place)))
+        self._committer.note_data(len(found) * self._cluster_size)
+        self._freed.add(freed)
+        self._journal.append(entries)
+
+    async def _heed_journal(self) -> None:
+        """Make the journal void if it takes no more entries. What it has must not outlive what it lacks."""
+        if self._journal.outlived:
+            await self._committer.commit()
+            self._journal.void()
+            await self._session.note_no_journal()
+
+    def give_back(self, places: Iterable[int]) -> None:
+        """Free what was allocated for a move and not used."""
+        self._allocator.give_back(places)
+
+
+class Gathering:
+    """A stretch of the image whose data is being moved to one place. Leave the context to give back what is left."""
+
+    def __init__(self, relocation: Relocation, clusters: list[int], offset: int, size: int) -> None:
+        self._relocation = relocation
+        self._left = clusters
+        self._offset = offset
+        self._end = offset + size
+        self._cluster_size = size // len(clusters)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._offset < self._end:
+            self._relocation.give_back(range(self._offset, self._end, self._cluster_size))
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to move."""
+        return not self._left
+
+    async def step(self, most_bytes: float = PIECE_BYTES) -> int:
+        """Move the next piece, of at most so many bytes, but one cluster at least. Returns how many bytes were moved.
+
+        Raises what `Overlay.write` raises. What was moved before stays moved, and nothing is lost.
+        """
+        most = max(1, int(min(most_bytes, PIECE_BYTES)) // self._cluster_size)
+        piece = self._left[:most]
+        moved = await self._relocation.move(piece, self._offset) * self._cluster_size
+        self._offset += moved
+        del self._left[: len(piece)]
+        return moved

@@ -1,0 +1,45 @@
+"""In how many pieces an overlay is: counted over slices, holes and the pieces that go on."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from qedfs.overlay.fragments import Fragments, fragments
+from qedfs.overlay.open import open_storage
+from tests.fakes.storage import MemoryStorage
+from tests.overlay.images import filled
+
+C = 4096
+
+
+@pytest.mark.parametrize(
+    ("parts", "pieces", "longest"),
+    [
+        ([[C, 2 * C, 3 * C]], 1, 3),
+        ([[C, 2 * C], [], [3 * C]], 1, 3),
+        ([[C, 2 * C], [4 * C, 5 * C, 6 * C]], 2, 3),
+        ([[C], [2 * C, 4 * C, 5 * C]], 2, 2),
+        ([[3 * C, 2 * C, C]], 3, 1),
+        ([[9 * C, C, 2 * C], [3 * C, 4 * C], [5 * C, 9 * C]], 3, 5),
+        ([[]], 0, 0),
+    ],
+)
+def test_neighbours_in_the_image_that_are_neighbours_in_the_file_are_one_piece(
+    parts: list[list[int]], pieces: int, longest: int
+) -> None:
+    found = Fragments()
+    for part in parts:
+        found.add(part, C)
+    assert (found.pieces, found.longest, found.data) == (pieces, longest * C, sum(map(len, parts)) * C)
+
+
+async def test_clusters_of_several_tables_are_counted_and_zeros_passed_over() -> None:
+    built = filled({1: b"a" * C, 3: b"b" * C, 4: 1, 600: b"c" * C, 3000: b"d" * C}, image_size=16 << 20)
+    overlay = await open_storage(MemoryStorage(built.data))
+    await overlay.load(0, overlay.image_size)
+    places = [overlay.clusters.entry(n) for n in (1, 3, 600, 3000)]
+    found = await fragments(overlay.tables, overlay.clusters)
+    jumps = sum(place != before + C for before, place in pairwise(places))
+    assert (found.data, found.pieces) == (4 * C, 1 + jumps)
