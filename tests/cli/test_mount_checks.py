@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from qedfs.cli import mount_checks
+from qedfs.format.header import MAGIC
 from qedfs.overlay.create import create_overlay
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_create, random_image
 from tests.harness.mounts import mounted, qedfs
-from tests.harness.process import free_port
+from tests.harness.process import QEDFS, free_port
+from tests.harness.require import require, require_root, unavailable
 from tests.mount.support import MIB
 from tests.mount.test_options import NOBODY, user
 from tests.mount.test_user_errors import BAD_OVERLAY, IN_USE, NOT_MOUNTED, UNREACHABLE, USAGE, failing
@@ -181,3 +185,29 @@ def test_the_watchdog_of_a_unit_is_compared_with_the_kernels_limit(
     """A server that hangs is replaced after three quarters of its time."""
     monkeypatch.setattr(mount_checks, "remark_on_watchdog", lambda silence: f"{silence:g}")
     assert mount_checks._remark_on_watchdog(microseconds) == said
+
+
+def test_the_kernels_limit_on_requests_is_told_at_the_mount(place: Path) -> None:
+    """The limit counts for the whole machine, so this command alone sees another one."""
+    require_root()
+    sysctl = Path("/proc/sys/fs/fuse/max_request_timeout")
+    if not sysctl.exists():
+        unavailable("needs Linux 6.15, whose FUSE has a limit on requests")
+    (place / "limit").write_text("60\n")
+    (place / "disk.qed").write_bytes(MAGIC + bytes(4092))
+    hidden = ("unshare", "--mount", "sh", "-euc", 'mount --bind "$1" "$2"; shift 2; exec "$@"', "sh")
+    words: list[str | Path] = [*QEDFS, "mount", place / "disk.qed", place / "mnt", "--on-source-error", "wait"]
+    done = subprocess.run(
+        [require(hidden[0]), *hidden[1:], place / "limit", sysctl, *words],
+        env={**os.environ, "WATCHDOG_USEC": "120000000"},
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
+    assert done.returncode == BAD_OVERLAY
+    waits, watchdog = done.stderr.splitlines()[:2]
+    assert "does not answer a request within 60 s" in waits
+    assert waits.endswith("for 55 s at most")
+    assert "within 60 s" in watchdog
+    assert "a server that hangs is replaced after 90 s" in watchdog
