@@ -13,6 +13,7 @@ from qedfs.format.geometry import Geometry, round_up
 from qedfs.format.header import BACKING_FILE, HEADER_BYTES, MAX_BACKING_NAME, NO_PROBE, Header
 from qedfs.format.record import SLOT_BYTES, Pin, Record, Standby, digest, encode_record, slot_index, slot_offsets
 from qedfs.host.durable import sync_folder
+from qedfs.overlay.preallocation import Preallocation, reserve, write_tables
 
 
 def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
@@ -27,6 +28,7 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     private: bool = False,
     standby: bool = False,
     source_size: int | None = None,
+    preallocation: Preallocation = Preallocation.OFF,
     on_source_error: str = "",
 ) -> Header:
     """Create an empty overlay at `path`, which must not exist. Sizes are in bytes, `table_size` in clusters.
@@ -36,7 +38,8 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
     is QEMU's. With table sizes 8 and 16 QEMU corrupts images, and with 1 it cannot open them. `private`: only the
     owner may read and write the file, whatever the umask allows. `standby`: mounts keep nothing of the backing until
     the overlay is activated. The backing must have `source_size` bytes then, unless that is None. `on_source_error`:
-    as the record holds it.
+    as the record holds it. `preallocation`: which tables and
+    which space the file gets at once.
 
     Raises:
         UsageError: the file exists, its folder does not, or the geometry or the backing's name is invalid.
@@ -50,12 +53,14 @@ def create_overlay(  # noqa: PLR0913 - what may be said about a new overlay
         pin = None if source_size is None else Pin(digest(backing or ""), source_size)
         record = dataclasses.replace(record, standby=Standby.WAITING, pin=pin)
     try:
-        _write_new(path, header, name, encode_record(record), 0o600 if private else 0o666)
+        _write_new(path, header, name, encode_record(record), 0o600 if private else 0o666, preallocation)
     except FileExistsError as exc:
         raise already_exists(path) from exc
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpace(f"{path}: no space left to create it") from exc
+        if exc.errno == errno.EOPNOTSUPP:
+            raise UsageError(f"{path}: its file system cannot reserve space; use --preallocation metadata") from exc
         raise file_error(f"{path}: cannot be created: {exc.strerror}", exc) from exc
     return header
 
@@ -95,7 +100,7 @@ def _header(geometry: Geometry, name: bytes, *, raw_backing: bool) -> Header:
     return Header(geometry, header_size, features, 0, 0, area, HEADER_BYTES, len(name))
 
 
-def _write_new(path: str, header: Header, name: bytes, record: bytes, mode: int) -> None:
+def _write_new(path: str, header: Header, name: bytes, record: bytes, mode: int, preallocation: Preallocation) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     fd, temporary = tempfile.mkstemp(prefix=".qedfs-", dir=folder)
     try:
@@ -106,8 +111,13 @@ def _write_new(path: str, header: Header, name: bytes, record: bytes, mode: int)
                 raise BadOverlay("no room for the record in a header of our own making")
             file.seek(slots[slot_index(Record())])
             file.write(record)
-            file.truncate(header.l1_table_offset + header.geometry.table_bytes)
+            end = header.l1_table_offset + header.geometry.table_bytes
+            if preallocation is not Preallocation.OFF:
+                end = write_tables(file, header)
+            file.truncate(end)
             file.flush()
+            if preallocation is Preallocation.FALLOC:
+                reserve(fd, end + header.geometry.clusters * header.geometry.cluster_size)
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(fd, mode & ~umask)

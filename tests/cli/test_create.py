@@ -71,13 +71,14 @@ def test_the_keys_of_json(web: Nginx, folder: Path, qcow2: Path) -> None:
     size = qcow2.stat().st_size
     made = {"overlay": str(folder / "a.qed"), "size": GiB, "backing": url, "backing_format": "qcow2"}
     looked = {"compression": "zlib", "disk_size": GiB, "stored_size": size}
-    assert created(folder / "a.qed", "--backing", url) == {**made, **looked, "cluster_size": 65536}
+    shape = {"cluster_size": 65536, "preallocation": "off"}
+    assert created(folder / "a.qed", "--backing", url) == {**made, **looked, **shape}
     unknown = {"compression": None, "disk_size": None, "stored_size": None}
     made = {"overlay": str(folder / "b.qed"), "size": MiB, "backing": url, "backing_format": None}
     words = ("--backing", url, "--offline", "--size", "1M")
-    assert created(folder / "b.qed", *words) == {**made, **unknown, "cluster_size": 65536}
+    assert created(folder / "b.qed", *words) == {**made, **unknown, **shape}
     made = {"overlay": str(folder / "c.qed"), "size": MiB, "backing": None, "backing_format": None}
-    assert created(folder / "c.qed", "--size", "1M") == {**made, **unknown, "cluster_size": 65536}
+    assert created(folder / "c.qed", "--size", "1M") == {**made, **unknown, **shape}
 
 
 def test_a_larger_disk_ends_with_zeros(web: Nginx, folder: Path, disk: Path) -> None:

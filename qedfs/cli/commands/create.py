@@ -17,6 +17,7 @@ from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.errors import UsageError
 from qedfs.overlay.create import already_exists, create_overlay, encode_backing_name
+from qedfs.overlay.preallocation import Preallocation
 from qedfs.source.url import Location, redact
 from qedfs.units import format_size
 
@@ -63,6 +64,13 @@ class _Create(GivenOnce):
 @click.option(
     "--table-size", type=int, default=4, show_default=True, metavar="CLUSTERS", help="Clusters per table; QEMU: 2 or 4."
 )
+@click.option(
+    "--preallocation",
+    type=click.Choice([kind.value for kind in Preallocation]),
+    default=Preallocation.OFF.value,
+    show_default=True,
+    help="Give the file its tables at once, in one row (metadata), or tables and space for the whole disk (falloc).",
+)
 @click.option("--no-copy-on-read", is_flag=True, help="By default, mounts do not keep what they fetch for readers.")
 @click.option(
     "--standby",
@@ -92,6 +100,7 @@ def create(
     offline: bool,
     cluster_size: int,
     table_size: int,
+    preallocation: str,
     no_copy_on_read: bool,
     standby: bool,
     on_source_error: str | None,
@@ -113,7 +122,7 @@ def create(
     With --json: `overlay` (absolute path), `size` of the image, `backing` (the URL without secrets, or null),
     `backing_format` ("raw", "qcow2", or null for one that is not known), `compression` of a qcow2 image ("zlib",
     "zstd", or null), `disk_size` of the disk in the backing, `stored_size` of the backing's file (these two are null
-    if nobody has looked), and `cluster_size`. All sizes are in bytes.
+    if nobody has looked), `cluster_size` and `preallocation`. All sizes are in bytes.
     """
     _check(backing, backing_format, size, offline=offline, standby=standby, on_source_error=on_source_error)
     if os.path.lexists(overlay):
@@ -138,6 +147,7 @@ def create(
         private=private,
         standby=standby,
         source_size=None if found is None else found.size,
+        preallocation=Preallocation(preallocation),
         on_source_error="" if on_source_error is None else parse_source_errors(on_source_error).stored(),
     )
     made = header.geometry.image_size
@@ -152,6 +162,7 @@ def create(
                 "disk_size": None if found is None else found.size,
                 "stored_size": None if found is None else found.stored_size,
                 "cluster_size": cluster_size,
+                "preallocation": preallocation,
             }
         )
     elif not quiet:
