@@ -99,6 +99,11 @@ class _Walk:
             raise BadOverlay(f"the file claims {clusters} clusters, too many to check")
         self._used = UsedClusters(clusters)
         self.report = Report(total=header.geometry.clusters)
+        self._chunk = min(CHUNK_ENTRIES, header.geometry.entries)
+        # Numbers that are tables of `_chunk` entries: of 1, and of 0, 1, 2, ... clusters.
+        self._ones = int.from_bytes(encode_table(array("Q", [1]) * self._chunk), "little")
+        steps = array("Q", range(0, self._chunk * header.geometry.cluster_size, header.geometry.cluster_size))
+        self._steps = int.from_bytes(encode_table(steps), "little")
 
     def run(self) -> Report:
         report = self.report
@@ -117,6 +122,8 @@ class _Walk:
     def _each_entry(self, table: int, judge: _Judge) -> None:
         """Call `judge(index, entry)` for each entry that is not 0. When repairing, clear those that it rejects."""
         for first, entries in self._filled(table):
+            if judge == self._l2_entry and self._all_at_once(entries):
+                continue
             bad = [i for i, entry in enumerate(entries) if entry != MISSING and not judge(first + i, entry)]
             if bad and self._mend:
                 self._clear(table + first * ENTRY_SIZE, entries, bad)
@@ -166,6 +173,26 @@ class _Walk:
         self.report.allocated += 1
         if not self._used.claim(entry // cluster_size):
             self.report.problem(f"two entries point to the cluster at {entry:#x}")
+        return True
+
+    def _all_at_once(self, entries: array[int]) -> bool:
+        """Judge a chunk of an L2 table as a whole, if it is what a stream leaves. Returns whether that was possible.
+
+        That is zero clusters only, or neighbouring clusters in order, which nothing else refers to. A comparison of
+        numbers of 64 KiB takes a hundredth of the time that the entries take one by one.
+        """
+        count, first, cluster_size = len(entries), entries[0], self._geometry.cluster_size
+        if count != self._chunk or entries[-1] != (ZERO if first == ZERO else first + (count - 1) * cluster_size):
+            return False
+        found = int.from_bytes(encode_table(entries), "little")
+        if first == ZERO and found == self._ones:
+            self.report.zero += count
+            return True
+        if first % cluster_size or not self._header.area_bytes <= first <= self._end - count * cluster_size:
+            return False
+        if found != self._steps + first * self._ones or not self._used.claim_row(first // cluster_size, count):
+            return False
+        self.report.allocated += count
         return True
 
     def _claim_table(self, offset: int) -> int:

@@ -30,6 +30,18 @@ class UsedClusters:
         self.count += 1
         return True
 
+    def claim_row(self, first: int, count: int) -> bool:
+        """Mark `count` clusters as used. Returns False, and marks none, if one of them is already."""
+        byte, shift = divmod(first, 8)
+        mask = ((1 << count) - 1) << shift
+        part = slice(byte, byte + (shift + count + 7) // 8)
+        used = int.from_bytes(self._bits[part], "little")
+        if used & mask:
+            return False
+        self._bits[part] = (used | mask).to_bytes(part.stop - part.start, "little")
+        self.count += count
+        return True
+
     def claim_table(self, first: int, count: int) -> int:
         """Mark `count` clusters, at most MAX_TABLE_SIZE, as used. Returns how many of them were used already."""
         byte, shift = divmod(first, 8)

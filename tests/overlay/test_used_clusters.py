@@ -19,6 +19,11 @@ def test_what_is_unused_is_what_nobody_has_claimed() -> None:
                 cluster = rng.randrange(72)
                 assert used.claim(cluster) == (cluster not in claimed)
                 claimed.add(cluster)
+            elif rng.random() < 0.5:
+                row = range(at := rng.randrange(72), rng.randrange(at, 73))
+                free = not claimed & set(row)
+                assert used.claim_row(at, len(row)) == free
+                claimed |= set(row if free else ())
             else:
                 table = range(at := rng.randrange(64), at + rng.choice((1, 4, 8)))
                 assert used.claim_table(at, len(table)) == len(claimed & set(table))
