@@ -61,18 +61,21 @@ def hold(
         child = os.fork()
     except OSError:
         child = -1
-    if child <= 0:
+    if child == 0:
         ours.close()
-        if child == 0:
-            # A process group of its own: Ctrl-C reaches only the holder, which passes it on.
-            os.setpgid(0, 0)
+        # A process group of its own: Ctrl-C reaches only the holder, which passes it on.
+        os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return theirs.detach() if child == 0 else None
+        return theirs.detach()
     theirs.close()
-    for fd in closed:
-        os.close(fd)
-    ours.set_inheritable(True)
-    numbers = {"first_pid": child, "first_fd": ours.fileno()}
-    command = holder_command(arguments, mountpoint, log=log, most_deaths=most_deaths, **numbers)
-    os.execve(command[0], command, environment())  # noqa: S606 - no shell
+    with ours:
+        if child < 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return None
+        for fd in closed:
+            os.close(fd)
+        ours.set_inheritable(True)
+        numbers = {"first_pid": child, "first_fd": ours.fileno()}
+        command = holder_command(arguments, mountpoint, log=log, most_deaths=most_deaths, **numbers)
+        os.execve(command[0], command, environment())  # noqa: S606 - no shell
     raise AssertionError

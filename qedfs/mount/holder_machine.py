@@ -7,7 +7,6 @@ from an event: `holder.py` decides. Loads a few modules of the standard library 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -152,6 +151,8 @@ class Machine:
 
     def pass_on(self, server: Server, mount_fd: int, told: Mapping[str, object], values: Mapping[str, str]) -> None:
         """Give a server the mount, and what an earlier one has said."""
+        import json  # here, as it is a quarter of what a holder loads, and most mounts need it never
+
         memory = os.memfd_create("qedfs-values")
         try:
             os.write(memory, json.dumps(dict(values)).encode(errors="surrogateescape"))
@@ -202,6 +203,8 @@ class Machine:
     def log(self, text: str, level: str) -> None:
         """Write a line to the log of the mount. `level`: "warning" or "error"."""
         if self._options["log"] == "json":
+            import json  # see above
+
             line = json.dumps({"time": round(time.time(), 6), "level": level, "logger": "holder", "message": text})
         elif self._options["log"] == "journal":
             line = f"<{4 if level == 'warning' else 3}>{level.upper()} {text}"

@@ -207,6 +207,15 @@ def test_without_a_terminal_each_image_and_each_trouble_is_one_line() -> None:
     assert any(line.startswith(f"{LONG}.raw  running") for line in lines)
 
 
+def test_a_mount_that_has_got_another_server_says_why() -> None:
+    last = {"reason": "SIGKILL", "pause_seconds": 0.514}
+    found = {**status(*fleet()), "restarts": 1, "last_restart": last}
+    line = "its server was replaced once, the last one after SIGKILL, in 0.51 s"
+    assert line in status_lines(found)
+    assert line in fitted_lines(found, 200, 50)
+    assert "its server was replaced 3 times" in "".join(status_lines({**found, "restarts": 3}))
+
+
 def test_one_image_needs_no_summary() -> None:
     assert len(status_lines(status(image("disk")), 80)) == 2
     assert status_lines(status(), 80) == ["/mnt: no overlays there"]

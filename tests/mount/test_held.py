@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator
 
 import pytest
+import trio
 
 from qedfs.errors import QedfsError
 from qedfs.mount import held
-from qedfs.mount.held import HolderLink
+from qedfs.mount.held import HolderGone, HolderLink
 
 
 @contextlib.contextmanager
@@ -145,3 +148,40 @@ async def test_the_end_of_the_holder_is_heard() -> None:
         holder.close()
         assert await link.heard() == ""
         link.set("a", "b")  # to nobody
+
+
+def test_the_last_message_tells_whether_there_is_still_a_holder() -> None:
+    with linked() as (link, holder):
+        assert link.finish("handed")
+        holder.close()
+        assert not link.finish("handed")
+        assert not link.finish("handed")
+    assert not HolderLink().finish("handed")
+
+
+def test_a_holder_that_was_killed_first_is_told_from_one_of_another_version() -> None:
+    with linked() as (link, holder):
+        holder.close()
+        with pytest.raises(HolderGone, match="was killed before this server had its turn"):
+            link.turn()
+
+
+async def test_a_server_that_is_continued_by_its_user_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of an orphan whose event loop turns, nothing remains but the order to end."""
+    done: list[str] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: done.append(f"in {seconds:g} s"))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: done.append("turned"))
+    before = signal.getsignal(signal.SIGCONT)
+    try:
+        with linked() as (link, _):
+            HolderLink().end_if_orphaned()
+            link.end_if_orphaned()
+            signal.raise_signal(signal.SIGCONT)
+            assert done == []
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+            signal.raise_signal(signal.SIGCONT)
+            while len(done) < 2:
+                await trio.lowlevel.checkpoint()
+            assert done == ["in 60 s", "turned"]
+    finally:
+        signal.signal(signal.SIGCONT, before)

@@ -25,7 +25,7 @@ def status_lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     lines = [f"{printable(found['mountpoint'])}: no overlays there"]
     if images:
         lines = list(table([HEADER, *map(row, images)], ALIGNMENT, width))
-    for text in [*troubles(images), *releases(found), *summary(images), *total_limit(found)]:
+    for text in [*troubles(images), *releases(found), *restarts(found), *summary(images), *total_limit(found)]:
         lines += [text] if width is None else wrapped(text, width)
     return lines
 
@@ -36,7 +36,7 @@ def fitted_lines(found: dict[str, Any], width: int, height: int) -> list[str]:
     if not images:
         return status_lines(found, width)
     texts = fitted_troubles(images, width, height)
-    more = [*releases(found), *total_limit(found)]
+    more = [*releases(found), *restarts(found), *total_limit(found)]
     head = [*fitted_summary(images, width), *(shortened(text, width) for text in more)]
     shown, left_out = fitted_images(images, height - len(head) - len(texts) - 1)
     return [*head, *table([HEADER, *map(row, shown)], ALIGNMENT, width, cut=True), *left_out, *texts]
@@ -105,6 +105,16 @@ def releases(found: dict[str, Any]) -> list[str]:
     if ordered:
         lines.append(f"released as soon as nobody uses it: {listed(ordered)}")
     return [printable(line) for line in lines]
+
+
+def restarts(found: Mapping[str, Any]) -> list[str]:
+    """How often the mount has got another server; nothing if it has its first one."""
+    last = found.get("last_restart")
+    if not last:
+        return []
+    count = f"{found['restarts']} times" if found["restarts"] > 1 else "once"
+    reason, seconds = printable(last["reason"]), last["pause_seconds"]
+    return [f"its server was replaced {count}, the last one after {reason}, in {seconds:.2f} s"]
 
 
 def total_limit(found: dict[str, Any]) -> list[str]:
