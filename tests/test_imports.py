@@ -21,10 +21,11 @@ ENTRY = {"__init__": frozenset[str](), "__main__": frozenset({"cli"})}
 
 PYFUSE3 = "mount/"
 WRITER_CALLS = frozenset({"pwrite", "pwritev", "fdatasync", "ftruncate"})
-# Only storage.py holds the fd of an overlay. The other one writes a file that is none: the journal on tmpfs.
+# Only storage.py holds the fd of an overlay. The others write what is none: the journal on tmpfs, and memory.
 WRITERS = {
     "overlay/storage.py": WRITER_CALLS,
     "overlay/journal.py": {"pwrite"},
+    "mount/held.py": {"ftruncate"},
 }
 # What `Overlay` is made of: other rooms ask it instead, so that its parts can be cut anew.
 PARTS = frozenset({"clusters", "committer", "storage", "tables"})

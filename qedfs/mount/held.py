@@ -4,7 +4,7 @@ Owns the messages. Each is one packet of text; its first word says what it is:
 
 | from the server | |
 |---|---|
-| `ready` | it has loaded its program, and waits for its turn |
+| `ready` and a descriptor | it has loaded its program, and waits for its turn; the memory is for what it cannot send |
 | `keep` and a descriptor | /dev/fuse: from now on the mount outlives the server |
 | `set KEY VALUE`, `del KEY` | what the next server has to know |
 | `serving` | requests are answered |
@@ -25,8 +25,10 @@ Owns the messages. Each is one packet of text; its first word says what it is:
 A holder serves on under later versions of the servers, so messages are only ever added. The values may change: a server
 that cannot read them says so before it is `ready`, so that the one before it serves on.
 
-A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. Must not
-know what the values mean.
+A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. A holder
+that is stopped (Ctrl-Z) reads nothing, and the kernel takes a few hundred packets only. What comes after these waits in
+this process, and stands as lines in the memory that the holder has: it reads them there if this process is killed.
+Must not know what the values mean.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class HolderLink:
     def __init__(self, fd: int | None = None) -> None:
         self._socket = None if fd is None else socket.socket(fileno=fd)
         self._unsent: deque[tuple[bytes, int | None]] = deque()  # packets, and a descriptor for each that has one
+        self._overflow = -1  # the memory for packets that wait
+        self._spilled = False  # there are some in it
         self._values: dict[str, str] = {}
         self._gone = False  # the holder was killed
         if self._socket is not None:
@@ -97,19 +101,21 @@ class HolderLink:
         _wake_after_holder()
         # We are in the background of the terminal. With `stty tostop` the first line of the log would stop us.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        said = self._socket.recv(MESSAGE_BYTES).decode()
+        said, _ = _received(self._socket, 0)
         _, _, kept = said.partition(" ")
         if kept and kept not in READABLE:
             raise QedfsError(f"another version of qedfs has left a state of format {kept}, which this one cannot read")
-        self._send("ready")
-        content, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 2)
-        verb, _, rest = content.decode().partition(" ")
+        self._overflow = os.memfd_create("qedfs-unsent")
+        self._unsent.append((b"ready", os.dup(self._overflow)))
+        self.flush()
+        said, descriptors = _received(self._socket, 2)
+        verb, _, rest = said.partition(" ")
         self._socket.setblocking(False)
         if verb == "mount":
             self.set("format", FORMAT)
             return None
         if verb != "take" or len(descriptors) != 2:
-            raise HolderGone("the holder of the mount was killed before this server had its turn")
+            raise QedfsError(f"the holder of the mount says {verb}, which this version does not know")
         with open(descriptors[1], "rb") as file:
             file.seek(0)
             self._values = json.loads(file.read())
@@ -164,8 +170,12 @@ class HolderLink:
     def _send(self, text: str) -> None:
         """Send a packet. It waits in a queue of ours if the holder does not read, which a stopped one does not."""
         if self._socket is not None:
-            self._unsent.append((text.encode(errors="surrogateescape"), None))
+            packet = text.encode(errors="surrogateescape")
+            self._unsent.append((packet, None))
             self.flush()
+            if self._unsent and self._overflow >= 0:
+                self._spilled = True
+                os.write(self._overflow, packet + b"\n")
 
     def flush(self) -> None:
         """Send what waits in our queue, as far as the holder reads."""
@@ -185,6 +195,11 @@ class HolderLink:
             self._unsent.popleft()
             if fd is not None:
                 os.close(fd)
+            if self._spilled and not self._unsent:
+                # Before a later packet is sent: a line that is read after it would bring an old value back.
+                self._spilled = False
+                os.ftruncate(self._overflow, 0)
+                os.lseek(self._overflow, 0, os.SEEK_SET)
 
     def _drop_unsent(self) -> None:
         for _, fd in self._unsent:
@@ -223,6 +238,18 @@ class HolderLink:
         """Close our end."""
         if self._socket is not None:
             self._socket.close()
+        if self._overflow >= 0:
+            os.close(self._overflow)
+            self._overflow = -1
+
+
+def _received(connection: socket.socket, most: int) -> tuple[str, list[int]]:
+    """Wait for a message with up to `most` descriptors. Raises HolderGone."""
+    with contextlib.suppress(ConnectionError):
+        content, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, most)
+        if content:
+            return content.decode(), descriptors
+    raise HolderGone("the holder of the mount was killed before this server had its turn")
 
 
 def _wake_after_holder() -> None:

@@ -58,6 +58,7 @@ class Server:
         self.started_at = now
         self.heard_at = now
         self.dying_since: float | None = None
+        self.overflow = -1  # the memory with what it could not send to us
 
 
 class Machine:
@@ -134,6 +135,7 @@ class Machine:
         for server, code in self._ends():
             _listen(server, listener)
             server.connection.close()
+            _catch_up(server, listener)
             listener.ended(server, code)
 
     def _ends(self) -> Iterator[tuple[Server, int]]:
@@ -242,7 +244,23 @@ def _listen(server: Server, listener: Listener) -> None:
         for fd in descriptors:
             os.set_inheritable(fd, False)
         verb, _, rest = content.decode(errors="surrogateescape").partition(" ")
+        if verb == "ready" and descriptors:
+            server.overflow = descriptors.pop()
         listener.heard(server, verb, rest, descriptors[0] if descriptors else None)
+
+
+def _catch_up(server: Server, listener: Listener) -> None:
+    """Tell what a server that has ended could not send, because we did not read."""
+    if server.overflow < 0:
+        return
+    with open(server.overflow, "rb") as memory:  # at the writer's offset
+        memory.seek(0)
+        # Without a line that a kill has cut.
+        lines = memory.read().rpartition(b"\n")[0].decode(errors="surrogateescape").split("\n")
+    server.overflow = -1
+    for line in filter(None, lines):
+        verb, _, rest = line.partition(" ")
+        listener.heard(server, verb, rest, None)
 
 
 def _drained(fd: int) -> bytes:

@@ -43,6 +43,11 @@ def heard(holder: socket.socket, count: int) -> list[str]:
     return [holder.recv(1000).decode() for _ in range(count)]
 
 
+def unsent(link: HolderLink) -> list[bytes]:
+    """The lines in the memory that the holder has."""
+    return os.pread(link._overflow, 1 << 20, 0).splitlines()
+
+
 def test_the_first_server_makes_the_mount_and_tells_what_the_next_one_needs() -> None:
     with linked("") as (link, holder):
         holder.send(b"mount")
@@ -132,6 +137,7 @@ def test_the_mount_reaches_a_holder_that_was_behind() -> None:
         link.keep(fd)
         os.close(fd)
         descriptors: list[int] = []
+        assert holder.recv(1000) == b"ready"
         while not descriptors:
             said, descriptors, _, _ = socket.recv_fds(holder, 1000, 1)
             link.flush()
@@ -185,3 +191,24 @@ async def test_a_server_that_is_continued_by_its_user_is_no_orphan(monkeypatch: 
             assert done == ["in 60 s", "turned"]
     finally:
         signal.signal(signal.SIGCONT, before)
+
+
+def test_what_a_stopped_holder_has_not_read_stands_in_the_memory_that_it_has() -> None:
+    with linked("") as (link, holder):
+        holder.send(b"mount")
+        link.turn()
+        count = 0
+        while not unsent(link):
+            link.set("opens/5", str(count))
+            count += 1
+        assert unsent(link) == [f"set opens/5 {count - 1}".encode()]
+        link.set("opens/5", "last")
+        link.drop("opens/5")
+        assert unsent(link)[1:] == [b"set opens/5 last", b"del opens/5"]
+        heard(holder, 3)
+        link.flush()
+        while link._unsent:  # what it has read meanwhile is no longer needed there, once all has been sent
+            assert unsent(link)
+            heard(holder, 1)
+            link.flush()
+        assert unsent(link) == []

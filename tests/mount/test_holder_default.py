@@ -62,6 +62,12 @@ def faulty(folder: Path) -> Iterator[tuple[Mount, Path]]:
             yield mount, folder / "fault"
 
 
+def put(fault: Path, kind: str) -> None:
+    """Tells the server what to do, at once: it might read a file that is still empty."""
+    fault.with_suffix(".new").write_text(kind)
+    fault.with_suffix(".new").rename(fault)
+
+
 def test_a_daemon_outlives_its_server_and_commands_wait_for_the_next_one(tmp_path: Path) -> None:
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
@@ -121,7 +127,7 @@ def test_a_read_only_mount_outlives_its_server(tmp_path: Path) -> None:
 def test_an_internal_error_of_the_server_is_no_end_of_the_mount(tmp_path: Path) -> None:
     with faulty(tmp_path) as (mount, fault), opened(mount.path("disk.raw")) as fd:
         os.pwrite(fd, b"before", 0)
-        fault.write_text("raise")
+        put(fault, "raise")
         wait_for_takeover(mount, 1)
         assert os.pread(fd, 6, 0) == b"before"
         os.pwrite(fd, b"after", 100)
@@ -134,7 +140,7 @@ def test_an_internal_error_of_the_server_is_no_end_of_the_mount(tmp_path: Path) 
 def test_a_server_that_spins_ends_after_its_holder(tmp_path: Path) -> None:
     with faulty(tmp_path) as (mount, fault):
         (server,) = servers(mount.pid)
-        fault.write_text("spin")
+        put(fault, "spin")
         wait_for(lambda: not fault.exists(), "a server that spins")
         os.kill(mount.pid, signal.SIGKILL)
         wait_for(lambda: not is_running(server), "its end")

@@ -68,6 +68,18 @@ def test_a_descriptor_arrives_and_is_not_inherited() -> None:
     assert Told(machine).until("ended")[0] == "keep: /memfd:mount (deleted) False"
 
 
+def test_what_a_server_could_not_send_is_read_from_its_memory_at_its_end() -> None:
+    machine = machine_of(
+        "m = os.memfd_create('unsent'); socket.send_fds(s, [b'ready'], [m]); s.send(b'set a 1');"
+        "os.write(m, b'set a 2\\nset b x y\\ndel c\\nset a 3 that was cu'); os.kill(os.getpid(), 9)"
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    machine.start("")
+    said = Told(machine).until("ended")
+    assert said == ["ready:", "set:a 1", "set:a 2", "set:b x y", "del:c", "ended -9"]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # those that wake the machine up
+
+
 def test_a_server_gets_the_mount_with_what_was_said() -> None:
     machine = machine_of(
         "b, f, *_ = socket.recv_fds(s, 1000, 2); os.lseek(f[1], 0, 0);"
