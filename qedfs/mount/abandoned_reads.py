@@ -16,21 +16,19 @@ reader has long gone. Both may take as long as a source's deadline. Nobody needs
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import trio
 
 from qedfs.host.beat import next_beat
-from qedfs.host.procfs import mounts
+from qedfs.host.device import device_of
 from qedfs.mount.served import Served
 
 LOOK_SECONDS = 1.0  # between checks; younger reads are left alone
 _KILLED = 1 << 8  # SIGKILL in the masks of /proc/PID/status: bit 9 - 1
-_FDINFO = frozenset({b"ino", b"mnt_id"})  # of /proc/PID/fdinfo
 _PF_EXITING = 0x4  # <linux/sched.h>, in the flags of /proc/PID/stat
 
 
@@ -87,17 +85,14 @@ def held_by_the_dying(opens: dict[str, int]) -> set[str]:
 def holders(inodes: dict[str, int], device: str) -> tuple[set[str], Counter[str]]:
     """Who has these files open: the names that living processes have, and how many descriptors dying ones have of each.
 
-    `inodes`: name -> inode. `device`: of our file system, as in the table of mounts; "" if it is mounted nowhere any
-    more. The path does not matter: it differs between mount namespaces, and there is none after an unmount.
+    `inodes`: name -> inode. `device`: of our file system; if it is "", no file is told apart by it. The path does not
+    matter: it differs between mount namespaces, and there is none after an unmount.
     """
-    elsewhere: set[int] = set()
-    with contextlib.suppress(OSError):  # without the table, what may be ours counts as ours
-        elsewhere = {line.number for line in mounts() if line.device != device}
     living: set[str] = set()
     dying: Counter[str] = Counter()
     for task in _tasks():
         links = ((link, os.path.basename(file)) for link, file in _links(task))
-        names = [name for link, name in links if name in inodes and _may_be(task, link, inodes[name], elsewhere)]
+        names = [name for link, name in links if name in inodes and _may_be(task, link, inodes[name], device)]
         if names and is_dying(task):
             dying.update(names)
         else:
@@ -105,18 +100,21 @@ def holders(inodes: dict[str, int], device: str) -> tuple[set[str], Counter[str]
     return living, dying
 
 
-def _may_be(task: Path, link: str, inode: int, elsewhere: Collection[int]) -> bool:
+def _may_be(task: Path, link: str, inode: int, device: str) -> bool:
     """Whether a descriptor may be of this inode of ours, which is told without asking its file system.
 
-    The kernel tells the number of its mount, and since Linux 5.14 the inode. `elsewhere`: numbers of other mounts. They
-    may well have the same name and inode: the first image of every mount of ours has the inode 2.
+    Since Linux 5.14 the kernel tells the inode. Other mounts may well have the same name and inode: the first image of
+    every mount of ours has the inode 2. They are told by their device, as the table of mounts does not have those of
+    other mount namespaces, nor what was unmounted lazily.
     """
     try:
         lines = (task / "fdinfo" / link).read_bytes().splitlines()
     except OSError:
         return True
-    found = {name: int(value) for name, _, value in (line.partition(b":") for line in lines) if name in _FDINFO}
-    return found.get(b"ino", inode) == inode and found.get(b"mnt_id") not in elsewhere
+    if any(line.startswith(b"ino:") and int(line[4:]) != inode for line in lines):
+        return False
+    # What cannot be told counts as ours.
+    return not device or device_of(f"{task}/fd/{link}") in ("", device)
 
 
 def is_dying(task: Path) -> bool:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.host.procfs import mount_number, mounts
+from qedfs.host.device import device_of
 from qedfs.mount.abandoned_reads import LOOK_SECONDS, held_by_the_dying, holders, is_dying
 from tests.harness.mounts import Mount, mounted
 from tests.harness.process import wait_for
-from tests.harness.require import require
+from tests.harness.require import require, require_root
 from tests.harness.servers import black_hole
 
 from .support import MIB, create
@@ -140,16 +140,32 @@ def test_what_a_living_process_has_open_is_not_deserted(tmp_path: Path) -> None:
     assert held_by_the_dying({str(file): 0}) == set()
 
 
+IN_ANOTHER_NAMESPACE = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+
+
 def test_who_has_a_name_open_is_told_by_its_inode_and_its_file_system(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    inode = file.stat().st_ino
-    with file.open() as opened:
-        number = mount_number(opened.fileno())
-        device = next(line.device for line in mounts() if line.number == number)
+    inode, device = file.stat().st_ino, device_of(str(file))
+    with file.open():
         assert holders({"file": inode}, device) == ({"file"}, {})
         assert holders({"file": inode + 1}, device) == (set(), {})
         assert holders({"other": inode}, device) == (set(), {})
         # Another mount of ours may have the same name and inode: the first image of each has the same number.
         assert holders({"file": inode}, "0:0") == (set(), {})
+        assert holders({"file": inode}, "") == ({"file"}, {})  # if that is not known
     assert holders({"file": inode}, device) == (set(), {})
+
+
+def test_who_has_a_name_open_in_another_mount_namespace_is_told_by_its_file_system(tmp_path: Path) -> None:
+    require_root()
+    file = tmp_path / "file"
+    file.touch()
+    inode = file.stat().st_ino
+    words = [require("unshare"), "-m", sys.executable, "-ISc", IN_ANOTHER_NAMESPACE, str(file)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        assert holders({"file": inode}, device_of(str(file))) == ({"file"}, {})
+        assert holders({"file": inode}, "0:0") == (set(), {})
+        process.communicate()
