@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import trio
 
-from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceChanged, SourceUnreachable
+from qedfs.errors import InStandby, QedfsError, ReadOnlyOverlay, SourceChanged, SourceUnreachable
 from qedfs.format.record import Standby
 from qedfs.image.image import Image
+from qedfs.image.stalls import Stalls
 from qedfs.image.standby_record import put_in_standby
 from qedfs.image.write_gate import WriteGate, Writes
 from qedfs.jobs.image_jobs import ImageJobs
@@ -344,6 +345,17 @@ async def test_the_way_back_drops_what_was_kept_and_the_stream(autojump_clock: t
         with pytest.raises(QedfsError, match="a guest has written"):
             await scene.cuts.deactivate(scene.served)
         assert not scene.image.in_standby
+
+
+async def test_after_the_way_back_a_write_is_held_as_long_as_the_kernel_allows(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with standby(writes=Writes.HOLD) as scene:
+        scene.image.stalls = Stalls(kernel_seconds=55)
+        await scene.cuts.activate(scene.served)
+        await scene.cuts.deactivate(scene.served)
+        with pytest.raises(InStandby, match="not activated within 55 s"):
+            await scene.image.write(0, b"guest")
 
 
 async def test_a_way_back_that_cannot_be_recorded_leaves_it_active(autojump_clock: trio.testing.MockClock) -> None:

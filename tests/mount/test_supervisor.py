@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfs.errors import NoSpace
+from qedfs.errors import InStandby, NoSpace
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
+from qedfs.image.write_gate import Writes
 from qedfs.jobs.state import State
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
@@ -118,5 +119,21 @@ async def test_a_bug_costs_its_image_only(place: str, tmp_path: Path, monkeypatc
         assert disk.job is not None
         assert (disk.job.state, disk.job.reason) == (State.FAILED, "internal error, see the log")
         assert other.troubles == []
+        assert await images.close() == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_write_in_standby_is_held_as_long_as_the_kernel_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_overlay(str(tmp_path / "disk.qed"), image_size=65536, backing="http://127.0.0.1:1/disk", standby=True)
+    monkeypatch.setattr("qedfs.mount.opener.most_wait_seconds", lambda: 0.01)
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), Options(standby_writes=Writes.HOLD), nursery)
+        await images.registry.scan()
+        (served,) = images.registry.everything()
+        assert served.image is not None
+        with pytest.raises(InStandby, match=r"not activated within 0\.01 s"):
+            await served.image.write(0, b"guest")
         assert await images.close() == []
         nursery.cancel_scope.cancel()
