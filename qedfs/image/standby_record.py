@@ -75,7 +75,8 @@ async def record_active(overlay: Overlay, pin: Pin | None) -> None:
 
 async def record_waiting(overlay: Overlay) -> None:
     """Note, durably, that the overlay is in standby again after `record_active`. Nothing was kept or written since."""
-    await overlay.change_record(_in_standby)
+    # Of all records, the present one must not count, whatever becomes of this one.
+    await overlay.change_record(_in_standby, revoke=False)
 
 
 async def record_emptying(name: str, overlay: Overlay) -> None:

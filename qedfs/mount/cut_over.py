@@ -235,6 +235,8 @@ class CutOver:
                         await record_waiting(image.overlay)
             except Exception as exc:
                 failure = exc
+                if not in_time:
+                    log.error("%s: its activation may count at the next mount: %s", served.name, exc)
             finally:
                 served.recording = None
                 ended.set()

@@ -84,7 +84,7 @@ class OpenSession:
         if self._start is not None:
             await self._start.late()
 
-    async def change_record(self, change: Change) -> None:
+    async def change_record(self, change: Change, *, revoke: bool = True) -> None:
         """See `Overlay.change_record`."""
         self._barriers.check_writable()
         # Add it at once, so that `record` shows it. Changes are applied in this order.
@@ -97,8 +97,10 @@ class OpenSession:
                 except NoSpace:
                     self._session.remember(change(self._session.record))
                 else:
+                    before = self._session.record
+                    after = change(before)
                     await self._committer.durably(
-                        lambda: self._session.store(change(self._session.record), revoke=True)
+                        lambda: self._session.store(after, otherwise=before if revoke else after)
                     )
         finally:
             # No await between storing and this, or a reader of `record` would see the change twice.

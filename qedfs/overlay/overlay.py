@@ -238,12 +238,14 @@ class Overlay:
         """Why entries are not in the file yet: the last commit has failed. Otherwise None."""
         return self.committer.error
 
-    async def change_record(self, change: Change) -> None:
+    async def change_record(self, change: Change, *, revoke: bool = True) -> None:
         """Change the record durably. Calls take effect in order. An error undoes only this change.
+
+        `revoke`: if the barrier fails, the next session is to have the record without the change; otherwise with it.
 
         If the disk has been full since the opening, the change becomes durable when the session starts.
         """
-        await self._session.change_record(change)
+        await self._session.change_record(change, revoke=revoke)
 
     async def ready(self) -> None:
         """Start the session, if the disk was full at the opening. Raises NoSpace if it still is."""

@@ -231,30 +231,31 @@ class Session:
         """Take over a record that cannot be stored yet, because the session has not begun: `begin` stores it."""
         self.record = record
 
-    def store(self, record: Record, *, revoke: bool = False) -> None:
+    def store(self, record: Record, *, otherwise: Record | None = None) -> None:
         """Write a record to the slot that does not hold the current one, and make it durable.
 
-        `revoke`: if the barrier fails, the current record is to count in the next session, too.
+        `otherwise`: which record is to count in the next session if the barrier fails. None: either.
         """
         record = self._write_slot(record)
         if self._slots is not None:
             try:
                 self._barrier()
             except ReadOnlyOverlay:
-                if revoke:
-                    self._revoke(record)
+                if otherwise is not None:
+                    self._overwrite(record, otherwise)
                 raise
         self._unordered = False
         self.record = record
 
-    def _revoke(self, record: Record) -> None:
-        """After a failed barrier, overwrite the new record with the current one, which its caller goes on with.
+    def _overwrite(self, record: Record, otherwise: Record) -> None:
+        """After a failed barrier, overwrite the new record with the one that its caller goes on with.
 
         A failed barrier does not tell whether the disk has the new record. Without this, an overlay whose activation
         has failed could be active in the next session, although its guest went on at the source. It goes to the same
-        slot: torn, it leaves the other slot with the current record. No barrier follows, as it would prove nothing.
+        slot: torn, it leaves the other slot with the current record. The committer then reads everything from the disk
+        again, after another barrier. If the disk works by then, a power cut does not leave the new record any more.
         """
-        again = dataclasses.replace(self.record, sequence=record.sequence + 2)
+        again = dataclasses.replace(otherwise, sequence=record.sequence + 2)
         if self._slots is not None:
             with contextlib.suppress(QedfsError):
                 self._storage.write(self._slots[slot_index(again)], [encode_record(again)])

@@ -246,6 +246,21 @@ async def test_the_disk_does_not_take_the_record(autojump_clock: trio.testing.Mo
         await scene.succeeds()
 
 
+async def test_a_disk_that_fails_while_a_late_record_is_taken_back(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record of the activation is durable, and must not count all the same: the guest went on at the source."""
+    async with standby() as scene:
+        hung = scene.disk.gate = trio.Event()
+        await scene.fails(QedfsError, "stays in standby: the disk of its overlay")
+        scene.disk.fail("barrier", QedfsError("cannot sync: Input/output error"), nth=2)
+        scene.disk.gate = None
+        hung.set()
+        await scene.cuts.deactivate(scene.served)
+        assert await stored(scene.disk) is Standby.WAITING
+        assert "its activation may count at the next mount: cannot sync" in caplog.text
+
+
 async def test_a_record_that_the_disk_has_although_its_barrier_has_failed_does_not_count(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

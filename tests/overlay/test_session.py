@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,12 +12,14 @@ import trio
 
 from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.header import UNTOUCHED
-from qedfs.format.record import Pin, Record
+from qedfs.format.record import Pin, Record, Standby
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written
+from tests.overlay.cuts import Disk
 from tests.overlay.images import empty
+from tests.overlay.mutants import Mutant, mutated
 
 CLUSTER = 4096
 PIN = Pin("0" * 32, 4096, etag='"e"')
@@ -94,6 +98,46 @@ async def test_a_change_behind_a_failed_barrier_is_refused(seed: int) -> None:
     assert isinstance(second.error, ReadOnlyOverlay)
     assert overlay.record.pin is None
     assert not overlay.record.paused
+
+
+LONG = Pin("0" * 32, 4096, etag="e" * 500, last_modified="m" * 500)  # the record needs all sectors of its slot
+OVERWRITE_RULES = (
+    Mutant(
+        "the current record is written over the new one",
+        "session:Session._overwrite",
+        "self._storage.write",
+        "(lambda *_: None)",
+    ),
+    Mutant("before the answer, a barrier for it", "commit:Committer._take_back", "await self._read_again()", "pass"),
+)
+
+
+@pytest.mark.parametrize("rule", [None, *OVERWRITE_RULES], ids=lambda rule: "all" if rule is None else rule.rule)
+async def test_after_a_failed_barrier_a_power_cut_leaves_the_record_of_before(rule: Mutant | None) -> None:
+    """The disk may have the new record all the same, torn or whole, until the change has failed."""
+    storage = RecordingStorage(empty().data)
+    overlay = await open_storage(storage)
+    await overlay.change_record(lambda record: dataclasses.replace(record, pin=LONG, standby=Standby.WAITING))
+    begun = len(storage.log)
+    storage.fail("barrier", QedfsError("cannot sync: Input/output error"))
+    with contextlib.nullcontext() if rule is None else mutated(rule), pytest.raises(ReadOnlyOverlay):
+        await overlay.change_record(lambda record: dataclasses.replace(record, standby=Standby.REVOCABLE))
+    disk, wrong = Disk(storage.start, storage.log), []
+    for position in range(begun, len(storage.log) + 1):
+        disk.advance(position)
+        for cut in disk.cuts(64, random.Random(position)):
+            image = disk.build(cut)
+            record = (await open_storage(MemoryStorage(image, writable=False))).record
+            if record.pin != LONG or (position == len(storage.log) and record.standby is not Standby.WAITING):
+                wrong.append((position, record.standby))
+    assert bool(wrong) == (rule is not None), wrong
+    # A kill leaves all that was written, in that order, and the next session goes on with it.
+    if rule is None:
+        again = MemoryStorage(storage.bytes)
+        overlay = await open_storage(again)
+        assert overlay.record.standby is Standby.WAITING
+        await overlay.change_record(paused)
+        assert await stored(again) == (LONG, True)
 
 
 @pytest.mark.parametrize("bits", [4, UNTOUCHED, UNTOUCHED | 4])
