@@ -138,7 +138,7 @@ class Machine:
 
         try:
             self._child.wait_until(look, what)
-        except AssertionError:
+        except (AssertionError, Died):
             print(self.output())
             raise
 
