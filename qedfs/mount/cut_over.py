@@ -18,12 +18,13 @@ are given up.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceUnreachable
+from qedfs.errors import QedfsError, ReadOnlyOverlay, SourceUnreachable, TimedOut
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.image import Image
 from qedfs.image.standby import PassThrough
@@ -46,6 +47,7 @@ RECORD_SECONDS = 1.8  # until the disk has the record
 PAGES_SECONDS = 1.7  # until reads are given up, those that have waited for STUCK_SECONDS
 STUCK_SECONDS = 0.3
 LOOK_SECONDS = 0.005  # between two looks whether a job has come to rest
+BACK_SECONDS = 30.0  # until whoever asks for the way back is told that the disk does not take it
 LOST_SECONDS = 5.0  # for the kernel, after its reads were given up. It needs milliseconds.
 
 DropPages = Callable[[Served], Awaitable[None]]
@@ -78,11 +80,8 @@ class CutOver:
         async def activate() -> None:
             await self.activate(served)
 
-        def ended() -> QedfsError:
-            return QedfsError(f"{served.name}: the mount has ended")
-
         name = f"{served.name}: cannot be activated"
-        return SingleFlight(self._nursery, activate, name=name, cancelled=ended).result
+        return SingleFlight(self._nursery, activate, name=name, cancelled=_ended(served)).result
 
     async def activate(self, served: Served) -> None:
         """Activate an image. Does nothing if it is active. Of concurrent calls, the later ones wait for the first.
@@ -107,11 +106,24 @@ class CutOver:
     async def deactivate(self, served: Served) -> None:
         """Put an image back in standby, and drop what it has got since its activation: the other program goes on.
 
-        Does nothing if it is in standby. Waits for no source.
+        Does nothing if it is in standby. Waits for no source. Once it has begun it goes on, whoever waits for it: the
+        overlay's disk may hang, and then neither the caller nor the end of the mount may wait for that.
 
         Raises:
             QedfsError: a guest has written since, or it was not activated, or is complete. The image is active.
+            TimedOut: the overlay's disk has not taken it yet.
         """
+        name = f"{served.name}: cannot go back to standby"
+        flight = SingleFlight(self._nursery, lambda: self._go_back(served), name=name, cancelled=_ended(served))
+        with trio.move_on_after(BACK_SECONDS) as scope:
+            await flight.result()
+        if scope.cancelled_caught:
+            raise TimedOut(
+                f"{served.name}: the disk of its overlay has not recorded the way back to standby within"
+                f" {BACK_SECONDS:g} s; that goes on, and the next --undo waits for it, too"
+            )
+
+    async def _go_back(self, served: Served) -> None:
         async with served.cut_over:
             image = _image(served)
             if image.in_standby:
@@ -126,15 +138,14 @@ class CutOver:
             longest = image.stalls.kernel_seconds
             gate = image.gate = WriteGate(served.name, self._options.standby_writes, most_seconds=longest)
             gate.activate = self.activation(served)
-            try:
-                with trio.CancelScope(shield=True):
+            with _recording(served), trio.CancelScope(shield=True):
+                try:
                     await record_emptying(served.name, image.overlay)
-            except BaseException:
-                gate.open()
-                image.gate = None
-                self._sources.release_soon(through.remote)
-                raise
-            with trio.CancelScope(shield=True):
+                except BaseException:
+                    gate.open()
+                    image.gate = None
+                    self._sources.release_soon(through.remote)
+                    raise
                 await self._empty(served, image, through)
             await self._fresh_pages(served, image, latest=trio.current_time() + PAGES_SECONDS)
             log.info("%s: is in standby again", served.name)
@@ -228,7 +239,7 @@ class CutOver:
         async def record() -> None:
             nonlocal failure
             try:
-                with trio.CancelScope(shield=True):
+                with _recording(served), trio.CancelScope(shield=True):
                     await record_active(image.overlay, pin)
                     if not in_time:
                         # Whoever has asked was told that it is in standby, and goes on at the source.
@@ -238,10 +249,8 @@ class CutOver:
                 if not in_time:
                     log.error("%s: its activation may count at the next mount: %s", served.name, exc)
             finally:
-                served.recording = None
                 ended.set()
 
-        served.recording = ended
         self._nursery.start_soon(record)
         with trio.CancelScope(shield=True, deadline=latest):
             await ended.wait()
@@ -282,6 +291,21 @@ class CutOver:
         stream.start()
         if paused:
             stream.hold()
+
+
+@contextlib.contextmanager
+def _recording(served: Served) -> Iterator[None]:
+    """The overlay is not closed before the block is left."""
+    served.recording = ended = trio.Event()
+    try:
+        yield
+    finally:
+        served.recording = None
+        ended.set()
+
+
+def _ended(served: Served) -> Callable[[], QedfsError]:
+    return lambda: QedfsError(f"{served.name}: the mount has ended")
 
 
 def _check_recordable(served: Served, image: Image) -> None:

@@ -96,6 +96,9 @@ class Supervisor:
                 nursery.start_soon(end, served)
 
     async def _closed(self, served: Served) -> QedfsError | None:
+        if served.recording is not None:
+            # An activation that came too late is taken back by a second record: without it, the next mount is active.
+            await served.recording.wait()
         return None if served.image is None else await self._opener.close(served.image)
 
     async def _run(self, served: Served) -> None:

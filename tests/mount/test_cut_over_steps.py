@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import trio
 
-from qedfs.errors import InStandby, QedfsError, ReadOnlyOverlay, SourceChanged, SourceUnreachable
+from qedfs.errors import InStandby, QedfsError, ReadOnlyOverlay, SourceChanged, SourceUnreachable, TimedOut
 from qedfs.format.record import Standby
 from qedfs.image.image import Image
 from qedfs.image.stalls import Stalls
@@ -382,6 +382,25 @@ async def test_a_way_back_that_cannot_be_recorded_leaves_it_active(autojump_cloc
         assert not scene.image.in_standby
         assert bytes(await scene.image.read(0, SIZE)) == NEW
         assert await stored(scene.disk) is Standby.REVOCABLE
+
+
+async def test_the_disk_does_not_take_the_way_back(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever asks is told so, or goes away, as at the end of the mount; the way back goes on."""
+    async with standby() as scene:
+        await scene.cuts.activate(scene.served)
+        hung = scene.disk.gate = trio.Event()
+        with trio.move_on_after(1) as gone:
+            await scene.cuts.deactivate(scene.served)
+        assert gone.cancelled_caught
+        with pytest.raises(TimedOut, match="within 30 s; that goes on, and the next --undo waits for it") as caught:
+            await scene.cuts.deactivate(scene.served)
+        assert caught.value.exit_code == 7
+        assert scene.served.recording is not None  # so that the overlay is not closed now
+        scene.disk.gate = None
+        hung.set()
+        await scene.cuts.deactivate(scene.served)
+        assert scene.image.in_standby
+        assert await stored(scene.disk) is Standby.WAITING
 
 
 async def test_a_complete_image_is_told_what_to_do_instead(autojump_clock: trio.testing.MockClock) -> None:

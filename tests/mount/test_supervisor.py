@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from qedfs.errors import InStandby, NoSpace
+from qedfs.errors import InStandby, NoSpace, QedfsError
+from qedfs.format.record import Standby
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
 from qedfs.image.write_gate import Writes
@@ -16,6 +18,9 @@ from qedfs.jobs.state import State
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
 from qedfs.overlay.create import create_overlay
+from qedfs.overlay.open import open_overlay
+from qedfs.overlay.storage import FileStorage
+from qedfs.source.policy import Policy
 from tests.harness.hang import HANG_SECONDS
 
 Leave = Callable[[Path], object]
@@ -121,6 +126,40 @@ async def test_a_bug_costs_its_image_only(place: str, tmp_path: Path, monkeypatc
         assert other.troubles == []
         assert await images.close() == []
         nursery.cancel_scope.cancel()
+
+
+async def test_an_activation_that_the_disk_took_too_late_is_taken_back_before_the_overlay_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source.raw").write_bytes(bytes(65536))
+    overlay = tmp_path / "disk.qed"
+    create_overlay(str(overlay), image_size=65536, backing=str(tmp_path / "source.raw"), standby=True)
+    answers, in_thread = trio.Event(), FileStorage.in_thread
+    answers.set()
+
+    async def hanging(storage: FileStorage, function: Callable[[], object]) -> object:
+        await answers.wait()
+        return await in_thread(storage, function)
+
+    monkeypatch.setattr(FileStorage, "in_thread", hanging)
+    monkeypatch.setattr("qedfs.mount.cut_over.RECORD_SECONDS", 0.05)
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), Options(stream=False, policy=Policy((str(tmp_path),))), nursery)
+        await images.registry.scan()
+        (served,) = images.registry.everything()
+        assert served.image is not None
+        await served.image.flush()  # so that the close has nothing to wait for but the record
+        answers = trio.Event()
+        with pytest.raises(QedfsError, match="stays in standby: the disk of its overlay"):
+            await images.cut_over.activate(served)
+        async with trio.open_nursery() as closing:
+            closing.start_soon(images.close)
+            await trio.testing.wait_all_tasks_blocked()
+            answers.set()
+        nursery.cancel_scope.cancel()
+    found = await open_overlay(str(overlay), writable=False)
+    assert found.record.standby is Standby.WAITING
+    await found.close()
 
 
 async def test_a_write_in_standby_is_held_as_long_as_the_kernel_allows(

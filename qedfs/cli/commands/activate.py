@@ -32,7 +32,8 @@ def activate(mountpoint: str, image: str | None, dry_run: bool, undo: bool) -> N
     cannot be recorded.
 
     With --undo, which fails if a guest has written to the image since, or if the image is complete. If nobody knows
-    whether an activation has succeeded, --undo leads to standby in any case.
+    whether an activation has succeeded, --undo leads to standby in any case. If the overlay's disk has not recorded
+    that within 30 seconds, the exit code is 7; it goes on, and the next --undo waits for it.
     """
     if dry_run and undo:
         raise UsageError("--dry-run tries an activation; omit it or --undo")
