@@ -5,6 +5,9 @@ right number of clusters: QEMU divides the length of the file by cluster_size - 
 exist. No other program may have the file open. Synchronous. The time is proportional to the entries that exist, because
 holes in the tables are skipped.
 
+Clusters in a row are judged together (`table_rows.py`). Scattered ones are marked as used without a look whether they
+are already. If the marks do not add up at the end, all is walked again, entry by entry, to tell which are wrong.
+
 An entry that points to an invalid place can be repaired: it becomes 0, and its clusters read from the backing again, or
 as zeros. If two entries refer to one cluster, neither can be repaired, because nothing tells which of them is right.
 Leaks only waste space. `give_back_leaks` returns it to the file system: they are cut off at the end of the file, and
@@ -23,13 +26,17 @@ from qedfs.format.header import Header, valid_table_offset
 from qedfs.format.tables import MISSING, ZERO, decode_table, encode_table
 from qedfs.overlay.holes import Holes
 from qedfs.overlay.storage import Storage
-from qedfs.overlay.used_clusters import MAX_CLUSTERS, UsedClusters
+from qedfs.overlay.table_rows import beginnings, is_scattered, places, rows_at
+from qedfs.overlay.used_clusters import MAX_CLUSTERS, MAX_SCATTERED, UsedClusters
 
-# (index, entry) -> whether the entry may stay
-_Judge = Callable[[int, int], bool]
+Told = Callable[[int], None]
 
 CHUNK_ENTRIES = 8192  # entries per read, 64 KiB
 _ZEROS = bytes(CHUNK_ENTRIES * ENTRY_SIZE)
+
+
+def _nobody(_: int) -> None:
+    pass
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,18 +61,25 @@ class Report:
         self.first_problem = self.first_problem or text
 
 
-def check(storage: Storage, header: Header) -> Report:
-    """Check every entry. Raises BadOverlay if the file is too large to check, and what `storage` raises."""
-    return _Walk(storage, header, mend=False).run()
+def check(storage: Storage, header: Header, told: Told = _nobody) -> Report:
+    """Check every entry. Raises BadOverlay if the file is too large to check, and what `storage` raises.
+
+    `told` is called now and then with the end of what is checked, in bytes of the image.
+    """
+    return _walked(storage, header, told).report
 
 
-def repair(storage: Storage, header: Header) -> Report:
+def repair(storage: Storage, header: Header, told: Told = _nobody) -> Report:
     """Check every entry, and clear those that point to an invalid place.
 
     Entries only change from "unusable" to "missing", so the order of the writes does not matter. The caller has to make
     these writes durable before it clears NEED_CHECK. Raises what `check` raises.
     """
-    return _Walk(storage, header, mend=True).run()
+    walk = _walked(storage, header, told)
+    if walk.report.corruptions:
+        walk = _Walk(storage, header, told, mend=True)
+        walk.run()
+    return walk.report
 
 
 def give_back_leaks(storage: Storage, header: Header) -> int:
@@ -74,8 +88,8 @@ def give_back_leaks(storage: Storage, header: Header) -> int:
     Only for a sound overlay all of whose tables are durable, without a journal, which may refer to clusters that look
     like leaks. Raises what `check` raises, or BadOverlay if the overlay is not sound.
     """
-    walk = _Walk(storage, header, mend=False)
-    if walk.run().corruptions:
+    walk = _walked(storage, header, _nobody)
+    if walk.report.corruptions:
         raise BadOverlay("is damaged, so nobody knows which clusters are in use")
     leaks = list(walk.unused())
     if leaks and sum(leaks[-1]) >= round_down(storage.size(), header.geometry.cluster_size):
@@ -86,8 +100,20 @@ def give_back_leaks(storage: Storage, header: Header) -> int:
     return sum(size for _, size in leaks) // header.geometry.cluster_size
 
 
+def _walked(storage: Storage, header: Header, told: Told) -> _Walk:
+    """A walk that has ended and changed nothing."""
+    walk = _Walk(storage, header, told, mark_scattered=True)
+    if not walk.run():
+        walk = _Walk(storage, header, told)
+        walk.run()
+    return walk
+
+
 class _Walk:
-    def __init__(self, storage: Storage, header: Header, *, mend: bool) -> None:
+    def __init__(
+        self, storage: Storage, header: Header, told: Told, *, mend: bool = False, mark_scattered: bool = False
+    ) -> None:
+        """`mend`: clear the entries that point to an invalid place. Not together with `mark_scattered`."""
         self._storage = storage
         self._holes = Holes(storage)
         self._header = header
@@ -99,34 +125,24 @@ class _Walk:
             raise BadOverlay(f"the file claims {clusters} clusters, too many to check")
         self._used = UsedClusters(clusters)
         self.report = Report(total=header.geometry.clusters)
-        self._chunk = min(CHUNK_ENTRIES, header.geometry.entries)
-        # Numbers that are tables of `_chunk` entries: of 1, and of 0, 1, 2, ... clusters.
-        self._ones = int.from_bytes(encode_table(array("Q", [1]) * self._chunk), "little")
-        steps = array("Q", range(0, self._chunk * header.geometry.cluster_size, header.geometry.cluster_size))
-        self._steps = int.from_bytes(encode_table(steps), "little")
+        self._told = told
+        self._mark_scattered = mark_scattered and clusters <= MAX_SCATTERED
 
-    def run(self) -> Report:
-        report = self.report
+    def run(self) -> bool:
+        """Returns False if scattered clusters are invalid or used twice, so that the report is of no use."""
         header_clusters = self._header.header_size
         self._claim_table(self._header.l1_table_offset)
-        self._each_entry(self._header.l1_table_offset, self._l1_entry)
-        report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used.count
-        return report
+        for first, entries in self._filled(self._header.l1_table_offset):
+            bad = [i for i, entry in enumerate(entries) if entry != MISSING and not self._l1_entry(first + i, entry)]
+            self._clear(self._header.l1_table_offset + first * ENTRY_SIZE, entries, bad)
+        self.report.leaks = self._end // self._geometry.cluster_size - header_clusters - self._used.count
+        return self._used.settle(header_clusters)
 
     def unused(self) -> Iterator[tuple[int, int]]:
         """After `run`: (offset, size) of clusters that nothing refers to, neighbours together."""
         cluster_size = self._geometry.cluster_size
         for first, stop in self._used.unused(self._header.header_size, self._end // cluster_size):
             yield first * cluster_size, (stop - first) * cluster_size
-
-    def _each_entry(self, table: int, judge: _Judge) -> None:
-        """Call `judge(index, entry)` for each entry that is not 0. When repairing, clear those that it rejects."""
-        for first, entries in self._filled(table):
-            if judge == self._l2_entry and self._all_at_once(entries):
-                continue
-            bad = [i for i, entry in enumerate(entries) if entry != MISSING and not judge(first + i, entry)]
-            if bad and self._mend:
-                self._clear(table + first * ENTRY_SIZE, entries, bad)
 
     def _filled(self, table: int) -> Iterator[tuple[int, array[int]]]:
         """The chunks of a table that are not all zeros, each with the index of its first entry."""
@@ -143,6 +159,9 @@ class _Walk:
             first += CHUNK_ENTRIES
 
     def _clear(self, offset: int, entries: array[int], bad: list[int]) -> None:
+        """When repairing, clear these entries of the chunk at `offset`."""
+        if not bad or not self._mend:
+            return
         for index in bad:
             entries[index] = MISSING
         self._storage.write(offset, [encode_table(entries)])
@@ -159,13 +178,47 @@ class _Walk:
             for _ in range(shared):
                 self.report.problem(f"the L2 table at {entry:#x} shares clusters with something else")
             return True
-        self._each_entry(entry, self._l2_entry)
+        for first, entries in self._filled(entry):
+            self._told(index * self._geometry.l2_span + first * self._geometry.cluster_size)
+            begins = beginnings(entries, self._geometry.cluster_size)
+            if not (self._mark_scattered and is_scattered(begins) and self._mark(entries)):
+                self._clear(entry + first * ENTRY_SIZE, entries, self._bad_of_rows(first, entries, begins))
+        return True
+
+    def _mark(self, entries: array[int]) -> bool:
+        """Mark clusters in any order. Whether they are valid is found out at the end; False if they are unaligned."""
+        found = places(entries, self._geometry.cluster_size)
+        if found is None:
+            return False
+        clusters, data, zeros = found
+        self._used.claim_scattered(clusters, data)
+        self.report.allocated += data
+        self.report.zero += zeros
+        return True
+
+    def _bad_of_rows(self, first: int, entries: array[int], begins: bytes) -> list[int]:
+        """Judge the entries of a chunk, of which `first` is the index in the table. Returns the chunk's bad ones."""
+        bad = []
+        for at, entry, count in rows_at(entries, self._geometry.cluster_size, begins):
+            if entry == MISSING or self._row(entry, count):
+                continue
+            bad += [i for i in range(at, at + count) if not self._l2_entry(first + i, entries[i])]
+        return bad
+
+    def _row(self, entry: int, count: int) -> bool:
+        """Judge a row as a whole. Returns False, and counts nothing, if something is wrong with it."""
+        if entry == ZERO:
+            self.report.zero += count
+            return True
+        cluster_size = self._geometry.cluster_size
+        if entry % cluster_size or not self._header.area_bytes <= entry <= self._end - count * cluster_size:
+            return False
+        if not self._used.claim_row(entry // cluster_size, count):
+            return False
+        self.report.allocated += count
         return True
 
     def _l2_entry(self, index: int, entry: int) -> bool:
-        if entry == ZERO:
-            self.report.zero += 1
-            return True
         cluster_size = self._geometry.cluster_size
         if entry % cluster_size or not self._header.area_bytes <= entry < self._end:
             self.report.problem(f"L2 entry {index} points to {entry:#x}, which is not a valid place for a cluster")
@@ -173,26 +226,6 @@ class _Walk:
         self.report.allocated += 1
         if not self._used.claim(entry // cluster_size):
             self.report.problem(f"two entries point to the cluster at {entry:#x}")
-        return True
-
-    def _all_at_once(self, entries: array[int]) -> bool:
-        """Judge a chunk of an L2 table as a whole, if it is what a stream leaves. Returns whether that was possible.
-
-        That is zero clusters only, or neighbouring clusters in order, which nothing else refers to. A comparison of
-        numbers of 64 KiB takes a hundredth of the time that the entries take one by one.
-        """
-        count, first, cluster_size = len(entries), entries[0], self._geometry.cluster_size
-        if count != self._chunk or entries[-1] != (ZERO if first == ZERO else first + (count - 1) * cluster_size):
-            return False
-        found = int.from_bytes(encode_table(entries), "little")
-        if first == ZERO and found == self._ones:
-            self.report.zero += count
-            return True
-        if first % cluster_size or not self._header.area_bytes <= first <= self._end - count * cluster_size:
-            return False
-        if found != self._steps + first * self._ones or not self._used.claim_row(first // cluster_size, count):
-            return False
-        self.report.allocated += count
         return True
 
     def _claim_table(self, offset: int) -> int:

@@ -20,6 +20,7 @@ from qedfs.format.geometry import ENTRY_SIZE, Geometry
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.sectors import SECTOR_ENTRIES
+from qedfs.overlay.table_rows import Row, count_missing, rows
 from qedfs.overlay.table_search import next_data, next_hole
 from qedfs.overlay.table_slices import TableSlices
 
@@ -117,24 +118,38 @@ class ClusterMap:
             BadOverlay: an entry points to an invalid place.
         """
         runs: list[Run] = []
-        cluster_size = self._cluster_size
         end = pos + size
         while pos < end:
             cluster = pos >> self._cluster_shift
-            try:
-                entry = self.entry(cluster)
-            except LookupError:
+            found = self._rows(cluster, (end - 1 >> self._cluster_shift) + 1 - cluster)
+            if found is None:
                 return None
             start = pos & self._cluster_mask
-            length = min(cluster_size - start, end - pos)
-            offset = self.checked(entry, cluster) + start if entry > ZERO else entry
-            if runs and _continues(runs[-1], offset):
-                last = runs[-1]
-                runs[-1] = Run(last.offset, last.pos, last.size + length)
-            else:
-                runs.append(Run(offset, pos, length))
-            pos += length
+            for _, entry, count in found:
+                length = min((count << self._cluster_shift) - start, end - pos)
+                if entry > ZERO:
+                    self.checked(entry + (count - 1 << self._cluster_shift), cluster + count - 1)
+                    offset = self.checked(entry, cluster) + start
+                else:
+                    offset = entry
+                if runs and _continues(runs[-1], offset):
+                    last = runs[-1]
+                    runs[-1] = Run(last.offset, last.pos, last.size + length)
+                else:
+                    runs.append(Run(offset, pos, length))
+                pos += length
+                cluster += count
+                start = 0
         return runs
+
+    def _rows(self, cluster: int, count: int) -> list[Row] | None:
+        """The rows of these clusters, up to the end of their slice at most; None if that is not loaded."""
+        number, index = cluster >> self._shift, cluster & self._mask
+        count = min(count, self.slice_entries - index)
+        part = self._slices.get(number)
+        if part is not None:
+            return rows(part[index : index + count], self._cluster_size)
+        return [(0, MISSING, count)] if self._tables.is_blank(number) else None
 
     def is_loaded(self, pos: int, size: int) -> bool:
         """Whether `runs` can answer this request without a `load`."""
@@ -175,9 +190,7 @@ class ClusterMap:
                     await trio.lowlevel.checkpoint()
                 continue
             cluster = (number << self._shift) + at
-            count = 1
-            while count < most and cluster + count < limit and part[at + count] == MISSING:
-                count += 1
+            _, _, count = rows(part[at : at + min(most, limit - cluster)], self._cluster_size)[0]
             return cluster, count
         return None
 
@@ -431,7 +444,8 @@ class ClusterMap:
                 if not missing:
                     part = await self._tables.entries(number)
                     inside = min(self.slice_entries, self.geometry.clusters - (number << self._shift))
-                    missing, stop = (part if inside == len(part) else part[:inside]).count(MISSING), number + 1
+                    missing = count_missing(part if inside == len(part) else part[:inside], self._cluster_size)
+                    stop = number + 1
             except BadOverlay as exc:
                 self._uncountable = self._uncountable or exc
                 missing, stop = 0, (number // self._tables.per_table + 1) * self._tables.per_table

@@ -23,6 +23,7 @@ from array import array
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.tables import ZERO
 from qedfs.overlay.ranges import Ranges
+from qedfs.overlay.table_rows import reaches
 
 _MARK = 2  # 0 is a missing cluster, 1 a zero cluster; every offset is a multiple of 4 KiB
 _LOW_BYTE = 0 if sys.byteorder == "little" else ENTRY_SIZE - 1  # position of the low byte of an entry in memory
@@ -44,7 +45,7 @@ class Truncation:
 
     def concerns(self, part: array[int]) -> bool:
         """Whether a slice has entries past `end`, of whatever origin, or marked ones."""
-        return max(part, default=0) >= self.end or bool(_marked_low_bytes(part))
+        return reaches(part, self.end) or bool(_marked_low_bytes(part))
 
     def marked(self, number: int, part: array[int]) -> list[int]:
         """Mark the bad entries of a slice that was read from the file. Returns their indices, to be written.
@@ -62,8 +63,7 @@ class Truncation:
 
 def mark_beyond(table: array[int], limit: int, cluster_size: int) -> list[int]:
     """Mark the offsets at or past `limit`, and return their indices. Unaligned offsets are invalid as they are."""
-    # `max` takes 0.2 ms for 64 KiB.
-    if max(table, default=0) < limit:
+    if not reaches(table, limit):
         return []
     bad = [index for index, entry in enumerate(table) if entry >= limit and entry % cluster_size == 0]
     for index in bad:

@@ -6,11 +6,14 @@ Owns the bits. Must not know what refers to a cluster, nor what follows from two
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 from qedfs.format.geometry import MAX_TABLE_SIZE
 
 MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a sparse file made for the purpose has more.
+MAX_SCATTERED = 1 << 26  # of a file whose clusters `claim_scattered` can mark, one byte each, 64 MiB of memory, too
 
 
 class UsedClusters:
@@ -20,6 +23,9 @@ class UsedClusters:
         """`clusters`: at most MAX_CLUSTERS."""
         self.count = 0
         self._bits = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # with room for `claim_table` at the end
+        self._clusters = clusters
+        self._marks: bytearray | None = None  # of `claim_scattered`: a byte of 1 for each cluster
+        self._past_end = False
 
     def claim(self, cluster: int) -> bool:
         """Mark a cluster as used. Returns False if it is already."""
@@ -41,6 +47,33 @@ class UsedClusters:
         self._bits[part] = (used | mask).to_bytes(part.stop - part.start, "little")
         self.count += count
         return True
+
+    def claim_scattered(self, places: Iterable[int], count: int) -> None:
+        """Mark clusters in any order as used. `places` has `count` of them, and a 0 for each entry without one.
+
+        Whether one of them is outside the file, or was used already, only `settle` tells. 70 ns for each.
+        """
+        if self._marks is None:
+            self._marks = bytearray(self._clusters)
+        try:
+            deque(map(self._marks.__setitem__, places, repeat(1)), maxlen=0)
+        except IndexError:
+            self._past_end = True
+        self.count += count
+
+    def settle(self, first: int) -> bool:
+        """Whether each `claim_scattered` was of clusters from `first` to the end that nothing else refers to."""
+        if self._marks is None:
+            return True
+        self._marks[0] = 0
+        if self._past_end or any(self._marks[:first]):
+            return False
+        bits = int.from_bytes(self._bits, "little")
+        for bit in range(8):
+            bits |= int.from_bytes(self._marks[bit::8], "little") << bit
+        self._bits[:] = bits.to_bytes(len(self._bits), "little")
+        self._marks = None
+        return bits.bit_count() == self.count
 
     def claim_table(self, first: int, count: int) -> int:
         """Mark `count` clusters, at most MAX_TABLE_SIZE, as used. Returns how many of them were used already."""

@@ -1,18 +1,19 @@
-"""The space of leaked clusters goes back to the file system, and nothing else does."""
+"""What a check reports, however its clusters lie. The space of leaked ones goes back to the file system."""
 
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 
 from qedfs.errors import BadOverlay
 from qedfs.format.tables import ZERO
-from qedfs.overlay.check import check, give_back_leaks
+from qedfs.overlay.check import _Walk, check, give_back_leaks, repair
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.images import SPAN, Built, filled
+from tests.overlay.images import SPAN, Built, filled, many_tables
 from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
@@ -76,6 +77,35 @@ def rows(kind: str) -> Built:
     return built
 
 
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each entry be judged by itself."""
+    monkeypatch.setattr("qedfs.overlay.check.is_scattered", lambda _: False)
+    monkeypatch.setattr("qedfs.overlay.check.UsedClusters.claim_row", lambda *_: False)
+
+
+def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The entries that are judged by themselves from now on."""
+    looked: list[int] = []
+    judge = _Walk._l2_entry
+
+    def noted(walk: _Walk, index: int, entry: int) -> bool:
+        looked.append(entry)
+        return judge(walk, index, entry)
+
+    monkeypatch.setattr("qedfs.overlay.check._Walk._l2_entry", noted)
+    return looked
+
+
+def shuffle(built: Built) -> None:
+    """Put the entries of each table in another order, so that none follows another."""
+    for table in range(2):
+        offset = int.from_bytes(built.data[built.header.l1_table_offset + 8 * table :][:8], "little")
+        if offset:
+            entries = array("Q", bytes(built.data[offset : offset + 4096]))
+            built.data[offset : offset + 4096] = (entries[::-2] + entries[::2]).tobytes()
+
+
+@pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -83,19 +113,58 @@ def rows(kind: str) -> Built:
         *("past the end", "in the header"),
     ],
 )
-def test_a_table_that_is_judged_as_a_whole_gets_the_same_report(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = MemoryStorage(rows(kind).data)
+def test_entries_that_are_judged_together_get_the_same_report(
+    kind: str, scattered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = rows(kind)
+    if scattered:
+        shuffle(built)
+    storage = MemoryStorage(built.data)
     header, _ = read_header(storage)
     found = check(storage, header)
-    monkeypatch.setattr("qedfs.overlay.check._Walk._all_at_once", lambda *_: False)
+    one_by_one(monkeypatch)
     assert found == check(storage, header)
     assert (found.corruptions == 0) == (kind in {"in order", "all zero", "one zero", "one missing", "two exchanged"})
 
 
-def test_a_row_of_clusters_is_judged_without_a_look_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    def each(*_: object) -> bool:
-        raise AssertionError("one by one")
-
-    monkeypatch.setattr("qedfs.overlay.check._Walk._l2_entry", each)
-    storage = MemoryStorage(rows("in order").data)
+@pytest.mark.parametrize("scattered", [False, True])
+def test_clusters_are_judged_without_a_look_at_each(scattered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = rows("in order")
+    if scattered:
+        shuffle(built)
+    looked = count_looks(monkeypatch)
+    storage = MemoryStorage(built.data)
     assert check(storage, read_header(storage)[0]).allocated == 512
+    assert not looked
+
+
+@pytest.mark.parametrize("kind", ["two alike", "one unaligned", "past the end", "in the header"])
+def test_scattered_entries_that_are_wrong_are_repaired_as_in_a_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = rows(kind)
+    shuffle(built)
+    together, alone = MemoryStorage(built.data), MemoryStorage(built.data)
+    header, _ = read_header(together)
+    found = repair(together, header)
+    one_by_one(monkeypatch)
+    assert found == repair(alone, header)
+    assert together.bytes == alone.bytes
+    assert (found.repaired > 0) == (kind != "two alike")
+
+
+def test_leaks_between_scattered_clusters_are_found() -> None:
+    built = rows("one missing")
+    shuffle(built)
+    storage = MemoryStorage(built.data)
+    header, _ = read_header(storage)
+    leaked = check(storage, header).leaks
+    assert leaked == 1
+    give_back_leaks(storage, header)
+    found = check(storage, header)
+    assert (found.allocated, found.corruptions) == (511, 0)
+
+
+def test_the_progress_is_told_in_bytes_of_the_image() -> None:
+    storage = MemoryStorage(many_tables(3).data)
+    told: list[int] = []
+    check(storage, read_header(storage)[0], told.append)
+    assert told == [0, SPAN, 2 * SPAN]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -31,8 +33,29 @@ def test_neighbours_in_the_image_that_are_neighbours_in_the_file_are_one_piece(
 ) -> None:
     found = Fragments()
     for part in parts:
-        found.add(part, C)
+        found.add(array("Q", part), C)
     assert (found.pieces, found.longest, found.data) == (pieces, longest * C, sum(map(len, parts)) * C)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scattered_clusters_are_counted_as_a_loop_counts_them(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(300):
+        entries = array("Q")
+        while len(entries) < 24:
+            first = rng.randrange(1, 999)
+            calm = rng.choice((1, 1, 2, 12))
+            row = [(first + step) * C for step in range(calm)]
+            entries.extend(row if not set(row) & set(entries) else [rng.choice((0, 1))])
+        found = Fragments()
+        for at in range(0, len(entries), 8):
+            found.add(entries[at : at + 8], C)
+        data = [entry for entry in entries if entry > 1]
+        lengths = [0]
+        for before, place in pairwise([0, *data]):
+            lengths = [*lengths[:-1], lengths[-1] + 1] if place == before + C and before else [*lengths, 1]
+        assert (found.data, found.pieces) == (len(data) * C, len(lengths) - 1)
+        assert found.longest == max(lengths) * C
 
 
 async def test_clusters_of_several_tables_are_counted_and_zeros_passed_over() -> None:

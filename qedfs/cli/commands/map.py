@@ -28,7 +28,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.units import format_size
 
 ROWS = 16  # most lines of the picture on a terminal
-CLUSTERS_AT_ONCE = 4096  # clusters to look up in one step, which takes a few ms
+CLUSTERS_AT_ONCE = 1 << 15  # clusters to look up in one step
 # The character for each Kind, in the order of their values.
 _SIGNS = "█░·▒"
 _ASCII_SIGNS = "#0.+"
