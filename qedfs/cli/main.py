@@ -21,6 +21,7 @@ from qedfs.errors import UsageError
 COMMANDS = {
     "activate": ("activate", "activate"),
     "check": ("check", "check"),
+    "commit": ("commit", "commit"),
     "create": ("create", "create"),
     "defrag": ("defrag", "defrag"),
     "doctor": ("doctor", "doctor"),

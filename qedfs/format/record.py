@@ -86,6 +86,8 @@ class Record:
     that `times` is out of date. `on_source_error`: see image/source_errors.py.
     `moved`: the `digest` of the backing name that the header is about to get (`Session.move_backing`). The pin counts
     for that name, too.
+    `committing`: the backing may have got a part of the overlay's own bytes (image/commit_down.py). Its pin then has
+    nothing but the size of before, and samples of what stays as it is.
     """
 
     session: str = ""
@@ -99,6 +101,7 @@ class Record:
     standby: Standby = Standby.NEVER
     on_source_error: str = ""
     moved: str = ""
+    committing: bool = False
 
 
 def digest(text: str) -> str:
@@ -190,7 +193,7 @@ def _to_json(record: Record) -> dict[str, object]:
     fields = dataclasses.asdict(record)
     del fields["sequence"]
     # Older versions of qedfs reject a record with a field that they do not know.
-    for name in ("journal", "times", "written", "standby", "on_source_error", "moved"):
+    for name in ("journal", "times", "written", "standby", "on_source_error", "moved", "committing"):
         if not fields[name]:
             del fields[name]
     if record.pin is not None:
@@ -209,11 +212,14 @@ def _from_json(fields: object, sequence: int) -> Record:
             moved = rest.pop("moved", "")
             if not isinstance(moved, str) or (moved and not _DIGEST.fullmatch(moved)):
                 raise ValueError("not a record of this version")
+            committing = rest.pop("committing", False)
+            if not isinstance(committing, bool):
+                raise ValueError("not a record of this version")
             if rest or not isinstance(written, bool) or not isinstance(rule, str) or not _RULE.fullmatch(rule):
                 raise ValueError("not a record of this version")
             if _SESSION.fullmatch(session) and isinstance(journal, str) and _JOURNAL.fullmatch(journal):
                 known = _pin_from_json(pin)
-                last = (sequence, journal, times, written, standby, rule, moved)
+                last = (sequence, journal, times, written, standby, rule, moved, committing)
                 return Record(session, known, copy_on_read, paused, *last)
     raise ValueError("not a record of this version")
 

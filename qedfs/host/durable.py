@@ -29,3 +29,12 @@ def sync_folder(path: str) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Make a file and its times durable. (fdatasync(2) leaves the times out.) Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -121,6 +121,8 @@ class SourceVersion:
         pin = overlay.record.pin
         if pin is not None and (pin.backing != backing or remote.pinning.by is By.NONE):
             pin = None
+        if pin is not None and overlay.record.committing and pin.size < identity.size <= overlay.image_size:
+            pin = dataclasses.replace(pin, size=identity.size)  # a commit that was interrupted has made it longer
         found = _pin(backing, identity, remote.pinning.called)
         if pin is not None:
             difference = await self._difference(pin, found)
@@ -133,7 +135,7 @@ class SourceVersion:
                     return identity
         # Even without copy-on-read: the stream and partial writes keep what they fetch.
         if overlay.writable and not overlay.record.standby.waits:
-            await overlay.change_record(lambda record: dataclasses.replace(record, pin=found))
+            await store_pin(overlay, found)
         return identity
 
     @property
@@ -200,7 +202,7 @@ def pin_for(backing: str, remote: RetryingSource, identity: Identity, samples: S
 
 async def store_pin(overlay: Overlay, pin: Pin) -> None:
     """Store a pin, whatever the record has now. Raises what `Overlay.change_record` raises."""
-    await overlay.change_record(lambda record: dataclasses.replace(record, pin=pin))
+    await overlay.change_record(lambda record: dataclasses.replace(record, pin=pin, committing=False))
 
 
 def _way_out(difference: str) -> str:

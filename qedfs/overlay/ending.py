@@ -6,7 +6,7 @@ Owns the order in which the parts of the overlay end, and what they may still ha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import trio
 
@@ -65,6 +65,21 @@ class Ending:
         Returns the file, which is still open and locked. The overlay takes no writes any more, and its clusters read as
         missing. Raises the errors of the disk; the next opening then empties it.
         """
+        await self._drop(self._session.empty)
+        return self._storage
+
+    async def drop_committed(self) -> None:
+        """Drop all clusters, whose bytes the backing has, too, durably, and close the file.
+
+        Nothing uses the overlay meanwhile. Raises the errors of the disk; the image reads the same then, too.
+        """
+        try:
+            await self._drop(self._session.drop_committed)
+        finally:
+            self._storage.close()
+
+    async def _drop(self, write: Callable[[], None]) -> None:
+        """End with all clusters dropped, in memory and, by `write`, in the file."""
         self._tables.forget()
         async with self._all_ended():
             # A read of a place that is cut off from the file would look like damage.
@@ -72,9 +87,8 @@ class Ending:
                 await trio.sleep(LOOK_SECONDS)
             self._journal.close(remove=True)
             try:
-                await self._storage.in_thread(self._session.empty)
+                await self._storage.in_thread(write)
             finally:
                 # Whoever still waits to change the record would write one of the time before.
                 self._barriers.failure = ReadOnlyOverlay("the overlay was emptied, and is open as another object")
                 self._tables.close()
-        return self._storage

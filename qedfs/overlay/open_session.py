@@ -191,6 +191,10 @@ class OpenSession:
         """See `Session.empty`. The caller holds this lock."""
         self._session.empty()
 
+    def drop_committed(self) -> None:
+        """See `Session.drop_committed`. The caller holds this lock."""
+        self._session.drop_committed()
+
     async def move_backing(self, name: bytes, pin: Pin | None) -> None:
         """See `Session.move_backing`."""
         async with self.lock:

@@ -563,6 +563,10 @@ class Overlay:
         """Drop all clusters, and end this object. The file stays open, for `open_storage`. See `Ending.empty`."""
         return await self._ending.empty()
 
+    async def drop_committed(self) -> None:
+        """Drop all clusters, whose bytes the backing has, too, and close the file. See `Ending.drop_committed`."""
+        await self._ending.drop_committed()
+
     def close_now(self) -> None:
         """Close the file of an overlay that is open read-only, without waiting for anything."""
         self.storage.close()

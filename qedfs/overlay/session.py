@@ -309,7 +309,11 @@ class Session:
         # barrier: if a power cut kept the zeros but lost the header, the overlay would have lost its backing.
         offset, size = self._dropped_name
         self._storage.write(offset, [bytes(size)])
-        self.store(dataclasses.replace(self.record, pin=None, paused=False, standby=Standby.NEVER, on_source_error=""))
+        self.store(
+            dataclasses.replace(
+                self.record, pin=None, paused=False, standby=Standby.NEVER, on_source_error="", committing=False
+            )
+        )
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
         self._dropped_name = None
@@ -326,16 +330,28 @@ class Session:
         The overlay counts as empty from then on, whatever the file has (`open.py`), so a kill or a power cut here costs
         nothing: the next opening does this again. The session must be begun anew after it.
         """
+        self._drop_clusters()
+        pin = None if self.record.pin is None else Pin(self.record.pin.backing, self.record.pin.size)
+        self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, journal=""))
+
+    def drop_committed(self) -> None:
+        """Drop all clusters, whose bytes the backing has, too, durably, and end the session.
+
+        Whichever entries a kill or a power cut leaves here, the image reads the same.
+        """
+        self._drop_clusters()
+        self._barrier()  # for the length: a session that has ended in order leaves nothing that nobody refers to
+        self.end()
+
+    def _drop_clusters(self) -> None:
         geometry, first = self.header.geometry, self.header.l1_table_offset
         end = first + geometry.table_bytes
         for at in range(first, end, _ZEROS_AT_ONCE):
             self._storage.write(at, [bytes(min(_ZEROS_AT_ONCE, end - at))])
-        # Before the record, which then no longer says that the file has to be emptied, and before the cut: other
-        # programs, which do not know the record, must not find entries that point past the end.
+        # Before a record that no longer says that the file has to be emptied, and before the cut: other programs, which
+        # do not know the record, must not find entries that point past the end.
         self._barrier()
         self._storage.resize(max(end, self.header.area_bytes))
-        pin = None if self.record.pin is None else Pin(self.record.pin.backing, self.record.pin.size)
-        self.store(dataclasses.replace(self.record, standby=Standby.WAITING, pin=pin, journal=""))
 
     def move_backing(self, name: bytes, pin: Pin | None) -> None:
         """Give the overlay another backing name, durably. `pin`: of that backing, with the `digest` of the name.
@@ -360,7 +376,7 @@ class Session:
         self._write_header(dataclasses.replace(old, backing_name_offset=offset, backing_name_size=len(name)))
         self._barrier()
         self._storage.write(old.backing_name_offset, [bytes(old.backing_name_size)])
-        self.store(dataclasses.replace(self.record, pin=pin or self._moved_pin(), moved=""))
+        self.store(dataclasses.replace(self.record, pin=pin or self._moved_pin(), moved="", committing=False))
         if self._slots is None:
             self._barrier()  # for the zeros, as there is no record whose barrier covers them
 

@@ -58,6 +58,7 @@ records = st.builds(
     journal=st.sampled_from(["", "0.1.00000000", "4294967295.ffffffffffffffff.ffffffff"]),
     on_source_error=st.sampled_from(["", "wait", "wait:999999999"]),
     moved=st.sampled_from(["", digest("y")]),
+    committing=st.booleans(),
 )
 
 

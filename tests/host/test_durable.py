@@ -13,7 +13,7 @@ import pytest
 
 from qedfs.cli.new_file import new_file
 from qedfs.errors import Inaccessible
-from qedfs.host.durable import sync_folder
+from qedfs.host.durable import sync_file, sync_folder
 from qedfs.overlay.create import create_overlay
 from tests.harness.require import require, require_root
 from tests.test_imports import modules
@@ -139,3 +139,16 @@ def test_what_was_made_is_there_after_a_power_cut(tmp_path: Path, maker: str) ->
     with loop_mounted(cut, tmp_path / "after") as folder:
         assert (folder / "file").read_bytes() == made
         assert [name for name in os.listdir(folder) if name.startswith(".qedfs-")] == []
+
+
+def test_a_file_becomes_durable_with_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fdatasync would leave out an mtime that is all that has changed."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    synced: list[os.stat_result] = []
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.fstat(fd)))
+    sync_file(str(path))
+    assert [os.path.samestat(found, path.stat()) for found in synced] == [True]
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        sync_file(str(tmp_path / "link"))

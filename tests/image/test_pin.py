@@ -16,8 +16,10 @@ import trio.testing
 from qedfs.errors import SourceChanged
 from qedfs.format.record import Pin
 from qedfs.image.image import Image
+from qedfs.overlay.open import open_storage
 from qedfs.source.base import Identity, Sameness
 from qedfs.source.pinning import USUAL, By, Pinning
+from qedfs.source.samples import Samples
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -333,3 +335,30 @@ async def test_a_strong_tag_or_a_date_costs_no_look(autojump_clock: trio.testing
             async with served(again, storage=await started(KINDS[pinned])) as image:
                 await image.source_size()
                 assert again.reads == []
+
+
+@pytest.mark.parametrize(
+    ("content", "grown", "same"), [(OLD, False, True), (OLD, True, True), (NEW, False, False), (NEW, True, False)]
+)
+async def test_a_backing_that_a_commit_has_changed_in_part_is_known_by_its_samples(
+    content: bytes, grown: bool, same: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It has another date, and may have grown to the size of the image, which ends later than the backing did."""
+    storage = await started(KINDS["date"])
+    overlay = await open_storage(storage)
+    samples = Samples()
+    samples.offer(2 * CLUSTER, memoryview(OLD)[2 * CLUSTER : 3 * CLUSTER])
+    pin = overlay.record.pin
+    assert pin is not None
+    size = SIZE - CLUSTER if grown else SIZE
+    known = Pin(pin.backing, size, samples=samples.encode())
+    await overlay.change_record(lambda record: dataclasses.replace(record, pin=known, committing=True))
+    await overlay.close()
+    storage = MemoryStorage(storage.bytes)
+    assert await is_same(storage, content, OTHERS["date"]) is same
+    record = (await open_storage(MemoryStorage(storage.bytes, writable=False))).record
+    assert record.committing is not same
+    assert record.pin is not None
+    assert record.pin.last_modified == (TUESDAY if same else None)
+    # From now on, the date counts again.
+    assert await is_same(MemoryStorage(storage.bytes), content, KINDS["date"]) is False

@@ -160,3 +160,33 @@ async def test_who_still_has_the_old_object_cannot_write(autojump_clock: trio.te
         await overlay.commit()
     await overlay.inspect()
     assert bytes(storage.bytes) == after
+
+
+async def test_clusters_that_the_backing_has_too_are_dropped_and_the_session_has_ended_in_order() -> None:
+    storage = new_file()
+    overlay = await open_storage(storage)
+    await overlay.adopt(0, bytearray(OLD), CLUSTER)
+    await overlay.flush()
+    await overlay.drop_committed()
+    assert storage.closed
+    assert bytes(storage.bytes[4096 * 2 :]) == bytes(len(new_file().bytes) - 4096 * 2)
+    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
+    assert (again.clusters.all_missing(0, CLUSTERS), again.record.session) == (True, "")
+
+
+@pytest.mark.parametrize("kind", ["write", "barrier", "resize"])
+async def test_a_disk_that_fails_while_they_are_dropped_leaves_a_file_that_opens(kind: str) -> None:
+    storage = new_file()
+    overlay = await open_storage(storage)
+    await overlay.adopt(0, bytearray(OLD), CLUSTER)
+    await overlay.flush()
+    storage.fail(kind, QedfsError("the disk is broken"))
+    with pytest.raises(QedfsError, match="broken"):
+        await overlay.drop_committed()
+    assert storage.closed
+    again = await open_storage(MemoryStorage(storage.bytes))
+    data = bytearray(CLUSTER)
+    for run in await again.map(0, CLUSTER):
+        if run.offset != MISSING:
+            await again.read_data(run.offset, memoryview(data))
+            assert data == OLD

@@ -54,6 +54,7 @@ async def _info(path: str) -> dict[str, Any]:
             "copy_on_read": overlay.record.copy_on_read,
             "paused": overlay.record.paused,
             "standby": overlay.backing is not None and overlay.record.standby.waits,
+            "committing": overlay.record.committing,
             "on_source_error": rule.action,
             "wait_bound_seconds": rule.bound_seconds,
             "pin": _pin(overlay.record),
@@ -100,6 +101,7 @@ def _for_people(found: dict[str, Any]) -> dict[str, Any]:
         "keeps": None if found["copy_on_read"] else "only what is streamed, not what readers fetch",
         "stream": "paused by the user" if found["paused"] else None,
         "standby": "keeps nothing until qedfs activate" if found["standby"] else None,
+        "commit": "was interrupted; the same qedfs commit goes on" if found["committing"] else None,
         "source away": _waiting(found) if found["on_source_error"] == "wait" else None,
     }
 

@@ -1,0 +1,135 @@
+"""`qedfs commit`: an overlay's own data -> its backing, a local file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+import click
+import trio
+
+from qedfs.cli.asked_source import Asking, ask
+from qedfs.cli.commands.map import whole_map
+from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.option_types import PLACE
+from qedfs.cli.overlay_files import image_explained
+from qedfs.cli.ui.copy_progress import CopyProgress, drawn
+from qedfs.cli.ui.layout import printable
+from qedfs.cli.ui.output import print_json
+from qedfs.cli.writable_backing import opened, place_of
+from qedfs.errors import InStandby, UsageError
+from qedfs.format.record import Pin
+from qedfs.format.tables import MISSING
+from qedfs.image.commit_down import Committed, Pinning, commit_down, copy
+from qedfs.image.commit_target import RawTarget, Target
+from qedfs.image.pin import pin_for
+from qedfs.overlay.open import open_overlay
+from qedfs.overlay.overlay import Overlay
+from qedfs.source.samples import Samples
+from qedfs.source.url import Location
+from qedfs.units import format_size
+
+if TYPE_CHECKING:
+    from qedfs.source.retrying import RetryingSource
+
+
+@click.command(cls=GivenOnce, short_help="Write an overlay's own data into its backing.")
+@click.argument("overlay", type=PLACE)
+@click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
+@click.option("--keep", is_flag=True, help="Leave the data in the overlay, too.")
+@click.option("--dry-run", is_flag=True, help="Say how much would be written, and write nothing.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors: no progress bar, no result.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def commit(overlay: str, allow_backing: tuple[str, ...], keep: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Write what OVERLAY has, and its backing has not, into the backing. Then OVERLAY is empty.
+
+    OVERLAY must not be mounted. Its backing is a local raw file or QED overlay that nobody else has open. Zeros become
+    holes. A backing that is smaller than the image grows. Every other overlay over the same backing becomes useless.
+
+    If the command is interrupted, the image reads as before, and the same command goes on.
+    """
+    progress = CopyProgress(os.path.basename(overlay))
+    order = _Order(overlay, allow_backing, keep, dry_run)
+    done, backing = trio.run(_with_bar, order, progress, quiet)
+    if as_json:
+        print_json(
+            {
+                "overlay": os.path.abspath(overlay),
+                "backing": backing,
+                **dataclasses.asdict(done),
+                "kept": keep or dry_run,
+                "dry_run": dry_run,
+            }
+        )
+    elif not quiet:
+        click.echo(printable(_words(order, done, backing)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Order:
+    """What the user wants."""
+
+    path: str
+    allow_backing: tuple[str, ...]
+    keep: bool
+    dry_run: bool
+
+
+def _words(order: _Order, done: Committed, backing: str) -> str:
+    has = f"{format_size(done.data)} of data and {format_size(done.zeros)} of zeros"
+    if order.dry_run:
+        return f"{order.path}: has {has}; {format_size(done.written)} differ from {backing}"
+    what = "still has its data" if order.keep else "is empty now"
+    return f"{backing}: got {format_size(done.written)}, of {has}; {order.path} {what}"
+
+
+async def _with_bar(order: _Order, progress: CopyProgress, quiet: bool) -> tuple[Committed, str]:
+    """Returns what was done, and the path of the backing."""
+    async with drawn(progress, quiet=quiet):
+        with image_explained(order.path):
+            overlay = await open_overlay(order.path, writable=not order.dry_run)
+        mine = True  # to close
+        try:
+            location = _location(order, overlay)
+            runs = [run async for run in whole_map(overlay)]
+            progress.total = sum(run.size for run in runs if run.offset != MISSING)
+            asking = Asking(order.allow_backing)
+            async with opened(overlay, location, asking, dry=order.dry_run) as target:
+                if order.dry_run:
+                    done = Committed()
+                    await copy(overlay, runs, target, progress.add, done)
+                else:
+                    pinning = _pinning(overlay, location, asking, target)
+                    mine = False
+                    done = await commit_down(overlay, runs, target, pinning, progress.add, keep=order.keep)
+            return done, location.path or ""
+        finally:
+            if order.dry_run:
+                overlay.close_now()
+            elif mine:
+                with trio.CancelScope(shield=True):
+                    await overlay.close()
+
+
+def _location(order: _Order, overlay: Overlay) -> Location:
+    if overlay.backing is None:
+        raise UsageError(f"{order.path}: is complete, and has no backing")
+    if overlay.record.standby.waits:
+        raise InStandby(f"{order.path}: is in standby, and has no data; qedfs activate ends that")
+    return place_of(order.path, overlay.backing)
+
+
+def _pinning(overlay: Overlay, location: Location, asking: Asking, target: Target) -> Pinning | None:
+    """How the pin follows a raw backing. A mount does not read another QED overlay, so nothing is pinned there."""
+    if not isinstance(target, RawTarget):
+        return None
+
+    async def renewed(samples: str) -> Pin:
+        async def told(remote: RetryingSource, _: trio.Nursery) -> Pin:
+            identity = await remote.connect()
+            return pin_for(overlay.backing or "", remote, identity, Samples.decode(samples))
+
+        return await ask(location, asking, told, raw=True)
+
+    return Pinning(target.read, renewed)

@@ -1,0 +1,217 @@
+"""The backing as a file that is written: where a commit puts the clusters of the overlay above it.
+
+Owns how bytes and zeros get into a raw file and into another QED overlay, and when they are durable. Must not know the
+overlay above it, nor the order of a commit (`commit_down.py`).
+
+Only what differs is written into a raw file. So a commit that was interrupted goes on where it was, and what was only
+fetched from the backing keeps its blocks there. What is compared must be what the disk has, not what the page cache
+shows after a write-back has failed: the file is written back and leaves the cache before its first byte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, Self
+
+from qedfs.errors import InStandby, QedfsError, UsageError
+from qedfs.image.image import Image
+from qedfs.image.zero_range import make_zeros
+from qedfs.overlay.file_zeros import is_zero, write_zeros
+from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.storage import Buffer, Storage
+
+BLOCK_BYTES = 64 << 10  # compared, and written if it differs
+ZEROS_AT_ONCE = 1 << 30
+
+
+class Target(Protocol):
+    """A backing that is open for writing. Sizes and positions are in bytes of its disk. Errors are QedfsErrors."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        ...
+
+    async def grow(self, size: int) -> None:
+        """Make the disk longer. What is new reads as zeros."""
+        ...
+
+    async def store(self, pos: int, view: memoryview) -> int:
+        """Let the disk have these bytes. Returns how many were written."""
+        ...
+
+    async def zero(self, pos: int, size: int) -> int:
+        """Let this part read as zeros, as holes if possible. Returns how many bytes changed."""
+        ...
+
+    async def sync(self) -> None:
+        """Make everything durable, the times of the file included."""
+        ...
+
+    async def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+class RawTarget:
+    """A raw file."""
+
+    def __init__(self, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> None:
+        """Takes over `storage`. `sync_times`: makes the times of the file durable, in a thread. `dry`: write nothing.
+
+        A barrier (fdatasync) covers no mtime, and the pin that the overlay is about to get has this mtime.
+        """
+        self._storage = storage
+        self._sync_times = sync_times
+        self._dry = dry
+        self._old = bytearray()
+
+    @classmethod
+    async def of(cls, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> Self:
+        """Let the reads show what the disk has, see the head of the module. Raises what `Storage.refresh` raises."""
+        await storage.in_thread(storage.refresh)
+        return cls(storage, sync_times, dry=dry)
+
+    @property
+    def size(self) -> int:
+        """Length of the file."""
+        return self._storage.size()
+
+    async def grow(self, size: int) -> None:
+        """ftruncate."""
+        if not self._dry:
+            await self._storage.in_thread(lambda: self._storage.resize(size))
+
+    async def read(self, pos: int, view: memoryview) -> None:
+        """Fill `view`."""
+        await self._storage.in_thread(lambda: self._storage.read(pos, view))
+
+    async def store(self, pos: int, view: memoryview) -> int:
+        """Write the blocks that differ."""
+        return await self._storage.in_thread(lambda: self._store(pos, view))
+
+    def _store(self, pos: int, view: memoryview) -> int:
+        if len(self._old) != len(view):
+            self._old = bytearray(len(view))
+        self._storage.read(pos, memoryview(self._old))
+        if self._old == view:
+            return 0
+        written = 0
+        for at in range(0, len(view), BLOCK_BYTES):
+            block = view[at : at + BLOCK_BYTES]
+            if self._old[at : at + BLOCK_BYTES] != block:
+                if not self._dry:
+                    self._storage.write(pos + at, [block])
+                written += len(block)
+        return written
+
+    async def zero(self, pos: int, size: int) -> int:
+        """Punch holes where the file has data. Past the end of the file are zeros."""
+        changed, end = 0, min(pos + size, self.size)
+        while pos < end:
+            start, stop = pos, min(end, pos + ZEROS_AT_ONCE)
+            changed += await self._storage.in_thread(lambda: self._zero(start, stop))  # noqa: B023 - it runs here
+            pos = stop
+        return changed
+
+    def _zero(self, pos: int, end: int) -> int:
+        changed = 0
+        while pos < end:
+            extent = self._storage.extent(pos)
+            stop = min(extent.end, end)
+            if not extent.hole:
+                changed += self._punch(pos, stop - pos)
+            pos = stop
+        return changed
+
+    def _punch(self, pos: int, size: int) -> int:
+        if self._dry:
+            return size
+        if self._storage.punch(pos, size):
+            return size
+        if is_zero(self._storage, pos, size):  # the file system has no holes to punch
+            return 0
+        write_zeros(self._storage, pos, size)
+        return size
+
+    async def sync(self) -> None:
+        """A barrier, then fsync for the times."""
+        await self._storage.in_thread(self._storage.barrier)
+        try:
+            await self._storage.in_thread(self._sync_times)
+        except OSError as exc:
+            raise QedfsError(f"{self._storage.path}: cannot sync: {exc.strerror}") from exc
+
+    async def close(self) -> None:
+        """Close the file, which releases its locks."""
+        self._storage.close()
+
+
+class QedTarget:
+    """Another QED overlay. Everything is written, as what it lacks cannot be compared."""
+
+    def __init__(self, path: str, overlay: Overlay, *, dry: bool = False) -> None:
+        """Takes over `overlay`. `dry`: write nothing, so that it need not be writable."""
+        self._path = path
+        self._overlay = overlay
+        self._image = Image(path, overlay, None)
+        self._dry = dry
+
+    def check(self, cluster_size: int, image_size: int) -> None:
+        """Raise UsageError unless it takes a commit of an image with clusters of this size. Writes nothing."""
+        overlay = self._overlay
+        if overlay.backing is None:
+            return
+        if overlay.record.standby.waits:
+            raise InStandby(f"backing {self._path}: is in standby; qedfs activate ends that")
+        if overlay.cluster_size > cluster_size or (
+            overlay.image_size > image_size and image_size % overlay.cluster_size
+        ):
+            raise UsageError(
+                f"backing {self._path}: has clusters of {overlay.cluster_size} bytes over a backing of its own,"
+                " and the clusters of the overlay do not fill them; use qemu-img commit"
+            )
+        if overlay.image_size < image_size:
+            raise UsageError(
+                f"backing {self._path}: has {overlay.image_size} bytes, fewer than the {image_size} of the image, and a"
+                f" backing of its own; qedfs resize it to {image_size} bytes first"
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of its image."""
+        return self._overlay.image_size
+
+    async def grow(self, size: int) -> None:
+        """See `Overlay.grow`."""
+        if not self._dry:
+            await self._overlay.grow(size)
+            self._image = Image(self._path, self._overlay, None)  # of the new size
+
+    async def store(self, pos: int, view: memoryview) -> int:
+        """Write all."""
+        if not self._dry:
+            await self._overlay.write(pos, view, _no_rest)
+        return len(view)
+
+    async def zero(self, pos: int, size: int) -> int:
+        """Whole clusters become zero clusters."""
+        if not self._dry:
+            await make_zeros(self._image, pos, size)
+        return size
+
+    async def sync(self) -> None:
+        """See `Overlay.flush`."""
+        await self._overlay.flush()
+
+    async def close(self) -> None:
+        """Close the overlay; one that was read only without a flush."""
+        if self._dry:
+            self._overlay.close_now()
+        else:
+            await self._overlay.close()
+
+
+async def _no_rest(cluster: int) -> Buffer:
+    """What is missing around a write. `QedTarget.check` sees to it that there is nothing."""
+    raise QedfsError(f"cluster {cluster} of the backing would have to be filled from elsewhere")
