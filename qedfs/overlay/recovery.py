@@ -7,8 +7,9 @@ only if
 
 - the file has the last entry that the session committed (the witness), which an older state lacks, or one that followed
   it;
-- every entry in it is possible in this file: its place is inside the file, and the cluster has no other place, unless a
-  discard, a move or a later entry explains that.
+- every entry in it is possible in this file: its place is inside the file, unless a later entry of the cluster replaces
+  it, as the place may have been freed and cut off since; and the cluster has no other place, unless a discard, a move
+  or a later entry explains that.
 
 A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
 the kill, if the journal has a place that was already inside the file. A write to it was running when the copy was made,
@@ -17,7 +18,7 @@ or has taken the place of a discarded cluster since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from qedfs.errors import BadOverlay
 from qedfs.format.header import Header
@@ -57,20 +58,37 @@ def _unexplained(
     """The clusters that have another place in the file than in the journal, with their entry in the file."""
     geometry = header.geometry
     count = 0
+    cut_off: set[int] = set()  # clusters whose last place so far is past the end of the file
     for cluster, entry in pairs:
         run = zero_count(entry)
         if cluster + (run or 1) > geometry.clusters:
             raise _Misfit
         if run:
+            cut_off.difference_update(_among(cut_off, range(cluster, cluster + run)))
             continue  # any cluster may be discarded
         place = place_of(entry)
-        if place % geometry.cluster_size or not header.area_bytes <= place < file_size:
+        if place % geometry.cluster_size or place < header.area_bytes:
             raise _Misfit
+        if place < file_size:
+            cut_off.discard(cluster)
+        else:
+            cut_off.add(cluster)
+            if len(cut_off) > MOST_UNEXPLAINED:
+                raise _Misfit
         if (found := _entry(clusters, cluster)) not in (MISSING, ZERO, place):
             count += 1
             if count > MOST_UNEXPLAINED:
                 raise _Misfit
             yield cluster, found
+    if cut_off:
+        raise _Misfit
+
+
+def _among(clusters: Collection[int], covered: range) -> list[int]:
+    """Those of the clusters that this range covers."""
+    if len(clusters) < len(covered):
+        return [number for number in clusters if number in covered]
+    return [number for number in covered if number in clusters]
 
 
 def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
@@ -82,8 +100,7 @@ def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
     placed: set[int] = set()  # clusters with an earlier place in the journal
     for cluster, entry in pairs:
         if count := zero_count(entry):
-            covered = range(cluster, cluster + count)
-            for number in [n for n in left if n in covered] if len(left) < count else [n for n in covered if n in left]:
+            for number in _among(left, range(cluster, cluster + count)):
                 if number not in placed:
                     del left[number]
         elif cluster in left:

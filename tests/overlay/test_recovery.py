@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.cli.commands.map import whole_map
-from qedfs.errors import NoMemory, QedfsError, ReadOnlyOverlay
+from qedfs.errors import NoMemory, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.tables import MISSING
 from qedfs.host import memory_pool
 from qedfs.overlay.clustermap import Run
@@ -259,6 +259,29 @@ async def test_a_journal_that_cannot_be_is_not_used(tmp_path: Path, entry: int) 
     again, _ = await opened(storage.bytes, tmp_path)
     assert "of another state" in again.journal_remark
     assert await content(again) == ""
+
+
+async def test_a_full_disk_that_cut_off_a_place_loses_no_write_of_the_journal(tmp_path: Path) -> None:
+    """The group has failed, but its discards are durable. The journal still has the discarded cluster's place."""
+    overlay, storage = await opened(empty(backing=b"", image_size=1024 * CLUSTER).data, tmp_path)
+    far = overlay.geometry.entries + 1  # in a table of its own, for which there will be no space
+    await write(overlay, "0")
+    await overlay.discard(1, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    await overlay.write(far * CLUSTER, b"f" * CLUSTER, no_fill)
+    await write(overlay, "3")
+    before = len(storage.bytes)
+    await overlay.discard(3, 1)
+    storage.fail("write", NoSpace("full"), nth=2, wrote=0)
+    with pytest.raises(NoSpace):
+        await overlay.committer.commit()
+    await overlay.give_space_back()
+    assert len(storage.bytes) == before - CLUSTER
+    die(overlay)
+    again, _ = await opened(storage.bytes, tmp_path)
+    assert not again.journal_remark
+    assert await content(again) == "0f"
 
 
 async def test_a_cluster_that_has_another_place_shows_that_the_journal_is_of_another_state(tmp_path: Path) -> None:
