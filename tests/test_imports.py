@@ -24,7 +24,7 @@ WRITER_CALLS = frozenset({"pwrite", "pwritev", "fdatasync", "ftruncate"})
 # Only storage.py holds the fd of an overlay. The others write what is none: the journal on tmpfs, and memory.
 WRITERS = {
     "overlay/storage.py": WRITER_CALLS,
-    "overlay/journal.py": {"pwrite"},
+    "overlay/journal.py": {"pwrite", "ftruncate"},
     "mount/held.py": {"ftruncate"},
 }
 # What `Overlay` is made of: other rooms ask it instead, so that its parts can be cut anew.

@@ -96,19 +96,22 @@ class Journal:
         return cls(_replaced(path, header + _PAIR.pack(*_NO_WITNESS)), path, header)
 
     def append(self, pairs: Iterable[Pair]) -> None:
-        """Add the new entries of these clusters.
+        """Add the new entries of these clusters: all of them or, after an error, none.
 
         Raises:
             OSError: the tmpfs is full, or the file was removed (ENOENT), for example by a logout. The entries have to
                 be committed before the write is acknowledged.
         """
         data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
-        if self.end > MOST_BYTES or os.pwrite(self._fd, data, self.end) < len(data):
+        if self.end > MOST_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if os.pwrite(self._fd, data, self.end) < len(data):
+            # A replay would move clusters that have not been moved, and what was written to them since would be lost.
+            os.ftruncate(self._fd, self.end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # After the write, so that a removal before the acknowledgement is noticed.
         if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        # Only after a full write. A replay may use what a short write has left: whole pairs, whose data is in the file.
         self.end += len(data)
 
     def landed(self, end: int) -> bool:

@@ -3,10 +3,12 @@
 Owns the order of a move, and what a guest's write to a cluster that is moved means. Must not know why a cluster is
 moved (`jobs/defrag.py`). The protocol is at the top of `overlay.py`.
 
-1. The data is copied to a new place. From the look-up of the old place to the new entry in memory and in the session
-   journal, there is no await. So no write, discard or adoption on the event loop comes in between, and a guest's bytes
+1. The data is copied to a new place. From the look-up of the old place to the new entry in the session journal and in
+   memory, there is no await. So no write, discard or adoption on the event loop comes in between, and a guest's bytes
    always win: whatever was written before is copied, and whatever follows goes to the new place. Only a write in a
    thread may still be under way at the old place. A move waits for its end before it looks the place up.
+   The journal comes first. If it does not take the entry, nothing is moved until it is void: a kill in the middle of
+   the next commit would leave an entry in the file that the journal contradicts, so that all of it would be refused.
 2. A commit writes the entry after a barrier, which covers the copy. Without it, the cluster could read as what was in
    the new place before, after a power cut, although the old place has the guest's flushed bytes.
 3. The old place is free as that of a discarded cluster is (`freed.py`): after a second barrier, and after the last
@@ -140,18 +142,19 @@ class Relocation:
                 await self._warm(data, buffer)
                 cold = True
                 continue
-            if self._loop_writes.may_begin(0):
+            if not self._loop_writes.may_begin(0):
+                await trio.sleep(CROWDED_SECONDS)
+                continue
+            # No await since `_settled`, nor before the end of `_publish`.
+            try:
+                self._storage.write(offset, (buffer[:size],))
+            finally:
+                self._loop_writes.ended()
+            if self._publish(found, offset):
                 break
-            await trio.sleep(CROWDED_SECONDS)
-        # No await since `_settled`, nor before the end of `_publish`.
-        try:
-            self._storage.write(offset, (buffer[:size],))
-        finally:
-            self._loop_writes.ended()
-        self._publish(found, offset)
         if cold:
             self._committer.note_cold(offset, size)
-        await self._heed_journal()
+        # No await since `_publish`, either. A caller that is cancelled would free the place, to which entries refer.
         return len(data)
 
     async def _settled(self, clusters: list[int]) -> list[int]:
@@ -203,18 +206,20 @@ class Relocation:
         with self._freed.accesses.running():
             await self._storage.in_thread(read_all)
 
-    def _publish(self, found: list[tuple[int, int]], offset: int) -> None:
+    def _publish(self, found: list[tuple[int, int]], offset: int) -> bool:
+        """Set the new entries. Returns False if the journal does not take them: nothing has changed then."""
+        entries = [(cluster, offset + number * self._cluster_size) for number, (cluster, _) in enumerate(found)]
+        self._journal.append([(cluster, moved_to(place)) for cluster, place in entries])
+        if self._journal.outlived:
+            return False
         first, last = found[0][0], found[-1][0]
         self._freed.references.before_discard(first, last + 1 - first)
         freed: Freed = {}
-        entries = []
-        for number, (cluster, _) in enumerate(found):
-            place = offset + number * self._cluster_size
+        for cluster, place in entries:
             self._map.move(cluster, place, freed)
-            entries.append((cluster, moved_to(place)))
-        self._committer.note_data(len(found) * self._cluster_size)
+        self._committer.note_data(len(entries) * self._cluster_size)
         self._freed.add(freed)
-        self._journal.append(entries)
+        return True
 
     async def _heed_journal(self) -> None:
         """Make the journal void if it takes no more entries. What it has must not outlive what it lacks."""

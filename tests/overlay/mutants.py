@@ -229,8 +229,8 @@ MOVES = (
     Mutant(
         "move: nothing comes between the copy and the entry",
         "relocation:Relocation.move",
-        "self._publish(found, offset)",
-        "await trio.lowlevel.checkpoint()\n    self._publish(found, offset)",
+        "if self._publish(found, offset):",
+        "await trio.lowlevel.checkpoint()\n        if self._publish(found, offset):",
         first=4,
     ),
 )

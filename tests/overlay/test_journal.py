@@ -13,7 +13,7 @@ import pytest
 
 from qedfs.errors import QedfsError, ReadOnlyOverlay
 from qedfs.host.runtime import RuntimeFolder
-from qedfs.overlay.journal import Journal, Pair, read_journal
+from qedfs.overlay.journal import Journal, Pair, moved_to, read_journal
 from qedfs.overlay.open import open_storage
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
@@ -229,6 +229,19 @@ class SmallTmpfs:
             raise OSError(28, "No space left on device")
         written: int = os.pwritev(fd, [data[:count]], offset)
         return written
+
+
+def test_what_a_full_tmpfs_has_taken_of_some_entries_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal.create(tmp_path, "disk", "session", 1)
+    journal.append([(1, CLUSTER)])
+    before = journal.path.read_bytes()
+    monkeypatch.setattr("qedfs.overlay.journal.os.pwrite", SmallTmpfs(32))
+    with pytest.raises(OSError, match="No space left"):
+        journal.append([(cluster, moved_to(cluster * CLUSTER)) for cluster in (2, 3, 4)])
+    assert journal.path.read_bytes() == before
+    journal.close(remove=True)
 
 
 @pytest.mark.expect_log("No space left on device; writes to new clusters wait for a commit")

@@ -203,7 +203,7 @@ RULES = (
     Mutant(
         "a move is in the journal",
         "relocation:Relocation._publish",
-        "self._journal.append(entries)",
+        "self._journal.append([(cluster, moved_to(place)) for cluster, place in entries])",
         "pass",
         first=MOVING,
     ),

@@ -17,6 +17,7 @@ from qedfs.overlay.journal import Journal, is_move, moved_to, place_of, zero_cou
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.relocation import PIECE_BYTES, Layout
+from qedfs.overlay.sectors import SECTOR_ENTRIES
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty
 from tests.overlay.scenario import read_all
@@ -26,6 +27,10 @@ CLUSTER = 4096
 
 async def no_fill(_: int) -> bytes:
     raise AssertionError("nothing has to be fetched")
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 async def scattered(folder: Path | None = None, *, count: int = 8) -> tuple[Overlay, MemoryStorage]:
@@ -162,15 +167,62 @@ async def test_a_journal_that_takes_nothing_more_does_not_outlive_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overlay, storage = await scattered(tmp_path)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Journal, "append", full)
+    monkeypatch.setattr(Journal, "append", no_room)
     await gather(overlay)
-    assert not overlay.commit_pending
     assert os.listdir(tmp_path) == []
     assert await content(await open_storage(MemoryStorage(storage.bytes))) == "01234567"
+    assert not overlay.write_now(6 * CLUSTER, b"n" * CLUSTER)  # the new place is not in the file yet
+    await overlay.write(6 * CLUSTER, b"n" * CLUSTER, no_fill)
+    assert await content(await open_storage(MemoryStorage(storage.bytes))) == "012345n7"
+
+
+@pytest.mark.expect_log("writes to new clusters wait for a commit")
+@pytest.mark.parametrize("trouble", ["full disk", "cancelled"])
+async def test_what_was_moved_is_never_taken_for_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """The journal takes nothing more, and the commit that makes it void does not come to its end."""
+    overlay, storage = await scattered(tmp_path)
+    await overlay.write(9 * CLUSTER, b"9" * CLUSTER, no_fill)  # so that there is something to commit
+    monkeypatch.setattr(Journal, "append", no_room)
+    with trio.CancelScope() as scope:
+        if trouble == "cancelled":
+            scope.cancel()
+            await gather(overlay)
+        else:
+            storage.fail("write", NoSpace("full"), nth=2, wrote=0)
+            with pytest.raises(NoSpace):
+                await gather(overlay)
+    storage.mend()
+    await overlay.write(10 * CLUSTER, b"n" * 8 * CLUSTER, no_fill)  # into whatever is free
+    assert await content(overlay, 18) == "01234567.9nnnnnnnn"
+
+
+@pytest.mark.expect_log("writes to new clusters wait for a commit")
+async def test_a_kill_after_the_journal_was_full_loses_no_write_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "journal").mkdir()
+    overlay, storage = await scattered(folder)
+    far = 3 * SECTOR_ENTRIES  # its entry is in another sector, which a group may have written or not
+    await overlay.discard(0, 8)
+    await overlay.flush()
+    for cluster in (*reversed(range(8)), far):
+        await overlay.write(cluster * CLUSTER, b"%d" % (cluster % 10) * CLUSTER, no_fill)  # in the journal only
+    left: list[tuple[bytes, dict[str, bytes]]] = []
+    storage.before_step = lambda: left.append(
+        (bytes(storage.bytes), {p.name: p.read_bytes() for p in folder.iterdir()})
+    )
+    monkeypatch.setattr(Journal, "append", no_room)
+    await gather(overlay)
+    assert len(left) > 4
+    for number, (image, journals) in enumerate(left):
+        (found := tmp_path / f"{number}").mkdir()
+        for name, entries in journals.items():
+            (found / name).write_bytes(entries)
+        again = await open_storage(MemoryStorage(image, name="disk"), journal_folder=found)
+        assert "is not used" not in again.journal_remark
+        assert (await content(again, far + 1)).replace(".", "") == f"01234567{far % 10}"
 
 
 async def test_a_full_disk_changes_nothing_and_its_place_is_free_again() -> None:
