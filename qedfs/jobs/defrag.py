@@ -57,7 +57,7 @@ class DefragJob(Job):
         self._finished = False
         self._clusters = image.overlay.geometry.clusters
         self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
-        self._gathered: list[int] = []  # the stretches that were moved to the end of the file, by their first cluster
+        self._gathered: list[tuple[int, int]] = []  # what was moved to the end of the file: first cluster, how many
         self._lowered = 0  # how many of them have been looked at again
         self._activity = -1
 
@@ -94,7 +94,7 @@ class DefragJob(Job):
             while self._lowered < len(self._gathered):
                 if not self._goes_on():
                     return False
-                await self._lower(self._gathered[self._lowered])
+                await self._lower(*self._gathered[self._lowered])
         except NoSpace as exc:
             room = format_size(2 * COMMIT_BYTES)
             self.fail(NoSpace(f"{exc}; what is in order stays so, and the rest needs {room} of free space"))
@@ -122,25 +122,25 @@ class DefragJob(Job):
         count = min(self._stretch - first % self._stretch, self._clusters - first)
         if (await overlay.relocation.layout(first, count)).pieces > 1:
             gathering = await overlay.relocation.gather(first, count)
-            if gathering is not None and await self._move(gathering):
-                self._gathered.append(first)
-            if not self._goes_on():
-                return  # the rest of this stretch follows
+            if gathering is not None:
+                if not await self._move(gathering):
+                    # The rest follows. A job that is held off again and again would never end if it began anew.
+                    count = gathering.next - first
+                if count:
+                    self._gathered.append((first, count))
         elif first // self._stretch % LOOKED_AT == 0:
             await trio.lowlevel.checkpoint()
         self.cursor = first + count
 
-    async def _lower(self, first: int) -> None:
+    async def _lower(self, first: int, count: int) -> None:
         """Move a stretch to a lower place, if there is one that is large enough."""
         relocation = self.image.overlay.relocation
-        count = min(self._stretch - first % self._stretch, self._clusters - first)
         layout = await relocation.layout(first, count)
         if layout.pieces == 1:
             gathering = await relocation.lower(first, count, layout.first)
-            if gathering is not None:
-                await self._move(gathering)
-                if not self._goes_on():
-                    return
+            if gathering is not None and not await self._move(gathering):
+                self._gathered[self._lowered] = gathering.next, first + count - gathering.next
+                return  # the rest follows
         self._lowered += 1
         await trio.lowlevel.checkpoint()
 

@@ -126,10 +126,11 @@ class Relocation:
         while not self._map.is_loaded(pos, size):
             await self._map.load(pos, size)
 
-    async def move(self, clusters: list[int], offset: int) -> int:
+    async def move(self, clusters: list[int], offset: int) -> int | None:
         """Move those of these clusters that still have data, one after the other from `offset` on. Returns how many.
 
-        Raises NoSpace: no entry has changed, and nobody uses what is at `offset`.
+        None: not now, as the event loop could have to wait for the disk. Call it again, unless that is not wanted any
+        more. Raises NoSpace: no entry has changed, and nobody uses what is at `offset`.
         """
         buffer = memoryview(bytearray(len(clusters) * self._cluster_size))
         cold = False
@@ -138,19 +139,20 @@ class Relocation:
             size = len(data) * self._cluster_size
             if not data:
                 return 0
-            if not (found := self._read(data, buffer, cold=cold)):
-                await self._warm(data, buffer)
-                cold = True
-                continue
+            # The reads count, too: some file systems keep no pages, and let each of them wait for a server.
             if not self._loop_writes.may_begin(0):
                 await trio.sleep(CROWDED_SECONDS)
-                continue
+                return None
             # No await since `_settled`, nor before the end of `_publish`.
             try:
-                self._storage.write(offset, (buffer[:size],))
+                if found := self._read(data, buffer, cold=cold):
+                    self._storage.write(offset, (buffer[:size],))
             finally:
                 self._loop_writes.ended()
-            if self._publish(found, offset):
+            if not found:
+                await self._warm(data, buffer)
+                cold = True
+            elif self._publish(found, offset):
                 break
         if cold:
             self._committer.note_cold(offset, size)
@@ -257,14 +259,22 @@ class Gathering:
         """Whether nothing is left to move."""
         return not self._left
 
+    @property
+    def next(self) -> int:
+        """The first cluster that is left to move. Only if it has not `ended`."""
+        return self._left[0]
+
     async def step(self, most_bytes: float = PIECE_BYTES) -> int:
         """Move the next piece, of at most so many bytes, but one cluster at least. Returns how many bytes were moved.
 
-        Raises what `Overlay.write` raises. What was moved before stays moved, and nothing is lost.
+        0 if that has to wait for the disk (a frozen file system, many dirty pages), after CROWDED_SECONDS. Raises what
+        `Overlay.write` raises. What was moved before stays moved, and nothing is lost.
         """
         most = max(1, int(min(most_bytes, PIECE_BYTES)) // self._cluster_size)
         piece = self._left[:most]
-        moved = await self._relocation.move(piece, self._offset) * self._cluster_size
+        count = await self._relocation.move(piece, self._offset)
+        moved = (count or 0) * self._cluster_size
         self._offset += moved
-        del self._left[: len(piece)]
+        if count is not None:
+            del self._left[: len(piece)]
         return moved

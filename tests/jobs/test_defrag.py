@@ -83,6 +83,21 @@ async def test_it_stops_when_it_is_told_to_and_goes_on(autojump_clock: trio.test
                 await trio.sleep(1)
         assert (await layout(image)).pieces == 1
         assert await is_right(image, 20)
+        assert job.moved_bytes == 2 * 20 * CLUSTER  # to the end of the file and back, nothing twice
+
+
+async def test_it_can_be_cancelled_while_the_file_system_is_frozen(autojump_clock: trio.testing.MockClock) -> None:
+    async with scattered(4) as image, trio.open_nursery() as nursery:
+        storage_of(image).frozen = True
+        job = DefragJob(image)
+        nursery.start_soon(lambda: job.run(once=True))
+        await trio.sleep(10)
+        assert (job.state, job.moved_bytes) == (State.RUNNING, 0)
+        job.cancel()
+        with trio.fail_after(10):
+            while job.state is not State.OFF:  # noqa: ASYNC110
+                await trio.sleep(1)
+        assert storage_of(image).frozen
 
 
 async def test_it_holds_off(autojump_clock: trio.testing.MockClock) -> None:
