@@ -209,10 +209,14 @@ def _serving() -> set[Path]:
     return {Path(os.fsdecode(os.path.dirname(path))) for path in sockets()}
 
 
-def remove_unless_served(folder: Path) -> None:
-    """Remove the folder of a mount unless a server holds it."""
+def remove_unless_served(folder: Path, held: int | None = None) -> None:
+    """Remove the folder of a mount unless a server holds it.
+
+    `held`: the descriptor by which this process itself holds it. Nobody finds it free, and not yet removed.
+    """
     with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(folder, flags) if held is None else os.dup(held)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder not in _serving():

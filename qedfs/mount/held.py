@@ -7,6 +7,7 @@ Owns the messages. Each is one packet of text; its first word says what it is:
 | `ready` and a descriptor | it has loaded its program, and waits for its turn; the memory is for what it cannot send |
 | `keep` and a descriptor | /dev/fuse: from now on the mount outlives the server |
 | `set KEY VALUE`, `del KEY` | what the next server has to know |
+| `alive` | the event loop turns; every ALIVE_SECONDS, until `serving` |
 | `serving` | requests are answered |
 | `upgrade` | start the next server |
 | `handed` | everything is closed for the next server, and this one ends |
@@ -53,6 +54,7 @@ MESSAGE_BYTES = 1 << 16
 FORMAT = "1"  # of the values that this version tells
 READABLE = frozenset({FORMAT})  # by this version
 WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
+ALIVE_SECONDS = 5.0
 ORPHAN_SECONDS = 60.0  # for an event loop to turn after the end of the holder
 _PR_SET_PDEATHSIG = 1
 

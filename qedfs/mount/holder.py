@@ -51,7 +51,12 @@ LOAD_SECONDS = 60.0  # for the next server to load its program
 # disk does, however slow that is, and the next server could not have the overlays before.
 LINGER_SECONDS = {"mount": 10.0, "unknown": 120.0, "disk": math.inf}
 LOOK_SECONDS = 5.0
+HANG_SECONDS = 120.0  # for the event loop of a server that takes over to turn, however long the whole takes
 STARTS_WITHIN = 5  # of these times: a server that takes over may need longer than one that serves, but not for ever
+
+# A second signal ends all at once, but not if it is the first one again: timeout(1) signals its child, and then the
+# group of it.
+AGAIN_SECONDS = 0.5
 
 # Why a mount has got another server: `qedfs_restarts_total` has these labels.
 UPGRADE, KILLED, ERROR, HUNG = "upgrade", "killed", "error", "hung"
@@ -83,6 +88,7 @@ class Holder:
         self._restarts: dict[str, int] = {}  # by kind
         self._since = 0.0  # when the last server ended
         self._stop = 0  # the signal that has told us to end the mount
+        self._stopped_at = 0.0  # when it came
 
     def run(self) -> int:
         """Hold the mount until it has ended. Returns the exit code of its last server; negative for a signal."""
@@ -96,6 +102,7 @@ class Holder:
         if self.result is None and self._kept >= 0:
             self._look_for_loading()
             self._look_for_lingering()
+            self._look_for_hanging()
             self._look_after_watchdog()
 
     # Messages: the table is in `held.py`.
@@ -110,6 +117,8 @@ class Holder:
             self._values[key] = value
         elif verb == "del":
             self._values.pop(key, None)
+        elif verb == "alive":
+            server.beats = True
         elif verb == "notify":
             self._machine.notify(rest)
         else:
@@ -172,6 +181,8 @@ class Holder:
 
     def ended(self, server: Server, code: int) -> None:
         """A server process has ended."""
+        if self.result is not None:  # we have killed it
+            return
         if server is self._heir and self._server is not None:
             self._heir = None
             self._machine.send(self._server, f"failed {server.said or _how(code)}")
@@ -196,13 +207,17 @@ class Holder:
         now = self._machine.now()
         if server.serving or not self._since:
             self._since = now  # otherwise nobody has served since the last death
-        self._deaths = [at for at in self._deaths if at > now - DEATH_SECONDS] + [now]
+        # A server that dies before it serves counts however long that takes, or its users could wait for ever.
+        self._deaths = [at for at in self._deaths if at > now - DEATH_SECONDS or at >= self._since] + [now]
         how = f"{_how(code)}{f' ({server.said})' if server.said else ''}"
         if "resend" not in self._values:
             # Whoever waits for the dead server would wait for ever: the next one does not get these requests.
             self._give_up(f"its server was ended by {how}, and this kernel does not repeat requests (Linux 6.9 does)")
         elif len(self._deaths) >= self._most_deaths:
-            self._give_up(f"its server has died {len(self._deaths)} times within a minute, the last time by {how}")
+            when = "times within a minute, the last time by"
+            if self._deaths[0] <= now - DEATH_SECONDS:
+                when = "times without serving in between, the last time by"
+            self._give_up(f"its server has died {len(self._deaths)} {when} {how}")
         else:
             self._machine.log(f"the server (pid {server.pid}) was ended by {how}; another one takes over", "warning")
             self._replace(HUNG if server.hung else KILLED if code < 0 else ERROR, how)
@@ -240,11 +255,13 @@ class Holder:
         elif number == signal.SIGUSR1 and self._server is not None:
             self._machine.kill(self._server, number)
         elif number in _STOPPING and self._stop:
+            if self._machine.now() - self._stopped_at < AGAIN_SECONDS:
+                return
             # The second one ends everything at once, also if the event loop of the server hangs.
             self._kill_all()
             self.result = -number
         elif number in _STOPPING:
-            self._stop = number
+            self._stop, self._stopped_at = number, self._machine.now()
             self._pass_stop_on()
 
     def _pass_stop_on(self) -> None:
@@ -289,6 +306,20 @@ class Holder:
         if now - server.dying_since > LINGER_SECONDS[waits_for]:
             self._give_up(f"its server (pid {server.pid}) was killed, but one of its threads waits for the mount")
 
+    def _look_for_hanging(self) -> None:
+        """Replace a server whose event loop hangs before it serves. Opening the overlays may take as long as it takes.
+
+        One that serves may be stopped by a user who looks at it. Only a service manager's watchdog tells us to end it.
+        """
+        server = self._server
+        if server is None or server.serving or server.hung or not server.beats:
+            return
+        silence = self._machine.now() - server.heard_at
+        if silence > HANG_SECONDS:
+            self._machine.log(f"the server (pid {server.pid}) hangs: nothing was heard for {silence:.0f} s", "error")
+            server.hung = True
+            self._machine.kill(server, signal.SIGKILL)
+
     def _look_after_watchdog(self) -> None:
         """Replace a server that hangs, and keep the service manager from doing worse to all of us."""
         server = self._server or self._heir
@@ -323,14 +354,14 @@ def _lock(folder: str) -> int:
     return fd
 
 
-def _tidy_up(folder: str) -> None:
+def _tidy_up(folder: str, lock: int) -> None:
     """Remove the runtime folder of a mount that has ended well, which we have kept from others until now."""
     with contextlib.suppress(Exception):  # what it needs is loaded only now, and may not be there any more
         from pathlib import Path
 
         from qedfs.host.runtime import remove_unless_served
 
-        remove_unless_served(Path(folder))
+        remove_unless_served(Path(folder), lock)
 
 
 def main(arguments: list[str]) -> int:
@@ -350,9 +381,9 @@ def main(arguments: list[str]) -> int:
         most_deaths=int(options["most-deaths"]),
         watchdog_seconds=watchdog_seconds(),
     ).run()
-    os.close(lock)
     if code == 0:
-        _tidy_up(options["folder"])
+        _tidy_up(options["folder"], lock)
+    os.close(lock)
     return code
 
 
@@ -361,4 +392,4 @@ if __name__ == "__main__":
     if result < 0:  # end as the server has
         signal.signal(-result, signal.SIG_DFL) if -result not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(os.getpid(), -result)
-    sys.exit(result)
+    sys.exit(result if result >= 0 else 128 - result)  # a process with number 1 is not ended by its own signals

@@ -51,6 +51,7 @@ class Server:
         self.ready = False  # it has loaded its program, and waits for its turn
         self.asked = False  # to hand the mount over
         self.serving = False
+        self.beats = False  # it says that its event loop turns, until it serves; servers of old versions do not
         self.over = False  # it has ended the mount in order
         self.handed = False  # it has closed everything for its heir
         self.hung = False  # we have killed it because it did not answer
@@ -79,6 +80,7 @@ class Machine:
         # `cli/holding.py` has blocked them, so that none was lost, or ended us, before there were handlers.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
         _write(_OOM_SCORE, _UNKILLABLE)
+        _write("/proc/self/comm", "qedfs")  # for pidof(8) and killall(1), as without a holder
 
     @staticmethod
     def now() -> float:
@@ -153,12 +155,10 @@ class Machine:
 
     def pass_on(self, server: Server, mount_fd: int, told: Mapping[str, object], values: Mapping[str, str]) -> None:
         """Give a server the mount, and what an earlier one has said."""
-        import json  # here, as it is a quarter of what a holder loads, and most mounts need it never
-
         memory = os.memfd_create("qedfs-values")
         try:
-            os.write(memory, json.dumps(dict(values)).encode(errors="surrogateescape"))
-            self.send(server, f"take {json.dumps(dict(told))}", mount_fd, memory)
+            os.write(memory, _json(dict(values)).encode())
+            self.send(server, f"take {_json(dict(told))}", mount_fd, memory)
         finally:
             os.close(memory)
 
@@ -205,9 +205,7 @@ class Machine:
     def log(self, text: str, level: str) -> None:
         """Write a line to the log of the mount. `level`: "warning" or "error"."""
         if self._options["log"] == "json":
-            import json  # see above
-
-            line = json.dumps({"time": round(time.time(), 6), "level": level, "logger": "holder", "message": text})
+            line = _json({"time": round(time.time(), 6), "level": level, "logger": "holder", "message": text})
         elif self._options["log"] == "journal":
             line = f"<{4 if level == 'warning' else 3}>{level.upper()} {text}"
         else:
@@ -267,6 +265,28 @@ def _drained(fd: int) -> bytes:
     with contextlib.suppress(BlockingIOError, InterruptedError):
         return os.read(fd, 4096)
     return b""
+
+
+def _json(value: object) -> str:
+    """A mapping of texts to texts, numbers and such mappings as JSON.
+
+    Not by the module of that name: it is a quarter of what a holder would load, and if it is loaded only when it is
+    needed, an upgrade of the machine may have removed the Python that this process runs.
+    """
+    if isinstance(value, str):
+        if value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
+            return f'"{value}"'
+        return '"' + "".join(_escaped(ord(one)) for one in value) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(key)}: {_json(one)}" for key, one in value.items()) + "}"
+    return repr(value)
+
+
+def _escaped(code: int) -> str:
+    """A character as JSON writes it: in one or two units of UTF-16."""
+    if code > 0xFFFF:
+        return _escaped(0xD800 + (code - 0x10000 >> 10)) + _escaped(0xDC00 + (code & 0x3FF))
+    return f"\\u{code:04x}"
 
 
 def _read(path: str) -> str:

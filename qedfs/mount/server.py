@@ -211,6 +211,7 @@ async def serve(settings: Settings, ready: Callable[[Mounted], None], link: Hold
     """
     try:
         takeover = Takeover(link, link.turn())
+        link.tell("alive")  # before anything that could hang, until `Takeover.beat` does
     except HolderGone:
         remove_dead(settings.mountpoint)
         raise
@@ -242,6 +243,7 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
     async with trio.open_nursery() as nursery:
         # Tasks of this nursery run until the overlays are closed.
         nursery.start_soon(notifier.watchdog)
+        nursery.start_soon(takeover.beat)
         session = FuseSession(settings.mountpoint)
         pages, names = KernelPages(session.mountpoint), KernelNames(session.mountpoint)
         images = Images(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +21,7 @@ from qedfs.units import format_size
 log = logging.getLogger(__name__)
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AGAIN_SECONDS = 0.5  # until then a further signal is the first one again: timeout(1) signals its child, then its group
 MOST_FLIGHTS = 32  # of one queue in a dump
 
 _OURS = os.path.dirname(os.path.dirname(qedfs.__file__)) + os.sep
@@ -31,7 +33,7 @@ async def stop_on_signal(
     then: signal.Handlers = signal.SIG_DFL,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Call `stop` at the first signal in STOPPING. After that, a further signal ends the process at once.
+    """Call `stop` at the first signal in STOPPING. After AGAIN_SECONDS, a further signal ends the process at once.
 
     `then`: SIG_IGN if another process heeds further signals.
 
@@ -43,14 +45,25 @@ async def stop_on_signal(
     with trio.open_signal_receiver(*STOPPING) as signals:
         task_status.started()
         number = await anext(signals)
+        first = time.monotonic()
         log.info("stopping on %s; a second signal stops at once", signal.Signals(number).name)
         stop()
         # A second one that has arrived meanwhile is sent again at the end of this block, before `then` is there.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    # The default action of the kernel works even if the event loop hangs. A shell reports it as 143, 130 or 129.
+
+    def again(number: int, _: object) -> None:
+        if time.monotonic() - first >= AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
     for number in STOPPING:
-        signal.signal(number, then)
+        signal.signal(number, again if then is signal.SIG_DFL else then)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if then is signal.SIG_DFL:
+        await trio.sleep(AGAIN_SECONDS)
+        # The kernel's action works even if the event loop hangs. A shell reports it as 143, 130 or 129.
+        for number in STOPPING:
+            signal.signal(number, then)
 
 
 async def dump_on_signal(fetches: Callable[[], Sequence[FetchQueue]]) -> None:

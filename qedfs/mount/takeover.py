@@ -24,7 +24,7 @@ import trio
 from qedfs.errors import QedfsError
 from qedfs.mount.fuse_init import can_resend, is_init
 from qedfs.mount.fuse_session import FileSystem, FuseSession
-from qedfs.mount.held import HolderLink, Taken
+from qedfs.mount.held import ALIVE_SECONDS, HolderLink, Taken
 from qedfs.mount.mountpoint import MountInfo
 from qedfs.mount.receive_buffers import touch_receive_buffers
 
@@ -124,6 +124,12 @@ class Takeover:
         text = "took the mount over after %s; it has answered nothing for %.2f s"
         log.warning(text, restart.reason, restart.pause_seconds)
         self.established.set()
+
+    async def beat(self) -> None:
+        """Tell the holder that the event loop turns, until requests are answered. A server that hangs is replaced."""
+        while self.link and not self.serving:
+            self.link.tell("alive")
+            await trio.sleep(ALIVE_SECONDS)
 
     def serve(self) -> None:
         """Tell the holder that requests are answered. From now on a crash costs the mount nothing."""

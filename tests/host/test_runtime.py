@@ -241,6 +241,19 @@ def test_what_mounts_have_left_is_bounded(system: Path) -> None:
     assert found == {served, strange, new, *left[-KEPT_ENDED + 1 :]}
 
 
+def test_a_folder_is_removed_by_whoever_holds_it_before_others_find_it_free(tmp_path: Path) -> None:
+    folder = tmp_path / "0123456789abcdef"
+    folder.mkdir()
+    (folder / LOG_NAME).touch()
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    remove_unless_served(folder)
+    assert folder.exists()
+    remove_unless_served(folder, held)
+    assert not folder.exists()
+    os.close(held)
+
+
 @pytest.mark.usefixtures("short")
 def test_a_folder_that_was_removed_while_it_was_waited_for_is_made_again(
     system: Path, monkeypatch: pytest.MonkeyPatch

@@ -145,6 +145,7 @@ def test_a_signal_to_the_holder_ends_the_mount_in_order(tmp_path: Path, number: 
     with held(tmp_path, "--no-stream") as (mount, source):
         with opened(mount.path("disk.raw")) as fd:
             os.pwrite(fd, b"written", 0)
+        assert Path(f"/proc/{mount.pid}/comm").read_text() == "qedfs\n"  # which pidof(8) and killall(1) go by
         os.kill(mount.pid, number)
         assert mount.wait_exit() == 0
         model = tmp_path / "model"

@@ -96,6 +96,26 @@ def test_a_server_gets_the_mount_with_what_was_said() -> None:
     )
 
 
+def test_a_server_gets_the_mount_after_the_python_of_its_holder_was_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade of the machine leaves a running holder with the modules that it has loaded."""
+    machine = machine_of(
+        "b, f, *_ = socket.recv_fds(s, 9999, 2); os.lseek(f[1], 0, 0); s.send(b'got ' + os.read(f[1], 9999) + b) "
+    )
+    server = machine.start("7")
+    told = {"reason": "SIGKILL", "restarts": 2, "kinds": {"killed": 2}, "since": 1000.0625}
+    values = {"opens/é€😀": 'a"b\\c\td\udcff', "plain": "1 2", "": ""}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "json"]:
+            patch.delitem(sys.modules, name)
+        fd = os.memfd_create("mount")
+        machine.pass_on(server, fd, told, values)
+        os.close(fd)
+    (said,) = [said.removeprefix("got:") for said in Told(machine).until("ended") if said.startswith("got:")]
+    passed, _, taken = said.partition("}take ")
+    assert (json.loads(f"{passed}}}"), json.loads(taken)) == (values, told)
+
+
 def test_a_killed_server_has_ended_by_the_signal_and_hears_nothing_more() -> None:
     machine = machine_of("time.sleep(1000)")
     server = machine.start("7")

@@ -10,7 +10,15 @@ import pytest
 
 from qedfs.control.monitoring.metrics import RESTART_REASONS
 from qedfs.mount import holder
-from qedfs.mount.holder import DEATH_SECONDS, LINGER_SECONDS, LOAD_SECONDS, LOOK_SECONDS, Holder
+from qedfs.mount.holder import (
+    AGAIN_SECONDS,
+    DEATH_SECONDS,
+    HANG_SECONDS,
+    LINGER_SECONDS,
+    LOAD_SECONDS,
+    LOOK_SECONDS,
+    Holder,
+)
 from qedfs.mount.holder_machine import Server
 from tests.fakes.holder_machine import FakeMachine
 
@@ -210,6 +218,38 @@ def test_a_next_server_that_hangs_while_it_loads_is_replaced(held: Held) -> None
     assert held.machine.passed[-1][0]["kinds"] == {"killed": 1, "hung": 1}
 
 
+def test_a_server_that_hangs_before_it_serves_is_replaced(held: Held) -> None:
+    held.dies(held.mount())
+    hanging = held.last
+    held.says(hanging, "ready", "alive")
+    for _ in range(5):
+        held.machine.clock += HANG_SECONDS
+        held.holder.look()
+        held.says(hanging, "alive")  # it opens many overlays of a slow disk
+    held.machine.clock += HANG_SECONDS + 1
+    held.holder.look()
+    held.holder.look()
+    assert held.machine.done == ["start 2", "2: take", f"kill 2 {signal.SIGKILL}"]
+    held.dies(hanging)
+    held.takes_over()
+    assert held.machine.passed[-1][0]["kinds"] == {"killed": 1, "hung": 1}
+    held.machine.clock += HANG_SECONDS + 1  # stopped by a user who looks at it
+    held.holder.look()
+    assert held.machine.done[3:] == ["start 3", "3: take"]
+
+
+def test_servers_that_die_before_they_serve_end_the_mount_however_long_each_takes(held: Held) -> None:
+    held.dies(held.mount())
+    for _ in range(DEATHS - 2):
+        held.machine.clock += 10 * DEATH_SECONDS
+        held.dies(held.last)
+    assert len(held.machine.servers) == DEATHS
+    held.machine.clock += 10 * DEATH_SECONDS
+    held.dies(held.last)
+    assert held.holder.result == 1
+    assert f"died {DEATHS} times without serving in between" in held.machine.logged[-1]
+
+
 def test_an_upgrade_that_hangs_while_it_loads_leaves_the_old_server_serving(held: Held) -> None:
     held.says(held.mount(), "upgrade")
     held.machine.clock += LOAD_SECONDS
@@ -284,9 +324,20 @@ def test_a_server_that_crashes_at_its_end_leaves_the_rest_of_it_to_the_next_one(
 def test_a_second_signal_ends_everything_at_once(held: Held) -> None:
     held.mount()
     held.holder.signalled(signal.SIGTERM)
+    held.machine.clock += AGAIN_SECONDS
     held.holder.signalled(signal.SIGINT)
     assert held.machine.done[1:] == [f"kill 1 {signal.SIGKILL}", "take away 0:57"]
+    held.dies(held.last)
     assert held.holder.result == -signal.SIGINT
+    assert len(held.machine.servers) == 1  # no other one takes over from one that we have killed
+
+
+def test_a_signal_that_comes_twice_is_one(held: Held) -> None:
+    """timeout(1) signals its child, and then the group that this is in."""
+    held.mount()
+    held.holder.signalled(signal.SIGTERM)
+    held.holder.signalled(signal.SIGTERM)
+    assert held.machine.done == [f"kill 1 {signal.SIGTERM}"]
 
 
 def test_the_question_what_it_is_doing_goes_to_the_server(held: Held) -> None:

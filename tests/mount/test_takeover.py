@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from qedfs.errors import QedfsError
-from qedfs.mount.held import HolderLink, Taken
+from qedfs.mount.held import ALIVE_SECONDS, HolderLink, Taken
 from qedfs.mount.takeover import Takeover
 
 from .test_held import linked
@@ -37,6 +37,16 @@ async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection
             assert await takeover.hear() is None
         assert takeover.handing
         assert answered == [True]
+
+
+async def test_the_holder_hears_that_the_event_loop_turns_until_requests_are_answered() -> None:
+    with linked() as (link, holder):
+        takeover = Takeover(link, None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(takeover.beat)
+            await trio.sleep(2.5 * ALIVE_SECONDS)
+            takeover.serve()
+        assert [holder.recv(100) for _ in range(4)] == [b"alive"] * 3 + [b"serving"]
 
 
 @pytest.mark.expect_log("the new server could not start: it is too new")

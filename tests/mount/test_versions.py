@@ -21,8 +21,8 @@ from .support import MIB, Origin, create, opened, origin
 # In the next version, and in one that has forgotten this one.
 FORMAT = ('FORMAT = "1"', 'FORMAT = "2"')
 READABLE = ("READABLE = frozenset({FORMAT})", 'READABLE = frozenset({"1", FORMAT})')
-JOURNAL = ('_MAGIC = b"qedfsj\\0\\3"', '_MAGIC = b"qedfsj\\0\\4"')
-JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\3",')
+JOURNAL = ('_MAGIC = b"qedfsj\\0\\4"', '_MAGIC = b"qedfsj\\0\\5"')
+JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\4",')
 
 
 class Installation:

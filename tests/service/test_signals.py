@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfs.mount.signals import AGAIN_SECONDS
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import mounted
 from tests.harness.process import wait_for
@@ -28,17 +29,19 @@ os.fdatasync = lambda fd: time.sleep({seconds}) if os.path.exists({flag!r}) else
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_mount_at_once(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("restart", ["--restart", "--no-restart"])
+def test_a_second_signal_ends_the_mount_at_once(tmp_path: Path, number: signal.Signals, restart: str) -> None:
     with origin(tmp_path, 4 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
         env = _slow_disk(tmp_path, 3600)
-        with mounted(overlay, tmp_path / "mnt", "--no-stream", env=env) as mount:
+        with mounted(overlay, tmp_path / "mnt", "--no-stream", restart, env=env) as mount:
             with mount.path("disk.raw").open("r+b") as image:
                 image.write(b"something to flush")
             (tmp_path / "slow").touch()
             os.kill(mount.pid, number)
             wait_for(lambda: f"stopping on {number.name}" in mount.output(), "a word about the signal")
-            time.sleep(0.3)
+            os.kill(mount.pid, number)  # as timeout(1) does, which signals its child, and then the group
+            time.sleep(AGAIN_SECONDS)
             assert mount.returncode is None
             os.kill(mount.pid, number)
             # A shell shows death by a signal as 128 + its number.
