@@ -35,6 +35,7 @@ from qedfs.overlay.storage import FileStorage
 from qedfs.source.url import parse_location
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
+_MOST_LINKS = 40  # in one path, as the kernel follows (path_resolution(7))
 _CANNOT_SHARE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
 
 
@@ -65,7 +66,7 @@ class Snapshots:
         async with served.cut_over:  # so that the image keeps its overlay
             image = _image(served)
             overlay = image.overlay
-            _check_backing(overlay, served.path, file)
+            await trio.to_thread.run_sync(_check_folder, overlay.backing, self._folder.root, file, mountpoint)
             with _errors(file):
                 return await self._take(served, overlay, file)
 
@@ -117,16 +118,41 @@ def _check_place(file: str, mountpoint: str) -> None:
     if not os.path.isabs(file):
         raise UsageError(f"{file}: is not an absolute path")
     if os.path.join(os.path.normpath(file), "").startswith(os.path.join(mountpoint, "")):
-        raise UsageError(f"{file}: is inside the mount; a snapshot is an overlay, and belongs beside the others")
+        raise _inside(file)
 
 
-def _check_backing(overlay: Overlay, path: str, file: str) -> None:
-    """Raise UsageError if the copy would look for its backing elsewhere."""
-    here, there = (os.path.realpath(os.path.dirname(place)) for place in (path, file))
-    if overlay.backing is None or here == there:
+def _inside(file: str) -> UsageError:
+    return UsageError(f"{file}: is inside the mount; a snapshot is an overlay, and belongs beside the others")
+
+
+def _check_folder(backing: str | None, here: str, file: str, mountpoint: str) -> None:
+    """Raise UsageError if links lead to the mount, or the copy would look for its backing elsewhere than in `here`.
+
+    `here`: the folder of the overlay, without symbolic links. Waits for the file systems that the path leads through,
+    but not for our own mount: a server that is killed during such a wait could not end, and none would follow it.
+    """
+    there = _resolved(os.path.dirname(file), file, mountpoint)
+    if backing is None or here == there:
         return
-    if parse_location(overlay.backing, relative_to=here) != parse_location(overlay.backing, relative_to=there):
-        raise UsageError(f"{file}: the backing {overlay.backing} is relative to the folder of the overlay, {here}")
+    if parse_location(backing, relative_to=here) != parse_location(backing, relative_to=there):
+        raise UsageError(f"{file}: the backing {backing} is relative to the folder of the overlay, {here}")
+
+
+def _resolved(folder: str, file: str, mountpoint: str) -> str:
+    """The folder without symbolic links, as os.path.realpath. Raises UsageError before it looks into the mount."""
+    left = folder.split("/")[::-1]
+    found, links = "/", 0
+    while left:
+        found = os.path.normpath(os.path.join(found, left.pop()))  # without links so far, so ".." may be left out
+        if found == mountpoint:
+            raise _inside(file)
+        with contextlib.suppress(OSError):  # no link, or not there, which the open of the folder tells
+            target = os.readlink(found)
+            links += 1
+            if links > _MOST_LINKS:
+                raise UsageError(f"{file}: {os.strerror(errno.ELOOP)}")
+            left += [*target.split("/")[::-1], "/" if target.startswith("/") else ".."]
+    return found
 
 
 @contextlib.contextmanager

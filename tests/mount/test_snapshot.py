@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfs.control.qmp.client import Client
 from qedfs.errors import InStandby, NoSpace, QedfsError, UsageError
 from qedfs.mount import snapshot as module
 from qedfs.mount.images import Images
@@ -149,10 +150,16 @@ async def test_a_copy_that_fails_leaves_nothing_and_the_guest_writes_on(
 
 async def test_places_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to("../mnt")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "link")
+    (tmp_path / "loop").symlink_to("loop")
     async with serving(tmp_path, backing="disk.img") as (images, served):
         for file, mountpoint, text in (
             ("snap.qed", "/mnt", "is not an absolute path"),
             (f"{tmp_path}/mnt/snap.qed", f"{tmp_path}/mnt", "is inside the mount"),
+            (f"{tmp_path}/link/snap.qed", f"{tmp_path}/mnt", "is inside the mount"),
+            (f"{tmp_path}/elsewhere/link/in/snap.qed", f"{tmp_path}/mnt", "is inside the mount"),
+            (f"{tmp_path}/loop/snap.qed", "/mnt", "Too many levels"),
             (f"{tmp_path}/elsewhere/snap.qed", "/mnt", r"disk\.img is relative to the folder of the overlay"),
         ):
             with pytest.raises(UsageError, match=text):
@@ -262,6 +269,12 @@ def test_without_such_a_file_system_it_is_refused(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr.count("\n")) == (1, 1)
             assert "qedfs export" in done.stderr
             assert os.listdir(place) == []
+            (tmp_path / "link").symlink_to("mnt")
+            with (
+                pytest.raises(UsageError, match="is inside the mount"),
+                Client.connect(str(mount.mountpoint)) as client,
+            ):
+                client.execute("x-qedfs-snapshot", device="disk", file=str(tmp_path / "link" / "snap"))
             done = qedfs("snapshot", mount.mountpoint, "disk", mount.mountpoint / "snap", check=False)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
             mount.wait()
