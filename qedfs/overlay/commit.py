@@ -202,12 +202,18 @@ class Committer:
 
     @contextlib.asynccontextmanager
     async def stopped(self) -> AsyncIterator[None]:
-        """Write all entries to the file, and no others within the block. Raises what `commit` raises."""
+        """Write all entries to the file, and no others within the block. Raises what `commit` raises.
+
+        No barrier runs meanwhile: one that fails has its error from the kernel before we know it, and whoever then
+        copies the file gets no error for the data that the disk lacks.
+        """
         async with self._lock:
             self._check()
             if self._waiting:
                 await self._run(durable=False)
-            yield
+            async with self._barrier_lock:
+                self._check()
+                yield
 
     def commit_now(self) -> None:
         """Commit and flush, waiting for the disk. Only while nobody else uses the overlay."""

@@ -159,3 +159,23 @@ async def test_after_a_failed_barrier_there_is_no_still_moment_and_the_session_i
         async with overlay.still():
             pass
     assert overlay.failure is not None
+
+
+async def test_no_barrier_runs_that_could_fail_unnoticed_by_the_copy() -> None:
+    storage = MemoryStorage(empty(image_size=SIZE).data)
+    overlay = await open_storage(storage)
+    await overlay.write(0, bytes(CLUSTER - 1) + b"x", _none)
+    begun: list[object] = []
+    async with trio.open_nursery() as nursery, overlay.still():
+        storage.write(len(storage.bytes) - 1, [b"y"])
+        assert not overlay.flush_now(begun.append)
+        nursery.start_soon(overlay.flush)
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+        waits = storage.unsynced
+    assert (waits, storage.unsynced, begun) == (True, False, [])
+    await overlay.close()
+
+
+async def _none(_: int) -> bytes:
+    raise AssertionError
