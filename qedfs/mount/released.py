@@ -8,7 +8,6 @@ system from giving this number to another file. So an overlay that is created la
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -45,11 +44,14 @@ class Released:
             if not done:
                 self._ordered.add((name, number))
                 continue
-            with contextlib.suppress(OSError):
-                file = self._opened(name, path)
-                self._files[number] = file
-                if os.fstat(file.fd).st_ino != number:
-                    self.forget(name)
+            try:
+                file = self._files[number] = self._opened(name, path)
+                known = os.fstat(file.fd).st_ino == number
+            except OSError:
+                self._link.drop(key)  # nothing keeps its number any more, so another file may get it
+                continue
+            if not known:
+                self.forget(name)
 
     def close(self) -> None:
         """Close the descriptors."""

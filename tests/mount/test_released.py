@@ -88,6 +88,18 @@ def test_another_file_of_the_same_name_is_served(tmp_path: Path) -> None:
         assert not second.overlays()
 
 
+def test_of_a_file_that_left_between_two_servers_nothing_is_kept(tmp_path: Path) -> None:
+    link, served = Values(), overlay(tmp_path)
+    with released(tmp_path, link) as first:
+        first.add(served)
+        first.note_done(served)
+        os.rename(served.path, tmp_path / "away")
+    with released(tmp_path, link) as second:
+        assert not second.overlays()
+    # Otherwise a third server would leave a later overlay of this name alone that has got the number.
+    assert not link.values
+
+
 def test_a_file_that_is_not_what_was_served_is_refused(tmp_path: Path) -> None:
     served = overlay(tmp_path)
     os.rename(served.path, tmp_path / "away")
