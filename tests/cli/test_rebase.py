@@ -101,3 +101,18 @@ def test_refusals(words: tuple[str, ...], text: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert text in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_a_path_is_relative_to_the_folder_that_links_lead_to(tmp_path: Path) -> None:
+    """As it is for a mount, and for QEMU."""
+    (tmp_path / "pool" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("pool/sub")
+    random_image(tmp_path / "disk", MIB)
+    right = random_image(tmp_path / "pool" / "disk", 2 * MIB)
+    assert printed("create", tmp_path / "link" / "disk.qed", "--backing", "../disk")["size"] == 2 * MIB
+    right.rename(tmp_path / "pool" / "moved")
+    random_image(tmp_path / "moved", MIB)
+    qedfs("rebase", tmp_path / "link" / "disk.qed", "--backing", "../moved")
+    pin = info(tmp_path / "pool" / "sub" / "disk.qed")["pin"]
+    assert isinstance(pin, dict)
+    assert pin["size"] == 2 * MIB

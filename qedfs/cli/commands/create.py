@@ -130,7 +130,7 @@ def create(
     location, found = None, None
     if backing is not None:
         encode_backing_name(backing)  # raises for a bad name before a server is contacted
-        location = location_of(backing, os.path.dirname(os.path.abspath(overlay)))
+        location = location_of(backing, os.path.realpath(os.path.dirname(overlay)))
         if not offline:
             found = _look(location, backing_format, source_timeout, credentials)
     known_format = backing_format if found is None else found.format

@@ -140,4 +140,4 @@ async def _compared(path: str, overlay: Overlay, place: str, location: Location,
 
 
 def _folder(path: str) -> str:
-    return os.path.dirname(os.path.abspath(path))
+    return os.path.dirname(os.path.realpath(path))  # as a mount of it does
