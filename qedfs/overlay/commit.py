@@ -253,12 +253,14 @@ class Committer:
         self._marks.secured(found)
         return True
 
-    async def _thawed(self) -> bool:
-        """Wait until the file can be written. Returns whether it had to await."""
-        if not (self._waiting and self._storage.would_wait()):
-            return False
-        await self._storage.in_thread(self._storage.wait_to_write)
-        return True
+    async def _thawed(self) -> None:
+        """Wait for the thaw if the file system is frozen, since the file is extended on the event loop.
+
+        Not again after that: while threads write to the file all the time, it would always have to wait.
+        """
+        if self._waiting and self._storage.would_wait():
+            await self._storage.in_thread(self._storage.wait_to_write)
+            self._check()
 
     async def _run(self, *, durable: bool) -> None:
         """Run the next group, and set `error`."""
@@ -271,9 +273,9 @@ class Committer:
         self._group_error = None
 
     async def _run_group(self, *, durable: bool) -> None:
-        # Again after each await, during which another mark may have been found, because `_take` extends the file. It
-        # does that on the event loop, which must not wait for the thaw of a frozen file system.
-        while await self._thawed() or await self.secure_marks():
+        await self._thawed()
+        # Again after each await, during which another mark may have been found, because `_take` extends the file.
+        while await self.secure_marks():
             self._check()
         # No await between the snapshot and the number. If an entry were published there, its writer would take this
         # group for one that started after its call, and return although the group lacks its entry.

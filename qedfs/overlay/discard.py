@@ -108,13 +108,16 @@ class Discards:
     async def _discard_some(self, first: int, count: int, *, missing_too: bool) -> int:
         pos = first * self._cluster_size
         size = count * self._cluster_size  # the last cluster may end past the image
+        thawed = not missing_too
         while True:
             # Whoever has claimed a cluster is about to give it an entry, which the discard replaces.
             await self._pending.settle(pos, size)
             if await self._committer.secure_marks():
                 continue
-            if missing_too and self._storage.would_wait():
-                await self._storage.in_thread(self._storage.wait_to_write)  # not on the event loop, in `_make_tables`
+            if not thawed and self._storage.would_wait():
+                # Not on the event loop, in `_make_tables`. Once, as in `Committer.commit`.
+                await self._storage.in_thread(self._storage.wait_to_write)
+                thawed = True
                 continue
             self._barriers.check_writable()
             stop = first + count

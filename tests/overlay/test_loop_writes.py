@@ -132,6 +132,28 @@ async def test_no_write_to_a_frozen_file_system_is_on_the_loop() -> None:
     assert disk.operations["wait"] == 2
 
 
+async def test_commits_and_discards_do_not_starve_while_threads_write_to_the_file_all_the_time() -> None:
+    class Disk(MemoryStorage):
+        """Locked by another write whenever somebody looks."""
+
+        waits = 0
+
+        def would_wait(self) -> bool:
+            return True
+
+        def wait_to_write(self) -> None:
+            self.waits += 1
+            assert self.waits <= 4  # once for each commit, and for the discard
+
+    disk = Disk(filled({0: b"0"}).data)
+    overlay = await open_storage(disk)
+    await overlay.write(CLUSTER, b"y" * CLUSTER, no_fill)
+    await overlay.flush()
+    await overlay.discard(0, 1)
+    await overlay.close()
+    assert disk.waits
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 async def test_a_slow_disk_of_one_overlay_stalls_the_event_loop_twice_and_not_at_each_write(
     thread: Thread, *, in_place: bool
