@@ -74,7 +74,12 @@ async def record_active(overlay: Overlay, pin: Pin | None) -> None:
 
 
 async def record_waiting(overlay: Overlay) -> None:
-    """Note, durably, that the overlay is in standby again after `record_active`. Nothing was kept or written since."""
+    """Note, durably, that the overlay is in standby again after `record_active`. Nothing was kept or written since.
+
+    Does nothing if the record does not say that it was activated.
+    """
+    if overlay.record.standby is not Standby.REVOCABLE:
+        return
     # Of all records, the present one must not count, whatever becomes of this one.
     await overlay.change_record(_in_standby, revoke=False)
 

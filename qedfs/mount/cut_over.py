@@ -31,6 +31,7 @@ from qedfs.image.standby import PassThrough
 from qedfs.image.standby_record import check_size, check_way_back, record_active, record_emptying, record_waiting
 from qedfs.image.write_gate import WriteGate
 from qedfs.jobs.state import AT_WORK
+from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
@@ -63,6 +64,7 @@ class CutOver:
         options: Options,
         nursery: trio.Nursery,
         drop_pages: DropPages,
+        late: LateRecords,
     ) -> None:
         """`nursery` runs activations that writes have asked for.
 
@@ -73,6 +75,7 @@ class CutOver:
         self._options = options
         self._nursery = nursery
         self._drop_pages = drop_pages
+        self._late = late
 
     def activation(self, served: Served) -> Callable[[], Awaitable[None]]:
         """What a write does that activates its image. Writes that come together activate it once, or fail together."""
@@ -235,6 +238,7 @@ class CutOver:
         pin = None if image.version is None else image.version.pin
         failure: Exception | None = None
         ended, in_time = trio.Event(), True
+        self._late.forget(image.overlay)  # what an earlier attempt has left must not take this one back
 
         async def record() -> None:
             nonlocal failure
@@ -244,6 +248,7 @@ class CutOver:
                     if not in_time:
                         # Whoever has asked was told that it is in standby, and goes on at the source.
                         await record_waiting(image.overlay)
+                        self._late.forget(image.overlay)
             except Exception as exc:
                 failure = exc
                 if not in_time:
@@ -256,6 +261,7 @@ class CutOver:
             await ended.wait()
         in_time = ended.is_set()
         if not in_time:
+            self._late.note(image.overlay)  # before the answer
             raise QedfsError(
                 f"{image.name}: stays in standby: the disk of its overlay does not take the record of that"
             )

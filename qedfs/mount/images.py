@@ -15,6 +15,7 @@ from qedfs.mount import stream_orders
 from qedfs.mount.cut_over import CutOver, DropPages
 from qedfs.mount.held import HolderLink
 from qedfs.mount.inode_numbers import InodeNumbers
+from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.opener import Opener
 from qedfs.mount.options import Options
@@ -73,10 +74,12 @@ class Images:
         )
         images = OpenImages()
         idle = Idle(options.rules, Pressure(images.barrier_seconds), images.activity)
-        opener = Opener(self.folder, options, self.sources, images, idle.reason)
+        link, told = link or HolderLink(), values or {}
+        late = LateRecords(link, told)
+        opener = Opener(self.folder, options, self.sources, images, idle.reason, late)
         self.snapshots = Snapshots(self.folder)
         self.moves = SourceMoves(self.sources, images)
-        self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages)
+        self.cut_over = CutOver(self.sources, images, options, nursery, drop_pages, late)
         self._supervisor = Supervisor(
             self.folder,
             opener,
@@ -85,7 +88,7 @@ class Images:
             self.cut_over.activation,
             tell=self._tell,
         )
-        self._link, told = link or HolderLink(), values or {}
+        self._link = link
         if "limit-total" in told:
             self.sources.total.limiter.limit = int(told["limit-total"])
         self._numbers = InodeNumbers(self._link, told)

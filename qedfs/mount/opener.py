@@ -24,6 +24,7 @@ from qedfs.image.write_gate import WriteGate
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 from qedfs.mount.fuse_init import background_limit
+from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
@@ -47,6 +48,7 @@ class Opener:
         sources: SourcePool,
         images: OpenImages,
         hold_off: Callable[[], str],
+        late: LateRecords,
     ) -> None:
         """`images`: the opener records there which images are open. `hold_off`: why streams must wait, "" if not."""
         self._folder = folder
@@ -54,6 +56,7 @@ class Opener:
         self._sources = sources
         self._images = images
         self._hold_off = hold_off
+        self._late = late
         self._stall_slots = StallSlots(background_limit())
         self._most_wait_seconds = most_wait_seconds()
         self._opening = 0  # overlays that are being opened, not counted in `images` yet
@@ -82,6 +85,7 @@ class Opener:
         overlay = await self._open_overlay(path, is_new=is_new)
         try:
             self._check_clusters(path, overlay)
+            await self._late.take_back(overlay)
             if self._options.standby:
                 await put_in_standby(path, overlay)
             fetch, standby = None, None

@@ -21,6 +21,8 @@ from qedfs.jobs.state import State
 from qedfs.jobs.stream import StreamJob
 from qedfs.mount import cut_over
 from qedfs.mount.cut_over import CutOver
+from qedfs.mount.held import HolderLink
+from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.served import Served
@@ -139,7 +141,7 @@ async def standby(*, writes: Writes = Writes.REFUSE, stream: bool = False) -> As
         async def drop_pages(served: Served) -> None:
             await scene.drop_pages(served)
 
-        cuts = CutOver(pool, images, options, nursery, drop_pages)
+        cuts = CutOver(pool, images, options, nursery, drop_pages, LateRecords(HolderLink(), {}))
         gate.activate = cuts.activation(served)
         scene = Scene(pool, served, cuts, disk, new)
         # Some reads before: what they have brought must not be shown later.
@@ -438,7 +440,8 @@ async def test_writes_that_come_together_activate_once_or_fail_together(
 async def test_an_image_that_is_not_served_any_more() -> None:
     served = Served("disk.raw", "/overlays/disk.qed", 7, (1, 2, 3))
     async with trio.open_nursery() as nursery:
-        cuts = CutOver(Pool("/", Policy(), 30, nursery), OpenImages(), Options(), nursery, no_pages)
+        pool, late = Pool("/", Policy(), 30, nursery), LateRecords(HolderLink(), {})
+        cuts = CutOver(pool, OpenImages(), Options(), nursery, no_pages, late)
         for call in (cuts.activate, cuts.deactivate, cuts.check):
             with pytest.raises(QedfsError, match=r"disk.raw: is not served"):
                 await call(served)
