@@ -22,7 +22,6 @@ SEEN_THROUGH = ("cli/", "mount/", "service/")
 # shorter: a new module gets a file of its own.
 TESTED_WITH = {
     "cli/commands/check.py": "cli/test_overlay_files.py",
-    "cli/commands/export.py": "cli/test_overlay_files.py",
     "cli/commands/info.py": "cli/test_overlay_files.py",
     "cli/commands/map.py": "cli/test_overlay_files.py",
     "cli/commands/status.py": "cli/test_watch.py",

@@ -191,7 +191,7 @@ def _share(source: int, target: int, file: str) -> None:
 def _cannot_share(file: str) -> QedfsError:
     return QedfsError(
         f"{file}: cannot share blocks with the overlay: that takes one file system for both, XFS with reflink or Btrfs;"
-        " qedfs export copies an overlay that is not mounted"
+        " qedfs export copies the image while nobody writes to it"
     )
 
 

@@ -127,7 +127,7 @@ async def test_the_name_comes_after_the_content_and_both_before_the_end(
     ("number", "error", "text"),
     [
         (errno.EXDEV, QedfsError, "cannot share blocks with the overlay"),
-        (errno.EOPNOTSUPP, QedfsError, "qedfs export copies an overlay that is not mounted"),
+        (errno.EOPNOTSUPP, QedfsError, "qedfs export copies the image while nobody writes to it"),
         (errno.ENOSPC, NoSpace, "the file system is full"),
         (errno.EIO, QedfsError, "cannot be written: Input/output error"),
     ],
@@ -240,7 +240,7 @@ def test_a_guest_that_writes_has_written_so_many_and_no_more(tmp_path: Path, kin
             assert qemu_check(snap).corruptions == 0
             with mounted(_as_overlay(snap, tmp_path), tmp_path / "look", "--no-stream") as look:
                 found = look.path("disk.raw").read_bytes()
-            assert any(found == model for model in _models(source.data(), guest, least, most)), (least, most)
+            assert any(found == model for model in models(source.data(), guest, least, most)), (least, most)
 
 
 def _as_overlay(snap: Path, folder: Path) -> Path:
@@ -250,7 +250,7 @@ def _as_overlay(snap: Path, folder: Path) -> Path:
     return path
 
 
-def _models(content: bytes, guest: Numbered, least: int, most: int) -> Iterator[bytes]:
+def models(content: bytes, guest: Numbered, least: int, most: int) -> Iterator[bytes]:
     """The image after so many writes, for each number from `least` to one that was under way after `most`."""
     model = bytearray(content)
     for number in range(most + 1):

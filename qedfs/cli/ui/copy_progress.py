@@ -23,6 +23,7 @@ class CopyProgress:
         self.name = name
         self.done = 0
         self.total = 0  # set when it is known; nothing is drawn before
+        self.passes = 1  # how many times all bytes are copied, as to a file and from there to another
 
     def add(self, size: int) -> None:
         """Count bytes that have been copied."""
@@ -52,6 +53,7 @@ async def _draw(progress: CopyProgress) -> None:
         while True:
             rate.note(trio.current_time(), progress.done)
             if progress.total:
-                done, total = min(progress.done, progress.total), progress.total
+                total = progress.total * progress.passes
+                done = min(progress.done, total)
                 screen.show([copy_line(progress.name, done, total, rate, screen.width, screen.signs)])
             await trio.sleep(REFRESH_SECONDS)
