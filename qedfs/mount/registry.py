@@ -255,7 +255,7 @@ class Registry:
         """Open an overlay and list it."""
         path, stamp, before = candidate
         name = _image_name(path)
-        served = Served(name, path, NO_INODE, stamp, open_now=self._open_now)
+        served = Served(name, path, NO_INODE, stamp, open_now=self._open_now, opened=self._supervisor.opened)
         try:
             self._check_not_open(path)
             served.image, served.jobs = await self._opener.open(path, name, is_new=self._scanned_before)

@@ -12,7 +12,7 @@ them, or as many as it takes to visit each one within RESTING_ROUNDS rounds. Eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -91,10 +91,10 @@ class Visited:
 
 
 class Rounds:
-    """The rounds of one mount. `open_now`: the images of the mount that are open."""
+    """The rounds of one mount. `opened`: where images are put when they are opened, even if they are closed again."""
 
-    def __init__(self, open_now: Collection[Served]) -> None:
-        self._open_now = open_now
+    def __init__(self, opened: set[Served]) -> None:
+        self._opened = opened
         self._awake: dict[Served, Visited] = {}
         self._resting: dict[Served, Visited] = {}  # in the order of their last visits
 
@@ -113,7 +113,7 @@ class Rounds:
             await next_beat(ROUND_SECONDS)
             self._wake_up()
             for visited in [*self._awake.values()]:
-                # Before the visit, which may begin something. A change after this one finds the image open.
+                # Before the visit, which may begin something. Whoever changes it after this one has opened it.
                 rests = visited.rests
                 self._visit(visited)
                 if rests and visited.rests:
@@ -122,7 +122,8 @@ class Rounds:
 
     def _wake_up(self) -> None:
         """Have in this round the images that were opened, and those of the others whose turn it is."""
-        for served in self._open_now:
+        while self._opened:
+            served = self._opened.pop()
             if (visited := self._resting.pop(served, None)) is not None:
                 self._awake[served] = visited
         count = max(RESTING_AT_ONCE, -(-len(self._resting) // RESTING_ROUNDS))

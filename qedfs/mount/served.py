@@ -33,6 +33,7 @@ class Served:
     refusal: Trouble | None = None
     opens: int = 0
     open_now: set[Served] = dataclasses.field(default_factory=set)  # all images of the mount that are open
+    opened: set[Served] = dataclasses.field(default_factory=set)  # those opened since the last round (`rounds.py`)
     closes: int = 0  # of descriptors of these opens: one open() may result in several descriptors
     removed: bool = False  # from the folder; the image lives on while it is open
     transient: bool = False  # the refusal may end without any change of the file
@@ -87,6 +88,7 @@ class Served:
         """FUSE_OPEN: one more open(). Returns whether the kernel may keep the pages that it has of the image."""
         self.opens += 1
         self.open_now.add(self)
+        self.opened.add(self)
         keep = not (self.stale_pages or (self.image is not None and self.image.in_standby))
         self.fresh_opens += not keep
         return keep

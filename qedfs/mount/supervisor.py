@@ -51,7 +51,8 @@ class Supervisor:
         self._activation = activation
         self._tell = tell
         self.open_now: set[Served] = set()  # the images that are open
-        self._rounds = Rounds(self.open_now)
+        self.opened: set[Served] = set()  # those that were opened since the last round
+        self._rounds = Rounds(self.opened)
         nursery.start_soon(self._rounds.run)
         self.losses: list[QedfsError] = []  # one per overlay that may lack acknowledged writes
         self.ending = 0  # images that are being closed because their overlay was removed

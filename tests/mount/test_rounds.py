@@ -125,7 +125,7 @@ async def test_an_image_is_tended_while_it_has_something_to_do(
 
     monkeypatch.setattr(Image, "tend", tend)
     monkeypatch.setattr(Image, "calm", property(lambda image: image.name == "calm"))
-    rounds = Rounds(())
+    rounds = Rounds(set())
     async with contextlib.AsyncExitStack() as stack:
         images = [
             await stack.enter_async_context(opened(tmp_path / f"{name}.qed")) for name in ("calm", "busy", "stuck")
@@ -170,16 +170,16 @@ class Resting:
 
 async def test_images_that_rest_take_turns(autojump_clock: trio.testing.MockClock) -> None:
     count = 2 * RESTING_ROUNDS * RESTING_AT_ONCE
-    open_now: set[Served] = set()
+    opened: set[Served] = set()
     images = [Resting() for _ in range(count)]
 
     def looks() -> Counter[int]:
         return Counter(image.looks for image in images)
 
     async with trio.open_nursery() as nursery:
-        rounds = Rounds(open_now)
+        rounds = Rounds(opened)
         nursery.start_soon(rounds.run)
-        visits = [Visited(of(image, open_now), cast("Image", image), nursery, never, always=False) for image in images]
+        visits = [Visited(of(image, opened), cast("Image", image), nursery, never, always=False) for image in images]
         for one in visits:
             rounds.add(one)
         await trio.sleep(1.5 * ROUND_SECONDS)
@@ -200,10 +200,29 @@ async def test_images_that_rest_take_turns(autojump_clock: trio.testing.MockCloc
         nursery.cancel_scope.cancel()
 
 
+async def test_what_was_written_by_who_has_closed_it_again_is_committed_as_soon_as_ever(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    waking: set[Served] = set()
+    images = [Resting() for _ in range(RESTING_AT_ONCE * RESTING_ROUNDS * 2)]
+    async with trio.open_nursery() as nursery:
+        rounds = Rounds(waking)
+        nursery.start_soon(rounds.run)
+        visits = [Visited(of(image, waking), cast("Image", image), nursery, never, always=False) for image in images]
+        for one in visits:
+            rounds.add(one)
+        await trio.sleep(1.5 * ROUND_SECONDS)
+        visits[-1].served.note_open()
+        visits[-1].served.note_release()
+        await trio.sleep(ROUND_SECONDS)
+        assert images[-1].looks == 2
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_few_images_that_rest_are_all_visited_in_each_round(autojump_clock: trio.testing.MockClock) -> None:
     images = [Resting() for _ in range(RESTING_AT_ONCE)]
     async with trio.open_nursery() as nursery:
-        rounds = Rounds(())
+        rounds = Rounds(set())
         nursery.start_soon(rounds.run)
         for image in images:
             rounds.add(Visited(of(image, set()), cast("Image", image), nursery, never, always=False))
@@ -212,8 +231,8 @@ async def test_a_few_images_that_rest_are_all_visited_in_each_round(autojump_clo
         nursery.cancel_scope.cancel()
 
 
-def of(image: Resting | Image, open_now: set[Served]) -> Served:
-    return Served(image.name, f"/{image.name}.qed", 2, (1, 1, 1), cast("Image", image), open_now=open_now)
+def of(image: Resting | Image, opened: set[Served]) -> Served:
+    return Served(image.name, f"/{image.name}.qed", 2, (1, 1, 1), cast("Image", image), opened=opened)
 
 
 async def never() -> bool:
