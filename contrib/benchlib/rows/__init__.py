@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, beside, cold, complete, fresh, guest, many, sparse, start, stream, thousand, whole
+from . import barriers, beside, cold, complete, export, fresh, guest, many, sparse, start, stream, thousand, whole
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -18,4 +18,5 @@ ROWS: tuple[Row, ...] = (
     *start.ROWS,
     *thousand.ROWS,
     *whole.ROWS,
+    *export.ROWS,
 )
