@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Self
 
-from qedfs.cli.commands.defrag import _runs, _words
+import pytest
+
+from qedfs.cli.commands.defrag import _runs, _wait, _words
+from qedfs.control.qmp.client import Gone
 from tests.harness.mounts import qedfs
 
 
@@ -30,3 +34,35 @@ def test_only_one_that_has_not_ended_can_get_another_limit() -> None:
     jobs = [{"job": {"type": "defrag", "state": state}} for state in states]
     assert [_runs(job) for job in jobs] == [False, True, True, True, False, False]
     assert not _runs({"job": None})
+
+
+class Server:
+    """A server that tells these states of the job one after the other, and then is gone."""
+
+    def __init__(self, *states: str) -> None:
+        self.started: list[dict[str, Any]] = []
+        self._states = iter(states)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
+        if command == "x-qedfs-start":
+            self.started.append(arguments)
+            return {}
+        for state in self._states:
+            return {"images": [{"name": "disk.raw", "job": {"type": "defrag", "state": state}}]}
+        raise Gone("the mount has ended")
+
+
+def test_it_begins_anew_with_the_server_that_takes_the_mount_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = Server("running"), Server("running", "complete")
+    monkeypatch.setattr("qedfs.cli.commands.defrag.POLL_SECONDS", 0)
+    monkeypatch.setattr("qedfs.cli.commands.defrag.connect", lambda _: second)
+    _wait(first, "disk.raw", "mnt", 4096, quiet=False)  # type: ignore[arg-type]
+    assert second.started == [{"device": "disk.raw", "type": "defrag", "limit": 4096}]
+    assert "another server has taken the mount over" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE
 from qedfs.cli.served_images import Image, check_served, connect, fetch
 from qedfs.cli.ui.output import print_json, remark
-from qedfs.control.qmp.client import Client, error_of
+from qedfs.control.qmp.client import Client, Gone, error_of
 from qedfs.errors import QedfsError, UsageError
 
 KIND = "defrag"
@@ -44,7 +44,8 @@ def defrag(
 
     After that, reading the image from start to end reads the overlay's file from start to end. The stream must have
     ended, or be off. Needs 128 MiB of free space. With --limit and a job that runs, its limit changes. Ctrl-C ends it,
-    and what is in order stays so. qedfs info shows in how many pieces an overlay is.
+    and what is in order stays so. If another server takes the mount over, it begins anew, but not with --no-wait.
+    qedfs info shows in how many pieces an overlay is.
     """
     if command and (no_wait or limit is not None):
         raise UsageError(f"--{command} goes without --limit and --no-wait")
@@ -56,7 +57,10 @@ def defrag(
         elif limit is not None and _runs(found):
             client.execute("x-qedfs-limit", device=found["name"], type=KIND, limit=limit)
         else:
-            _begin(client, found["name"], mountpoint, limit, wait=not no_wait, quiet=quiet or as_json)
+            _start(client, found["name"], limit)
+            if not no_wait:
+                _wait(client, found["name"], mountpoint, limit, quiet=quiet or as_json)
+    with connect(mountpoint) as client:  # perhaps to another server
         found = fetch(client, image, mountpoint)[0]
     if as_json:
         print_json({"mountpoint": os.path.abspath(mountpoint), "images": [found]})
@@ -64,15 +68,23 @@ def defrag(
         click.echo(f"{found['name']}: in order")
 
 
-def _begin(client: Client, name: str, mountpoint: str, limit: int | None, *, wait: bool, quiet: bool) -> None:
+def _start(client: Client, name: str, limit: int | None) -> None:
     client.execute("x-qedfs-start", device=name, type=KIND, limit=limit or 0)
-    if not wait:
-        return
+
+
+def _wait(client: Client, name: str, mountpoint: str, limit: int | None, *, quiet: bool) -> None:
+    """Wait until it has ended. If another server takes the mount over, without the job, it begins anew there."""
     try:
         _watch(client, name, mountpoint, quiet=quiet)
     except KeyboardInterrupt:
         client.execute("x-qedfs-cancel", device=name, type=KIND)
         raise
+    except Gone:
+        with connect(mountpoint) as other:
+            if not quiet:
+                remark(f"{name}: another server has taken the mount over; begins anew, what is in order stays so")
+            _start(other, name, limit)
+            _wait(other, name, mountpoint, limit, quiet=quiet)
 
 
 def _watch(client: Client, name: str, mountpoint: str, *, quiet: bool) -> None:
