@@ -11,7 +11,7 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.jobs.idle import Idle, Pressure
-from qedfs.mount import stream_orders
+from qedfs.mount import failed_barriers, stream_orders
 from qedfs.mount.cut_over import CutOver, DropPages
 from qedfs.mount.held import HolderLink
 from qedfs.mount.inode_numbers import InodeNumbers
@@ -109,11 +109,13 @@ class Images:
     def _tell(self, served: Served) -> None:
         self._numbers.note(served)
         stream_orders.note(self._link, served)
+        failed_barriers.note(self._link, served)
 
     def note_closed(self) -> None:
         """Tell the holder that all images were closed for the next server."""
         for served in self.registry.including_removed():
             self._numbers.note_closed(served)
+            failed_barriers.note(self._link, served)  # the last flush may have failed
 
     async def close(self) -> list[QedfsError]:
         """Flush and close every overlay, then close the connections.

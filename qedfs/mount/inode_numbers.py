@@ -80,5 +80,5 @@ class InodeNumbers:
 
     def forget(self, served: Served) -> None:
         """The image has no users any more. Its stream's orders (`stream_orders.py`) are forgotten with it."""
-        for kind in ("image", "opens", "stream"):
+        for kind in ("image", "opens", "stream", "failed"):
             self._link.drop(f"{kind}/{served.inode}")

@@ -19,7 +19,7 @@ import trio
 from qedfs.errors import Inaccessible, InUse, NoMemory, QedfsError
 from qedfs.host.beat import next_beat
 from qedfs.image.condition import Cause, Trouble
-from qedfs.mount import stream_orders
+from qedfs.mount import failed_barriers, stream_orders
 from qedfs.mount.inode_numbers import InodeNumbers
 from qedfs.mount.opener import Opener
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
@@ -65,7 +65,7 @@ class Registry:
     ) -> None:
         """`forget`: called with the name of an image that is removed, which the kernel may have cached.
 
-        `told`: what an earlier server has told of the orders of users (`stream_orders.py`).
+        `told`: what an earlier server has told of the orders of users (`stream_orders.py`), and of failures.
         `released`: the files that are left alone.
         """
         self._folder = folder
@@ -280,6 +280,7 @@ class Registry:
         # Not before, as overlays may be opened in another order: readdir goes on after an inode, so new numbers must
         # ascend as the images are listed.
         self.numbers.admit(served)
+        failed_barriers.restore(self._told, served)
         await stream_orders.restore(self._told, served)
         self._by_name[name] = self._by_inode[served.inode] = served
         if served.opens:

@@ -266,14 +266,14 @@ async def _serve(settings: Settings, ready: Callable[[Mounted], None], home: Pat
         finally:
             with trio.CancelScope(shield=True):
                 images.note()
-                losses = takeover.losses() + await images.close()
+                losses = await images.close() or takeover.losses()  # ours are the earlier ones again, or more
                 images.note_closed()
+                if losses and not takeover.over:  # it hands over, or has crashed
+                    link.set("lost", str(_summed_up(losses)))
                 if takeover.over or not takeover.is_taken:
                     exit_report.discard(settings.mountpoint)
         nursery.cancel_scope.cancel()
-    if losses and takeover.handing:
-        link.set("lost", str(_summed_up(losses)))
-    elif losses:
+    if losses and not takeover.handing:
         error = _summed_up(losses)
         exit_report.write(settings.mountpoint, error)
         raise error

@@ -189,6 +189,10 @@ class Overlay:
         """Set if a barrier has failed. The overlay then takes no writes until it is opened again."""
         return self._barriers.failure
 
+    def inherit_failure(self, text: str) -> None:
+        """Take no writes, and end with this error, as a barrier of this mount has failed before this opening."""
+        self._barriers.failure = ReadOnlyOverlay(text)
+
     @property
     def missing(self) -> int | None:
         """How many clusters are missing; None until they have been counted, and after a failed barrier."""

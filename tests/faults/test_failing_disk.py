@@ -10,11 +10,13 @@ import dataclasses
 import os
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from qedfs.format.header import HEADER_BYTES, UNTOUCHED, decode_header
+from qedfs.mount.rounds import ROUND_SECONDS
 from qedfs.overlay.create import create_overlay
 from tests.faults.test_barrier import assert_told_at_the_end
 from tests.harness.failing_disk import FailingDisk, failing_disk
@@ -23,6 +25,7 @@ from tests.harness.images import first_difference, qemu_check, random_image
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require
+from tests.mount.outlives import kill_server
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -130,6 +133,31 @@ def test_a_kill_between_the_error_and_its_report(tmp_path: Path, kind: str) -> N
         assert found == content[:MIB] + b"flushed!" + content[MIB + 8 :]
         disk.forget_cache()
         assert qemu_check(overlay).corruptions == 0
+
+
+@pytest.mark.parametrize("how", ["kill", "upgrade"])
+def test_a_failed_barrier_stays_one_for_the_next_server(tmp_path: Path, how: str) -> None:
+    """It opens the overlay anew, and its own barriers say nothing of what was lost before."""
+    backing = random_image(tmp_path / "backing.raw", SIZE)
+    with failing_disk(tmp_path / "fs", "ext4", DISK_BYTES["ext4"]) as disk:
+        overlay = new_overlay(disk, backing)
+        options = ("--no-stream", "--restart", "--allow-backing", backing)
+        with mounted(overlay, tmp_path / "mnt", *options) as mount:
+            fd = os.open(mount.path("disk.raw"), os.O_RDWR | os.O_CLOEXEC)
+            disk.fail_writes(b"answered")
+            os.pwrite(fd, b"answered", 2 * MIB)
+            wait_for(lambda: mount.image()["condition"], "the failed barrier")
+            time.sleep(2 * ROUND_SECONDS)  # the holder is told once in a round
+            if how == "kill":
+                kill_server(mount)
+            else:
+                qedfs("upgrade", mount.mountpoint)
+            with pytest.raises(OSError, match="Read-only"):
+                os.fsync(fd)
+            (condition,) = mount.image()["condition"]
+            assert condition["cause"] == "barrier-failed"
+            os.close(fd)
+            assert_told_at_the_end(mount)
 
 
 def write(mount: Mount, pos: int, data: bytes, *, sync: bool) -> None:
