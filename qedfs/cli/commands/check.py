@@ -10,9 +10,10 @@ import click
 
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.overlay_files import locked_file
+from qedfs.cli.ui.copy_progress import drawn_by_work
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.errors import BadOverlay
-from qedfs.format.header import NEED_CHECK
+from qedfs.format.header import NEED_CHECK, Header
 from qedfs.overlay.check import Report, give_back_leaks
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
@@ -41,7 +42,11 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
         if drop_journal:
             _drop_journal(storage)
         revalidate(storage, None)
-        report = _repair(storage) if repair else check_tables(storage, read_header(storage)[0])
+        header, _ = read_header(storage)
+        with drawn_by_work(os.path.basename(overlay), header.geometry.image_size) as told:
+            report = (repair_tables if repair else check_tables)(storage, header, told)
+        if repair:
+            _make_durable(storage, header, report)
         waiting, remark = _waiting(storage)
         if repair and report.leaks and not (report.corruptions or waiting or remark):
             report.leaks = give_back_leaks(storage, read_header(storage)[0])
@@ -54,15 +59,12 @@ def check(overlay: str, repair: bool, drop_journal: bool, as_json: bool) -> None
         raise BadOverlay(f"{overlay}: {report.corruptions} damaged entries: {report.first_problem}{hint}")
 
 
-def _repair(storage: Storage) -> Report:
-    header, _ = read_header(storage)
-    report = repair_tables(storage, header)
+def _make_durable(storage: Storage, header: Header, report: Report) -> None:
     if header.dirty and not report.corruptions:
         # clear_dirty has the barrier that makes the repair durable first.
         Session(storage, header, read_record(storage, header)).clear_dirty(NEED_CHECK)
     else:
         storage.barrier()
-    return report
 
 
 def _drop_journal(storage: Storage) -> None:

@@ -1,4 +1,4 @@
-"""The progress bar of a command that copies: how many bytes are done, and a bar of that on a terminal.
+"""The progress bar of a command that copies or checks: how many bytes are done, and a bar of that on a terminal.
 
 Owns the count and the drawing. Must not know what is copied.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import trio
 
 from qedfs.control.monitoring.progress_rate import Rate
+
+if TYPE_CHECKING:
+    from qedfs.cli.ui.screen import Screen
 
 REFRESH_SECONDS = 0.5
 
@@ -43,17 +48,55 @@ async def drawn(progress: CopyProgress, *, quiet: bool = False) -> AsyncIterator
 
 
 async def _draw(progress: CopyProgress) -> None:
-    # Imported here because loading rich is slow, and most copies have no terminal.
-    from qedfs.cli.ui.bars import copy_line
-    from qedfs.cli.ui.output import console
-    from qedfs.cli.ui.screen import Screen
-
     rate = Rate()
-    with Screen(console(stderr=True), transient=True) as screen:
+    with _screen() as screen:
         while True:
             rate.note(trio.current_time(), progress.done)
             if progress.total:
-                total = progress.total * progress.passes
-                done = min(progress.done, total)
-                screen.show([copy_line(progress.name, done, total, rate, screen.width, screen.signs)])
+                _show(screen, progress, rate)
             await trio.sleep(REFRESH_SECONDS)
+
+
+@contextlib.contextmanager
+def drawn_by_work(
+    name: str, total: int, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """For work without an event loop: give it a function to call, often, with the bytes that are done.
+
+    It draws a bar on standard error every REFRESH_SECONDS, but not before, and only if that is a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    progress, rate, due = CopyProgress(name), Rate(), clock() + REFRESH_SECONDS
+    progress.total = total
+    screen: Screen | None = None
+
+    def told(done: int) -> None:
+        nonlocal screen, due
+        now = clock()
+        if now < due:
+            return
+        due, progress.done = now + REFRESH_SECONDS, done
+        rate.note(now, done)
+        screen = screen or stack.enter_context(_screen())
+        _show(screen, progress, rate)
+
+    with contextlib.ExitStack() as stack:
+        yield told
+
+
+def _screen() -> Screen:
+    # Imported here because loading rich is slow, and most copies have no terminal.
+    from qedfs.cli.ui.output import console
+    from qedfs.cli.ui.screen import Screen
+
+    return Screen(console(stderr=True), transient=True)
+
+
+def _show(screen: Screen, progress: CopyProgress, rate: Rate) -> None:
+    from qedfs.cli.ui.bars import copy_line
+
+    total = progress.total * progress.passes
+    done = min(progress.done, total)
+    screen.show([copy_line(progress.name, done, total, rate, screen.width, screen.signs)])
