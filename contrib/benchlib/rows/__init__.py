@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, beside, cold, complete, export, fresh, guest, many, sparse, start, stream, thousand, whole
+from . import barriers, beside, cold, complete, export, fresh, full, guest, many, sparse, start, stream, thousand, whole
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -15,6 +15,7 @@ ROWS: tuple[Row, ...] = (
     *barriers.ROWS,
     *beside.ROWS,
     *sparse.ROWS,
+    *full.ROWS,
     *start.ROWS,
     *thousand.ROWS,
     *whole.ROWS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from tests.harness.mounts import qedfs
 
-from .. import bounded
+from .. import processor
 from ..figures import MIB
 from ..lab import Lab
 from ..values import QEDFS, Contenders, Outcome, Row, Target, Unit
@@ -20,29 +19,9 @@ PYTHON = "python"
 _SECONDS = 240.0
 _RUNS = 20
 
-# In a process of its own, whose only children are these commands. The least of the runs is the one least disturbed. The
-# commands take turns, so that each finds what the one before it has left; what a daemon uses itself is not in it.
-_PROBE = """
-import json, resource, subprocess, sys
-def cpu():
-    found = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return found.ru_utime + found.ru_stime
-commands = json.loads(sys.argv[2])
-least = [float("inf")] * len(commands)
-for _ in range(int(sys.argv[1])):
-    for number, command in enumerate(commands):
-        before = cpu()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        least[number] = min(least[number], cpu() - before)
-print(json.dumps([seconds * 1000 for seconds in least]))
-"""
-
 
 def _cpu_ms(*commands: Sequence[str | Path]) -> list[float]:
-    """The least processor time of each command in milliseconds, user and system."""
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    found: list[float] = json.loads(bounded.run([sys.executable, "-c", _PROBE, str(_RUNS), words], _SECONDS))
-    return found
+    return processor.cpu_ms(_RUNS, _SECONDS, *commands)
 
 
 def _ours(words: Sequence[str], overlay: Path, mountpoint: Path) -> Outcome:
