@@ -117,6 +117,8 @@ class ClusterMap:
         Raises:
             BadOverlay: an entry points to an invalid place.
         """
+        if (pos & self._cluster_mask) + size <= self._cluster_size and size:
+            return self._run_in_cluster(pos, size)
         runs: list[Run] = []
         end = pos + size
         while pos < end:
@@ -128,7 +130,8 @@ class ClusterMap:
             for _, entry, count in found:
                 length = min((count << self._cluster_shift) - start, end - pos)
                 if entry > ZERO:
-                    self.checked(entry + (count - 1 << self._cluster_shift), cluster + count - 1)
+                    if count > 1:
+                        self.checked(entry + (count - 1 << self._cluster_shift), cluster + count - 1)
                     offset = self.checked(entry, cluster) + start
                 else:
                     offset = entry
@@ -141,6 +144,16 @@ class ClusterMap:
                 cluster += count
                 start = 0
         return runs
+
+    def _run_in_cluster(self, pos: int, size: int) -> list[Run] | None:
+        """As `runs`, for a part of one cluster. 0.7 us, while `rows` takes another 0.7."""
+        cluster = pos >> self._cluster_shift
+        part = self._slices.get(cluster >> self._shift)
+        if part is None:
+            return [Run(MISSING, pos, size)] if self._tables.is_blank(cluster >> self._shift) else None
+        entry = part[cluster & self._mask]
+        offset = self.checked(entry, cluster) + (pos & self._cluster_mask) if entry > ZERO else entry
+        return [Run(offset, pos, size)]
 
     def _rows(self, cluster: int, count: int) -> list[Row] | None:
         """The rows of these clusters, up to the end of their slice at most; None if that is not loaded."""

@@ -20,6 +20,7 @@ Row = tuple[int, int, int]  # index of its first entry, that entry, and how many
 
 BEGIN = 0x80  # in `beginnings`
 SCATTERED = 8  # entries are scattered if there is one beginning for so many of them
+FEW = 16  # so many entries are faster compared in a loop, unless they are one row
 _BITS = 8 * ENTRY_SIZE
 
 
@@ -64,6 +65,8 @@ def rows(entries: array[int], cluster_size: int) -> list[Row]:
         return [(0, entries[0], 1)] if entries else []
     if _is_one_row(entries, cluster_size):
         return [(0, entries[0], len(entries))]
+    if len(entries) < FEW:
+        return _one_by_one(entries, 0, len(entries), cluster_size)
     return rows_at(entries, cluster_size, beginnings(entries, cluster_size))
 
 

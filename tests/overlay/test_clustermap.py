@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from qedfs.errors import BadOverlay
@@ -96,6 +98,30 @@ async def test_a_request_inside_a_cluster_is_clipped() -> None:
     assert await overlay.map(100, 50) == [Run(built.header.area_bytes + 2 * CLUSTER + 100, 100, 50)]
     assert await overlay.map(CLUSTER + 1, 2) == [Run(ZERO, CLUSTER + 1, 2)]
     assert await overlay.map(5 * CLUSTER + 1, 2) == [Run(MISSING, 5 * CLUSTER + 1, 2)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_runs_of_a_request_are_those_of_its_clusters(seed: int) -> None:
+    rng = random.Random(seed)
+    numbers = sorted(
+        range(1024), key=lambda number: (number // 64, rng.random() if number // 64 % 3 == seed else number)
+    )
+    state = {number: rng.choice((b"data", b"data", ZERO, MISSING)) for number in range(0, 1024, 9)}
+    overlay = await opened(filled({number: state.get(number, b"data") for number in numbers}, image_size=2 * SPAN))
+    await overlay.load(0, overlay.image_size)
+    for _ in range(30):
+        pos = rng.randrange(overlay.image_size)
+        end = min(overlay.image_size, pos + rng.choice((1, CLUSTER, 9 * CLUSTER, 600 * CLUSTER)))
+        expected: list[Run] = []
+        for start in range(pos - pos % CLUSTER, end, CLUSTER):
+            at, size = max(pos, start), min(end, start + CLUSTER) - max(pos, start)
+            (one,) = await overlay.map(at, size)
+            last = expected[-1] if expected else None
+            if last is not None and one.offset == last.offset + (last.size if last.offset > ZERO else 0):
+                expected[-1] = last._replace(size=last.size + size)
+            else:
+                expected.append(one)
+        assert await overlay.map(pos, end - pos) == expected
 
 
 async def test_bytes_in_one_piece_have_one_place() -> None:
