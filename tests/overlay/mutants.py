@@ -72,13 +72,6 @@ MUTANTS = (
         first=14,
     ),
     Mutant(
-        "flush: a barrier also where no entry is new",
-        "commit:Committer._write",
-        "if durable:",
-        "if durable and (group.dirty or group.tables):",
-        first=165,
-    ),
-    Mutant(
         "flush: one barrier is enough only where no entry waits",
         "commit:Committer.flush_now",
         "self.pending or ",

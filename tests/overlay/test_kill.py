@@ -142,7 +142,7 @@ RULES = (
         "commit:Committer.pending",
         "return self._running or self._waiting",
         "return self._waiting",
-        first=20,
+        first=4,
     ),
     Mutant(
         "the journal is emptied when the file has its entries, not before",
