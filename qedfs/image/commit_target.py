@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, Self
 
-from qedfs.errors import InStandby, QedfsError, UsageError
+from qedfs.errors import InStandby, InUse, QedfsError, UsageError
 from qedfs.image.image import Image
 from qedfs.image.zero_range import make_zeros
 from qedfs.overlay.file_zeros import is_zero, write_zeros
@@ -69,7 +69,13 @@ class RawTarget:
     @classmethod
     async def of(cls, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> Self:
         """Let the reads show what the disk has, see the head of the module. Raises what `Storage.refresh` raises."""
-        await storage.in_thread(storage.refresh)
+        try:
+            await storage.in_thread(storage.refresh)
+        except InUse as exc:
+            raise InUse(
+                f"{storage.path}: another program keeps part of it in memory, so what is on the disk cannot be read;"
+                " close that program first"
+            ) from exc
         return cls(storage, sync_times, dry=dry)
 
     @property

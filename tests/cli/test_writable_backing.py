@@ -52,6 +52,10 @@ def test_refusals(overlay: Path, tmp_path: Path) -> None:
     words = ["--backing", "http://127.0.0.1:1/disk", "--size", "1M", "--offline", "--quiet"]
     qedfs("create", tmp_path / "http.qed", *words)
     refused(qedfs("commit", tmp_path / "http.qed", check=False), 2, "is on a server, and only read")
+    words = ["--backing", "/dev/null", "--backing-format", "raw", "--size", "1M", "--offline", "--quiet"]
+    qedfs("create", tmp_path / "device.qed", *words)
+    done = qedfs("commit", tmp_path / "device.qed", "--allow-backing", "/dev/null", check=False)
+    refused(done, 2, "is not a regular file; qemu-img commit writes to devices")
     saved = base.read_bytes()
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "8M"], check=True)
     unnamed = tmp_path / "unnamed.qed"

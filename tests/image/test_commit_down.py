@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,7 @@ from qedfs.errors import QedfsError
 from qedfs.format.record import Pin, Standby, digest
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.commit_down import LOOKS, Committed, Pinning, _looks, commit_down, copy
-from qedfs.image.commit_target import RawTarget
+from qedfs.image.commit_target import QedTarget, RawTarget
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
@@ -24,7 +25,7 @@ from qedfs.overlay.session import Session
 from qedfs.source.samples import BLOCK_BYTES, Samples
 from tests.fakes.storage import Entry, MemoryStorage, RecordingStorage
 from tests.overlay.cuts import Disk
-from tests.overlay.examine import Broken
+from tests.overlay.examine import Broken, read_content
 from tests.overlay.images import BACKING, empty, filled
 from tests.overlay.scenario import read_all
 
@@ -179,6 +180,30 @@ async def test_after_a_cut_the_image_reads_the_same_and_the_pin_counts() -> None
             ended = await judge(bytes(again.overlay.bytes), wanted())
             assert [run.offset for run in await runs_of(ended)] == [MISSING]
     assert seen == {(False, "old"), (True, None), (False, "new")}
+
+
+async def test_after_a_cut_over_another_overlay_the_image_reads_the_same() -> None:
+    """Of a QED backing nothing is pinned, as a mount does not read it."""
+    parts: dict[int, bytes | int] = {n: BASE[n * CLUSTER : (n + 1) * CLUSTER] for n in range(len(BASE) // CLUSTER)}
+    two = Two(await started(), bytes(filled(parts, image_size=len(BASE), backing=b"").data))
+    overlay, target = await open_storage(two.overlay), QedTarget("base", await open_storage(two.backing))
+    await commit_down(overlay, await runs_of(overlay), target, None, lambda _: None, keep=False)
+    await target.close()
+    for top, below in [*two.states(random.Random(7)), (bytes(two.overlay.bytes), bytes(two.backing.bytes))]:
+        backing = await read_content(below, bytes(SIZE))
+        assert await read_all(await open_storage(MemoryStorage(top)), backing.ljust(SIZE, b"\0")) == wanted()
+    assert backing == wanted()
+    assert (await open_storage(MemoryStorage(top))).record.pin is None
+
+
+async def test_a_note_of_a_commit_ends_with_the_backing() -> None:
+    storage = MemoryStorage(await started())
+    overlay = await open_storage(storage)
+    ends: list[Callable[[], Awaitable[None]]] = [partial(overlay.move_backing, "elsewhere", None), overlay.detach]
+    for end in ends:
+        await overlay.change_record(lambda record: dataclasses.replace(record, committing=True))
+        await end()
+        assert not overlay.record.committing
 
 
 async def never(self: object) -> None:
