@@ -87,9 +87,9 @@ class Snapshots:
                 copy.close()
             await run(lambda: _name(target, file))
         finally:
-            for fd in (source, target):
-                if fd >= 0:
-                    os.close(fd)
+            with trio.CancelScope(shield=True):
+                # Not on the event loop: the close of a copy that got no name drops all its blocks.
+                await run(lambda: _close(source, target))
         return Snapshot(file, pause)
 
     def _open_source(self, served: Served) -> int:
@@ -193,6 +193,12 @@ def _cannot_share(file: str) -> QedfsError:
         f"{file}: cannot share blocks with the overlay: that takes one file system for both, XFS with reflink or Btrfs;"
         " qedfs export copies the image while nobody writes to it"
     )
+
+
+def _close(*descriptors: int) -> None:
+    for fd in descriptors:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _name(fd: int, file: str) -> None:

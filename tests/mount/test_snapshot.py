@@ -138,12 +138,22 @@ async def test_a_copy_that_fails_leaves_nothing_and_the_guest_writes_on(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
+    closed_by: dict[int, int] = {}
+    close = os.close
+
+    def noted(fd: int) -> None:
+        closed_by[os.fstat(fd).st_nlink] = threading.get_ident()
+        close(fd)
+
     monkeypatch.setattr(fcntl, "ioctl", fail)
     async with serving(tmp_path) as (images, served):
         assert served.image is not None
         await served.image.write(0, b"a")
+        monkeypatch.setattr(os, "close", noted)
         with pytest.raises(error, match=text):
             await images.snapshots.take(served, str(tmp_path / "snap.qed"), mountpoint="/mnt")
+        monkeypatch.setattr(os, "close", close)
+        assert closed_by[0] != threading.get_ident()  # the kernel drops its blocks then, which takes a while
         await served.image.write(0, b"b")
         assert not (tmp_path / "snap.qed").exists()
 
