@@ -20,7 +20,7 @@ from tests.test_imports import modules
 
 MIB = 1 << 20
 NAMING = frozenset({"os.link", "os.rename", "os.renames", "os.replace", "shutil.move"})
-NAMERS = {"overlay/create.py", "cli/new_file.py"}
+NAMERS = {"overlay/create.py", "cli/new_file.py", "mount/snapshot.py"}
 
 
 def make_overlay(path: Path) -> None:
