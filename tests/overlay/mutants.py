@@ -222,8 +222,8 @@ MOVES = (
     Mutant(
         "move: nothing comes between the copy and the entry",
         "relocation:Relocation.move",
-        "if self._publish(found, offset):",
-        "await trio.lowlevel.checkpoint()\n        if self._publish(found, offset):",
+        "self._publish(found, offset):",
+        "await trio.lowlevel.checkpoint() or self._publish(found, offset):",
         first=4,
     ),
 )
