@@ -107,7 +107,8 @@ class Bench:
     def _session(self, fault: Fault, expectation: Expectation) -> tuple[bool, int, int, list[str]]:
         record = self._folder / "disk.calls"
         record.touch()
-        options = ("--no-stream", "--allow-backing", self._folder, "--source-timeout", "2s")
+        # Without a holder, which would start another server after a kill: the sweep looks at what the first one left.
+        options = ("--no-stream", "--no-restart", "--allow-backing", self._folder, "--source-timeout", "2s")
         arguments = ("mount", self._overlay, self._mountpoint, *options)
         child = self._child = Child([*_command(fault, record), *arguments], self._folder / "disk.log")
         session = Session(self._mountpoint, expectation, seed=self._seed, stream_seconds=FAULTY_STREAM_SECONDS)
