@@ -95,14 +95,14 @@ MUTANTS = (
         "commit:Committer._run_group",
         "durable = durable or bool(group.freed)",
         "pass",
-        first=9,
+        first=32,
     ),
     Mutant(
         "discard: what a group frees is what it writes, not what is discarded meanwhile",
         "commit:Committer._landed",
         "self._freed.landed(group.freed)",
         "self._freed.landed(group.freed | self._freed.take())",
-        first=26,
+        first=66,
     ),
     Mutant(
         "discard: its space counts as zeros behind the punch, not before it",

@@ -161,7 +161,7 @@ RULES = (
         "adoption:Adoption._sort_out",
         "or self._pending.is_pending(cluster)",
         "",
-        first=16,
+        first=849,
     ),
     Mutant(
         "an adoption leaves clusters alone that have something",
@@ -188,7 +188,7 @@ RULES = (
         "freed:FreedClusters._next",
         " or self._durable[0][0] > self.accesses.oldest",
         "",
-        first=1378,
+        first=1582,
     ),
     Mutant(
         "a discard that a failed barrier has taken back is an error",
