@@ -283,7 +283,7 @@ async def test_a_close_whose_flush_fails_waits_for_the_commit_behind_it(tmp_path
             nursery.start_soon(_close_without_space, overlay)
             while not (overlay.committer._running or storage.closed):
                 await trio.lowlevel.checkpoint()
-            nursery.start_soon(_commit_unless_closed, overlay, committed)
+            nursery.start_soon(_commit_unless_closed, overlay, storage, committed)
         assert storage.closed
         assert bool(entry_in_file(storage)) == any(committed)
         waited += any(committed)
@@ -297,9 +297,10 @@ async def _close_without_space(overlay: Overlay) -> None:
         await overlay.close()
 
 
-async def _commit_unless_closed(overlay: Overlay, committed: list[bool]) -> None:
+async def _commit_unless_closed(overlay: Overlay, storage: MemoryStorage, committed: list[bool]) -> None:
     with contextlib.suppress(ReadOnlyOverlay):
         await overlay.commit()
+        assert not storage.closed  # the close has waited
         committed.append(True)
 
 
