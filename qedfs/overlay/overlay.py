@@ -1,4 +1,4 @@
-"""An open QED overlay: map, read, write, discard, adopt, flush, detach, empty. No network here.
+"""An open QED overlay: map, read, write, discard, adopt, move, grow, flush, detach, empty. No network here.
 
 Owns the rule that decides whose bytes win when a guest writes to a cluster that is being fetched. `pending.py` tracks
 such clusters, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has

@@ -4,8 +4,8 @@ Owns the drawing of geometries, backings and steps from a seed, and `History`, t
 crash is modelled (`cuts.py`) or judged (`examine.py`).
 
 A run opens an overlay and lets several tasks at once write (whole clusters, parts, over each other), adopt, adopt
-zeros, discard, flush, commit and store records; some close and open again, some end with a detach, some meet a full
-disk.
+zeros, discard, move, flush, commit and store records; some close and open again, some end with a detach, some meet a
+full disk.
 """
 
 from __future__ import annotations
