@@ -16,9 +16,12 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import io
+import itertools
 import json
 import os
+import pkgutil
 import select
 import selectors
 import signal
@@ -28,16 +31,18 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 _ROOT = Path(__file__).parents[2]
 _NUMBER = struct.Struct("=i")
 _MOST_BYTES = 1 << 17  # of a packet; below what a socket takes by default (net.core.wmem_default)
 
 # Read when an interpreter or a library starts, before the command could change them.
-_INTERPRETER = ("PYTHON", "LD_", "LANG", "LC_", "MALLOC_", "GLIBC_", "COVERAGE_")
+_INTERPRETER = ("PYTHON", "LD_", "LANG", "LC_", "TZ", "MALLOC_", "GLIBC_", "COVERAGE_")
 
 
 def _read_at_start(environ: Mapping[str, str]) -> dict[str, str]:
@@ -235,17 +240,26 @@ def _tell(report: int, number: int) -> None:
 
 def _become(request: _Request) -> None:
     """Gives this process all that a new program would have been given."""
-    for number, fd in enumerate(request.streams):
-        os.dup2(fd, number)
-    # The requests of other commands, and their reports.
-    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     wanted = json.loads(request.text)
-    os.environ.clear()
-    os.environ.update(wanted["env"])
-    os.chdir(wanted["cwd"])
+    _take(wanted["words"], request.streams, wanted["env"], wanted["cwd"])
     if wanted["session"]:
         os.setsid()
-    sys.argv = ["qedfs", *wanted["words"]]
+
+
+def _take(
+    words: Sequence[str], streams: Sequence[int], environ: Mapping[str, str], cwd: str, kept: Sequence[int] = ()
+) -> None:
+    """Takes stdin, stdout and stderr from `streams`, and lets go of all other descriptors but those in `kept`."""
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
+    # The requests of other commands, and their reports.
+    last = max(map(int, os.listdir("/proc/self/fd")))
+    for first, end in itertools.pairwise([2, *sorted(kept), last + 1]):
+        os.closerange(first + 1, end)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    sys.argv = ["qedfs", *words]
     # Whether a stream can seek and is a terminal was asked when it was made.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, name)
@@ -257,14 +271,70 @@ def _become(request: _Request) -> None:
         setattr(sys, f"__{name}__", new)
 
 
+class _Server:
+    """What `qedfs mount --daemon` starts, in place of `subprocess.Popen`: a fork as well, and no new interpreter."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        stderr: BinaryIO,
+        pass_fds: Sequence[int],
+        **_streams_and_session: object,
+    ) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            _take(argv[argv.index("qedfs") + 1 :], [null, null, stderr.fileno()], env, cwd, pass_fds)
+            os.setsid()
+            try:
+                _run()
+            except BaseException as end:
+                # What is around this call is the business of the process that has forked.
+                if isinstance(end, SystemExit) and isinstance(end.code, int):
+                    os._exit(end.code)
+                traceback.print_exc()
+                os._exit(1)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As that of `Popen`."""
+        fd = os.pidfd_open(self.pid)
+        try:
+            if not select.select([fd], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("qedfs", timeout or 0)
+        finally:
+            os.close(fd)
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def terminate(self) -> None:
+        """As that of `Popen`."""
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def _run() -> None:
+    """Runs the command in `sys.argv`."""
+    try:
+        importlib.import_module("qedfs.cli.main").main()
+    except SystemExit as end:
+        _leave(end.code)
+        raise
+
+
 def _leave(status: object) -> None:
     """Ends the process as an interpreter does, but leaves its modules as they are: half of a command's processor time.
 
     To take them down would write to all that this process shares with the starter. Returns where more than that is to
-    be done: a message for stderr, a thread to wait for, output that cannot be written.
+    be done: a message for stderr, output that cannot be written.
     """
-    if not isinstance(status, int | None) or threading.active_count() > 1:
+    if not isinstance(status, int | None):
         return
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
@@ -275,24 +345,18 @@ def _leave(status: object) -> None:
 
 
 if __name__ == "__main__":
-    import importlib
-    import pkgutil
-
     import qedfs
-    from qedfs.cli.main import main
+    from qedfs.cli import daemon
 
     # A command imports what it needs when it is used. For a mount these are 160 modules, half of its start.
     for _module in pkgutil.walk_packages(qedfs.__path__, "qedfs."):
         if _module.name != "qedfs.__main__":
             importlib.import_module(_module.name)
+    vars(daemon)["subprocess"] = types.SimpleNamespace(**{**vars(subprocess), "Popen": _Server})
     _requests = socket.socket(fileno=int(sys.argv[1]))
     # What is imported stays, and stays shared.
     gc.freeze()
     _request = _serve(_requests)
     _requests.detach()
     _become(_request)
-    try:
-        main()
-    except SystemExit as _end_of_command:
-        _leave(_end_of_command.code)
-        raise
+    _run()
