@@ -53,13 +53,21 @@ def no_job(_: Mount) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def nothing_more(_: Mount) -> None:
+    """Only the bytes of the image are looked at afterwards."""
+
+
 def kill_once(
     overlay: Overlay,
     seed: int,
     *options: str,
     beside: Callable[[Mount], contextlib.AbstractContextManager[None]] = no_job,
+    settled: Callable[[Mount], None] = nothing_more,
 ) -> Outcome:
-    """Mounts, writes, kills, mounts again, compares. `beside`: what else is done with the mount until the kill.
+    """Mounts, writes, kills, mounts again, compares.
+
+    `beside`: what else is done with the mount until the kill. `settled`: looks at the next mount for what has become of
+    that, and may give the expectation another length before it is compared.
 
     Raises:
         Broken: the image is not what it has to be.
@@ -67,7 +75,7 @@ def kill_once(
     source = random.Random(seed)
     size = overlay.expected.stat().st_size
     with mounted(overlay.path, overlay.mountpoint, *options) as mount, beside(mount):
-        told = overlay.path.with_suffix(".told")
+        told = told_of(overlay)
         with told.open("wb") as output:
             argv = [sys.executable, "-m", __name__, str(mount.path("disk.raw")), str(size), str(seed)]
             writer = subprocess.Popen(argv, stdout=output, stderr=subprocess.DEVNULL)
@@ -89,6 +97,7 @@ def kill_once(
     if check.corruptions:
         raise Broken(f"seed {seed}: qemu-img check finds {check.corruptions} corruptions after the kill")
     with mounted(overlay.path, overlay.mountpoint, "--no-stream") as mount:
+        settled(mount)
         _compare(mount.path("disk.raw"), overlay.expected, pending, seed)
         complete = mount.image()["state"] == "complete"
         if mount.unmount() != 0:
@@ -97,6 +106,11 @@ def kill_once(
     if after.corruptions:
         raise Broken(f"seed {seed}: qemu-img check finds {after.corruptions} corruptions after the next mount")
     return Outcome(done, after.leaks, complete)
+
+
+def told_of(overlay: Overlay) -> Path:
+    """The file that has a line for each write that has returned in this round."""
+    return overlay.path.with_suffix(".told")
 
 
 def _apply(expected: Path, size: int, seed: int, done: int) -> tuple[int, bytes]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from qedfs.control.qmp.client import Client
-from qedfs.errors import QedfsError
 from tests.harness.images import qemu_check, qemu_info, qemu_same
 from tests.harness.mounts import Mount, qedfs
 from tests.harness.process import wait_for
 
 from .kills import Overlay, kill_once
+from .kills_beside import Defragmenting
 from .support import MIB, create, mounted_over, opened, origin, read_direct
 
 CLUSTER = 4096
@@ -84,26 +82,6 @@ def mount_settled(mount: Mount) -> None:
             pass
 
 
-@contextlib.contextmanager
-def always(mount: Mount) -> Iterator[None]:
-    """Start a defragmentation as soon as the last one has ended."""
-    ended = threading.Event()
-
-    def again() -> None:
-        with contextlib.suppress(QedfsError, OSError), Client.connect(str(mount.mountpoint)) as client:
-            while not ended.is_set():
-                if not client.execute("query-block-jobs"):
-                    client.execute("x-qedfs-start", device="disk", type="defrag")
-
-    thread = threading.Thread(target=again)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def test_killed_in_the_middle_of_it_no_returned_write_is_lost(tmp_path: Path) -> None:
     with origin(tmp_path, 8 * MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url, "--cluster-size", "4K")
@@ -113,4 +91,4 @@ def test_killed_in_the_middle_of_it_no_returned_write_is_lost(tmp_path: Path) ->
         expected = Path(shutil.copy(source.raw, tmp_path / "expected"))
         target = Overlay(overlay, expected, tmp_path / "mnt")
         for seed in range(2):
-            kill_once(target, seed, "--no-stream", beside=always)
+            kill_once(target, seed, "--no-stream", beside=Defragmenting().running)

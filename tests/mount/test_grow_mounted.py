@@ -1,12 +1,10 @@
-"""An image that grows while it is mounted: loop devices and QEMU see it, and a kill loses nothing of it."""
+"""An image that grows while it is mounted: loop devices and QEMU see it. Killed: test_kills.py."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +13,11 @@ import pytest
 from qedfs.control.qmp.client import Client
 from qedfs.control.qmp.qemu import QemuClient
 from qedfs.errors import QedfsError, UsageError
-from tests.harness.hang import HANG_SECONDS
-from tests.harness.images import qemu_check, qemu_info
-from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import Child, listening, wait_for
+from tests.harness.images import qemu_info
+from tests.harness.mounts import Mount, qedfs
+from tests.harness.process import Child, listening
 from tests.harness.require import require, require_root
 
-from . import kills
 from .support import MIB, assert_whole, create, mounted_over, origin, read_direct, write_direct
 
 SIZE = 4 * MIB
@@ -90,52 +86,6 @@ def test_all_that_have_it_open_see_the_new_size(tmp_path: Path) -> None:
         (tmp_path / "expected").write_bytes(expected)
         assert qemu_info(tmp_path / "disk.qed")["virtual-size"] == 3 * SIZE
         assert_whole(tmp_path / "disk.qed", tmp_path / "expected")
-
-
-GROW = """
-import itertools, sys
-from qedfs.control.qmp.client import Client
-with Client.connect(sys.argv[1]) as client:
-    for size in itertools.count(int(sys.argv[2]), 3 << 20):
-        client.execute("block_resize", device="disk", size=size + 512)
-        print(size + 512, flush=True)
-"""
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_while_it_grows_under_a_writer(seed: int, tmp_path: Path) -> None:
-    with origin(tmp_path, SIZE, seed=seed) as source:
-        overlay = kills.Overlay(create(tmp_path / "disk.qed", source.url), tmp_path / "expected", tmp_path / "mnt")
-        overlay.expected.write_bytes(source.data())
-        with mounted(overlay.path, overlay.mountpoint) as mount, (tmp_path / "grown").open("wb") as told:
-            writer = subprocess.Popen(
-                [sys.executable, "-m", kills.__name__, mount.path("disk.raw"), str(SIZE), str(seed)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            grower = subprocess.Popen(
-                [sys.executable, "-c", GROW, mount.mountpoint, str(SIZE)], stdout=told, stderr=subprocess.DEVNULL
-            )
-            try:
-                wait_for(
-                    lambda: (tmp_path / "grown").read_bytes().count(b"\n") > 20 * (seed + 1), "an image that grows"
-                )
-                mount.kill()
-                lines, _ = writer.communicate(timeout=HANG_SECONDS)
-                grower.wait(HANG_SECONDS)
-            finally:
-                writer.kill()
-                grower.kill()
-        pending = kills._apply(overlay.expected, SIZE, seed, lines.count(b"\n"))
-        acknowledged = int((tmp_path / "grown").read_bytes().split()[-1])
-        assert qemu_check(overlay.path).corruptions == 0
-        with mounted(overlay.path, overlay.mountpoint, "--no-stream") as mount:
-            found = mount.path("disk.raw").stat().st_size
-            assert found in (acknowledged, acknowledged + 3 * MIB)
-            os.truncate(overlay.expected, found)
-            kills._compare(mount.path("disk.raw"), overlay.expected, pending, seed)
-            assert mount.unmount() == 0
-        assert qemu_check(overlay.path).corruptions == 0
 
 
 def test_what_is_refused_says_so_in_one_line(tmp_path: Path) -> None:
