@@ -9,7 +9,8 @@ import click
 import trio
 
 from qedfs.cli.overlay_files import peeked
-from qedfs.cli.served_images import check_served, connect, fetch
+from qedfs.cli.served_images import check_served, fetch
+from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import JsonList
 from qedfs.errors import UsageError
 from qedfs.format.tables import MISSING
@@ -38,7 +39,7 @@ def print_missing(place: str, image: str | None, *, as_json: bool) -> None:
 
 
 def _of_mount(mountpoint: str, name: str) -> Iterator[Range]:
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found = fetch(client, name, mountpoint)[0]
         check_served(found)
         pos: int | None = 0

@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from qedfs.cli.takeovers import reach_server
+from qedfs.cli.takeovers import lasting_client, reach_server
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import print_json
 from qedfs.control.qmp.client import Client, error_of
@@ -57,7 +57,7 @@ def fetch(client: Client, name: str | None, mountpoint: str) -> list[Image]:
 
 def on_each(mountpoint: str, image: str | None, command: str, *, as_json: bool, **arguments: Any) -> None:  # noqa: ANN401
     """Run a QMP command for the images that the user means; with JSON, print their status."""
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         # An image that is not served is an error if the user has named it. Otherwise it is skipped.
         for found in chosen if image is not None else [found for found in chosen if found["served"]]:

@@ -1,20 +1,76 @@
 """What a command does while one server of a mount takes over from another: it waits for the next one.
 
-Owns the way to tell a mount without a server from one that is between two. Must not know the commands.
+Owns the way to tell a mount without a server from one that is between two, and what follows if the server ends before
+it has answered. It may have carried the request out, or not. Requests that name a state, not a step, are sent to the
+next server again. Of all others, the user is told that nobody knows. Must not know what the requests mean beyond that.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from qedfs.cli.mount_table import FILESYSTEM, mounted_type, not_served
-from qedfs.control.qmp.client import Client, NotServed
-from qedfs.errors import TimedOut
+from qedfs.control.qmp.client import Client, Gone, NotServed
+from qedfs.errors import QedfsError, TimedOut
 from qedfs.host.runtime import is_held, mount_places
 
 PATIENCE_SECONDS = 30.0  # most take less than one; a busy machine, or many uncommitted entries, need longer
 LOOK_SECONDS = 0.05
+C = TypeVar("C", bound=Client)
+
+# Of these, a second one changes nothing, whether the first one was carried out or not.
+REPEATABLE = frozenset(
+    {
+        *("x-qedfs-status", "x-qedfs-missing", "x-qedfs-next-missing", "x-qedfs-profile", "x-qedfs-ready"),
+        *("query-block-jobs", "query-jobs", "x-qedfs-rescan", "x-qedfs-step"),
+        *(
+            "x-qedfs-start",
+            "x-qedfs-pause",
+            "x-qedfs-resume",
+            "x-qedfs-cancel",
+            "x-qedfs-limit",
+            "x-qedfs-limit-total",
+            "x-qedfs-populate-cancel",
+        ),
+        *("x-qedfs-on-source-error", "x-qedfs-source-set", "x-qedfs-release"),
+        "block_resize",  # to a size, not by one
+    }
+)
+
+
+class Unanswered(QedfsError):
+    """The server has ended before it answered a request. Nobody knows whether it has carried it out."""
+
+
+class LastingClient(Client):
+    """A connection to the server of a mount, or to the next one, if that ends in the middle."""
+
+    mountpoint = ""
+
+    def execute(self, name: str, /, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
+        """See `Client.execute`. Raises Unanswered if the server has ended, but not the mount."""
+        while True:
+            try:
+                return super().execute(name, **arguments)
+            except Gone as exc:
+                if not is_between_servers(self.mountpoint):
+                    raise
+                if name not in REPEATABLE:
+                    raise Unanswered(
+                        f"{self.mountpoint}: the server has ended before it answered, and another one serves the mount"
+                        " on; whether this was done is not known: look at qedfs status before you repeat it"
+                    ) from exc
+                self.go_on_with(reach_server(self.mountpoint, deadline=self.deadline))
+
+
+def lasting_client(mountpoint: str, *, deadline: float = math.inf) -> LastingClient:
+    """Connect to whichever server the mount has from now on. Raises what `reach_server` raises."""
+    client = _reached(mountpoint, deadline, LastingClient.connect)
+    client.mountpoint = mountpoint
+    return client
 
 
 def is_between_servers(mountpoint: str) -> bool:
@@ -30,10 +86,15 @@ def reach_server(mountpoint: str, *, deadline: float = math.inf) -> Client:
         TimedOut: it does not reply, or the next one takes too long.
         UsageError: the path cannot be a qedfs mount.
     """
+    return _reached(mountpoint, deadline, Client.connect)
+
+
+def _reached(mountpoint: str, deadline: float, connect: Callable[..., C]) -> C:
+    """See `reach_server`. `connect`: that of the kind of client."""
     patience = min(deadline, time.monotonic() + PATIENCE_SECONDS)
     while True:
         try:
-            return Client.connect(mountpoint, deadline=deadline)
+            return connect(mountpoint, deadline=deadline)
         except NotServed as exc:
             if not is_between_servers(mountpoint):
                 raise not_served(mountpoint) from exc

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pytest
 
-from qedfs.cli.commands.defrag import _runs, _wait, _words
+from qedfs.cli.commands.defrag import _run, _runs, _words
 from qedfs.control.qmp.client import Gone
 from tests.harness.mounts import qedfs
 
@@ -63,6 +63,7 @@ def test_it_begins_anew_with_the_server_that_takes_the_mount_over(
     first, second = Server("running"), Server("running", "complete")
     monkeypatch.setattr("qedfs.cli.commands.defrag.POLL_SECONDS", 0)
     monkeypatch.setattr("qedfs.cli.commands.defrag.connect", lambda _: second)
-    _wait(first, "disk.raw", "mnt", 4096, quiet=False)  # type: ignore[arg-type]
+    _run(first, "disk.raw", "mnt", 4096, quiet=False)  # type: ignore[arg-type]
+    assert first.started == second.started
     assert second.started == [{"device": "disk.raw", "type": "defrag", "limit": 4096}]
     assert "another server has taken the mount over" in capsys.readouterr().err

@@ -37,6 +37,14 @@ def test_what_qemu_made_grows_and_shrinks_and_qemu_agrees(tmp_path: Path) -> Non
     found = printed("resize", overlay, "+7M", "--allow-backing", tmp_path)
     assert found == {"overlay": str(overlay), "image": None, "size": 8 * MIB, "size_before": MIB}
     assert (qemu_info(overlay)["virtual-size"], qemu_check(overlay)) == (8 * MIB, (0, 0))
+    # A relative size is told as an absolute one, with which a command that was killed can be repeated.
+    told = qedfs("resize", overlay, "+512", "--allow-backing", tmp_path).stderr
+    assert (
+        told
+        == f"qedfs: {overlay}: +512 asks for {8 * MIB + 512} bytes; if this is broken off, repeat it with that size\n"
+    )
+    assert qedfs("resize", overlay, str(8 * MIB + 512)).stderr == ""  # again
+    assert qedfs("resize", "--shrink", overlay, "--quiet", "--", "-512").stderr == ""
     qemu_io(overlay, f"read -P 0 {MIB} {7 * MIB}", f"write -P 9 {8 * MIB - 512} 512")
     done = qedfs("resize", overlay, "2M", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -42,7 +42,7 @@ def test_the_server_gets_the_whole_path(
     def connect(_: str) -> Iterator[Server]:
         yield server
 
-    monkeypatch.setattr(module, "connect", connect)
+    monkeypatch.setattr(module, "lasting_client", connect)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(module.snapshot, ["mnt", "disk.qed", "snap", *options])
     assert said in done.output

@@ -145,7 +145,7 @@ def test_the_snapshot_goes_whatever_becomes_of_the_copy(folder: Path, monkeypatc
     def connect(_: str) -> Iterator[Server]:
         yield Server(folder / "disk.qed")
 
-    monkeypatch.setattr(mount_export, "connect", connect)
+    monkeypatch.setattr(mount_export, "lasting_client", connect)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(folder), "disk", str(folder / "out")])
     assert ended.value.code == 3  # an empty file is no overlay

@@ -85,3 +85,38 @@ def test_a_status_that_was_broken_off_is_asked_for_again(
     monkeypatch.setattr(status, "is_between_servers", lambda _: True)
     status.status("/mnt", as_json=True)
     assert '"images": []' in capsys.readouterr().out
+
+
+class Lasting(takeovers.LastingClient):
+    """A client whose servers give these answers, or end."""
+
+    def __init__(self, *answers: object) -> None:
+        super().__init__(Mock())
+        self.mountpoint = "/mnt"
+        self._answers = iter(answers)
+
+    def _answer(self, request_id: int | None) -> dict[str, object]:
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return {"return": answer}
+
+
+def test_a_state_is_asked_for_again_at_the_next_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, NONE, Lasting())
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    client = Lasting(Gone("the mount has ended"), {"size": 512})
+    assert client.execute("block_resize", device="disk", size=512) == {"size": 512}
+
+
+@pytest.mark.parametrize("command", ["x-qedfs-snapshot", "x-qedfs-populate", "blockdev-set-active", "x-qedfs-upgrade"])
+def test_of_a_step_nobody_knows_whether_it_was_done(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(takeovers, "is_between_servers", lambda _: True)
+    with pytest.raises(takeovers.Unanswered, match="serves the mount on; whether this was done is not known"):
+        Lasting(Gone("the mount has ended")).execute(command)
+
+
+def test_a_mount_that_has_ended_is_said_to_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(takeovers, "is_between_servers", lambda _: False)
+    with pytest.raises(Gone, match="the mount has ended"):
+        Lasting(Gone("the mount has ended")).execute("block_resize", size=512)

@@ -7,8 +7,12 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from qedfs.cli.takeovers import Unanswered, lasting_client
 from tests.cli.support import daemon, in_mount_table, is_running, server_pid
 from tests.harness.images import qemu_check, qemu_same
 from tests.harness.mounts import Mount, mounted, qedfs
@@ -113,6 +117,26 @@ def test_a_mount_until_streamed_ends_by_itself_although_its_server_was_killed(tm
         assert mount.wait_exit() == 0
         assert qemu_check(tmp_path / "disk.qed").corruptions == 0  # a kill may leave leaks, nothing else
         assert qemu_same(tmp_path / "disk.qed", source.raw)
+
+
+def test_a_request_that_dies_with_its_server_is_answered_by_the_next_one_or_said_to_be_unknown(tmp_path: Path) -> None:
+    with over(tmp_path, "--no-stream") as (mount, _), lasting_client(str(mount.mountpoint)) as client:
+
+        def broken_off(command: str, **arguments: object) -> object:
+            (server,) = servers(mount.pid)
+            os.kill(server, signal.SIGSTOP)  # so that it does not answer
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(client.execute, command, device="disk", **arguments)
+                os.kill(server, signal.SIGKILL)
+                return answer.result()
+
+        broken_off("block_resize", size=3 * MIB)
+        wait_for_takeover(mount, 1)
+        assert mount.image()["size"] == 3 * MIB
+        with pytest.raises(Unanswered, match="another one serves the mount on"):
+            broken_off("x-qedfs-snapshot", file=str(tmp_path / "snap"))
+        wait_for_takeover(mount, 2)
+        assert mount.path("disk.raw").stat().st_size == 3 * MIB
 
 
 def test_a_read_only_mount_outlives_its_server(tmp_path: Path) -> None:

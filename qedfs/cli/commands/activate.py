@@ -7,7 +7,8 @@ import click
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE
-from qedfs.cli.served_images import check_served, connect, fetch, stem
+from qedfs.cli.served_images import check_served, fetch, stem
+from qedfs.cli.takeovers import lasting_client
 from qedfs.errors import UsageError
 
 
@@ -37,7 +38,7 @@ def activate(mountpoint: str, image: str | None, dry_run: bool, undo: bool) -> N
     """
     if dry_run and undo:
         raise UsageError("--dry-run tries an activation; omit it or --undo")
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         for found in chosen if image is not None else [found for found in chosen if found["served"]]:
             check_served(found)

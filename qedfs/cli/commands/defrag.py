@@ -12,6 +12,7 @@ from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE
 from qedfs.cli.served_images import Image, check_served, connect, fetch
+from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.control.qmp.client import Client, Gone, error_of
 from qedfs.errors import QedfsError, UsageError
@@ -49,17 +50,18 @@ def defrag(
     """
     if command and (no_wait or limit is not None):
         raise UsageError(f"--{command} goes without --limit and --no-wait")
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found = fetch(client, image, mountpoint)[0]
         check_served(found)
         if command:
             client.execute(f"x-qedfs-{command}", device=found["name"], type=KIND)
         elif limit is not None and _runs(found):
             client.execute("x-qedfs-limit", device=found["name"], type=KIND, limit=limit)
-        else:
+        elif no_wait:
             _start(client, found["name"], limit)
-            if not no_wait:
-                _wait(client, found["name"], mountpoint, limit, quiet=quiet or as_json)
+        else:
+            with connect(mountpoint) as one:  # the end of its server is the end of the job
+                _run(one, found["name"], mountpoint, limit, quiet=quiet or as_json)
     with connect(mountpoint) as client:  # perhaps to another server
         found = fetch(client, image, mountpoint)[0]
     if as_json:
@@ -72,9 +74,10 @@ def _start(client: Client, name: str, limit: int | None) -> None:
     client.execute("x-qedfs-start", device=name, type=KIND, limit=limit or 0)
 
 
-def _wait(client: Client, name: str, mountpoint: str, limit: int | None, *, quiet: bool) -> None:
-    """Wait until it has ended. If another server takes the mount over, without the job, it begins anew there."""
+def _run(client: Client, name: str, mountpoint: str, limit: int | None, *, quiet: bool) -> None:
+    """Start it, and wait for its end. If another server takes the mount over, without the job, it begins anew."""
     try:
+        _start(client, name, limit)
         _watch(client, name, mountpoint, quiet=quiet)
     except KeyboardInterrupt:
         client.execute("x-qedfs-cancel", device=name, type=KIND)
@@ -83,8 +86,7 @@ def _wait(client: Client, name: str, mountpoint: str, limit: int | None, *, quie
         with connect(mountpoint) as other:
             if not quiet:
                 remark(f"{name}: another server has taken the mount over; begins anew, what is in order stays so")
-            _start(other, name, limit)
-            _wait(other, name, mountpoint, limit, quiet=quiet)
+            _run(other, name, mountpoint, limit, quiet=quiet)
 
 
 def _watch(client: Client, name: str, mountpoint: str, *, quiet: bool) -> None:

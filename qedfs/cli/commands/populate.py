@@ -13,8 +13,9 @@ from qedfs.cli.completion import files, images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE
 from qedfs.cli.served_images import Image, check_served, connect, fetch
+from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.output import print_json, remark
-from qedfs.control.qmp.client import Client, error_of
+from qedfs.control.qmp.client import Client, Gone, error_of
 from qedfs.errors import QedfsError
 from qedfs.units import format_size
 
@@ -72,6 +73,13 @@ def populate(
             client.execute("x-qedfs-populate", device=found["name"], force=force, **{"from": copy}, **options)
             try:
                 found = _watch(client, found["name"], mountpoint, began, quiet=quiet or as_json)
+            except Gone as exc:
+                if not is_between_servers(mountpoint):
+                    raise
+                raise QedfsError(
+                    f"{found['name']}: another server has taken the mount over, and does not go on with this; what was"
+                    " populated stays, and the same command does the rest"
+                ) from exc
             except BaseException:
                 client.execute("x-qedfs-populate-cancel", device=found["name"])
                 raise

@@ -9,7 +9,8 @@ import click
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.new_file import check_replaceable, new_file
 from qedfs.cli.option_types import PLACE
-from qedfs.cli.served_images import connect, fetch
+from qedfs.cli.served_images import fetch
+from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import QedfsError
 from qedfs.image.boot_profile import FIRST_LINE, Range, written
@@ -31,7 +32,7 @@ def profile(mountpoint: str, image: str, file: str, as_json: bool) -> None:
     An existing FILE is replaced only if it is a profile.
     """
     check_replaceable(file, FIRST_LINE.encode(), "profile")
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found = fetch(client, image, mountpoint)[0]
         told = client.execute("x-qedfs-profile", device=found["name"])["ranges"]
     ranges: list[Range] = [(pos, size) for pos, size in told]

@@ -14,6 +14,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.served_images import Image, check_served, connect, named, stem, trouble
+from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json
 from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted, QedfsError, TimedOut, UsageError
@@ -52,7 +53,7 @@ def release(
         _wait(mountpoint, image, math.inf if timeout is None else time.monotonic() + timeout)
         found, done = None, True
     else:
-        with connect(mountpoint) as client:
+        with lasting_client(mountpoint) as client:
             found, done = _found(client, image, mountpoint)
             if undo:
                 done = _order(client, image, undo=True)

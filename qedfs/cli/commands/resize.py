@@ -15,8 +15,9 @@ from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.overlay_files import image_explained
-from qedfs.cli.served_images import check_served, connect, fetch
-from qedfs.cli.ui.output import print_json
+from qedfs.cli.served_images import check_served, fetch
+from qedfs.cli.takeovers import lasting_client
+from qedfs.cli.ui.output import print_json, remark
 from qedfs.errors import InStandby, UsageError
 from qedfs.format.record import digest
 from qedfs.image.growth import check_backing
@@ -56,6 +57,9 @@ def resize(
     zeros. An image over a backing that is larger than the image does not grow, as it would show what was cut off; to
     find that out, the backing may be asked for its size.
 
+    +10G counts from the size of the moment: a command that was killed may have done it, and the same again would add
+    twice. So it first tells the size that it asks for, and to repeat it with that size is safe.
+
     A mounted image only grows, while it is read, written and streamed. Its users have to look at its size again: a loop
     device with losetup -c, QEMU with block_resize.
 
@@ -65,11 +69,11 @@ def resize(
     image: str | None = None
     if len(size) == 1:
         asking = Asking(allow_backing, read(credentials), source_timeout)
-        before, made = trio.run(_resize_file, overlay, size[0], shrink, asking)
+        before, made = trio.run(_resize_file, overlay, size[0], shrink, asking, quiet)
     elif len(size) == 2:
         if shrink:
             raise UsageError("--shrink is for an overlay that is not mounted")
-        image, overlay, before, made = _resize_mounted(overlay, *size)
+        image, overlay, before, made = _resize_mounted(overlay, *size, quiet=quiet)
     else:
         raise UsageError("usage: qedfs resize OVERLAY SIZE, or qedfs resize MOUNTPOINT IMAGE SIZE")
     if as_json:
@@ -85,17 +89,24 @@ def target_size(text: str, present: int) -> int:
     return {"": size, "+": present + size, "-": present - size}[sign]
 
 
-def _resize_mounted(mountpoint: str, name: str, text: str) -> tuple[str, str, int, int]:
+def _tell_target(name: str, text: str, size: int, *, quiet: bool) -> None:
+    """Tell the size that a relative one means, before anything changes: a command that is killed cannot tell it."""
+    if text[:1] in ("+", "-") and not quiet:
+        remark(f"{name}: {text} asks for {size} bytes; if this is broken off, repeat it with that size")
+
+
+def _resize_mounted(mountpoint: str, name: str, text: str, *, quiet: bool) -> tuple[str, str, int, int]:
     """Returns the image, its overlay, the size before, and the size."""
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found: dict[str, Any] = fetch(client, name, mountpoint)[0]
         check_served(found)
         size = target_size(text, found["size"])
+        _tell_target(found["name"], text, size, quiet=quiet)
         client.execute("block_resize", device=found["name"], size=size)
     return found["name"], found["overlay"], found["size"], size
 
 
-async def _resize_file(path: str, text: str, shrink: bool, asking: Asking) -> tuple[int, int]:
+async def _resize_file(path: str, text: str, shrink: bool, asking: Asking, quiet: bool) -> tuple[int, int]:
     """Returns the size before, and the size."""
     with image_explained(path):
         overlay = await open_overlay(path, writable=True)
@@ -109,8 +120,10 @@ async def _resize_file(path: str, text: str, shrink: bool, asking: Asking) -> tu
         try:
             if size > before:
                 await _check_backing(path, overlay, asking)
+                _tell_target(path, text, size, quiet=quiet)
                 await overlay.grow(size)
             elif shrink:
+                _tell_target(path, text, size, quiet=quiet)
                 await overlay.shrink(size)
         except UsageError as exc:
             raise UsageError(f"{path}: {str(exc).removeprefix(f'{path}: ')}") from exc

@@ -9,9 +9,10 @@ import click
 from qedfs.cli.completion import files, images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE
-from qedfs.cli.served_images import check_served, connect, fetch, stem
+from qedfs.cli.served_images import check_served, fetch, stem
+from qedfs.cli.takeovers import Unanswered, lasting_client
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import UsageError
+from qedfs.errors import QedfsError, UsageError
 from qedfs.host.procfs import filesystem_type
 
 
@@ -35,10 +36,16 @@ def snapshot(mountpoint: str, image: str, file: str, quiet: bool, as_json: bool)
     target = os.path.abspath(file)
     if filesystem_type(os.path.dirname(target)) == "fuse.qedfs":
         raise UsageError(f"{file}: is inside a mount of qedfs; a snapshot is an overlay, and belongs beside the others")
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found = fetch(client, image, mountpoint)[0]
         check_served(found)
-        done = client.execute("x-qedfs-snapshot", device=stem(found["name"]), file=target)
+        try:
+            done = client.execute("x-qedfs-snapshot", device=stem(found["name"]), file=target)
+        except Unanswered as exc:
+            raise QedfsError(
+                f"{file}: the server of the mount has ended before it answered, and another one serves on; if there is"
+                " such a file now, it is a whole snapshot, otherwise repeat the command"
+            ) from exc
     if as_json:
         print_json({"mountpoint": os.path.abspath(mountpoint), "image": found["name"], **done})
     elif not quiet:

@@ -9,7 +9,8 @@ import click
 from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.option_types import PLACE, RATE, SIZE
-from qedfs.cli.served_images import check_served, connect, fetch, on_each, print_images
+from qedfs.cli.served_images import check_served, fetch, on_each, print_images
+from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import UsageError
 from qedfs.units import format_size
@@ -81,7 +82,7 @@ def limit(mountpoint: str, words: tuple[str, ...], total: bool, as_json: bool) -
     image = words[0] if len(words) == 2 else None
     rate = RATE.convert(words[-1], None, None)
     if total:
-        with connect(mountpoint) as client:
+        with lasting_client(mountpoint) as client:
             client.execute("x-qedfs-limit-total", limit=rate)
             if as_json:
                 print_images(client, None, mountpoint)
@@ -100,7 +101,7 @@ def step(mountpoint: str, image: str | None, offset: int, as_json: bool) -> None
     For managers that control the pace: mount with --no-stream, then call step with the `next` of the previous step as
     --offset, until it is null.
     """
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         chosen = fetch(client, image, mountpoint)
         if len(chosen) != 1:
             raise UsageError(f"{mountpoint}: has {len(chosen)} images; name the one to step")

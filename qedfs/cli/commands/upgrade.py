@@ -12,7 +12,7 @@ from qedfs.cli.completion import mountpoints
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.mount_table import FILESYSTEM, mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
-from qedfs.cli.served_images import connect
+from qedfs.cli.takeovers import lasting_client
 from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted, TimedOut
 from qedfs.units import format_seconds
@@ -43,7 +43,7 @@ def upgrade(mountpoint: str, timeout: float) -> None:
 
 def _upgraded(mountpoint: str, deadline: float) -> tuple[int, int, dict[str, Any]]:
     """Have the server replaced. Returns the pid of the old one, the pid of the new one, and the status of that."""
-    with connect(mountpoint, deadline=deadline) as client:
+    with lasting_client(mountpoint, deadline=deadline) as client:
         pid = client.server_pid
         before = client.execute("x-qedfs-status")["restarts"]
         client.execute("x-qedfs-upgrade")

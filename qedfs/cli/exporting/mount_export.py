@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 from qedfs.cli.exporting.image_export import export_image
 from qedfs.cli.exporting.overlay_export import Export, export_overlay
-from qedfs.cli.served_images import Image, check_served, connect, fetch, stem
+from qedfs.cli.served_images import Image, check_served, fetch, stem
+from qedfs.cli.takeovers import Unanswered, lasting_client
 from qedfs.control.monitoring.status import STANDBY
 from qedfs.control.qmp.client import Client
 from qedfs.errors import InStandby, NotMounted, QedfsError
@@ -44,7 +45,7 @@ def mounted_image(mountpoint: str, image: str, export: Export) -> Iterator[Mount
         InStandby: its bytes may still change.
         QedfsError: something is missing, and is not to be fetched.
     """
-    with connect(mountpoint) as client:
+    with lasting_client(mountpoint) as client:
         found = fetch(client, image, mountpoint)[0]
         check_served(found)
         _check(found, with_backing=export.asking.with_backing)
@@ -77,6 +78,10 @@ def _snapshot(client: Client, found: Image) -> tuple[str | None, str]:
     path = os.path.join(os.path.dirname(found["overlay"]), f".qedfs-{stem(found['name'])}-{secrets.token_hex(4)}")
     try:
         client.execute("x-qedfs-snapshot", device=stem(found["name"]), file=path)
+    except Unanswered:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # that server has ended, so nobody makes it from now on
+        raise
     except NotMounted:
         raise
     except QedfsError as exc:

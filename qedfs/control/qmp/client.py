@@ -191,6 +191,12 @@ class Client:
         except TimeoutError:
             return None
 
+    def go_on_with(self, other: Client) -> None:
+        """Take the connection of another client, which must not be used any more, in place of this one's."""
+        self._socket.close()
+        self._socket, self._buffer, self._events = other._socket, other._buffer, other._events
+        self._next_id = other._next_id
+
     def close(self) -> None:
         """Close the connection."""
         self._socket.close()
