@@ -5,7 +5,10 @@ know commands.
 
 1. A file without a name is made in the folder of the copy, so that a kill leaves nothing behind.
 2. In a still moment it gets the blocks of the overlay (FICLONE). The file system does this at once, whatever has been
-   written; without that the guest would stand still for as long as a copy takes, so it is refused.
+   written; without that the guest would stand still for as long as a copy takes, so it is refused. A file system that
+   hangs gets SHARE_SECONDS, which is less than a guest's disk driver waits for an answer. Then the snapshot has failed
+   and guests write on. The call cannot be cancelled. When it returns, it may have shared blocks that were written
+   meanwhile, but the file never gets a name: it goes with its last descriptor, which the thread of the call closes.
 3. Guests write on. The session is ended in the copy, which is made durable.
 4. The copy gets its name, unless there is such a file, and the name is made durable. After the content: a power cut
    must not leave a name with a part of it.
@@ -35,6 +38,7 @@ from qedfs.overlay.storage import FileStorage
 from qedfs.source.url import parse_location
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
+SHARE_SECONDS = 15.0  # with many pieces, XFS takes a second for a million of them
 _MOST_LINKS = 40  # in one path, as the kernel follows (path_resolution(7))
 _CANNOT_SHARE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
 
@@ -52,6 +56,7 @@ class Snapshots:
 
     def __init__(self, folder: OverlayFolder) -> None:
         self._folder = folder
+        self._hanging: set[str] = set()  # overlays whose blocks the kernel has been told to share, and has not yet
 
     async def take(self, served: Served, file: str, *, mountpoint: str) -> Snapshot:
         """Copy the overlay of an image to `file`, an absolute path outside `mountpoint`, durably.
@@ -65,19 +70,21 @@ class Snapshots:
         _check_place(file, mountpoint)
         async with served.cut_over:  # so that the image keeps its overlay
             image = _image(served)
+            if served.path in self._hanging:
+                raise _hangs(file, "is still waiting for an earlier copy of this overlay")
             overlay = image.overlay
             await trio.to_thread.run_sync(_check_folder, overlay.backing, self._folder.root, file, mountpoint)
             with _errors(file):
                 return await self._take(served, overlay, file)
 
     async def _take(self, served: Served, overlay: Overlay, file: str) -> Snapshot:
-        run = trio.to_thread.run_sync  # a call that has begun is never abandoned
+        run = trio.to_thread.run_sync  # a call that has begun is not abandoned, except in `_share`
         source = await run(lambda: self._open_source(served))
         target = -1
         try:
             target = await run(lambda: _unnamed(file, stat.S_IMODE(overlay.file_status().st_mode)))
             async with overlay.still() as since:
-                await run(lambda: _share(source, target, file))
+                await self._share(source, target, served.path, file)
                 modified_ns, changed_ns = overlay.times.modified_ns, overlay.times.changed_ns
                 pause = trio.current_time() - since
             copy = FileStorage(os.dup(target), file, writable=True)
@@ -91,6 +98,25 @@ class Snapshots:
                 # Not on the event loop: the close of a copy that got no name drops all its blocks.
                 await run(lambda: _close(source, target))
         return Snapshot(file, pause)
+
+    async def _share(self, source: int, target: int, overlay: str, file: str) -> None:
+        """Step 2. Raises QedfsError after SHARE_SECONDS, too."""
+        # Descriptors of its own: ours are closed, and their numbers used again, before a call that hangs returns.
+        mine = os.dup(source), os.dup(target)
+
+        def share() -> None:
+            try:
+                _share(*mine, file)
+            finally:
+                _close(*mine)
+                self._hanging.discard(overlay)
+
+        self._hanging.add(overlay)
+        with trio.move_on_after(SHARE_SECONDS) as scope:
+            # A limiter of its own: a call that hangs must not take one of the threads of all others.
+            await trio.to_thread.run_sync(share, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        if scope.cancelled_caught:
+            raise _hangs(file, f"has not shared the blocks within {SHARE_SECONDS:g} s")
 
     def _open_source(self, served: Served) -> int:
         """The overlay's file through a descriptor of our own, as the other one belongs to its storage."""
@@ -186,6 +212,10 @@ def _share(source: int, target: int, file: str) -> None:
         if exc.errno in _CANNOT_SHARE:
             raise _cannot_share(file) from exc
         raise
+
+
+def _hangs(file: str, what: str) -> QedfsError:
+    return QedfsError(f"{file}: is not made: the file system {what}; guests write on, and no copy is left")
 
 
 def _cannot_share(file: str) -> QedfsError:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from qedfs.control.qmp.client import Client
 from qedfs.errors import InStandby, NoSpace, QedfsError, UsageError
@@ -180,6 +182,42 @@ async def test_an_overlay_in_standby_holds_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path, backing="disk.img", standby="") as (images, served):
         with pytest.raises(InStandby):
             await images.snapshots.take(served, str(tmp_path / "snap.qed"), mountpoint="/mnt")
+
+
+async def test_a_file_system_that_hangs_holds_no_writer_for_ever_and_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, hangs, used = tmp_path / "snap.qed", threading.Event(), list[tuple[int, ...]]()
+
+    def share(source: int, copy: int, _: str) -> None:
+        hangs.wait()
+        used.append((os.fstat(source).st_nlink, os.fstat(copy).st_nlink))
+        while data := os.read(source, MIB):
+            os.write(copy, data)
+
+    monkeypatch.setattr(module, "_share", share)
+    monkeypatch.setattr(module, "SHARE_SECONDS", 0.01)
+    async with serving(tmp_path) as (images, served):
+        assert served.image is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_hang, images, served, target, "has not shared the blocks within")
+            await trio.testing.wait_all_tasks_blocked()
+            await served.image.write(5, b"later!")
+        assert (await served.image.read(5, 6)) == b"later!"
+        await expect_hang(images, served, target, "is still waiting for an earlier copy of this overlay")
+        hangs.set()
+        while images.snapshots._hanging:  # noqa: ASYNC110 - a thread ends
+            await trio.sleep(0.001)
+        # Its descriptors were those of the overlay and of a file without a name, to the end.
+        assert used == [(1, 0)]
+        assert sorted(os.listdir(tmp_path)) == ["disk.qed", "journals"]
+        monkeypatch.setattr(module, "SHARE_SECONDS", math.inf)
+        await images.snapshots.take(served, str(target), mountpoint="/mnt")
+
+
+async def expect_hang(images: Images, served: Served, target: Path, text: str) -> None:
+    with pytest.raises(QedfsError, match=text):
+        await images.snapshots.take(served, str(target), mountpoint="/mnt")
 
 
 # On file systems that share blocks.
