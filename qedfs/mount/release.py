@@ -2,6 +2,8 @@
 
 Owns the orders to release, and the order of the steps. Must not know commands, nor what the kernel does with a name.
 
+0. Nobody has the image open any more, and no job is at work. One that is paused is cancelled then: it would wait for
+   its user as long as the image is there, and what it has done stays done. One that runs comes to its end.
 1. The image is flushed while it is still served. If that fails, the order ends with its error, and nothing has changed.
 2. The overlay is marked as left alone, so that no scan of the folder opens it again (`released.py`).
 3. The image leaves the list, in the same step: an open() from here on gets ESTALE, after which the kernel looks the
@@ -137,10 +139,12 @@ class Releases:
             order.end(error)
 
     async def _flushed_and_unused(self, served: Served, order: Order) -> None:
-        """Step 1. When this returns, nobody has had the image open since the flush began."""
+        """Steps 0 and 1. When this returns, nobody has had the image open since the flush began."""
         while True:
             while served.opens or (served.jobs is not None and served.jobs.at_work is not None):
                 order.tried.set()
+                if not served.opens:
+                    _end_paused(served)
                 served.unused = trio.Event()
                 with trio.move_on_after(LOOK_SECONDS):
                     await served.unused.wait()
@@ -160,6 +164,14 @@ class Releases:
         log.info("%s: is released; its overlay %s is free", served.name, served.path)
         if error is not None:
             raise error
+
+
+def _end_paused(served: Served) -> None:
+    """Cancel a job that is paused."""
+    job = None if served.jobs is None else served.jobs.at_work
+    if job is not None and job.paused:
+        log.info("%s: its %s is paused, and ends, because the image is released", served.name, job.kind)
+        job.cancel()
 
 
 def _check(served: Served, *, single: bool) -> Image:

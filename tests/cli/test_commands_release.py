@@ -80,7 +80,20 @@ def test_a_wait_ends_when_the_order_does(wait: Callable[..., Exception | None]) 
 def test_a_wait_ends_in_time(wait: Callable[..., Exception | None]) -> None:
     error = wait(Server(image()), "--timeout", "0s")
     assert isinstance(error, TimedOut)
-    assert "is in use, so it is not released yet; the order stays" in str(error)
+    assert str(error) == "disk.raw: is not released yet: 1 have it open; the order stays"
+
+
+def test_a_wait_says_what_it_is_for_whenever_that_changes(
+    wait: Callable[..., Exception | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "remark", said.append)
+    job = {"type": "defrag", "state": "running"}
+    changes = image(), image(), image(job=job, opens=0), image(job={**job, "state": "complete"}, opens=0)
+    assert wait(Server(image(), *changes, {}), "--quiet") is None
+    assert wait(Server(image(), *changes, {})) is None
+    lines = ("1 have it open", "its defrag is running", "it is being closed")
+    assert said == [f"disk.raw: is not released yet: {line}" for line in lines]
 
 
 def test_an_image_that_is_not_there(wait: Callable[..., Exception | None]) -> None:

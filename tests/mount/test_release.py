@@ -79,6 +79,24 @@ def last_close(served: Served) -> None:
     served.note_release()
 
 
+async def test_a_job_comes_to_its_end_first_and_one_that_is_paused_is_cancelled(tmp_path: Path) -> None:
+    complete(tmp_path)
+    async with serving(tmp_path) as images:
+        served = the_image(images)
+        assert served.jobs is not None
+        await served.jobs.stream.resume()
+        job = served.jobs.begin("defrag")
+        await job.pause()
+        served.note_open()
+        assert not await images.releases.release(served)
+        await trio.testing.wait_all_tasks_blocked()
+        active = [job.active]  # its user may resume it, as long as the image is open
+        last_close(served)
+        await until(lambda: not served.releasing)
+        assert [*active, job.active] == [True, False]
+        assert images.released.overlays()
+
+
 @pytest.mark.expect_log("is in use by another program")
 async def test_an_open_image_stays_until_it_is_closed(tmp_path: Path) -> None:
     overlay, link = complete(tmp_path), Link()
@@ -246,9 +264,9 @@ def test_qemu_opens_what_was_released_at_once(tmp_path: Path) -> None:
         with opened(mount.path("a.raw")) as fd:
             os.pwrite(fd, b"g" * 65536, MIB)
             done = qedfs("release", mount.mountpoint, "a")
-            assert done.stdout == "a.raw: is released as soon as nobody has it open; 1 have now\n"
+            assert done.stdout == "a.raw: is released as soon as nobody uses it: 1 have it open\n"
             done = qedfs("release", mount.mountpoint, "a", "--wait", "--timeout", "0s", check=False)
-            assert (done.returncode, done.stderr.count("\n")) == (7, 1)
+            assert (done.returncode, done.stderr.count("\n")) == (7, 2)  # what it waits for, and that it has not come
             assert "released as soon as nobody uses it: a.raw\n" in qedfs("status", mount.mountpoint).stdout
         qedfs("release", mount.mountpoint, "a", "--wait")
         assert "Pattern verification failed" not in qemu_io(overlay, "read -P 0x67 1M 64k", "write -P 1 0 64k")

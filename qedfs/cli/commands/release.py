@@ -15,12 +15,13 @@ from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.option_types import DURATION, PLACE
 from qedfs.cli.served_images import Image, check_served, connect, named, stem, trouble
 from qedfs.cli.takeovers import lasting_client
-from qedfs.cli.ui.output import print_json
+from qedfs.cli.ui.output import print_json, remark
 from qedfs.control.qmp.client import Client
 from qedfs.errors import NotMounted, QedfsError, TimedOut, UsageError
 from qedfs.mount.mountpoint import is_dead
 
 POLL_SECONDS = 0.2
+AT_WORK = ("running", "waiting", "paused")  # states of a job
 TAKEOVER_SECONDS = 15.0  # for the next server of the mount to answer, if this one is replaced while we wait
 
 
@@ -38,8 +39,9 @@ def release(
     """Let IMAGE, which is complete, leave the mount at MOUNTPOINT, and serve the others on.
 
     As soon as nobody has it open, it is not there any more, everything is on the disk, and its overlay is free: QEMU
-    can open that itself (driver qed). Until then it is served as before. Without --wait, the command returns at once,
-    and the order stays; also after --timeout. Another server of the same mount carries it out as well.
+    can open that itself (driver qed). Until then it is served as before. A job of the image, such as a defrag, comes to
+    its end first; one that is paused is cancelled, and what it has done stays. Without --wait, the command returns at
+    once, and the order stays; also after --timeout. Another server of the same mount carries it out as well.
 
     An image that is not complete is refused: only the mount shows all of it. So is the only image of a mount of a
     single overlay, which qedfs umount gives back. The next mount of the folder serves it again, and so does --undo: a
@@ -50,7 +52,8 @@ def release(
     if not wait and timeout is not None:
         raise UsageError("--timeout is the longest time to --wait; add that, too")
     if wait:
-        _wait(mountpoint, image, math.inf if timeout is None else time.monotonic() + timeout)
+        told = _Told(quiet or as_json)
+        _wait(mountpoint, image, math.inf if timeout is None else time.monotonic() + timeout, told)
         found, done = None, True
     else:
         with lasting_client(mountpoint) as client:
@@ -61,11 +64,12 @@ def release(
                 check_served(found)
                 done = _order(client, image)
     opens = 0 if found is None or done else found["opens"]
+    waits = "" if found is None or done or undo else _waits_for(found)
     if as_json:
         shown = stem(image) + ".raw"
         print_json({"mountpoint": os.path.abspath(mountpoint), "image": shown, "released": done, "opens": opens})
     elif not quiet:
-        click.echo(_result(stem(image) + ".raw", opens, done=done, undo=undo))
+        click.echo(_result(stem(image) + ".raw", waits, done=done, undo=undo))
 
 
 def _found(client: Client, image: str, mountpoint: str) -> tuple[Image | None, bool]:
@@ -81,7 +85,32 @@ def _order(client: Client, image: str, *, undo: bool = False) -> bool:
     return bool(client.execute("x-qedfs-release", device=stem(image), undo=undo or None)["released"])
 
 
-def _wait(mountpoint: str, image: str, deadline: float) -> None:
+class _Told:
+    """Tells the user what a wait is for, whenever that changes."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self.last = ""
+
+    def waits(self, found: Image) -> None:
+        """The image is not released yet."""
+        text = _waits_for(found)
+        if text != self.last and not self._quiet:
+            remark(f"{found['name']}: is not released yet: {text}")
+        self.last = text
+
+
+def _waits_for(found: Image) -> str:
+    """What keeps an image that is to be released."""
+    job = found.get("job")
+    if found["opens"]:
+        return f"{found['opens']} have it open"
+    if job is not None and job["state"] in AT_WORK:
+        return f"its {job['type']} is {job['state']}"
+    return "it is being closed"
+
+
+def _wait(mountpoint: str, image: str, deadline: float, told: _Told) -> None:
     """Give the order, and return when the image was released. Raises QedfsError if it will not be."""
     ordered = False
     lost = math.inf  # when we give up on a mount whose server does not answer
@@ -89,10 +118,10 @@ def _wait(mountpoint: str, image: str, deadline: float) -> None:
         try:
             with connect(mountpoint, deadline=deadline) as client:
                 lost = math.inf
-                while not _is_released(client, image, mountpoint, ordered=ordered):
+                while not _is_released(client, image, mountpoint, ordered=ordered, told=told):
                     ordered = True
                     if time.monotonic() >= deadline:
-                        raise TimedOut(f"{stem(image)}.raw: is in use, so it is not released yet; the order stays")
+                        raise TimedOut(f"{stem(image)}.raw: is not released yet: {told.last}; the order stays")
                     time.sleep(POLL_SECONDS)
                 return
         except NotMounted:
@@ -103,23 +132,25 @@ def _wait(mountpoint: str, image: str, deadline: float) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _is_released(client: Client, image: str, mountpoint: str, *, ordered: bool) -> bool:
+def _is_released(client: Client, image: str, mountpoint: str, *, ordered: bool, told: _Told) -> bool:
     """Whether the image was released. If it was not `ordered`, that is done. Raises QedfsError if the order is over."""
     found, done = _found(client, image, mountpoint)
     if done or found is None:
         return True
     if not ordered:
         check_served(found)
-        return _order(client, image)
-    if found["releasing"]:
-        return False
-    why = trouble(found) or "the order was taken back, or the log of the mount says why"
-    raise QedfsError(f"{found['name']}: is not released: {why}")
+        done = _order(client, image)
+    elif not found["releasing"]:
+        why = trouble(found) or "the order was taken back, or the log of the mount says why"
+        raise QedfsError(f"{found['name']}: is not released: {why}")
+    if not done:
+        told.waits(found)
+    return done
 
 
-def _result(name: str, opens: int, *, done: bool, undo: bool) -> str:
+def _result(name: str, waits: str, *, done: bool, undo: bool) -> str:
     if undo:
         return f"{name}: is served"
     if done:
         return f"{name}: is released; its overlay is free"
-    return f"{name}: is released as soon as nobody has it open; {opens} have now"
+    return f"{name}: is released as soon as nobody uses it: {waits}"
