@@ -67,7 +67,8 @@ class Module:
     def __init__(self, path: str, text: str) -> None:
         self.path = path  # below qedfs/: "source/nbd/client.py"
         self.room = path.removesuffix(".py").split("/")[0]
-        self._tree = ast.parse(text, filename=path)
+        nodes = ast.walk(ast.parse(text, filename=path))
+        self._nodes = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute)]
         self.imports = list(self._imports())
         self._aliases = self._module_aliases()
         self.uses = [*self.imports, *self._attributes()]
@@ -76,7 +77,7 @@ class Module:
         return f"qedfs/{self.path}:{found.line}: {found.name}"
 
     def _imports(self) -> Iterator[Found]:
-        for node in ast.walk(self._tree):
+        for node in self._nodes:
             if isinstance(node, ast.Import):
                 yield from (Found(alias.name, node.lineno) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -90,14 +91,14 @@ class Module:
         return ".".join([*here[: len(here) - node.level], *([node.module] if node.module else [])])
 
     def _attributes(self) -> Iterator[Found]:
-        for node in ast.walk(self._tree):
+        for node in self._nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = node.value.id
                 yield Found(f"{self._aliases.get(name, name)}.{node.attr}", node.lineno)
 
     def parts_of(self, owner: str) -> Iterator[Found]:
         """The attributes that are taken of anything called `owner`, whether a name or an attribute itself."""
-        for node in ast.walk(self._tree):
+        for node in self._nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
                 name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if name.lstrip("_") == owner:
@@ -105,7 +106,7 @@ class Module:
 
     def _module_aliases(self) -> dict[str, str]:
         # `import os as _os` must not hide a use.
-        imports = [node for node in ast.walk(self._tree) if isinstance(node, ast.Import)]
+        imports = [node for node in self._nodes if isinstance(node, ast.Import)]
         return {alias.asname: alias.name for node in imports for alias in node.names if alias.asname}
 
 
@@ -156,21 +157,27 @@ def reached_through(module: Module) -> list[str]:
     return [f"{module.at(found)}: ask the overlay" for found in module.parts_of("overlay") if found.name in PARTS]
 
 
+SHARED = "parsed modules"  # the group of pytest-xdist whose tests share what `modules` keeps
+
+
 @functools.cache
 def modules() -> list[Module]:
     return [Module(str(path.relative_to(PACKAGE)), path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_arrows_between_rooms_point_one_way() -> None:
     wrong = [line for module in modules() for line in wrong_arrows(module)]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_the_world_is_touched_in_one_place_each() -> None:
     wrong = [line for module in modules() for line in wrong_uses(module)]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_no_room_reaches_through_the_overlay() -> None:
     wrong = [line for module in modules() for line in reached_through(module)]
     assert not wrong, "\n".join(wrong)
@@ -190,6 +197,7 @@ def test_overlay_rule(path: str, text: str, wrong: int) -> None:
     assert len(reached_through(Module(path, text))) == wrong
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_every_file_is_in_a_known_room() -> None:
     assert [module.path for module in modules() if module.room not in {*ROOMS, *ENTRY}] == []
 
@@ -201,6 +209,7 @@ def test_the_table_points_one_way() -> None:
     assert upwards == []
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_the_table_names_no_arrow_that_is_not_there() -> None:
     """Whoever draws a new arrow sees it in the table, and one that is no longer needed goes."""
     used: dict[str, set[str]] = {room: set() for room in ROOMS}

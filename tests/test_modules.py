@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def modules() -> list[str]:
     return [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py")) if has_logic(path)]
 
 
+@functools.cache
 def files_by_name() -> dict[str, list[str]]:
     found = collections.defaultdict(list)
     for path in TESTS.rglob("test_*.py"):

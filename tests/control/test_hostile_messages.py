@@ -12,13 +12,14 @@ import trio
 
 from qedfs.control.qmp.wire import MAX_MESSAGE_BYTES
 from tests.harness.hang import HANG_SECONDS
+from tests.harness.sample import sample
 
 from .support import FakeMount, MemorySource, Talk, controlled, talking
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
 pytestmark = pytest.mark.no_cover
 
-MESSAGES = 1000
+MESSAGES = sample(250, whole=1000)
 CLIENTS = 8
 PIECE = b"x" * 65536
 ENDLESS_PIECES = 1024  # 64 MiB; kept, those of two clients alone would show
@@ -151,7 +152,7 @@ async def _attack(path: Path, clients: list[Client]) -> None:
             nursery.start_soon(client.be_endless)
 
 
-async def test_a_thousand_bad_messages_harm_nobody(tmp_path: Path) -> None:
+async def test_bad_messages_harm_nobody(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path):
         await mount.add("disk", MemorySource(bytes(65536)))
         clients = [Client(path, seed) for seed in range(CLIENTS)]

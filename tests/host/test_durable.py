@@ -16,7 +16,7 @@ from qedfs.errors import Inaccessible
 from qedfs.host.durable import sync_file, sync_folder
 from qedfs.overlay.create import create_overlay
 from tests.harness.require import require, require_root
-from tests.test_imports import modules
+from tests.test_imports import SHARED, modules
 
 MIB = 1 << 20
 NAMING = frozenset({"os.link", "os.rename", "os.renames", "os.replace", "shutil.move"})
@@ -64,6 +64,7 @@ def test_the_file_then_its_name_then_the_folder(tmp_path: Path, events: list[str
     assert events == ["fchmod file", "fsync file", naming, "fsync folder"]
 
 
+@pytest.mark.xdist_group(SHARED)
 def test_names_are_given_by_those_only() -> None:
     """Whoever else does it has to sync the folder, and be added here."""
     found = {module.path for module in modules() for use in module.uses if use.name in NAMING}

@@ -114,7 +114,7 @@ def some(seconds: float) -> bytes:
     return random.Random(6).randbytes(int(LIMIT * seconds))
 
 
-@pytest.mark.parametrize("count", [2, 4, 16])
+@pytest.mark.parametrize("count", [2, 8, pytest.param(16, marks=pytest.mark.slow)])
 async def test_each_sibling_keeps_what_its_limit_allows(autojump_clock: trio.testing.MockClock, count: int) -> None:
     """And every cluster crosses the wire once, as all of them keep what one of them fetches."""
     source = FakeSource(some(100))

@@ -214,19 +214,20 @@ def named() -> Iterator[Malformed]:
 async def judge(case: Malformed, path: Path) -> Verdict:
     """Put the case to a file and try everything on it, first for reading, then for writing. Raises Escape."""
     case.put(path)
-    before = _resident()
-    errors = []
+    errors, growth = [], 0
     try:
         with at_most(MOST_STEPS) as work:
             for writable in (False, True):
+                before = _resident()
                 with trio.fail_after(HANG_SECONDS):
                     error = await _try(path, writable=writable)
                 errors.append(error)
+                growth = max(growth, _resident() - before)
                 if error and not _holds(path, case):
                     raise Escape(f"{case.name}: refused ({error}) and written to")
     except TooMuchWork as exc:
         raise Escape(f"{case.name}: {exc}") from exc
-    verdict = Verdict(errors[-1] or errors[0], work.steps, _resident() - before)
+    verdict = Verdict(errors[-1] or errors[0], work.steps, growth)
     if verdict.growth > MOST_GROWTH_BYTES:
         raise Escape(f"{case.name}: grew by {verdict.growth >> 20} MiB")
     return verdict

@@ -20,7 +20,7 @@ from tests.overlay.images import empty
 from tests.overlay.malformed import Malformed, generate, judge, named
 from tests.overlay.work import at_most
 
-RANDOM_CASES = sample(100, whole=400)
+RANDOM_CASES = sample(50, whole=400)
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ async def test_a_journal_that_was_brought_in_takes_no_memory(tmp_path: Path) -> 
     overlay, storage = await opened(new(), tmp_path)
     await write(overlay, "1")
     assert overlay._journal.takes_entries
-    overlay._journal.append([(1, overlay.clusters.entry(1))] * 200_000)
+    overlay._journal.append([(1, overlay.clusters.entry(1))] * 60_000)
     left_bytes = overlay._journal.end
     die(overlay)
     tracemalloc.start()

@@ -20,11 +20,12 @@ from qedfs.source.circuit_breaker import (
 from qedfs.source.retrying import Opener, RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.source import FakeSource, remote
+from tests.harness.sample import sample
 from tests.served import CLUSTER, served
 
 DEADLINE = 30.0
 CONTENT = b"s" * (64 * CLUSTER)
-READERS = 1000
+READERS = sample(250, whole=1000)
 
 
 class Readers:
@@ -82,7 +83,7 @@ async def test_all_who_wait_get_their_error_when_the_first_has_waited_in_vain(
     source.gate = trio.Event()
     readers = Readers(remote(source, deadline_seconds=DEADLINE))
     began = trio.current_time()
-    await readers.all(READERS, pause=0.02)  # the last ones come when the first have waited for 20 s
+    await readers.all(READERS, pause=20 / READERS)  # the last ones come when the first have waited for 20 s
     assert len(readers.errors) == READERS
     assert trio.current_time() - began < DEADLINE + MOST_HOLD_SECONDS + 2 * GRACE_SECONDS
     assert min(readers.ended) < DEADLINE / 2

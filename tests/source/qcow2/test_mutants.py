@@ -15,7 +15,7 @@ from tests.harness.sample import sample
 from tests.source.qcow2.build import COMPRESSED, COPIED, deflated, image, packed_entry
 from tests.source.qcow2.support import MemorySource, plain_disk
 
-CASES = sample(600, whole=5000)
+CASES = sample(300, whole=5000)
 CLUSTERS = 24
 SIZE = CLUSTERS * 512 - 100
 L1, L2, DATA, PACKED, FILE_SIZE = 512, 1024, 2048, 16 << 10, 20 << 10
