@@ -152,6 +152,41 @@ async def test_the_lock_costs_its_last_holder_no_turn_of_the_scheduler() -> None
         nursery.cancel_scope.cancel()
 
 
+class Wakings(trio.abc.Instrument):
+    """The names of the tasks that are woken."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.names.append(task.name)
+
+
+async def test_a_waiting_task_is_woken_only_when_the_holder_waits_for_something_else() -> None:
+    lock = Lock()
+    wakings = Wakings()
+    entered = trio.Event()
+
+    async def second() -> None:
+        async with lock:
+            entered.set()
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            nursery.start_soon(second, name="second")
+            await trio.testing.wait_all_tasks_blocked()
+            trio.lowlevel.add_instrument(wakings)
+        for _ in range(100):  # requests that are answered at once
+            async with lock:
+                await trio.lowlevel.checkpoint()
+        assert "second" not in wakings.names
+        assert not entered.is_set()
+        with trio.fail_after(HANG_SECONDS):
+            await entered.wait()  # a request that takes longer
+    trio.lowlevel.remove_instrument(wakings)
+    assert wakings.names.count("second") == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_one_holder_at_a_time_and_nobody_is_forgotten(seed: int) -> None:
     rng = random.Random(seed)
