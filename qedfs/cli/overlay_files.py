@@ -1,20 +1,18 @@
-"""Access of commands to overlay files without a mount."""
+"""Access of commands to the images of overlay files without a mount. Of the file alone: `locked_file.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import trio
 
-from qedfs.cli.mount_table import FILESYSTEM
+from qedfs.cli.locked_file import image_explained
 from qedfs.cli.served_images import stem
 from qedfs.errors import BadOverlay, UsageError
-from qedfs.host.procfs import filesystem_type
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.storage import FileStorage
 
 SUFFIX = ".qed"
 
@@ -32,28 +30,6 @@ async def peeked(path: str) -> AsyncIterator[Overlay]:
         yield overlay
     finally:
         overlay.close_now()
-
-
-@contextlib.contextmanager
-def locked_file(path: str, *, writable: bool) -> Iterator[FileStorage]:
-    """An overlay file, locked against other writers. Adds the path to a BadOverlay of the block that lacks it."""
-    with image_explained(path), _closing(FileStorage.open(path, writable=writable), path) as storage:
-        yield storage
-
-
-@contextlib.contextmanager
-def image_explained(path: str) -> Iterator[None]:
-    """Translate the BadOverlay of a `path` that is an image in a mount: the user has taken it for its overlay."""
-    try:
-        yield
-    except BadOverlay as exc:
-        if filesystem_type(path) != FILESYSTEM:
-            raise
-        if os.path.isdir(path):
-            raise BadOverlay(f"{path}: is a mount, not an overlay; qedfs list shows which overlays it serves") from exc
-        raise BadOverlay(
-            f"{path}: is the image in a mount, not its overlay; name the overlay: qedfs list shows where it is"
-        ) from exc
 
 
 def stands_alone(path: str) -> bool:
@@ -88,14 +64,3 @@ def overlays_at(place: str, image: str | None) -> list[str]:
     if not found:
         raise UsageError(f"{place}: has no overlay" + ("" if image is None else f" for an image {image}"))
     return found
-
-
-@contextlib.contextmanager
-def _closing(storage: FileStorage, path: str) -> Iterator[FileStorage]:
-    try:
-        yield storage
-    except BadOverlay as exc:
-        text = str(exc)
-        raise exc if text.startswith(path) else BadOverlay(f"{path}: {text}") from exc
-    finally:
-        storage.close()

@@ -20,6 +20,7 @@ Row = tuple[int, int, int]  # index of its first entry, that entry, and how many
 
 BEGIN = 0x80  # in `beginnings`
 SCATTERED = 8  # entries are scattered if there is one beginning for so many of them
+SAMPLES = 32  # pairs of neighbours that a guess is made from
 FEW = 16  # so many entries are faster compared in a loop, unless they are one row
 _BITS = 8 * ENTRY_SIZE
 
@@ -135,6 +136,14 @@ def is_scattered(begins: bytes) -> bool:
     return begins.count(BEGIN) * SCATTERED > len(begins)
 
 
+def looks_scattered(entries: array[int], cluster_size: int) -> bool:
+    """A guess from some pairs of neighbours. 5 us, where `beginnings` takes 150."""
+    step = max(1, len(entries) // SAMPLES)
+    firsts, seconds = entries[: len(entries) - 1 : step], entries[1::step]
+    begins = sum(two != one + cluster_size for one, two in zip(firsts, seconds, strict=False) if one > ZERO < two)
+    return begins * 2 > len(firsts)
+
+
 def reaches(entries: array[int], limit: int) -> bool:
     """Whether one of the entries is at or above `limit`, which is positive. 70 us for 64 KiB."""
     if not entries:
@@ -162,9 +171,8 @@ def places(entries: array[int], cluster_size: int) -> tuple[memoryview[int], int
     if low & ~numbers.ones:
         return None
     zeros = low.bit_count()
-    filled = _not_zero(number, numbers).bit_count()
     data = _not_zero(number ^ low, numbers).bit_count()
-    if data + zeros != filled:
+    if low and data + zeros != _not_zero(number, numbers).bit_count():
         return None  # an offset with the lowest bit set
     clusters = (number ^ low) >> cluster_size.bit_length() - 1
     return memoryview(clusters.to_bytes(len(entries) * ENTRY_SIZE, sys.byteorder)).cast("Q"), data, zeros

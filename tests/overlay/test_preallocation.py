@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.cli.overlay_files import locked_file
+from qedfs.cli.locked_file import locked_file
 from qedfs.errors import NoSpace, UsageError
 from qedfs.format.tables import decode_table
 from qedfs.overlay import create as create_module

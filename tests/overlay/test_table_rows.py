@@ -9,7 +9,17 @@ import pytest
 
 from qedfs.format.tables import MISSING, ZERO, empty_table
 from qedfs.overlay import table_rows
-from qedfs.overlay.table_rows import BEGIN, Row, beginnings, count_missing, is_scattered, places, reaches, rows
+from qedfs.overlay.table_rows import (
+    BEGIN,
+    Row,
+    beginnings,
+    count_missing,
+    is_scattered,
+    looks_scattered,
+    places,
+    reaches,
+    rows,
+)
 
 C = 4096
 STRANGE = (2**64 - 1, 2**63, 2**64 - C, 2**63 - C, C + 1, 2, C - 1)
@@ -80,6 +90,15 @@ def test_a_table_in_rows_needs_no_loop_over_its_entries(monkeypatch: pytest.Monk
     monkeypatch.setattr(table_rows, "_one_by_one", loop)
     row = array("Q", range(C, 4097 * C, C))
     assert rows(row + row + empty_table(100), C) == [(0, C, 4096), (4096, C, 4096), (8192, MISSING, 100)]
+
+
+@pytest.mark.parametrize("count", [1, 31, 1000])
+def test_a_guess_tells_scattered_entries_from_rows_and_holes(count: int) -> None:
+    mixed = list(range(C, (count + 1) * C, C))
+    random.Random(count).shuffle(mixed)
+    assert looks_scattered(array("Q", mixed), C) == (count > 2)
+    for entries in (range(C, (count + 1) * C, C), [MISSING] * count, [ZERO] * count):
+        assert not looks_scattered(array("Q", entries), C)
 
 
 def test_scattered_is_what_has_hardly_two_neighbours() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import click
 
+from qedfs.cli.locked_file import locked_file
 from qedfs.cli.option_types import PLACE
-from qedfs.cli.overlay_files import locked_file
 from qedfs.cli.ui.copy_progress import drawn_by_work
 from qedfs.cli.ui.output import print_fields, print_json
 from qedfs.errors import BadOverlay

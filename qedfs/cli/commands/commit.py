@@ -12,8 +12,8 @@ import trio
 from qedfs.cli.asked_source import Asking, ask
 from qedfs.cli.commands.map import whole_map
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import PLACE
-from qedfs.cli.overlay_files import image_explained
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json

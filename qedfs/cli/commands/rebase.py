@@ -14,8 +14,8 @@ from qedfs.cli.backing_argument import location_of
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import DURATION, PLACE
-from qedfs.cli.overlay_files import image_explained
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import InStandby, QedfsError, UsageError

@@ -13,8 +13,8 @@ from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.credentials_option import credentials as read
 from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import DURATION, PLACE
-from qedfs.cli.overlay_files import image_explained
 from qedfs.cli.served_images import check_served, fetch
 from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json, remark

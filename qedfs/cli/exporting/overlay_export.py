@@ -20,7 +20,7 @@ from qedfs.cli.commands.map import whole_map
 from qedfs.cli.digest_option import ExpectedDigest
 from qedfs.cli.exporting.raw_file import ReadBack, write_sparse
 from qedfs.cli.image_pipe import write_all, write_in_order
-from qedfs.cli.overlay_files import image_explained
+from qedfs.cli.locked_file import image_explained
 from qedfs.cli.ui.copy_progress import CopyProgress
 from qedfs.errors import InStandby, QedfsError
 from qedfs.format.tables import MISSING, ZERO

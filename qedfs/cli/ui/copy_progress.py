@@ -11,8 +11,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
-import trio
-
 from qedfs.control.monitoring.progress_rate import Rate
 
 if TYPE_CHECKING:
@@ -41,6 +39,8 @@ async def drawn(progress: CopyProgress, *, quiet: bool = False) -> AsyncIterator
     if quiet or not sys.stderr.isatty():
         yield
         return
+    import trio  # here, as most copies have no terminal, and a check has no event loop
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_draw, progress)
         yield
@@ -48,6 +48,8 @@ async def drawn(progress: CopyProgress, *, quiet: bool = False) -> AsyncIterator
 
 
 async def _draw(progress: CopyProgress) -> None:
+    import trio
+
     rate = Rate()
     with _screen() as screen:
         while True:
