@@ -23,7 +23,11 @@ def run(redirections: str, *args: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
 
 
-@pytest.mark.parametrize("redirections", [">&-", "<&-", "2>&-", ">&- 2>&- <&-", "2>/dev/full"])
+ONE_CLOSED = [pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "<&-", "2>&-")]
+MANY = [">&- 2>&- <&-", "2>/dev/full"]
+
+
+@pytest.mark.parametrize("redirections", [*ONE_CLOSED, *MANY])
 def test_a_daemon_starts_with_streams_closed_or_full(
     overlay: Path, disk: Path, folder: Path, mountpoint: Path, redirections: str
 ) -> None:
@@ -42,7 +46,7 @@ def test_a_daemon_starts_with_streams_closed_or_full(
             subprocess.run(["umount", "--lazy", mountpoint], check=False)
 
 
-@pytest.mark.parametrize("redirections", [">&-", ">&- 2>&- <&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirections", [ONE_CLOSED[0], *MANY])
 def test_commands_end_with_their_own_code(
     overlay: Path, folder: Path, mountpoint: Path, tmp_path: Path, redirections: str
 ) -> None:
@@ -83,13 +87,13 @@ def test_a_foreground_mount_serves_with_streams_closed(overlay: Path, disk: Path
 # What runs in the daemon.
 
 
-@pytest.mark.parametrize("name", ["secrets.py", "queue.py", "sitecustomize.py"])
 def test_a_daemon_runs_nothing_of_the_folder_that_its_caller_stands_in(
-    overlay: Path, mountpoint: Path, tmp_path: Path, name: str
+    overlay: Path, mountpoint: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    (shared / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'x')\nraise SystemExit('planted')\n")
+    for name in ("secrets.py", "queue.py", "sitecustomize.py"):
+        (shared / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'x')\nraise SystemExit('planted')\n")
     try:
         done = subprocess.run(
             [ENTRY, "mount", "--daemon", overlay, mountpoint],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+from ..harness import starter
 from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from .support import in_mount_table
@@ -22,9 +22,10 @@ def run_loop(folder: Path, tmp_path: Path, only: str = "*") -> subprocess.Comple
     block = block[block.index("mkdir") :]  # the fixture has made the overlay
     program = tmp_path / "bin" / "qedfs"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\ncase "$1" in {only}) exec "{sys.executable}" -m qedfs "$@" ;; esac\n')
+    text, inherited = starter.program()
+    program.write_text(text.replace("\n", f'\ncase "$1" in {only}) ;; *) exit ;; esac\n', 1))
     program.chmod(0o755)
-    environ = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
     return subprocess.run(
         ["sh", "-c", block],
         cwd=folder,
@@ -33,6 +34,7 @@ def run_loop(folder: Path, tmp_path: Path, only: str = "*") -> subprocess.Comple
         text=True,
         check=False,
         timeout=HANG_SECONDS,
+        pass_fds=[inherited],
     )
 
 

@@ -13,7 +13,6 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from tests.harness.hang import HANG_SECONDS
 from tests.harness.process import free_port
 from tests.harness.require import require, require_fuse, require_root
 from tests.harness.servers import nginx
+from tests.harness.starter import program
 
 from .blocks import ROOT, Block, blocks, documents, recipes
 
@@ -56,7 +56,6 @@ PROGRAMS = {
     "docker": CONTAINER,
     "qemu-system-x86_64": MACHINE,
     "sudo": '#!/bin/sh\nexec "$@"\n',
-    "qedfs": f'#!/bin/sh\nexec {sys.executable} -m qedfs "$@"\n',
 }
 
 
@@ -116,6 +115,7 @@ def test_a_recipe_works_as_it_stands(document: Path, name: str, origin: Origin, 
                 text=True,
                 check=False,
                 timeout=HANG_SECONDS,
+                pass_fds=[program()[1]],
             )
             assert done.returncode == 0, f"{step.document}:{step.line}:\n{script}\n{done.stdout}{done.stderr}"
 
@@ -135,7 +135,7 @@ def _workplace(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of the commands. At the end their mounts are gone and what they left running has ended."""
     programs = folder / ".bin"
     programs.mkdir()
-    for name, text in PROGRAMS.items():
+    for name, text in {**PROGRAMS, "qedfs": program()[0]}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -147,6 +147,13 @@ def run(
     return subprocess.CompletedProcess(["qedfs", *words], process.wait(), stdout, stderr)
 
 
+def program() -> tuple[str, int]:
+    """A script `qedfs` for shells, whose commands are forked like all others; and the descriptor that it inherits."""
+    number = _starter().fileno()
+    client = _ROOT / "tests" / "harness" / "forked_program.py"
+    return f'#!/bin/sh\nexec {sys.executable} -I -S {client} {number} "$@"\n', number
+
+
 def _read_all(fds: Sequence[int], deadline: float) -> list[bytes]:
     """What comes out of each pipe until its end."""
     printed = {fd: bytearray() for fd in fds}
@@ -189,6 +196,7 @@ def _others(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _end(requests: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    requests.shutdown(socket.SHUT_RDWR)  # a program that has inherited it may still run
     requests.close()
     process.wait()
 

@@ -12,7 +12,7 @@ import pytest
 from qedfs import __version__
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.mounts import qedfs
-from tests.harness.starter import needs_interpreter, run
+from tests.harness.starter import needs_interpreter, program, run
 
 
 def test_it_prints_and_ends_as_a_program_of_its_own(tmp_path: Path) -> None:
@@ -38,6 +38,26 @@ def test_what_only_a_new_interpreter_reads(monkeypatch: pytest.MonkeyPatch) -> N
     # Also if a test sets it for itself, as pytest's monkeypatch does.
     monkeypatch.setenv("PYTHONVERBOSE", "1")
     assert "import 'qedfs" in qedfs("--version").stderr
+
+
+def test_a_shell_script_has_it_as_a_program(tmp_path: Path) -> None:
+    text, inherited = program()
+    (tmp_path / "qedfs").write_text(text)
+    (tmp_path / "qedfs").chmod(0o755)
+    script = 'qedfs --version; qedfs info "$PWD/missing" 2>&1; echo $?; qedfs wait . & kill $!; wait $! || echo ended'
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        env=environ,
+        pass_fds=[inherited],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, error, status, last = done.stdout.splitlines()
+    assert (first, status, last) == (f"qedfs, version {__version__}", "2", "ended")
+    assert f"{tmp_path}/missing" in error
 
 
 def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
