@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,18 @@ SLOW = ("--limit", "512K")
 
 
 @contextlib.contextmanager
-def daemon(source: Path, mountpoint: Path, *options: str) -> Iterator[None]:
-    """A mount in the background that ends with the block, whatever happened."""
+def daemon(source: Path, mountpoint: Path, *options: str, own_interpreter: bool = False) -> Iterator[None]:
+    """A mount in the background that ends with the block, whatever happened. Without a holder, as `mounted`.
+
+    `own_interpreter`: for a test that looks at the words of the process from outside.
+    """
     require_fuse()
-    qedfs("mount", source, mountpoint, "--daemon", *options)
+    held = ("--no-restart",) if {"--restart", "--no-restart"}.isdisjoint(options) else ()
+    words = ["mount", str(source), str(mountpoint), "--daemon", *options, *held]
+    if own_interpreter:
+        subprocess.run([*QEDFS, *words], check=True, timeout=HANG_SECONDS)
+    else:
+        qedfs(*words)
     try:
         yield
     finally:
@@ -39,7 +46,9 @@ def in_mount_table(mountpoint: Path) -> bool:
 
 
 def image(mountpoint: Path) -> dict[str, Any]:
-    (found,) = json.loads(qedfs("status", mountpoint, "--json").stdout)["images"]
+    """The only image's entry in what `qedfs status --json` prints."""
+    with Client.connect(str(mountpoint)) as client:
+        (found,) = client.execute("x-qedfs-status")["images"]
     return dict(found)
 
 

@@ -18,7 +18,8 @@ from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.process import Child, wait_for
 from ..harness.require import require, require_root
-from .support import QEDFS, daemon, in_mount_table, is_running, server_pid
+from ..harness.starter import popen
+from .support import daemon, in_mount_table, is_running, server_pid
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def _end_group(child: Child) -> None:
 def test_a_copy_that_nobody_uses_ends_with_the_mount(
     overlay: Path, folder: Path, mountpoint: Path, tmp_path: Path
 ) -> None:
-    with daemon(folder, mountpoint):
+    with daemon(folder, mountpoint, "--restart"):
         pid = server_pid(mountpoint)
         with copied(tmp_path) as holder:
             done = qedfs("umount", mountpoint)
@@ -59,7 +60,7 @@ def test_a_copy_that_nobody_uses_ends_with_the_mount(
 def test_an_image_that_is_open_in_a_copy_is_not_taken_away(
     overlay: Path, disk: Path, folder: Path, mountpoint: Path, tmp_path: Path
 ) -> None:
-    with daemon(folder, mountpoint, "--no-stream"):
+    with daemon(folder, mountpoint, "--no-stream", "--restart"):
         pid = server_pid(mountpoint)
         script = (
             f'exec 3<>"{mountpoint}/disk.raw"; : >"{tmp_path}/open"; sleep 2; cat <&3 >"{tmp_path}/copy"; sleep 600'
@@ -74,8 +75,8 @@ def test_an_image_that_is_open_in_a_copy_is_not_taken_away(
             assert is_running(pid)
             copy = tmp_path / "copy"
             wait_for(lambda: copy.exists() and copy.read_bytes() == disk.read_bytes(), "a read of the copy")
-            command = [*QEDFS, "umount", "--wait", "50s", str(mountpoint)]
-            with subprocess.Popen(command, stderr=subprocess.PIPE) as waiting:
+            command = ["umount", "--wait", "50s", str(mountpoint)]
+            with popen(command, stderr=subprocess.PIPE) as waiting:
                 assert waiting.stderr is not None
                 assert b"waiting for that, for" in waiting.stderr.readline()
                 _end_group(holder)
@@ -91,7 +92,7 @@ def test_a_mount_that_stands_elsewhere_too_goes_on_there(
     require_root()
     other = tmp_path / "other"
     other.mkdir()
-    with daemon(folder, mountpoint, "--no-stream"):
+    with daemon(folder, mountpoint, "--no-stream", "--restart"):
         pid = server_pid(mountpoint)
         subprocess.run([require("mount"), "--bind", mountpoint, other], check=True)
         try:

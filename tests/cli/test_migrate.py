@@ -18,7 +18,7 @@ from tests.harness.hang import HANG_OPTION
 from tests.harness.images import first_difference, random_image
 from tests.harness.migration.bare import bare
 from tests.harness.mounts import qedfs
-from tests.harness.process import QEDFS, Child, free_port, wait_for
+from tests.harness.process import QEDFS, Command, free_port, wait_for
 from tests.harness.require import require, require_fuse
 
 from .migrating import SIZE, Scene, drive, migrating
@@ -60,7 +60,7 @@ def test_the_disk_is_served_on_without_this_command_and_nobody_may_write_to_it(s
 def test_a_command_that_is_interrupted_while_the_disk_follows_leaves_the_server(scene: Scene) -> None:
     qedfs("stream", "pause", scene.mount.mountpoint)  # so that it surely follows later
     log = scene.folder / "log"
-    child = Child([*QEDFS, *scene.words("--json")], log)
+    child = Command(scene.words("--json"), log)
     try:
         wait_for(lambda: "the source's QEMU has ended" in child.output() or child.returncode is not None, "the move")
         os.kill(child.pid, signal.SIGINT)
@@ -89,7 +89,7 @@ def test_memory_that_takes_too_long(scene: Scene) -> None:
 def test_a_command_that_is_interrupted_while_the_memory_moves(scene: Scene, number: signal.Signals) -> None:
     with QemuClient.at(scene.source.second_monitor) as client:
         client.execute("migrate-set-parameters", max_bandwidth=4096)
-    child = Child([*QEDFS, *scene.words()], scene.folder / "log")
+    child = Command(scene.words(), scene.folder / "log")
     try:
         wait_for(lambda: "memory moves" in child.output(), "the move")
         os.kill(child.pid, number)

@@ -20,6 +20,7 @@ from ..harness.mounts import is_mounted, mounted, qedfs
 from ..harness.process import free_port, wait_for
 from ..harness.require import require, require_root
 from ..harness.servers import Nginx
+from ..harness.starter import popen
 from .conftest import SIZE
 from .support import QEDFS, daemon, image, in_mount_table, is_running, server_pid
 
@@ -50,7 +51,7 @@ pytestmark = pytest.mark.fuse
 
 
 def test_daemon_returns_when_the_mount_serves(overlay: Path, disk: Path, folder: Path, mountpoint: Path) -> None:
-    with daemon(folder, mountpoint):
+    with daemon(folder, mountpoint, "--restart"):
         assert first_difference(mountpoint / "disk.raw", disk) is None
         pid = server_pid(mountpoint)
         holder = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -167,8 +168,8 @@ def test_umount_waits_for_whom_it_names(overlay: Path, mountpoint: Path) -> None
             assert short.returncode == 8
             assert short.stderr.endswith("close it there first\n")
             assert in_mount_table(mountpoint)
-            words: list[str | Path] = [*QEDFS, "umount", mountpoint, "--wait", "1h"]
-            waiting = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+            words: list[str | Path] = ["umount", mountpoint, "--wait", "1h"]
+            waiting = popen(words, stderr=subprocess.PIPE, text=True)
             assert waiting.stderr is not None
             assert f"in use by pid {os.getpid()} " in waiting.stderr.readline()
         _, rest = waiting.communicate(timeout=HANG_SECONDS)
@@ -276,7 +277,7 @@ def test_no_secret_is_shown(web: Nginx, folder: Path, mountpoint: Path) -> None:
     qedfs("create", folder / "disk.qed", "--backing", url, "--size", str(SIZE))
     gone = f"http://user:geheim@127.0.0.1:{free_port()}/x?sig=geheim"
     qedfs("create", folder / "gone.qed", "--backing", gone, "--offline", "--size", "1M")
-    with daemon(folder, mountpoint, "--verbose", "--source-timeout", "300ms"):
+    with daemon(folder, mountpoint, "--verbose", "--source-timeout", "300ms", own_interpreter=True):
         qedfs("wait", mountpoint, "disk", "--timeout", HANG_OPTION)
         wait_for(lambda: "geheim" not in _shown(mountpoint) and "127.0.0.1" in _shown(mountpoint), "a trouble")
         shown = _shown(mountpoint)
@@ -294,7 +295,7 @@ def _shown(mountpoint: Path) -> str:
 def test_the_arguments_of_a_daemon_show_no_login(web: Nginx, folder: Path, mountpoint: Path) -> None:
     url = web.url.replace("//", "//me:geheim@")
     qedfs("create", folder / "private.qed", "--backing", f"{url}/disk.img")
-    with daemon(folder / "private.qed", mountpoint, "--allow-backing", url):
+    with daemon(folder / "private.qed", mountpoint, "--allow-backing", url, own_interpreter=True):
         assert b"geheim" not in Path(f"/proc/{server_pid(mountpoint)}/cmdline").read_bytes()
         qedfs("wait", mountpoint, "--timeout", HANG_OPTION)
         qedfs("umount", mountpoint)

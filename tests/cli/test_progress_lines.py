@@ -11,7 +11,8 @@ from qedfs.cli.ui.progress_lines import ProgressLines
 from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
-from .support import QEDFS, connections, daemon
+from ..harness.starter import popen
+from .support import connections, daemon
 
 MIB = 1 << 20
 
@@ -46,13 +47,13 @@ def test_new_overlays_start_the_tenths_again() -> None:
 
 def told_by(mountpoint: Path, *options: str) -> str:
     """What a wait in a pipe prints while 4 MiB come in, of which each step is at most a tenth."""
-    words: list[str | Path] = [*QEDFS, "wait", mountpoint, *options]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+    words: list[str | Path] = ["wait", mountpoint, *options]
+    with popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
         wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
         qedfs("stream", "start", mountpoint, "--limit", "2M")
         out, told = waiting.communicate(timeout=HANG_SECONDS)
     assert (waiting.returncode, out) == (0, "")
-    return told
+    return str(told)
 
 
 def test_wait_prints_lines_into_a_pipe_unless_quiet(overlay: Path, mountpoint: Path) -> None:

@@ -13,7 +13,8 @@ from tests.harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
 from ..harness.servers import Nginx
-from .support import QEDFS, SLOW, connections, daemon
+from ..harness.starter import popen
+from .support import SLOW, connections, daemon
 
 NOT_MOUNTED = 10
 
@@ -74,8 +75,8 @@ def test_a_mount_that_is_there_is_asked_and_not_the_overlay(overlay: Path, mount
 
 
 def test_a_mount_that_ends_before_its_time(overlay: Path, mountpoint: Path) -> None:
-    words: list[str | Path] = [*QEDFS, "wait", mountpoint, "--overlay", overlay]
-    with daemon(overlay, mountpoint, *SLOW), subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as waiting:
+    words: list[str | Path] = ["wait", mountpoint, "--overlay", overlay]
+    with daemon(overlay, mountpoint, *SLOW), popen(words, stderr=subprocess.PIPE, text=True) as waiting:
         wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
         qedfs("umount", mountpoint)
         _, told = waiting.communicate(timeout=HANG_SECONDS)

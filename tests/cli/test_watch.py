@@ -17,8 +17,9 @@ from ..harness.images import random_image
 from ..harness.mounts import qedfs
 from ..harness.process import wait_for
 from ..harness.servers import Nginx
+from ..harness.starter import popen
 from .conftest import SIZE
-from .support import QEDFS, SLOW, connections, daemon, image, in_mount_table
+from .support import SLOW, connections, daemon, image, in_mount_table
 
 # status
 
@@ -52,8 +53,8 @@ def test_rate_and_remaining_time(overlay: Path, mountpoint: Path) -> None:
 
 
 def test_watching_ends_with_the_mount(overlay: Path, mountpoint: Path) -> None:
-    words: list[str | Path] = [*QEDFS, "status", mountpoint, "--watch", "--json"]
-    with daemon(overlay, mountpoint, "--no-stream"), subprocess.Popen(words, stdout=subprocess.PIPE) as watch:
+    words: list[str | Path] = ["status", mountpoint, "--watch", "--json"]
+    with daemon(overlay, mountpoint, "--no-stream"), popen(words, stdout=subprocess.PIPE) as watch:
         assert watch.stdout is not None
         assert json.loads(watch.stdout.readline())["images"][0]["state"] == "off"
         qedfs("umount", mountpoint)
@@ -142,7 +143,7 @@ def test_wait_fails_when_the_source_is_gone_for_good(disk: Path, overlay: Path, 
 
 def test_wait_for_a_mount_that_leaves_when_it_is_done(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--until-streamed", *SLOW):
-        with subprocess.Popen([*QEDFS, "wait", mountpoint, "--timeout", HANG_OPTION]) as waiting:
+        with popen(["wait", mountpoint, "--timeout", HANG_OPTION]) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             qedfs("stream", "limit", mountpoint, "0")
             assert waiting.wait(HANG_SECONDS) == 0
@@ -151,7 +152,7 @@ def test_wait_for_a_mount_that_leaves_when_it_is_done(overlay: Path, mountpoint:
 
 def test_wait_for_a_mount_that_ends_too_early(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, *SLOW):
-        with subprocess.Popen([*QEDFS, "wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
+        with popen(["wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             qedfs("umount", mountpoint)
             _, told = waiting.communicate(timeout=HANG_SECONDS)
@@ -161,7 +162,7 @@ def test_wait_for_a_mount_that_ends_too_early(overlay: Path, mountpoint: Path) -
 
 def test_interrupted_wait_says_nothing(overlay: Path, mountpoint: Path) -> None:
     with daemon(overlay, mountpoint, "--limit", "64K"):
-        with subprocess.Popen([*QEDFS, "wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
+        with popen(["wait", mountpoint], stderr=subprocess.PIPE, text=True) as waiting:
             wait_for(lambda: connections(mountpoint) > 0, "the waiting client")
             waiting.send_signal(signal.SIGINT)
             _, told = waiting.communicate(timeout=HANG_SECONDS)

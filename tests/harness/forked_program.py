@@ -16,18 +16,21 @@ import struct
 import sys
 
 _NUMBER = struct.Struct("=i")  # as in starter.py
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _run(number: int, words: list[str]) -> int:
     """The exit status of the command."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until it is known to whom
     report, theirs = os.pipe()
     request = {"words": words, "env": dict(os.environ), "cwd": os.getcwd(), "session": False}
     with socket.socket(fileno=number) as starter:
         socket.send_fds(starter, [json.dumps(request).encode()], [0, 1, 2, theirs])
     os.close(theirs)
     (pid,) = _NUMBER.unpack(os.read(report, _NUMBER.size))
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for kind in _PASSED_ON:
         signal.signal(kind, lambda kind, _: os.kill(pid, kind))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     status: int = _NUMBER.unpack(os.read(report, _NUMBER.size))[0]
     return 128 - status if status < 0 else status
 

@@ -24,6 +24,7 @@ import os
 import pkgutil
 import select
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -35,7 +36,7 @@ import traceback
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 _ROOT = Path(__file__).parents[2]
 _NUMBER = struct.Struct("=i")
@@ -149,9 +150,17 @@ def run(
 
 def program() -> tuple[str, int]:
     """A script `qedfs` for shells, whose commands are forked like all others; and the descriptor that it inherits."""
-    number = _starter().fileno()
+    return f'#!/bin/sh\nexec {shlex.join(_client())} "$@"\n', _starter().fileno()
+
+
+def popen(words: Sequence[str | Path], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` of `qedfs WORDS...`: a child that passes on signals, and whose command is forked."""
+    return subprocess.Popen([*_client(), *map(str, words)], pass_fds=[_starter().fileno()], **options)
+
+
+def _client() -> list[str]:
     client = _ROOT / "tests" / "harness" / "forked_program.py"
-    return f'#!/bin/sh\nexec {sys.executable} -I -S {client} {number} "$@"\n', number
+    return [sys.executable, "-I", "-S", str(client), str(_starter().fileno())]
 
 
 def _read_all(fds: Sequence[int], deadline: float) -> list[bytes]:

@@ -21,8 +21,9 @@ from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_same, random_image
 from tests.harness.link import link
 from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import QEDFS, wait_for
+from tests.harness.process import wait_for
 from tests.harness.servers import Server, qemu_nbd
+from tests.harness.starter import popen
 
 from .support import CLUSTER_SIZE, MIB, assert_whole, create, opened, read_direct, write_direct
 
@@ -270,7 +271,7 @@ def test_a_kill_in_the_middle_of_an_activation_leaves_it_in_standby(free: int, t
             reader = threading.Thread(target=read_in_vain, args=(mount.path("disk.raw"),))
             reader.start()
             wait_for(lambda: slow.connections > 0, "the reader's connection")
-            with subprocess.Popen([*QEDFS, "activate", str(mount.mountpoint)], stderr=subprocess.DEVNULL) as activating:
+            with popen(["activate", str(mount.mountpoint)], stderr=subprocess.DEVNULL) as activating:
                 wait_for(lambda: slow.connections > 1, "the connection of the activation")
                 mount.kill()
                 assert activating.wait(HANG_SECONDS) in (4, 10)
@@ -339,8 +340,8 @@ def test_the_way_back_ends_what_is_populated_from_a_copy(tmp_path: Path, raw: Pa
             assert read_direct(mount.path("disk.raw"), 0, 4096) == raw.read_bytes()[:4096]
             # Of what it brings, only the last answer is held back, which would come after the next cut-over.
             slow.stall(new_after=SIZE // 2)
-            words = [*QEDFS, "populate", str(mount.mountpoint), "disk", "--from", slow.url]
-            with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as populate:
+            words = ["populate", str(mount.mountpoint), "disk", "--from", slow.url]
+            with popen(words, stderr=subprocess.PIPE, text=True) as populate:
                 wait_for(lambda: mount.image()["populated"] >= SIZE // 4, "a part of the copy")
                 assert activate(mount, "--undo") == 0
                 assert mount.image()["populate"]["state"] == "cancelled"
@@ -475,9 +476,9 @@ def test_concurrent_activations_are_one(tmp_path: Path, raw: Path) -> None:
     with served(raw) as server, link(server) as slow:
         overlay = create(tmp_path / "disk.qed", slow.url, "--standby")
         with mounted(overlay, tmp_path / "mnt", "--no-stream") as mount:
-            words, before = [*QEDFS, "activate", str(mount.mountpoint)], slow.connections
+            words, before = ["activate", str(mount.mountpoint)], slow.connections
             with contextlib.ExitStack() as stack:
-                children = [stack.enter_context(subprocess.Popen(words)) for _ in range(4)]
+                children = [stack.enter_context(popen(words)) for _ in range(4)]
                 assert [child.wait(HANG_SECONDS) for child in children] == [0] * 4
             assert slow.connections == before + 1
 

@@ -77,7 +77,7 @@ def test_a_daemon_outlives_its_server_and_commands_wait_for_the_next_one(tmp_pat
     mountpoint.mkdir()
     with origin(tmp_path, MIB) as source:
         overlay = create(tmp_path / "disk.qed", source.url)
-        with daemon(overlay, mountpoint, "--no-stream"):
+        with daemon(overlay, mountpoint, "--no-stream", "--restart"):
             with opened(mountpoint / "disk.raw") as fd:
                 os.pwrite(fd, b"before", 0)
                 os.kill(server_pid(mountpoint), signal.SIGKILL)

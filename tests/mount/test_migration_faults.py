@@ -25,7 +25,7 @@ from tests.harness.migration.gate import gate
 from tests.harness.migration.machine import Machine
 from tests.harness.migration.scene import Plan, Stage, migrate, reading, stage, uri
 from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import QEDFS, Child, wait_for
+from tests.harness.process import Child, Command, wait_for
 from tests.harness.require import require
 from tests.harness.servers import Server, qemu_nbd
 
@@ -296,7 +296,7 @@ def _half_there(made: Scene, mount: Mount) -> Iterator[tuple[Machine, Child]]:
     source.qmp.execute("migrate-set-parameters", **slow)
     words: list[str | Path] = [source.client_path, destination.client_path, mount.mountpoint, "--post-copy"]
     words += ["--json", "--quiet", "--listen", made.socket, "--to", uri(made.here, destination)]
-    child = Child([*QEDFS, "migrate", *map(str, words)], made.folder / "told")
+    child = Command(["migrate", *map(str, words)], made.folder / "told")
     try:
         wait_for(lambda: destination.status() == "running", "the guest at the destination")
         yield destination, child

@@ -26,7 +26,8 @@ from tests.cli.support import connections
 from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import qemu_check, qemu_create, qemu_io
 from tests.harness.mounts import Mount, mounted, qedfs
-from tests.harness.process import QEDFS, wait_for
+from tests.harness.process import wait_for
+from tests.harness.starter import popen
 
 from .outlives import kill_server, wait_for_takeover, wait_until_serving
 from .support import MIB, opened
@@ -299,7 +300,7 @@ def test_a_killed_server_leaves_the_order_and_the_release_to_the_next(tmp_path: 
         with opened(mount.path("a.raw")) as fd:
             os.pwrite(fd, b"guest", 0)
             qedfs("release", mount.mountpoint, "a")
-            waiting = subprocess.Popen([*QEDFS, "release", mount.mountpoint, "a", "--wait"], stdout=subprocess.PIPE)
+            waiting = popen(["release", mount.mountpoint, "a", "--wait"], stdout=subprocess.PIPE)
             wait_for(lambda: is_watched(mount), "a command that waits")
             kill_server(mount)
             wait_for_takeover(mount, 1)

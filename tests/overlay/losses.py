@@ -57,21 +57,24 @@ class Tally:
     broken: list[str] = dataclasses.field(default_factory=list)  # other promises, and readers that disagree
 
 
-def replay_stream(history: History, folder: Path, *, seed: int = 0) -> Tally:
+def replay_stream(history: History, folder: Path, *, seed: int = 0, only_losses: bool = False) -> Tally:
     """Look at every state at every position of the log of a stream.
 
     Args:
         folder: where QEMU gets to see the states, best in memory.
         seed: of the choices that are made at random, above all how far the file has grown.
+        only_losses: QEMU gets to see only the states that have lost something, and the others are not looked into.
     """
     (folder / BACKING_NAME).write_bytes(history.scenario.backing)
-    return trio.run(_replay_stream, history, folder, seed)
+    return trio.run(_replay_stream, history, folder, seed, only_losses)
 
 
-async def _replay_stream(history: History, folder: Path, seed: int) -> Tally:
+async def _replay_stream(history: History, folder: Path, seed: int, only_losses: bool) -> Tally:
     tally = Tally()
     for cut, image in _distinct_states(history, random.Random(seed)):
         tally.states += 1
+        if only_losses and await read_content(image, history.scenario.base) == history.scenario.base:
+            continue
         try:
             await _judge(tally, history, cut, image, folder)
         except (Broken, QedfsError, RuntimeError) as exc:
