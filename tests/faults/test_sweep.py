@@ -13,7 +13,7 @@ from tests.faults.session import Expectation, Wrong
 from tests.faults.sweep import Bench, Fault
 from tests.harness.require import require_fuse, require_root
 
-EVERY = 21  # contrib/sweep puts every fault at every call
+EVERY = 31  # contrib/sweep puts every fault at every call
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -107,6 +108,7 @@ class Load:
             for number in itertools.count():
                 if self._stop.is_set():
                     break
+                time.sleep(0.001)  # the processors are the mount's
                 pos, data = self._writer.next()
                 if not any(data) and number % 2:
                     make_hole(fd, pos, len(data))

@@ -66,7 +66,7 @@ def test_a_mount_streams_many_sources_in_a_hundred_mebibytes(tmp_path: Path) -> 
     names = [f"{number:02}" for number in range(24)]
     with nginx(www) as server, limited(LIMIT) as group:
         for number, name in enumerate(names):
-            random_image(www / name, 6 * MIB, seed=number)
+            random_image(www / name, 5 * MIB, seed=number)  # 120 MiB of them
             create(overlays / f"{name}.qed", f"{server.url}/{name}")
         claim = empty(cluster_size=MIB, table_size=16, image_size=1 << 62, backing=f"{server.url}/00".encode())
         for name in names[:8]:

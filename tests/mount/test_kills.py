@@ -24,12 +24,12 @@ from .test_snapshot import sharing
 @pytest.mark.parametrize("seed", range(2))
 def test_kills(tmp_path: Path, seed: int) -> None:
     """Two kills of one overlay: the second finds what the first has left. The limit lets them hit the stream."""
-    with origin(tmp_path, 24 * MIB, seed=seed) as source:
+    with origin(tmp_path, 12 * MIB, seed=seed) as source:
         overlay = create(tmp_path / "disk.qed", source.url, "--cluster-size", ("64K", "4K")[seed % 2])
         expected = Path(shutil.copy(source.raw, tmp_path / "expected"))
         target = Overlay(overlay, expected, tmp_path / "mnt")
         for round_ in range(2):
-            kill_once(target, 100 * seed + round_, "--limit", "16M")
+            kill_once(target, 100 * seed + round_, "--limit", "8M")
         with mounted_over(tmp_path, source.url) as mount:
             mount.wait()
             assert mount.unmount() == 0

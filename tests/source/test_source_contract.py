@@ -13,6 +13,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -107,7 +108,15 @@ KINDS: dict[str, Kind] = {
     "qcow2-qsd": qcow2(real_nbd(lambda file: qsd(file)), versions=False),
     "qcow2-nbd-fake": qcow2(fake_nbd(WELL_BEHAVED["correct"]), versions=False),
 }
+# Each of them differs in one layer only from kinds that run by default: the transport, or the source below qcow2.
+WITH_SLOW = {"nbdkit-tcp", "http-fake-tls", "qcow2-http-fake", "qcow2-qemu-nbd", "qcow2-qsd", "qcow2-nbd-fake"}
 HOLE = range(MiB, 3 * MiB)
+
+
+def params(may: Callable[[Kind], bool] = lambda _: True) -> list[Any]:
+    """The names of these kinds."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=[slow] * (name in WITH_SLOW)) for name, kind in KINDS.items() if may(kind)]
 
 
 @functools.cache
@@ -123,14 +132,14 @@ def another_version(content: bytes) -> bytes:
     return content.translate(bytes(-byte % 256 for byte in range(256)))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=params())
 async def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
 def only(may: Callable[[Kind], bool]) -> pytest.MarkDecorator:
     """Run a test for these kinds."""
-    return pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if may(kind)], indirect=True)
+    return pytest.mark.parametrize("kind", params(may), indirect=True)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from .disk import SMALL, Layout, Verdict, check, make_disk
 from .left import Left
 from .machine import Machine, Rate, machine
 
+READ_PAUSE_SECONDS = 0.002  # between two reads of somebody who reads all the time
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -271,7 +273,7 @@ def reading(path: Path, size: int = 64 << 10) -> Iterator[None]:
 
     def read() -> None:
         for turn in itertools.count():
-            if ended.is_set():
+            if ended.wait(READ_PAUSE_SECONDS):
                 return
             with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
                 end = file.seek(0, 2)
