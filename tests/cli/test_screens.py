@@ -321,7 +321,7 @@ def test_nothing_is_sent_while_nothing_changes(overlay: Path, mountpoint: Path) 
         assert terminal.watch(1.2) == 0
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 50)])
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), pytest.param(200, 50, marks=pytest.mark.slow)])
 def test_watching_thirty_images(thirty: Path, mountpoint: Path, columns: int, lines: int) -> None:
     with daemon(thirty, mountpoint, "--source-timeout", "300ms", *SLOW):
         watch = Terminal("status", mountpoint, "--watch", columns=columns, lines=lines)

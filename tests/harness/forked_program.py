@@ -23,7 +23,7 @@ def _run(number: int, words: list[str]) -> int:
     """The exit status of the command."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until it is known to whom
     report, theirs = os.pipe()
-    request = {"words": words, "env": dict(os.environ), "cwd": os.getcwd(), "session": False}
+    request = {"words": words, "env": dict(os.environ), "cwd": os.getcwd(), "session": False, "mounts_of": None}
     with socket.socket(fileno=number) as starter:
         socket.send_fds(starter, [json.dumps(request).encode()], [0, 1, 2, theirs])
     os.close(theirs)

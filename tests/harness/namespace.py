@@ -6,14 +6,15 @@ Owns the namespace, which ends with the block, and with it what is mounted there
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import starter
 from .hang import HANG_SECONDS
 from .mounts import COMMAND_SECONDS
-from .process import QEDFS
 from .require import require, require_fuse, require_root
 
 # Lazily: a copy of the table would hold the mounts of other tests.
@@ -35,6 +36,7 @@ class Namespace:
     """Runs programs in the namespace."""
 
     def __init__(self, pid: int) -> None:
+        self._pid = pid
         self.enter = (require("nsenter"), "-t", str(pid), "-m", "--")  # a command that runs another one there
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +52,9 @@ class Namespace:
 
     def qedfs(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command, which must exit with `code`."""
-        done = self.run(*QEDFS, *words)
+        done = starter.run(
+            [str(word) for word in words], timeout_seconds=COMMAND_SECONDS, environ=os.environ, mounts_of=self._pid
+        )
         if done.returncode != code:
             raise RuntimeError(f"qedfs {words}: exit code {done.returncode}\n{done.stderr}{done.stdout}")
         return done

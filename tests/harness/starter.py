@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -41,6 +42,8 @@ from typing import Any, BinaryIO, NamedTuple
 _ROOT = Path(__file__).parents[2]
 _NUMBER = struct.Struct("=i")
 _MOST_BYTES = 1 << 17  # of a packet; below what a socket takes by default (net.core.wmem_default)
+
+_CLONE_NEWNS = 0x20000  # <linux/sched.h>
 
 # Read when an interpreter or a library starts, before the command could change them.
 _INTERPRETER = ("PYTHON", "LD_", "LANG", "LC_", "TZ", "MALLOC_", "GLIBC_", "COVERAGE_")
@@ -70,8 +73,11 @@ class Forked:
         *,
         environ: Mapping[str, str],
         new_session: bool = False,
+        mounts_of: int | None = None,
     ) -> None:
+        """`mounts_of`: a process whose table of mounts it shares."""
         request = {"words": words, "env": dict(environ), "cwd": os.getcwd(), "session": new_session}
+        request["mounts_of"] = mounts_of
         self._report, theirs = os.pipe()
         try:
             packet = json.dumps(request).encode()
@@ -121,9 +127,9 @@ class Forked:
 
 
 def run(
-    words: Sequence[str], *, timeout_seconds: float, environ: Mapping[str, str]
+    words: Sequence[str], *, timeout_seconds: float, environ: Mapping[str, str], mounts_of: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one command to its end and returns what it printed, as `subprocess.run` does.
+    """Runs one command to its end and returns what it printed, as `subprocess.run` does. `mounts_of`: as for `Forked`.
 
     Raises:
         subprocess.TimeoutExpired: it did not end in time, or left its output open to another process; it was killed.
@@ -131,7 +137,7 @@ def run(
     deadline = time.monotonic() + timeout_seconds
     outputs = [os.pipe(), os.pipe()]
     with open(os.devnull, "rb") as null:
-        process = Forked(words, null.fileno(), outputs[0][1], outputs[1][1], environ=environ)
+        process = Forked(words, null.fileno(), outputs[0][1], outputs[1][1], environ=environ, mounts_of=mounts_of)
     for _, theirs in outputs:
         os.close(theirs)
     try:
@@ -258,9 +264,17 @@ def _tell(report: int, number: int) -> None:
 def _become(request: _Request) -> None:
     """Gives this process all that a new program would have been given."""
     wanted = json.loads(request.text)
+    if wanted["mounts_of"] is not None:
+        _share_mounts(wanted["mounts_of"])
     _take(wanted["words"], request.streams, wanted["env"], wanted["cwd"])
     if wanted["session"]:
         os.setsid()
+
+
+def _share_mounts(pid: int) -> None:
+    fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), f"cannot have the mounts of process {pid}")
 
 
 def _take(
