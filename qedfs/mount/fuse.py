@@ -14,7 +14,16 @@ from typing import Any, TypeVar, cast
 
 import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FUSEError,
+    InodeT,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
 
 from qedfs.errors import QedfsError
 from qedfs.image.image import Image
@@ -58,7 +67,9 @@ class Operations(FileSystem):
         super().__init__()
         self._registry = registry
         self._folder = folder
-        self._images: dict[int, Image] = {}  # by handle, which is the inode
+        # By handle; and by inode, if it is open. Earlier servers gave the inode as handle.
+        self._images: dict[int, Image] = {}
+        self._by_handle: dict[int, Served] = {}
         for served in registry.images():
             self._restore(served)
         registry.restored = self._restore
@@ -125,7 +136,7 @@ class Operations(FileSystem):
 
     async def flush(self, fh: int) -> None:
         """close() of one descriptor. Nothing is made durable."""
-        served = self._registry.by_inode(fh)
+        served = self._opened(fh)
         if served is not None:
             served.note_close()
 
@@ -181,20 +192,29 @@ class Operations(FileSystem):
         if flags & os.O_TRUNC:
             # With this flag no setattr follows: after a success the kernel assumes an empty image.
             raise FUSEError(errno.EPERM)
-        self._images[inode] = served.image
         keep_cache = served.note_open()
-        self._registry.numbers.note_opens(served)
-        return FileInfo(fh=inode, keep_cache=keep_cache)
+        handle = self._registry.numbers.opened(served)
+        self._by_handle[handle] = served
+        self._images[handle] = self._images[inode] = served.image
+        return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
 
     @total
     async def release(self, fh: int) -> None:
-        """The last descriptor of one open() was closed."""
-        served = self._served(fh)
-        served.note_release()
-        # After the answer: see `inode_numbers.py`.
-        trio.lowlevel.current_trio_token().run_sync_soon(self._registry.numbers.note_opens, served)
-        if not served.opens:
+        """The last descriptor of one open() was closed. Nothing happens if that is known, see `inode_numbers.py`."""
+        numbers = self._registry.numbers
+        served = self._by_handle.pop(fh, None)
+        if served is not None:
+            served.note_release()
             self._images.pop(fh, None)
+            numbers.released(served, fh)
+        elif (served := self._registry.by_inode(fh)) is not None:
+            served.note_release()
+            # After the answer.
+            trio.lowlevel.current_trio_token().run_sync_soon(numbers.note_opens, served)
+        else:
+            return
+        if not served.opens:
+            self._images.pop(served.inode, None)
         await self._registry.close_if_unused(served)
 
     async def forget(self, inode_list: Any) -> None:  # noqa: ANN401 - pairs of inode and count
@@ -283,6 +303,12 @@ class Operations(FileSystem):
         """An image that was opened in an earlier server of this mount."""
         if served.opens and served.image is not None:
             self._images[served.inode] = served.image
+            for handle in served.handles:
+                self._images[handle], self._by_handle[handle] = served.image, served
+
+    def _opened(self, number: int) -> Served | None:
+        """What has this handle, or inode."""
+        return self._by_handle.get(number) or self._registry.by_inode(number)
 
     def _image(self, inode: int) -> Image:
         image = self._images.get(inode)
@@ -295,9 +321,9 @@ class Operations(FileSystem):
             raise FUSEError(errno.ENOENT)
         return image_attributes(served.image, served.inode)
 
-    def _reply(self, exc: Exception, inode: int) -> FUSEError:
-        served = self._registry.by_inode(inode)
-        return self._failures.reply(exc, served.name if served else f"inode {inode}")
+    def _reply(self, exc: Exception, number: int) -> FUSEError:
+        served = self._opened(number)
+        return self._failures.reply(exc, served.name if served else f"inode {number}")
 
 
 def forget_name(name: str) -> None:

@@ -51,8 +51,8 @@ import trio
 from qedfs.errors import QedfsError
 
 MESSAGE_BYTES = 1 << 16
-FORMAT = "1"  # of the values that this version tells
-READABLE = frozenset({FORMAT})  # by this version
+FORMAT = "2"  # of the values that this version tells
+READABLE = frozenset({"1", FORMAT})  # by this version
 WAIT_SECONDS = 30.0  # for a holder that does not read, before a packet is given up
 ALIVE_SECONDS = 5.0
 ORPHAN_SECONDS = 60.0  # for an event loop to turn after the end of the holder

@@ -32,6 +32,7 @@ class Served:
     jobs: ImageJobs | None = None
     refusal: Trouble | None = None
     opens: int = 0
+    handles: set[int] = dataclasses.field(default_factory=set)  # of these opens, see `inode_numbers.py`
     open_now: set[Served] = dataclasses.field(default_factory=set)  # all images of the mount that are open
     opened: set[Served] = dataclasses.field(default_factory=set)  # those opened since the last round (`rounds.py`)
     closes: int = 0  # of descriptors of these opens: one open() may result in several descriptors

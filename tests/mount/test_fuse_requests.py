@@ -97,16 +97,31 @@ async def test_an_image_is_found_opened_read_written_flushed_and_released(tmp_pa
         found = await ops.lookup(pyfuse3.ROOT_INODE, b"disk.raw", CONTEXT)
         assert (found.st_ino, found.st_size) == (INODE, len(CONTENT))
         opened = await ops.open(pyfuse3.InodeT(INODE), os.O_RDWR, CONTEXT)
-        assert (opened.fh, opened.keep_cache) == (INODE, True)
-        assert bytes(await ops.read(INODE, 0, 4096)) == CONTENT[:4096]
-        assert await ops.write(INODE, 100, b"mine") == 4
-        assert bytes(await ops.read(INODE, 98, 8)) == CONTENT[98:100] + b"mine" + CONTENT[104:106]
-        assert bytes(await ops.read(INODE, len(CONTENT) - 10, 100)) == CONTENT[-10:]
-        await ops.fsync(INODE, datasync=True)
-        await ops.flush(INODE)
-        await ops.release(INODE)
-        assert await refused(ops.read(INODE, 0, 1)) == errno.EIO  # of a handle that nobody has
+        handle = opened.fh
+        assert (handle > INODE, opened.keep_cache) == (True, True)
+        assert bytes(await ops.read(handle, 0, 4096)) == CONTENT[:4096]
+        assert await ops.write(handle, 100, b"mine") == 4
+        assert bytes(await ops.read(handle, 98, 8)) == CONTENT[98:100] + b"mine" + CONTENT[104:106]
+        assert bytes(await ops.read(handle, len(CONTENT) - 10, 100)) == CONTENT[-10:]
+        await ops.fsync(handle, datasync=True)
+        await ops.flush(handle)
+        await ops.release(handle)
+        assert await refused(ops.read(handle, 0, 1)) == errno.EIO  # of a handle that nobody has
         assert cast("Overlays", ops._registry).asked_to_close == ["disk.raw"]
+
+
+async def test_a_release_that_the_kernel_repeats_counts_once(tmp_path: Path) -> None:
+    async with operations(tmp_path) as ops:
+        (served,) = (one for one in ops._registry.images() if one.inode == INODE)
+        handles = [(await ops.open(pyfuse3.InodeT(INODE), os.O_RDWR, CONTEXT)).fh for _ in range(3)]
+        await ops.release(handles[0])
+        await ops.release(handles[0])
+        assert (served.opens, served.handles) == (2, set(handles[1:]))
+        assert bytes(await ops.read(handles[2], 0, 10)) == CONTENT[:10]
+        await ops.release(handles[1])
+        await ops.release(handles[2])
+        await ops.release(handles[1])
+        assert served.opens == 0
 
 
 async def test_attributes_are_told_and_only_the_mtime_can_be_set(tmp_path: Path) -> None:

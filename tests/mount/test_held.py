@@ -56,15 +56,21 @@ def test_the_first_server_makes_the_mount_and_tells_what_the_next_one_needs() ->
             link.set("opens/5", value)
         link.drop("opens/5")
         link.drop("opens/5")
-        assert heard(holder, 5) == ["ready", "set format 1", "set opens/5 1", "set opens/5 2", "del opens/5"]
+        assert heard(holder, 5) == [
+            "ready",
+            f"set format {held.FORMAT}",
+            "set opens/5 1",
+            "set opens/5 2",
+            "del opens/5",
+        ]
 
 
 def test_the_next_server_gets_the_mount_with_all_values() -> None:
     with linked("") as (link, holder):
-        taken(holder, {"format": "1", "a": "b"}, {"reason": "SIGKILL", "restarts": 3, "since": 7.5})
+        taken(holder, {"format": held.FORMAT, "a": "b"}, {"reason": "SIGKILL", "restarts": 3, "since": 7.5})
         found = link.turn()
         assert found is not None
-        assert (dict(found.values), found.reason) == ({"format": "1", "a": "b"}, "SIGKILL")
+        assert (dict(found.values), found.reason) == ({"format": held.FORMAT, "a": "b"}, "SIGKILL")
         assert (found.restarts, found.since) == (3, 7.5)
         link.set("a", "b")  # known to the holder already
         link.set("a", "c")
@@ -74,7 +80,7 @@ def test_the_next_server_gets_the_mount_with_all_values() -> None:
 
 def test_a_handed_mount_has_paused_when_its_server_began_to_hand_it_over() -> None:
     with linked("") as (link, holder):
-        taken(holder, {"format": "1", "paused": "5.0"}, {"reason": "an upgrade", "restarts": 1, "since": 7.5})
+        taken(holder, {"format": held.FORMAT, "paused": "5.0"}, {"reason": "an upgrade", "restarts": 1, "since": 7.5})
         found = link.turn()
         assert found is not None
         assert found.since == 5.0
@@ -97,7 +103,7 @@ def test_a_server_that_reads_an_older_format_tells_the_next_one_in_its_own(monke
         taken(holder, {"format": "0", "a": "b"}, {"reason": "SIGKILL", "restarts": 1, "since": 7.5})
         found = link.turn()
         assert found is not None
-        assert heard(holder, 2) == ["ready", "set format 1"]
+        assert heard(holder, 2) == ["ready", f"set format {held.FORMAT}"]
         os.close(found.fd)
 
 

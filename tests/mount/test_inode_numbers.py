@@ -27,7 +27,7 @@ class Values:
 
 def image(found: str, *marks: str) -> Any:
     overlay = SimpleNamespace(found_mark=found, marks=lambda: marks, mark=lambda: marks[0], record=NO_RECORD)
-    return SimpleNamespace(overlay=overlay, writable=True)
+    return SimpleNamespace(overlay=overlay, writable=True, in_standby=False)
 
 
 NO_RECORD = SimpleNamespace(standby="")
@@ -46,8 +46,9 @@ def first_server() -> dict[str, str]:
     numbers = InodeNumbers(cast("HolderLink", link))
     for name in ("a", "b"):
         one = served(numbers, name, ord(name), "", "session-", "#8.")
-        one.opens = 2 if name == "a" else 0
-        numbers.note_opens(one)
+        for _ in range(2 if name == "a" else 0):
+            one.note_open()
+            numbers.opened(one)
     return link.values
 
 
@@ -59,6 +60,30 @@ def test_the_next_server_gives_an_image_its_number_and_its_opens() -> None:
     new = served(numbers, "c", ord("c"), "", "session-", "#1.")
     assert (a.inode, a.opens, b.inode, b.opens) == (2, 2, 3, 0)
     assert new.inode > 3
+
+
+def test_a_release_that_was_noted_is_known_to_the_next_server() -> None:
+    link = Values()
+    numbers = InodeNumbers(cast("HolderLink", link))
+    a = served(numbers, "a", ord("a"), "", "session-", "#8.")
+    first, second = numbers.opened(a), numbers.opened(a)
+    numbers.released(a, first)
+    later = InodeNumbers(cast("HolderLink", link), dict(link.values))
+    again = served(later, "a", ord("a"), "session-1", "session-")
+    assert (again.opens, again.handles) == (1, {second})
+    assert later.opened(again) > second  # a release that the kernel repeats must not meet another open
+
+
+def test_opens_of_a_server_of_an_earlier_format_count_too() -> None:
+    told = first_server()
+    opens = [key for key in told if key.startswith("open/")]
+    link = Values()
+    numbers = InodeNumbers(cast("HolderLink", link), {**told, "opens/2": "3"})
+    a = served(numbers, "a", ord("a"), "session-1", "session-", "#8.")
+    assert (a.opens, len(a.handles)) == (5, len(opens))
+    a.note_release()
+    numbers.note_opens(a)
+    assert link.values["opens/2"] == "2"
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from .outlives import kill_server, servers, wait_for_takeover, wait_until_servin
 from .support import MIB, Origin, create, opened, origin
 
 # In the next version, and in one that has forgotten this one.
-FORMAT = ('FORMAT = "1"', 'FORMAT = "2"')
-READABLE = ("READABLE = frozenset({FORMAT})", 'READABLE = frozenset({"1", FORMAT})')
+FORMAT = ('FORMAT = "2"', 'FORMAT = "3"')
+READABLE = ('READABLE = frozenset({"1", FORMAT})', 'READABLE = frozenset({"2", FORMAT})')
 JOURNAL = ('_MAGIC = b"qedfsj\\0\\4"', '_MAGIC = b"qedfsj\\0\\5"')
 JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\4",')
 
@@ -114,7 +114,7 @@ def test_a_crash_under_a_version_that_cannot_read_this_one_ends_the_mount_with_t
     installed.install(patched(tmp_path / "forgetful", mount__held=(FORMAT,)))
     kill_server(mount)
     assert mount.wait_exit() == 1
-    assert "another version of qedfs has left a state of format 1, which this one cannot read" in mount.output()
+    assert "another version of qedfs has left a state of format 2, which this one cannot read" in mount.output()
     assert "the mount is taken away" in mount.output()
     assert not os.path.ismount(mount.mountpoint)
     installed.install(old)
@@ -132,7 +132,7 @@ def test_the_next_version_takes_over_and_nobody_goes_back_by_accident(
         os.pwrite(fd, b"two", 70_000)
         installed.install(old)
         done = qedfs("upgrade", mount.mountpoint, check=False)
-        assert "the old one serves on: another version of qedfs has left a state of format 2" in done.stderr
+        assert "the old one serves on: another version of qedfs has left a state of format 3" in done.stderr
         os.pwrite(fd, b"three", 140_000)
         expected = bytearray(source.data())
         for at, text in ((0, b"one"), (70_000, b"two"), (140_000, b"three")):
