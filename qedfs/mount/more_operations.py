@@ -15,6 +15,10 @@ An fsync waits for the disk in a thread, which then replies itself, as libfuse a
 would take two more turns of the loop, and on a busy host as many waits for a processor. If a flush takes more than one
 barrier, pyfuse3's own handler answers.
 
+The entry write_buf is emptied. With it, libfuse receives all requests through a pipe, if it may make one of more than
+1 MiB (CAP_SYS_RESOURCE, as root has): a splice and one or two reads instead of one read, and a copy more of what a
+guest writes. pyfuse3 copies it out of the pipe at once, so that serves nothing. Its handler write gets the same bytes.
+
 The other two handlers run as tasks, because libfuse calls us from the middle of pyfuse3's loop. Each replies exactly
 once, whatever happens, unless another server takes the mount over, to which the kernel sends what was not answered. The
 tasks belong to the nursery of `serving`, so the end of the mount waits for them, as for all requests.
@@ -39,7 +43,7 @@ from qedfs.mount.library_memory import Pointer, address_of, memory_of, replaced
 log = logging.getLogger(__name__)
 
 # Indices in struct fuse_lowlevel_ops.
-_FSYNC, _FALLOCATE, _LSEEK = 19, 40, 43
+_WRITE, _FSYNC, _WRITE_BUF, _FALLOCATE, _LSEEK = 16, 19, 36, 40, 43
 LOOK_SECONDS = 0.01  # between two looks whether a thread has replied, at the end of the mount
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 _LSEEK_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
@@ -155,6 +159,8 @@ class MoreOperations:
                 return real(arguments, table, size, *rest)  # type: ignore[no-any-return]
             real_fsync.append(_FSYNC_HANDLER(entries[_FSYNC] or 0))
             entries[_FSYNC] = ctypes.cast(fsync_entry, ctypes.c_void_p)
+            if entries[_WRITE]:
+                entries[_WRITE_BUF] = None
             entries[_LSEEK] = ctypes.cast(lseek_entry, ctypes.c_void_p)
             entries[_FALLOCATE] = ctypes.cast(fallocate_entry, ctypes.c_void_p)
             self.missing = ""

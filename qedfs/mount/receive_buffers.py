@@ -8,8 +8,8 @@ server. In pages that exist, the copy works to its end, dying or not. The OOM ki
 of such allocations. So a buffer (1 MiB for each request in flight) is written to when libfuse allocates it, which it
 does for each task that reads requests. Measured under fio: of 15 kills one cost a write; see contrib/RELIABILITY.md.
 
-libfuse receives through a pipe instead, whose pages the kernel allocates, if it may make one of more than 1 MiB
-(CAP_SYS_RESOURCE, or fs.pipe-max-size).
+With a handler write_buf, libfuse may receive through a pipe instead, whose pages the kernel allocates.
+`more_operations.py` takes that handler away.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyfuse3
 import pytest
@@ -20,6 +22,12 @@ from tests.harness.require import require
 from .support import CLUSTER_SIZE, MIB, mounted_over, opened, origin
 
 WORD = ctypes.sizeof(ctypes.c_void_p)
+
+
+class Replied:
+    """Stands for a function of libfuse that no test calls."""
+
+    argtypes: Sequence[object] = ()
 
 
 class Answers:
@@ -78,6 +86,31 @@ def test_without_exactly_one_pointer_nothing_is_changed(count: int, monkeypatch:
     with more.offered():
         assert list(words) == before
     assert more.missing == f"pyfuse3 has {count} pointers to libfuse's fuse_session_new, not one"
+
+
+@pytest.mark.parametrize("function", more_operations._NEW_SESSION)
+def test_a_new_session_gets_our_handlers_and_none_for_writes_through_a_pipe(function: str) -> None:
+    size = more_operations._LSEEK  # pyfuse3 may have been built for a libfuse without the last entries
+    given: list[int | None] = list(range(1, size + 1))
+    given[more_operations._FALLOCATE] = None
+    seen: list[list[int | None]] = []
+
+    def new_session(_: int, table: Any, size: int, *rest: int) -> int:
+        seen.append(table[: size // WORD])
+        return 5
+
+    kind = more_operations._NEW_SESSION[function]
+    library = SimpleNamespace(**{function: kind(new_session)}, fuse_reply_err=Replied(), fuse_reply_lseek=Replied())
+    more = MoreOperations(Answers())
+    hook = kind(more._hook(cast("ctypes.PyDLL", library), library_memory.Pointer(0, True, function)))
+    table = (ctypes.c_void_p * size)(*given)
+    rest = [0] * (len(kind._argtypes_) - 3)
+    assert hook(0, ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p)), size * WORD, *rest) == 5
+    changed = {at for at, entry in enumerate(seen[0]) if entry != [*given, None][at]}
+    ours = {more_operations._FSYNC, more_operations._FALLOCATE, more_operations._LSEEK}
+    assert changed == ours | {more_operations._WRITE_BUF}
+    assert seen[0][more_operations._WRITE_BUF] is None
+    assert more.missing == ""
 
 
 # One reply to each request.
