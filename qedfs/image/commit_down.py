@@ -122,7 +122,7 @@ async def _committed(
     await overlay.flush()
     samples = "" if pinning is None else (await _samples(runs, target.size, pinning.read)).encode()
     known = None if pinning is None else Pin(digest(overlay.backing or ""), target.size, samples=samples)
-    await overlay.change_record(lambda record: _begun(record, known))
+    await overlay.change_record(lambda record: begun(record, known))
     result = Committed()
     await copy(overlay, runs, target, progress, result)
     # After the reads: if another program has cut the overlay off, they were zeros.
@@ -131,7 +131,8 @@ async def _committed(
     return result, None if pinning is None else await pinning.renewed(samples)
 
 
-def _begun(record: Record, pin: Pin | None) -> Record:
+def begun(record: Record, pin: Pin | None) -> Record:
+    """The record of step 1. `pin`: of the size of the backing, with samples."""
     # A guest's bytes go where the way back to standby would not find them any more.
     standby = Standby.ACTIVE if record.standby is Standby.REVOCABLE else record.standby
     return dataclasses.replace(record, pin=pin, committing=True, standby=standby)

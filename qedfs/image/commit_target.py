@@ -92,6 +92,19 @@ class RawTarget:
         """Fill `view`."""
         await self._storage.in_thread(lambda: self._storage.read(pos, view))
 
+    def read_now(self, pos: int, view: memoryview) -> bool:
+        """Fill `view` from the page cache; False if that would have to wait. See `Below`."""
+        return self._storage.read_now(pos, view)
+
+    def read_waiting(self, pos: int, view: memoryview) -> None:
+        """Fill `view`, in this thread."""
+        self._storage.read(pos, view)
+
+    def hole_end(self, pos: int) -> int:
+        """Where the hole ends that `pos` is in; `pos` itself if it is in none."""
+        extent = self._storage.extent(pos)
+        return extent.end if extent.hole else pos
+
     async def store(self, pos: int, view: memoryview) -> int:
         """Write the blocks that differ."""
         return await self._storage.in_thread(lambda: self._store(pos, view))

@@ -25,6 +25,7 @@ from qedfs.image.condition import Cause, Condition
 from qedfs.image.counters import Counters
 from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.missing_reads import MissingReads
+from qedfs.image.own_backing import OwnBacking
 from qedfs.image.pin import SourceVersion
 from qedfs.image.rescue import Rescue
 from qedfs.image.rmw_budget import RmwBudget, RmwReservation
@@ -32,6 +33,7 @@ from qedfs.image.source_errors import from_stored
 from qedfs.image.stalls import Stalls
 from qedfs.image.standby import PassThrough
 from qedfs.image.write_gate import WriteGate
+from qedfs.overlay.clustermap import Run
 from qedfs.overlay.overlay import MAX_READ_BYTES, Overlay
 from qedfs.overlay.ranges import Ranges
 from qedfs.overlay.storage import Buffer
@@ -89,6 +91,8 @@ class Image:
         self.standby: PassThrough | None = None if standby is None else standby[0]
         self.gate: WriteGate | None = None if standby is None else standby[1]
         self.rescue: Rescue | None = None  # another copy of the source, which answers while the source does not
+        self.own_backing: OwnBacking | None = None  # the way to a source of its own, if the mount has one
+        self.committing_down = False  # while a job writes its clusters into its backing
         self.exchanges = 0  # how many times it has got another source
         self._adopting = 0  # running adoptions
         self._adopted = trio.Event()  # set when the last of them has ended
@@ -190,6 +194,8 @@ class Image:
                 return None  # the overlay may have been emptied, and its file may be shorter
             if discards != self.overlay.discards:
                 runs = await self.overlay.map(pos, size)
+                if _lacks_more(missing, runs):
+                    return None
                 for run in runs:
                     if run.offset == ZERO:  # it may have been missing, and have been fetched
                         view[run.pos - pos : run.pos - pos + run.size] = bytes(run.size)
@@ -514,3 +520,10 @@ class Image:
             await self.adoptions_ended()
             await self._remember_version()
             await self.overlay.close()
+
+
+def _lacks_more(filled: list[tuple[int, memoryview]], runs: list[Run]) -> bool:
+    """Whether something else is missing now than what was filled: clusters were dropped meanwhile."""
+    ranges = [(pos, pos + len(view)) for pos, view in filled]
+    lacking = (run for run in runs if run.offset == MISSING)
+    return any(not any(pos <= run.pos and run.pos + run.size <= end for pos, end in ranges) for run in lacking)

@@ -57,6 +57,10 @@ class ImageJobs:
         """Populate the image from another copy of its source; see `Populate`. Raises InUse if that is under way."""
         if self.populate is not None and self.populate.active:
             raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location} already")
+        if self.stream.image.committing_down:
+            raise InUse(
+                f"{self.stream.image.name}: is being committed into its backing; qedfs commit --cancel ends that"
+            )
         if self._nursery is None:
             raise QedfsError(f"{self.stream.image.name}: has no tasks, so that nothing can run")
         self.populate = Populate(self.stream.image, copy, force=force)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from qedfs.jobs.commit import CommitJob
 from qedfs.jobs.defrag import DefragJob
 from qedfs.jobs.job import Job
 from qedfs.jobs.stream import StreamJob
 
-KINDS: dict[str, type[Job]] = {job.kind: job for job in (StreamJob, DefragJob)}
+KINDS: dict[str, type[Job]] = {job.kind: job for job in (StreamJob, DefragJob, CommitJob)}

@@ -37,3 +37,11 @@ class OpenImages:
     def need(self, source: RetryingSource) -> bool:
         """Whether an image that is not complete uses this source."""
         return any(image.source is source and not image.complete for image in self._images)
+
+    def share(self, image: Image) -> bool:
+        """Whether another image that is not complete has the same place as its source."""
+        if image.source is None:
+            return False
+        place = image.source.location.secret_url
+        others = (other for other in self._images if other is not image and not other.complete)
+        return any(other.source is not None and other.source.location.secret_url == place for other in others)

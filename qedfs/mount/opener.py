@@ -28,6 +28,7 @@ from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.own_backing import ImageBacking
 from qedfs.mount.request_timeout import most_wait_seconds
 from qedfs.mount.settling import check_settled
 from qedfs.mount.source_pool import SourcePool
@@ -109,6 +110,7 @@ class Opener:
         image.stalls = Stalls(rule, slots=self._stall_slots, kernel_seconds=self._most_wait_seconds)
         enabled = options.stream and not image.in_standby
         stream = StreamJob(image, enabled=enabled, limit=options.limit, hold_off=self._hold_off)
+        image.own_backing = ImageBacking(image, self._sources, self._images)
         self._images.add(image)
         return image, ImageJobs(stream)
 

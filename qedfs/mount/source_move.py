@@ -17,7 +17,7 @@ import stat
 
 import trio
 
-from qedfs.errors import InStandby, QedfsError, ReadOnlyOverlay, UsageError
+from qedfs.errors import InStandby, InUse, QedfsError, ReadOnlyOverlay, UsageError
 from qedfs.image.image import Image
 from qedfs.image.known_blocks import compared
 from qedfs.image.pin import store_pin
@@ -87,6 +87,8 @@ def _image(served: Served) -> Image:
         raise UsageError(f"{served.name}: is complete, and needs no source")
     if image.in_standby:
         raise InStandby(f"{served.name}: is in standby; qedfs activate ends that")
+    if image.committing_down:
+        raise InUse(f"{served.name}: is being committed into its backing; qedfs commit --cancel ends that")
     if not image.writable:
         raise ReadOnlyOverlay(f"{served.name}: the overlay is read-only, so that it cannot name another source")
     return image

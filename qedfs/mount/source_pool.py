@@ -125,6 +125,17 @@ class SourcePool:
         self._remotes[place] = self._source(location, overlay, self._deadline_seconds, self._pinning)
         return self._fetch(place, overlay)
 
+    def fetch_from(self, remote: RetryingSource, overlay: Overlay) -> FetchQueue:
+        """A new queue with this source, for one overlay. `release` closes it."""
+        place = (remote.location.secret_url, not overlay.probes_backing, next(self._own))
+        self._remotes[place] = remote
+        return self._fetch(place, overlay)
+
+    @property
+    def policy(self) -> Policy:
+        """Which places may be opened."""
+        return self._policy
+
     @property
     def root(self) -> str:
         """The folder of the overlays, to which a path is relative."""

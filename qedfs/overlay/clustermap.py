@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -386,6 +386,18 @@ class ClusterMap:
         number, index = cluster >> self._shift, cluster & self._mask
         freed.setdefault((number, index // SECTOR_ENTRIES), []).append(self._slices[number][index])
         self.set(cluster, offset)
+
+    def drop(self, clusters: Iterable[int], freed: Freed) -> None:
+        """Let those of these clusters that have an entry be missing again. Adds their old places to `freed`."""
+        for cluster in clusters:
+            number, index = cluster >> self._shift, cluster & self._mask
+            part = self._slices[number]
+            if part[index] > ZERO:
+                freed.setdefault((number, index // SECTOR_ENTRIES), []).append(part[index])
+            if part[index] != MISSING:
+                part[index] = MISSING
+                self._count_less(number, -1)
+                self._tables.make_dirty(number, {index // SECTOR_ENTRIES})
 
     def data_in(self, cluster: int, count: int) -> list[int]:
         """Those of these clusters that have data. Their slices are loaded, or have no entries."""

@@ -9,10 +9,11 @@ journal of another boot, or of another session than the overlay's, is ignored, b
 since. A copy of an overlay may have the same session as its original, which may still be in use. Two things distinguish
 them: the device, and the lock that a process holds on its journal while it lives.
 
-An entry is the offset of a cluster's data, or says that a run of clusters reads as zeros since a discard, or that the
-data of a cluster was moved to this offset. The order of entries is that in which they were set, and the last one of a
-cluster counts. A move is one entry, not a discard with an offset after it: a kill, or a full tmpfs, may come between
-two entries. Must not know more about them; `recovery.py` validates them.
+An entry is the offset of a cluster's data, or says that a run of clusters reads as zeros since a discard, that a run of
+clusters was dropped and reads as the backing, or that the data of a cluster was moved to this offset. The order of
+entries is that in which they were set, and the last one of a cluster counts. A move is one entry, not a discard with an
+offset after it: a kill, or a full tmpfs, may come between two entries. Must not know more about them; `recovery.py`
+validates them.
 """
 
 from __future__ import annotations
@@ -33,17 +34,20 @@ from qedfs.format.tables import ZERO
 from qedfs.host.procfs import boot_id, mount_number, outer_user
 from qedfs.host.runtime import RuntimeFolder
 
-Pair = tuple[int, int]  # (cluster, offset of its data), (first cluster, `zero_run`) or (cluster, `moved_to`)
+# (cluster, offset of its data), (cluster, `moved_to`), (first cluster, `zero_run`) or (first cluster, `dropped_run`)
+Pair = tuple[int, int]
 
 _PAIR = struct.Struct("<QQ")
 _HEADER = struct.Struct("<8s40s40sQ16x")  # magic, boot, session, device; the first pair is the witness
 _START = _HEADER.size + _PAIR.size
 _NO_WITNESS = (0, 0)
-_MAGIC = b"qedfsj\0\4"
-_MAGICS = (_MAGIC, b"qedfsj\0\3", b"qedfsj\0\2")  # the older ones have no moves, the oldest no runs of zeros
+_MAGIC = b"qedfsj\0\5"
+# The older ones have no drops, then no moves, the oldest no runs of zeros.
+_MAGICS = (_MAGIC, b"qedfsj\0\4", b"qedfsj\0\3", b"qedfsj\0\2")
 _RUN_SHIFT = 12  # offsets are multiples of 4 KiB, which leaves the low bits for a mark
 _MARKS = (1 << _RUN_SHIFT) - 1
 _MOVED = ZERO + 1
+_DROPPED = ZERO + 2
 # A hundred times what accumulates with a commit every second and a slow disk. Also bounds how much of another user's
 # journal is read.
 MOST_BYTES = 64 << 20
@@ -54,9 +58,19 @@ def zero_run(count: int) -> int:
     return count << _RUN_SHIFT | ZERO
 
 
-def zero_count(entry: int) -> int:
-    """How many clusters, from the pair's one on, this entry makes read as zeros; 0 if it is the offset of data."""
-    return entry >> _RUN_SHIFT if entry & _MARKS == ZERO else 0
+def dropped_run(count: int) -> int:
+    """The entry of `count` clusters that are missing again, as the backing has the same bytes."""
+    return count << _RUN_SHIFT | _DROPPED
+
+
+def run_count(entry: int) -> int:
+    """How many clusters, from the pair's one on, this entry is about; 0 if it is the offset of one cluster's data."""
+    return entry >> _RUN_SHIFT if entry & _MARKS in (ZERO, _DROPPED) else 0
+
+
+def is_drop(entry: int) -> bool:
+    """Whether this entry is of a run of clusters that were dropped."""
+    return entry & _MARKS == _DROPPED
 
 
 def moved_to(offset: int) -> int:
@@ -70,7 +84,7 @@ def is_move(entry: int) -> bool:
 
 
 def place_of(entry: int) -> int:
-    """The offset of the data of an entry that is no run of zeros."""
+    """The offset of the data of an entry that is no run."""
     return entry & ~_MOVED if is_move(entry) else entry
 
 

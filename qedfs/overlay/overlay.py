@@ -1,4 +1,4 @@
-"""An open QED overlay: map, read, write, discard, adopt, move, grow, flush, detach, empty. No network here.
+"""An open QED overlay: map, read, write, discard, adopt, move, drop, grow, flush, detach, empty. No network here.
 
 Owns the rule that decides whose bytes win when a guest writes to a cluster that is being fetched. `pending.py` tracks
 such clusters, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has
@@ -9,10 +9,11 @@ Concurrency protocol
 Everything runs on one event loop. The state changes only between two awaits.
 
 - An entry changes from missing to zero or data, or from zero to data, and with a discard to zero, whatever it was. A
-  move changes it from data to a copy of the same data (`relocation.py`). It never becomes missing again. There is one
-  exception: a failed barrier takes back all entries that may not be on the disk (`Committer.durably`) and increments
-  `epoch`. A reader whose runs are from an earlier `epoch` reads again. A writer that is about to publish entries gets
-  the error.
+  move changes it from data to a copy of the same data (`relocation.py`). It becomes missing again in two cases. A drop
+  (`dropping.py`) does that if the backing has the same bytes, durably; a reader that looks up its runs again must
+  expect that. And a failed barrier takes back all entries that may not be on the disk (`Committer.durably`) and
+  increments `epoch`. A reader whose runs are from an earlier `epoch` reads again. A writer that is about to publish
+  entries gets the error.
 - A cluster is *claimed* from its allocation until its entry is set, if a worker thread writes the data in between. A
   write to a claimed cluster, or a discard of it, waits for the end of the claim and then looks it up again. An adoption
   skips the cluster.
@@ -48,6 +49,7 @@ from qedfs.overlay.clustermap import ClusterMap, Run
 from qedfs.overlay.cold_reads import ColdReads
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.discard import Discards
+from qedfs.overlay.dropping import Dropping
 from qedfs.overlay.ending import Ending
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.fragments import Fragments, fragments
@@ -119,6 +121,9 @@ class Overlay:
         self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
         self.relocation = Relocation(
             storage, clusters, committer, barriers, journal, session, allocator, pending, freed, self._loop_writes
+        )
+        self.dropping = Dropping(
+            storage, clusters, committer, barriers, journal, session, pending, freed, self._loop_writes
         )
         self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
         self.still = Stillness(session, committer, barriers, pending, freed.accesses).still

@@ -8,8 +8,8 @@ only if
 - the file has the last entry that the session committed (the witness), which an older state lacks, or one that followed
   it;
 - every entry in it is possible in this file: its place is inside the file, unless a later entry of the cluster replaces
-  it, as the place may have been freed and cut off since; and the cluster has no other place, unless a discard, a move
-  or a later entry explains that.
+  it, as the place may have been freed and cut off since; and the cluster has no other place, unless a discard, a drop,
+  a move or a later entry explains that.
 
 A journal that does not fit is not touched. One case goes unnoticed: a copy that was made after the last commit before
 the kill, if the journal has a place that was already inside the file. A write to it was running when the copy was made,
@@ -25,7 +25,7 @@ from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.journal import OrphanJournal, Pair, is_move, place_of, zero_count
+from qedfs.overlay.journal import OrphanJournal, Pair, is_drop, is_move, place_of, run_count
 from qedfs.overlay.table_slices import TableSlices
 
 # Clusters whose entry in the file the journal has to explain. A group that ran at the kill may leave as many.
@@ -38,14 +38,21 @@ def fits(orphan: OrphanJournal, header: Header, clusters: ClusterMap, file_size:
         unexplained = dict(_unexplained(orphan.pairs, header, clusters, file_size))
         if orphan.witness is not None:
             cluster, entry = orphan.witness
-            entry = ZERO if zero_count(entry) else place_of(entry)
             if cluster >= header.geometry.clusters or (
-                (found := _entry(clusters, cluster)) != entry and not _follows(orphan.pairs, cluster, found)
+                (found := _entry(clusters, cluster)) not in _left_by(entry)
+                and not _follows(orphan.pairs, cluster, found)
             ):
                 return False
         return not unexplained or _explained(orphan.pairs, unexplained)
     except (BadOverlay, _Misfit):
         return False  # the first: a table is invalid that was valid at the kill
+
+
+def _left_by(entry: int) -> tuple[int, ...]:
+    """What the file may have for the first cluster of this entry, once that is committed."""
+    if is_drop(entry):
+        return MISSING, ZERO  # zeros that were fetched since are in no journal (`adoption.py`)
+    return (ZERO,) if run_count(entry) else (place_of(entry),)
 
 
 class _Misfit(Exception):
@@ -60,12 +67,12 @@ def _unexplained(
     count = 0
     cut_off: set[int] = set()  # clusters whose last place so far is past the end of the file
     for cluster, entry in pairs:
-        run = zero_count(entry)
+        run = run_count(entry)
         if cluster + (run or 1) > geometry.clusters:
             raise _Misfit
         if run:
             cut_off.difference_update(_among(cut_off, range(cluster, cluster + run)))
-            continue  # any cluster may be discarded
+            continue  # any cluster may be discarded or dropped
         place = place_of(entry)
         if place % geometry.cluster_size or place < header.area_bytes:
             raise _Misfit
@@ -92,14 +99,14 @@ def _among(clusters: Collection[int], covered: range) -> list[int]:
 
 
 def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
-    """Whether the journal explains these entries of the file: as later ones, or as discarded or left before all others.
+    """Whether the journal explains these entries of the file: as later ones, or as what was given up before all others.
 
-    An entry never changes from one place to another without a move, or a discard in between.
+    An entry never changes from one place to another without a move, or a discard or a drop in between.
     """
     left = dict(found)
     placed: set[int] = set()  # clusters with an earlier place in the journal
     for cluster, entry in pairs:
-        if count := zero_count(entry):
+        if count := run_count(entry):
             for number in _among(left, range(cluster, cluster + count)):
                 if number not in placed:
                     del left[number]
@@ -113,8 +120,8 @@ def _explained(pairs: Iterable[Pair], found: dict[int, int]) -> bool:
 def _follows(pairs: Iterable[Pair], cluster: int, found: int) -> bool:
     """Whether the journal has this entry for the cluster. The kill came while a group was being written."""
     for first, entry in pairs:
-        if count := zero_count(entry):
-            if found == ZERO and first <= cluster < first + count:
+        if count := run_count(entry):
+            if found in _left_by(entry) and first <= cluster < first + count:
                 return True
         elif (first, place_of(entry)) == (cluster, found):
             return True
@@ -138,8 +145,11 @@ def apply(
     """
     for cluster, entry in pairs:
         tables.check_room()
-        if count := zero_count(entry):
-            _apply_zeros(cluster, count, clusters, tables, allocator, backing=backing)
+        if count := run_count(entry):
+            if is_drop(entry):
+                _apply_drop(cluster, count, clusters, tables)
+            else:
+                _apply_zeros(cluster, count, clusters, tables, allocator, backing=backing)
             continue
         allocator.make_table(cluster)
         clusters.load_now(cluster)
@@ -164,4 +174,15 @@ def _apply_zeros(
         if clusters.has_table(cluster):
             clusters.load_now(cluster)
             clusters.discard(cluster, end - cluster, missing_too=backing)  # its data leaks until a repair
+        cluster = end
+
+
+def _apply_drop(cluster: int, count: int, clusters: ClusterMap, tables: TableSlices) -> None:
+    stop = cluster + count
+    while cluster < stop:
+        end = min(stop, (cluster // clusters.slice_entries + 1) * clusters.slice_entries)
+        tables.check_room()
+        if clusters.has_table(cluster):
+            clusters.load_now(cluster)
+            clusters.drop(range(cluster, end), {})  # their data leaks until a repair
         cluster = end

@@ -21,7 +21,7 @@ import zlib
 from pathlib import Path
 
 from qedfs.errors import InUse, QedfsError
-from qedfs.overlay.journal import OrphanJournal, place_of, zero_count
+from qedfs.overlay.journal import OrphanJournal, place_of, run_count
 from qedfs.overlay.journal_search import find
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.storage import Storage
@@ -79,7 +79,7 @@ def _checksum(storage: Storage, orphan: OrphanJournal | None, cluster_size: int)
         return 0
     view = memoryview(bytearray(cluster_size))
     size = storage.size()
-    places = (place_of(entry) for _, entry in orphan.pairs if not zero_count(entry))
+    places = (place_of(entry) for _, entry in orphan.pairs if not run_count(entry))
     inside = (offset for offset in places if offset < size)
     value = 0
     for offset in itertools.islice(inside, -(-size // cluster_size)):

@@ -70,6 +70,10 @@ class LocalSource:
         """Size and modification time when the file was opened."""
         return self._identity
 
+    def is_on(self, status: os.stat_result) -> bool:
+        """Whether it has this file open."""
+        return self._fd >= 0 and os.path.samestat(os.fstat(self._fd), status)
+
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer`. Raises SourceChanged if the file has been truncated or written to."""
         view = buffer.cast("B")

@@ -51,6 +51,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def places(self) -> list[int]:
+        """Where they are, in ascending order."""
+        return sorted(sample.pos for sample in self._samples)
+
     def offer(self, pos: int, data: memoryview) -> None:
         """Take a sample of bytes just read, if this read is to be sampled and has data other than zeros."""
         self._reads += 1

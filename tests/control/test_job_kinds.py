@@ -193,7 +193,7 @@ async def test_an_image_that_leaves_takes_it_along(tmp_path: Path) -> None:
 async def test_a_kind_that_does_not_exist(tmp_path: Path) -> None:
     async with controlled(tmp_path) as (mount, path), talking(path) as talk:
         await mount.add("disk", MemorySource(b"x" * CLUSTER))
-        assert await talk.error("x-qedfs-start", device="disk", type="commit") == (
+        assert await talk.error("x-qedfs-start", device="disk", type="mirror") == (
             "GenericError",
-            "Parameter 'type' does not accept value 'commit'",
+            "Parameter 'type' does not accept value 'mirror'",
         )

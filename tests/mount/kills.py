@@ -13,7 +13,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +63,14 @@ def kill_once(
     *options: str,
     beside: Callable[[Mount], contextlib.AbstractContextManager[None]] = no_job,
     settled: Callable[[Mount], None] = nothing_more,
+    again: Sequence[str] = (),
 ) -> Outcome:
     """Mounts, writes, kills, mounts again, compares.
 
     `beside`: what else is done with the mount until the kill. `settled`: looks at the next mount for what has become of
     that, and may give the expectation another length before it is compared.
+
+    `again`: options of the second mount.
 
     Raises:
         Broken: the image is not what it has to be.
@@ -96,7 +99,7 @@ def kill_once(
     check = qemu_check(overlay.path)
     if check.corruptions:
         raise Broken(f"seed {seed}: qemu-img check finds {check.corruptions} corruptions after the kill")
-    with mounted(overlay.path, overlay.mountpoint, "--no-stream") as mount:
+    with mounted(overlay.path, overlay.mountpoint, "--no-stream", *again) as mount:
         settled(mount)
         _compare(mount.path("disk.raw"), overlay.expected, pending, seed)
         complete = mount.image()["state"] == "complete"

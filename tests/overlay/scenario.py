@@ -4,8 +4,8 @@ Owns the drawing of geometries, backings and steps from a seed, and `History`, t
 crash is modelled (`cuts.py`) or judged (`examine.py`).
 
 A run opens an overlay and lets several tasks at once write (whole clusters, parts, over each other), adopt, adopt
-zeros, discard, move, flush, commit and store records; some close and open again, some end with a detach, some meet a
-full disk.
+zeros, discard, move, drop, flush, commit and store records; some close and open again, some end with a detach, some
+meet a full disk.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from tests.fakes.storage import RecordingStorage
 from tests.model import SECTOR, SectorModel
 
 MOVING = 1_000_000  # from this seed on, a job moves data while guests write
+DROPPING = 2_000_000  # from this one on, one drops what the backing has, too
 FULL_DISKS = 5  # times that a scenario with a full disk meets it
 BACKING_NAME = "base.raw"
 # Long enough that the record needs all sectors of its slot: only then can it be torn.
@@ -71,6 +72,7 @@ class Scenario:
     backed: bool = True  # otherwise the overlay has never had a backing, and what nobody wrote reads as zeros
     trims: int = 3  # discards of each trimmer
     moves: int = 0  # stretches that a job moves
+    drops: int = 0  # stretches of which a job drops what is the same in the backing
     killed: str = (
         ""  # the first session is, after the disk has not taken pages: that is "unreported", or "told" to others
     )
@@ -95,7 +97,8 @@ class Scenario:
             slice_entries=rng.choice((SLICE_ENTRIES, SECTOR_ENTRIES)),
             bad_barrier=rng.randint(1, 12) if rng.random() < 0.3 else 0,
             killed=rng.choice(("", "", "", "unreported", "told")),
-            moves=6 if seed >= MOVING else 0,
+            moves=6 if MOVING <= seed < DROPPING else 0,
+            drops=9 if seed >= DROPPING else 0,
         )
 
     @cached_property
@@ -364,6 +367,8 @@ class Actors:
             nursery.start_soon(self.reader, 4)
             if self.history.scenario.moves:
                 nursery.start_soon(self.mover, self.history.scenario.moves)
+            if self.history.scenario.drops:
+                nursery.start_soon(self.dropper, self.history.scenario.drops)
 
     async def pause(self) -> None:
         for _ in range(self._rng.randrange(12)):
@@ -404,6 +409,19 @@ class Actors:
                     with gathering:
                         while not gathering.ended and self._rng.random() < 0.9:
                             await gathering.step(self._rng.choice((1, 1 << 20)))
+            if self._rng.random() < 0.3:
+                await self.overlay.give_space_back()
+
+    async def dropper(self, count: int) -> None:
+        """Drop what the backing has, too, as the end of a commit into it does."""
+        for _ in range(count):
+            await self.pause()
+            if self.overlay.backing is None:
+                return
+            first = self._rng.choice(self._focus)
+            many = self._rng.randint(1, min(6, self._geometry.clusters - first))
+            with self._trouble_allowed():
+                await self.overlay.dropping.drop(first, many, StillBacking(self.history.scenario.base))
             if self._rng.random() < 0.3:
                 await self.overlay.give_space_back()
 
@@ -535,6 +553,23 @@ class Actors:
         except ReadOnlyOverlay:
             if not self.history.failed:
                 raise
+
+
+class StillBacking:
+    """A backing that nobody changes, for a drop (`Below`)."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def read_now(self, pos: int, view: memoryview) -> bool:
+        self.read_waiting(pos, view)
+        return True
+
+    def read_waiting(self, pos: int, view: memoryview) -> None:
+        view[:] = self._content[pos : pos + len(view)]
+
+    def hole_end(self, pos: int) -> int:
+        return pos if any(self._content[pos : pos + 4096]) else pos + 4096
 
 
 async def flush(overlay: Overlay) -> None:

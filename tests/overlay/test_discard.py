@@ -11,7 +11,7 @@ import pytest
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay import discard as discard_module
 from qedfs.overlay import journal as journal_module
-from qedfs.overlay.journal import Journal, zero_count, zero_run
+from qedfs.overlay.journal import Journal, run_count, zero_run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
@@ -37,8 +37,8 @@ async def again(storage: MemoryStorage, folder: Path | None = None) -> Overlay:
 
 
 def test_a_run_of_zeros_is_no_offset() -> None:
-    assert [zero_count(zero_run(count)) for count in (1, 2, 4096)] == [1, 2, 4096]
-    assert [zero_count(offset) for offset in (0, 4096, 1 << 40)] == [0, 0, 0]
+    assert [run_count(zero_run(count)) for count in (1, 2, 4096)] == [1, 2, 4096]
+    assert [run_count(offset) for offset in (0, 4096, 1 << 40)] == [0, 0, 0]
 
 
 async def test_all_kinds_of_clusters_become_zeros() -> None:
@@ -134,4 +134,4 @@ async def test_a_journal_that_takes_nothing_more_does_not_outlive_a_discard(
 
 
 def test_the_journal_of_an_older_qedfs_is_read() -> None:
-    assert journal_module._MAGICS[1:] == (b"qedfsj\0\3", b"qedfsj\0\2")
+    assert journal_module._MAGICS[1:] == (b"qedfsj\0\4", b"qedfsj\0\3", b"qedfsj\0\2")

@@ -22,7 +22,7 @@ from tests.fakes.storage import MemoryStorage
 from tests.harness.sample import sample
 from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import MOVING, History, Kill, Scenario, read_all, repeatable, run_and_kill
+from tests.overlay.scenario import DROPPING, MOVING, History, Kill, Scenario, read_all, repeatable, run_and_kill
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
 pytestmark = pytest.mark.no_cover
@@ -104,6 +104,11 @@ def test_no_returned_write_is_lost_while_data_is_moved(first: int, tmp_path: Pat
     assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
 
 
+@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(4, whole=48), 4))
+def test_no_returned_write_is_lost_while_what_the_backing_has_is_dropped(first: int, tmp_path: Path) -> None:
+    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
+
+
 def test_without_a_backing_a_discard_has_to_begin_with_a_cluster_that_it_changes(tmp_path: Path) -> None:
     mutant = Mutant(
         "the journal's witness is true",
@@ -182,7 +187,7 @@ RULES = (
     Mutant(
         "a journal fits whose witness a running group has replaced",
         "recovery:_follows",
-        "found == ZERO and",
+        "found in _left_by(entry) and",
         "False and",
         first=62,
     ),

@@ -23,7 +23,7 @@ from tests.overlay.examine import Broken, examine
 from tests.overlay.images import empty
 from tests.overlay.mutants import MOVES, MUTANTS, Mutant, mutated
 from tests.overlay.powercut import Failure, replay, reproduce
-from tests.overlay.scenario import MOVING, History, Scenario, run_seed
+from tests.overlay.scenario import DROPPING, MOVING, History, Scenario, run_seed
 
 SEEDS = sample(12, whole=64)
 STATES_PER_SEED = 160
@@ -41,6 +41,14 @@ def test_every_state_after_a_power_cut_is_legal(first: int) -> None:
 
 @pytest.mark.parametrize("first", range(MOVING, MOVING + sample(4, whole=64), 4))
 def test_every_state_is_legal_while_data_is_moved(first: int) -> None:
+    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
+    failures = [failure for tally in tallies for failure in tally.failures]
+    assert not failures, "\n".join(map(str, failures[:5]))
+    assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
+
+
+@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(4, whole=64), 4))
+def test_every_state_is_legal_while_what_the_backing_has_is_dropped(first: int) -> None:
     tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
     failures = [failure for tally in tallies for failure in tally.failures]
     assert not failures, "\n".join(map(str, failures[:5]))

@@ -13,7 +13,7 @@ import trio.testing
 from qedfs.errors import NoSpace
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay import loop_writes
-from qedfs.overlay.journal import Journal, is_move, moved_to, place_of, zero_count
+from qedfs.overlay.journal import Journal, is_move, moved_to, place_of, run_count
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.relocation import PIECE_BYTES, Layout
@@ -63,7 +63,7 @@ async def gather(overlay: Overlay, first: int = 0, count: int = 8) -> int:
 
 def test_a_move_in_the_journal_is_neither_a_place_nor_a_run_of_zeros() -> None:
     entry = moved_to(7 * CLUSTER)
-    assert (is_move(entry), place_of(entry), zero_count(entry)) == (True, 7 * CLUSTER, 0)
+    assert (is_move(entry), place_of(entry), run_count(entry)) == (True, 7 * CLUSTER, 0)
     assert (is_move(7 * CLUSTER), place_of(7 * CLUSTER)) == (False, 7 * CLUSTER)
 
 

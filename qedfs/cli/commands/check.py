@@ -17,7 +17,7 @@ from qedfs.format.header import NEED_CHECK, Header
 from qedfs.overlay.check import Report, give_back_leaks
 from qedfs.overlay.check import check as check_tables
 from qedfs.overlay.check import repair as repair_tables
-from qedfs.overlay.journal import Pair, zero_count
+from qedfs.overlay.journal import Pair, run_count
 from qedfs.overlay.journal_search import find
 from qedfs.overlay.revalidation import revalidate
 from qedfs.overlay.session import Session, read_header, read_record
@@ -89,7 +89,7 @@ def _waiting(storage: Storage) -> tuple[int, str]:
 def _distinct(pairs: Iterable[Pair], total: int) -> int:
     """How many of `total` clusters these entries of a journal concern. One entry may discard billions of them."""
     count = reached = 0
-    for first, stop in sorted((cluster, min(cluster + (zero_count(entry) or 1), total)) for cluster, entry in pairs):
+    for first, stop in sorted((cluster, min(cluster + (run_count(entry) or 1), total)) for cluster, entry in pairs):
         count += max(0, stop - max(first, reached))
         reached = max(reached, stop)
     return count

@@ -11,9 +11,11 @@ import trio
 
 from qedfs.cli.asked_source import Asking, ask
 from qedfs.cli.commands.map import whole_map
+from qedfs.cli.completion import images, mountpoints
 from qedfs.cli.given_once import GivenOnce
+from qedfs.cli.image_job import JobOrder
 from qedfs.cli.locked_file import image_explained
-from qedfs.cli.option_types import PLACE
+from qedfs.cli.option_types import PLACE, RATE
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
@@ -35,20 +37,61 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=GivenOnce, short_help="Write an overlay's own data into its backing.")
-@click.argument("overlay", type=PLACE)
+@click.argument("overlay", metavar="OVERLAY|MOUNTPOINT", type=PLACE, shell_complete=mountpoints)
+@click.argument("image", required=False, shell_complete=images)
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--keep", is_flag=True, help="Leave the data in the overlay, too.")
 @click.option("--dry-run", is_flag=True, help="Say how much would be written, and write nothing.")
+@click.option("--limit", type=RATE, metavar="SIZE", help="Of a mounted IMAGE: at most SIZE bytes per second.")
+@click.option("--no-wait", is_flag=True, help="Of a mounted IMAGE: return as soon as it has begun.")
+@click.option("--pause", "command", flag_value="pause", help="Of a mounted IMAGE: pause the commit that runs.")
+@click.option("--resume", "command", flag_value="resume", help="Let it continue.")
+@click.option("--cancel", "command", flag_value="cancel", help="End it. The image reads as before.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors: no progress bar, no result.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def commit(overlay: str, allow_backing: tuple[str, ...], keep: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was written, or the image's status, as JSON.")
+def commit(
+    overlay: str,
+    image: str | None,
+    allow_backing: tuple[str, ...],
+    keep: bool,
+    dry_run: bool,
+    limit: int | None,
+    no_wait: bool,
+    command: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Write what OVERLAY has, and its backing has not, into the backing. Then OVERLAY is empty.
 
-    OVERLAY must not be mounted. Its backing is a local raw file or QED overlay that nobody else has open. Zeros become
-    holes. A backing that is smaller than the image grows. Every other overlay over the same backing becomes useless.
+    The backing is a local raw file or QED overlay that nobody else has open. Zeros become holes. A backing that is
+    smaller than the image grows. Every other overlay over the same backing becomes useless.
+
+    OVERLAY is not mounted. With MOUNTPOINT and IMAGE, the overlay of a mounted image is committed while guests use it,
+    into a raw file. The stream must be off. What guests write meanwhile stays in the overlay, for another commit.
 
     If the command is interrupted, the image reads as before, and the same command goes on.
     """
+    if image is not None:
+        if allow_backing or dry_run:
+            raise UsageError("--allow-backing and --dry-run are for an overlay that is not mounted")
+        if command and keep:
+            raise UsageError(f"--{command} goes without --keep")
+        JobOrder(
+            overlay,
+            image,
+            "commit",
+            stays="the image reads as before",
+            ended="the backing has its data" + (", and so has the overlay" if keep else ""),
+            limit=limit,
+            command=command,
+            no_wait=no_wait,
+            quiet=quiet,
+            as_json=as_json,
+            arguments={"keep": keep},
+        ).carry_out()
+        return
+    if limit is not None or no_wait or command:
+        raise UsageError("--limit, --no-wait, --pause, --resume and --cancel are for a mounted image: MOUNTPOINT IMAGE")
     progress = CopyProgress(os.path.basename(overlay))
     order = _Order(overlay, allow_backing, keep, dry_run)
     done, backing = trio.run(_with_bar, order, progress, quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qedfs.control.qmp.block_commit import commit_commands
 from qedfs.control.qmp.block_nodes import node_commands
 from qedfs.control.qmp.command import Arguments, Commands
 from qedfs.control.qmp.errors import CommandNotFound
@@ -56,5 +57,5 @@ async def _quit(call: Call, _: Arguments) -> dict[str, Any]:
     return {}
 
 
-for _table in (job_commands, node_commands, our_commands):
+for _table in (job_commands, commit_commands, node_commands, our_commands):
     commands.update(_table)

@@ -19,7 +19,7 @@ from qedfs.jobs.stream import StreamJob
 Nothing = dict[str, Any]
 
 ON_ERROR = ("report", "ignore", "enospc", "stop", "auto")
-_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed() of QEMU
+JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed() of QEMU
 
 job_commands: Commands[Call] = Commands()
 
@@ -50,16 +50,16 @@ def find_served(call: Call, device: str) -> tuple[ServedImage, Image, StreamJob]
 )
 async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
     """Fetch what is missing, then drop the backing."""
-    _refuse_two(arguments, "base", "base-node")
-    _refuse_two(arguments, "base", "bottom")
-    _refuse_two(arguments, "bottom", "base-node")
+    refuse_two(arguments, "base", "base-node")
+    refuse_two(arguments, "base", "bottom")
+    refuse_two(arguments, "bottom", "base-node")
     served, image, stream = find_served(call, arguments["device"])
     nothing = image.complete or _ends_above_backing(call, image, served, arguments)
     if "backing-file" in arguments and not nothing:
         raise QmpError("backing file specified, but streaming the entire chain")
-    speed = _speed(arguments) if "speed" in arguments else None
+    speed = given_speed(arguments) if "speed" in arguments else None
     job_id = arguments.get("job-id", device_name(served))
-    if "job-id" in arguments and not _JOB_ID.fullmatch(job_id):
+    if "job-id" in arguments and not JOB_ID.fullmatch(job_id):
         raise QmpError(f"Invalid job ID '{job_id}'")
     if not image.writable:
         raise QmpError("Block node is read-only")
@@ -113,12 +113,14 @@ def _ends_above_backing(call: Call, image: Image, served: ServedImage, arguments
     return False
 
 
-def _refuse_two(arguments: Arguments, one: str, other: str) -> None:
+def refuse_two(arguments: Arguments, one: str, other: str) -> None:
+    """Raise QmpError if both arguments are given."""
     if one in arguments and other in arguments:
         raise QmpError(f"'{one}' and '{other}' cannot be specified at the same time")
 
 
-def _speed(arguments: Arguments) -> int:
+def given_speed(arguments: Arguments) -> int:
+    """The argument `speed`, which is given. Raises QmpError if it is negative."""
     speed: int = arguments["speed"]
     if speed < 0:
         raise QmpError("Parameter 'speed' expects a non-negative value")
@@ -142,7 +144,7 @@ async def _query_jobs(call: Call, _: Arguments) -> list[dict[str, Any]]:
 async def _set_speed(call: Call, arguments: Arguments) -> Nothing:
     block = call.control.jobs.block_job(arguments["device"])
     block.require("set-speed")
-    block.job.set_limit(_speed(arguments))
+    block.job.set_limit(given_speed(arguments))
     return {}
 
 

@@ -81,6 +81,11 @@ class Jobs(Driver):
         if (block := self._active.get(image)) is not None:
             raise QmpError(f"Node '{name}' is busy: block device is in use by block job: {block.job.kind}")
 
+    def check_id(self, job_id: str) -> None:
+        """Raise QmpError if the id is taken."""
+        if job_id in self._by_id:
+            raise QmpError(f"Job ID '{job_id}' already in use")
+
     def begin(self, job: Job, name: str, job_id: str, wishes: Wishes, *, nothing: bool = False) -> BlockJob:
         """Create a block job for a job that the caller starts. `name`: that of the image's node.
 
@@ -88,8 +93,7 @@ class Jobs(Driver):
             QmpError: the image has a block job already, or the id is taken.
         """
         self.check_free(job.image, name)
-        if job_id in self._by_id:
-            raise QmpError(f"Job ID '{job_id}' already in use")
+        self.check_id(job_id)
         self._names[job] = name
         self._synced = None
         job.attach(self)

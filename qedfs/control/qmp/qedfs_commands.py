@@ -1,8 +1,8 @@
 """The commands `x-qedfs-*`, for what QMP lacks. They name an image rather than a job.
 
 - `x-qedfs-status`: what `qedfs status --json` prints.
-- `x-qedfs-start {device, limit?, type?}`: stream, or run a job of another type; waits while the source is unreachable
-  or the disk is full.
+- `x-qedfs-start {device, limit?, type?, keep?}`: stream, or run a job of another type; waits while the source is
+  unreachable or the disk is full. `keep`: the overlay keeps what a job of the type `commit` writes into its backing.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device, type?}`: repeating one is not an error. `type`: of a job
   beside the stream, which must be active.
 - `x-qedfs-limit {device, limit, type?}`: bytes per second, 0 for no limit; works even while nothing streams.
@@ -48,6 +48,7 @@ from qedfs.errors import InStandby, ReadOnlyOverlay
 from qedfs.image.image import Image
 from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
 from qedfs.image.source_rule import set_source_errors
+from qedfs.jobs.commit import CommitJob
 from qedfs.jobs.job import Job
 from qedfs.jobs.kinds import KINDS
 from qedfs.jobs.missing import MissingRuns
@@ -64,14 +65,18 @@ async def _status(call: Call, _: Arguments) -> dict[str, Any]:
 
 
 @our_commands(
-    "x-qedfs-start", Arg("device"), Arg("limit", "integer", optional=True), Arg("type", "string", optional=True)
+    "x-qedfs-start",
+    Arg("device"),
+    Arg("limit", "integer", optional=True),
+    Arg("type", "string", optional=True),
+    Arg("keep", "boolean", optional=True),
 )
 async def _start(call: Call, arguments: Arguments) -> Nothing:
     served, image, stream = find_served(call, arguments["device"])
     limit = _not_negative(arguments, "limit") if "limit" in arguments else None
     check_active(served, image)
     if (kind := arguments.get("type", stream.kind)) != stream.kind:
-        _start_other(call, served, image, kind, limit or 0)
+        _start_other(call, served, image, kind, limit or 0, keep=arguments.get("keep", False))
         return {}
     if image.complete:
         return {}
@@ -84,14 +89,17 @@ async def _start(call: Call, arguments: Arguments) -> Nothing:
     return {}
 
 
-def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit: int) -> None:
-    """Begin a job of another kind than the stream, which every image has."""
+def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit: int, *, keep: bool) -> None:
+    """Begin a job of another kind than the stream, which every image has. `keep`: of a commit, see `CommitJob`."""
     jobs, name = call.control.jobs, device_name(served)
     if served.jobs is None or kind not in KINDS:
         raise QmpError(f"Parameter 'type' does not accept value '{kind}'")
     _check_writable(served, image)
     jobs.check_free(image, name)
-    jobs.begin(served.jobs.begin(kind, limit=limit), name, jobs.free_id(name), Wishes())
+    job = served.jobs.begin(kind, limit=limit)
+    if isinstance(job, CommitJob):
+        job.keep = keep
+    jobs.begin(job, name, jobs.free_id(name), Wishes())
 
 
 _TYPE = Arg("type", "string", optional=True)

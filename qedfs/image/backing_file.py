@@ -1,0 +1,99 @@
+"""Finds the local file of a backing that is about to be written, and opens it if nobody else has it open.
+
+Owns what such a file must be, and the order of these checks. Must not know what is written (`commit_target.py`), nor
+whether it is of the pinned version.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+from typing import NamedTuple
+
+import trio
+
+from qedfs.errors import Inaccessible, InUse, SourceError, UsageError
+from qedfs.host.durable import sync_file
+from qedfs.host.lease import open_elsewhere
+from qedfs.image.commit_target import RawTarget
+from qedfs.overlay.storage import FileStorage
+from qedfs.source.path import Held
+from qedfs.source.policy import Policy
+from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, probe
+from qedfs.source.url import Location
+
+_QED = b"QED\0"  # the first bytes of such a file
+
+
+class BackingFile(NamedTuple):
+    """The file of a backing. `path` contains no links. `qed`: it is a QED overlay, and otherwise raw."""
+
+    path: str
+    status: os.stat_result
+    qed: bool
+
+
+async def find_file(location: Location, policy: Policy, *, probes: bool) -> BackingFile:
+    """Look the file up, and at its first bytes if it is not recorded that it is raw (`probes`).
+
+    Raises:
+        Refused: the policy does not allow it.
+        SourceError, UsageError: it is not there, or in a format that is not written.
+    """
+    return await trio.to_thread.run_sync(lambda: _found(location, policy, probes=probes))
+
+
+def _found(location: Location, policy: Policy, *, probes: bool) -> BackingFile:
+    policy.check_location(location)
+    try:
+        with Held(location, policy) as held:
+            path, status = os.readlink(held.path), os.stat(held.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"backing {location}: is not a regular file; qemu-img commit writes to devices")
+            return BackingFile(path, status, probes and _is_qed(location, held.path, status.st_size))
+    except OSError as exc:
+        raise SourceError(f"backing {location}: {exc.strerror}") from exc
+
+
+def _is_qed(location: Location, path: str, size: int) -> bool:
+    """Whether the file is a QED overlay. Raises SourceError if it is neither that nor raw."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+        file.seek(max(0, size - TAIL_BYTES))
+        kind = probe(head, file.read(TAIL_BYTES), size=size, media_type="")
+    if kind not in (RAW, QCOW2) and not head.startswith(_QED):
+        raise SourceError(f"backing {location} looks like {kind.name} (its {kind.at} bytes), not like a disk")
+    if kind is QCOW2:
+        raise SourceError(f"backing {location} is a qcow2 image, which is only read; use qemu-img commit")
+    return head.startswith(_QED)
+
+
+async def check_unused(location: Location, file: BackingFile) -> None:
+    """Raise InUse if anybody has the file open, this process included, as far as the file system tells."""
+    if await trio.to_thread.run_sync(open_elsewhere, file.path):
+        raise InUse(
+            f"backing {location}: another program has it open, such as a mount of an overlay over it; close it there"
+            " first"
+        )
+
+
+async def open_raw(location: Location, file: BackingFile, *, dry: bool = False) -> RawTarget:
+    """Open and lock a raw file for writing. `dry`: nothing is written to it.
+
+    Raises:
+        Inaccessible: it cannot be written to.
+        InUse: somebody else has it open, or it is another file than the one that was found.
+    """
+    try:
+        storage = await trio.to_thread.run_sync(lambda: FileStorage.open(file.path, writable=True))
+    except Inaccessible as exc:
+        reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
+        raise Inaccessible(f"backing {location}: cannot be opened for writing: {reason}") from exc
+    try:
+        if not os.path.samestat(storage.stat(), file.status):
+            raise InUse(f"backing {location}: was replaced by another file meanwhile; try again")
+        return await RawTarget.of(storage, functools.partial(sync_file, file.path), dry=dry)
+    except BaseException:
+        storage.close()
+        raise

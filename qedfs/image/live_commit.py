@@ -1,0 +1,268 @@
+"""Commits an image into its backing while guests use it: the steps, one at a time.
+
+Owns the order of writes in two files and the exchanges of the source. Must not know how fast it may go, nor who
+controls it (`jobs/commit.py`). The order is that of `commit_down.py`, which says what each step prevents. What is
+different:
+
+- The image reads its missing clusters from the file that we write to, by its own mtime another version all the time. So
+  it gets a source that reads through our descriptor (`written_backing.py`), and when all is written and durable, one
+  that compares versions again. An exchange is the end of all answers of the old source, and of what they would have
+  been kept for (`Image.exchange_source`).
+- Nothing that is read is kept until then: after an adoption from the time before, a cluster would be what the backing
+  was, not what a guest has written and we have committed.
+- The clusters with samples are left alone to the end, also if a guest writes to them meanwhile. After a kill, the next
+  session knows the backing by these samples, by whatever mtime.
+- The entries go one by one, each only if the backing has the same bytes at that moment (`overlay/dropping.py`). What a
+  guest has written to since it was copied stays in the overlay, for another commit.
+- The pin must be durable before the first entry goes, as in `commit_down.py`. After that the backing is only read, so
+  that it stays the version that the pin says.
+
+Between any two steps, also after a kill or a power cut, the image reads as before, and the same steps again end it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+
+import trio
+
+from qedfs.errors import InStandby, InUse, QedfsError, ReadOnlyOverlay, SourceChanged, UsageError
+from qedfs.format.record import Pin, digest
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_raw
+from qedfs.image.commit_down import LOOK_BYTES, LOOKS, begun
+from qedfs.image.commit_target import RawTarget
+from qedfs.image.image import Image
+from qedfs.image.own_backing import OwnBacking
+from qedfs.image.pin import pin_for, store_pin
+from qedfs.image.written_backing import WrittenBacking
+from qedfs.source.base import Source
+from qedfs.source.local import LocalSource
+from qedfs.source.retrying import RetryingSource
+from qedfs.source.samples import Samples
+from qedfs.source.url import Location
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 1 << 20  # copied at once
+
+
+class LiveCommit:
+    """One commit of one served image."""
+
+    def __init__(self, image: Image) -> None:
+        """Raise a QedfsError if the image, as it is, cannot be committed."""
+        self._image = image
+        self._own, self._location = _way(image)
+        self._clusters = image.overlay.geometry.clusters  # those that a growth adds stay in the overlay
+        self._keeps = image.copy_on_read
+        self._samples = Samples()
+        self._sampled: list[int] = []  # the clusters that they are in
+        self._ready = trio.Event()  # set when the backing can be read through our descriptor
+        self._held: RetryingSource | None = None  # the source that does it
+        self._target: RawTarget | None = None
+        self.settled = False  # whether the backing has everything, durably, and the overlay says so
+
+    @property
+    def open(self) -> bool:
+        """Whether `begin` has ended well."""
+        return self._ready.is_set()
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters it is about, from the first one on."""
+        return self._clusters
+
+    async def begin(self) -> None:
+        """Step 1, and the growth of the backing.
+
+        Raises:
+            InUse: somebody else has the backing open, or another image of this mount has it.
+            SourceChanged: it is not the version that the overlay was started from.
+            UsageError: it is of a kind that a mount does not write.
+            QedfsError: a file failed. After each of these errors, the image reads from its source as before.
+        """
+        try:
+            await self._begin()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.leave()
+            raise
+
+    async def _begin(self) -> None:
+        overlay = self._image.overlay
+        file = await self._found()
+        await overlay.flush()
+        target = self._target = await self._taken(file)
+        self._samples = await self._sample(target)
+        self._sampled = [place // overlay.cluster_size for place in self._samples.places]
+        # Before the first byte: from then on, a mount that knows only the pin of before would refuse the backing.
+        pin = Pin(digest(overlay.backing or ""), target.size, samples=self._samples.encode())
+        await overlay.change_record(lambda record: begun(record, pin))
+        if target.size < overlay.image_size:
+            await target.grow(overlay.image_size)
+        self._ready.set()
+
+    async def _found(self) -> BackingFile:
+        """The file of the backing, of the pinned version, which the image has open as its source."""
+        image, overlay = self._image, self._image.overlay
+        file = await find_file(self._location, self._own.policy, probes=overlay.probes_backing)
+        if os.path.samestat(file.status, overlay.file_status()):
+            raise UsageError(f"backing {self._location}: is the overlay itself")
+        if file.qed:
+            raise UsageError(
+                f"backing {self._location}: is a QED overlay, which a mount does not read; unmount first, then"
+                " qedfs commit OVERLAY"
+            )
+        await image.source_size()
+        source = None if image.source is None else image.source.connected
+        if not isinstance(source, LocalSource) or not source.is_on(file.status):
+            raise SourceChanged(f"backing {self._location}: was replaced by another file since the mount has opened it")
+        return file
+
+    async def _taken(self, file: BackingFile) -> RawTarget:
+        """Take the file over from the source of the image, so that nobody else has it open, and open it for writing."""
+        image = self._image
+        if self._own.shared:
+            raise _shared(image, self._location)
+        self._held = RetryingSource(self._location, self._through)
+        image.copy_on_read = False
+        old = image.exchange_source(self._own.fetch_from(self._held))
+        if old is not None:
+            await self._own.release(old)
+        await image.adoptions_ended()
+        await check_unused(self._location, file)
+        return await open_raw(self._location, file)
+
+    async def _through(self) -> Source:
+        """The source of `_held`. Its readers wait until there is one."""
+        await self._ready.wait()
+        assert self._target is not None  # noqa: S101 - for the type checker
+        return WrittenBacking(self._target, self._location)
+
+    async def _sample(self, target: RawTarget) -> Samples:
+        """Samples of the backing where the overlay has nothing, spread over the image."""
+        overlay, samples = self._image.overlay, Samples()
+        for number in range(LOOKS):
+            found = await overlay.next_missing(number * self._clusters // LOOKS, LOOK_BYTES // 4096)
+            if found is None:
+                break
+            pos = found[0] * overlay.cluster_size
+            size = min(LOOK_BYTES, found[1] * overlay.cluster_size, target.size - pos)
+            if size > 0:
+                view = memoryview(bytearray(size))
+                await target.read(pos, view)
+                samples.offer(pos, view)
+        return Samples.decode(samples.encode())  # as many as the record has room for
+
+    async def copy(self, first: int, most: int) -> tuple[int, int]:
+        """Step 2, for up to `most` clusters from `first` on. Returns the next one, and how many bytes were compared."""
+        overlay, target = self._image.overlay, self._open_target()
+        if gap := await overlay.gap(first):
+            return min(self._clusters, first + gap), 0
+        cluster_size = overlay.cluster_size
+        stop = min(first + max(1, min(most, PIECE_BYTES // cluster_size)), self._clusters)
+        at = bisect.bisect_left(self._sampled, first)
+        if at < len(self._sampled):
+            stop = min(stop, self._sampled[at])
+            if stop == first:
+                return first + 1, 0
+        pos = first * cluster_size
+        size = min(stop * cluster_size, target.size) - pos
+        if overlay.failure is not None:
+            raise overlay.failure.fresh()
+        view = memoryview(bytearray(size))
+        runs = await overlay.map(pos, size)
+        with overlay.reading():
+            for run in runs:
+                if run.offset > ZERO:
+                    await overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
+        done = 0
+        for run in runs:
+            if run.offset == ZERO:
+                await target.zero(run.pos, run.size)
+            elif run.offset != MISSING:
+                await target.store(run.pos, view[run.pos - pos : run.pos - pos + run.size])
+            done += run.size if run.offset != MISSING else 0
+        return stop, done
+
+    async def settle(self) -> None:
+        """Steps 3 and 4. After an error it may be called again."""
+        image, overlay, target = self._image, self._image.overlay, self._open_target()
+        # After the reads: if another program has cut the overlay off, they were zeros.
+        await overlay.inspect()
+        # The bytes and the times of the backing. Without this barrier, entries could go, and after a power cut neither
+        # file would have what a guest had flushed.
+        await target.sync()
+        fetch = await self._own.fetch()
+        try:
+            identity = await fetch.remote.connect()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._own.release(fetch.remote)
+            raise
+        old = image.exchange_source(fetch)
+        image.copy_on_read = self._keeps
+        if old is not None:
+            await self._own.release(old)
+        # Durable before any entry goes: an overlay that needs the backing for everything must know which version.
+        await store_pin(overlay, pin_for(overlay.backing or "", fetch.remote, identity, self._samples))
+        await image.adoptions_ended()
+        self.settled = True
+
+    async def drop(self, first: int, count: int) -> int | None:
+        """Step 5, for so many clusters, after `settle`. See `Dropping.drop`."""
+        return await self._image.overlay.dropping.drop(first, count, self._open_target())
+
+    async def leave(self) -> None:
+        """Give the backing back, at whichever step. What was not dropped is in the overlay, as before."""
+        image = self._image
+        if self._held is not None and image.source is self._held and not image.closed:
+            try:
+                fetch = await self._own.fetch()
+            except (QedfsError, OSError) as exc:
+                log.error("%s: its backing cannot be opened again: %s", image.name, exc)
+                return  # it reads through our descriptor on
+            # Its check finds the samples in the record, and lets the overlay have a whole pin again (`pin.py`).
+            image.exchange_source(fetch)
+            image.copy_on_read = self._keeps
+        if self._held is not None:
+            await self._own.release(self._held)
+            self._held = None
+        if self._target is not None:
+            await self._target.close()
+            self._target = None
+
+    def _open_target(self) -> RawTarget:
+        assert self._target is not None  # noqa: S101 - for the type checker; `begin` has opened it
+        return self._target
+
+
+def _way(image: Image) -> tuple[OwnBacking, Location]:
+    """How to get at the backing. Raises a QedfsError if that is nothing that can be written."""
+    if image.complete:
+        raise UsageError(f"{image.name}: is complete, and has no backing")
+    if image.in_standby:
+        raise InStandby(f"{image.name}: is in standby, and has no data; qedfs activate ends that")
+    if not image.writable:
+        raise ReadOnlyOverlay(f"{image.name}: the overlay is read-only, so that nothing in it can be dropped")
+    if image.own_backing is None or image.source is None:
+        raise UsageError(f"{image.name}: has no source")
+    location = image.source.location
+    if location.kind != "file":
+        raise UsageError(
+            f"{image.name}: its backing {location} is on a server, and only read; qedfs export --with-backing writes"
+            " the whole image to a file"
+        )
+    if image.own_backing.shared:
+        raise _shared(image, location)
+    return image.own_backing, location
+
+
+def _shared(image: Image, location: Location) -> InUse:
+    return InUse(
+        f"backing {location}: another image of this mount has it, too, and would become useless; {image.name} is not"
+        " committed"
+    )

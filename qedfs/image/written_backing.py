@@ -1,0 +1,62 @@
+"""A raw backing as a source while this process writes to it. Its times move all the time, so they tell no version.
+
+Owns nothing but the reads that are under way. Must not know who writes, nor what. The file is locked, and nobody else
+had it open before, so that all changes are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from qedfs.errors import QedfsError, SourceUnreachable
+from qedfs.image.commit_target import RawTarget
+from qedfs.source.base import Extent, Identity, check_range
+from qedfs.source.url import Location
+
+
+class WrittenBacking:
+    """A `Source`. Whoever made it closes the file, after `aclose`."""
+
+    def __init__(self, target: RawTarget, location: Location) -> None:
+        self.identity = Identity(target.size, name=str(location))
+        self.received = 0
+        self._target = target
+        self._location = location
+        self._reads = 0
+        self._closed = False
+        self._idle = trio.Event()
+
+    async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """See `Source.read`."""
+        check_range(pos, len(buffer), self.identity.size)
+        if self._closed:
+            raise self._gone()
+        self._reads += 1
+        try:
+            await self._target.read(pos, buffer.cast("B"))
+        except QedfsError as exc:
+            raise SourceUnreachable(f"backing {self._location}: {exc}") from exc
+        finally:
+            self._reads -= 1
+            if not self._reads:
+                self._idle.set()
+        self.received += len(buffer)
+
+    async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
+        """Unknown, as they change."""
+        check_range(pos, size, self.identity.size)
+        if self._closed:
+            raise self._gone()
+        return None
+
+    async def aclose(self) -> None:
+        """Let no further read begin, and wait for those under way."""
+        self._closed = True
+        while self._reads:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def _gone(self) -> SourceUnreachable:
+        return SourceUnreachable(f"backing {self._location}: closed")

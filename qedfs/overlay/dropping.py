@@ -1,0 +1,209 @@
+"""Drops clusters whose bytes the backing has, too: they are missing again, and read the same.
+
+Owns the comparison, and what a guest's write to a cluster that is being dropped means. Must not know why the backing
+has these bytes (`image/commit_down.py`). The protocol is at the top of `overlay.py`.
+
+While clusters are dropped, nobody changes the backing, and what it has is durable. So
+
+1. a cluster is compared and dropped without an await in between. What a guest has written before makes a difference,
+   and the cluster stays. What it writes afterwards is a new cluster, around which the backing has the right bytes;
+2. a cluster stays, too, if a write to it is under way: in a thread, where it would go to the old place; or while it
+   waits for the rest of the cluster, which it may have got before the backing had these bytes;
+3. the journal gets the drop before the map does, as with a discard (`discard.py`). A later write of the session gives
+   the cluster another place, which a recovery would otherwise take for that of another overlay;
+4. the old place is free as that of a discarded cluster is (`freed.py`).
+
+A drop that a kill or a power cut undoes costs nothing: the old entry refers to the same bytes.
+
+The comparison is made on the event loop, as the copy of a move is (`relocation.py`), a few clusters at a time: 40 us
+for 128 KiB in the page cache. What is not there is read in a thread first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import trio
+
+from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.barrier import Barriers
+from qedfs.overlay.clustermap import ClusterMap, Freed
+from qedfs.overlay.commit import Committer
+from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.journal import dropped_run
+from qedfs.overlay.loop_writes import LoopWrites
+from qedfs.overlay.open_session import OpenSession
+from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.storage import Storage
+
+CROWDED_SECONDS = 0.05  # until the event loop is tried again, if it could have waited for the disk
+
+
+class Below(Protocol):
+    """The bytes of the backing, which do not change. It is not shorter than the clusters that are compared."""
+
+    def read_now(self, pos: int, view: memoryview) -> bool:
+        """Fill `view` from the page cache. False if it would have to wait for the disk."""
+        ...
+
+    def read_waiting(self, pos: int, view: memoryview) -> None:
+        """Fill `view`, waiting for the disk."""
+        ...
+
+    def hole_end(self, pos: int) -> int:
+        """Where the hole ends that `pos` is in; `pos` itself if it is in none."""
+        ...
+
+
+class Dropping:
+    """The drops of one overlay."""
+
+    def __init__(  # noqa: PLR0913 - the parts that it works with
+        self,
+        storage: Storage,
+        clusters: ClusterMap,
+        committer: Committer,
+        barriers: Barriers,
+        journal: SessionJournal,
+        session: OpenSession,
+        pending: PendingAllocations,
+        freed: FreedClusters,
+        loop_writes: LoopWrites,
+    ) -> None:
+        self._storage = storage
+        self._map = clusters
+        self._committer = committer
+        self._barriers = barriers
+        self._journal = journal
+        self._session = session
+        self._pending = pending
+        self._freed = freed
+        self._loop_writes = loop_writes
+        self._cluster_size = clusters.geometry.cluster_size
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more is dropped already, and not committed, than should be."""
+        return self._freed.crowded
+
+    async def drop(self, first: int, count: int, below: Below) -> int | None:
+        """Drop those of these clusters that have the same bytes as the backing. Returns how many.
+
+        None: not now, as the event loop could have to wait for the disk. Raises BadOverlay, ReadOnlyOverlay, and the
+        errors of both files.
+        """
+        await self._session.ready()
+        cold = False
+        while True:
+            await self._settled(first, count)
+            if not self._loop_writes.may_begin(0):
+                await trio.sleep(CROWDED_SECONDS)
+                return None
+            # No await since `_settled`, nor before the end of `_publish`.
+            try:
+                same = self._same(first, count, below, wait=cold)
+            finally:
+                self._loop_writes.ended()
+            if same is None:
+                await self._warm(first, count, below)
+                cold = True
+            elif not same:
+                return 0
+            elif self._publish(same):
+                return len(same)
+
+    async def _settled(self, first: int, count: int) -> None:
+        """Wait until the slices are loaded, nothing is held, and the journal agrees with what it lacks."""
+        pos, size = first * self._cluster_size, count * self._cluster_size
+        while True:
+            if self._pending.hold is not None:
+                await self._pending.hold.wait()  # the file is being copied
+            elif self._journal.outlived:
+                await self._committer.commit()
+                self._journal.void()
+                await self._session.note_no_journal()
+            elif self._map.is_loaded(pos, size):
+                self._barriers.check_writable()
+                return
+            else:
+                await self._map.load(pos, size)
+
+    def _same(self, first: int, count: int, below: Below, *, wait: bool) -> list[int] | None:
+        """Those that may be dropped; None if that cannot be told without waiting for a disk."""
+        size = self._cluster_size
+        views = memoryview(bytearray(size)), memoryview(bytearray(size))
+        same: list[int] = []
+        hole = 0  # up to here, the backing is a hole
+        for cluster in range(first, first + count):
+            entry = self._map.entry(cluster)
+            if entry == MISSING or self._pending.is_pending(cluster):
+                continue
+            pos = cluster * size
+            inside = min(size, self._map.geometry.image_size - pos)
+            own, other = views[0][:inside], views[1][:inside]
+            if entry == ZERO:
+                hole = max(hole, below.hole_end(pos))
+                if hole >= pos + inside:
+                    same.append(cluster)
+                    continue
+                own[:] = bytes(inside)
+            else:
+                place = self._map.checked(entry, cluster)
+                if self._pending.write_into(place, size) is not None:
+                    continue
+                if not self._read(self._storage, place, own, wait=wait):
+                    return None
+            if not below.read_now(pos, other):
+                if not wait:
+                    return None
+                below.read_waiting(pos, other)
+            if own == other:
+                same.append(cluster)
+        return same
+
+    @staticmethod
+    def _read(storage: Storage, place: int, view: memoryview, *, wait: bool) -> bool:
+        if not storage.read_now(place, view):
+            if not wait:  # if a thread has just read it, and it is still not to be had, the file system never says so
+                return False
+            storage.read(place, view)
+        return True
+
+    async def _warm(self, first: int, count: int, below: Below) -> None:
+        """Bring the bytes of both into the page cache."""
+        size = self._cluster_size
+        entries = [(cluster, self._map.entry(cluster)) for cluster in range(first, first + count)]
+        places = [(c * size, self._map.checked(entry, c)) for c, entry in entries if entry > ZERO]
+        zeros = [c * size for c, entry in entries if entry == ZERO]
+
+        def read_all() -> None:
+            view = memoryview(bytearray(size))
+            for pos, place in places:
+                self._storage.read(place, view)
+                below.read_waiting(pos, view[: self._map.geometry.image_size - pos])
+            for pos in zeros:
+                below.read_waiting(pos, view[: self._map.geometry.image_size - pos])
+
+        with self._freed.accesses.running():
+            await self._storage.in_thread(read_all)
+
+    def _publish(self, same: Sequence[int]) -> bool:
+        """Let these clusters be missing. Returns False if the journal does not take that: nothing has changed then."""
+        self._freed.references.before_discard(same[0], same[-1] + 1 - same[0])
+        self._journal.append([(cluster, dropped_run(count)) for cluster, count in _runs(same)])
+        if self._journal.outlived:
+            return False
+        freed: Freed = {}
+        self._map.drop(same, freed)
+        self._freed.add(freed)
+        return True
+
+
+def _runs(clusters: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours among these clusters, as (first, how many)."""
+    for _, group in itertools.groupby(enumerate(clusters), lambda pair: pair[1] - pair[0]):
+        run = [cluster for _, cluster in group]
+        yield run[0], len(run)

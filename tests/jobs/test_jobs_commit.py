@@ -1,0 +1,102 @@
+"""The commit job: its pace, its stops, and its end."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from qedfs.errors import NoSpace
+from qedfs.format.tables import MISSING
+from qedfs.image.image import Image
+from qedfs.jobs.commit import CommitJob
+from qedfs.jobs.state import ENDED, State
+from tests.image.commits import CLUSTER, DATA, SIZE, ZEROS, Two, runs_of, started, wanted
+from tests.image.live import image_of
+
+
+async def offsets(image: Image) -> set[int]:
+    return {min(run.offset, MISSING + 1) for run in await runs_of(image.overlay)}
+
+
+async def test_it_ends_with_an_empty_overlay(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = Two(await started())
+    async with image_of(two, monkeypatch) as image:
+        job = CommitJob(image)
+        assert (job.progress, job.total) == (0, SIZE)
+        await job.run(once=True)
+        assert (job.state, job.progress) == (State.COMPLETE, SIZE)
+        assert (job.copied_bytes, job.dropped_bytes) == (DATA + ZEROS, DATA + ZEROS)
+        assert await offsets(image) == {MISSING}
+        assert not image.committing_down
+        again = CommitJob(image)
+        await again.run(once=True)
+        assert (again.state, again.copied_bytes) == (State.COMPLETE, 0)
+    assert bytes(two.backing.bytes) == wanted()
+
+
+async def test_it_may_keep_clusters(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
+    two = Two(await started())
+    async with image_of(two, monkeypatch) as image:
+        job = CommitJob(image)
+        job.keep = True
+        await job.run(once=True)
+        assert (job.state, job.progress, job.dropped_bytes) == (State.COMPLETE, SIZE, 0)
+        assert await offsets(image) != {MISSING}
+
+
+async def test_it_keeps_to_its_limit_stops_when_it_is_told_to_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = Two(await started())
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        job = CommitJob(image, limit=CLUSTER)
+        nursery.start_soon(job.run)
+        await trio.sleep(2)
+        await job.pause()
+        await trio.sleep(2)
+        copied = job.copied_bytes
+        assert CLUSTER <= copied <= 4 * CLUSTER
+        await trio.sleep(100)
+        assert (job.state, job.copied_bytes) == (State.PAUSED, copied)
+        assert bytes(await image.read(0, SIZE)) == wanted()
+        job.set_limit(0)
+        await job.resume()
+        with trio.fail_after(1000):
+            while job.state not in ENDED:  # noqa: ASYNC110
+                await trio.sleep(1)
+        assert job.copied_bytes == DATA + ZEROS  # nothing twice
+        assert await offsets(image) == {MISSING}
+
+
+async def test_it_waits_for_room(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
+    two = Two(await started())
+    two.backing.fail("write", NoSpace("full"), nth=2)
+    async with image_of(two, monkeypatch) as image:
+        job = CommitJob(image)
+        await job.run(once=True)
+        assert job.state is State.COMPLETE
+    assert bytes(two.backing.bytes) == wanted()
+
+
+async def test_a_cancelled_one_gives_the_source_back(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = Two(await started())
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        job = CommitJob(image, limit=CLUSTER)
+
+        async def run() -> None:
+            await job.run(once=True)
+
+        nursery.start_soon(run)
+        await trio.sleep(2)
+        assert (image.committing_down, image.copy_on_read) == (True, False)
+        held = image.source
+        job.cancel()
+        await trio.sleep(2)
+        assert image.source is not held
+        assert (image.committing_down, image.copy_on_read, job.state) == (False, True, State.OFF)
+        assert bytes(await image.read(0, SIZE)) == wanted()

@@ -1,0 +1,52 @@
+"""The sources that one image of a mount gets for itself. Without FUSE."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfs.errors import InUse
+from qedfs.image.own_backing import OwnBacking
+from qedfs.jobs.image_jobs import ImageJobs
+from qedfs.mount.images import Images
+from qedfs.mount.options import Options
+from qedfs.overlay.create import create_overlay
+from qedfs.source.policy import Policy
+
+
+def alone(own: OwnBacking) -> bool:
+    return not own.shared
+
+
+async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * 65536)
+    options = Options(stream=False, policy=Policy((str(tmp_path),)))
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), options, nursery)
+        for name in ("one", "two"):
+            create_overlay(str(tmp_path / f"{name}.qed"), image_size=65536, backing=str(tmp_path / "base.raw"))
+            os.utime(tmp_path / f"{name}.qed", (1, 1))
+        await images.registry.scan()
+        one, two = images.registry.everything()
+        assert isinstance(one.jobs, ImageJobs)
+        assert one.image is not None
+        own = one.image.own_backing
+        assert own is not None
+        assert (own.shared, alone(own)) == (True, False)
+        with pytest.raises(InUse, match="another image of this mount has it"):
+            one.jobs.begin("commit")
+        os.unlink(two.path)
+        await images.registry.scan()
+        assert alone(own)
+        fetch = await own.fetch()
+        assert fetch.remote is not one.image.source
+        assert await fetch.identity()
+        assert own.fetch_from(fetch.remote).remote is fetch.remote
+        await own.release(fetch.remote)
+        assert fetch.remote.connected is None
+        with trio.CancelScope(shield=True):
+            await images.close()
+        nursery.cancel_scope.cancel()
