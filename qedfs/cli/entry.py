@@ -31,7 +31,11 @@ def main() -> None:
 
         gc.freeze()  # all that is loaded until now stays; see `cli/main.py`
         gc.enable()
-        run_framed(plain)
+        try:
+            run_framed(plain)
+        except SystemExit as end:
+            # All is written and closed. To take the interpreter down would cost a tenth of such a command.
+            os._exit(end.code if isinstance(end.code, int) else 0)
 
 
 class Interruptible:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from qedfs.cli.mount_table import FILESYSTEM, mounted_type, not_served
 from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import QedfsError, TimedOut
 from qedfs.host.runtime import is_held, mount_places
@@ -75,6 +74,8 @@ def lasting_client(mountpoint: str, *, deadline: float = math.inf) -> LastingCli
 
 def is_between_servers(mountpoint: str) -> bool:
     """Whether a mount is there that somebody holds, although no server answers: another one is about to."""
+    from qedfs.cli.mount_table import FILESYSTEM, mounted_type  # here, because most commands find a server
+
     return mounted_type(mountpoint) == FILESYSTEM and any(map(is_held, mount_places(mountpoint)))
 
 
@@ -97,6 +98,8 @@ def _reached(mountpoint: str, deadline: float, connect: Callable[..., C]) -> C:
             return connect(mountpoint, deadline=deadline)
         except NotServed as exc:
             if not is_between_servers(mountpoint):
+                from qedfs.cli.mount_table import not_served  # here: see `is_between_servers`
+
                 raise not_served(mountpoint) from exc
             if time.monotonic() >= patience:
                 raise TimedOut(f"{mountpoint}: another server takes the mount over, and does not answer yet") from exc

@@ -25,12 +25,12 @@ sys.meta_path.insert(0, Interrupt())
 sys.argv = ["qedfs", {word!r}]
 main()
 """
-# The same, as the last action of the process.
+# The same, as the last action of the process, when the interpreter is being taken down.
 ENDING = """
 import atexit, os, signal, sys
 from qedfs.cli.entry import main
 atexit.register(os.kill, os.getpid(), signal.SIGINT)
-sys.argv = ["qedfs", "--version"]
+sys.argv = ["qedfs", "help"]
 main()
 """
 

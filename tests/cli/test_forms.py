@@ -58,7 +58,7 @@ def test_failures_are_told_as_click_would(command: str, tmp_path: Path) -> None:
 
 def test_nothing_of_click_is_loaded(tmp_path: Path) -> None:
     """It takes as long to load as Python takes to start."""
-    program = "import sys; from qedfs.cli.entry import main\n"
+    program = "import os, sys; from qedfs.cli.entry import main; os._exit = sys.exit\n"
     program += "try:\n    main()\nfinally:\n    print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     for words in (["--version"], ["status", tmp_path], ["wait", tmp_path], ["umount", tmp_path]):
         done = subprocess.run(
@@ -67,3 +67,12 @@ def test_nothing_of_click_is_loaded(tmp_path: Path) -> None:
         loaded = set(done.stdout.split())
         assert "qedfs" in loaded
         assert loaded & {"click", "dataclasses", "inspect", "hashlib", "trio", "subprocess"} == set(), words
+
+
+def test_what_is_printed_arrives_although_the_interpreter_is_not_taken_down() -> None:
+    """In a pipe, where Python writes at its end by itself."""
+    program = "import atexit, sys; from qedfs.cli.entry import main; atexit.register(print, 'taken down'); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
+    assert done.stdout == f"qedfs, version {__version__}\n"

@@ -24,7 +24,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(takeovers, "not_served", lambda place: NotMounted(f"{place}: nothing is mounted there"))
+    monkeypatch.setattr(
+        "qedfs.cli.mount_table.not_served", lambda place: NotMounted(f"{place}: nothing is mounted there")
+    )
     return iter([now])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qedfs.cli.found_mounts import mount_meant
 from qedfs.cli.served_images import connect
 from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.output import console, echo, print_json, print_json_line, terminal_width
@@ -21,7 +20,11 @@ ANSWER_SECONDS = 10.0  # the server answers from memory
 
 def status(mountpoint: str | None = None, *, as_json: bool = False, watch: bool = False) -> None:
     """See the command's help."""
-    place = mount_meant(mountpoint)
+    if mountpoint is None:
+        from qedfs.cli.found_mounts import mount_meant  # here, because whoever names the mount does not need it
+
+        mountpoint = mount_meant(None)
+    place = mountpoint
     while True:
         try:
             with connect(place, deadline=time.monotonic() + ANSWER_SECONDS) as client:

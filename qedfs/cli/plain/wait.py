@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from qedfs.cli.found_mounts import mount_meant
-from qedfs.cli.mount_table import mounted_type
 from qedfs.cli.served_images import MOST_NAMED, Image, Released, connect, fetch
 from qedfs.cli.takeovers import is_between_servers
 from qedfs.cli.ui.layout import listed
@@ -38,7 +36,10 @@ def wait(
     waiting = _Waiting(mountpoint or "", image, waited, timeout, quiet=quiet)
     error: QedfsError | None = None
     try:
-        waiting.mountpoint = mount_meant(mountpoint)
+        if mountpoint is None:
+            from qedfs.cli.found_mounts import mount_meant  # here, because whoever names the mount does not need it
+
+            waiting.mountpoint = mount_meant(None)
         _wait(waiting, image, place)
     except QedfsError as exc:
         error = exc
@@ -183,6 +184,8 @@ class _Waiting:
 def _explained(exc: NotMounted, mountpoint: str) -> NotMounted:
     if isinstance(exc, Gone):
         return NotMounted(f"{mountpoint}: the mount has ended before the images were complete")
+    from qedfs.cli.mount_table import mounted_type  # here: see `wait`
+
     if mounted_type(mountpoint) is not None:
         return exc
     return NotMounted(f"{exc}; if --until-streamed has ended it, --overlay OVERLAY shows whether it is complete")
