@@ -51,9 +51,11 @@ class RateLimiter:
 
     def due(self) -> float:
         """Seconds until the next piece is due."""
+        if not self._limit:
+            return 0.0
         self._pay()
         # Ignore a rounding error of less than a byte, whose time may be below the resolution of the clock.
-        return self._debt / self._limit if self._limit and self._debt >= 1 else 0.0
+        return self._debt / self._limit if self._debt >= 1 else 0.0
 
     @property
     def piece_bytes(self) -> float:
@@ -69,9 +71,10 @@ class RateLimiter:
 
     def sent(self, size: int) -> None:
         """Record that a piece of `size` bytes was sent. A negative size corrects what was recorded for a piece."""
-        self._pay()
-        self._debt += size
         self.granted += size
+        if self._limit:
+            self._pay()
+            self._debt += size
 
     def _pay(self) -> None:
         now = trio.current_time()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from qedfs.format.tables import MISSING, ZERO
+from qedfs.format.tables import ZERO
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.cluster_writer import ClusterWriter
@@ -89,24 +89,24 @@ class Adoption:
         Returns the others as (cluster, start in buffer), and how many bytes the zero clusters have.
         """
         cluster_size = self._cluster_size
-        zeros = zero_bytes(cluster_size)
-        data: list[tuple[int, int]] = []
-        kept = 0
-        first = pos // cluster_size
-        for at in range(0, size, cluster_size):
-            cluster = first + at // cluster_size
-            if self._map.entry(cluster) != MISSING or self._pending.is_pending(cluster):
-                continue
+        first, count = pos // cluster_size, -(-size // cluster_size)
+        claimed = set(self._pending.pending_in(range(first, first + count)))
+        free = [cluster for cluster in self._map.missing_of(first, count) if cluster not in claimed]
+        for cluster in self._map.one_of_each_slice(free):
             self._allocator.make_table(cluster)
-            length = min(cluster_size, size - at)
+        zeros, whole = zero_bytes(cluster_size), first + size // cluster_size
+        data: list[tuple[int, int]] = []
+        holes: list[tuple[int, int]] = []
+        for cluster in free:
+            at = (cluster - first) * cluster_size
             # startswith compares in place, takes 15 us for 1 MiB of zeros, and stops at the first other byte.
-            if buffer.startswith(zeros if length == cluster_size else zeros[:length], at):
-                # Not in the journal: if the entry is lost in a kill, the cluster is missing again and reads the same.
-                self._map.set(cluster, ZERO)
-                kept += cluster_size
+            if buffer.startswith(zeros if cluster < whole else zeros[: size - at], at):
+                holes.append((cluster, ZERO))
             else:
                 data.append((cluster, at))
-        return data, kept
+        # Not in the journal: if the entry is lost in a kill, the cluster is missing again and reads the same.
+        self._map.set_all(holes)
+        return data, len(holes) * cluster_size
 
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """See `Overlay.adopt_zeros`."""

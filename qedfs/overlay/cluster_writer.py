@@ -122,7 +122,6 @@ class ClusterWriter:
         """Set entries whose data has been written, and add them to the journal, in case the process is killed."""
         if not entries:
             return
-        for cluster, entry in entries:
-            self._map.set(cluster, entry)
+        self._map.set_all(entries)
         self._committer.note_data(len(entries) * self._cluster_size)
         self._journal.append(entries)

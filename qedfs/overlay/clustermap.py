@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -251,9 +251,31 @@ class ClusterMap:
     def all_missing(self, cluster: int, count: int) -> bool:
         """Whether none of these clusters has an entry. False if the cache cannot tell."""
         try:
-            return all(self.entry(number) == MISSING for number in range(cluster, cluster + count))
+            return len(self.missing_of(cluster, count)) == count
         except LookupError:
             return False
+
+    def missing_of(self, cluster: int, count: int) -> Sequence[int]:
+        """Those of these clusters that are missing. Their slices are loaded, or have no entries."""
+        found: list[int] = []
+        end = cluster + count
+        while cluster < end:
+            number, index = cluster >> self._shift, cluster & self._mask
+            stop = min(end, cluster - index + self.slice_entries)
+            part = self._slices.get(number)
+            if part is not None:
+                entries = part[index : index + stop - cluster]
+                found += [at for at, entry in enumerate(entries, cluster) if entry == MISSING]
+            elif self._tables.is_blank(number):
+                found += range(cluster, stop)
+            else:
+                raise LookupError(cluster)
+            cluster = stop
+        return found
+
+    def one_of_each_slice(self, clusters: Iterable[int]) -> Collection[int]:
+        """One of these clusters for each slice that has some of them."""
+        return {cluster >> self._shift: cluster for cluster in clusters}.values()
 
     def count_missing_in(self, cluster: int, count: int) -> int:
         """How many of these clusters are missing, or are in a slice that is not loaded."""
@@ -289,6 +311,25 @@ class ClusterMap:
             self._count_less(number, 1)
         part[index] = entry
         self._tables.make_dirty(number, {index // SECTOR_ENTRIES})
+
+    def set_all(self, entries: Sequence[tuple[int, int]]) -> None:
+        """As `set`, for several (cluster, entry). Takes 0.2 us for each if they are in one slice."""
+        if len(entries) == 1:
+            self.set(*entries[0])
+            return
+        mask = self._mask
+        for first in self.one_of_each_slice(cluster for cluster, _ in entries):
+            number = first >> self._shift
+            part = self._slices[number]
+            missing, sectors = 0, set[int]()
+            for cluster, entry in entries:
+                if cluster >> self._shift == number:
+                    index = cluster & mask
+                    missing += part[index] == MISSING
+                    part[index] = entry
+                    sectors.add(index // SECTOR_ENTRIES)
+            self._count_less(number, missing)
+            self._tables.make_dirty(number, sectors)
 
     def _count_less(self, number: int, count: int) -> None:
         """Count clusters of a slice that are not missing any more."""

@@ -22,15 +22,17 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import os
 import stat
 import struct
 import threading
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from qedfs.format.tables import ZERO
+from qedfs.format.tables import ZERO, encode_table
 from qedfs.host.procfs import boot_id, mount_number, outer_user
 from qedfs.host.runtime import RuntimeFolder
 
@@ -116,7 +118,7 @@ class Journal:
             OSError: the tmpfs is full, or the file was removed (ENOENT), for example by a logout. The entries have to
                 be committed before the write is acknowledged.
         """
-        data = b"".join(_PAIR.pack(cluster, entry) for cluster, entry in pairs)
+        data = encode_table(array("Q", itertools.chain.from_iterable(pairs)))
         if self.end > MOST_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if os.pwrite(self._fd, data, self.end) < len(data):

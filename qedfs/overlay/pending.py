@@ -32,13 +32,14 @@ class PendingAllocations:
 
     def is_pending(self, cluster: int) -> bool:
         """Whether an adoption must skip this cluster."""
-        return cluster in self._pending or self._merges[cluster] > 0
+        return cluster in self._pending or cluster in self._merges
 
     def pending_in(self, clusters: range) -> list[int]:
         """The clusters in this range that an adoption must skip."""
-        if not self._pending and not self._merges:
+        pending, merges = self._pending, self._merges
+        if not pending and not merges:
             return []
-        return [cluster for cluster in clusters if self.is_pending(cluster)]
+        return [cluster for cluster in clusters if cluster in pending or cluster in merges]
 
     @contextlib.contextmanager
     def allocating(self, clusters: Sequence[int], writes: Sequence[DataWrite]) -> Iterator[None]:
@@ -47,8 +48,9 @@ class PendingAllocations:
         # clusters, and writes come here from `settle` without an await.
         done = trio.Event()
         self._writes[done] = writes
-        for cluster in clusters:
-            self._pending[cluster] = done
+        self._pending.update(dict.fromkeys(clusters, done))
+        held = self._map.one_of_each_slice(clusters)
+        for cluster in held:
             self._map.hold(cluster)  # an entry can only be set in a slice that is in memory
         try:
             yield
@@ -58,6 +60,7 @@ class PendingAllocations:
             del self._writes[done]
             for cluster in clusters:
                 del self._pending[cluster]
+            for cluster in held:
                 self._map.release(cluster)
             done.set()
 

@@ -266,3 +266,29 @@ async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
     assert [again.clusters.entry(cluster) for cluster in range(3 * 512)] == entries
     await again.clusters.count()
     assert again.clusters.missing == len(missing)
+
+
+async def test_many_entries_are_set_as_one_by_one() -> None:
+    """In whatever slices they are: what is missing, how much, and what a commit writes are the same."""
+    source = random.Random(3)
+    clusters = sorted(source.sample(range(3 * SPAN // CLUSTER), 200))
+    entries = [(cluster, source.choice((ZERO, 0x10000 + number * CLUSTER))) for number, cluster in enumerate(clusters)]
+    maps = []
+    for together in (False, True):
+        overlay = await opened(many_tables(3), writable=True)
+        found = overlay.clusters
+        await found.load(0, 3 * SPAN)
+        await found.count()
+        if together:
+            found.set_all(entries)
+        else:
+            for entry in entries:
+                found.set(*entry)
+        tables = overlay.committer._tables
+        count = 3 * SPAN // CLUSTER
+        maps.append((found.missing, found.missing_of(0, count), tables.dirty, [found.entry(n) for n in range(count)]))
+        one_by_one = [number for number in range(count) if found.entry(number) == MISSING]
+        assert found.missing_of(0, count) == one_by_one
+        assert found.missing_of(7, count - 9) == [number for number in one_by_one if 7 <= number < count - 2]
+    assert maps[0] == maps[1]
+    assert maps[0][2]

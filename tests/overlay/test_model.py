@@ -159,15 +159,15 @@ RULES = (
     Mutant(
         "an adoption leaves claimed clusters alone",
         "adoption:Adoption._sort_out",
-        "or self._pending.is_pending(cluster)",
+        " if cluster not in claimed",
         "",
         first=849,
     ),
     Mutant(
         "an adoption leaves clusters alone that have something",
         "adoption:Adoption._sort_out",
-        "self._map.entry(cluster) != MISSING or",
-        "",
+        "self._map.missing_of(first, count)",
+        "range(first, first + count)",
     ),
     Mutant(
         "a write waits for a claim to end",
