@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.harness.require import require
 
 from .. import fio, ours, qemu
-from ..figures import GIB, MIB
+from ..figures import GIB, KIB, MIB
 from ..lab import Lab
 from ..usage import cpu_seconds
 from ..values import LIMIT, QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
@@ -88,4 +88,18 @@ ROWS = (
     _row("read-buffered", "sequential buffered reads, complete image", 1.5, fio.Job("read", MIB, direct=False)),
     _row("write-4k-d1", "4 KiB random writes, complete image, depth 1", 1.0, fio.Job("randwrite", 4096)),
     _row("write-4k-d16", "the same, depth 16", 1.0, fio.Job("randwrite", 4096, depth=16)),
+    _row("write-1m", "1 MiB writes, complete image, O_DIRECT", 1.0, fio.Job("write", MIB)),
+    _row("write-buffered", "1 MiB buffered writes, complete image", 1.0, fio.Job("write", MIB, direct=False)),
+    _row(
+        "write-4k-fsync",
+        "4 KiB random write and fsync, complete image",
+        1.0,
+        fio.Job("randwrite", 4096, direct=False, sync="fsync"),
+    ),
+    _row(
+        "write-16k-fdatasync",
+        "16 KiB write and fdatasync in place, complete image",
+        1.0,
+        fio.Job("write", 16 * KIB, direct=False, sync="fdatasync"),
+    ),
 )

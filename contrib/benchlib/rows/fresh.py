@@ -1,4 +1,4 @@
-"""First writes: 4 KiB into clusters that the overlay does not have, whose rest comes over NBD on this machine."""
+"""First writes, into clusters that the overlay does not have. The rest comes over NBD on this machine, or is zeros."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 
+from tests.harness.images import qemu_create
 from tests.harness.servers import nbdkit
 
 from .. import fio, ours, qemu
-from ..figures import GIB
+from ..figures import GIB, KIB
 from ..lab import Lab, Origin
 from ..traffic import Traffic
 from ..values import QEDFS, QEMU, Contenders, Outcome, Row, Target, Unit
+from .complete import measure
 
 _CLUSTER_SIZE = 65536
 
@@ -51,4 +53,33 @@ def _row(depth: int, target: float) -> Row:
     )
 
 
-ROWS = (_row(1, 2.0), _row(16, 1.2))
+def _append(lab: Lab, contender: str, job: fio.Job) -> Outcome:
+    """The job on a new overlay without a backing."""
+    overlay = qemu_create(lab.fresh(f"{contender}.qed"), size=GIB)
+    try:
+        if contender == QEMU:
+            with qemu.exported(lab, overlay) as (daemon, image):
+                return measure(lab, image, job, Unit.IOPS, daemon.pid)
+        with ours.served(lab, overlay) as mount:
+            return measure(lab, ours.image_path(mount, overlay), job, Unit.IOPS, mount.pid)
+    finally:
+        overlay.unlink()
+
+
+@contextlib.contextmanager
+def _prepare_append(lab: Lab) -> Iterator[Contenders]:
+    job = fio.Job("write", 16 * KIB, seconds=lab.fio_seconds, direct=False, sync="fdatasync")
+    yield {name: partial(_append, lab, name, job) for name in (QEDFS, QEMU)}
+
+
+ROWS = (
+    _row(1, 2.0),
+    _row(16, 1.2),
+    Row(
+        "append-16k-fdatasync",
+        "16 KiB write and fdatasync into new clusters, no backing",
+        Unit.IOPS,
+        _prepare_append,
+        (Target(1.0, QEMU),),
+    ),
+)
