@@ -95,17 +95,17 @@ def test_the_second_mount_of_an_overlay_says_where_the_first_is(place: Path) -> 
             assert f"{source} is mounted there already" in line
 
 
-@pytest.mark.parametrize("daemon", [(), ("--daemon",)])
+@pytest.mark.parametrize(("daemon", "name"), [((), "second.qed"), (("--daemon",), "")])
 def test_a_mountpoint_whose_server_is_stopped_is_refused_without_waiting_for_it(
-    place: Path, daemon: tuple[str, ...]
+    place: Path, daemon: tuple[str, ...], name: str
 ) -> None:
-    first, second = (qemu_create(place / f"{name}.qed", size=MIB) for name in ("first", "second"))
+    """Whether an overlay or a folder of them is to be mounted."""
+    first, _ = (qemu_create(place / f"{name}.qed", size=MIB) for name in ("first", "second"))
     with mounted(first, place / "mnt") as mount:
         os.kill(mount.pid, signal.SIGSTOP)
         try:
-            for source in (second, place):
-                line = failing(IN_USE, "mount", source, place / "mnt", *daemon)
-                assert f"{first} is mounted there already" in line
+            line = failing(IN_USE, "mount", place / name, place / "mnt", *daemon)
+            assert f"{first} is mounted there already" in line
         finally:
             os.kill(mount.pid, signal.SIGCONT)
 

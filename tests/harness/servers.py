@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .process import Child, free_port, listening
 from .require import require
-from .tls import Certificate
+from .tls import Certificate, put_group
 
 Address = tuple[str, int] | Path
 
@@ -244,10 +244,12 @@ def qemu_nbd(  # noqa: PLR0913 - its options
         if not writable:
             argv.append("--read-only")
         if tls is not None:
+            put_group(tls.folder)
             verify = "on" if verify_peer else "off"
             argv += ["--object", f"tls-creds-x509,id=tls,endpoint=server,dir={tls.folder},verify-peer={verify}"]
             argv += ["--tls-creds", "tls"]
         if psk is not None:
+            put_group(psk.parent)
             argv += ["--object", f"tls-creds-psk,id=tls,endpoint=server,dir={psk.parent}", "--tls-creds", "tls"]
         running = Server([*argv, file], address, "nbds" if tls or psk else "nbd", _export_path(export), folder)
         with _stopping(running):

@@ -6,6 +6,7 @@ servers and their clients.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,17 @@ def certificate(folder: Path) -> Certificate:
     _openssl_req(folder, "localhost", "server", made.key, made.cert, *signer)
     _openssl_req(folder, "qedfs test client", "client", made.client_key, made.client_cert, *signer)
     return made
+
+
+def put_group(folder: Path) -> None:
+    """Give QEMU a Diffie-Hellman group (RFC 7919), or each server makes one, for up to a second."""
+    (folder / "dh-params.pem").write_bytes(_group())
+
+
+@functools.cache
+def _group() -> bytes:
+    words = ("genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe2048")
+    return subprocess.run([require("openssl"), *words], check=True, capture_output=True).stdout
 
 
 def _openssl_req(folder: Path, name: str, extensions: str, key: Path, cert: Path, *signer: str) -> None:

@@ -90,8 +90,8 @@ def test_trio_runs_by_it(hands: Hands) -> None:
 
 def test_a_mount_that_was_stopped_for_longer_than_a_deadline_gives_its_readers_their_bytes(tmp_path: Path) -> None:
     with (
-        nbdkit("memory", f"{MIB}", "rdelay=2", filters=["delay"], tcp=True) as server,
-        mounted_over(tmp_path, server.url, "--no-stream", "--source-timeout", "5s") as mount,
+        nbdkit("memory", f"{MIB}", "rdelay=1", filters=["delay"], tcp=True) as server,
+        mounted_over(tmp_path, server.url, "--no-stream", "--source-timeout", "3s") as mount,
     ):
         got: list[bytes | OSError] = []
 
@@ -106,7 +106,7 @@ def test_a_mount_that_was_stopped_for_longer_than_a_deadline_gives_its_readers_t
         reader.start()
         wait_for(lambda: sum(source["readers"] for source in mount.status()["sources"]) == 1, "the reader")
         os.kill(mount.pid, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(4)
         os.kill(mount.pid, signal.SIGCONT)
         reader.join(HANG_SECONDS)
         assert got == [bytes(512)]

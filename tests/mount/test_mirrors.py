@@ -23,7 +23,9 @@ def state(mount: Mount) -> tuple[str, str]:
     return image["state"], image["error"] or ""
 
 
-@pytest.mark.parametrize("trouble", ["status-404", "ignore-range", "close-at-once"])
+@pytest.mark.parametrize(
+    "trouble", ["status-404", pytest.param("ignore-range", marks=pytest.mark.slow), "close-at-once"]
+)
 def test_a_stream_survives_its_mirror(tmp_path: Path, trouble: str) -> None:
     overlay = tmp_path / "disk.qed"
     with FakeHttpServer(CONTENT) as origin, FakeHttpServer(CONTENT) as one, FakeHttpServer(CONTENT) as other:

@@ -19,7 +19,7 @@ from tests.harness.process import free_port, wait_for
 
 from .support import MIB, Origin, assert_same, assert_whole, create, opened, origin
 
-SIZE = 16 * MIB
+SIZE = 4 * MIB
 
 
 @contextlib.contextmanager

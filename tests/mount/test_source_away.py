@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from qedfs.control.qmp.client import Client
-from tests.harness.images import random_image
+from tests.harness.images import random_image, sparse_image
 from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.servers import Server, nbdkit
@@ -157,7 +157,7 @@ def test_what_ends_a_wait(tmp_path: Path, how: str) -> None:
 def test_an_image_whose_readers_wait_costs_the_other_image_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "overlays"
     folder.mkdir()
-    raw = random_image(tmp_path / "disk", 256 * MIB)
+    raw = sparse_image(tmp_path / "disk", 256 * MIB)  # nobody gets to read it
     good = random_image(tmp_path / "good", MIB)
     with nbdkit("file", raw, tcp=True) as server, nbdkit("file", good, tcp=True) as other:
         create(folder / "bad.qed", server.url)
