@@ -28,13 +28,14 @@ import trio
 
 from qedfs.errors import QedfsError
 from qedfs.overlay.accesses import Accesses
-from qedfs.overlay.allocator import MOST_BLANK, Allocator
+from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.references import References
 from qedfs.overlay.storage import Storage
 
 MOST_WAITING = 1 << 14  # clusters; more are committed, and their space is given back, before others are discarded
+MOST_DURABLE = 1 << 16  # clusters whose discard is durable, and whose space is not given back yet: some MiB of memory
 SECONDS_AT_ONCE = 2.0  # how long one call gives space back. The caller has other work to do, such as commits.
 # What a thread punches before others get its lock: at most so many places, or clusters in them. 256 places take ext4
 # some ms.
@@ -93,7 +94,7 @@ class FreedClusters:
 
     def landed(self, freed: Freed) -> None:
         """Their discards are durable, and not contradicted by the journal."""
-        if freed and self._durable_count < MOST_BLANK:  # more than that become leaks
+        if freed and self._durable_count < MOST_DURABLE:  # more than that become leaks
             offsets = sorted(itertools.chain.from_iterable(freed.values()))
             self._durable.append((self.accesses.next, offsets))
             self._durable_count += len(offsets)
