@@ -19,13 +19,13 @@ than one in a hundred does.
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import trio
 
 from qedfs.errors import BadOverlay, NoSpace
 from qedfs.image.image import COMMIT_BYTES, Image
-from qedfs.jobs.job import Driver, HoldOff, Job, never
+from qedfs.jobs.job import Job, JobOptions
 from qedfs.overlay.relocation import Gathering
 from qedfs.units import format_size
 
@@ -42,17 +42,9 @@ class DefragJob(Job):
 
     kind: ClassVar[str] = "defrag"
 
-    def __init__(
-        self,
-        image: Image,
-        *,
-        enabled: bool = True,
-        limit: int = 0,
-        hold_off: HoldOff = never,
-        driver: Driver | None = None,
-    ) -> None:
+    def __init__(self, image: Image, **options: Unpack[JobOptions]) -> None:
         """See `Job`."""
-        super().__init__(image, enabled=enabled, limit=limit, hold_off=hold_off, driver=driver)
+        super().__init__(image, **options)
         self.moved_bytes = 0  # in all
         self._finished = False
         self._clusters = image.overlay.geometry.clusters

@@ -15,7 +15,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import trio
 
@@ -67,6 +67,15 @@ class Driver:
 def never() -> str:
     """The hold-off of a job that never waits for others."""
     return ""
+
+
+class JobOptions(TypedDict, total=False):
+    """How a job of any kind begins, as `Job` explains it."""
+
+    enabled: bool
+    limit: int
+    hold_off: HoldOff
+    driver: Driver | None
 
 
 class Job(abc.ABC):

@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from qedfs.errors import QedfsError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.image.condition import Cause
 from qedfs.image.image import Image
-from qedfs.jobs.job import RETRY_SECONDS, Driver, HoldOff, Job, never
+from qedfs.jobs.job import RETRY_SECONDS, Job, JobOptions
 from qedfs.jobs.missing import MissingRuns, fetch_of
 from qedfs.jobs.state import State
 
@@ -37,28 +37,18 @@ class StreamJob(Job):
 
     kind: ClassVar[str] = "stream"
 
-    def __init__(
-        self,
-        image: Image,
-        *,
-        enabled: bool = True,
-        limit: int = 0,
-        hold_off: HoldOff = never,
-        driver: Driver | None = None,
-    ) -> None:
+    def __init__(self, image: Image, **options: Unpack[JobOptions]) -> None:
         """See `Job`. The stream starts paused if the overlay's record says so."""
+        options["enabled"] = options.get("enabled", True) and image.overlay.writable
         super().__init__(
             image,
-            enabled=enabled and image.overlay.writable,
-            limit=limit,
-            hold_off=hold_off,
-            driver=driver,
+            **options,
             state=State.COMPLETE if image.complete else State.OFF,
             paused=image.overlay.record.paused,
         )
         # The image's own, because it also counts what other images fetch for this one.
         self.rate_limiter = image.limiter
-        self.rate_limiter.limit = limit
+        self.rate_limiter.limit = options.get("limit", 0)
         self._looked_at = -1  # the sum of the bytes adopted and written, as of the last `look_again`
         self._known_failures = 0  # `image.failures` when `work` last started; a different number means a new failure
         self._earlier: list[QedfsError | None] = []  # the image's errors at that time, for each of _FAILURES

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import trio
 
 from qedfs.errors import QedfsError
 from qedfs.image.image import Image
-from qedfs.jobs.job import Action, Driver, HoldOff, Job, never, usual_action
+from qedfs.jobs.job import Action, Driver, Job, JobOptions, usual_action
 from qedfs.jobs.state import State
 
 STEP_SECONDS = 1.0  # of the mock clock
@@ -22,16 +22,8 @@ class CountJob(Job):
     steps = 10
     step_seconds = STEP_SECONDS
 
-    def __init__(
-        self,
-        image: Image,
-        *,
-        enabled: bool = True,
-        limit: int = 0,
-        hold_off: HoldOff = never,
-        driver: Driver | None = None,
-    ) -> None:
-        super().__init__(image, enabled=enabled, limit=limit, hold_off=hold_off, driver=driver)
+    def __init__(self, image: Image, **options: Unpack[JobOptions]) -> None:
+        super().__init__(image, **options)
         self.failures: dict[int, Exception] = {}
         self.counted: list[int] = []
         self.tried: list[tuple[float, int]] = []  # when, which step
