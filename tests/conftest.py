@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from trio.testing import MockClock
 
 from qedfs.host import memory_pool
@@ -40,7 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
         worker.separate()
     # Test modules are imported after this.
     sample.whole_sweeps = config.getoption("--slow")
-    settings.register_profile("sample", max_examples=sample.sample(25, whole=100))
+    # Deadlines and the check for slow generation would measure how busy the machine is.
+    settings.register_profile(
+        "sample",
+        max_examples=sample.sample(25, whole=100),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     settings.load_profile("sample")
     config.addinivalue_line("markers", "expect_log(*patterns): log lines at WARNING or above that the test provokes")
 

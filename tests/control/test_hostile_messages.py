@@ -17,7 +17,7 @@ from tests.harness.sample import sample
 from .support import FakeMount, MemorySource, Talk, controlled, talking
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.sweep, pytest.mark.no_cover]
 
 MESSAGES = sample(250, whole=1000)
 CLIENTS = 8

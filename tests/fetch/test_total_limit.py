@@ -12,6 +12,8 @@ import trio.testing
 from qedfs.fetch.flight import Consumer
 from qedfs.fetch.total_limit import TotalLimit
 
+pytestmark = pytest.mark.sweep
+
 LIMIT = 1000
 
 

@@ -23,7 +23,7 @@ from tests.overlay.images import empty
 from tests.served import tended
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.sweep, pytest.mark.no_cover]
 
 CLUSTER = 4 << 10
 TOTAL = 64 * CLUSTER  # a second

@@ -22,7 +22,7 @@ from tests.overlay.images import empty
 from tests.served import CLUSTER, served, tended
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.sweep, pytest.mark.no_cover]
 
 CONTENT = random.Random(5).randbytes(CLUSTER) * 320
 

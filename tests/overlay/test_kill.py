@@ -25,7 +25,7 @@ from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import DROPPING, MOVING, History, Kill, Scenario, read_all, repeatable, run_and_kill
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.sweep, pytest.mark.no_cover]
 
 
 @pytest.fixture(autouse=True)
@@ -88,23 +88,23 @@ def killed(seed: int, folder: Path, chance: float = 0.2, *, stop: bool = False, 
         return trio.run(main)
 
 
-@pytest.mark.parametrize("first", range(0, sample(8, whole=48), 4))
+@pytest.mark.parametrize("first", range(0, sample(4, whole=48), 2))
 def test_no_returned_write_is_lost(first: int, tmp_path: Path) -> None:
-    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
+    assert [fault for seed in range(first, first + 2) for fault in killed(seed, tmp_path)] == []
 
 
-@pytest.mark.parametrize("first", range(0, sample(8, whole=48), 4))
+@pytest.mark.parametrize("first", range(0, sample(4, whole=48), 2))
 def test_no_returned_write_is_lost_without_a_backing(first: int, tmp_path: Path) -> None:
     """There, a discard leaves missing clusters as they are."""
-    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path, alone=True)] == []
+    assert [fault for seed in range(first, first + 2) for fault in killed(seed, tmp_path, alone=True)] == []
 
 
-@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(4, whole=48), 4))
+@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(2, whole=48), 2))
 def test_no_returned_write_is_lost_while_data_is_moved(first: int, tmp_path: Path) -> None:
-    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
+    assert [fault for seed in range(first, first + 2) for fault in killed(seed, tmp_path)] == []
 
 
-@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(4, whole=48), 4))
+@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(2, whole=48), 2))
 def test_no_returned_write_is_lost_while_what_the_backing_has_is_dropped(first: int, tmp_path: Path) -> None:
     assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
 

@@ -7,7 +7,7 @@ from array import array
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfs.format.sparse import PAGE_ENTRIES, SparseTable
@@ -53,7 +53,6 @@ def test_a_table_holds_what_was_set_and_finds_it(entries: dict[int, int]) -> Non
 
 
 @given(st.dictionaries(st.integers(0, LENGTH - 1), st.integers(1, (1 << 64) - 1), max_size=20))
-@settings(deadline=None)
 def test_a_table_is_read_whole_whatever_holes_the_file_has(entries: dict[int, int]) -> None:
     data = bytearray(8192 + 8 * LENGTH)
     for index, entry in entries.items():

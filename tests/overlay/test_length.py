@@ -196,7 +196,7 @@ async def judge(overlay: Overlay, model: list[str]) -> None:
         assert found is not None or overlay.backing is not None or overlay.damage is not None
 
 
-@settings(max_examples=sample(50, whole=200), deadline=None)
+@settings(max_examples=sample(50, whole=200))
 @given(st.randoms(use_true_random=False), st.integers(0, 30 * CLUSTER), st.booleans())
 def test_a_cut_loses_and_never_invents(rng: random.Random, size: int, whole: bool) -> None:
     """Whatever is done before and after it, and at the next opening."""

@@ -20,6 +20,8 @@ from tests.overlay.images import empty
 from tests.overlay.malformed import Malformed, generate, judge, named
 from tests.overlay.work import at_most
 
+pytestmark = pytest.mark.sweep
+
 RANDOM_CASES = sample(50, whole=400)
 
 

@@ -27,6 +27,8 @@ from tests.harness.sample import sample
 from tests.overlay.mutants import Mutant, mutated
 from tests.overlay.scenario import fresh_image, read_all, run_seed
 
+pytestmark = pytest.mark.sweep
+
 SIZES = (4096 * 3, 4096 * 9 + 512, (2 << 20) + 8192 + 1536)
 places = st.integers(0, (1 << 24) - 1)
 operations = st.one_of(
@@ -122,7 +124,7 @@ class Machine:
             await self.overlay.detach()
 
 
-@settings(max_examples=sample(40, whole=150), deadline=None)
+@settings(max_examples=sample(25, whole=150))
 @given(
     st.sampled_from(SIZES),
     st.sampled_from((0, 4096, 30_000, 3 << 20)),
@@ -146,7 +148,7 @@ def test_it_reads_as_an_array_would(
         trio.run(main, Path(folder) if journal else None)
 
 
-@pytest.mark.parametrize("first", range(0, sample(50, whole=400), 25))
+@pytest.mark.parametrize("first", range(0, sample(25, whole=400), 25))
 def test_readers_beside_writers_see_no_undone_write(first: int) -> None:
     """Guest bytes win over adopted ones in every interleaving."""
     for seed in range(first, first + 25):

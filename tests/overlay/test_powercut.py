@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,37 +21,38 @@ from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine
 from tests.overlay.images import empty
 from tests.overlay.mutants import MOVES, MUTANTS, Mutant, mutated
-from tests.overlay.powercut import Failure, replay, reproduce
+from tests.overlay.powercut import Failure, Tally, replay, reproduce
 from tests.overlay.scenario import DROPPING, MOVING, History, Scenario, run_seed
 
-SEEDS = sample(12, whole=64)
+pytestmark = pytest.mark.sweep
+
 STATES_PER_SEED = 160
 MUTANT_SEEDS = 600
+MUTANT_STATES = 400
 CHEAP_BYTES = 200_000  # of image or table: scenarios below it are replayed at 1,500 states a second
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, 4))
+def check_states(first: int) -> None:
+    """No state of two scenarios breaks a promise."""
+    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in (first, first + 1)]
+    failures = [failure for tally in tallies for failure in tally.failures]
+    assert not failures, "\n".join(map(str, failures[:5]))
+    assert sum(tally.states for tally in tallies) > STATES_PER_SEED
+
+
+@pytest.mark.parametrize("first", range(0, sample(4, whole=64), 2))
 def test_every_state_after_a_power_cut_is_legal(first: int) -> None:
-    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
-    failures = [failure for tally in tallies for failure in tally.failures]
-    assert not failures, "\n".join(map(str, failures[:5]))
-    assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
+    check_states(first)
 
 
-@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(4, whole=64), 4))
+@pytest.mark.parametrize("first", range(MOVING, MOVING + sample(2, whole=64), 2))
 def test_every_state_is_legal_while_data_is_moved(first: int) -> None:
-    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
-    failures = [failure for tally in tallies for failure in tally.failures]
-    assert not failures, "\n".join(map(str, failures[:5]))
-    assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
+    check_states(first)
 
 
-@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(4, whole=64), 4))
+@pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(2, whole=64), 2))
 def test_every_state_is_legal_while_what_the_backing_has_is_dropped(first: int) -> None:
-    tallies = [replay(seed, most=STATES_PER_SEED, per_position=1, twice=100) for seed in range(first, first + 4)]
-    failures = [failure for tally in tallies for failure in tally.failures]
-    assert not failures, "\n".join(map(str, failures[:5]))
-    assert sum(tally.states for tally in tallies) > 2 * STATES_PER_SEED
+    check_states(first)
 
 
 def cheap_seeds(mutant: Mutant) -> Iterator[int]:
@@ -64,21 +64,19 @@ def cheap_seeds(mutant: Mutant) -> Iterator[int]:
             yield scenario.seed
 
 
-@pytest.mark.xdist_group("power cut mutants")  # they share what `functools.cache` keeps
 @pytest.mark.parametrize("mutant", MUTANTS + MOVES, ids=lambda mutant: mutant.rule)
 def test_each_rule_is_necessary(mutant: Mutant) -> None:
-    """Without the rule some state after a power cut breaks a promise; with it the same states keep them all."""
+    """Without the rule some state after a power cut breaks a promise; with it, as many states keep them all."""
     with mutated(mutant):
-        failures = (f for seed in cheap_seeds(mutant) for f in replay(seed, most=400, stop=True).failures)
-        found = next(failures, None)
+        found = next(tallies_with_failures(mutant), None)
     assert found is not None, f"nothing breaks without it: {mutant.rule}"
-    assert failures_of_the_rules(found.seed) == []
+    assert replay(found.failures[0].seed, most=found.states).failures == []
 
 
-@functools.cache
-def failures_of_the_rules(seed: int) -> list[Failure]:
-    """Failures with every rule in place; most mutants are found by the same few seeds."""
-    return replay(seed, most=400, stop=True).failures
+def tallies_with_failures(mutant: Mutant) -> Iterator[Tally]:
+    """What a search of the seeds of a mutant finds, each up to its first failure."""
+    tallies = (replay(seed, most=MUTANT_STATES, stop=True) for seed in cheap_seeds(mutant))
+    return (tally for tally in tallies if tally.failures)
 
 
 def test_a_seed_repeats_its_history() -> None:
@@ -95,12 +93,13 @@ def shape(history: History) -> list[object]:
 def test_a_failing_state_is_kept_and_reproduced(tmp_path: Path) -> None:
     mutant = MUTANTS[0]
     with mutated(mutant):
-        failure = next(f for seed in cheap_seeds(mutant) for f in replay(seed, most=400, stop=True).failures)
+        tally = next(tallies_with_failures(mutant))
+        [failure] = tally.failures
         loaded = Failure.load(failure.save(tmp_path))
         assert loaded == failure
         assert reproduce(loaded) is not None
     # The cut is one of the history without the barrier; with it, the log has other positions.
-    assert failures_of_the_rules(loaded.seed) == []
+    assert replay(loaded.seed, most=tally.states).failures == []
 
 
 async def streamed_to_the_end() -> tuple[History, int]:
