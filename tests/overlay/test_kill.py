@@ -106,7 +106,7 @@ def test_no_returned_write_is_lost_while_data_is_moved(first: int, tmp_path: Pat
 
 @pytest.mark.parametrize("first", range(DROPPING, DROPPING + sample(2, whole=48), 2))
 def test_no_returned_write_is_lost_while_what_the_backing_has_is_dropped(first: int, tmp_path: Path) -> None:
-    assert [fault for seed in range(first, first + 4) for fault in killed(seed, tmp_path)] == []
+    assert [fault for seed in range(first, first + 2) for fault in killed(seed, tmp_path)] == []
 
 
 def test_without_a_backing_a_discard_has_to_begin_with_a_cluster_that_it_changes(tmp_path: Path) -> None:
