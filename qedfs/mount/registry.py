@@ -76,6 +76,7 @@ class Registry:
         self._sorted: Sequence[Served] | None = None  # all of these by name, if none has come or gone since
         self._by_name: dict[str, Served] = {}
         self._by_inode: dict[int, Served] = {}
+        self._by_file: dict[int, list[Served]] = {}  # the same, by the inode number of the overlay file
         self.numbers = numbers
         self.restored: Callable[[Served], None] = lambda _: None  # called with an image that an earlier server had open
         self.added: Callable[[Served], None] = lambda _: None  # called with each image that has come
@@ -283,6 +284,7 @@ class Registry:
         failed_barriers.restore(self._told, served)
         await stream_orders.restore(self._told, served)
         self._by_name[name] = self._by_inode[served.inode] = served
+        self._by_file.setdefault(stamp[0], []).append(served)
         if served.opens:
             self._open_now.add(served)
             self.restored(served)
@@ -304,9 +306,8 @@ class Registry:
     def _check_not_open(self, path: str) -> None:
         """Raise InUse if this mount has the file open under another name."""
         found = self._folder.lstat(path)
-        for other in self._by_inode.values():
-            # The number alone, at first: with 1,000 overlays a system call for each of the others takes seconds.
-            if other.stamp[0] != found.st_ino or not other.is_on(found):
+        for other in self._by_file.get(found.st_ino, ()):
+            if not other.is_on(found):
                 continue
             name = os.path.basename(other.path)
             if other.removed:
@@ -335,7 +336,11 @@ class Registry:
         """Close an image whose overlay was removed, unless it is open. Returns as `let_go`."""
         if not served.removed or served.opens:
             return None
-        self._by_inode.pop(served.inode, None)
+        if self._by_inode.pop(served.inode, None) is not None:
+            same = self._by_file[served.stamp[0]]
+            same.remove(served)
+            if not same:
+                del self._by_file[served.stamp[0]]
         self.numbers.forget(served)
         return await self._supervisor.end(served)
 
