@@ -28,9 +28,10 @@ import os
 
 import trio
 
-from qedfs.errors import InStandby, InUse, QedfsError, ReadOnlyOverlay, SourceChanged, UsageError
+from qedfs.errors import InStandby, InUse, QedfsError, ReadOnlyOverlay, SourceChanged, SourceError, UsageError
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import MISSING, ZERO
+from qedfs.host.durable import sync_file
 from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_raw
 from qedfs.image.commit_down import LOOK_BYTES, LOOKS, begun
 from qedfs.image.commit_target import RawTarget
@@ -85,6 +86,7 @@ class LiveCommit:
             QedfsError: a file failed. After each of these errors, the image reads from its source as before.
         """
         try:
+            self._image.overlay.dropping.allow()
             await self._begin()
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -120,6 +122,11 @@ class LiveCommit:
         source = None if image.source is None else image.source.connected
         if not isinstance(source, LocalSource) or not source.is_on(file.status):
             raise SourceChanged(f"backing {self._location}: was replaced by another file since the mount has opened it")
+        # While readers go on: in `_taken` they wait, and a file that was just copied takes a while.
+        try:
+            await trio.to_thread.run_sync(sync_file, file.path)
+        except OSError as exc:
+            raise SourceError(f"backing {self._location}: cannot sync: {exc.strerror}") from exc
         return file
 
     async def _taken(self, file: BackingFile) -> RawTarget:
@@ -219,6 +226,7 @@ class LiveCommit:
     async def leave(self) -> None:
         """Give the backing back, at whichever step. What was not dropped is in the overlay, as before."""
         image = self._image
+        image.overlay.dropping.forbid()
         if self._held is not None and image.source is self._held and not image.closed:
             try:
                 fetch = await self._own.fetch()

@@ -35,6 +35,7 @@ class CommitJob(Job):
     """The commit of one image. It exists from a command until it has ended."""
 
     kind: ClassVar[str] = "commit"
+    writes_source: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -46,6 +46,8 @@ class ImageJobs:
         """
         if (other := self.at_work) is not None:
             raise InUse(f"{self.stream.image.name}: its {other.kind} is at work; an image has one job at a time")
+        if KINDS[kind].writes_source and self.populate is not None and self.populate.active:
+            raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location}")
         job = KINDS[kind](self.stream.image, limit=limit, hold_off=self.stream.hold_off)
         self._begun.append(job)
         self.other = job
@@ -57,7 +59,7 @@ class ImageJobs:
         """Populate the image from another copy of its source; see `Populate`. Raises InUse if that is under way."""
         if self.populate is not None and self.populate.active:
             raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location} already")
-        if self.stream.image.committing_down:
+        if (job := self.at_work) is not None and job.writes_source:
             raise InUse(
                 f"{self.stream.image.name}: is being committed into its backing; qedfs commit --cancel ends that"
             )

@@ -82,6 +82,7 @@ class Job(abc.ABC):
     """One job of one image. `run` is its task; the commands are called from other tasks."""
 
     kind: ClassVar[str]  # QMP's `type` of the job, and what messages call it
+    writes_source: ClassVar[bool] = False  # nothing else may use the source, or another one in its place, meanwhile
 
     def __init__(
         self,

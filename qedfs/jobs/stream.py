@@ -247,7 +247,7 @@ class StreamJob(Job):
     async def look_again(self) -> None:
         """Complete the image if readers and guests have populated what the failed stream could not."""
         image, fetch = self.image, self.image.fetch
-        brought = image.counters.kept + image.counters.written
+        brought, dropped = image.counters.kept + image.counters.written, image.overlay.dropping.count
         if brought == self._looked_at or fetch is None or image.version is None:
             return
         self._looked_at = brought
@@ -256,6 +256,8 @@ class StreamJob(Job):
             pos = await self._missing.first_from(0)
             if pos is None or (source_size is not None and pos >= source_size):
                 await fetch.landed(image)
+                if dropped != image.overlay.dropping.count:
+                    return  # a commit needs the backing again
                 await image.detach()
                 log.info("%s: complete all the same, as readers and guests have populated the rest", image.name)
         except QedfsError as exc:

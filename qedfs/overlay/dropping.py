@@ -15,18 +15,24 @@ While clusters are dropped, nobody changes the backing, and what it has is durab
 
 A drop that a kill or a power cut undoes costs nothing: the old entry refers to the same bytes.
 
+An overlay whose clusters are dropped needs its backing. So while somebody is `allowed` to drop, it does not drop its
+backing (`Overlay.detach`), nor the other way round. Whoever has found that nothing is missing must look again if
+clusters were dropped since (`count`).
+
 The comparison is made on the event loop, as the copy of a move is (`relocation.py`), a few clusters at a time: 40 us
 for 128 KiB in the page cache. What is not there is read in a thread first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import trio
 
+from qedfs.errors import InUse, UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import ClusterMap, Freed
@@ -83,6 +89,31 @@ class Dropping:
         self._freed = freed
         self._loop_writes = loop_writes
         self._cluster_size = clusters.geometry.cluster_size
+        self.count = 0  # of clusters that were dropped
+        self.allowed = False
+        self.detaching = False  # and also afterwards
+
+    def allow(self) -> None:
+        """Let clusters be dropped until `forbid`. Raises QedfsError if the backing is being dropped, or was."""
+        if self.detaching:
+            raise UsageError("is becoming complete, and needs no backing")
+        self.allowed = True
+
+    def forbid(self) -> None:
+        """End `allow`."""
+        self.allowed = False
+
+    @contextlib.contextmanager
+    def not_during_detach(self) -> Iterator[None]:
+        """While the backing is dropped. If that succeeds, nothing can be dropped any more."""
+        if self.allowed:
+            raise InUse("is being committed into its backing, which it needs")
+        self.detaching = True
+        try:
+            yield
+        except BaseException:
+            self.detaching = False
+            raise
 
     @property
     def crowded(self) -> bool:
@@ -95,6 +126,7 @@ class Dropping:
         None: not now, as the event loop could have to wait for the disk. Raises BadOverlay, ReadOnlyOverlay, and the
         errors of both files.
         """
+        assert self.allowed  # noqa: S101 - the caller has asked for it
         await self._session.ready()
         cold = False
         while True:
@@ -198,6 +230,7 @@ class Dropping:
             return False
         freed: Freed = {}
         self._map.drop(same, freed)
+        self.count += len(same)
         self._freed.add(freed)
         return True
 

@@ -509,12 +509,13 @@ class Overlay:
         The flush comes first. Without its barrier the header could reach the disk before the last entries. A power cut
         would then leave an overlay without backing whose last clusters read as zeros.
         """
-        await self._session.ready()
-        await self.inspect()
-        if self.damage is not None:
-            raise self.damage.fresh()
-        await self.committer.flush()
-        await self._session.detach()
+        with self.dropping.not_during_detach():
+            await self._session.ready()
+            await self.inspect()
+            if self.damage is not None:
+                raise self.damage.fresh()
+            await self.committer.flush()
+            await self._session.detach()
         self.backing = None
 
     async def move_backing(self, name: str, pin: Pin | None) -> None:

@@ -17,6 +17,7 @@ from qedfs.image.commit_target import RawTarget
 from qedfs.image.live_commit import LiveCommit
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
+from qedfs.source.url import parse_location
 from tests.fakes.storage import MemoryStorage
 from tests.image.commits import BASE, CLUSTER, OWN, SIZE, Two, differs, runs_of, started, wanted
 from tests.image.live import commit_beside, guest, image_of, steps
@@ -134,6 +135,7 @@ async def test_what_is_missing_is_read_while_the_backing_changes(monkeypatch: py
         await commit.copy(0, 40)
         assert bytes(await image.read(11 * CLUSTER, CLUSTER)) == BASE[11 * CLUSTER : 12 * CLUSTER]
         assert bytes(await image.read(10 * CLUSTER, CLUSTER)) == before == BASE[10 * CLUSTER : 11 * CLUSTER]
+        assert image.overlay.record.committing  # after a check of the version, too
         await commit.leave()
         assert (image.copy_on_read, bytes(await image.read(0, SIZE))) == (True, wanted())
 
@@ -203,6 +205,11 @@ async def test_what_cannot_be_committed_is_refused(monkeypatch: pytest.MonkeyPat
         with pytest.raises(UsageError, match="has no source"):
             LiveCommit(image)
         image.own_backing = own
+        assert image.fetch is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(image.fetch.remote, "location", parse_location("http://server/base.raw"))
+            with pytest.raises(UsageError, match="is on a server, and only read"):
+                LiveCommit(image)
         monkeypatch.setattr(type(own), "shared", True)
         with pytest.raises(InUse, match="another image of this mount has it"):
             LiveCommit(image)

@@ -65,6 +65,27 @@ async def test_readers_bring_in_everything(
     await alone.close()
 
 
+async def test_what_was_dropped_meanwhile_needs_the_backing(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit into the backing comes between the look at what is missing and the end of the backing."""
+    async with served(ForReaders(CONTENT)) as image, trio.open_nursery() as nursery:
+        job = await failed(image, nursery, caplog)
+        assert image.fetch is not None
+
+        async def dropped(_: Image) -> None:
+            image.overlay.dropping.count += 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image.fetch, "landed", dropped)
+            assert await image.read(0, len(CONTENT)) == CONTENT
+            await trio.sleep(10)
+            assert (image.overlay.missing, image.complete) == (0, False)
+        image.counters.written += 1  # so that it looks again
+        await trio.sleep(10)
+        assert (image.complete, job.state) == (True, State.COMPLETE)
+
+
 @pytest.mark.parametrize("changed", [False, True])
 async def test_a_guest_writes_everything(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, changed: bool

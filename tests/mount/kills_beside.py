@@ -115,19 +115,20 @@ class Moving:
             self._told, self._asked = self._asked, self._told
 
 
-class Defragmenting:
-    """The overlay is laid out in the order of the image, and again as soon as that has ended."""
+class Jobs:
+    """A job of this type runs beside the guest, and again as soon as that has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         self.done = 0
+        self._kind = kind
 
     def running(self, mount: Mount) -> contextlib.AbstractContextManager[None]:
         """See `Beside`."""
-        return repeated(mount, 0, self._begin)
+        return repeated(mount, PAUSE_SECONDS, self._begin)
 
     def _begin(self, client: Client) -> None:
         if not client.execute("query-block-jobs"):
-            client.execute("x-qedfs-start", device="disk", type="defrag")
+            client.execute("x-qedfs-start", device="disk", type=self._kind)
             self.done += 1
 
     def settled(self, mount: Mount) -> None:

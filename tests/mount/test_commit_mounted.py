@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qedfs.control.qmp.client import Client
-from qedfs.errors import QedfsError
+from qedfs.errors import InUse
 from tests.harness.images import qemu_check, qemu_same, random_image
 from tests.harness.mounts import Mount, qedfs
 
 from .kills import Overlay, kill_once
+from .kills_beside import Jobs
 from .support import MIB, Writer, assert_same, create, mounted_over, opened
 
 SIZE = 16 * MIB
@@ -61,6 +59,10 @@ def test_the_backing_has_all_of_it_and_the_overlay_what_a_guest_has_written_mean
     with mounted_over(tmp_path, str(base), "--no-stream", "--allow-backing", tmp_path) as mount:
         image, place = mount.path("disk.raw"), mount.mountpoint
         write_both(image, expected, 100, 2)
+        with opened(base, os.O_RDONLY):
+            refused = qedfs("commit", place, "disk", check=False)
+        assert (refused.returncode, "another program has it open" in refused.stderr) == (InUse.exit_code, True)
+        assert_same(image, expected)
         ended = threading.Event()
 
         def write() -> None:
@@ -99,33 +101,12 @@ def settle(mount: Mount) -> None:
             pass
 
 
-@contextlib.contextmanager
-def always(mount: Mount) -> Iterator[None]:
-    """Start a commit as soon as the last one has ended."""
-    ended = threading.Event()
-
-    def again() -> None:
-        with contextlib.suppress(QedfsError, OSError), Client.connect(str(mount.mountpoint)) as client:
-            while not ended.is_set():
-                if not client.execute("query-block-jobs"):
-                    client.execute("x-qedfs-start", device="disk", type="commit")
-                time.sleep(0.01)
-
-    thread = threading.Thread(target=again)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def test_killed_in_the_middle_of_it_no_returned_write_is_lost(tmp_path: Path, base: Path) -> None:
     overlay = create(tmp_path / "disk.qed", str(base), "--size", str(SIZE), "--cluster-size", "4K")
     allow = "--allow-backing", str(tmp_path)
     target = Overlay(overlay, expected_of(base), tmp_path / "mnt")
     for seed in range(2):
-        kill_once(target, seed, "--no-stream", *allow, beside=always, again=allow)
+        kill_once(target, seed, "--no-stream", *allow, beside=Jobs("commit").running, again=allow)
     with mounted_over(tmp_path, str(base), "--no-stream", *allow) as mount:
         qedfs("commit", mount.mountpoint, "disk")
         assert mount.unmount() == 0

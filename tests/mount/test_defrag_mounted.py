@@ -15,7 +15,7 @@ from tests.harness.mounts import Mount, qedfs
 from tests.harness.process import wait_for
 
 from .kills import Overlay, kill_once
-from .kills_beside import Defragmenting
+from .kills_beside import Jobs
 from .support import MIB, create, mounted_over, opened, origin, read_direct
 
 CLUSTER = 4096
@@ -91,4 +91,4 @@ def test_killed_in_the_middle_of_it_no_returned_write_is_lost(tmp_path: Path) ->
         expected = Path(shutil.copy(source.raw, tmp_path / "expected"))
         target = Overlay(overlay, expected, tmp_path / "mnt")
         for seed in range(2):
-            kill_once(target, seed, "--no-stream", beside=Defragmenting().running)
+            kill_once(target, seed, "--no-stream", beside=Jobs("defrag").running)

@@ -21,8 +21,8 @@ from .support import MIB, Origin, create, opened, origin
 # In the next version, and in one that has forgotten this one.
 FORMAT = ('FORMAT = "2"', 'FORMAT = "3"')
 READABLE = ('READABLE = frozenset({"1", FORMAT})', 'READABLE = frozenset({"2", FORMAT})')
-JOURNAL = ('_MAGIC = b"qedfsj\\0\\4"', '_MAGIC = b"qedfsj\\0\\5"')
-JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\4",')
+JOURNAL = ('_MAGIC = b"qedfsj\\0\\5"', '_MAGIC = b"qedfsj\\0\\6"')
+JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\5",')
 
 
 class Installation:

@@ -421,7 +421,9 @@ class Actors:
             first = self._rng.choice(self._focus)
             many = self._rng.randint(1, min(6, self._geometry.clusters - first))
             with self._trouble_allowed():
+                self.overlay.dropping.allow()
                 await self.overlay.dropping.drop(first, many, StillBacking(self.history.scenario.base))
+            self.overlay.dropping.forbid()
             if self._rng.random() < 0.3:
                 await self.overlay.give_space_back()
 

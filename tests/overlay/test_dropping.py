@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import BadOverlay
+from qedfs.errors import BadOverlay, InUse, NoSpace, UsageError
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay import loop_writes
 from qedfs.overlay.journal import dropped_run, is_drop, run_count, zero_run
@@ -40,6 +40,7 @@ async def adopted(folder: Path | None = None) -> tuple[Overlay, MemoryStorage]:
     await overlay.adopt(0, bytearray(BASE[: COUNT * CLUSTER]), COUNT * CLUSTER)
     await overlay.adopt_zeros(60, 2)
     await overlay.flush()
+    overlay.dropping.allow()
     return overlay, storage
 
 
@@ -86,6 +87,7 @@ async def test_the_last_cluster_may_end_with_the_image() -> None:
     size = 5 * CLUSTER + 512
     storage = MemoryStorage(empty(image_size=size, backing=b"base").data, name="disk")
     overlay = await open_storage(storage)
+    overlay.dropping.allow()
     await overlay.adopt(5 * CLUSTER, bytearray(BASE[5 * CLUSTER : size]), 512)
     assert await overlay.dropping.drop(0, 6, StillBacking(BASE[:size])) == 1
 
@@ -279,3 +281,25 @@ async def test_nothing_is_compared_where_the_event_loop_would_wait(monkeypatch: 
     monkeypatch.setattr(LoopWrites, "may_begin", lambda *_: False)
     assert await overlay.dropping.drop(0, COUNT, StillBacking(BASE)) is None
     assert entries(overlay, 0, 1) == [ZERO + 1, ZERO + 1]
+
+
+async def test_an_overlay_that_may_drop_clusters_keeps_its_backing() -> None:
+    overlay, _ = await adopted()
+    with pytest.raises(InUse, match="committed into its backing"):
+        await overlay.detach()
+    assert overlay.backing == "base"
+    assert await drop(overlay) == overlay.dropping.count == COUNT + 2
+    overlay.dropping.forbid()
+    await overlay.detach()
+    with pytest.raises(UsageError, match="needs no backing"):
+        overlay.dropping.allow()
+
+
+async def test_after_a_detach_that_has_failed_clusters_may_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay, storage = await adopted()
+    overlay.dropping.forbid()
+    storage.fail("write", NoSpace("full"), nth=1)
+    with pytest.raises(NoSpace):
+        await overlay.detach()
+    overlay.dropping.allow()
+    assert await drop(overlay) == COUNT + 2
