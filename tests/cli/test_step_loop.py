@@ -10,6 +10,7 @@ from pathlib import Path
 from ..harness import starter
 from ..harness.hang import HANG_SECONDS
 from ..harness.mounts import qedfs
+from ..harness.servers import Nginx
 from .support import in_mount_table
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,9 @@ def run_loop(folder: Path, tmp_path: Path, only: str = "*") -> subprocess.Comple
     )
 
 
-def test_it_ends_when_all_is_local(overlay: Path, folder: Path, tmp_path: Path) -> None:
+def test_it_ends_when_all_is_local(web: Nginx, folder: Path, tmp_path: Path) -> None:
+    # Eight steps; with the usual clusters, sixty-four.
+    qedfs("create", folder / "disk.qed", "--backing", f"{web.url}/disk.img", "--cluster-size", "512K")
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ READABLE = ('READABLE = frozenset({"1", FORMAT})', 'READABLE = frozenset({"2", F
 JOURNAL = ('_MAGIC = b"qedfsj\\0\\5"', '_MAGIC = b"qedfsj\\0\\6"')
 JOURNALS = ("_MAGICS = (_MAGIC,", '_MAGICS = (_MAGIC, b"qedfsj\\0\\5",')
 
+THIS = Path(package.__file__).parent
+
 
 class Installation:
     """Where the version that is installed lies: an update is another one in its place."""
@@ -32,7 +35,8 @@ class Installation:
         self._folder = folder
         self.env = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
         folder.mkdir()
-        (folder / "qedfs").symlink_to(Path(package.__file__).parent)
+        (folder / "qedfs").symlink_to(THIS)
+        keep_bytecode(folder / "qedfs")
 
     def install(self, version: Path) -> None:
         """Put a version in the place of the one that is there."""
@@ -43,7 +47,8 @@ class Installation:
 
 def patched(folder: Path, **files: tuple[tuple[str, str], ...]) -> Path:
     """A copy of this version with some words changed: `room__module=((before, after), ...)`."""
-    shutil.copytree(Path(package.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(THIS, folder)
+    keep_bytecode(folder)
     for name, changes in files.items():
         path = folder / f"{name.replace('__', '/')}.py"
         text = path.read_text()
@@ -52,6 +57,23 @@ def patched(folder: Path, **files: tuple[tuple[str, str], ...]) -> Path:
             text = text.replace(before, after)
         path.write_text(text)
     return folder
+
+
+def keep_bytecode(folder: Path) -> None:
+    """Let a copy of this version have its bytecode, which knows its source by time and size: to compile takes a second.
+
+    Beside the source a copy has it already; elsewhere it is kept by path (`tests/__init__.py`).
+    """
+    if sys.pycache_prefix:
+        here, there = (Path(f"{sys.pycache_prefix}{path}") for path in (THIS, folder))
+        shutil.copytree(here, there, dirs_exist_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def no_bytecode_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    if sys.pycache_prefix:
+        shutil.rmtree(f"{sys.pycache_prefix}{tmp_path}", ignore_errors=True)
 
 
 @pytest.fixture
@@ -68,7 +90,7 @@ def installed(tmp_path: Path) -> Installation:
 
 @pytest.fixture
 def old() -> Path:
-    return Path(package.__file__).parent
+    return THIS
 
 
 @pytest.fixture

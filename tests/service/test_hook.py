@@ -83,9 +83,9 @@ def test_a_guest_may_be_restarted_as_often_as_it_likes(host: Machine, tmp_path: 
     with origin(tmp_path, MIB) as source:
         host.configure("vm1", create(tmp_path / "disk.qed", source.url), tmp_path / "mnt")
         unit = host.folder / "units" / "qedfs@.service"
-        unit.write_text(re.sub("StartLimitBurst=.*", "StartLimitBurst=2", unit.read_text()))
+        unit.write_text(re.sub("StartLimitBurst=.*", "StartLimitBurst=1", unit.read_text()))
         host.systemctl("daemon-reload")
-        for _ in range(3):
+        for _ in range(2):
             assert _hook(host, "prepare", "begin") == 0, host.log()
             assert _hook(host, "release", "end") == 0
             host.wait_for_state(MOUNT, "inactive")
@@ -97,10 +97,10 @@ def test_a_guest_whose_disk_cannot_be_mounted_does_not_start(host: Machine, tmp_
     assert _hook(host, "prepare", "begin") != 0
 
 
-@pytest.mark.parametrize("guest", ["other", "", "../vm1", "a guest"])
-def test_other_guests_are_none_of_its_business(host: Machine, tmp_path: Path, guest: str) -> None:
+def test_other_guests_are_none_of_its_business(host: Machine, tmp_path: Path) -> None:
     host.configure("vm1", tmp_path / "missing.qed", tmp_path / "mnt")
-    assert _hook(host, "prepare", "begin", guest=guest) == 0
+    for guest in ("other", "", "../vm1", "a guest"):
+        assert _hook(host, "prepare", "begin", guest=guest) == 0, guest
     assert host.systemctl("list-units", "--all", "--plain", "--no-legend", "qedfs*").stdout == ""
 
 
