@@ -48,6 +48,7 @@ from qedfs.source.url import Location
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20  # copied at once
+LOOKS_FOR_OTHERS, LOOK_SECONDS = 10, 0.1  # until it is sure that others have the backing open
 
 
 class LiveCommit:
@@ -140,8 +141,19 @@ class LiveCommit:
         if old is not None:
             await self._own.release(old)
         await image.adoptions_ended()
-        await check_unused(self._location, file)
+        await self._unused(file)
         return await open_raw(self._location, file)
+
+    async def _unused(self, file: BackingFile) -> None:
+        """Raise InUse if somebody else has the file open. A read of the old source may still be under way, and has."""
+        for look in range(1, LOOKS_FOR_OTHERS + 1):
+            try:
+                await check_unused(self._location, file)
+                break
+            except InUse:
+                if look == LOOKS_FOR_OTHERS:
+                    raise
+                await trio.sleep(LOOK_SECONDS)
 
     async def _through(self) -> Source:
         """The source of `_held`. Its readers wait until there is one."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from qedfs.errors import InUse, QedfsError, SourceChanged, UsageError
 from qedfs.format.record import digest
 from qedfs.format.tables import MISSING
 from qedfs.image import live_commit
 from qedfs.image.commit_target import RawTarget
-from qedfs.image.live_commit import LiveCommit
+from qedfs.image.live_commit import LOOKS_FOR_OTHERS, LiveCommit
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.url import parse_location
@@ -227,3 +228,26 @@ async def test_guests_go_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
                 await steps(commit, image)
                 await commit.leave()
             assert model.fault(bytes(await image.read(0, SIZE)), len(two.moments)) is None
+
+
+@pytest.mark.parametrize("looks", [LOOKS_FOR_OTHERS - 1, LOOKS_FOR_OTHERS])
+async def test_a_read_of_the_old_source_may_end_before_somebody_else_is_blamed(
+    looks: int, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = Two(await started())
+    failures = iter(range(looks))
+
+    async def in_use(*_: object) -> None:
+        if next(failures, None) is not None:
+            raise InUse("another program has it open")
+
+    async with image_of(two, monkeypatch) as image:
+        monkeypatch.setattr(live_commit, "check_unused", in_use)
+        commit = LiveCommit(image)
+        if looks == LOOKS_FOR_OTHERS:
+            with pytest.raises(InUse):
+                await commit.begin()
+        else:
+            await commit.begin()
+            await commit.leave()
+        assert bytes(await image.read(0, SIZE)) == wanted()

@@ -139,7 +139,7 @@ MUTANTS = (
         "session:Session._write_slot",
         "if self._unordered:",
         "if False:",
-        first=84,
+        first=99,
     ),
     Mutant(
         "record: the slots are written in turn",
