@@ -52,6 +52,11 @@ def _looked_into(mount: Mount) -> int:
     return sum(image["served"] or image["error"] is not None for image in _images(mount).values())
 
 
+def _told_of(mount: Mount) -> int:
+    """Of how many overlays the log says why they are not served, or not streamed."""
+    return len(set(re.findall(r"(?:not served: .*/|(?:ERROR|INFO|WARNING) )(\w+)\.(?:qed|raw): ", mount.output())))
+
+
 def _peers(trace: str) -> set[str]:
     """The Internet addresses and Unix sockets that were connected or sent to."""
     found = re.findall(
@@ -79,6 +84,8 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
                     create_overlay(str(overlays / f"{number}.qed"), image_size=MIB, backing=text)
                 create_overlay(str(overlays / "redirected.qed"), image_size=MIB, backing=server.url())
                 qemu_create(overlays / "good.qed", size=MIB)
+                # The log first: a status of a hundred images takes the mount longer than to look into one of them.
+                wait_for(lambda: _told_of(mount) > len(NAMES), "a line on each of the new overlays")
                 wait_for(lambda: _looked_into(mount) == len(NAMES) + 2, "the new overlays")
                 for path in mount.mountpoint.iterdir():
                     if path.name != "good.raw":
