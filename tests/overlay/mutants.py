@@ -31,7 +31,7 @@ MUTANTS = (
         "commit:Committer._write",
         "self._barriers.barrier()\n        try:",
         "try:",
-        first=25,
+        first=13,
     ),
     Mutant(
         "commit: tables are written behind the barrier, not before it",
@@ -40,14 +40,14 @@ MUTANTS = (
         "        try:\n            for offset, data in group.sectors:\n                storage.write(offset, [data])\n",
         "try:\n            for offset, data in group.sectors:\n                storage.write(offset, [data])\n"
         "            self._barriers.barrier()\n",
-        first=25,
+        first=13,
     ),
     Mutant(
         "commit: entries are those of the start of the group",
         "commit:Committer._write",
         "in group.sectors:",
         "in group.sectors + [self._tables.sector(n, s) for n, changed in group.dirty.items() for s in changed]:",
-        first=34,
+        first=19,
     ),
     Mutant(
         "commit: the file is whole clusters long before an entry is written",
@@ -62,26 +62,28 @@ MUTANTS = (
         "self._tables.make_dirty(number, changed)",
         "pass",
         "full_disk",
-        first=49,
+        first=14,
     ),
     Mutant(
         "flush: a second barrier behind the entries",
         "commit:Committer._write",
         "if durable:",
         "if durable and not (group.dirty or group.tables):",
-        first=14,
+        first=12,
     ),
     Mutant(
         "flush: one barrier is enough only where no entry waits",
         "commit:Committer.flush_now",
         "self.pending or ",
         "",
+        first=14,
     ),
     Mutant(
         "flush: no barrier only where nothing was written since the last one",
         "commit:Committer.flush_now",
         "if not self._storage.unsynced:",
         "if True:",
+        first=19,
     ),
     Mutant(
         "flush: one that waits for the lock has a barrier for what was written meanwhile",
@@ -125,7 +127,7 @@ MUTANTS = (
         "self._barrier()\n    # The name",
         "pass\n    # The name",
         "detach",
-        first=57,
+        first=36,
     ),
     Mutant(
         "record: a barrier behind each",
@@ -153,7 +155,7 @@ MUTANTS = (
         "overlay:Overlay._write",
         "await self._session.let_times_move()",
         "self.times.may_move = True",
-        first=5,
+        first=26,
     ),
     Mutant(
         "repair: a barrier before NEED_CHECK is cleared",
@@ -168,7 +170,7 @@ MUTANTS = (
         "open:_open",
         "round_up(file_end, cluster_size)",
         "round_down(file_end, cluster_size)",
-        first=25,
+        first=26,
     ),
     Mutant(
         "open: after a session that did not end in order all is read from the disk",
@@ -211,13 +213,14 @@ MOVES = (
         "relocation:Relocation._settled",
         "await done.wait()",
         "return data",
-        first=6,
+        first=9,
     ),
     Mutant(
         "move: the old place is used again behind a barrier for the new entry",
         "relocation:Relocation._publish",
         "self._freed.add(freed)",
         "self._freed.landed(freed)",
+        first=13,
     ),
     Mutant(
         "move: nothing comes between the copy and the entry",
