@@ -81,14 +81,15 @@ class Allocator:
         self._free.add(offsets)
         # If that fails, they stay in the list. The caller is about to report the error of the write.
         self._cut_off(self._free)
+        self._free.forget_some()  # after that, as it forgets the highest ones, which can be cut off
 
     def recycle(self, offsets: Iterable[int], *, blank: bool) -> None:
         """Free clusters that were discarded and that nothing refers to any more. `blank`: they read as zeros."""
+        places = self._blank if blank else self._free
+        places.add(offsets)
         if blank:
-            self._blank.add(offsets)
-            self._cut_off(self._blank)
-        else:
-            self._free.add(offsets)
+            self._cut_off(places)
+        places.forget_some()  # as in `give_back`
 
     def _cut_off(self, places: FreePlaces) -> None:
         """Let the allocated space end before those of these places that are at its end."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
-MOST_RUNS = 1 << 16  # some MiB of memory; the highest ones are forgotten
+MOST_RUNS = 1 << 16  # some MiB of memory
 LOOKED_AT = 8192  # runs, which takes 1 ms
 
 
@@ -40,6 +40,9 @@ class FreePlaces:
             start, end = offset, offset + size
         if end >= 0:
             self._add_run(start, end)
+
+    def forget_some(self) -> None:
+        """Forget the highest runs, if there are more than MOST_RUNS."""
         if (more := len(self) - MOST_RUNS) > 0:
             del self._starts[:more], self._ends[:more]
 

@@ -200,6 +200,17 @@ async def test_the_list_of_free_clusters_has_a_bound(monkeypatch: pytest.MonkeyP
     assert storage.size() == size + 2 * CLUSTER
 
 
+async def test_the_end_of_the_file_is_cut_off_before_places_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_places, "MOST_RUNS", 2)
+    storage, overlay = await opened()
+    end = offsets(storage)[4]
+    for cluster, count in ((0, 1), (2, 1), (4, 2)):
+        await overlay.discard(cluster, count)
+    await overlay.flush()
+    await overlay.give_space_back()
+    assert storage.size() == end
+
+
 async def test_two_at_once_give_it_back_once() -> None:
     storage, overlay = await opened()
     await overlay.discard(0, 3)
