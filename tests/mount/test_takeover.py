@@ -39,7 +39,9 @@ async def test_whoever_asks_for_an_upgrade_gets_the_answer_before_the_connection
         assert answered == [True]
 
 
-async def test_the_holder_hears_that_the_event_loop_turns_until_requests_are_answered() -> None:
+async def test_the_holder_hears_that_the_event_loop_turns_until_requests_are_answered(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     with linked() as (link, holder):
         takeover = Takeover(link, None)
         async with trio.open_nursery() as nursery:
