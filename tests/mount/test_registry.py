@@ -105,7 +105,9 @@ def not_connected(place: Path) -> bool:
 
 
 def test_each_cluster_crosses_the_wire_once_for_all_overlays_of_a_source(tmp_path: Path) -> None:
-    with folder_of(tmp_path) as (source, overlays, mount):
+    """Streams that begin together: what one has fetched before another image is open, that one fetches again."""
+    with folder_of(tmp_path, "--no-stream") as (source, overlays, mount):
+        qedfs("stream", "start", mount.mountpoint)
         mount.wait()
         assert mount.unmount() == 0
         sent = source.server.body_bytes()
