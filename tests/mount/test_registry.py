@@ -19,7 +19,7 @@ from tests.harness.process import free_port, wait_for
 
 from .support import MIB, Origin, assert_same, assert_whole, create, opened, origin
 
-SIZE = 4 * MIB
+SIZE = 16 * MIB
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def not_connected(place: Path) -> bool:
 
 def test_each_cluster_crosses_the_wire_once_for_all_overlays_of_a_source(tmp_path: Path) -> None:
     """Streams that begin together: what one has fetched before another image is open, that one fetches again."""
-    with folder_of(tmp_path, "--no-stream") as (source, overlays, mount):
+    with folder_of(tmp_path, "--no-stream", "--limit", "8M") as (source, overlays, mount):
         qedfs("stream", "start", mount.mountpoint)
         mount.wait()
         assert mount.unmount() == 0
