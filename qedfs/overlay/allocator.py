@@ -93,8 +93,9 @@ class Allocator:
 
     def _cut_off(self, places: FreePlaces) -> None:
         """Let the allocated space end before those of these places that are at its end."""
-        end = places.beginning_at(self._tables.file_end)
-        if end == self._tables.file_end or self._storage.would_wait():
+        file_end = self._tables.file_end
+        end = places.beginning_at(file_end)
+        if end == file_end or self._storage.would_wait():
             return  # not on the event loop
         try:
             if self._storage.size() > end:
@@ -102,4 +103,4 @@ class Allocator:
         except QedfsError:
             return
         self._tables.cut_back(end)
-        places.drop_highest()
+        places.forget(end, file_end)

@@ -1,4 +1,4 @@
-"""Free places as runs: what is taken, merged and forgotten is what a set of clusters would give."""
+"""Free places in blocks: what is taken, merged and forgotten is what a set of clusters would give."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from qedfs.overlay.free_places import FreePlaces
 C = 4096
 
 
+@pytest.mark.parametrize("block", [4, 7, free_places.BLOCK])
 @pytest.mark.parametrize("seed", range(4))
-def test_all_is_as_a_set_would_have_it(seed: int) -> None:
+def test_all_is_as_a_set_would_have_it(monkeypatch: pytest.MonkeyPatch, seed: int, block: int) -> None:
+    monkeypatch.setattr(free_places, "BLOCK", block)
     rng, places, model = random.Random(seed), FreePlaces(C), set[int]()
     for _ in range(600):
         kind = rng.random()
@@ -26,7 +28,7 @@ def test_all_is_as_a_set_would_have_it(seed: int) -> None:
             assert taken == min(model, default=None)
             model.discard(taken or 0)
         elif kind < 0.9:
-            count, below = rng.randrange(1, 5), rng.randrange(61) * C
+            count, below = rng.choice((1, 2, 3, 4, 6, 12)), rng.randrange(61) * C
             rows = [range(at, at + count * C, C) for at in sorted(model)]
             fits = next((row for row in rows if set(row) <= model and row.stop <= below), None)
             assert places.take_row(count, below) == (None if fits is None else fits.start)
@@ -37,18 +39,23 @@ def test_all_is_as_a_set_would_have_it(seed: int) -> None:
             while begin - C in model and end - C == max(model):
                 begin -= C
             assert places.beginning_at(end) == begin
-            if begin < end:
-                places.drop_highest()
-                model -= set(range(begin, end, C))
-        assert len(places) == sum(at - C not in model for at in model)
+            places.forget(begin, end)
+            model -= set(range(begin, end, C))
+    assert list(iter(places.take, None)) == sorted(model)
 
 
-def test_the_highest_are_forgotten_but_one_run_is_as_long_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_places, "MOST_RUNS", 3)
-    places = FreePlaces(C)
-    places.add(range(0, 1000 * C, C))
-    places.add(at * C for at in (2000, 3000, 4000, 5000))
+def test_the_highest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_places, "MOST_BLOCKS", 3)
+    places, block = FreePlaces(C), free_places.BLOCK * C
+    places.add([at * block for at in (2, 3, 4, 9, 11)] + [2 * block + C])
     places.forget_some()
-    assert len(places) == 3
-    assert places.take_row(1000, 1 << 40) == 0
-    assert [places.take(), places.take(), places.take()] == [2000 * C, 3000 * C, None]
+    assert list(iter(places.take, None)) == [2 * block, 2 * block + C, 3 * block, 4 * block]
+
+
+def test_a_hundred_thousand_scattered_clusters_are_remembered() -> None:
+    places = FreePlaces(C)
+    places.add(range(0, 200_000 * C, 2 * C))
+    places.forget_some()
+    places.add(range(C, 200_000 * C, 2 * C))
+    assert places.take_row(200_000, 200_000 * C) == 0
+    assert places.take() is None

@@ -186,7 +186,8 @@ async def test_nothing_is_given_back_after_a_failed_barrier_or_of_a_truncated_fi
 
 async def test_the_list_of_free_clusters_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is beyond it is punched and forgotten."""
-    monkeypatch.setattr(free_places, "MOST_RUNS", 2)
+    monkeypatch.setattr(free_places, "BLOCK", 1)
+    monkeypatch.setattr(free_places, "MOST_BLOCKS", 2)
     storage, overlay = await opened()
     for cluster in (0, 2, 4):
         await overlay.discard(cluster, 1)
@@ -201,7 +202,8 @@ async def test_the_list_of_free_clusters_has_a_bound(monkeypatch: pytest.MonkeyP
 
 
 async def test_the_end_of_the_file_is_cut_off_before_places_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_places, "MOST_RUNS", 2)
+    monkeypatch.setattr(free_places, "BLOCK", 1)
+    monkeypatch.setattr(free_places, "MOST_BLOCKS", 2)
     storage, overlay = await opened()
     end = offsets(storage)[4]
     for cluster, count in ((0, 1), (2, 1), (4, 2)):
