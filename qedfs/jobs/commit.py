@@ -14,13 +14,13 @@ them.
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import trio
 
 from qedfs.image.image import Image
 from qedfs.image.live_commit import PIECE_BYTES, LiveCommit
-from qedfs.jobs.job import Driver, HoldOff, Job, never
+from qedfs.jobs.job import Job, JobOptions
 from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -37,17 +37,9 @@ class CommitJob(Job):
     kind: ClassVar[str] = "commit"
     writes_source: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        image: Image,
-        *,
-        enabled: bool = True,
-        limit: int = 0,
-        hold_off: HoldOff = never,
-        driver: Driver | None = None,
-    ) -> None:
+    def __init__(self, image: Image, **options: Unpack[JobOptions]) -> None:
         """See `Job`. Raises a QedfsError if the image, as it is, cannot be committed."""
-        super().__init__(image, enabled=enabled, limit=limit, hold_off=hold_off, driver=driver)
+        super().__init__(image, **options)
         self.keep = False  # whether the overlay keeps its clusters
         self.copied_bytes = 0  # of the overlay, of which the backing got what it did not have
         self.dropped_bytes = 0
@@ -55,7 +47,6 @@ class CommitJob(Job):
         self._clusters = self._commit.clusters
         self._copied = self._dropped = 0  # how many clusters have been visited for either
         self._uncommitted = 0  # clusters that were dropped since
-        self._activity = -1
         self._finished = False
 
     @property
@@ -128,7 +119,7 @@ class CommitJob(Job):
             if self._uncommitted >= DROPPED_AT_ONCE:
                 await self._give_back()
             await self._heard(dropped)
-            if dropped and self._guests():
+            if dropped and self.guests_were_active():
                 await self.sleep(GUEST_SECONDS)
         return True
 
@@ -153,15 +144,7 @@ class CommitJob(Job):
             self.makes_progress()
         await trio.lowlevel.checkpoint()
 
-    def _guests(self) -> bool:
-        """Whether a guest has read or written since the last call."""
-        counters = self.image.counters
-        before, self._activity = self._activity, counters.read + counters.written
-        return before != self._activity
-
     async def _give_back(self) -> None:
         """Make what was dropped durable, and give its space back."""
-        overlay, self._uncommitted = self.image.overlay, 0
-        await overlay.commit()
-        while overlay.has_space_to_give_back and await overlay.give_space_back():
-            pass
+        self._uncommitted = 0
+        await self.image.overlay.commit_and_give_back()

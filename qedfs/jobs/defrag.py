@@ -51,7 +51,6 @@ class DefragJob(Job):
         self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
         self._gathered: list[tuple[int, int]] = []  # what was moved to the end of the file: first cluster, how many
         self._lowered = 0  # how many of them have been looked at again
-        self._activity = -1
 
     @property
     def done(self) -> bool:
@@ -82,7 +81,7 @@ class DefragJob(Job):
                 if not self._goes_on():
                     return False
                 await self._gather()
-            await self._give_back()
+            await self.image.overlay.commit_and_give_back()
             while self._lowered < len(self._gathered):
                 if not self._goes_on():
                     return False
@@ -95,7 +94,7 @@ class DefragJob(Job):
 
     async def finish(self) -> None:
         """Make all of it durable, and give the old places back."""
-        await self._give_back()
+        await self.image.overlay.commit_and_give_back()
         self._finished = True
         log.info("%s: laid out in order, %s were moved", self.image.name, format_size(self.moved_bytes))
 
@@ -142,7 +141,7 @@ class DefragJob(Job):
             while not gathering.ended:
                 if due := self.rate_limiter.due():
                     await self.sleep(min(due, PACE_SECONDS))
-                elif self._guests():
+                elif self.guests_were_active():
                     await self.sleep(GUEST_SECONDS)
                 if not self._goes_on():
                     return False
@@ -155,18 +154,5 @@ class DefragJob(Job):
         if self.hindered:
             self.makes_progress()
         if self.image.overlay.uncommitted_bytes >= COMMIT_BYTES:
-            await self._give_back()
+            await self.image.overlay.commit_and_give_back()
         return True
-
-    def _guests(self) -> bool:
-        """Whether a guest has read or written since the last call."""
-        counters = self.image.counters
-        before, self._activity = self._activity, counters.read + counters.written
-        return before != self._activity
-
-    async def _give_back(self) -> None:
-        """Make the new places durable, and give the old ones back."""
-        overlay = self.image.overlay
-        await overlay.commit()
-        while overlay.has_space_to_give_back and await overlay.give_space_back():
-            pass

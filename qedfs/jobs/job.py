@@ -110,6 +110,7 @@ class Job(abc.ABC):
         self._ignored_at = 0  # the cursor at that time
         self._hindrance: tuple[Event, str] | None = None  # the failure after which it retries, until it makes progress
         self._held_for = ""  # the error for which it waits for the user
+        self._guest_bytes = -1  # what guests had read and written at the last look
         self._driver = driver or Driver()
         self._machine = JobState(state, Order.ON if enabled else Order.OFF, Pause.USER if paused else Pause.NONE)
         self._poked = trio.Event()
@@ -326,6 +327,11 @@ class Job(abc.ABC):
         """Called by the work when it has made progress, which means that a failure is over."""
         self._hindrance = None
         self._report(Event.RUN)
+
+    def guests_were_active(self) -> bool:
+        """Whether a guest has read or written since the last call."""
+        before, self._guest_bytes = self._guest_bytes, self.image.counters.read + self.image.counters.written
+        return before != self._guest_bytes
 
     def poke(self) -> None:
         """Wake the job's task, because something has changed."""

@@ -433,6 +433,12 @@ class Overlay:
         """Give the space of discarded and moved clusters back, see `FreedClusters.give_back`. Raises nothing."""
         return await self._freed.give_back()
 
+    async def commit_and_give_back(self) -> None:
+        """Commit, then give back all that is free by now. Raises what `commit` raises."""
+        await self.commit()
+        while self.has_space_to_give_back and await self.give_space_back():
+            pass
+
     async def reads_as_zeros(self, cluster: int) -> bool:
         """Whether a cluster is a zero cluster, or missing while there is no backing."""
         await self._pending.settle(cluster * self.cluster_size, 1)
