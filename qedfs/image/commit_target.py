@@ -68,7 +68,14 @@ class RawTarget:
 
     @classmethod
     async def of(cls, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> Self:
+        """`refresh` comes first."""
+        made = cls(storage, sync_times, dry=dry)
+        await made.refresh()
+        return made
+
+    async def refresh(self) -> None:
         """Let the reads show what the disk has, see the head of the module. Raises what `Storage.refresh` raises."""
+        storage = self._storage
         try:
             await storage.in_thread(storage.refresh)
         except InUse as exc:
@@ -76,7 +83,6 @@ class RawTarget:
                 f"{storage.path}: another program keeps part of it in memory, so what is on the disk cannot be read;"
                 " close that program first"
             ) from exc
-        return cls(storage, sync_times, dry=dry)
 
     @property
     def size(self) -> int:

@@ -59,12 +59,15 @@ class LiveCommit:
         self._image = image
         self._own, self._location = _way(image)
         self._clusters = image.overlay.geometry.clusters  # those that a growth adds stay in the overlay
+        self._size = image.overlay.image_size  # what the backing has past that is not the image's
         self._keeps = image.copy_on_read
         self._samples = Samples()
         self._sampled: list[int] = []  # the clusters that they are in
         self._ready = trio.Event()  # set when the backing can be read through our descriptor
         self._held: RetryingSource | None = None  # the source that does it
         self._target: RawTarget | None = None
+        self._file: BackingFile | None = None  # that it is on
+        self._doubtful = False  # whether the disk lacks what the page cache of the backing shows
         self.settled = False  # whether the backing has everything, durably, and the overlay says so
 
     @property
@@ -120,15 +123,19 @@ class LiveCommit:
                 " qedfs commit OVERLAY"
             )
         await image.source_size()
-        source = None if image.source is None else image.source.connected
-        if not isinstance(source, LocalSource) or not source.is_on(file.status):
-            raise SourceChanged(f"backing {self._location}: was replaced by another file since the mount has opened it")
+        self._check_file(image.source, file, "the mount has opened it")
         # While readers go on: in `_taken` they wait, and a file that was just copied takes a while.
         try:
             await trio.to_thread.run_sync(sync_file, file.path)
         except OSError as exc:
             raise SourceError(f"backing {self._location}: cannot sync: {exc.strerror}") from exc
         return file
+
+    def _check_file(self, remote: RetryingSource | None, file: BackingFile, since: str) -> None:
+        """Raise SourceChanged if this source has another file open."""
+        source = None if remote is None else remote.connected
+        if not isinstance(source, LocalSource) or not source.is_on(file.status):
+            raise SourceChanged(f"backing {self._location}: was replaced by another file since {since}")
 
     async def _taken(self, file: BackingFile) -> RawTarget:
         """Take the file over from the source of the image, so that nobody else has it open, and open it for writing."""
@@ -142,6 +149,7 @@ class LiveCommit:
             await self._own.release(old)
         await image.adoptions_ended()
         await self._unused(file)
+        self._file = file
         return await open_raw(self._location, file)
 
     async def _unused(self, file: BackingFile) -> None:
@@ -189,7 +197,7 @@ class LiveCommit:
             if stop == first:
                 return first + 1, 0
         pos = first * cluster_size
-        size = min(stop * cluster_size, target.size) - pos
+        size = min(stop * cluster_size, self._size) - pos
         if overlay.failure is not None:
             raise overlay.failure.fresh()
         view = memoryview(bytearray(size))
@@ -207,17 +215,36 @@ class LiveCommit:
             done += run.size if run.offset != MISSING else 0
         return stop, done
 
+    async def doubted(self) -> bool:
+        """Whether all must be copied again, because the barrier of `settle` has failed. The reads show the disk then.
+
+        The kernel tells once of bytes that the disk did not take. The page cache may keep them, so that they do not
+        differ from the overlay's, and the next barrier succeeds without them.
+        """
+        doubtful = self._doubtful
+        if doubtful:
+            await self._open_target().refresh()
+            self._doubtful = False
+        return doubtful
+
     async def settle(self) -> None:
-        """Steps 3 and 4. After an error it may be called again."""
+        """Steps 3 and 4. After an error it may be called again, after a look at `doubted`."""
         image, overlay, target = self._image, self._image.overlay, self._open_target()
         # After the reads: if another program has cut the overlay off, they were zeros.
         await overlay.inspect()
         # The bytes and the times of the backing. Without this barrier, entries could go, and after a power cut neither
         # file would have what a guest had flushed.
-        await target.sync()
+        try:
+            await target.sync()
+        except QedfsError:
+            self._doubtful = True
+            raise
         fetch = await self._own.fetch()
         try:
             identity = await fetch.remote.connect()
+            if self._file is not None:
+                # Otherwise it would be the pin of a file that lacks what the overlay is about to drop.
+                self._check_file(fetch.remote, self._file, "the commit has begun")
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._own.release(fetch.remote)

@@ -81,6 +81,8 @@ class CommitJob(Job):
         """See `Job.work`. An error keeps what was reached."""
         if not self._commit.open:
             await self._commit.begin()
+        if await self._commit.doubted():
+            self._copied = 0
         if not await self._copy():
             return False
         if not self._commit.settled:

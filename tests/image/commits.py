@@ -97,11 +97,11 @@ async def runs_of(overlay: Overlay) -> list[Run]:
     return await overlay.map(0, overlay.image_size)
 
 
-async def started() -> bytes:
+async def started(own: dict[int, bytes | int] = OWN, *, size: int = SIZE, backing_size: int = len(BASE)) -> bytes:
     """An overlay that is pinned to the backing."""
-    storage = MemoryStorage(filled(OWN, image_size=SIZE).data)
+    storage = MemoryStorage(filled(own, image_size=size).data)
     overlay = await open_storage(storage)
-    pin = Pin(digest(BACKING.decode()), len(BASE), last_modified="old")
+    pin = Pin(digest(BACKING.decode()), backing_size, last_modified="old")
     await overlay.change_record(lambda record: dataclasses.replace(record, pin=pin))
     await overlay.close()
     return bytes(storage.bytes)

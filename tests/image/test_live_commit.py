@@ -12,9 +12,10 @@ import trio.testing
 
 from qedfs.errors import InUse, QedfsError, SourceChanged, UsageError
 from qedfs.format.record import digest
-from qedfs.format.tables import MISSING
+from qedfs.format.tables import MISSING, ZERO
 from qedfs.image import live_commit
 from qedfs.image.commit_target import RawTarget
+from qedfs.image.growth import grow
 from qedfs.image.live_commit import LOOKS_FOR_OTHERS, LiveCommit
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
@@ -216,6 +217,36 @@ async def test_what_cannot_be_committed_is_refused(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(type(own), "shared", True)
         with pytest.raises(InUse, match="another image of this mount has it"):
             LiveCommit(image)
+
+
+@pytest.mark.parametrize("last", [b"o" * CLUSTER, ZERO])
+async def test_what_the_backing_has_past_the_image_stays(last: bytes | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 10 * CLUSTER + 512
+    two = Two(await started({2: b"o" * CLUSTER, 10: last}, size=size))
+    async with image_of(two, monkeypatch) as image:
+        before = bytes(await image.read(0, size))
+        commit = LiveCommit(image)
+        await commit.begin()
+        await steps(commit, image)
+        await commit.leave()
+        assert [run.offset for run in await runs_of(image.overlay)] == [MISSING]
+        assert bytes(await image.read(0, size)) == before
+    assert bytes(two.backing.bytes) == before + BASE[size:]
+
+
+async def test_the_image_may_grow_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, larger = 10 * CLUSTER + 512, 20 * CLUSTER
+    own: dict[int, bytes | int] = {2: b"o" * CLUSTER, 10: (b"o" * 512).ljust(CLUSTER, b"\0")}
+    two = Two(await started(own, size=size, backing_size=size), BASE[:size])
+    async with image_of(two, monkeypatch) as image:
+        commit = LiveCommit(image)
+        await commit.begin()
+        await grow(image, larger)
+        await image.write(12 * CLUSTER, b"g" * 512)
+        before = bytes(await image.read(0, larger))
+        await steps(commit, image)
+        await commit.leave()
+        assert bytes(await image.read(0, larger)) == before
 
 
 async def test_guests_go_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

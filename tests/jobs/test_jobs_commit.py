@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import trio
 import trio.testing
@@ -78,6 +80,26 @@ async def test_it_waits_for_room(monkeypatch: pytest.MonkeyPatch, autojump_clock
         job = CommitJob(image)
         await job.run(once=True)
         assert job.state is State.COMPLETE
+    assert bytes(two.backing.bytes) == wanted()
+
+
+@pytest.mark.expect_log("the commit has stopped: cannot sync")
+async def test_what_the_disk_did_not_take_is_copied_again(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = Two(await started())
+    lost: list[bool] = []
+    two.backing.lose_at(1, random.Random(1), lambda: lost.append(True))
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        job = CommitJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(1)
+        assert (lost, job.state) == ([True], State.FAILED)
+        job.start()
+        await trio.sleep(10)
+        assert job.state is State.COMPLETE
+        assert await offsets(image) == {MISSING}
+    two.backing.refresh()  # without what only the page cache has
     assert bytes(two.backing.bytes) == wanted()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import trio
 
-from qedfs.errors import InUse
+from qedfs.errors import InUse, SourceChanged
+from qedfs.image.live_commit import LiveCommit
 from qedfs.image.own_backing import OwnBacking
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.mount.images import Images
@@ -47,6 +49,32 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         assert own.fetch_from(fetch.remote).remote is fetch.remote
         await own.release(fetch.remote)
         assert fetch.remote.connected is None
+        with trio.CancelScope(shield=True):
+            await images.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_takes_the_place_of_the_backing_meanwhile_is_not_pinned(tmp_path: Path) -> None:
+    base, copy = tmp_path / "base.raw", tmp_path / "copy.raw"
+    base.write_bytes(b"b" * 4 * 65536)
+    create_overlay(str(tmp_path / "disk.qed"), image_size=4 * 65536, backing=str(base))
+    options = Options(stream=False, policy=Policy((str(tmp_path),)))
+    async with trio.open_nursery() as nursery:
+        images = Images(str(tmp_path), options, nursery)
+        await images.registry.scan()
+        (served,) = images.registry.everything()
+        assert served.image is not None
+        image = served.image
+        await image.write(0, b"o" * 65536)
+        commit = LiveCommit(image)
+        await commit.begin()
+        shutil.copy(base, copy)
+        await commit.copy(0, 1)
+        os.replace(copy, base)  # the samples are the same
+        with pytest.raises(SourceChanged, match="was replaced by another file since the commit has begun"):
+            await commit.settle()
+        await commit.leave()
+        assert bytes(await image.read(0, 65536 + 1)) == b"o" * 65536 + b"b"
         with trio.CancelScope(shield=True):
             await images.close()
         nursery.cancel_scope.cancel()
