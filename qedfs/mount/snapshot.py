@@ -26,13 +26,12 @@ from collections.abc import Iterator
 
 import trio
 
-from qedfs.errors import InStandby, NoSpace, QedfsError, UsageError, file_error
+from qedfs.errors import InStandby, InUse, NoSpace, QedfsError, UsageError, file_error
 from qedfs.host.durable import sync_folder
 from qedfs.image.image import Image
 from qedfs.mount.overlay_folder import OverlayFolder
 from qedfs.mount.served import Served
 from qedfs.overlay.create import already_exists
-from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session_copy import end_session
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.url import parse_location
@@ -65,6 +64,7 @@ class Snapshots:
             UsageError: there is a file already, or the folder is not there.
             InStandby: the overlay holds nothing that could be copied.
             NoSpace: the file system has no room for the copy.
+            InUse: it is being committed into its backing.
             QedfsError: the file system cannot share blocks between the two, or the overlay cannot be flushed.
         """
         _check_place(file, mountpoint)
@@ -73,11 +73,14 @@ class Snapshots:
             if served.path in self._hanging:
                 raise _hangs(file, "is still waiting for an earlier copy of this overlay")
             overlay = image.overlay
+            if overlay.record.committing and image.version is not None:
+                await image.source_size()  # a commit was interrupted; from this check on the copy has a whole pin
             await trio.to_thread.run_sync(_check_folder, overlay.backing, self._folder.root, file, mountpoint)
             with _errors(file):
-                return await self._take(served, overlay, file)
+                return await self._take(served, image, file)
 
-    async def _take(self, served: Served, overlay: Overlay, file: str) -> Snapshot:
+    async def _take(self, served: Served, image: Image, file: str) -> Snapshot:
+        overlay = image.overlay
         run = trio.to_thread.run_sync  # a call that has begun is not abandoned, except in `_share`
         source = await run(lambda: self._open_source(served))
         target = -1
@@ -85,6 +88,7 @@ class Snapshots:
             target = await run(lambda: _unnamed(file, stat.S_IMODE(overlay.file_status().st_mode)))
             async with overlay.still() as since:
                 await self._share(source, target, served.path, file)
+                _check_not_committed(served, image)  # again, as it may have begun meanwhile
                 modified_ns, changed_ns = overlay.times.modified_ns, overlay.times.changed_ns
                 pause = trio.current_time() - since
             copy = FileStorage(os.dup(target), file, writable=True)
@@ -137,7 +141,18 @@ def _image(served: Served) -> Image:
     if not image.writable:
         # Without a session nothing changes the file, and whoever may read it can copy it.
         raise QedfsError(f"{served.name}: is not written to by this mount; cp --reflink {served.path} copies it")
+    _check_not_committed(served, image)
     return image
+
+
+def _check_not_committed(served: Served, image: Image) -> None:
+    """Raise InUse while the backing is written to.
+
+    The copy would lack what a guest writes from now on, and read it from the backing all the same. It would know the
+    backing by samples only, so that it would not notice.
+    """
+    if image.committing_down:
+        raise InUse(f"{served.name}: is being committed into its backing; qedfs commit --cancel ends that")
 
 
 def _check_place(file: str, mountpoint: str) -> None:

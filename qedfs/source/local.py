@@ -74,6 +74,14 @@ class LocalSource:
         """Whether it has this file open."""
         return self._fd >= 0 and os.path.samestat(os.fstat(self._fd), status)
 
+    async def sync(self) -> None:
+        """Make what was written to the file durable, and its times. Raises SourceUnreachable."""
+        self._check(0, 0)
+        try:
+            await in_thread(self._path, lambda: os.fsync(self._fd))
+        except OSError as exc:
+            raise SourceUnreachable(f"backing {self._location}: cannot sync: {exc.strerror}") from exc
+
     async def read(self, pos: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill `buffer`. Raises SourceChanged if the file has been truncated or written to."""
         view = buffer.cast("B")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from qedfs.errors import InUse, SourceChanged
+from qedfs.image.image import Image
 from qedfs.image.live_commit import LiveCommit
 from qedfs.image.own_backing import OwnBacking
 from qedfs.jobs.image_jobs import ImageJobs
@@ -54,18 +57,28 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         nursery.cancel_scope.cancel()
 
 
-async def test_a_file_that_takes_the_place_of_the_backing_meanwhile_is_not_pinned(tmp_path: Path) -> None:
-    base, copy = tmp_path / "base.raw", tmp_path / "copy.raw"
-    base.write_bytes(b"b" * 4 * 65536)
-    create_overlay(str(tmp_path / "disk.qed"), image_size=4 * 65536, backing=str(base))
-    options = Options(stream=False, policy=Policy((str(tmp_path),)))
+@contextlib.asynccontextmanager
+async def image_over(base: Path) -> AsyncIterator[Image]:
+    """An image with one cluster of its own, over a backing of four, without a mount."""
+    folder = str(base.parent)
+    await trio.Path(base).write_bytes(b"b" * 4 * 65536)
+    create_overlay(f"{folder}/disk.qed", image_size=4 * 65536, backing=str(base))
+    options = Options(stream=False, policy=Policy((folder,)))
     async with trio.open_nursery() as nursery:
-        images = Images(str(tmp_path), options, nursery)
+        images = Images(folder, options, nursery)
         await images.registry.scan()
         (served,) = images.registry.everything()
         assert served.image is not None
-        image = served.image
-        await image.write(0, b"o" * 65536)
+        await served.image.write(0, b"o" * 65536)
+        yield served.image
+        with trio.CancelScope(shield=True):
+            await images.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_takes_the_place_of_the_backing_meanwhile_is_not_pinned(tmp_path: Path) -> None:
+    base, copy = tmp_path / "base.raw", tmp_path / "copy.raw"
+    async with image_over(base) as image:
         commit = LiveCommit(image)
         await commit.begin()
         shutil.copy(base, copy)
@@ -75,6 +88,24 @@ async def test_a_file_that_takes_the_place_of_the_backing_meanwhile_is_not_pinne
             await commit.settle()
         await commit.leave()
         assert bytes(await image.read(0, 65536 + 1)) == b"o" * 65536 + b"b"
-        with trio.CancelScope(shield=True):
-            await images.close()
-        nursery.cancel_scope.cancel()
+
+
+async def test_the_time_of_a_backing_that_was_written_in_part_is_durable_before_it_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, committing = tmp_path / "base.raw", list[bool]()
+    fsync = os.fsync
+    async with image_over(base) as image:
+
+        def noted(fd: int) -> None:
+            if os.path.samestat(os.fstat(fd), base.stat()):
+                committing.append(image.overlay.record.committing)
+            fsync(fd)
+
+        commit = LiveCommit(image)
+        await commit.begin()
+        await commit.copy(0, 1)
+        await commit.leave()
+        monkeypatch.setattr(os, "fsync", noted)
+        await image.read(65536, 1)
+        assert (committing, image.overlay.record.committing) == ([True], False)

@@ -19,7 +19,8 @@ import trio
 import trio.testing
 
 from qedfs.control.qmp.client import Client
-from qedfs.errors import InStandby, NoSpace, QedfsError, UsageError
+from qedfs.errors import InStandby, InUse, NoSpace, QedfsError, UsageError
+from qedfs.image.live_commit import LiveCommit
 from qedfs.mount import snapshot as module
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
@@ -182,6 +183,41 @@ async def test_an_overlay_in_standby_holds_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path, backing="disk.img", standby="") as (images, served):
         with pytest.raises(InStandby):
             await images.snapshots.take(served, str(tmp_path / "snap.qed"), mountpoint="/mnt")
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+async def test_while_the_backing_is_written_to_there_is_no_copy_that_would_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+    async with serving(tmp_path, backing="base.raw") as (images, served):
+        image = served.image
+        assert image is not None
+        image.committing_down = earlier
+        monkeypatch.setattr(module, "_share", lambda *_: setattr(image, "committing_down", True))
+        with pytest.raises(InUse, match="is being committed into its backing"):
+            await images.snapshots.take(served, str(tmp_path / "snap.qed"), mountpoint="/mnt")
+        assert not (tmp_path / "snap.qed").exists()
+        image.committing_down = False
+
+
+@pytest.mark.usefixtures("copying")
+async def test_after_a_commit_that_was_interrupted_the_copy_knows_the_version_of_its_backing(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+    async with serving(tmp_path, backing="base.raw") as (images, served):
+        assert served.image is not None
+        await served.image.write(0, b"o" * CLUSTER_SIZE)
+        commit = LiveCommit(served.image)
+        await commit.begin()
+        await commit.copy(0, 1)
+        await commit.leave()
+        assert served.image.overlay.record.committing
+        await images.snapshots.take(served, str(tmp_path / "snap.qed"), mountpoint="/mnt")
+    copy = await open_overlay(str(tmp_path / "snap.qed"), writable=False)
+    pin = copy.record.pin
+    assert pin is not None
+    assert (copy.record.committing, pin.last_modified) == (False, str((tmp_path / "base.raw").stat().st_mtime_ns))
+    await copy.close()
 
 
 async def test_a_file_system_that_hangs_holds_no_writer_for_ever_and_leaves_no_copy(
