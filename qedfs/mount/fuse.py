@@ -206,12 +206,13 @@ class Operations(FileSystem):
         if served is not None:
             served.note_release()
             self._images.pop(fh, None)
-            numbers.released(served, fh)
+            numbers.released(fh, served)
         elif (served := self._registry.by_inode(fh)) is not None:
             served.note_release()
             # After the answer.
             trio.lowlevel.current_trio_token().run_sync_soon(numbers.note_opens, served)
         else:
+            numbers.released(fh)
             return
         if not served.opens:
             self._images.pop(served.inode, None)
@@ -322,6 +323,10 @@ class Operations(FileSystem):
         return image_attributes(served.image, served.inode)
 
     def _reply(self, exc: Exception, number: int) -> FUSEError:
+        if isinstance(exc, KeyError) and number not in self._images:
+            return FUSEError(
+                errno.ESTALE
+            )  # a handle of an earlier server, whose image is another one now, or is not there
         served = self._opened(number)
         return self._failures.reply(exc, served.name if served else f"inode {number}")
 

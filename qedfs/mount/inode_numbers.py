@@ -95,9 +95,13 @@ class InodeNumbers:
             self._link.set(f"open/{handle}", str(served.inode))
         return handle
 
-    def released(self, served: Served, handle: int) -> None:
-        """Tell the next server of a release()."""
-        served.handles.discard(handle)
+    def released(self, handle: int, served: Served | None = None) -> None:
+        """Tell the next server of a release(). `served`: None if the handle belongs to none that is open here.
+
+        It may be of an image that an earlier server had, and that will be opened again: its overlay is locked just now.
+        """
+        for handles in self._handles.values() if served is None else (served.handles,):
+            handles.discard(handle)
         if self._link:
             self._link.drop(f"open/{handle}")
 

@@ -67,11 +67,23 @@ def test_a_release_that_was_noted_is_known_to_the_next_server() -> None:
     numbers = InodeNumbers(cast("HolderLink", link))
     a = served(numbers, "a", ord("a"), "", "session-", "#8.")
     first, second = numbers.opened(a), numbers.opened(a)
-    numbers.released(a, first)
+    numbers.released(first, a)
     later = InodeNumbers(cast("HolderLink", link), dict(link.values))
     again = served(later, "a", ord("a"), "session-1", "session-")
     assert (again.opens, again.handles) == (1, {second})
     assert later.opened(again) > second  # a release that the kernel repeats must not meet another open
+
+
+def test_a_release_before_the_image_is_opened_again_counts() -> None:
+    told = first_server()
+    link = Values()
+    link.values = dict(told)
+    numbers = InodeNumbers(cast("HolderLink", link), told)
+    gone, left = sorted(int(key.removeprefix("open/")) for key in told if key.startswith("open/"))
+    numbers.released(gone)  # while the overlay is locked by somebody else
+    a = served(numbers, "a", ord("a"), "session-1", "session-", "#8.")
+    assert (a.opens, a.handles) == (1, {left})
+    assert f"open/{gone}" not in link.values
 
 
 def test_opens_of_a_server_of_an_earlier_format_count_too() -> None:
