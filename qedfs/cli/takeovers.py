@@ -2,7 +2,9 @@
 
 Owns the way to tell a mount without a server from one that is between two, and what follows if the server ends before
 it has answered. It may have carried the request out, or not. Requests that name a state, not a step, are sent to the
-next server again. Of all others, the user is told that nobody knows. Must not know what the requests mean beyond that.
+next server once more. Of all others, the user is told that nobody knows. If that server ends, too, it may be because of
+the request, and a mount whose servers die again and again is taken away: so there is no third time. Must not know what
+the requests mean beyond that.
 """
 
 from __future__ import annotations
@@ -51,18 +53,20 @@ class LastingClient(Client):
 
     def execute(self, name: str, /, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         """See `Client.execute`. Raises Unanswered if the server has ended, but not the mount."""
+        repeated = False
         while True:
             try:
                 return super().execute(name, **arguments)
             except Gone as exc:
                 if not is_between_servers(self.mountpoint):
                     raise
-                if name not in REPEATABLE:
+                if repeated or name not in REPEATABLE:
                     raise Unanswered(
                         f"{self.mountpoint}: the server has ended before it answered, and another one serves the mount"
                         " on; whether this was done is not known: look at qedfs status before you repeat it"
                     ) from exc
                 self.go_on_with(reach_server(self.mountpoint, deadline=self.deadline))
+                repeated = True
 
 
 def lasting_client(mountpoint: str, *, deadline: float = math.inf) -> LastingClient:

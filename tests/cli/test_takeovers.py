@@ -111,6 +111,14 @@ def test_a_state_is_asked_for_again_at_the_next_server(monkeypatch: pytest.Monke
     assert client.execute("block_resize", device="disk", size=512) == {"size": 512}
 
 
+def test_a_request_at_which_two_servers_have_ended_is_not_sent_to_a_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, NONE, Lasting())
+    monkeypatch.setattr(takeovers, "is_between_servers", lambda _: True)
+    gone = Gone("the mount has ended")
+    with pytest.raises(takeovers.Unanswered, match="whether this was done is not known"):
+        Lasting(gone, gone, {"size": 512}).execute("block_resize", device="disk", size=512)
+
+
 @pytest.mark.parametrize("command", ["x-qedfs-snapshot", "x-qedfs-populate", "blockdev-set-active", "x-qedfs-upgrade"])
 def test_of_a_step_nobody_knows_whether_it_was_done(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(takeovers, "is_between_servers", lambda _: True)
