@@ -132,7 +132,7 @@ class RawTarget:
 
     async def zero(self, pos: int, size: int) -> int:
         """Punch holes where the file has data. Past the end of the file are zeros."""
-        changed, end = 0, min(pos + size, self.size)
+        changed, end = 0, min(pos + size, await self._storage.in_thread(self._storage.size))
         while pos < end:
             start, stop = pos, min(end, pos + ZEROS_AT_ONCE)
             changed += await self._storage.in_thread(lambda: self._zero(start, stop))  # noqa: B023 - it runs here
@@ -168,8 +168,8 @@ class RawTarget:
             raise QedfsError(f"{self._storage.path}: cannot sync: {exc.strerror}") from exc
 
     async def close(self) -> None:
-        """Close the file, which releases its locks."""
-        self._storage.close()
+        """Close the file, which releases its locks. In a thread, as a file server has to answer."""
+        await self._storage.in_thread(self._storage.close)
 
 
 class QedTarget:

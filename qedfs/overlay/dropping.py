@@ -20,7 +20,8 @@ backing (`Overlay.detach`), nor the other way round. Whoever has found that noth
 clusters were dropped since (`count`).
 
 The comparison is made on the event loop, as the copy of a move is (`relocation.py`), a few clusters at a time: 40 us
-for 128 KiB in the page cache. What is not there is read in a thread first.
+for 128 KiB in the page cache. What is not there is read in a thread first. The event loop never waits for the backing:
+it may be on a file server that hangs, or in a mount that this very loop serves.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Below(Protocol):
         ...
 
     def hole_end(self, pos: int) -> int:
-        """Where the hole ends that `pos` is in; `pos` itself if it is in none."""
+        """Where the hole ends that `pos` is in; `pos` itself if it is in none. May wait for the disk."""
         ...
 
 
@@ -128,7 +129,7 @@ class Dropping:
         """
         assert self.allowed  # noqa: S101 - the caller has asked for it
         await self._session.ready()
-        cold = False
+        found: dict[int, memoryview] | None = None
         while True:
             await self._settled(first, count)
             if not self._loop_writes.may_begin(0):
@@ -136,12 +137,11 @@ class Dropping:
                 return None
             # No await since `_settled`, nor before the end of `_publish`.
             try:
-                same = self._same(first, count, below, wait=cold)
+                same = self._same(first, count, below, found)
             finally:
                 self._loop_writes.ended()
             if same is None:
-                await self._warm(first, count, below)
-                cold = True
+                found = await self._read_below(first, count, below)
             elif not same:
                 return 0
             elif self._publish(same):
@@ -163,12 +163,14 @@ class Dropping:
             else:
                 await self._map.load(pos, size)
 
-    def _same(self, first: int, count: int, below: Below, *, wait: bool) -> list[int] | None:
-        """Those that may be dropped; None if that cannot be told without waiting for a disk."""
+    def _same(self, first: int, count: int, below: Below, found: dict[int, memoryview] | None) -> list[int] | None:
+        """Those that may be dropped; None if that cannot be told without waiting for a disk.
+
+        `found`: what the backing has, as `_read_below` returns it; None if that was not called.
+        """
         size = self._cluster_size
         views = memoryview(bytearray(size)), memoryview(bytearray(size))
         same: list[int] = []
-        hole = 0  # up to here, the backing is a hole
         for cluster in range(first, first + count):
             entry = self._map.entry(cluster)
             if entry == MISSING or self._pending.is_pending(cluster):
@@ -177,21 +179,17 @@ class Dropping:
             inside = min(size, self._map.geometry.image_size - pos)
             own, other = views[0][:inside], views[1][:inside]
             if entry == ZERO:
-                hole = max(hole, below.hole_end(pos))
-                if hole >= pos + inside:
-                    same.append(cluster)
-                    continue
                 own[:] = bytes(inside)
             else:
                 place = self._map.checked(entry, cluster)
                 if self._pending.write_into(place, size) is not None:
                     continue
-                if not self._read(self._storage, place, own, wait=wait):
+                if not self._read(self._storage, place, own, wait=found is not None):
                     return None
-            if not below.read_now(pos, other):
-                if not wait:
-                    return None
-                below.read_waiting(pos, other)
+            if found is not None:
+                other = found.get(cluster, other[:0])  # it was missing then, and a guest has written to it
+            elif entry == ZERO or not below.read_now(pos, other):
+                return None
             if own == other:
                 same.append(cluster)
         return same
@@ -204,23 +202,30 @@ class Dropping:
             storage.read(place, view)
         return True
 
-    async def _warm(self, first: int, count: int, below: Below) -> None:
-        """Bring the bytes of both into the page cache."""
-        size = self._cluster_size
+    async def _read_below(self, first: int, count: int, below: Below) -> dict[int, memoryview]:
+        """What the backing has of those that are not missing. Brings those of the overlay into the page cache."""
+        size, image_size = self._cluster_size, self._map.geometry.image_size
         entries = [(cluster, self._map.entry(cluster)) for cluster in range(first, first + count)]
-        places = [(c * size, self._map.checked(entry, c)) for c, entry in entries if entry > ZERO]
-        zeros = [c * size for c, entry in entries if entry == ZERO]
+        places = [
+            (c, entry if entry == ZERO else self._map.checked(entry, c)) for c, entry in entries if entry != MISSING
+        ]
 
-        def read_all() -> None:
-            view = memoryview(bytearray(size))
-            for pos, place in places:
-                self._storage.read(place, view)
-                below.read_waiting(pos, view[: self._map.geometry.image_size - pos])
-            for pos in zeros:
-                below.read_waiting(pos, view[: self._map.geometry.image_size - pos])
+        def read_all() -> dict[int, memoryview]:
+            own, hole = memoryview(bytearray(size)), 0  # up to there, the backing is a hole
+            found: dict[int, memoryview] = {}
+            for cluster, place in places:
+                pos = cluster * size
+                view = found[cluster] = memoryview(bytearray(min(size, image_size - pos)))
+                if place > ZERO:
+                    self._storage.read(place, own)
+                elif hole < pos + len(view):
+                    hole = below.hole_end(pos)
+                if place > ZERO or hole < pos + len(view):
+                    below.read_waiting(pos, view)
+            return found
 
         with self._freed.accesses.running():
-            await self._storage.in_thread(read_all)
+            return await self._storage.in_thread(read_all)
 
     def _publish(self, same: Sequence[int]) -> bool:
         """Let these clusters be missing. Returns False if the journal does not take that: nothing has changed then."""
