@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import outcome
 import trio
 
 from qedfs.errors import QedfsError, SourceUnreachable
@@ -35,7 +36,9 @@ class WrittenBacking:
             raise self._gone()
         self._reads += 1
         try:
-            await self._target.read(pos, buffer.cast("B"))
+            view = buffer.cast("B")
+            # The read gets a buffer and a task of its own, so that a reader can give up: a disk may hang.
+            view[:] = await self._read(pos, len(view))
         except QedfsError as exc:
             raise SourceUnreachable(f"backing {self._location}: {exc}") from exc
         finally:
@@ -43,6 +46,22 @@ class WrittenBacking:
             if not self._reads:
                 self._idle.set()
         self.received += len(buffer)
+
+    async def _read(self, pos: int, size: int) -> bytearray:
+        """As `RawTarget.read`. If the caller is cancelled, the read goes on, and nobody gets its bytes."""
+        found, ended = bytearray(size), trio.Event()
+        result: outcome.Outcome[None] | None = None
+
+        async def read() -> None:
+            nonlocal result
+            result = await outcome.acapture(self._target.read, pos, memoryview(found))
+            ended.set()
+
+        trio.lowlevel.spawn_system_task(read)
+        await ended.wait()
+        assert result is not None  # noqa: S101 - for the type checker
+        result.unwrap()
+        return found
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Unknown, as they change."""
@@ -52,7 +71,7 @@ class WrittenBacking:
         return None
 
     async def aclose(self) -> None:
-        """Let no further read begin, and wait for those under way."""
+        """Let no further read begin, and wait for those under way whose readers have not given up."""
         self._closed = True
         while self._reads:
             self._idle = trio.Event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
@@ -58,3 +60,23 @@ async def test_its_end_waits_for_the_reads_under_way(monkeypatch: pytest.MonkeyP
                 await ask
         assert nursery.child_tasks
         go_on.set()
+
+
+async def test_a_reader_may_give_up_while_the_disk_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, storage, _ = await opened()
+    answers, view = trio.Event(), memoryview(bytearray(512))
+
+    async def hangs(function: Callable[[], object]) -> object:
+        with trio.CancelScope(shield=True):  # as a thread, which nobody can cancel
+            await answers.wait()
+        return function()
+
+    monkeypatch.setattr(storage, "in_thread", hangs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.read, 0, view)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    await source.aclose()
+    answers.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert bytes(view) == bytes(512)
