@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from ..values import Row
-from . import barriers, beside, cold, complete, export, fresh, full, guest, many, sparse, start, stream, thousand, whole
+from . import (
+    barriers,
+    beside,
+    cold,
+    complete,
+    defrag,
+    export,
+    fresh,
+    full,
+    guest,
+    many,
+    sparse,
+    start,
+    stream,
+    thousand,
+    whole,
+)
 
 ROWS: tuple[Row, ...] = (
     *stream.ROWS,
@@ -20,4 +36,5 @@ ROWS: tuple[Row, ...] = (
     *thousand.ROWS,
     *whole.ROWS,
     *export.ROWS,
+    *defrag.ROWS,
 )
