@@ -8,11 +8,13 @@ import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
 from qedfs.cli.commands.list import ask_all
 from qedfs.cli.found_mounts import FoundMount
+from qedfs.control.qmp.client import Client, Gone
 from qedfs.overlay.create import create_overlay
 
 from ..harness.namespace import Namespace, own_mounts
@@ -143,3 +145,14 @@ def test_a_call_that_never_returns_costs_its_own_entry_only(monkeypatch: pytest.
     found = ask_all([FoundMount(place, "/a.qed", 0, 0, ()) for place in ("/alive", "/stuck")])
     release.set()
     assert [(mount["mountpoint"], mount["state"]) for mount in found] == [("/alive", "served"), ("/stuck", "silent")]
+
+
+@pytest.mark.parametrize(("between", "state"), [(True, "restarting"), (False, "ending")])
+def test_a_server_that_ends_while_it_is_asked(monkeypatch: pytest.MonkeyPatch, between: bool, state: str) -> None:
+    client = MagicMock(server_pid=12)
+    client.__enter__.return_value = client
+    client.negotiate.side_effect = Gone("the mount has ended")
+    monkeypatch.setattr(Client, "reach", Mock(return_value=client))
+    monkeypatch.setattr("qedfs.cli.commands.list.is_between_servers", lambda _: between)
+    (found,) = ask_all([FoundMount("/mnt", "/a.qed", 0, 0, ())])
+    assert (found["state"], found["pid"]) == (state, 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_a_shell_script_has_it_as_a_program(tmp_path: Path) -> None:
 
 
 def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.TimeoutExpired):
-        run(["--version"], timeout_seconds=0, environ=os.environ)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/disk.raw"
+        with pytest.raises(subprocess.TimeoutExpired):
+            run(["doctor", url], timeout_seconds=0, environ=os.environ)
     done = run(["--version"], timeout_seconds=HANG_SECONDS, environ=os.environ)
     assert done.stdout == f"qedfs, version {__version__}\n"

@@ -26,6 +26,9 @@ ASKED_AT_ONCE = 32
 
 Listed = dict[str, Any]
 
+_ENDING: Listed = {"state": "ending", "error": "the server is ending"}
+_RESTARTING: Listed = {"state": "restarting", "error": "another server takes the mount over"}
+
 
 @click.command("list", short_help="Show all mounts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -88,7 +91,7 @@ def _asked(mount: FoundMount) -> Listed:
                 client.negotiate()
                 return {**pid, **_served(client.execute("x-qedfs-status"))}
             except Gone:
-                return {**pid, "state": "ending", "error": "the server is ending"}
+                return {**pid, **(_RESTARTING if is_between_servers(mount.mountpoint) else _ENDING)}
             except TimedOut:
                 return pid
             except QedfsError as exc:
@@ -114,7 +117,7 @@ def _served(status: dict[str, Any]) -> Listed:
 
 def _unserved(mount: FoundMount) -> Listed:
     if is_between_servers(mount.mountpoint):
-        return {"state": "restarting", "error": "another server takes the mount over"}
+        return _RESTARTING
     if _is_dead(mount):
         return {"state": "dead", "error": f"the server has died; run: qedfs umount {mount.mountpoint}"}
     return {
