@@ -1,7 +1,7 @@
 """One served image: an overlay, and the fetching of its missing clusters from the source.
 
-Owns what a read, a write and a flush of the image do, when entries are committed, its growth, and the exchange of its
-source. Must not know FUSE or sockets.
+Owns what a read, a write and a flush of the image do, when entries are committed, and the exchange of its source and
+of its overlay. Must not know FUSE or sockets.
 
 Tasks. Any task on the event loop may read and write. Somebody calls `tend` every COMMIT_SECONDS, one call at a time, to
 commit changes that have become old. Fetched bytes arrive through `take`, in a task of the fetch queue.

@@ -3,7 +3,7 @@
 Owns the meaning of an entry, and the count of missing clusters. `table_slices.py` has the tables with the entries.
 
 Changes happen on the event loop between two awaits, so a look-up never sees a partial change. Only `load`, `gap`,
-`count` and `next_missing` await. After them, the caller must repeat any look-up that it made before.
+`seek`, `count` and `next_missing` await. After them, the caller must repeat any look-up that it made before.
 """
 
 from __future__ import annotations

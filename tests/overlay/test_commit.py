@@ -1,4 +1,4 @@
-"""Groups, barriers, the end of the file: what the committer promises beside the order that the power cuts prove."""
+"""Groups, barriers, closes, the end of the file: what the committer promises beside the order of the power cuts."""
 
 from __future__ import annotations
 

@@ -6,10 +6,18 @@ image does not become its backing, but stays what it is, and the overlay keeps w
 
 from __future__ import annotations
 
-from qedfs.control.qmp.block_job import Wishes
 from qedfs.control.qmp.command import Arg, Arguments, Commands
 from qedfs.control.qmp.errors import QmpError
-from qedfs.control.qmp.job_commands import JOB_ID, ON_ERROR, Nothing, check_active, find_served, given_speed, refuse_two
+from qedfs.control.qmp.job_commands import (
+    JOB_ID,
+    ON_ERROR,
+    Nothing,
+    check_active,
+    find_served,
+    given_speed,
+    given_wishes,
+    refuse_two,
+)
 from qedfs.control.qmp.jobs import device_name
 from qedfs.control.qmp.state import Call
 from qedfs.image.image import Image
@@ -55,11 +63,7 @@ async def _block_commit(call: Call, arguments: Arguments) -> Nothing:
     if served.jobs is None:
         raise QmpError(f"Device '{name}' cannot be served")
     speed = given_speed(arguments) if "speed" in arguments else 0
-    wishes = Wishes(
-        on_error=arguments.get("on-error", "report"),
-        auto_finalize=arguments.get("auto-finalize", True),
-        auto_dismiss=arguments.get("auto-dismiss", True),
-    )
+    wishes = given_wishes(arguments)
     jobs.check_id(job_id)
     jobs.begin(served.jobs.begin("commit", limit=speed), name, job_id, wishes)
     return {}

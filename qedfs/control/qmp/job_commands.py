@@ -64,11 +64,7 @@ async def _block_stream(call: Call, arguments: Arguments) -> Nothing:
     if not image.writable:
         raise QmpError("Block node is read-only")
     check_active(served, image)
-    wishes = Wishes(
-        on_error=arguments.get("on-error", "report"),
-        auto_finalize=arguments.get("auto-finalize", True),
-        auto_dismiss=arguments.get("auto-dismiss", True),
-    )
+    wishes = given_wishes(arguments)
     jobs = call.control.jobs
     block = jobs.begin(stream, device_name(served), job_id, wishes, nothing=nothing)
     if nothing:
@@ -117,6 +113,15 @@ def refuse_two(arguments: Arguments, one: str, other: str) -> None:
     """Raise QmpError if both arguments are given."""
     if one in arguments and other in arguments:
         raise QmpError(f"'{one}' and '{other}' cannot be specified at the same time")
+
+
+def given_wishes(arguments: Arguments) -> Wishes:
+    """What a client wants of the job that it begins."""
+    return Wishes(
+        on_error=arguments.get("on-error", "report"),
+        auto_finalize=arguments.get("auto-finalize", True),
+        auto_dismiss=arguments.get("auto-dismiss", True),
+    )
 
 
 def given_speed(arguments: Arguments) -> int:
