@@ -46,7 +46,7 @@ async def served(
         fetch = FetchQueue(told, cluster_size, nursery)
         image = Image("disk.raw", await open_storage(storage), fetch, copy_on_read=copy_on_read)
         nursery.start_soon(tended, image)
-        await image.overlay.clusters.count()
+        await image.overlay.count_missing()
         yield image
         await image.close()
         nursery.cancel_scope.cancel()

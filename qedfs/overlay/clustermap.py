@@ -1,9 +1,10 @@
-"""The cluster map: where each cluster of the image is, which are missing, and how many. Includes uncommitted entries.
+"""The cluster map: where each cluster of the image is, and which are missing. Includes uncommitted entries.
 
-Owns the meaning of an entry, and the count of missing clusters. `table_slices.py` has the tables with the entries.
+Owns the meaning of an entry. `table_slices.py` has the tables with the entries, `missing_count.py` the count of missing
+clusters. Must not know who changes an entry, nor why.
 
 Changes happen on the event loop between two awaits, so a look-up never sees a partial change. Only `load`, `gap`,
-`seek`, `count` and `next_missing` await. After them, the caller must repeat any look-up that it made before.
+`seek` and `next_missing` await. After them, the caller must repeat any look-up that it made before.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from qedfs.errors import BadOverlay
 from qedfs.format.geometry import ENTRY_SIZE, Geometry
 from qedfs.format.header import Header
 from qedfs.format.tables import MISSING, ZERO
+from qedfs.overlay.missing_count import MissingCount
 from qedfs.overlay.sectors import SECTOR_ENTRIES
-from qedfs.overlay.table_rows import Row, count_missing, rows
+from qedfs.overlay.table_rows import Row, rows
 from qedfs.overlay.table_search import next_data, next_hole
 from qedfs.overlay.table_slices import TableSlices
 
@@ -51,11 +53,8 @@ class ClusterMap:
         self._slices = tables.slices  # the same dictionary, to save an attribute look-up on the read path
         self._first_byte = header.area_bytes  # the lowest valid offset of a cluster
         self.discarded = 0  # how many missing clusters were discarded
-        self._missing: int | None = None  # as of the last complete count
-        self._count_epoch = 0  # the epoch of the tables that were counted
-        self._counted_to = 0  # slices below this one are included in _counted_missing
-        self._counted_missing = 0
-        self._uncountable: BadOverlay | None = None  # the error of the first invalid table
+        self.missing_count = MissingCount(tables, geometry, self.gap)
+        self._count_less = self.missing_count.less
         self._shift = self.slice_entries.bit_length() - 1
         self._mask = self.slice_entries - 1
         self._cluster_size = geometry.cluster_size
@@ -331,14 +330,6 @@ class ClusterMap:
             self._count_less(number, missing)
             self._tables.make_dirty(number, sectors)
 
-    def _count_less(self, number: int, count: int) -> None:
-        """Count clusters of a slice that are not missing any more."""
-        # In a slice that the count has not reached yet, it will find the new entries.
-        if number < self._counted_to:
-            self._counted_missing -= count
-            if self._missing is not None:
-                self._missing -= count
-
     def set_zeros(self, first: int, count: int) -> None:
         """Set the missing ones among `count` clusters to ZERO. Takes 10 us for 2048 clusters that are all missing."""
         stop = first + count
@@ -458,72 +449,8 @@ class ClusterMap:
 
     def grow(self, geometry: Geometry) -> None:
         """Let the image be larger. The slice of its last cluster so far is in memory, or has no entries."""
-        number, first = self.geometry.clusters >> self._shift, self.geometry.clusters & self._mask
         self.geometry = geometry
-        if first and number < self._counted_to:
-            # The count has included this slice, up to the old end.
-            stop = min(self.slice_entries, geometry.clusters - (number << self._shift))
-            part = self._slices.get(number)
-            self._counted_missing += stop - first if part is None else part[first:stop].count(MISSING)
-        if self._missing is not None:
-            self._missing = self._counted_missing if self._counted_to >= self._slice_count else None
-
-    # Counting.
-
-    @property
-    def _slice_count(self) -> int:
-        return -(-self.geometry.clusters // self.slice_entries)
-
-    @property
-    def missing(self) -> int | None:
-        """How many clusters are missing; None until `count` has ended, and again after a failed barrier."""
-        return self._missing if self._count_epoch == self._tables.epoch else None
-
-    @property
-    def damage(self) -> BadOverlay | None:
-        """How the overlay is damaged, according to the tables that have been read: all of them, after `count`."""
-        return self._tables.damage if self._uncountable is None else self._uncountable.fresh()
-
-    async def count(self) -> None:
-        """Count the missing clusters once. From then on `missing` is kept exact.
-
-        May run concurrently with readers, writers and other counts: `set` keeps the slices below `_counted_to` up to
-        date.
-
-        Raises:
-            BadOverlay: an L1 entry points to an invalid place. All other tables have been read even so, because
-                their bad entries have to be marked.
-        """
-        for turn in itertools.count():
-            if turn % COUNT_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
-            if self._count_epoch != self._tables.epoch:
-                # A failed barrier has taken entries back, so counted clusters may be missing now.
-                self._count_epoch = self._tables.epoch
-                self._missing, self._counted_to, self._counted_missing = None, 0, 0
-            number = self._counted_to
-            if number >= self._slice_count:  # again each time, as the image may grow
-                break
-            try:
-                missing = await self.gap(number << self._shift)
-                stop = number - (-missing >> self._shift)
-                if not missing:
-                    part = await self._tables.entries(number)
-                    inside = min(self.slice_entries, self.geometry.clusters - (number << self._shift))
-                    missing = count_missing(part if inside == len(part) else part[:inside], self._cluster_size)
-                    stop = number + 1
-            except BadOverlay as exc:
-                self._uncountable = self._uncountable or exc
-                missing, stop = 0, (number // self._tables.per_table + 1) * self._tables.per_table
-            # There must be no await after the entries are examined: a cluster that got its entry in between would be
-            # counted as missing for ever. Another task may be counting, too, and may have counted this slice while we
-            # waited for it.
-            if number == self._counted_to and self._count_epoch == self._tables.epoch:
-                self._counted_missing += missing
-                self._counted_to = stop
-        if self._uncountable is not None:
-            raise self._uncountable.fresh()
-        self._missing = self._counted_missing
+        self.missing_count.grow(geometry)
 
 
 def _continues(last: Run, offset: int) -> bool:

@@ -182,7 +182,7 @@ class Overlay:
     @property
     def damage(self) -> BadOverlay | None:
         """Set if the overlay was truncated or overwritten, before or after the opening. Then it is never complete."""
-        return self.storage.damage or self.clusters.damage
+        return self.storage.damage or self.clusters.missing_count.damage
 
     @property
     def full(self) -> NoSpace | None:
@@ -201,7 +201,7 @@ class Overlay:
     @property
     def missing(self) -> int | None:
         """How many clusters are missing; None until they have been counted, and after a failed barrier."""
-        return self.clusters.missing
+        return self.clusters.missing_count.total
 
     @property
     def commit_pending(self) -> bool:
@@ -314,7 +314,7 @@ class Overlay:
 
     async def count_missing(self) -> None:
         """Count the missing clusters. Raises BadOverlay if a table is invalid, after reading all others."""
-        await self.clusters.count()
+        await self.clusters.missing_count.count()
 
     async def fragments(self) -> Fragments:
         """In how many pieces the data is. Raises BadOverlay if a table is invalid."""

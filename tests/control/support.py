@@ -199,7 +199,7 @@ class FakeMount:
 
             fetch = FetchQueue(AskedOnce(parse_location(URL), connect), CLUSTER, self.nursery)
         image = Image(f"{name}.raw", overlay, fetch)
-        await overlay.clusters.count()
+        await overlay.count_missing()
         job = StreamJob(image, enabled=stream, limit=limit)
         jobs = ImageJobs(job)
         served = Served(f"{name}.raw", str(path), image, job, jobs)

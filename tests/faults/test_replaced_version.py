@@ -81,12 +81,12 @@ async def test_two_who_count_at_once_count_once(
     async with served(FakeSource(OLD), storage=storage) as image:
         await image.read(0, 4 * CLUSTER)
     async with served(FakeSource(OLD), storage=MemoryStorage(storage.bytes)) as image:
-        clusters = image.overlay.clusters
+        count = image.overlay.clusters.missing_count
         # As with a disk that has to be waited for.
         monkeypatch.setattr(image.overlay.storage, "read_now", lambda *_: False)
-        clusters._slices.clear()
-        clusters._counted_to = clusters._counted_missing = 0
+        image.overlay.tables.slices.clear()
+        count._counted_to = count._counted = 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(clusters.count)
-            nursery.start_soon(clusters.count)
-        assert clusters.missing == 4
+            nursery.start_soon(count.count)
+            nursery.start_soon(count.count)
+        assert count.total == 4

@@ -110,7 +110,7 @@ async def two_images(nursery: trio.Nursery, source: FakeSource) -> tuple[Image, 
     images = [Image(name, await open_storage(disk), fetch) for name, disk in (("a.raw", storage), ("b.raw", other))]
     for image in images:
         await image.source_size()
-        await image.overlay.clusters.count()
+        await image.overlay.count_missing()
     return images[0], storage, images[1]
 
 
@@ -213,7 +213,7 @@ async def test_who_comes_late_to_a_flight_takes_it_at_once(autojump_clock: trio.
         began = trio.current_time()
         assert await well.read(0, len(CONTENT)) == CONTENT
         await trio.testing.wait_all_tasks_blocked()
-        assert well.overlay.clusters.missing == 0
+        assert well.overlay.missing == 0
         assert trio.current_time() == began
         assert source.bytes_read == len(CONTENT)
         nursery.cancel_scope.cancel()
@@ -237,7 +237,7 @@ async def test_a_fault_of_a_taker_costs_nobody_else(
         await trio.testing.wait_all_tasks_blocked()
         assert faulty.failures == 1
         assert "a fault" in caplog.text
-        assert well.overlay.clusters.missing == 0
+        assert well.overlay.missing == 0
         assert faulty.fetch._budget.held == 0
         nursery.cancel_scope.cancel()
 

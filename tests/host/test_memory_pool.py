@@ -92,7 +92,7 @@ async def test_slices_of_all_overlays_together_are_bounded() -> None:
 async def test_what_is_remembered_of_the_slices_of_a_cut_overlay_is_bounded() -> None:
     """A count goes through all that is claimed, and a table may be claimed any number of times."""
     overlay = await open_storage(MemoryStorage(with_shared_table(64, entry=1 << 40).data, writable=False))
-    await overlay.clusters.count()
+    await overlay.count_missing()
     assert len(overlay.tables._cut._judged._starts) == 1
     await overlay.close()
 
@@ -112,8 +112,8 @@ async def test_writes_all_over_a_large_image_do_not_pile_up_slices() -> None:
         assert memory_pool.TABLES.used_bytes <= 3 * MIB
     await overlay.close()
     again = await open_storage(MemoryStorage(storage.bytes))
-    await again.clusters.count()
-    assert again.clusters.missing == tables * 8191
+    await again.count_missing()
+    assert again.missing == tables * 8191
 
 
 async def test_zeros_of_a_source_do_not_pile_up_slices(autojump_clock: trio.testing.MockClock) -> None:

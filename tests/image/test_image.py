@@ -331,7 +331,7 @@ async def test_two_overlays_on_one_source_share_every_fetch(autojump_clock: trio
             data = empty(cluster_size=CLUSTER, image_size=len(source.content), backing=b"http://fake/disk.raw").data
             overlay = await open_storage(MemoryStorage(data))
             others.append(Image(f"{number}.raw", overlay, fetch))
-            await overlay.clusters.count()
+            await overlay.count_missing()
         async with trio.open_nursery() as nursery:
             for image in (first, *others):
                 nursery.start_soon(streamed, image)
@@ -376,7 +376,7 @@ async def second_image(first: Image, size: int) -> Image:
     """Another overlay on the source of `first`, with a size of its own."""
     data = empty(cluster_size=CLUSTER, image_size=size, backing=b"http://fake/disk.raw").data
     image = Image("second.raw", await open_storage(MemoryStorage(data)), first.fetch)
-    await image.overlay.clusters.count()
+    await image.overlay.count_missing()
     return image
 
 
@@ -412,7 +412,7 @@ async def test_a_complete_image_asks_nothing_of_the_source_any_more(autojump_clo
     source.holes = [(CLUSTER, 8 << 20)]
     async with served(source, cluster_size=4096) as image:
         await streamed(image)
-        assert image.overlay.clusters.missing  # in the tables that were passed over
+        assert image.overlay.missing  # in the tables that were passed over
         source.fail = SourceError("gone")
         asked = len(source.reads)
         assert await read(image, 0, len(content)) == content

@@ -70,12 +70,12 @@ async def is_same(storage: MemoryStorage, content: bytes, shown: Identity, pinni
     """Whether another session takes bytes from this source; local ones it serves in any case."""
     async with served(source(content, shown), storage=storage, pinning=pinning) as image:
         assert bytes(await image.read(0, CLUSTER)) == OLD[:CLUSTER]
-        missing = image.overlay.clusters.missing
+        missing = image.overlay.missing
         pos = next(pos for pos in range(0, SIZE, CLUSTER) if image.overlay.clusters.all_missing(pos // CLUSTER, 1))
         try:
             assert bytes(await image.read(pos, CLUSTER)) == content[pos : pos + CLUSTER]
         except SourceChanged:
-            assert image.overlay.clusters.missing == missing
+            assert image.overlay.missing == missing
             return False
         return True
 
@@ -180,11 +180,11 @@ async def test_what_is_told_late_is_compared_with_the_pin(
         await image.read(CLUSTER, 1)
         await trio.sleep(1)
         changing.identity, changing.content = OTHERS["strong"], NEW
-        missing = image.overlay.clusters.missing
+        missing = image.overlay.missing
         with pytest.raises(SourceChanged):
             await image.read(5 * CLUSTER, 1)
         await trio.sleep(1)
-        assert image.overlay.clusters.missing == missing
+        assert image.overlay.missing == missing
         assert await image.read(0, 1) == OLD[:1]
 
 
@@ -194,11 +194,11 @@ async def test_what_is_told_no_longer_is_compared_with_the_pin(autojump_clock: t
     async with served(changing, storage=overlay) as image:
         await image.source_size()
         changing.identity, changing.content = KINDS["none"], NEW
-        missing = image.overlay.clusters.missing
+        missing = image.overlay.missing
         with pytest.raises(SourceChanged, match="the bytes at 0 differ"):
             await image.read(CLUSTER, 1)
         await trio.sleep(1)
-        assert image.overlay.clusters.missing == missing
+        assert image.overlay.missing == missing
 
 
 async def test_a_long_tag_is_compared_by_its_digest(autojump_clock: trio.testing.MockClock) -> None:

@@ -53,7 +53,7 @@ async def streams(
             overlay = empty(cluster_size=CLUSTER, image_size=len(source.content), backing=b"http://fake/disk.raw")
             image = Image(f"{number}.raw", await open_storage(MemoryStorage(overlay.data)), queues[source])
             nursery.start_soon(tended, image)
-            await image.overlay.clusters.count()
+            await image.overlay.count_missing()
             jobs.append(StreamJob(image, limit=limits[number] if limits else 0))
         for job in jobs:
             nursery.start_soon(job.run)

@@ -91,7 +91,7 @@ async def siblings(
             overlay = empty(cluster_size=SMALL, image_size=len(source.content), backing=b"http://fake/disk.raw")
             image = Image(f"{number}.raw", await open_storage(MemoryStorage(overlay.data)), fetch)
             nursery.start_soon(tended, image)
-            await image.overlay.clusters.count()
+            await image.overlay.count_missing()
             if lacking:
                 for cluster in set(range(len(source.content) // SMALL)) - set(lacking[number]):
                     await image.write(cluster * SMALL, b"w" * SMALL)

@@ -146,7 +146,7 @@ async def test_a_disk_that_hangs_under_a_profile_holds_up_its_own_image_only(
             empty(cluster_size=CLUSTER, image_size=hanging.size, backing=b"http://fake/disk.raw").data
         )
         other = Image("b.raw", await open_storage(storage), hanging.fetch)
-        await other.overlay.clusters.count()
+        await other.overlay.count_missing()
         monkeypatch.setattr(hanging.overlay, "adopt", hang)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(replay, hanging, [(0, hanging.size)])

@@ -254,7 +254,7 @@ async def _use(overlay: Overlay, *, writable: bool) -> None:
         await _allowed_to_fail(_read(overlay, pos, min(65536, size - pos)))
     await _allowed_to_fail(overlay.clusters.next_missing(0, 16))
     await _allowed_to_fail(_checked(overlay))
-    await _allowed_to_fail(overlay.clusters.count())
+    await _allowed_to_fail(overlay.count_missing())
     if not writable:
         await _allowed_to_fail(_mapped(overlay))
     if writable and cluster <= MOST_WRITTEN_CLUSTER:

@@ -1,4 +1,4 @@
-"""The map of an overlay: runs, gaps, counting."""
+"""The map of an overlay: runs, gaps, searches."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ async def test_an_overlay_that_grows_while_it_is_opened_is_sound() -> None:
         looked_at = await open_storage(storage)
         if storage.looks_left > 0:
             break
-        await looked_at.clusters.count()
-        found.append(looked_at.clusters.missing)
+        await looked_at.count_missing()
+        found.append(looked_at.missing)
     assert len(found) > 3
     assert {found[0], found[-1]} == {255, 256}
 
@@ -169,32 +169,19 @@ async def test_a_row_of_clusters_past_the_end_of_the_file_is_refused() -> None:
             overlay.read_now(0, 2 * CLUSTER) or await overlay.map(0, 2 * CLUSTER)
 
 
-async def test_missing_clusters_are_counted_and_found() -> None:
+async def test_missing_clusters_are_found() -> None:
     overlay = await opened(filled({0: b"a", 1: ZERO, 3: b"b"}, image_size=6 * CLUSTER + 512))
-    uncounted = overlay.clusters.missing
-    await overlay.clusters.count()
-    assert (uncounted, overlay.clusters.missing) == (None, 4)
     assert await overlay.clusters.next_missing(0, 8) == (2, 1)
     assert await overlay.clusters.next_missing(3, 8) == (4, 3)
     assert await overlay.clusters.next_missing(3, 2) == (4, 2)
     assert await overlay.clusters.next_missing(7, 2) is None
 
 
-async def test_the_count_is_kept_by_changes() -> None:
-    overlay = await opened(filled({0: b"a"}, image_size=5 * CLUSTER), writable=True)
-    await overlay.clusters.count()
-    await overlay.adopt(0, bytearray(b"x" * 2 * CLUSTER), 2 * CLUSTER)
-    await overlay.adopt_zeros(3, 1)
-    assert overlay.clusters.missing == 2
-    await overlay.adopt_zeros(3, 1)
-    assert overlay.clusters.missing == 2
-
-
 async def test_a_stretch_without_table_is_missing() -> None:
     overlay = await opened(empty(image_size=8 << 20))
     assert await overlay.clusters.next_missing(3, 10_000) == (3, 512 - 3)
-    await overlay.clusters.count()
-    assert overlay.clusters.missing == 2048
+    await overlay.count_missing()
+    assert overlay.missing == 2048
 
 
 async def no_fill(cluster: int) -> bytes:
@@ -235,8 +222,8 @@ async def test_a_gap_ends_where_something_was_written_since_it_was_seen() -> Non
         await overlay.map(index * SPAN, 512)
     assert not clusters.is_loaded(SPAN, 512)
     assert await clusters.gap(512) == 0
-    await clusters.count()
-    assert clusters.missing == 4 * 512 - 1
+    await overlay.count_missing()
+    assert overlay.missing == 4 * 512 - 1
 
 
 async def test_a_gap_over_a_bad_table_is_refused() -> None:
@@ -250,8 +237,8 @@ async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
     """Over several slices and tables, beside data, zeros and what a write has claimed."""
     size = 3 * 512 * CLUSTER
     overlay = await opened(filled({5: b"a", 6: ZERO, 511: b"b", 1030: b"c"}, image_size=size), writable=True)
-    await overlay.clusters.count()
-    before = overlay.clusters.missing
+    await overlay.count_missing()
+    before = overlay.missing
     assert before == 3 * 512 - 4
     with overlay._pending.allocating([0, 700], ()):
         await overlay.adopt_zeros(0, 1025)
@@ -259,13 +246,13 @@ async def test_zeros_of_the_source_are_set_where_a_cluster_is_missing() -> None:
     missing = [cluster for cluster, entry in enumerate(entries) if entry == MISSING]
     assert missing == [0, 700, *(cluster for cluster in range(1025, 3 * 512) if cluster != 1030)]
     assert [cluster for cluster, entry in enumerate(entries) if entry > ZERO] == [5, 511, 1030]
-    assert overlay.clusters.missing == len(missing)
+    assert overlay.missing == len(missing)
     await overlay.flush()
     again = await open_storage(overlay.storage)
     await again.clusters.load(0, size)
     assert [again.clusters.entry(cluster) for cluster in range(3 * 512)] == entries
-    await again.clusters.count()
-    assert again.clusters.missing == len(missing)
+    await again.count_missing()
+    assert again.missing == len(missing)
 
 
 async def test_many_entries_are_set_as_one_by_one() -> None:
@@ -278,7 +265,7 @@ async def test_many_entries_are_set_as_one_by_one() -> None:
         overlay = await opened(many_tables(3), writable=True)
         found = overlay.clusters
         await found.load(0, 3 * SPAN)
-        await found.count()
+        await overlay.count_missing()
         if together:
             found.set_all(entries)
         else:
@@ -286,7 +273,7 @@ async def test_many_entries_are_set_as_one_by_one() -> None:
                 found.set(*entry)
         tables = overlay.committer._tables
         count = 3 * SPAN // CLUSTER
-        maps.append((found.missing, found.missing_of(0, count), tables.dirty, [found.entry(n) for n in range(count)]))
+        maps.append((overlay.missing, found.missing_of(0, count), tables.dirty, [found.entry(n) for n in range(count)]))
         one_by_one = [number for number in range(count) if found.entry(number) == MISSING]
         assert found.missing_of(0, count) == one_by_one
         assert found.missing_of(7, count - 9) == [number for number in one_by_one if 7 <= number < count - 2]

@@ -153,8 +153,8 @@ async def test_an_overlay_that_was_cut_before_is_not_complete() -> None:
     for writable in (True, True, False):
         storage = MemoryStorage(storage.bytes, writable=writable)
         overlay = await open_storage(storage)
-        await overlay.clusters.count()
-        assert overlay.clusters.missing == 0
+        await overlay.count_missing()
+        assert overlay.missing == 0
         assert overlay.damage is not None
         assert str(overlay.damage).startswith("5 clusters point to invalid places")
         if writable:

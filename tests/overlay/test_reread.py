@@ -47,7 +47,7 @@ def a_call(overlay: Overlay, rng: random.Random) -> Callable[[], Awaitable[objec
             lambda: overlay.map(pos, CLUSTER),
             overlay.flush,
             overlay.commit,
-            overlay.clusters.count,
+            overlay.count_missing,
             lambda: overlay.change_record(lambda record: record),
         ]
     )
@@ -73,11 +73,11 @@ async def same_as_the_file(overlay: Overlay, image: bytearray) -> None:
     onlooker = MemoryStorage(image, writable=False)
     onlooker.locked = False
     other = await open_storage(onlooker)
-    await other.clusters.count()
-    await overlay.clusters.count()
+    await other.count_missing()
+    await overlay.count_missing()
     assert not overlay.commit_pending
     assert await overlay.map(0, IMAGE) == await other.map(0, IMAGE)
-    assert overlay.clusters.missing == other.clusters.missing
+    assert overlay.missing == other.missing
     await other.close()
 
 

@@ -211,14 +211,14 @@ async def test_readers_get_what_cannot_be_kept(autojump_clock: trio.testing.Mock
         assert str(image.full) == "full"
         with pytest.raises(NoSpace):
             await image.write(0, b"g")
-        assert image.overlay.clusters.missing == image.overlay.geometry.clusters
+        assert image.overlay.missing == image.overlay.geometry.clusters
 
         storage.mend()
         await trio.sleep(10)
         assert bytes(await image.read(SERVED_CLUSTER, 512)) == content[SERVED_CLUSTER:][:512]
         await trio.sleep(1)
         assert image.full is None
-        assert image.overlay.clusters.missing < image.overlay.geometry.clusters
+        assert image.overlay.missing < image.overlay.geometry.clusters
         record = read_record(storage, read_header(storage)[0])
         assert record is not None
         assert record.pin is not None

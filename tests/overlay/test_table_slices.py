@@ -90,11 +90,11 @@ async def test_a_slow_read_of_a_slice_does_not_bring_back_what_it_was() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(overlay.map, 0, 512)
-            nursery.start_soon(overlay.clusters.count)
+            nursery.start_soon(overlay.count_missing)
             nursery.start_soon(change)
             nursery.start_soon(overlay.map, 0, 512)
         assert (await overlay.map(CLUSTER, CLUSTER))[0].offset > ZERO
-        assert overlay.clusters.missing == 6 * 511 - 1
+        assert overlay.missing == 6 * 511 - 1
 
 
 async def test_a_bad_table_is_refused_and_the_rest_is_served() -> None:
