@@ -9,15 +9,9 @@ from __future__ import annotations
 import trio
 
 from qedfs.format.tables import ZERO
-from qedfs.overlay.allocator import Allocator
-from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.cluster_writer import ClusterWriter
-from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.parts import Parts
 from qedfs.overlay.split import laid_out, zero_bytes
-from qedfs.overlay.table_slices import TableSlices
 
 ZEROS_AT_ONCE = 8192  # clusters: 40 us on the event loop if all are missing, up to 1 ms otherwise
 # How many adoptions run at once: fewer than the storage has threads, so that readers and guests always find one.
@@ -27,26 +21,16 @@ ADOPTIONS = 4
 class Adoption:
     """The adoptions of one overlay."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        tables: TableSlices,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        session: OpenSession,
-        allocator: Allocator,
-        pending: PendingAllocations,
-        writer: ClusterWriter,
-    ) -> None:
-        self._tables = tables
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._session = session
-        self._allocator = allocator
-        self._pending = pending
+    def __init__(self, parts: Parts, writer: ClusterWriter) -> None:
+        self._tables = parts.tables
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._session = parts.session
+        self._allocator = parts.allocator
+        self._pending = parts.pending
         self._writer = writer
-        self._cluster_size = clusters.geometry.cluster_size
+        self._cluster_size = parts.clusters.geometry.cluster_size
         self._turns = trio.Semaphore(ADOPTIONS)
 
     async def adopt(self, pos: int, buffer: bytearray, size: int, *, cold: bool) -> int:

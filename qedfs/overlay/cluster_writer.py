@@ -9,15 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qedfs.format.tables import MISSING, ZERO
-from qedfs.overlay.accesses import Accesses
-from qedfs.overlay.allocator import Allocator
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.pending import DataWrite, PendingAllocations
-from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.parts import Parts
+from qedfs.overlay.pending import DataWrite
 from qedfs.overlay.split import pieces
-from qedfs.overlay.storage import Buffer, Storage
+from qedfs.overlay.storage import Buffer
 
 NewEntry = tuple[int, int]  # cluster, offset
 
@@ -25,26 +20,16 @@ NewEntry = tuple[int, int]  # cluster, offset
 class ClusterWriter:
     """The data writes of one overlay that may need new clusters."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        storage: Storage,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        allocator: Allocator,
-        pending: PendingAllocations,
-        accesses: Accesses,
-    ) -> None:
-        self._storage = storage
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._journal = journal
-        self._allocator = allocator
-        self._pending = pending
-        self._accesses = accesses
-        self._cluster_size = clusters.geometry.cluster_size
+    def __init__(self, parts: Parts) -> None:
+        self._storage = parts.storage
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._journal = parts.journal
+        self._allocator = parts.allocator
+        self._pending = parts.pending
+        self._accesses = parts.freed.accesses
+        self._cluster_size = parts.clusters.geometry.cluster_size
 
     def place(self, pos: int, view: memoryview, rest: Mapping[int, Buffer]) -> tuple[list[DataWrite], list[NewEntry]]:
         """Decide where every byte of a request goes. `rest`: the content of missing clusters that it covers in part.

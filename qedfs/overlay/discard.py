@@ -21,18 +21,8 @@ from collections.abc import Iterable, Iterator
 import trio
 
 from qedfs.errors import NoSpace
-from qedfs.overlay.allocator import Allocator
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.journal import zero_run
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
-from qedfs.overlay.room import Room
-from qedfs.overlay.session_journal import SessionJournal
-from qedfs.overlay.storage import Storage
-from qedfs.overlay.table_slices import TableSlices
+from qedfs.overlay.parts import Parts
 
 CLUSTERS_AT_ONCE = 4096  # 0.1 ms on the event loop if all are missing, up to 1 ms otherwise
 
@@ -42,31 +32,19 @@ Clusters = tuple[int, int]  # the first, and how many
 class Discards:
     """The discards of one overlay."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        storage: Storage,
-        tables: TableSlices,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        session: OpenSession,
-        allocator: Allocator,
-        pending: PendingAllocations,
-        freed: FreedClusters,
-    ) -> None:
-        self._storage = storage
-        self._tables = tables
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._journal = journal
-        self._session = session
-        self._allocator = allocator
-        self._pending = pending
-        self._freed = freed
-        self._room = Room(committer, freed)
-        self._cluster_size = clusters.geometry.cluster_size
+    def __init__(self, parts: Parts) -> None:
+        self._storage = parts.storage
+        self._tables = parts.tables
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._journal = parts.journal
+        self._session = parts.session
+        self._allocator = parts.allocator
+        self._pending = parts.pending
+        self._freed = parts.freed
+        self._room = parts.room
+        self._cluster_size = parts.clusters.geometry.cluster_size
 
     async def discard(self, cluster: int, count: int, *, missing_too: bool) -> int:
         """See `Overlay.discard`. `missing_too`: missing clusters may read as something else than zeros."""

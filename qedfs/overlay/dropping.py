@@ -35,15 +35,9 @@ import trio
 
 from qedfs.errors import InUse, UsageError
 from qedfs.format.tables import MISSING, ZERO
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap, Freed
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.journal import dropped_run
-from qedfs.overlay.loop_writes import LoopWrites
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
-from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.parts import Parts
 from qedfs.overlay.storage import Storage
 
 CROWDED_SECONDS = 0.05  # until the event loop is tried again, if it could have waited for the disk
@@ -68,28 +62,17 @@ class Below(Protocol):
 class Dropping:
     """The drops of one overlay."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        storage: Storage,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        session: OpenSession,
-        pending: PendingAllocations,
-        freed: FreedClusters,
-        loop_writes: LoopWrites,
-    ) -> None:
-        self._storage = storage
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._journal = journal
-        self._session = session
-        self._pending = pending
-        self._freed = freed
-        self._loop_writes = loop_writes
-        self._cluster_size = clusters.geometry.cluster_size
+    def __init__(self, parts: Parts) -> None:
+        self._storage = parts.storage
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._journal = parts.journal
+        self._session = parts.session
+        self._pending = parts.pending
+        self._freed = parts.freed
+        self._loop_writes = parts.loop_writes
+        self._cluster_size = parts.clusters.geometry.cluster_size
         self.count = 0  # of clusters that were dropped
         self.allowed = False
         self.detaching = False  # and also afterwards

@@ -11,13 +11,8 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from qedfs.errors import ReadOnlyOverlay
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.freed import FreedClusters
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.session_journal import SessionJournal
+from qedfs.overlay.parts import Parts
 from qedfs.overlay.storage import Storage
-from qedfs.overlay.table_slices import TableSlices
 
 LOOK_SECONDS = 0.001  # between two looks whether accesses have ended, which are reads of a disk
 
@@ -25,23 +20,14 @@ LOOK_SECONDS = 0.001  # between two looks whether accesses have ended, which are
 class Ending:
     """The end of one overlay."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        tables: TableSlices,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        session: OpenSession,
-        freed: FreedClusters,
-    ) -> None:
-        self._storage = storage
-        self._tables = tables
-        self._committer = committer
-        self._barriers = barriers
-        self._journal = journal
-        self._session = session
-        self._freed = freed
+    def __init__(self, parts: Parts) -> None:
+        self._storage = parts.storage
+        self._tables = parts.tables
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._journal = parts.journal
+        self._session = parts.session
+        self._freed = parts.freed
 
     @contextlib.asynccontextmanager
     async def _all_ended(self) -> AsyncIterator[None]:

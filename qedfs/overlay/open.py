@@ -25,11 +25,15 @@ from qedfs.overlay.freed import FreedClusters
 from qedfs.overlay.journal import OrphanJournal
 from qedfs.overlay.journal_search import Found, find
 from qedfs.overlay.l1 import read_l1
+from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open_session import OpenSession
 from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.parts import Parts
+from qedfs.overlay.pending import PendingAllocations
 from qedfs.overlay.recovery import apply, fits
 from qedfs.overlay.references import References
 from qedfs.overlay.revalidation import revalidate
+from qedfs.overlay.room import Room
 from qedfs.overlay.session import Session, read_header, read_record
 from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.session_start import SessionStart
@@ -141,20 +145,22 @@ def _open(  # noqa: C901 - its steps
         # Not if the old journal still counts. It may refer to what looks like a leak.
         if killed and session_start.full is None:
             references.begin()
-    return Overlay(
-        storage,
-        OpenSession(storage, session, committer, barriers, session_start),
-        tables,
-        clusters,
-        committer,
-        barriers,
-        journal,
-        allocator,
-        freed,
-        backing=backing,
-        journal_remark=remark if storage.locked else "",
-        found_mark=found_mark,
+    parts = Parts(
+        storage=storage,
+        session=OpenSession(storage, session, committer, barriers, session_start),
+        tables=tables,
+        clusters=clusters,
+        committer=committer,
+        barriers=barriers,
+        journal=journal,
+        allocator=allocator,
+        pending=PendingAllocations(clusters),
+        freed=freed,
+        room=Room(committer, freed),
+        loop_writes=LoopWrites(storage.would_wait),
     )
+    remark = remark if storage.locked else ""
+    return Overlay(parts, backing=backing, journal_remark=remark, found_mark=found_mark)
 
 
 def _emptied(found: Found, session: Session, *, writable: bool) -> Found:

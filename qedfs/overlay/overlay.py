@@ -2,7 +2,7 @@
 
 Owns the rule that decides whose bytes win when a guest writes to a cluster that is being fetched. `pending.py` tracks
 such clusters, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has
-the header and the record. The caller supplies the contents of missing clusters.
+the header and the record, `state.py` tells how the overlay is. The caller supplies the contents of missing clusters.
 
 Concurrency protocol
 --------------------
@@ -36,216 +36,57 @@ journal, committed. Either way it survives the death of the process.
 from __future__ import annotations
 
 import contextlib
-import os
 
-from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
-from qedfs.format.record import Pin, Record
+from qedfs.errors import NoSpace, ReadOnlyOverlay
+from qedfs.format.record import Pin
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.overlay.adoption import Adoption
-from qedfs.overlay.allocator import Allocator
-from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.cluster_writer import ClusterWriter
-from qedfs.overlay.clustermap import ClusterMap, Run
+from qedfs.overlay.clustermap import Run
 from qedfs.overlay.cold_reads import ColdReads
-from qedfs.overlay.commit import Committer
 from qedfs.overlay.discard import Discards
 from qedfs.overlay.dropping import Dropping
 from qedfs.overlay.ending import Ending
 from qedfs.overlay.fill import Fill, filled
 from qedfs.overlay.fragments import Fragments, fragments
-from qedfs.overlay.freed import FreedClusters
-from qedfs.overlay.loop_writes import LoopWrites
-from qedfs.overlay.open_session import Change, OpenSession
-from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.open_session import Change
+from qedfs.overlay.parts import Parts
 from qedfs.overlay.relocation import Relocation
 from qedfs.overlay.resize import Resizing
-from qedfs.overlay.room import Room
-from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.split import partial_clusters
+from qedfs.overlay.state import OverlayState
 from qedfs.overlay.stillness import Stillness
 from qedfs.overlay.storage import Buffer, Storage
-from qedfs.overlay.table_slices import TableSlices
 
 MAX_READ_BYTES = 1 << 20  # the maximal size of a FUSE read
 # The buffer for reads on the event loop, for all overlays. A caller passes on its view of it before the next read.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
 
 
-class Overlay:
+class Overlay(OverlayState):
     """An open overlay. Positions are bytes of the image, offsets bytes of the overlay file."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it is made of
-        self,
-        storage: Storage,
-        session: OpenSession,
-        tables: TableSlices,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        allocator: Allocator,
-        freed: FreedClusters,
-        *,
-        backing: str | None,
-        journal_remark: str,
-        found_mark: str,
-    ) -> None:
-        """Takes over what `open.py` has read.
-
-        `journal_remark`: what to tell the user about writes of a killed session that are not served. `found_mark`: the
-        mark of the overlay when it was opened (`Session.mark`).
-        """
-        self.storage = storage
-        self.geometry = clusters.geometry
-        self.clusters = clusters
-        self.tables = tables
-        self.committer, self.flush_now = committer, committer.flush_now  # an fsync tries the latter first
-        self.backing = backing
-        self.journal_remark = journal_remark
-        self.found_mark = found_mark
-        self.times = session.times  # of the image
-        self._cold_reads = ColdReads(storage)
-        self._loop_writes = LoopWrites(storage.would_wait)
-        self._session = session
-        self._barriers = barriers
-        self._journal = journal
-        self._pending = pending = PendingAllocations(clusters)
-        self._freed = freed
-        self._room = Room(committer, freed)
-        self._writer = ClusterWriter(
-            storage, clusters, committer, barriers, journal, allocator, pending, freed.accesses
-        )
-        self._discards = Discards(
-            storage, tables, clusters, committer, barriers, journal, session, allocator, pending, freed
-        )
-        self._resizing = Resizing(storage, tables, clusters, committer, barriers, session, pending, freed, self.flush)
-        self.relocation = Relocation(
-            storage, clusters, committer, barriers, journal, session, allocator, pending, freed, self._loop_writes
-        )
-        self.dropping = Dropping(
-            storage, clusters, committer, barriers, journal, session, pending, freed, self._loop_writes
-        )
-        self._ending = Ending(storage, tables, committer, barriers, journal, session, freed)
-        self.still = Stillness(session, committer, barriers, pending, freed.accesses).still
-        self._adoption = Adoption(tables, clusters, committer, barriers, session, allocator, pending, self._writer)
-
-    # What it is.
-
-    @property
-    def image_size(self) -> int:
-        """Bytes of the image."""
-        return self.geometry.image_size
-
-    @property
-    def cluster_size(self) -> int:
-        """Bytes of a cluster."""
-        return self.geometry.cluster_size
-
-    @property
-    def record(self) -> Record:
-        """The private record, including changes that are not stored yet."""
-        return self._session.record
-
-    def mark(self) -> str:
-        """See `Session.mark`."""
-        return self._session.mark()
-
-    def marks(self) -> tuple[str, ...]:
-        """The beginnings of `found_mark` at the next opening, if nobody else has written to the overlay until then."""
-        return self._session.marks()
-
-    @property
-    def probes_backing(self) -> bool:
-        """Whether the format of the backing is not recorded (QEMU would probe its first bytes)."""
-        return self.backing is not None and not self._session.names_format
-
-    @property
-    def epoch(self) -> int:
-        """Changes when a failed barrier takes entries back. Then the runs of an earlier `map` may be invalid."""
-        return self.clusters.epoch
-
-    @property
-    def discards(self) -> int:
-        """Changes when data is discarded. Then the data runs of an earlier `map` may be out of date."""
-        return self._freed.discards
-
-    @property
-    def discarded(self) -> int:
-        """How many missing clusters were discarded."""
-        return self.clusters.discarded
-
-    @property
-    def writable(self) -> bool:
-        """Whether the overlay takes writes and adoptions."""
-        return self._barriers.writable
-
-    @property
-    def damage(self) -> BadOverlay | None:
-        """Set if the overlay was truncated or overwritten, before or after the opening. Then it is never complete."""
-        return self.storage.damage or self.clusters.missing_count.damage
-
-    @property
-    def full(self) -> NoSpace | None:
-        """Why the session has not started: the disk has been full since the opening. None if it has started."""
-        return self._session.full
-
-    @property
-    def failure(self) -> ReadOnlyOverlay | None:
-        """Set if a barrier has failed. The overlay then takes no writes until it is opened again."""
-        return self._barriers.failure
+    def __init__(self, parts: Parts, *, backing: str | None, journal_remark: str, found_mark: str) -> None:
+        """Takes over what `open.py` has made. See `OverlayState`."""
+        super().__init__(parts, backing=backing, journal_remark=journal_remark, found_mark=found_mark)
+        self.flush_now = parts.committer.flush_now  # an fsync tries this before `flush`
+        self._cold_reads = ColdReads(parts.storage)
+        self._loop_writes = parts.loop_writes
+        self._journal = parts.journal
+        self._pending = parts.pending
+        self._room = parts.room
+        self._writer = ClusterWriter(parts)
+        self._discards = Discards(parts)
+        self._resizing = Resizing(parts, self.flush)
+        self.relocation = Relocation(parts)
+        self.dropping = Dropping(parts)
+        self._ending = Ending(parts)
+        self.still = Stillness(parts).still
+        self._adoption = Adoption(parts, self._writer)
 
     def inherit_failure(self, text: str) -> None:
         """Take no writes, and end with this error, as a barrier of this mount has failed before this opening."""
         self._barriers.failure = ReadOnlyOverlay(text)
-
-    @property
-    def missing(self) -> int | None:
-        """How many clusters are missing; None until they have been counted, and after a failed barrier."""
-        return self.clusters.missing_count.total
-
-    @property
-    def commit_pending(self) -> bool:
-        """Whether there are entries that the file does not have yet."""
-        return self.committer.pending
-
-    @property
-    def uncommitted_bytes(self) -> int:
-        """Bytes of data whose entries are not committed yet."""
-        return self.committer.uncommitted_bytes
-
-    @property
-    def crowded(self) -> bool:
-        """Whether uncommitted entries take more memory than they should."""
-        return self.tables.crowded
-
-    @property
-    def barriers(self) -> int:
-        """How many barriers there have been since the overlay was opened."""
-        return self._barriers.count
-
-    @property
-    def barrier_seconds(self) -> float:
-        """Time spent in barriers."""
-        return self._barriers.seconds
-
-    @property
-    def file_size(self) -> int:
-        """Length of the overlay file."""
-        return self.storage.size()
-
-    @property
-    def disk_usage(self) -> int:
-        """Bytes that the overlay file takes on disk. Only for display, so it raises nothing."""
-        return self.storage.disk_usage()
-
-    def file_status(self) -> os.stat_result:
-        """The attributes of the overlay file."""
-        return self.storage.stat()
-
-    @property
-    def commit_error(self) -> QedfsError | None:
-        """Why entries are not in the file yet: the last commit has failed. Otherwise None."""
-        return self.committer.error
 
     async def change_record(self, change: Change, *, revoke: bool = True) -> None:
         """Change the record durably. Calls take effect in order. An error undoes only this change.
@@ -424,11 +265,6 @@ class Overlay:
         """
         return await self._discards.discard(cluster, count, missing_too=self.backing is not None)
 
-    @property
-    def has_space_to_give_back(self) -> bool:
-        """Whether `give_space_back` may have something to do."""
-        return self._freed.any and self.writable
-
     async def give_space_back(self) -> bool:
         """Give the space of discarded and moved clusters back, see `FreedClusters.give_back`. Raises nothing."""
         return await self._freed.give_back()
@@ -482,11 +318,6 @@ class Overlay:
     async def adopt_zeros(self, cluster: int, count: int) -> None:
         """Turn those of these clusters that are missing into zero clusters, because the source has a hole there."""
         await self._adoption.adopt_zeros(cluster, count)
-
-    @property
-    def seems_unchanged(self) -> bool:
-        """Whether nobody, this process included, has changed the file since `inspect` found it in order. One fstat."""
-        return self._session.seems_unchanged
 
     async def inspect(self) -> None:
         """Raise BadOverlay if the file is no longer the overlay that was opened. Takes some microseconds.

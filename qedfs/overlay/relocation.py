@@ -28,17 +28,10 @@ from typing import NamedTuple, Self
 import trio
 
 from qedfs.format.tables import ZERO
-from qedfs.overlay.allocator import Allocator
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap, Freed
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.freed import FreedClusters
+from qedfs.overlay.clustermap import Freed
 from qedfs.overlay.journal import moved_to
-from qedfs.overlay.loop_writes import MOST_BYTES, LoopWrites
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
-from qedfs.overlay.session_journal import SessionJournal
-from qedfs.overlay.storage import Storage
+from qedfs.overlay.loop_writes import MOST_BYTES
+from qedfs.overlay.parts import Parts
 
 PIECE_BYTES = 128 << 10
 CROWDED_SECONDS = 0.05  # until a write on the event loop is tried again, if it could have waited for the disk
@@ -55,31 +48,19 @@ class Layout(NamedTuple):
 class Relocation:
     """The moves of one overlay."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        storage: Storage,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        journal: SessionJournal,
-        session: OpenSession,
-        allocator: Allocator,
-        pending: PendingAllocations,
-        freed: FreedClusters,
-        loop_writes: LoopWrites,
-    ) -> None:
-        self.most_clusters = MOST_BYTES // clusters.geometry.cluster_size  # of one piece; 0: clusters are too large
-        self._storage = storage
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._journal = journal
-        self._session = session
-        self._allocator = allocator
-        self._pending = pending
-        self._freed = freed
-        self._loop_writes = loop_writes
-        self._cluster_size = clusters.geometry.cluster_size
+    def __init__(self, parts: Parts) -> None:
+        self._storage = parts.storage
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._journal = parts.journal
+        self._session = parts.session
+        self._allocator = parts.allocator
+        self._pending = parts.pending
+        self._freed = parts.freed
+        self._loop_writes = parts.loop_writes
+        self._cluster_size = parts.clusters.geometry.cluster_size
+        self.most_clusters = MOST_BYTES // self._cluster_size  # of one piece; 0: clusters are too large
 
     @property
     def problem(self) -> str:

@@ -30,41 +30,23 @@ import trio
 from qedfs.errors import UsageError
 from qedfs.format.geometry import ENTRY_SIZE, MAX_FILE_SIZE, SECTOR_SIZE, Geometry
 from qedfs.format.tables import ZERO
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.clustermap import ClusterMap
-from qedfs.overlay.commit import Committer
 from qedfs.overlay.file_zeros import is_zero, write_zeros
-from qedfs.overlay.freed import FreedClusters
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
-from qedfs.overlay.storage import Storage
-from qedfs.overlay.table_slices import TableSlices
+from qedfs.overlay.parts import Parts
 
 
 class Resizing:
     """The changes of size of one overlay, one at a time."""
 
-    def __init__(  # noqa: PLR0913 - the parts that it works with
-        self,
-        storage: Storage,
-        tables: TableSlices,
-        clusters: ClusterMap,
-        committer: Committer,
-        barriers: Barriers,
-        session: OpenSession,
-        pending: PendingAllocations,
-        freed: FreedClusters,
-        flush: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, parts: Parts, flush: Callable[[], Awaitable[None]]) -> None:
         """`flush`: that of the overlay."""
-        self._storage = storage
-        self._tables = tables
-        self._map = clusters
-        self._committer = committer
-        self._barriers = barriers
-        self._session = session
-        self._pending = pending
-        self._freed = freed
+        self._storage = parts.storage
+        self._tables = parts.tables
+        self._map = parts.clusters
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._session = parts.session
+        self._pending = parts.pending
+        self._freed = parts.freed
         self._flush = flush
         self._lock = trio.Lock()
 

@@ -20,11 +20,7 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from qedfs.overlay.accesses import Accesses
-from qedfs.overlay.barrier import Barriers
-from qedfs.overlay.commit import Committer
-from qedfs.overlay.open_session import OpenSession
-from qedfs.overlay.pending import PendingAllocations
+from qedfs.overlay.parts import Parts
 
 LOOK_SECONDS = 0.001  # between two looks whether accesses have ended, which are calls that wait for a disk
 
@@ -32,19 +28,12 @@ LOOK_SECONDS = 0.001  # between two looks whether accesses have ended, which are
 class Stillness:
     """The still moments of one overlay, one at a time."""
 
-    def __init__(
-        self,
-        session: OpenSession,
-        committer: Committer,
-        barriers: Barriers,
-        pending: PendingAllocations,
-        accesses: Accesses,
-    ) -> None:
-        self._session = session
-        self._committer = committer
-        self._barriers = barriers
-        self._pending = pending
-        self._accesses = accesses
+    def __init__(self, parts: Parts) -> None:
+        self._session = parts.session
+        self._committer = parts.committer
+        self._barriers = parts.barriers
+        self._pending = parts.pending
+        self._accesses = parts.freed.accesses
 
     @contextlib.asynccontextmanager
     async def still(self) -> AsyncIterator[float]:
