@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 WEAK = "W/"  # prefix of a weak tag, which different bytes may share
-LAYOUT = "qcow2 file of "  # prefix of what the qcow2 reader puts in place of a date that the server does not send
+LAYOUTS = ("qcow2 file of ", "QED file of ")  # begin what the readers of formats put in place of a date (`layout_mark`)
 
 
 class Sameness(enum.Enum):
@@ -88,7 +88,7 @@ class Identity:
         lost = self._lost(shown)
         if lost:
             return Verdict(Sameness.DOUBTED, lost)
-        dated = self.last_modified is not None and not self.last_modified.startswith(LAYOUT)
+        dated = self.last_modified is not None and not self.last_modified.startswith(LAYOUTS)
         return Verdict(Sameness.SAME if dated and not elsewhere else Sameness.PRESUMED)
 
     def _difference(self, shown: Identity) -> str:
@@ -115,6 +115,14 @@ class Identity:
         if (etag, last_modified, digest) == (self.etag, self.last_modified, self.digest):
             return self
         return dataclasses.replace(self, etag=etag, last_modified=last_modified, digest=digest)
+
+
+def layout_mark(kind: str, file_size: int, stamp: str) -> str:
+    """What stands for the version of an image file ("qcow2" or "QED") if its server does not send a date.
+
+    `stamp`: a digest of its header and L1 table.
+    """
+    return f"{kind} file of {file_size} bytes, tables {stamp}"
 
 
 def _difference(what: str, old: str, new: str) -> str:

@@ -18,6 +18,8 @@ import struct
 import sys
 from array import array
 
+from qedfs.source.tables.faults import Fault
+
 MAGIC = b"QFI\xfb"
 HEADER_BYTES = 112  # includes all the fields that matter here; the header of version 2 ends at 72
 MAX_L1_BYTES = 32 << 20  # QEMU's QCOW_MAX_L1_SIZE
@@ -42,10 +44,6 @@ _READS_ZERO = 1  # since version 3
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 _REMAKE = "make a plain one with qemu-img convert -O qcow2"
-
-
-class Fault(Exception):
-    """The image cannot be served. The message says why, without the name of the image."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,11 +155,6 @@ def decode_table(data: bytes | bytearray | memoryview) -> array[int]:
     if sys.byteorder == "little":
         table.byteswap()
     return table
-
-
-def has_table(entry: int) -> bool:
-    """Whether an L1 entry refers to an L2 table."""
-    return bool(entry & _OFFSET)
 
 
 def table_offset(header: Qcow2Header, entry: int) -> int | None:

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from qedfs.source.qcow2.format import DEFLATE, Fault
+from qedfs.source.qcow2.format import DEFLATE
+from qedfs.source.tables.faults import Fault
 
 # The window size that every zstd decoder should support (RFC 8878, section 3.1.1.1.2). A cluster has at most 2 MiB.
 _ZSTD_WINDOW_LOG = 23

@@ -11,8 +11,9 @@ import zlib
 
 import pytest
 
-from qedfs.source.qcow2.format import DEFLATE, ZSTD, Fault
+from qedfs.source.qcow2.format import DEFLATE, ZSTD
 from qedfs.source.qcow2.inflate import inflater
+from qedfs.source.tables.faults import Fault
 from tests.source.qcow2.build import deflated
 
 CLUSTER = (b"some words of a cluster " * 4096)[:65536]

@@ -216,13 +216,13 @@ async def test_table_of_large_clusters_is_read_in_part(tmp_path: Path) -> None:
 
 
 async def test_memory_for_tables_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qedfs.source.qcow2.source.TABLE_CACHE_BYTES", 64 * KiB)
+    monkeypatch.setattr("qedfs.source.tables.two_levels.TABLE_CACHE_BYTES", 64 * KiB)
     # 1024 L1 entries that all lead to the same table.
     file = image({4096: [1024] * 1024}, l1_offset=4096, l1_size=1024, size=32 * MiB)
     source, inner = await opened(file)
     for pos in range(0, 32 * MiB, MiB):
         assert not any(await read(source, pos, MiB))
-    assert source._tables._share.held_bytes <= 64 * KiB
+    assert source._tables._tables._share.held_bytes <= 64 * KiB
     assert len(inner.reads) == 32
 
 
@@ -238,8 +238,8 @@ async def test_extents_go_in_bounded_steps() -> None:
         file_size=1 << 17,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qedfs.source.qcow2.source.EXTENTS_L1_ENTRIES", 200)
-        patch.setattr("qedfs.source.qcow2.source.EXTENTS_ENTRIES", 4000)
+        patch.setattr("qedfs.source.tables.two_levels.EXTENTS_L1_ENTRIES", 200)
+        patch.setattr("qedfs.source.tables.two_levels.EXTENTS_ENTRIES", 4000)
         source, inner = await opened(file)
         hole, at = [], 0
         while at < 64 * MiB:

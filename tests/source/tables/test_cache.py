@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfs.errors import SourceUnreachable
-from qedfs.source.qcow2.cache import ENTRY_OVERHEAD_BYTES, Cache
+from qedfs.source.tables.cache import ENTRY_OVERHEAD_BYTES, Cache
 
 
 class Loader:
