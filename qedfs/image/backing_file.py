@@ -20,10 +20,8 @@ from qedfs.image.commit_target import RawTarget
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.path import Held
 from qedfs.source.policy import Policy
-from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, probe
+from qedfs.source.probe import HEAD_BYTES, QCOW2, QED, RAW, TAIL_BYTES, probe
 from qedfs.source.url import Location
-
-_QED = b"QED\0"  # the first bytes of such a file
 
 
 class BackingFile(NamedTuple):
@@ -62,11 +60,11 @@ def _is_qed(location: Location, path: str, size: int) -> bool:
         head = file.read(HEAD_BYTES)
         file.seek(max(0, size - TAIL_BYTES))
         kind = probe(head, file.read(TAIL_BYTES), size=size, media_type="")
-    if kind not in (RAW, QCOW2) and not head.startswith(_QED):
+    if kind not in (RAW, QCOW2, QED):
         raise SourceError(f"backing {location} looks like {kind.name} (its {kind.at} bytes), not like a disk")
     if kind is QCOW2:
         raise SourceError(f"backing {location} is a qcow2 image, which is only read; use qemu-img commit")
-    return head.startswith(_QED)
+    return kind is QED
 
 
 async def check_unused(location: Location, file: BackingFile) -> None:

@@ -34,7 +34,7 @@ async def rescue_source(
 ) -> RetryingSource:
     """A source for a file (its absolute path) or a URL that connects when it is first read.
 
-    `device`: the number of our own mount, as in /proc/self/mountinfo. `backing_format`: "raw", "qcow2" or None.
+    `device`: the number of our own mount, as in /proc/self/mountinfo. `backing_format`: "raw", "qcow2", "qed" or None.
 
     Raises:
         UsageError: it is no absolute path and no URL, or a file in this very mount, which would wait for itself.

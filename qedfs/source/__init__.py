@@ -1,1 +1,1 @@
-"""Sources of missing clusters: HTTP, NBD, local files, and qcow2 over each. Only this room connects to servers."""
+"""Sources of missing clusters: HTTP, NBD, local files, qcow2 and QED over each. Only this room connects to servers."""

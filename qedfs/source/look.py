@@ -17,6 +17,7 @@ from qedfs.source.open import remote_source
 from qedfs.source.policy import Policy
 from qedfs.source.qcow2 import Qcow2Source
 from qedfs.source.qcow2.format import DEFLATE, ZSTD
+from qedfs.source.qed import QedSource
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import Location
 from qedfs.units import format_size
@@ -28,8 +29,8 @@ _COMPRESSIONS = {DEFLATE: "zlib", ZSTD: "zstd"}  # as QEMU calls them
 class Look:
     """What is at a location. Sizes in bytes: `size` of the disk, `stored_size` of the file that contains it.
 
-    `format`: "raw" or "qcow2". `compression`: "zlib" or "zstd" if the format has compressed clusters; a qcow2 image
-    names its type of compression even if none of its clusters is compressed.
+    `format`: "raw", "qcow2" or "qed". `compression`: "zlib" or "zstd" if the format has compressed clusters; a qcow2
+    image names its type of compression even if none of its clusters is compressed.
     """
 
     format: str
@@ -94,10 +95,14 @@ async def look(
 async def _seen(remote: RetryingSource, location: Location) -> Look:
     size = (await remote.connect()).size
     source = remote.connected
-    if not isinstance(source, Qcow2Source):
-        if not size:
-            raise SourceError(f"backing {location} is empty: it has 0 bytes; check what the server has there")
-        return Look("raw", size, size)
+    if isinstance(source, Qcow2Source):
+        found = Look("qcow2", size, source.file.identity.size, _COMPRESSIONS[source.compression])
+    elif isinstance(source, QedSource):
+        found = Look("qed", size, source.file.identity.size)
+    elif not size:
+        raise SourceError(f"backing {location} is empty: it has 0 bytes; check what the server has there")
+    else:
+        found = Look("raw", size, size)
     if not size:
-        raise SourceError(f"backing {location} is a qcow2 image of an empty disk: the disk has 0 bytes")
-    return Look("qcow2", size, source.file.identity.size, _COMPRESSIONS[source.compression])
+        raise SourceError(f"backing {location} is a {found.format} image of an empty disk: the disk has 0 bytes")
+    return found

@@ -18,8 +18,9 @@ from qedfs.source.nbd import NbdSource
 from qedfs.source.path import in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
-from qedfs.source.probe import HEAD_BYTES, QCOW2, RAW, TAIL_BYTES, Found, probe
+from qedfs.source.probe import HEAD_BYTES, QCOW2, QED, RAW, TAIL_BYTES, Found, probe
 from qedfs.source.qcow2 import Qcow2Source
+from qedfs.source.qed import QedSource
 from qedfs.source.retrying import DEADLINE_SECONDS, RetryingSource
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
@@ -45,10 +46,11 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
 
     `nursery` runs the tasks of the connections; it must outlive the source. `deadline_seconds`: how long a read may
     take, retries included. `slots`: see `RetryingSource`. `raw`: treat the backing as raw, whatever its bytes look
-    like. Otherwise it is probed: qcow2 is read as qcow2, other known formats and compressed files are refused, and
-    everything else is raw. `expected`: the format that the user has named ("raw" or "qcow2"); if the probe finds
-    another one, connecting raises SourceError. `say_raw`: how the user can say that the backing is raw, for the message
-    of a refusal. `pinning`: what counts as another version. `credentials`: which credentials go to which server.
+    like. Otherwise it is probed: qcow2 and QED images are read as such, other known formats and compressed files are
+    refused, and everything else is raw. `expected`: the format that the user has named ("raw", "qcow2" or "qed"); if
+    the probe finds another one, connecting raises SourceError. `say_raw`: how the user can say that the backing is
+    raw, for the message of a refusal. `pinning`: what counts as another version. `credentials`: which credentials go
+    to which server.
 
     The policy is consulted twice: first for the location (`allowed`), then for the file, socket or address to which its
     path or host name has been resolved, before that is used.
@@ -114,7 +116,8 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
     has to be probed, which is a classic security hole: a guest that can write to its raw disk puts a qcow2 header
     there, and the next reader opens the file that the header names. Two measures close it. `create_overlay` and QEMU
     set the bit for every backing that is declared raw, and then nothing is probed. And the backing and data files of a
-    qcow2 image are never opened, so a forged header gives access to nothing but the file that the guest wrote itself.
+    qcow2 or QED image are never opened, so a forged header gives access to nothing but the file that the guest wrote
+    itself.
     """
     found = await _probed(source)
     if expected is not None and found.name != expected:
@@ -123,6 +126,8 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
         raise SourceError(f"{_place(source, location)} is not a {expected} image: it looks like {like}; {advice}")
     if found is QCOW2:
         return await Qcow2Source.open(source, str(location))
+    if found is QED:
+        return await QedSource.open(source, str(location))
     if found is not RAW:
         raise SourceError(
             f"{_place(source, location)} looks like {found.name} (its {found.at} bytes), not like a disk;"

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from qedfs.source.qcow2.format import MAGIC
+from qedfs.format.header import MAGIC as QED_MAGIC
+from qedfs.source.qcow2.format import MAGIC as QCOW2_MAGIC
 
 HEAD_BYTES = 512
 TAIL_BYTES = 512  # the footers of VHD and UDIF
@@ -45,6 +46,7 @@ class Found:
 
 
 QCOW2 = Found("qcow2", "")
+QED = Found("qed", "")
 RAW = Found("raw", "")
 WEB_PAGE = Found("a web page", _PAGE)
 
@@ -55,7 +57,7 @@ def _unpack(name: str, command: str) -> Found:
 
 # Formats by their first bytes. Sources: QEMU's probe for the image formats, libmagic for all of them.
 _HEADS = {
-    b"QED\0": Found("QED", _CONVERT),
+    QED_MAGIC: QED,
     b"KDMV": Found("VMDK", _CONVERT),
     b"COWD": Found("VMDK", _CONVERT),
     b"# Disk DescriptorFile": Found("VMDK", f"it only describes a disk; {_CONVERT}"),
@@ -124,7 +126,7 @@ def probe(head: bytes, tail: bytes, *, size: int | None = None, media_type: str 
 
 
 def _by_head(head: bytes) -> Found | None:
-    if head.startswith(MAGIC):
+    if head.startswith(QCOW2_MAGIC):
         return Found("qcow (version 1)", _CONVERT) if head[4:8] == b"\0\0\0\1" else QCOW2
     for magic, found in _HEADS.items():
         if head.startswith(magic):

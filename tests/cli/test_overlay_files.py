@@ -82,7 +82,7 @@ def test_create_without_backing(folder: Path) -> None:
         (["--backing", "{url}/disk.img", "--size", "lots"], 2, "lots"),
         (["--backing", "{url}/disk.img", "--cluster-size", "5000"], 2, "power of two"),
         (["--backing", "{url}/disk.img", "--backing-format", "qcow2"], 4, "is not a qcow2 image"),
-        (["--backing", "{url}/disk.img", "--backing-format", "qed"], 2, "--backing-format qed"),
+        (["--backing", "{url}/disk.img", "--backing-format", "qed"], 4, "is not a qed image"),
         (["--backing", "{url}/disk.img", "--backing-format", "vmdk"], 2, "vmdk"),
         (["--nonsense"], 2, "nonsense"),
         ([], 2, "--size"),

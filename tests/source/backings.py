@@ -25,6 +25,7 @@ from qedfs.source.local import LocalSource
 from qedfs.source.nbd import NbdSource
 from qedfs.source.policy import Policy
 from qedfs.source.qcow2 import Qcow2Source
+from qedfs.source.qed import QedSource
 from qedfs.source.url import parse_location
 from tests.fakes.http_server import FakeHttpServer
 from tests.fakes.nbd_server import Behaviour, FakeNbd
@@ -33,6 +34,7 @@ from tests.harness.servers import Server, nginx
 from tests.harness.tls import Certificate
 from tests.source.nbd.support import serving
 from tests.source.qcow2.support import convert
+from tests.source.qed.support import qed_of
 
 MiB = 1 << 20
 LONG_AGO = 1_600_000_000  # so that no second write falls into the same tick of the clock
@@ -189,6 +191,21 @@ def qcow2_over(inner: Serve, *, compress: bool = False) -> Serve:
                 return await Qcow2Source.open(await file.open(nursery), file.place)
 
             yield Backing(file.place, opens, lambda disk: file.replace(_image_of(disk, compress)), file.vanish)
+
+    return serve
+
+
+def qed_over(inner: Serve) -> Serve:
+    """The content as the disk of a QED image, which `inner` serves."""
+
+    @contextlib.asynccontextmanager
+    async def serve(content: bytes, around: Surroundings) -> AsyncIterator[Backing]:
+        async with inner(qed_of(content), around) as file:
+
+            async def opens(nursery: trio.Nursery) -> Source:
+                return await QedSource.open(await file.open(nursery), file.place)
+
+            yield Backing(file.place, opens, lambda disk: file.replace(qed_of(disk)), file.vanish)
 
     return serve
 

@@ -80,7 +80,6 @@ PACKED: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 IMAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "qcow1": ("qcow (version 1)", ("-f", "qcow")),
-    "qed": ("QED", ("-f", "qed")),
     "vmdk": ("VMDK", ("-f", "vmdk")),
     "vmdk-stream": ("VMDK", ("-f", "vmdk", "-o", "subformat=streamOptimized")),
     "vdi": ("VDI", ("-f", "vdi")),

@@ -35,6 +35,7 @@ from tests.source.backings import (
     in_memory,
     local_file,
     qcow2_over,
+    qed_over,
     real_nbd,
     real_nginx,
 )
@@ -63,6 +64,10 @@ def nbd(serve: Serve, *, holes: bool = True) -> Kind:
 
 def qcow2(inner: Serve, *, versions: bool = True, server: bool = True, compress: bool = False) -> Kind:
     return Kind(qcow2_over(inner, compress=compress), versions=versions, server=server, whole_sectors=True)
+
+
+def qed(inner: Serve, *, versions: bool = True, server: bool = True) -> Kind:
+    return Kind(qed_over(inner), versions=versions, server=server, whole_sectors=True)
 
 
 BLOCKS_OF_512 = ("blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=64K")
@@ -107,9 +112,17 @@ KINDS: dict[str, Kind] = {
     "qcow2-qemu-nbd": qcow2(real_nbd(lambda file: qemu_nbd(file)), versions=False),
     "qcow2-qsd": qcow2(real_nbd(lambda file: qsd(file)), versions=False),
     "qcow2-nbd-fake": qcow2(fake_nbd(WELL_BEHAVED["correct"]), versions=False),
+    "qed-memory": qed(in_memory),
+    "qed-local": qed(local_file, server=False),
+    "qed-http-fake": qed(fake_http()),
+    "qed-http-nginx": qed(real_nginx()),
+    "qed-nbdkit": qed(real_nbd(lambda file: nbdkit("file", file)), versions=False),
+    "qed-qemu-nbd": qed(real_nbd(lambda file: qemu_nbd(file)), versions=False),
+    "qed-nbd-fake": qed(fake_nbd(WELL_BEHAVED["correct"]), versions=False),
 }
 # Each of them differs in one layer only from kinds that run by default: the transport, or the source below qcow2.
 WITH_SLOW = {"nbdkit-tcp", "http-fake-tls", "qcow2-http-fake", "qcow2-qemu-nbd", "qcow2-qsd", "qcow2-nbd-fake"}
+WITH_SLOW |= {"qed-http-fake", "qed-qemu-nbd", "qed-nbd-fake"}
 HOLE = range(MiB, 3 * MiB)
 
 

@@ -52,7 +52,6 @@ class _Create(GivenOnce):
 @click.option(
     "--backing-format",
     type=click.Choice(FORMATS),
-    metavar="[raw|qcow2]",
     help="Format of the backing. Default: found out. With raw, its content is not looked at.",
 )
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the image. Default: the size of the disk.")
@@ -111,16 +110,16 @@ def create(
 ) -> None:
     """Make OVERLAY, an empty QED file over a backing image.
 
-    The backing is looked at: whether it is a raw disk or a qcow2 image, and how large the disk is. Archives, compressed
-    files, other formats and web pages are refused. What was found is printed, and an overlay of a raw disk says so:
-    no mount will look for another format in it.
+    The backing is looked at: whether it is a raw disk, or a qcow2 or QED image, and how large the disk is. Archives,
+    compressed files, other formats and web pages are refused. What was found is printed, and an overlay of a raw disk
+    says so: no mount will look for another format in it.
 
     With a larger --size, the image ends with zeros. With --offline, the backing is not contacted; unless
     --backing-format raw is given, the mount then detects its format. A local backing that is not an absolute path is
     relative to OVERLAY's folder, as in QEMU.
 
     With --json: `overlay` (absolute path), `size` of the image, `backing` (the URL without secrets, or null),
-    `backing_format` ("raw", "qcow2", or null for one that is not known), `compression` of a qcow2 image ("zlib",
+    `backing_format` ("raw", "qcow2", "qed", or null for one that is not known), `compression` of a qcow2 image ("zlib",
     "zstd", or null), `disk_size` of the disk in the backing, `stored_size` of the backing's file (these two are null
     if nobody has looked), `cluster_size` and `preallocation`. All sizes are in bytes.
     """
@@ -139,7 +138,7 @@ def create(
         overlay,
         image_size=_image_size(size, found, shrink=shrink),
         backing=backing,
-        # If neither the user nor we know the format yet, the mount probes it. QED has no name for qcow2.
+        # If neither the user nor we know the format yet, the mount probes it. QED has a name for raw only.
         raw_backing=backing is None or known_format == "raw",
         cluster_size=cluster_size,
         table_size=table_size,
@@ -188,8 +187,6 @@ def _check(
         raise UsageError("give --backing, --size or both")
     if backing is None and backing_format is not None:
         raise UsageError("--backing-format needs --backing")
-    if backing_format == "qed":
-        raise UsageError("--backing-format qed: only raw and qcow2 backings can be served")
     if offline and size is None:
         raise UsageError("--offline needs --size, since the size of the disk is not asked for")
     if standby and backing is None:

@@ -44,8 +44,8 @@ def doctor(url: str | None, timeout: float, credentials: str | None, as_json: bo
     With --json: `ok` (whether nothing says FAIL), `checks` (a list of `check`, the name; `verdict`, "ok", "warn" or
     "fail"; `found`, text; and `way_out`, text or null), and `source`, null without a URL, with `url` and
     `redirected_to` (without secrets), `size` of the file, `digest`, `etag` and `last_modified` of its version, `format`
-    ("raw" or "qcow2"), `compression` and `disk_size` of the disk in it, `round_trip_seconds` and `bytes_per_second`.
-    Sizes are in bytes; what is not known is null.
+    ("raw", "qcow2" or "qed"), `compression` and `disk_size` of the disk in it, `round_trip_seconds` and
+    `bytes_per_second`. Sizes are in bytes; what is not known is null.
     """
     # What cannot be understood is said at once.
     target = None if url is None else (_location(url), read(credentials))

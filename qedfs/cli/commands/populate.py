@@ -36,7 +36,7 @@ REMARK_SECONDS = 10.0
 )
 @click.option(
     "--backing-format",
-    type=click.Choice(["raw", "qcow2"]),
+    type=click.Choice(["raw", "qcow2", "qed"]),
     help="Format of the copy. Default: found out. With raw, its content is not looked at.",
 )
 @click.option("--force", is_flag=True, help="Do not compare blocks that were fetched with those of the copy.")

@@ -192,7 +192,7 @@ async def _missing(call: Call, arguments: Arguments) -> dict[str, Any]:
     "x-qedfs-populate",
     Arg("device"),
     Arg("from"),
-    Arg("format", ("raw", "qcow2"), optional=True),
+    Arg("format", ("raw", "qcow2", "qed"), optional=True),
     Arg("force", "boolean", optional=True),
 )
 async def _populate(call: Call, arguments: Arguments) -> Nothing:
