@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 import trio
 
 from qedfs.fetch.queue import FetchQueue
-from qedfs.image.image import COMMIT_SECONDS, Image
+from qedfs.image.commit_schedule import COMMIT_SECONDS
+from qedfs.image.image import Image
 from qedfs.overlay.open import open_storage
 from qedfs.source.pinning import USUAL, Pinning
 from tests.fakes.source import FakeSource, remote

@@ -84,7 +84,7 @@ class FetchAhead:
             if run.offset == MISSING:
                 first = run.pos // image.overlay.cluster_size
                 count = (run.pos + run.size - 1) // image.overlay.cluster_size - first + 1
-                started = image.fetch.ahead(first, count, consumer=image)
+                started = image.fetch.ahead(first, count, consumer=image.consumer)
                 if started < count:
                     self._readahead.fell_short((first + started) * image.overlay.cluster_size, pos + size)
                     return

@@ -1,10 +1,10 @@
 """One served image: an overlay, and the fetching of its missing clusters from the source.
 
-Owns what a read, a write and a flush of the image do, when entries are committed, and the exchange of its source and
-of its overlay. Must not know FUSE or sockets.
+Owns what a read, a write and a flush of the image do, and the exchange of its source and of its overlay. When it
+commits is in `commit_schedule.py`, what it does with fetched bytes in `consumer.py`. Must not know FUSE or sockets.
 
 Tasks. Any task on the event loop may read and write. Somebody calls `tend` every COMMIT_SECONDS, one call at a time, to
-commit changes that have become old. Fetched bytes arrive through `take`, in a task of the fetch queue.
+commit changes that have become old.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceError, SourceUnreachable
+from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch.queue import FetchQueue
 from qedfs.fetch.rate_limiter import RateLimiter
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.image.boot_profile import ReadTrace
+from qedfs.image.commit_schedule import CommitSchedule
 from qedfs.image.condition import Cause, Condition
+from qedfs.image.consumer import ImageConsumer
 from qedfs.image.counters import Counters
 from qedfs.image.fetch_ahead import FetchAhead
 from qedfs.image.missing_reads import MissingReads
@@ -41,15 +43,9 @@ from qedfs.source.retrying import RetryingSource
 
 log = logging.getLogger(__name__)
 
-COMMIT_BYTES = 64 << 20  # commit after this much new data: 16 barriers per GiB
-# A power cut may lose writes that were not flushed. This bounds their age (ext4's own commit interval is 5 s).
-COMMIT_SECONDS = 2.0
-MOST_UNCOMMITTED_BYTES = 256 << 20  # above this, adoption waits for a commit
-NO_SPACE_RETRY_SECONDS = 5.0
-
 
 class Image:
-    """One served image. Positions and sizes are in bytes of the image. Also the `Consumer` of its fetch queue."""
+    """One served image. Positions and sizes are in bytes of the image."""
 
     def __init__(
         self,
@@ -76,14 +72,13 @@ class Image:
         self.limiter = RateLimiter()  # of what it gets in the background
         self.replaying = False  # a profile is being fetched, which comes before the stream
         self.failures = 0  # count of failed fetches, adoptions and commits, so that a retry notices a new failure
-        self._full_at = float("-inf")  # when an adoption or a commit found no space
         self.source_holes = Ranges()  # L1 indices without a table where the source has a hole; set by the stream
         self.discarded_holes = 0  # bytes of them that were discarded since, and have an entry now
         self.waits = ReadTrace()  # what readers had to wait for, for a profile
         self._ahead = FetchAhead(self)
         self._rmw_budget = RmwBudget(overlay.cluster_size)
-        self._committing = False
-        self._logged_commit_error = ""  # the error of the last failed commit, to log it only once
+        self.commits = CommitSchedule(self)
+        self.consumer = ImageConsumer(self)
         self.closed = False
         self.reads = MissingReads(self)
         self.stalls = Stalls(from_stored(overlay.record.on_source_error))  # the mount may replace it
@@ -94,8 +89,6 @@ class Image:
         self.own_backing: OwnBacking | None = None  # the way to a source of its own, if the mount has one
         self.committing_down = False  # while a job writes its clusters into its backing
         self.exchanges = 0  # how many times it has got another source
-        self._adopting = 0  # running adoptions
-        self._adopted = trio.Event()  # set when the last of them has ended
 
     @property
     def in_standby(self) -> bool:
@@ -221,9 +214,10 @@ class Image:
         """Record that a fetch has failed."""
         if isinstance(error, SourceChanged) and self.version is not None:
             self.version.refuse(error)
-        self._note(Cause.FETCH_FAILED, error)
+        self.note(Cause.FETCH_FAILED, error)
 
-    def _note(self, cause: Cause, error: QedfsError) -> None:
+    def note(self, cause: Cause, error: QedfsError) -> None:
+        """Record what is wrong, and that something has failed anew."""
         self.condition.note(cause, error)
         self.failures += 1
 
@@ -250,7 +244,7 @@ class Image:
             finally:
                 taken.give_back()
         self.counters.written += len(data)
-        self._commit_soon()
+        self.commits.soon()
         return len(data)
 
     async def _fill(self, taken: RmwReservation, cluster: int) -> Buffer:
@@ -282,98 +276,10 @@ class Image:
         """Begin a flush if it is a short one. See `Committer.flush_now`."""
         return self.overlay.flush_now(done)
 
-    # Adopt: the methods of `Consumer`.
-
-    def wants(self, pos: int, size: int) -> bool:
-        """Whether to adopt bytes fetched for another image. This one must be streaming and know the version."""
-        known = self.version is not None and self.version.identity is not None
-        return self.streaming and known and pos < self.size
-
-    def lacks(self, pos: int, size: int) -> int:
-        """How many bytes of this range are in missing clusters."""
-        return self.overlay.count_missing_in(pos, min(size, self.size - pos)) if pos < self.size else 0
-
-    async def take(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        """Adopt fetched bytes, see `Overlay.adopt`. Errors are recorded, not raised: the reader has its bytes."""
-        if self.changed is not None or self.closed or pos >= self.size or self._too_full():
-            return
-        with self.adopting():
-            await self._keep(pos, buffer, min(size, self.size - pos), asked=asked)
-
-    @contextlib.contextmanager
-    def adopting(self) -> Iterator[None]:
-        """The context of an adoption, for whose end `adoptions_ended` waits."""
-        self._adopting += 1
-        try:
-            yield
-        finally:
-            self._adopting -= 1
-            if not self._adopting:
-                self._adopted.set()
-
-    async def _is_current(self) -> bool:
-        """Whether fetched bytes are of the right version, and of the source that the image has after the check."""
-        source = self.exchanges
-        try:
-            if self.version is not None:
-                await self.version.check()  # again, because the answer may have revealed more about the version
-        except QedfsError:
-            if source == self.exchanges:
-                raise
-        return source == self.exchanges
-
-    async def _keep(self, pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
-        try:
-            if not await self._is_current():
-                return
-            self.condition.clear(Cause.FETCH_FAILED)
-            kept = await self.overlay.adopt(pos, buffer, size, cold=not asked)
-        except NoSpace as exc:
-            self._full_at = trio.current_time()
-            self._note(Cause.NO_SPACE, exc)
-            return
-        except SourceError as exc:
-            self.failed(exc)
-            return
-        except Exception as exc:
-            if not isinstance(exc, QedfsError):
-                # A bug. Record it for the stream, which would otherwise request these clusters again at once.
-                log.exception("%s: cannot keep what was fetched", self.name)
-                exc = QedfsError("internal error, see the log")
-            self._note(Cause.NOT_KEPT, exc)
-            return
-        if kept:  # 0 if guests have written all of the clusters first, which says nothing about free space
-            self._full_at = float("-inf")
-            self.condition.clear(Cause.NO_SPACE)
-            self.condition.clear(Cause.NOT_KEPT)
-        if asked:
-            self.counters.kept_asked += kept
-        else:
-            self.counters.kept_stream += kept
-        if self.overlay.uncommitted_bytes >= MOST_UNCOMMITTED_BYTES or self.overlay.crowded:
-            await self._commit()
-        else:
-            self._commit_soon()
-
-    def lost(self, error: QedfsError) -> None:
-        """Record that a flight for this image has failed."""
-        if not self.complete:
-            self.failed(error)
-
-    def _too_full(self) -> bool:
-        if trio.current_time() - self._full_at >= NO_SPACE_RETRY_SECONDS:
-            return False
-        # A commit that finds space clears both. Then the stream fetches again, and what it fetches must be stored.
-        return self.full is not None or isinstance(self.overlay.commit_error, NoSpace)
-
     @property
     def full(self) -> QedfsError | None:
         """The error if there was no space for what was fetched last."""
         return self.condition.noted(Cause.NO_SPACE)
-
-    def try_again(self) -> None:
-        """Try to store the next fetched bytes, even if the disk was full a moment ago."""
-        self._full_at = float("-inf")
 
     # The version of the source.
 
@@ -393,33 +299,7 @@ class Image:
                 self.failed(exc)
             raise
 
-    # Commit and close.
-
-    def _commit_soon(self) -> None:
-        if self.overlay.uncommitted_bytes >= COMMIT_BYTES and not self._committing and self.fetch is not None:
-            self.fetch.nursery.start_soon(self._commit)
-            self._committing = True
-
-    async def _commit(self) -> None:
-        self._committing = True
-        try:
-            await self.overlay.commit()
-        except NoSpace:
-            self._full_at = trio.current_time()
-            self.failures += 1
-        except Exception as exc:
-            if not isinstance(exc, QedfsError):
-                # A bug must affect this image only, not every image of the mount.
-                log.exception("%s: cannot commit", self.name)
-                exc = QedfsError("internal error, see the log")
-            if self._logged_commit_error != str(exc):
-                log.error("%s: %s", self.name, exc)
-                self._logged_commit_error = str(exc)
-            self.failures += 1
-        else:
-            self._logged_commit_error = ""
-        finally:
-            self._committing = False
+    # Tend and close.
 
     @property
     def calm(self) -> bool:
@@ -436,8 +316,8 @@ class Image:
         if self.overlay.missing is None and not self.overlay.writable:
             with contextlib.suppress(QedfsError):  # about a bad table, which the first count has reported
                 await self.overlay.count_missing()  # again, because a failed barrier has taken entries back
-        if self.overlay.writable and self.overlay.commit_pending and not self._committing:
-            await self._commit()
+        if self.overlay.writable and self.overlay.commit_pending and not self.commits.running:
+            await self.commits.commit()
         await self.overlay.give_space_back()
         self.condition.look()
         await self._remember_version()
@@ -449,14 +329,7 @@ class Image:
         self.streaming = False
         self._ahead.active = False
         if self.fetch is not None:
-            self.fetch.part(self)
-
-    async def adoptions_ended(self) -> None:
-        """Wait until nothing is being adopted any more."""
-        if self._adopting:
-            # A thread may be writing to the overlay. If we closed it now, its clusters would be lost and leak.
-            self._adopted = trio.Event()
-            await self._adopted.wait()
+            self.fetch.part(self.consumer)
 
     def replace_overlay(self, overlay: Overlay) -> None:
         """Use the same file, opened anew after it was emptied."""
@@ -481,7 +354,7 @@ class Image:
         old = self.source
         self.exchanges += 1
         if self.fetch is not None:
-            self.fetch.part(self)
+            self.fetch.part(self.consumer)
         if self.version is not None:
             self.version.close()
         self.fetch, self.standby = fetch, standby
@@ -516,8 +389,8 @@ class Image:
             if self.version is not None:
                 self.version.close()
             if self.fetch is not None:
-                self.fetch.part(self)
-            await self.adoptions_ended()
+                self.fetch.part(self.consumer)
+            await self.consumer.adoptions_ended()
             await self._remember_version()
             await self.overlay.close()
 

@@ -147,7 +147,7 @@ class LiveCommit:
         old = image.exchange_source(self._own.fetch_from(self._held))
         if old is not None:
             await self._own.release(old)
-        await image.adoptions_ended()
+        await image.consumer.adoptions_ended()
         await self._unused(file)
         self._file = file
         return await open_raw(self._location, file)
@@ -255,7 +255,7 @@ class LiveCommit:
             await self._own.release(old)
         # Durable before any entry goes: an overlay that needs the backing for everything must know which version.
         await store_pin(overlay, pin_for(overlay.backing or "", fetch.remote, identity, self._samples))
-        await image.adoptions_ended()
+        await image.consumer.adoptions_ended()
         self.settled = True
 
     async def drop(self, first: int, count: int) -> int | None:

@@ -108,6 +108,6 @@ class MissingReads:
                 image.counters.missed += len(view)
                 image.waits.note(pos, len(view))
             if inside:
-                await fetch.read(inside, consumer=image if image.copy_on_read and image.gate is None else None)
+                await fetch.read(inside, consumer=image.consumer if image.copy_on_read and image.gate is None else None)
                 await version.check()
         image.condition.clear(Cause.FETCH_FAILED)

@@ -24,7 +24,8 @@ from typing import ClassVar, Unpack
 import trio
 
 from qedfs.errors import BadOverlay, NoSpace
-from qedfs.image.image import COMMIT_BYTES, Image
+from qedfs.image.commit_schedule import COMMIT_BYTES
+from qedfs.image.image import Image
 from qedfs.jobs.job import Job, JobOptions
 from qedfs.overlay.relocation import Gathering
 from qedfs.units import format_size

@@ -21,7 +21,8 @@ import trio
 
 from qedfs.errors import NoSpace, QedfsError, SourceChanged, SourceUnreachable
 from qedfs.fetch.rate_limiter import RateLimiter
-from qedfs.image.image import NO_SPACE_RETRY_SECONDS, Image
+from qedfs.image.consumer import NO_SPACE_RETRY_SECONDS
+from qedfs.image.image import Image
 from qedfs.jobs.idle import LOOK_SECONDS
 from qedfs.jobs.state import AT_WORK, Event, JobState, Order, Pause, State
 

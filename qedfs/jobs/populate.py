@@ -22,7 +22,8 @@ import trio
 from qedfs.errors import QedfsError, SourceChanged, SourceError
 from qedfs.host import memory_pool
 from qedfs.host.memory_pool import Share
-from qedfs.image.image import COMMIT_BYTES, Image
+from qedfs.image.commit_schedule import COMMIT_BYTES
+from qedfs.image.image import Image
 from qedfs.image.known_blocks import is_raw, keeps_nothing, known_blocks
 from qedfs.jobs.missing import MissingRuns
 from qedfs.source.base import Extent
@@ -157,7 +158,7 @@ class Populate:
             while (run := await runs.next_run(cursor, size)) is not None:
                 cursor = run[0] + await self._bring(*run, size)
             if await runs.next_run(0, size) is None:
-                with image.adopting():
+                with image.consumer.adopting():
                     self._check_active()
                     await image.detach()
                 _abandon_source(image)
@@ -183,7 +184,7 @@ class Populate:
         try:
             buffer = bytearray(wanted)
             await self.read([(pos, memoryview(buffer))])
-            with image.adopting():
+            with image.consumer.adopting():
                 self._check_active()
                 kept = await overlay.adopt(pos, buffer, wanted, cold=True)
         finally:
@@ -198,7 +199,7 @@ class Populate:
 def _abandon_source(image: Image) -> None:
     """End whatever still waits for the source of an image that has become complete."""
     if image.fetch is not None:
-        image.fetch.part(image)
+        image.fetch.part(image.consumer)
     if image.version is not None:
         image.version.close()
     image.reads.waiting.run_again()

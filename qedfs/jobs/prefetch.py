@@ -51,7 +51,7 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
     fetch, cluster_size = image.fetch, image.overlay.cluster_size
     if fetch is None:
         return False
-    most = min(fetch.window.request_bytes, fetch.piece_bytes(image))
+    most = min(fetch.window.request_bytes, fetch.piece_bytes(image.consumer))
     step = max(1, int(most // cluster_size)) * cluster_size
     for number, at in enumerate(range(pos - pos % cluster_size, pos + size, step), 1):
         if number % STEPS_PER_TURN == 0:
@@ -63,10 +63,10 @@ async def _bring(image: Image, pos: int, size: int, known_failures: int) -> bool
             first = run.pos // cluster_size
             count = (run.pos + run.size - 1) // cluster_size + 1 - first
             await image.limiter.until_due()
-            await fetch.turn(first, count, consumer=image, preferred=True)
+            await fetch.turn(first, count, consumer=image.consumer, preferred=True)
             if image.complete or image.full or image.failures != known_failures or not image.overlay.writable:
                 return False
             # A reader or the stream may have fetched them meanwhile.
             if image.overlay.all_missing(first, count):
-                fetch.start(first, count, consumer=image, asked=True)
+                fetch.start(first, count, consumer=image.consumer, asked=True)
     return True

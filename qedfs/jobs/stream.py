@@ -102,8 +102,8 @@ class StreamJob(Job):
         start = first * cluster_size
         size = min(count * cluster_size, image.size - start)
         async with fetch.waiting():
-            flights = await fetch.bring(first, count, consumer=image)
-        await fetch.adopted(flights, consumer=image)
+            flights = await fetch.bring(first, count, consumer=image.consumer)
+        await fetch.adopted(flights, consumer=image.consumer)
         self._raise(*_LOSSES, Cause.NO_SPACE)
         if image.overlay.all_missing(first, count) and not image.overlay.pending(first, count):
             self._raise(*_FAILURES)
@@ -148,13 +148,13 @@ class StreamJob(Job):
             return True  # guests have written or discarded the rest, so the source need not answer
         source_size = await image.source_size()
         image.streaming = True
-        if image not in fetch.consumers:
-            fetch.consumers.append(image)
+        if image.consumer not in fetch.consumers:
+            fetch.consumers.append(image.consumer)
         self._trying = self.hindered or image.full is not None
-        image.try_again()
+        image.consumer.try_again()
         kept, pause = image.counters.kept, PACE_SECONDS
         while await self._walk(source_size) and self.ignored is None:
-            await fetch.landed(image)
+            await fetch.landed(image.consumer)
             self._raise_failure()
             # If clusters arrived but were not adopted, for whatever reason, pause before requesting them again.
             lost = kept == image.counters.kept and not self._passed_over
@@ -164,7 +164,7 @@ class StreamJob(Job):
             kept = image.counters.kept
             if not self._goes_on(fetch):
                 return False
-        await fetch.landed(image)
+        await fetch.landed(image.consumer)
         self._raise_failure()
         return await self._missing.next_run(0, source_size) is None
 
@@ -199,7 +199,7 @@ class StreamJob(Job):
                 await self.sleep(min(due, PACE_SECONDS))
                 continue
             with self.until_poked() as wait:
-                await fetch.turn(first, count, consumer=image)
+                await fetch.turn(first, count, consumer=image.consumer)
             self._raise_failure()
             if not self._goes_on(fetch):
                 return asked
@@ -207,11 +207,11 @@ class StreamJob(Job):
                 continue  # after a command, or because another image has fetched something for this one
             if not image.overlay.all_missing(first, count) or self._ours(first, count) < count:
                 continue  # a reader, a guest or another image's stream has populated part of the run, or is about to
-            fetch.start(first, count, consumer=image)
+            fetch.start(first, count, consumer=image.consumer)
             self.cursor, asked = first + count, True
             if self._trying:
                 # Wait for this single request, which shows whether the source is back, or whether there is space again.
-                await fetch.landed(image)
+                await fetch.landed(image.consumer)
                 self._raise_failure()
                 self._trying = False
                 self.makes_progress()
@@ -224,12 +224,12 @@ class StreamJob(Job):
 
     def _paced(self, count: int) -> int:
         """How many of `count` clusters one request may fetch at the current limit."""
-        piece_bytes = fetch_of(self.image).piece_bytes(self.image)
+        piece_bytes = fetch_of(self.image).piece_bytes(self.image.consumer)
         return int(max(1, min(count, piece_bytes // self.image.overlay.cluster_size)))
 
     def _due(self) -> float:
         """Seconds until the limit allows the next request. What it allows belongs to a profile first."""
-        if self.image.replaying and fetch_of(self.image).piece_bytes(self.image) < math.inf:
+        if self.image.replaying and fetch_of(self.image).piece_bytes(self.image.consumer) < math.inf:
             return PACE_SECONDS
         return self.rate_limiter.due()
 
@@ -255,7 +255,7 @@ class StreamJob(Job):
         try:
             pos = await self._missing.first_from(0)
             if pos is None or (source_size is not None and pos >= source_size):
-                await fetch.landed(image)
+                await fetch.landed(image.consumer)
                 if dropped != image.overlay.dropping.count:
                     return  # a commit needs the backing again
                 await image.detach()

@@ -170,7 +170,7 @@ class CutOver:
             await trio.sleep(LOOK_SECONDS)
         if served.scope.cancel_called:
             raise QedfsError(f"{served.name}: is not there any more")
-        await image.adoptions_ended()
+        await image.consumer.adoptions_ended()
         storage = await image.overlay.empty()
         options = self._options
         image.replace_overlay(

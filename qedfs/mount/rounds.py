@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from qedfs.host.beat import next_beat
-from qedfs.image.image import COMMIT_SECONDS, Image
+from qedfs.image.commit_schedule import COMMIT_SECONDS
+from qedfs.image.image import Image
 from qedfs.image.outage import look_at_source
 from qedfs.mount.served import Served
 

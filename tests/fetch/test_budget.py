@@ -41,7 +41,7 @@ async def test_a_reader_does_not_wait_for_a_large_cluster(autojump_clock: trio.t
     async with served(source, cluster_size=LARGE) as image:
         await image.source_size()
         assert image.fetch is not None
-        image.fetch.start(0, 1, consumer=image)
+        image.fetch.start(0, 1, consumer=image.consumer)
         await trio.sleep(1)
         source.round_trip = 0.02
         began = trio.current_time()
@@ -83,7 +83,7 @@ async def test_a_step_waits_for_its_own_bytes_only(autojump_clock: trio.testing.
     async with served(source) as image:
         await image.source_size()
         assert image.fetch is not None
-        image.fetch.start(20, 4, consumer=image)
+        image.fetch.start(20, 4, consumer=image.consumer)
         await trio.sleep(1)
         source.round_trip = 0.02
         began = trio.current_time()

@@ -61,7 +61,7 @@ async def seconds_to_read(image: Image, pos: int) -> float:
 def start(image: Image) -> None:
     """One request of the background for the first four clusters."""
     assert image.fetch is not None
-    image.fetch.start(0, 4, consumer=image)
+    image.fetch.start(0, 4, consumer=image.consumer)
 
 
 async def test_an_answer_that_never_comes_costs_its_readers_a_part_of_their_deadline(

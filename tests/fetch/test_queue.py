@@ -229,10 +229,10 @@ async def test_a_fault_of_a_taker_costs_nobody_else(
         async def take(pos: int, buffer: bytearray, size: int, *, asked: bool) -> None:
             raise KeyError("a fault")
 
-        monkeypatch.setattr(faulty, "take", take)
+        monkeypatch.setattr(faulty.consumer, "take", take)
         well.streaming = True
         assert faulty.fetch is not None
-        faulty.fetch.consumers.append(well)
+        faulty.fetch.consumers.append(well.consumer)
         await faulty.read(0, len(CONTENT))
         await trio.testing.wait_all_tasks_blocked()
         assert faulty.failures == 1
@@ -254,16 +254,16 @@ async def test_a_request_counts_against_each_image_when_it_is_sent_and_once_agai
         for image in (one, two):
             await image.source_size()
             image.streaming = True  # as a stream does
-            queue.fetch.consumers.append(image)
+            queue.fetch.consumers.append(image.consumer)
             image.limiter.limit = len(CONTENT)
         total = queue.fetch._total.limiter
         total.limit = len(CONTENT)
         source.gate = trio.Event()
-        queue.fetch.start(0, 2, consumer=one)
+        queue.fetch.start(0, 2, consumer=one.consumer)
         assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
-        queue.fetch.start(0, 2, consumer=two)  # what is in flight already
+        queue.fetch.start(0, 2, consumer=two.consumer)  # what is in flight already
         assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
         source.gate.set()
-        await queue.fetch.landed(two)
+        await queue.fetch.landed(two.consumer)
         assert (one.limiter.granted, two.limiter.granted, total.granted) == (2 * CLUSTER,) * 3
         nursery.cancel_scope.cancel()

@@ -31,6 +31,6 @@ async def test_closing_does_not_wait_for_a_silent_source(autojump_clock: trio.te
         await trio.sleep(5)
         with trio.move_on_after(1):  # a reader that is killed
             await image.read(4 * CLUSTER, 512)
-        assert image._adopting == 1
+        assert image.consumer._adopting == 1
         with trio.fail_after(DEADLINE / 10):
             await image.close()

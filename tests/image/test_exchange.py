@@ -111,10 +111,10 @@ async def test_what_a_flight_of_the_old_source_brings_is_not_adopted(autojump_cl
         assert image.fetch is not None
         await image.read(0, 4096)
         queue, old.gate = image.fetch, trio.Event()
-        queue.start(8, 4, consumer=image)
+        queue.start(8, 4, consumer=image.consumer)
         exchange(image, new)
         old.gate.set()
-        await queue.landed(image)
+        await queue.landed(image.consumer)
         assert image.overlay.all_missing(8, 4)
         assert bytes(await image.read(8 * CLUSTER, CLUSTER)) == NEW[8 * CLUSTER : 9 * CLUSTER]
 
@@ -132,7 +132,7 @@ async def test_an_adoption_that_still_checks_the_version_keeps_nothing(autojump_
 
         image.version.check = slow  # type: ignore[method-assign, assignment]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: image.take(0, bytearray(OLD[:CLUSTER]), CLUSTER, asked=True))
+            nursery.start_soon(lambda: image.consumer.take(0, bytearray(OLD[:CLUSTER]), CLUSTER, asked=True))
             await checking.wait()
             exchange(image, new)
         assert image.overlay.all_missing(0, 1)

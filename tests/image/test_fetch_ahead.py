@@ -46,7 +46,7 @@ async def test_a_request_that_the_end_of_the_stream_has_overtaken_is_no_failure(
         job = StreamJob(image)
         await job.run()
         assert image.fetch is not None
-        image.fetch.start(HOLE[0] // 4096, 4, consumer=image)
+        image.fetch.start(HOLE[0] // 4096, 4, consumer=image.consumer)
         await image.fetch.remote.aclose()
         await trio.sleep(60)
         assert (image.condition.worst, image.failures) == (None, 0)

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, SourceChanged, SourceError, SourceUnreachable
-from qedfs.image.image import NO_SPACE_RETRY_SECONDS
+from qedfs.image.consumer import NO_SPACE_RETRY_SECONDS
 from qedfs.jobs.job import AGAIN_SECONDS, RETRY_SECONDS, Action, usual_action
 from qedfs.jobs.state import ENDED, State
 from tests.fakes.source import FakeSource

@@ -25,7 +25,7 @@ async def test_what_is_listed_and_nothing_else(autojump_clock: trio.testing.Mock
     async with served(source) as image:
         await replay(image, [(5 * MIB + 100, 200), (CLUSTER, 2 * CLUSTER), (5 * MIB, 4096), (7 * MIB, 1)])
         assert image.fetch is not None
-        await image.fetch.landed(image)
+        await image.fetch.landed(image.consumer)
         assert sorted((pos, size) for pos, size, _ in source.reads) == [
             (CLUSTER, 2 * CLUSTER),
             (5 * MIB, CLUSTER),
@@ -72,7 +72,7 @@ async def test_bytes_behind_the_source_and_in_the_overlay_are_not_asked_for(
         await image.write(0, bytes(CLUSTER))
         await replay(image, [(0, 4096), (MIB, 4 * MIB), (2 * MIB, 4096), (1 << 60, 4096)])
         assert image.fetch is not None
-        await image.fetch.landed(image)
+        await image.fetch.landed(image.consumer)
         assert [(pos, size) for pos, size, _ in source.reads] == [(MIB, 100)]
 
 
@@ -123,7 +123,7 @@ async def test_a_range_as_long_as_the_image_stops_nobody(autojump_clock: trio.te
 
         await replay(image, [(0, 64 * MIB)])
         assert image.fetch is not None
-        await image.fetch.landed(image)
+        await image.fetch.landed(image.consumer)
         assert image.populated == 64 * MIB
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)

@@ -13,7 +13,8 @@ import pytest
 import trio
 
 from qedfs.errors import BadOverlay
-from qedfs.image.image import COMMIT_SECONDS, Image
+from qedfs.image.commit_schedule import COMMIT_SECONDS
+from qedfs.image.image import Image
 from qedfs.mount.rounds import RESTING_AT_ONCE, RESTING_ROUNDS, ROUND_SECONDS, Rounds, Visited
 from qedfs.mount.served import Served
 from qedfs.overlay.create import create_overlay
