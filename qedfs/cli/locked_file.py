@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from qedfs.cli.mount_table import FILESYSTEM
 from qedfs.errors import BadOverlay
 from qedfs.host.procfs import filesystem_type
 from qedfs.overlay.storage import FileStorage
@@ -28,6 +27,8 @@ def image_explained(path: str) -> Iterator[None]:
     try:
         yield
     except BadOverlay as exc:
+        from qedfs.cli.mount_table import FILESYSTEM  # here, as this is rare
+
         if filesystem_type(path) != FILESYSTEM:
             raise
         if os.path.isdir(path):

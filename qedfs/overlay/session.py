@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
+import os
 from collections.abc import Callable
 
 from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
@@ -177,7 +177,7 @@ class Session:
 
     def fresh(self) -> str:
         """The id of a new session; "" if the overlay has no room for a record."""
-        return f"{self._prefix}{secrets.token_hex(16 - len(self._prefix) // 2)}" if self.has_room else ""
+        return f"{self._prefix}{os.urandom(16 - len(self._prefix) // 2).hex()}" if self.has_room else ""
 
     def mark(self) -> str:
         """Tells which session the overlay is in, or which was the last one.

@@ -175,6 +175,10 @@ class Storage(Protocol):
         """Find space for these bytes, also past the end, if the file system can. Raises NoSpace, BadOverlay."""
         ...
 
+    def read_soon(self, offset: int, size: int) -> None:
+        """Tell the kernel that these bytes, of a part that is no hole, will be read, so that it begins to read them."""
+        ...
+
     def drop_cache(self, offset: int, size: int) -> None:
         """Tell the kernel that these bytes, already durable, will not be read soon."""
         ...
@@ -462,6 +466,11 @@ class FileStorage(Threads):
             return ctypes.get_errno() if fallocate(ctypes.c_int(self._fd), *arguments) else 0
         finally:
             self._written = object()
+
+    def read_soon(self, offset: int, size: int) -> None:
+        """posix_fadvise. In a hole, the kernel would fill memory with zeros. It is only advice, see `drop_cache`."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def drop_cache(self, offset: int, size: int) -> None:
         """posix_fadvise. It is only advice, so errors do not matter."""

@@ -5,11 +5,14 @@ Owns the bits. Must not know what refers to a cluster, nor what follows from two
 
 from __future__ import annotations
 
+import mmap
 import re
+import struct
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from operator import setitem
+from typing import cast
 
 from qedfs.format.geometry import MAX_TABLE_SIZE
 
@@ -17,15 +20,27 @@ MAX_CLUSTERS = 1 << 29  # one bit each, 64 MiB of memory. Only a sparse file mad
 MAX_SCATTERED = 1 << 26  # of a file whose clusters `claim_scattered` can mark, one byte each, 64 MiB of memory, too
 
 
+_ENCODED = struct.Struct("<Q??")  # and the bits after it
+
+Marks = bytearray | mmap.mmap
+_mark = cast("Callable[[Marks, int, int], None]", setitem)
+
+
+def shared_marks(clusters: int) -> Marks:
+    """Marks for `claim_scattered` that forked processes have in common. Takes memory as they are set."""
+    return mmap.mmap(-1, clusters)
+
+
 class UsedClusters:
     """The clusters of one file, numbered from its start. `count`: of those that are used."""
 
-    def __init__(self, clusters: int) -> None:
-        """`clusters`: at most MAX_CLUSTERS."""
+    def __init__(self, clusters: int, marks: Marks | None = None) -> None:
+        """`clusters`: at most MAX_CLUSTERS. `marks`: that others set, too; see `add`."""
         self.count = 0
         self._bits = bytearray(-(-clusters // 8) + MAX_TABLE_SIZE // 8)  # with room for `claim_table` at the end
         self._clusters = clusters
-        self._marks: bytearray | None = None  # of `claim_scattered`: a byte of 1 for each cluster
+        self._marks = marks  # of `claim_scattered`: a byte of 1 for each cluster
+        self._has_marked = False
         self._past_end = False
 
     def claim(self, cluster: int) -> bool:
@@ -56,16 +71,17 @@ class UsedClusters:
         """
         if self._marks is None:
             self._marks = bytearray(self._clusters)
+        self._has_marked = True
         try:
             # The function, not the method of the bytearray, for which Python makes a tuple of arguments each time.
-            deque(map(setitem, repeat(self._marks), places, repeat(1)), maxlen=0)
+            deque(map(_mark, repeat(self._marks), places, repeat(1)), maxlen=0)
         except IndexError:
             self._past_end = True
         self.count += count
 
     def settle(self, first: int) -> bool:
         """Whether each `claim_scattered` was of clusters from `first` to the end that nothing else refers to."""
-        if self._marks is None:
+        if self._marks is None or not self._has_marked:
             return True
         self._marks[0] = 0
         if self._past_end or any(self._marks[:first]):
@@ -76,6 +92,24 @@ class UsedClusters:
         self._bits[:] = bits.to_bytes(len(self._bits), "little")
         self._marks = None
         return bits.bit_count() == self.count
+
+    def encoded(self) -> bytes:
+        """What `add` takes, without the marks."""
+        return _ENCODED.pack(self.count, self._has_marked, self._past_end) + self._bits
+
+    def add(self, encoded: bytes) -> bool:
+        """Mark what another process has marked as used, whose marks are the same.
+
+        Returns False if a cluster is used by both. Of those of `claim_scattered` only `settle` tells.
+        """
+        count, has_marked, past_end = _ENCODED.unpack_from(encoded)
+        mine = int.from_bytes(self._bits, "little")
+        others = int.from_bytes(memoryview(encoded)[_ENCODED.size :], "little")
+        self._bits[:] = (mine | others).to_bytes(len(self._bits), "little")
+        self.count += count
+        self._has_marked |= has_marked
+        self._past_end |= past_end
+        return not mine & others
 
     def claim_table(self, first: int, count: int) -> int:
         """Mark `count` clusters, at most MAX_TABLE_SIZE, as used. Returns how many of them were used already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qedfs.cli.commands.check import _distinct
+from qedfs.cli.plain.check import _distinct
 from qedfs.overlay.journal import zero_run
 
 OFFSET = 1 << 20

@@ -267,6 +267,10 @@ class MemoryStorage:
         self._begin("reserve")
         assert 0 <= offset <= offset + size
 
+    def read_soon(self, offset: int, size: int) -> None:
+        assert 0 <= offset < offset + size
+        assert not self.extent(offset).hole
+
     def drop_cache(self, offset: int, size: int) -> None:
         assert 0 <= offset <= offset + size
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
 from array import array
 
 import pytest
 
-from qedfs.errors import BadOverlay
+from qedfs.errors import BadOverlay, QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay.check import _Walk, check, give_back_leaks, repair
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
-from tests.overlay.images import SPAN, Built, filled, many_tables
+from tests.overlay.images import SPAN, Built, empty, filled, many_tables
 from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
+# pytest-xdist has a thread, for which Python 3.12 warns of a fork.
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -105,23 +108,32 @@ def shuffle(built: Built) -> None:
             built.data[offset : offset + 4096] = (entries[::-2] + entries[::2]).tobytes()
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("in order", "all zero", "one zero", "one missing", "two alike", "two exchanged", "one unaligned"),
-        *("past the end", "in the header"),
-    ],
+@pytest.fixture(params=[1, 2, 3], ids="{} processes".format)
+def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many share a walk, as if it were laborious from the start."""
+    monkeypatch.setattr("qedfs.overlay.check.SHARED_FROM", 0)
+    found: int = request.param
+    return found
+
+
+KINDS = (
+    *("in order", "all zero", "one zero", "one missing", "two alike", "two exchanged", "one unaligned"),
+    *("past the end", "in the header"),
 )
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@FORKS
 def test_entries_that_are_judged_together_get_the_same_report(
-    kind: str, scattered: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, scattered: bool, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = rows(kind)
     if scattered:
         shuffle(built)
     storage = MemoryStorage(built.data)
     header, _ = read_header(storage)
-    found = check(storage, header)
+    found = check(storage, header, processes=processes)
     one_by_one(monkeypatch)
     assert found == check(storage, header)
     assert (found.corruptions == 0) == (kind in {"in order", "all zero", "one zero", "one missing", "two exchanged"})
@@ -139,12 +151,15 @@ def test_clusters_are_judged_without_a_look_at_each(scattered: bool, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["two alike", "one unaligned", "past the end", "in the header"])
-def test_scattered_entries_that_are_wrong_are_repaired_as_in_a_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@FORKS
+def test_scattered_entries_that_are_wrong_are_repaired_as_in_a_row(
+    kind: str, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = rows(kind)
     shuffle(built)
     together, alone = MemoryStorage(built.data), MemoryStorage(built.data)
     header, _ = read_header(together)
-    found = repair(together, header)
+    found = repair(together, header, processes=processes)
     one_by_one(monkeypatch)
     assert found == repair(alone, header)
     assert together.bytes == alone.bytes
@@ -168,3 +183,67 @@ def test_the_progress_is_told_in_bytes_of_the_image() -> None:
     told: list[int] = []
     check(storage, read_header(storage)[0], told.append)
     assert told == [0, SPAN, 2 * SPAN]
+
+
+def disorder(tables: int, rng: random.Random) -> Built:
+    """Tables full of rows, zeros, holes and scattered clusters. Some places are leaked."""
+    built = empty(image_size=tables * SPAN)
+    first = len(built.data) // CLUSTER
+    places = list(range(first + tables, first + tables * 513))
+    if rng.random() < 0.5:
+        rng.shuffle(places)
+    for number in range(tables):
+        built.put_u64(built.header.l1_table_offset + 8 * number, len(built.data))
+        mine = places[512 * number :][:512]
+        built.data += array("Q", (rng.choice((place * CLUSTER,) * 97 + (0, 0, ZERO)) for place in mine)).tobytes()
+    built.data += bytes(512 * tables * CLUSTER)
+    return built
+
+
+@pytest.mark.parametrize("damage", ["", "two alike in two parts", "data in a table", "data in L1", "one table twice"])
+@FORKS
+def test_processes_that_share_a_walk_find_what_one_finds(
+    damage: str, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qedfs.overlay.check.PARTS", 4)
+    rng = random.Random(damage)
+    for _ in range(3):
+        built = disorder(7, rng)
+        tables = array("Q", bytes(built.data[built.header.l1_table_offset :][: 8 * 7]))
+        other = int.from_bytes(built.data[tables[2] + 8 * 7 :][:8], "little") or built.header.area_bytes + CLUSTER
+        wrong = {
+            "two alike in two parts": (tables[-2] + 8 * rng.randrange(512), other),
+            "data in a table": (tables[-2] + 8 * rng.randrange(512), tables[1]),
+            "data in L1": (tables[-2] + 8 * rng.randrange(512), built.header.l1_table_offset),
+            "one table twice": (built.header.l1_table_offset + 8 * 6, tables[0]),
+        }
+        if damage:
+            built.put_u64(*wrong[damage])
+        storage = MemoryStorage(built.data)
+        header, _ = read_header(storage)
+        found = check(storage, header, processes=processes)
+        assert found == check(storage, header)
+        assert (found.corruptions > 0) == (damage != "")
+
+
+@FORKS
+def test_a_table_that_another_process_cannot_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qedfs.overlay.check.SHARED_FROM", 0)
+    storage = MemoryStorage(many_tables(40).data)
+    header, _ = read_header(storage)
+    here, read, broken = os.getpid(), storage.read, header.l1_table_offset + CLUSTER
+
+    def reads(offset: int, view: memoryview) -> None:
+        if offset >= broken and os.getpid() != here:
+            raise QedfsError("the disk fails for the other one")
+        read(offset, view)
+
+    monkeypatch.setattr(storage, "read", reads)
+    assert check(storage, header, processes=2).allocated == 40
+    monkeypatch.setattr(storage, "read", lambda *_: _failing())
+    with pytest.raises(QedfsError, match="fails for all"):
+        check(storage, header, processes=2)
+
+
+def _failing() -> None:
+    raise QedfsError("the disk fails for all")

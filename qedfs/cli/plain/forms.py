@@ -15,7 +15,7 @@ from qedfs import __version__
 
 COMPLETING = "_QEDFS_COMPLETE"  # click's variable: a shell asks for completions
 # Command -> how many places it takes at least and at most.
-_PLACES = {"status": (0, 1), "wait": (0, 2), "umount": (1, 1)}
+_PLACES = {"check": (1, 1), "status": (0, 1), "wait": (0, 2), "umount": (1, 1)}
 
 
 def plain_call(words: Sequence[str]) -> Callable[[], object] | None:
