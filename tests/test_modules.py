@@ -62,7 +62,6 @@ TESTED_WITH = {
     "mount/overlay_folder.py": "mount/test_rescan.py",
     "mount/server.py": "mount/test_failed_start.py",
     "overlay/adoption.py": "overlay/test_model.py",
-    "overlay/allocator.py": "overlay/test_commit.py",
     "overlay/barrier.py": "faults/test_barrier.py",
     "overlay/cluster_writer.py": "overlay/test_commit.py",
     "overlay/create.py": "cli/test_overlay_files.py",

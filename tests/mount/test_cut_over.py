@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import mmap
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,46 +17,16 @@ from typing import Self
 import pytest
 
 from tests.harness.hang import HANG_SECONDS
-from tests.harness.images import qemu_same, random_image
+from tests.harness.images import qemu_same
 from tests.harness.link import link
-from tests.harness.mounts import Mount, mounted, qedfs
+from tests.harness.mounts import mounted, qedfs
 from tests.harness.process import wait_for
-from tests.harness.servers import Server, qemu_nbd
 from tests.harness.starter import popen
 
-from .support import CLUSTER_SIZE, MIB, assert_whole, create, opened, read_direct, write_direct
+from .standby import SIZE, activate, change, raw, served, tables_and_data
+from .support import MIB, assert_whole, create, opened, read_direct, write_direct
 
-SIZE = 16 * MIB
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return random_image(tmp_path / "disk", SIZE, seed=1)
-
-
-@contextlib.contextmanager
-def served(raw: Path) -> Iterator[Server]:
-    # It reads the file for each request, so that changes of it show at once. Not nbdkit: 1.32 can abort when a client
-    # that it answers is killed (connections.c: "Assertion `sock >= 0' failed").
-    with qemu_nbd(raw, tcp=True) as server:
-        yield server
-
-
-def change(raw: Path, seed: int = 2) -> bytes:
-    """The machine at the source writes to every sector of its disk. Returns the new content."""
-    content = random_image(raw.with_suffix(".new"), SIZE, seed=seed).read_bytes()
-    with opened(raw) as fd:
-        os.pwrite(fd, content, 0)
-    return content
-
-
-def tables_and_data(overlay: Path) -> bytes:
-    """All of an overlay but its header, where the record is."""
-    return overlay.read_bytes()[CLUSTER_SIZE:]
-
-
-def activate(mount: Mount, *options: str) -> int:
-    return qedfs("activate", mount.mountpoint, *options, check=False).returncode
+__all__ = ["raw"]  # a fixture
 
 
 def test_what_was_read_before_the_cut_over_is_neither_shown_nor_kept_after_it(tmp_path: Path, raw: Path) -> None:
@@ -355,98 +324,6 @@ def test_the_way_back_ends_what_is_populated_from_a_copy(tmp_path: Path, raw: Pa
             mount.wait()
             assert mount.unmount() == 0
         assert_whole(overlay, raw)
-
-
-class Writing(threading.Thread):
-    """A write in a thread, to the page cache or past it, and its error."""
-
-    def __init__(self, path: Path, pos: int, data: bytes, *, direct: bool) -> None:
-        super().__init__()
-        self.error: OSError | None = None
-        self._words = (path, pos, data)
-        self._direct = direct
-        self.start()
-
-    def run(self) -> None:
-        path, pos, data = self._words
-        try:
-            if self._direct:
-                write_direct(path, pos, data)
-                return
-            with opened(path) as fd:
-                os.pwrite(fd, data, pos)
-        except OSError as exc:
-            self.error = exc
-
-
-# Buffered: the kernel locks the page that it waits to write. Not whole: the rest is fetched from the new source.
-@pytest.mark.parametrize("how", ["hold", "activate"])
-def test_writes_that_come_before_the_cut_over_wait_for_it_or_bring_it(how: str, tmp_path: Path, raw: Path) -> None:
-    with served(raw) as server:
-        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
-        with mounted(overlay, tmp_path / "mnt", "--standby-writes", how) as mount:
-            path = mount.path("disk.raw")
-            with opened(path) as fd:
-                assert os.pread(fd, SIZE, 0) == raw.read_bytes()  # in the page cache
-                content = bytearray(change(raw))
-                writes = [(512, b"a" * 512, False), (MIB, b"b" * 8192, True), (2 * MIB - 100, b"c" * 70000, False)]
-                threads = [Writing(path, pos, data, direct=direct) for pos, data, direct in writes]
-                if how == "hold":
-                    wait_for(lambda: mount.image()["opens"] == 1 + len(writes), "the writers have it open")
-                    assert mount.image()["state"] == "standby"
-                    assert activate(mount) == 0
-                for thread in threads:
-                    thread.join()
-                    assert thread.error is None
-                for pos, data, _ in writes:
-                    content[pos : pos + len(data)] = data
-                wait_for(lambda: mount.image()["state"] != "standby", "the end of the standby")
-                assert activate(mount) == 0  # which waits for the one that a write has begun
-                assert os.pread(fd, SIZE, 0) == content
-            mount.wait()
-            assert path.read_bytes() == content
-            assert mount.unmount() == 0
-        assert first_difference_in(overlay, bytes(content), tmp_path) is None
-
-
-def first_difference_in(overlay: Path, content: bytes, folder: Path) -> int | None:
-    """Where the overlay differs from these bytes, by QEMU's reading of it."""
-    expected = folder / "expected"
-    expected.write_bytes(content)
-    return None if qemu_same(overlay, expected) else 0
-
-
-def test_a_write_that_would_activate_fails_with_the_activation(tmp_path: Path, raw: Path) -> None:
-    with served(raw) as server:
-        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
-        server.stop()
-        with mounted(overlay, tmp_path / "mnt", "--standby-writes", "activate") as mount:
-            with opened(mount.path("disk.raw")) as fd, pytest.raises(OSError, match="Input/output"):
-                os.pwrite(fd, b"guest", 0)
-            assert mount.image()["state"] == "standby"
-            server.restart()
-            with opened(mount.path("disk.raw")) as fd:
-                os.pwrite(fd, b"guest", 0)
-            assert mount.image()["state"] != "standby"
-
-
-def test_a_killed_writer_and_the_end_of_the_mount_end_a_held_write(tmp_path: Path, raw: Path) -> None:
-    with served(raw) as server:
-        overlay = create(tmp_path / "disk.qed", server.url, "--standby")
-        with mounted(overlay, tmp_path / "mnt", "--standby-writes", "hold") as mount:
-            words = ["dd", "if=/dev/zero", f"of={mount.path('disk.raw')}", "bs=4096", "count=1", "conv=notrunc"]
-            with subprocess.Popen(words, stderr=subprocess.DEVNULL) as writer:
-                wait_for(lambda: mount.image()["opens"] == 1, "the writer has it open")
-                writer.kill()
-                assert writer.wait(HANG_SECONDS) < 0
-            wait_for(lambda: mount.image()["opens"] == 0, "the image is closed")
-            with subprocess.Popen(words, stderr=subprocess.DEVNULL) as writer:
-                wait_for(lambda: mount.image()["opens"] == 1, "the writer has it open")
-                os.kill(mount.pid, signal.SIGTERM)
-                assert mount.wait_exit() == 0
-                assert writer.wait(HANG_SECONDS) == 1
-        with mounted(overlay, tmp_path / "mnt") as mount:
-            assert mount.image()["state"] == "standby"
 
 
 def test_images_of_one_source_share_nothing_over_a_cut_over(tmp_path: Path, raw: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from tests.harness.mounts import mounted
 
 from .outlives import kill_server, wait_for_takeover
+from .standby import SIZE, activate, change, raw, served
 from .support import MIB, create, opened, read_direct
-from .test_cut_over import SIZE, activate, change, raw, served
 
 __all__ = ["raw"]  # a fixture
 

@@ -16,7 +16,8 @@ import trio
 
 from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine, read_content
-from tests.overlay.scenario import History, process, repeatable, run_again, run_seed
+from tests.overlay.runs import run_again, run_seed
+from tests.overlay.scenario import History, process, repeatable
 
 
 class Failure(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,39 +12,19 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import BadOverlay, NoSpace, QedfsError, ReadOnlyOverlay
+from qedfs.errors import NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.tables import MISSING
 from qedfs.host import memory_pool
-from qedfs.overlay.check import check
 from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage, RecordingStorage
+from tests.overlay.guest import no_fill, read
 from tests.overlay.images import empty
 from tests.overlay.scenario import repeatable
 
 T = TypeVar("T")
 CLUSTER = 4096
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
-
-
-async def zero_fill(cluster: int) -> bytes:
-    return bytes(CLUSTER)
-
-
-async def read(overlay: Overlay, pos: int, size: int) -> bytes:
-    """Data runs as they are, everything else as zeros."""
-    content = bytearray()
-    for run in await overlay.map(pos, size):
-        part = bytearray(run.size)
-        if run.offset > 1:
-            await overlay.read_data(run.offset, memoryview(part))
-        content += part
-    return bytes(content)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -320,233 +299,6 @@ async def test_a_full_disk_loses_no_entry(nth: int) -> None:
     again = await open_storage(MemoryStorage(storage.bytes, writable=False))
     assert await read(again, 0, 2 * CLUSTER) == b"x" * CLUSTER + b"y" * CLUSTER
     assert await read(again, 2 << 20, CLUSTER) == b"x" * CLUSTER
-
-
-async def test_a_failed_write_leaves_no_trace_where_a_table_may_come() -> None:
-    """The place of a failed cluster is used again; what was written there must not become entries of a table."""
-    built = empty(image_size=4 << 20, backing=b"")
-    storage = MemoryStorage(built.data)
-    overlay = await open_storage(storage)
-    await overlay.write(0, b"a" * CLUSTER, no_fill)
-    end = len(storage.bytes)
-    storage.fail("write", NoSpace("full"))
-    with pytest.raises(NoSpace):
-        await overlay.write(CLUSTER, b"\x10\x20" * 2048, no_fill)
-    assert len(storage.bytes) == end
-    await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
-    assert await read(overlay, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
-    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
-    assert await again.map((2 << 20) + CLUSTER, CLUSTER) == await overlay.map((2 << 20) + CLUSTER, CLUSTER)
-
-
-async def test_a_place_that_cannot_be_cut_off_is_no_table() -> None:
-    storage = MemoryStorage(empty(image_size=4 << 20, backing=b"").data)
-    overlay = await open_storage(storage)
-    await overlay.write(0, b"a" * CLUSTER, no_fill)
-    storage.fail("write", NoSpace("full"))
-    storage.fail("resize", QedfsError("cannot resize"))
-    with pytest.raises(NoSpace):
-        await overlay.write(CLUSTER, b"\x10\x20" * 2048, no_fill)
-    await overlay.write(2 << 20, b"b" * CLUSTER, no_fill)
-    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
-    assert await read(again, (2 << 20) + CLUSTER, CLUSTER) == bytes(CLUSTER)
-    await overlay.flush()
-    assert leaks(storage) == 0
-
-
-def leaks(storage: MemoryStorage) -> int:
-    """Clusters of the file that nothing refers to."""
-    as_it_is = MemoryStorage(storage.bytes, writable=False)
-    return check(as_it_is, read_header(as_it_is)[0]).leaks
-
-
-class Flushes:
-    """The short flushes of an overlay, and how they have ended."""
-
-    def __init__(self, overlay: Overlay) -> None:
-        self.ended: list[Exception | None] = []
-        self._overlay = overlay
-
-    def begin(self) -> bool:
-        return self._overlay.flush_now(self.ended.append)
-
-    async def came(self, count: int) -> None:
-        while len(self.ended) < count:
-            await trio.lowlevel.checkpoint()
-
-
-async def in_place(seed: int | None = None) -> tuple[MemoryStorage, Overlay, Flushes]:
-    """An overlay in which cluster 0 has a durable entry, and bytes that are not durable."""
-    storage = MemoryStorage(empty().data, seed=seed)
-    overlay = await open_storage(storage)
-    await overlay.write(0, b"x" * CLUSTER, no_fill)
-    await overlay.flush()
-    await overlay.write(0, b"y" * 512, no_fill)
-    return storage, overlay, Flushes(overlay)
-
-
-async def test_the_end_of_the_commits_waits_for_the_thread_of_a_short_flush() -> None:
-    """The file is closed next: its number may be that of another overlay by then."""
-    _, overlay, flushes = await in_place()
-    assert flushes.begin()
-    async with overlay.committer.ended():
-        assert flushes.ended == [None]
-        overlay.close_now()
-
-
-async def test_a_flush_of_data_in_place_is_one_barrier_and_the_next_one_none() -> None:
-    _, overlay, flushes = await in_place()
-    before = overlay.barriers
-    assert flushes.begin()
-    await flushes.came(1)
-    assert overlay.barriers == before + 1
-    assert flushes.begin()
-    assert flushes.ended == [None, None]
-    await overlay.flush()
-    assert overlay.barriers == before + 1
-    await overlay.write(0, b"z" * 512, no_fill)
-    await overlay.flush()
-    assert overlay.barriers == before + 2
-
-
-async def test_a_short_flush_leaves_entries_and_running_barriers_to_the_long_one(tmp_path: Path) -> None:
-    storage = MemoryStorage(empty().data, name="disk")
-    overlay = await open_storage(storage, journal_folder=tmp_path)
-    flushes = Flushes(overlay)
-    await overlay.write(0, b"x" * CLUSTER, no_fill)
-    assert not flushes.begin()
-    await overlay.flush()
-    await overlay.write(0, b"y" * 512, no_fill)
-    assert flushes.begin()
-    assert not flushes.begin()
-    await overlay.flush()
-    assert flushes.ended == [None]
-
-
-@pytest.mark.parametrize("seed", range(10))
-async def test_what_is_written_beside_a_short_flush_needs_another(seed: int) -> None:
-    storage, overlay, flushes = await in_place(seed)
-    before = overlay.barriers
-    assert flushes.begin()
-    while overlay.barriers == before:
-        await trio.lowlevel.checkpoint()
-    await overlay.write(0, b"z" * 512, no_fill)  # the barrier has begun, or is about to
-    await flushes.came(1)
-    if storage.unsynced:
-        assert flushes.begin()
-        await flushes.came(2)
-    assert flushes.ended in ([None], [None, None])
-    assert not storage.unsynced
-
-
-async def test_a_short_flush_that_fails_stops_the_overlay_and_is_told_once() -> None:
-    storage, overlay, flushes = await in_place()
-    storage.fail("barrier", QedfsError("EIO"))
-    epoch, refreshes = overlay.epoch, storage.operations["refresh"]
-    assert flushes.begin()
-    await flushes.came(1)
-    assert isinstance(flushes.ended[0], ReadOnlyOverlay)
-    assert storage.operations["refresh"] == refreshes + 1
-    assert overlay.epoch != epoch
-    assert not flushes.begin()
-    with pytest.raises(ReadOnlyOverlay, match="EIO"):
-        await overlay.flush()
-    assert len(flushes.ended) == 1
-
-
-async def test_a_short_flush_of_a_truncated_file_fails() -> None:
-    storage, overlay, flushes = await in_place()
-    del storage.bytes[-512:]
-    assert flushes.begin()
-    await flushes.came(1)
-    assert isinstance(flushes.ended[0], BadOverlay)
-    assert overlay.failure is None
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_a_close_waits_for_a_short_flush(seed: int) -> None:
-    """Otherwise its barrier would be that of a descriptor that is closed, or is another file by then."""
-    storage, overlay, flushes = await in_place(seed)
-    assert flushes.begin()
-    await overlay.close()
-    assert flushes.ended == [None]
-    assert storage.closed
-
-
-class Gated(MemoryStorage):
-    """Its threads wait at a gate."""
-
-    gate = trio.Event()
-    gate.set()
-
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        await self.gate.wait()
-        return await super().in_thread(function)
-
-
-async def test_what_a_failed_write_left_is_never_seen(tmp_path: Path) -> None:
-    """Its place, with others behind it, takes a whole cluster; no table, and none that is zeros where nobody wrote."""
-    storage = Gated(empty(image_size=4 << 20).data, name="disk")
-    overlay = await open_storage(storage, journal_folder=tmp_path)
-    await overlay.adopt_zeros(0, 3)
-    place = overlay.tables.file_end
-
-    async def meet_full_disk() -> None:
-        with pytest.raises(NoSpace):
-            await overlay.adopt(8 * CLUSTER, bytearray(b"\x10\x20" * 2048), CLUSTER)
-
-    async with trio.open_nursery() as nursery:
-        storage.gate = trio.Event()
-        nursery.start_soon(meet_full_disk)
-        await trio.testing.wait_all_tasks_blocked()
-        await overlay.write(0, b"z" * 512, no_fill)
-        storage.fail("write", NoSpace("full"))
-        storage.gate.set()
-    assert any(storage.bytes[place : place + CLUSTER])
-    await overlay.write(CLUSTER, b"y" * 512, no_fill)
-    await overlay.write(2 << 20, b"x" * CLUSTER, no_fill)
-    assert (await overlay.map(2 << 20, CLUSTER))[0].offset == place
-    await overlay.flush()
-    assert leaks(storage) == 0
-
-    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
-    for cluster, expected in ((0, b"z" * 512), (1, b"y" * 512), (512, b"x" * CLUSTER), (513, b""), (8, b"")):
-        assert await read(again, cluster * CLUSTER, CLUSTER) == expected.ljust(CLUSTER, b"\0")
-
-
-@pytest.mark.parametrize("seed", range(20))
-async def test_writes_that_failed_together_leave_no_leak(seed: int) -> None:
-    """Several adoptions and a guest meet a full disk beside those that do not; all come again when there is room."""
-    image = 64 * CLUSTER
-    storage = MemoryStorage(empty(image_size=image).data, seed=seed)
-    overlay = await open_storage(storage)
-    backing = b"b" * CLUSTER
-    failures = 0
-
-    async def attempt(write: Callable[[], Awaitable[object]]) -> None:
-        nonlocal failures
-        try:
-            await write()
-        except NoSpace:
-            failures += 1
-
-    async def everything() -> None:
-        async with trio.open_nursery() as nursery:
-            for first in range(0, 60, 4):
-                data = bytearray(backing * 4)
-                nursery.start_soon(attempt, partial(overlay.adopt, first * CLUSTER, data, len(data)))
-            nursery.start_soon(attempt, partial(overlay.write, 60 * CLUSTER, b"g" * 4 * CLUSTER, no_fill))
-
-    for nth in (2, 3, 4, 6, 9, 10):
-        storage.fail("write", NoSpace("full"), nth=nth, wrote=0.5)
-    await everything()
-    assert failures >= 5
-    storage.mend()
-    await everything()
-    await overlay.flush()
-    assert leaks(storage) == 0
-    again = await open_storage(MemoryStorage(storage.bytes, writable=False))
-    assert await read(again, 0, image) == backing * 60 + b"g" * 4 * CLUSTER
 
 
 async def test_what_a_stream_has_brought_leaves_the_page_cache_in_few_calls() -> None:

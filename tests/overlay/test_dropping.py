@@ -20,9 +20,10 @@ from qedfs.overlay.loop_writes import LoopWrites
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.actors import StillBacking
 from tests.overlay.images import empty
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import StillBacking, read_all
+from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
 COUNT = 8

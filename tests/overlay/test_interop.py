@@ -23,7 +23,8 @@ from qedfs.overlay.storage import FileStorage
 from tests.overlay.conftest import Qemu
 from tests.overlay.examine import examine
 from tests.overlay.powercut import states
-from tests.overlay.scenario import read_all, run_seed
+from tests.overlay.runs import run_seed
+from tests.overlay.scenario import read_all
 
 # What QEMU 7.2 opens: table sizes from 2 (with 1 it creates what it cannot open), clusters up to 4 MiB at table size 2.
 GEOMETRIES = [

@@ -22,7 +22,8 @@ from tests.fakes.storage import MemoryStorage
 from tests.harness.sample import sample
 from tests.overlay.examine import Broken, judge_times
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import DROPPING, MOVING, History, Kill, Scenario, read_all, repeatable, run_and_kill
+from tests.overlay.runs import Kill, run_and_kill
+from tests.overlay.scenario import DROPPING, MOVING, History, Scenario, read_all, repeatable
 
 # Thousands of rounds through code that other tests cover: a tracer would double their time.
 pytestmark = [pytest.mark.sweep, pytest.mark.no_cover]

@@ -25,7 +25,8 @@ from qedfs.overlay.table_slices import SLICE_ENTRIES
 from tests.fakes.storage import MemoryStorage
 from tests.harness.sample import sample
 from tests.overlay.mutants import Mutant, mutated
-from tests.overlay.scenario import fresh_image, read_all, run_seed
+from tests.overlay.runs import run_seed
+from tests.overlay.scenario import fresh_image, read_all
 
 pytestmark = pytest.mark.sweep
 

@@ -22,7 +22,8 @@ from tests.overlay.examine import Broken, examine
 from tests.overlay.images import empty
 from tests.overlay.mutants import MOVES, MUTANTS, Mutant, mutated
 from tests.overlay.powercut import Failure, Tally, replay, reproduce
-from tests.overlay.scenario import DROPPING, MOVING, History, Scenario, run_seed
+from tests.overlay.runs import run_seed
+from tests.overlay.scenario import DROPPING, MOVING, History, Scenario
 
 pytestmark = pytest.mark.sweep
 
