@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from typing import NamedTuple
 from click.testing import CliRunner
 
 from qedfs.cli.commands.create import create as create_command
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.images import first_difference, qemu_check, qemu_info, qemu_same, random_image
 from tests.harness.mounts import Mount, mounted
+from tests.harness.require import require, require_root
 from tests.harness.servers import Nginx, nginx
 
 MIB = 1 << 20
@@ -35,6 +38,20 @@ class Origin(NamedTuple):
     def data(self) -> bytes:
         """The image's bytes."""
         return self.raw.read_bytes()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of `size` bytes, in memory."""
+    require_root()
+    folder.mkdir()
+    subprocess.run(
+        [require("mount"), "-t", "tmpfs", "-o", f"size={size}", "qedfs-test", folder], check=True, timeout=HANG_SECONDS
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=HANG_SECONDS)
 
 
 @contextlib.contextmanager

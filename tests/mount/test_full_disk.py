@@ -19,23 +19,9 @@ from tests.harness.mounts import Mount, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_root
 
-from .support import CLUSTER_SIZE, MIB, assert_same, create, make_hole, opened, origin
+from .support import CLUSTER_SIZE, MIB, assert_same, create, make_hole, opened, origin, small_disk
 
 SIZE = 16 * MIB
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of `size` bytes, in memory."""
-    require_root()
-    folder.mkdir()
-    subprocess.run(
-        [require("mount"), "-t", "tmpfs", "-o", f"size={size}", "qedfs-test", folder], check=True, timeout=HANG_SECONDS
-    )
-    try:
-        yield folder
-    finally:
-        subprocess.run([require("umount"), "--lazy", folder], check=True, timeout=HANG_SECONDS)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
+from tests.harness.require import require
+
+from .support import small_disk
 
 
 def create(overlay: Path) -> None:
@@ -72,6 +76,35 @@ async def test_a_cancelled_scan_closes_the_overlay(tmp_path: Path, monkeypatch: 
         assert await registry.scan_if_changed()
         (served,) = registry.everything()
         assert served.image is not None
+
+
+@contextlib.contextmanager
+def over(file: Path, place: Path) -> Iterator[None]:
+    """`file`, of another file system, bound over `place`."""
+    subprocess.run([require("mount"), "--bind", file, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([require("umount"), "--lazy", place], check=True)
+
+
+async def test_files_of_two_file_systems_with_one_inode_number_are_two_overlays(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as mounts:
+        async with empty_folder(tmp_path / "o") as registry:
+            files = []
+            for name in ("a.qed", "b.qed"):
+                disk = mounts.enter_context(small_disk(tmp_path / f"disk-{name}", 1 << 20))
+                files.append(disk / name)
+                create(disk / name)
+                place = tmp_path / "o" / name
+                place.touch()
+                mounts.enter_context(over(disk / name, place))
+            numbers = {file.stat().st_ino for file in files}
+            devices = {file.stat().st_dev for file in files}
+            assert (len(numbers), len(devices)) == (1, 2)
+            await registry.rescan()
+            assert [served.error for served in registry.everything()] == [None, None]
+            assert [served.image is not None for served in registry.everything()] == [True, True]
 
 
 async def test_a_failed_scan_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,44 @@ async def test_a_close_whose_flush_fails_waits_for_the_commit_behind_it(tmp_path
     assert waited  # the thread of the group is hardly ever faster than the loop
 
 
+class Frozen(MemoryStorage):
+    """The thread that waits for the thaw of its file system does so until it is told."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data, name="disk")
+        self.waits, self.thaw = trio.Event(), trio.Event()
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        if self.frozen:
+            self.waits.set()
+            await self.thaw.wait()
+        return await super().in_thread(function)
+
+
+async def test_the_end_of_the_commits_waits_for_a_group_that_has_not_begun_to_write(tmp_path: Path) -> None:
+    """Its thread has the descriptor of the file, which is closed next, and no barrier runs that the end would meet."""
+    storage = Frozen(empty().data)
+    overlay = await open_storage(storage, journal_folder=tmp_path)
+    await overlay.write(0, b"x" * CLUSTER, no_fill)
+    storage.frozen = True
+    ended = trio.Event()
+
+    async def end() -> None:
+        async with overlay.committer.ended():
+            assert not overlay.commit_pending
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(overlay.commit)
+        await storage.waits.wait()
+        nursery.start_soon(end)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not ended.is_set()
+        storage.thaw.set()
+    assert ended.is_set()
+    assert entry_in_file(storage)
+
+
 async def _close_without_space(overlay: Overlay) -> None:
     with pytest.raises(NoSpace):
         await overlay.close()
