@@ -8,5 +8,6 @@ GIB = 1 << 30
 
 WIRE = "wire/needed"
 TWICE = "clusters twice"
+COMPARED = "compared KiB"
 PEAK = "peak MiB"
 CPU = "CPU s/GiB"

@@ -37,8 +37,7 @@ ROWS = tuple(
         f"cmp of the mount beside the stream, loopback, {kind.upper()}, until complete",
         Unit.SECONDS,
         partial(_prepare, kind=kind),
-        # Samples of a source without a tag or a date are read again after a reconnect, 4 KiB each.
-        FRUGAL if kind == "http" else FRUGAL[:1],
+        FRUGAL,
     )
     for kind in ("http", "nbd")
 )

@@ -11,6 +11,7 @@ import trio
 
 from qedfs.source.nbd.client import NbdSource
 from qedfs.source.policy import Policy
+from qedfs.source.samples import Samples
 from qedfs.source.url import parse_location
 from tests.fakes.nbd_server import FakeNbd
 
@@ -56,11 +57,11 @@ async def _running(fake: FakeNbd, *listeners: trio.SocketListener) -> AsyncItera
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[NbdSource]:
+async def opened(url: str, samples: Samples | None = None) -> AsyncIterator[NbdSource]:
     """Open the source at `url`. That its nursery ends after `aclose` is part of what every test asserts."""
     async with trio.open_nursery() as nursery:
         try:
-            source = await NbdSource.open(parse_location(url), ANY_SOCKET, nursery)
+            source = await NbdSource.open(parse_location(url), ANY_SOCKET, nursery, samples=samples)
         except BaseException:
             nursery.cancel_scope.cancel()
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import trio
 import trio.testing
@@ -12,6 +14,7 @@ from qedfs.source.nbd.connection import FAREWELL_SECONDS, Connection
 from qedfs.source.nbd.protocol import Export, Negotiated, RequestType, encode_request
 from qedfs.source.nbd.reply import Replies
 from qedfs.source.policy import Policy
+from qedfs.source.samples import BLOCK_BYTES, Samples
 from qedfs.source.url import parse_location
 from tests.fakes.nbd_behaviours import WELL_BEHAVED
 from tests.fakes.nbd_server import CORRECT, READ, Behaviour, Call, FakeNbd
@@ -21,6 +24,7 @@ from tests.harness.servers import nbdkit
 from tests.source.nbd.support import MiB, opened, read, serving, serving_on_mock_clock, sparse_content
 
 CONTENT = sparse_content(MiB)
+CLUSTER = 16 * 1024
 
 
 class Gate:
@@ -101,6 +105,27 @@ async def test_further_connections_that_never_come_cost_no_time(autojump_clock: 
         for number in range(20):
             assert await read(source, number, 100) == CONTENT[number : number + 100]
         assert fake.connections == 2
+
+
+async def test_further_connections_read_again_only_the_blocks_that_they_compare() -> None:
+    """A cluster crosses the network once; what proves the version of a connection is counted in blocks."""
+    fake = FakeNbd(CONTENT, WELL_BEHAVED["multi-conn"])
+    samples = Samples()
+    async with serving(fake) as url, opened(url, samples) as source:
+        gate = Gate(fake, only_from=8 * CLUSTER)
+        for number in range(3, 8):
+            await read(source, number * CLUSTER, CLUSTER, urgent=True)
+        known = samples.places
+        async with trio.open_nursery() as nursery:
+            for number in range(8, 40):
+                nursery.start_soon(read, source, number * CLUSTER, CLUSTER)
+                await _settle()
+            assert fake.connections == MAX_CONNECTIONS
+            gate.open()
+    asked = Counter((call.pos, call.size) for call in fake.calls if call.command == RequestType.READ)
+    compared = {(place, BLOCK_BYTES): MAX_CONNECTIONS - 1 for place in known}
+    assert len(compared) == 5
+    assert asked == {(number * CLUSTER, CLUSTER): 1 for number in range(3, 40)} | compared
 
 
 # Sizes of requests
