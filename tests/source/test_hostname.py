@@ -13,6 +13,7 @@ from qedfs.source.hostname import ascii_host
 from qedfs.source.http import HttpSource
 from qedfs.source.http.login import with_login
 from qedfs.source.http.target import choose_proxy, first_target, next_target
+from qedfs.source.nbd.gathering import Gathering
 from qedfs.source.nbd.transport import connect
 from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
@@ -84,7 +85,7 @@ async def test_nbd_asks_for_the_same_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     location = parse_location("nbds://straße.example/disk")
     with pytest.raises(OSError, match="has no address"):
-        await connect(location, Policy(), seconds=60)
+        await connect(location, Policy(), Gathering(), seconds=60)
     assert asked == [location.host] == ["xn--strae-oqa.example"]
 
 

@@ -18,8 +18,8 @@ connection attempt (`_reconnection`), which continues even if one of them is can
 from __future__ import annotations
 
 import json
-import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -28,6 +28,7 @@ from qedfs.source.base import WEAK, Extent, Identity, Sameness, check_range
 from qedfs.source.credentials import NO_TLS_FILES, TlsFiles
 from qedfs.source.nbd import errors
 from qedfs.source.nbd.connection import Connection
+from qedfs.source.nbd.gathering import Gathering
 from qedfs.source.nbd.protocol import Negotiated
 from qedfs.source.nbd.tls import client_context
 from qedfs.source.path import in_thread
@@ -48,18 +49,17 @@ class NbdSource:
     def __init__(
         self,
         location: Location,
-        policy: Policy,
-        tls: ssl.SSLContext | None,
         nursery: trio.Nursery,
+        connect: Callable[[], Awaitable[Connection]],
         connection: Connection,
+        gathering: Gathering,
         pinning: Pinning,
         samples: Samples,
     ) -> None:
-        """Takes over the first connection. Callers use `open`."""
+        """Takes over the first connection; `connect` opens further ones. Callers use `open`."""
         self._location = location
-        self._policy = policy
-        self._tls = tls
         self._nursery = nursery
+        self._open_connection = connect
         self._received = 0  # bytes received over connections that have ended
         self._pinning = pinning
         self._samples = samples
@@ -75,7 +75,7 @@ class NbdSource:
         )
         self._growing = False
         self._grow_after = 0.0
-        self._gather_seconds = 0.0
+        self._gathering = gathering
         self._closed = False
 
     @classmethod
@@ -103,8 +103,10 @@ class NbdSource:
         if location.tls:
             path = next(iter((*location.tls_files, *tls.paths)), "")
             context = await in_thread(path, lambda: client_context(location, tls))
-        connection = await Connection.open(location, policy, context, nursery)
-        return cls(location, policy, context, nursery, connection, pinning, Samples() if samples is None else samples)
+        gathering = Gathering()
+        connect = partial(Connection.open, location, policy, context, nursery, gathering)
+        samples = Samples() if samples is None else samples
+        return cls(location, nursery, connect, await connect(), gathering, pinning, samples)
 
     @property
     def identity(self) -> Identity:
@@ -133,9 +135,7 @@ class NbdSource:
 
     def gather(self, seconds: float) -> None:
         """See `Gathers.gather`. Concerns all connections: no reader waits, except for queries about holes."""
-        self._gather_seconds = seconds
-        for connection in self._connections:
-            connection.gather(seconds)
+        self._gathering.seconds = seconds
 
     async def extents(self, pos: int, size: int) -> Sequence[Extent] | None:
         """Which parts of a range read as zeros; needs base:allocation on the server. See `Source.extents`."""
@@ -206,7 +206,7 @@ class NbdSource:
             self._opening.add(scope)
             try:
                 if not self._closed:
-                    connection = await Connection.open(self._location, self._policy, self._tls, self._nursery)
+                    connection = await self._open_connection()
                     change = await self._change(connection)
             except BaseException:
                 if connection is not None:
@@ -225,7 +225,6 @@ class NbdSource:
             for each in self._connections:
                 each.drop(f"the export changed: {change}")
             raise SourceChanged(f"{self._location}: the export changed: {change}")
-        connection.gather(self._gather_seconds)
         self._connections.append(connection)
         return connection
 

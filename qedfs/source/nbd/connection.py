@@ -27,6 +27,7 @@ import trio
 from qedfs.errors import QedfsError, Reason, SourceUnreachable
 from qedfs.source.nbd import errors
 from qedfs.source.nbd.errors import EndedUnderTls
+from qedfs.source.nbd.gathering import Gathering
 from qedfs.source.nbd.handshake import negotiate
 from qedfs.source.nbd.protocol import (
     MAX_MINIMUM_BLOCK_SIZE,
@@ -85,13 +86,18 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, location: Location, policy: Policy, tls: ssl.SSLContext | None, nursery: trio.Nursery
+        cls,
+        location: Location,
+        policy: Policy,
+        tls: ssl.SSLContext | None,
+        nursery: trio.Nursery,
+        gathering: Gathering,
     ) -> Connection:
         """Connect and negotiate. Raises Refused, SourceError or SourceUnreachable, with everything closed."""
         transport: Transport | None = None
         try:
             give_up_at = trio.current_time() + CONNECT_SECONDS
-            transport = await connect(location, policy, seconds=CONNECT_SECONDS)
+            transport = await connect(location, policy, gathering, seconds=CONNECT_SECONDS)
             with trio.fail_at(give_up_at):
                 transport, negotiated = await _shake_hands(transport, location, tls)
         except BaseException as exc:
@@ -108,10 +114,6 @@ class Connection:
     def load(self) -> int:
         """How many requests are in flight."""
         return len(self._replies.in_flight)
-
-    def gather(self, seconds: float) -> None:
-        """See `Gathers.gather`."""
-        self._transport.gather(seconds)
 
     async def read(self, pos: int, view: memoryview) -> None:
         """Fill `view` (format "B") with the bytes at `pos`. Raises what `Source.read` raises."""

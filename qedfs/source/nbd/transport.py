@@ -17,6 +17,7 @@ from typing import Protocol
 
 import trio
 
+from qedfs.source.nbd.gathering import Gathering
 from qedfs.source.nbd.reply import Replies
 from qedfs.source.path import Held, in_thread
 from qedfs.source.policy import Policy
@@ -44,10 +45,6 @@ class Transport(Protocol):
         """Send all of `data`. After a cancellation, a part may have been sent, so close the transport."""
         ...
 
-    def gather(self, seconds: float) -> None:
-        """See `Gathers.gather`."""
-        ...
-
     def close(self) -> None:
         """Close at once. Tasks that wait in another method get trio.ClosedResourceError."""
         ...
@@ -56,14 +53,13 @@ class Transport(Protocol):
 class PlainTransport:
     """A socket, used directly."""
 
-    def __init__(self, raw: socket.socket, guarded: trio.socket.SocketType) -> None:
+    def __init__(self, raw: socket.socket, guarded: trio.socket.SocketType, gathering: Gathering) -> None:
         """`guarded` is trio's wrapper of `raw`. It owns the descriptor, and TLS uses it."""
         self._raw = raw
         self.socket = guarded
         self._receives_left = RECEIVES_PER_TURN
         self._bytes_left = BYTES_PER_TURN
-        self._gather_seconds = 0.0
-        self._gathering = trio.CancelScope()  # of the current sleep
+        self._gathering = gathering
 
     async def receive(self, replies: Replies) -> int:
         gathered = False
@@ -71,10 +67,9 @@ class PlainTransport:
             try:
                 count = self._raw.recvmsg_into(replies.buffers())[0]
             except BlockingIOError:
-                if self._gather_seconds and not gathered:
+                if self._gathering.seconds and not gathered:
                     gathered = True
-                    with trio.CancelScope(deadline=trio.current_time() + self._gather_seconds) as self._gathering:
-                        await trio.sleep_forever()
+                    await self._gathering.pause()
                 else:
                     gathered = False
                     await trio.lowlevel.wait_readable(self._raw)
@@ -102,11 +97,6 @@ class PlainTransport:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._raw)
 
-    def gather(self, seconds: float) -> None:
-        self._gather_seconds = seconds
-        if not seconds:
-            self._gathering.cancel()
-
     def close(self) -> None:
         self.socket.close()
 
@@ -119,7 +109,10 @@ class PlainTransport:
 
 
 class TlsTransport:
-    """A socket with TLS. Payload is copied once, from the TLS library's output."""
+    """A socket with TLS. Payload is copied once, from the TLS library's output.
+
+    Nothing gathers here: trio's TLS stream receives by itself.
+    """
 
     def __init__(self, plain: PlainTransport, context: ssl.SSLContext, host: str) -> None:
         self._socket = plain.socket
@@ -150,14 +143,11 @@ class TlsTransport:
     async def send(self, data: bytes) -> None:
         await self._stream.send_all(data)
 
-    def gather(self, seconds: float) -> None:
-        """Do nothing: trio's TLS stream receives by itself."""
-
     def close(self) -> None:
         self._socket.close()
 
 
-async def connect(location: Location, policy: Policy, *, seconds: float) -> PlainTransport:
+async def connect(location: Location, policy: Policy, gathering: Gathering, *, seconds: float) -> PlainTransport:
     """Connect to the server of `location` within `seconds`, trying its addresses in turn.
 
     Raises:
@@ -166,7 +156,7 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
     """
     if location.path is not None:
         with trio.fail_after(seconds), await in_thread(location.path, lambda: Held(location, policy)) as held:
-            return await _connect_to(socket.AF_UNIX, held.path)
+            return await _connect_to(socket.AF_UNIX, held.path, gathering)
     give_up_at = trio.current_time() + seconds
     with trio.fail_after(seconds):
         found = await addresses(location.host or "", location.port or 0)
@@ -177,13 +167,13 @@ async def connect(location: Location, policy: Policy, *, seconds: float) -> Plai
         share = (give_up_at - trio.current_time()) / (len(found) - tried)
         try:
             with trio.fail_after(max(share, 0)):
-                return await _connect_to(family, address)
+                return await _connect_to(family, address, gathering)
         except (OSError, trio.TooSlowError) as exc:
             failure = exc
     raise failure or OSError("its name has no address")
 
 
-async def _connect_to(family: int, address: object) -> PlainTransport:
+async def _connect_to(family: int, address: object, gathering: Gathering) -> PlainTransport:
     raw = socket.socket(family, socket.SOCK_STREAM)
     guarded = trio.socket.from_stdlib_socket(raw)
     try:
@@ -194,4 +184,4 @@ async def _connect_to(family: int, address: object) -> PlainTransport:
     except BaseException:
         guarded.close()
         raise
-    return PlainTransport(raw, guarded)
+    return PlainTransport(raw, guarded, gathering)

@@ -401,9 +401,6 @@ class OneSender:
     async def receive_exactly(self, size: int) -> bytes:
         raise AssertionError("nobody listens")
 
-    def gather(self, seconds: float) -> None:
-        raise AssertionError("nobody listens")
-
     def close(self) -> None:
         return
 
