@@ -5,6 +5,7 @@ Owns what these commands have in common. Must not know what a job does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -13,13 +14,14 @@ from typing import Any
 import click
 
 from qedfs.cli.served_images import Image, check_served, connect, fetch
-from qedfs.cli.takeovers import lasting_client
+from qedfs.cli.takeovers import LastingClient, Patience, lasting_client
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.control.qmp.client import Client, Gone, error_of
 from qedfs.errors import QedfsError, UsageError
 
 POLL_SECONDS = 0.2
 REMARK_SECONDS = 10.0
+CANCEL_SECONDS = 2.0  # most jobs end at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class JobOrder:
             found = fetch(client, self.image, self.mountpoint)[0]
             check_served(found)
             if self.command:
-                client.execute(f"x-qedfs-{self.command}", device=found["name"], type=self.kind)
+                self._control(client, found["name"])
             elif self.limit is not None and is_running(found, self.kind):
                 client.execute("x-qedfs-limit", device=found["name"], type=self.kind, limit=self.limit)
             elif self.no_wait:
@@ -64,27 +66,64 @@ class JobOrder:
     def _start(self, client: Client, name: str) -> None:
         client.execute("x-qedfs-start", device=name, type=self.kind, limit=self.limit or 0, **self.arguments)
 
-    def run(self, client: Client, name: str) -> None:
-        """Start it, and wait for its end. If another server takes the mount over, without the job, it begins anew."""
+    def _control(self, client: LastingClient, name: str) -> None:
+        """Carry out `command`."""
+        assert self.command is not None  # noqa: S101 - for the type checker
         try:
-            self._start(client, name)
-            self._watch(client, name)
-        except KeyboardInterrupt:
-            client.execute("x-qedfs-cancel", device=name, type=self.kind)
-            raise
-        except Gone:
-            with connect(self.mountpoint) as other:
+            client.execute(f"x-qedfs-{self.command}", device=name, type=self.kind)
+        except QedfsError as exc:
+            if not client.taken_over or is_running(fetch(client, name, self.mountpoint)[0], self.kind):
+                raise
+            if self.command != "cancel":
+                raise QedfsError(
+                    f"{name}: another server has taken the mount over, and the {self.kind} has ended with its server;"
+                    f" {self.stays}"
+                ) from exc
+        if self.command == "cancel":
+            self._cancelled(client, name)
+
+    def _cancelled(self, client: Client, name: str) -> None:
+        """Wait a moment until it has ended. If it cannot, say what it waits for."""
+        until = time.monotonic() + CANCEL_SECONDS
+        while is_running(found := fetch(client, name, self.mountpoint)[0], self.kind):
+            if time.monotonic() >= until:
+                reason = (found["job"] or {})["reason"] or "its last request to a disk has not been answered yet"
+                remark(f"{name}: the {self.kind} ends later: {reason}")
+                return
+            time.sleep(POLL_SECONDS)
+
+    def run(self, client: Client, name: str) -> None:
+        """Start it, and wait for its end. If another server takes the mount over, without the job, it begins anew.
+
+        Raises TimedOut if it has not got any further, although one server after the other has tried.
+        """
+        patience = Patience()
+        with contextlib.ExitStack() as others:
+            while True:
+                try:
+                    self._start(client, name)
+                    self._watch(client, name, patience)
+                    return
+                except KeyboardInterrupt:
+                    client.execute("x-qedfs-cancel", device=name, type=self.kind)
+                    self._cancelled(client, name)
+                    raise
+                except Gone:
+                    patience.ended(self.mountpoint)
+                client = others.enter_context(connect(self.mountpoint))
                 if not (self.quiet or self.as_json):
                     remark(f"{name}: another server has taken the mount over; begins anew, {self.stays}")
-                self.run(other, name)
 
-    def _watch(self, client: Client, name: str) -> None:
+    def _watch(self, client: Client, name: str, patience: Patience) -> None:
         """Wait until it has ended. Raises the error with which it has failed."""
-        said = time.monotonic()
+        said, begun = time.monotonic(), None
         while True:
             job = fetch(client, name, self.mountpoint)[0]["job"] or {"state": "off"}
             if job["state"] == "complete":
                 return
+            begun = job["done"] if begun is None else begun
+            if job["done"] > begun:
+                patience.answered()
             if job["state"] in ("failed", "source-changed"):
                 raise error_of(job["exit_code"], f"{name}: {job['error']}")
             if job["state"] == "off":

@@ -18,6 +18,7 @@ from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import QedfsError, TimedOut
 from qedfs.host.runtime import is_held, mount_places
 
+GIVE_UP_SECONDS = 60.0  # as long as the holder counts the crashes of servers (DEATH_SECONDS in `mount/holder.py`)
 PATIENCE_SECONDS = 30.0  # most take less than one; a busy machine, or many uncommitted entries, need longer
 LOOK_SECONDS = 0.05
 C = TypeVar("C", bound=Client)
@@ -46,10 +47,35 @@ class Unanswered(QedfsError):
     """The server has ended before it answered a request. Nobody knows whether it has carried it out."""
 
 
+class Patience:
+    """How long a command asks servers of a mount that end, one after the other, before they have answered.
+
+    The holder takes a mount away whose servers crash too often. They may also crash a little more slowly, for ever.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # the first end that no answer has followed
+
+    def answered(self) -> None:
+        """Note that a server has done what it was asked for."""
+        self._since = None
+
+    def ended(self, mountpoint: str) -> None:
+        """Note that a server has ended. Raises TimedOut if that has gone on for GIVE_UP_SECONDS."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since >= GIVE_UP_SECONDS:
+            raise TimedOut(
+                f"{mountpoint}: for {GIVE_UP_SECONDS:.0f} s its servers have ended, one after the other, before they"
+                " had answered; the log of the mount says why"
+            )
+
+
 class LastingClient(Client):
     """A connection to the server of a mount, or to the next one, if that ends in the middle."""
 
     mountpoint = ""
+    taken_over = False  # whether it is with another server now than at first
 
     def execute(self, name: str, /, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         """See `Client.execute`. Raises Unanswered if the server has ended, but not the mount."""
@@ -66,7 +92,7 @@ class LastingClient(Client):
                         " on; whether this was done is not known: look at qedfs status before you repeat it"
                     ) from exc
                 self.go_on_with(reach_server(self.mountpoint, deadline=self.deadline))
-                repeated = True
+                repeated = self.taken_over = True
 
 
 def lasting_client(mountpoint: str, *, deadline: float = math.inf) -> LastingClient:

@@ -156,6 +156,15 @@ def is_denied_privileges(status: bytes | None = None) -> bool:
     return re.search(rb"(?m)^NoNewPrivs:\t1$", text) is not None
 
 
+def waits_for_disk(pid: int) -> bool:
+    """Whether a thread of a process waits for a disk, or for a frozen file system (state D, proc(5))."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            if Path(f"/proc/{pid}/task/{thread}/stat").read_bytes().rpartition(b") ")[2].startswith(b"D"):
+                return True
+    return False
+
+
 def boot_id() -> str:
     """The kernel's id of this boot: if it differs from a stored one, the page cache has been lost since."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -23,8 +23,10 @@ Between any two steps, also after a kill or a power cut, the image reads as befo
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import trio
 
@@ -68,12 +70,18 @@ class LiveCommit:
         self._target: RawTarget | None = None
         self._file: BackingFile | None = None  # that it is on
         self._doubtful = False  # whether the disk lacks what the page cache of the backing shows
+        self.asked_since: float | None = None  # when its file system was told to do what it has not done yet
         self.settled = False  # whether the backing has everything, durably, and the overlay says so
 
     @property
     def open(self) -> bool:
         """Whether `begin` has ended well."""
         return self._ready.is_set()
+
+    @property
+    def place(self) -> Location:
+        """Where the backing is."""
+        return self._location
 
     @property
     def clusters(self) -> int:
@@ -108,7 +116,8 @@ class LiveCommit:
         pin = Pin(digest(overlay.backing or ""), target.size, samples=self._samples.encode())
         await overlay.change_record(lambda record: begun(record, pin))
         if target.size < overlay.image_size:
-            await target.grow(overlay.image_size)
+            with self._asking():
+                await target.grow(overlay.image_size)
         self._ready.set()
 
     async def _found(self) -> BackingFile:
@@ -126,7 +135,8 @@ class LiveCommit:
         self._check_file(image.source, file, "the mount has opened it")
         # While readers go on: in `_taken` they wait, and a file that was just copied takes a while.
         try:
-            await trio.to_thread.run_sync(sync_file, file.path)
+            with self._asking():
+                await trio.to_thread.run_sync(sync_file, file.path)
         except OSError as exc:
             raise SourceError(f"backing {self._location}: cannot sync: {exc.strerror}") from exc
         return file
@@ -150,7 +160,8 @@ class LiveCommit:
         await image.consumer.adoptions_ended()
         await self._unused(file)
         self._file = file
-        return await open_raw(self._location, file)
+        with self._asking():
+            return await open_raw(self._location, file)
 
     async def _unused(self, file: BackingFile) -> None:
         """Raise InUse if somebody else has the file open. A read of the old source may still be under way, and has."""
@@ -208,10 +219,11 @@ class LiveCommit:
                     await overlay.read_data(run.offset, view[run.pos - pos : run.pos - pos + run.size])
         done = 0
         for run in runs:
-            if run.offset == ZERO:
-                await target.zero(run.pos, run.size)
-            elif run.offset != MISSING:
-                await target.store(run.pos, view[run.pos - pos : run.pos - pos + run.size])
+            with self._asking():
+                if run.offset == ZERO:
+                    await target.zero(run.pos, run.size)
+                elif run.offset != MISSING:
+                    await target.store(run.pos, view[run.pos - pos : run.pos - pos + run.size])
             done += run.size if run.offset != MISSING else 0
         return stop, done
 
@@ -223,7 +235,8 @@ class LiveCommit:
         """
         doubtful = self._doubtful
         if doubtful:
-            await self._open_target().refresh()
+            with self._asking():
+                await self._open_target().refresh()
             self._doubtful = False
         return doubtful
 
@@ -235,7 +248,8 @@ class LiveCommit:
         # The bytes and the times of the backing. Without this barrier, entries could go, and after a power cut neither
         # file would have what a guest had flushed.
         try:
-            await target.sync()
+            with self._asking():
+                await target.sync()
         except QedfsError:
             self._doubtful = True
             raise
@@ -279,8 +293,18 @@ class LiveCommit:
             await self._own.release(self._held)
             self._held = None
         if self._target is not None:
-            await self._target.close()
+            with self._asking():
+                await self._target.close()
             self._target = None
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around a request to the file system of the backing. The thread that makes it cannot be abandoned."""
+        self.asked_since = trio.current_time()
+        try:
+            yield
+        finally:
+            self.asked_since = None
 
     def _open_target(self) -> RawTarget:
         assert self._target is not None  # noqa: S101 - for the type checker; `begin` has opened it

@@ -7,6 +7,9 @@ It walks the image twice: the backing gets what it does not have; then, when tha
 the same in both. What a guest writes to a cluster after that was copied stays in the overlay, as do new clusters behind
 the first walk. Another commit takes them. So the job ends, however much guests write.
 
+A request to a file system that is frozen, or whose disk hangs, cannot be abandoned. Guests go on meanwhile, but the job
+ends, and its server, only when that has been answered. So its reason says what it waits for, also after a cancel.
+
 While guests read or write, one step of the second walk is taken per GUEST_SECONDS, as it keeps the event loop from
 them.
 """
@@ -21,6 +24,7 @@ import trio
 from qedfs.image.image import Image
 from qedfs.image.live_commit import PIECE_BYTES, LiveCommit
 from qedfs.jobs.job import Job, JobOptions
+from qedfs.jobs.state import Event
 from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,7 @@ log = logging.getLogger(__name__)
 DROP_BYTES = 128 << 10  # compared at once, on the event loop
 DROPPED_AT_ONCE = 4096  # clusters, before that is committed and their space given back
 GUEST_SECONDS = 0.002
+SILENT_SECONDS = 5.0  # without an answer of the backing's file system, before that is told
 PACE_SECONDS = 0.25
 
 
@@ -48,6 +53,7 @@ class CommitJob(Job):
         self._copied = self._dropped = 0  # how many clusters have been visited for either
         self._uncommitted = 0  # clusters that were dropped since
         self._finished = False
+        self._silence = ""  # what it was said to wait for
 
     @property
     def done(self) -> bool:
@@ -70,12 +76,29 @@ class CommitJob(Job):
     async def run(self, *, once: bool = False) -> None:
         """See `Job.run`. At the end, the image has an ordinary source again."""
         self.image.committing_down = True
-        try:
-            await super().run(once=once)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._commit.leave()
-            self.image.committing_down = False
+        async with trio.open_nursery() as nursery:
+            # Shielded: the end of the server waits for the same answer.
+            watch = trio.CancelScope(shield=True)
+            nursery.start_soon(self._tell_of_silence, watch)
+            try:
+                await super().run(once=once)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._commit.leave()
+                self.image.committing_down = False
+                watch.cancel()
+
+    async def _tell_of_silence(self, watch: trio.CancelScope) -> None:
+        with watch:
+            while True:
+                await trio.sleep(1)
+                asked = self._commit.asked_since
+                if asked is None or trio.current_time() - asked < SILENT_SECONDS or self._silence:
+                    continue
+                self._silence = f"the file system of the backing {self._commit.place} does not answer: is it frozen?"
+                log.warning("%s: the commit waits: %s", self.image.name, self._silence)
+                self._report(Event.WAIT, self._silence)
+                self.reason = self._silence  # also of a job that has been told to end, whose state stays
 
     async def work(self) -> bool:
         """See `Job.work`. An error keeps what was reached."""
@@ -142,7 +165,8 @@ class CommitJob(Job):
 
     async def _heard(self, size: int) -> None:
         """Other tasks get their turn, and a failure is over if there was progress."""
-        if size and self.hindered:
+        if size and (self.hindered or self._silence):
+            self._silence = ""
             self.makes_progress()
         await trio.lowlevel.checkpoint()
 

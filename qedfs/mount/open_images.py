@@ -38,6 +38,13 @@ class OpenImages:
         """Whether an image that is not complete uses this source."""
         return any(image.source is source and not image.complete for image in self._images)
 
+    def committing_into(self, place: str) -> Image | None:
+        """The image that is being committed into the file at this place, the secret URL of a source; None if none."""
+        for image in self._images:
+            if image.committing_down and image.source is not None and image.source.location.secret_url == place:
+                return image
+        return None
+
     def share(self, image: Image) -> bool:
         """Whether another image that is not complete has the same place as its source."""
         if image.source is None:

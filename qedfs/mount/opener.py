@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import trio
 
-from qedfs.errors import BadOverlay, Inaccessible, NoMemory, QedfsError
+from qedfs.errors import BadOverlay, Inaccessible, InUse, NoMemory, QedfsError
+from qedfs.fetch.queue import FetchQueue
 from qedfs.host import memory_pool
 from qedfs.host.descriptors import check_room
 from qedfs.image.image import Image
@@ -98,6 +99,7 @@ class Opener:
                     standby = through, gate
                 else:
                     fetch = await self._sources.fetch_for(overlay, overlays=overlays)
+                    await self._check_not_written(path, fetch)
         except BaseException:
             # Even if cancelled: the locks of an open descriptor would keep the overlay in use.
             with trio.CancelScope(shield=True):
@@ -113,6 +115,18 @@ class Opener:
         image.own_backing = ImageBacking(image, self._sources, self._images)
         self._images.add(image)
         return image, ImageJobs(stream)
+
+    async def _check_not_written(self, path: str, fetch: FetchQueue | None) -> None:
+        """Raise InUse while another image is committed into this backing, which is another version all the time."""
+        writer = None if fetch is None else self._images.committing_into(fetch.remote.location.secret_url)
+        if fetch is None or writer is None:
+            return
+        if not self._images.need(fetch.remote):
+            await self._sources.release(fetch.remote)
+        raise InUse(
+            f"{path}: its backing {fetch.remote.location} is being written: {writer.name} is committed into it, after"
+            " which overlays that were made before are useless"
+        )
 
     async def _open_overlay(self, path: str, *, is_new: bool) -> Overlay:
         check_room(len(self._images) + self._opening, self._sources.count)

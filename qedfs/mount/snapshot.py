@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import trio
 
-from qedfs.errors import InStandby, InUse, NoSpace, QedfsError, UsageError, file_error
+from qedfs.errors import InStandby, InUse, NoMemory, NoSpace, QedfsError, UsageError, file_error
 from qedfs.host.durable import sync_folder
 from qedfs.image.image import Image
 from qedfs.mount.overlay_folder import OverlayFolder
@@ -106,9 +106,12 @@ class Snapshots:
     async def _share(self, source: int, target: int, overlay: str, file: str) -> None:
         """Step 2. Raises QedfsError after SHARE_SECONDS, too."""
         # Descriptors of its own: ours are closed, and their numbers used again, before a call that hangs returns.
-        mine = os.dup(source), os.dup(target)
+        mine = _both(source, target)
+        begun = False
 
         def share() -> None:
+            nonlocal begun
+            begun = True
             try:
                 _share(*mine, file)
             finally:
@@ -116,9 +119,16 @@ class Snapshots:
                 self._hanging.discard(overlay)
 
         self._hanging.add(overlay)
-        with trio.move_on_after(SHARE_SECONDS) as scope:
-            # A limiter of its own: a call that hangs must not take one of the threads of all others.
-            await trio.to_thread.run_sync(share, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        try:
+            with trio.move_on_after(SHARE_SECONDS) as scope:
+                # A limiter of its own: a call that hangs must not take one of the threads of all others.
+                await trio.to_thread.run_sync(share, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        except RuntimeError as exc:  # of threading
+            if begun:
+                raise
+            _close(*mine)
+            self._hanging.discard(overlay)
+            raise NoMemory(f"{file}: is not made: no thread can be started for it") from exc
         if scope.cancelled_caught:
             raise _hangs(file, f"has not shared the blocks within {SHARE_SECONDS:g} s")
 
@@ -238,6 +248,16 @@ def _cannot_share(file: str) -> QedfsError:
         f"{file}: cannot share blocks with the overlay: that takes one file system for both, XFS with reflink or Btrfs;"
         " qedfs export copies the image while nobody writes to it"
     )
+
+
+def _both(source: int, target: int) -> tuple[int, int]:
+    """Another descriptor for each."""
+    other = os.dup(source)
+    try:
+        return other, os.dup(target)
+    except OSError:
+        os.close(other)
+        raise
 
 
 def _close(*descriptors: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from qedfs.cli.image_job import JobOrder, is_running, progress_words
 from qedfs.control.qmp.client import Gone
+from qedfs.errors import QedfsError, TimedOut
 
 
 def test_it_says_how_far_it_is_and_what_it_waits_for() -> None:
@@ -41,7 +42,8 @@ class Server:
             self.started.append(arguments)
             return {}
         for state in self._states:
-            return {"images": [{"name": "disk.raw", "job": {"type": "defrag", "state": state}}]}
+            job = {"type": "defrag", "state": state, "done": 0, "total": 1, "reason": None}
+            return {"images": [{"name": "disk.raw", "job": job}]}
         raise Gone("the mount has ended")
 
 
@@ -56,3 +58,53 @@ def test_it_begins_anew_with_the_server_that_takes_the_mount_over(
     assert first.started == second.started
     assert second.started == [{"device": "disk.raw", "type": "defrag", "limit": 4096}]
     assert "another server has taken the mount over" in capsys.readouterr().err
+
+
+class Successor(Server):
+    """Another server than the one that a command was sent to. It has no job, or one that cannot end."""
+
+    taken_over = True
+
+    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
+        if command in ("x-qedfs-cancel", "x-qedfs-pause") and self.taken_over:
+            raise QedfsError("disk.raw: has no defrag")
+        return super().execute(command, **arguments) if command == "x-qedfs-status" else {}
+
+
+def order(command: str | None) -> JobOrder:
+    return JobOrder("mnt", "disk.raw", "defrag", stays="what is in order stays so", ended="in order", command=command)
+
+
+def test_a_job_that_has_ended_with_its_server_is_cancelled_and_cannot_be_paused() -> None:
+    order("cancel")._control(Successor("off", "off"), "disk.raw")  # type: ignore[arg-type]
+    with pytest.raises(QedfsError, match="the defrag has ended with its server; what is in order stays so"):
+        order("pause")._control(Successor("off"), "disk.raw")  # type: ignore[arg-type]
+    with pytest.raises(QedfsError, match="has no defrag"):
+        order("pause")._control(Successor("running"), "disk.raw")  # type: ignore[arg-type]
+
+
+def test_it_tells_of_a_job_that_cannot_end_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qedfs.cli.image_job.CANCEL_SECONDS", 0)
+    server = Successor("running")
+    server.taken_over = False
+    order("cancel")._control(server, "disk.raw")  # type: ignore[arg-type]
+    assert (
+        "disk.raw: the defrag ends later: its last request to a disk has not been answered" in capsys.readouterr().err
+    )
+
+
+def test_it_is_given_up_if_it_gets_no_further_with_any_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def next_server(_: str) -> Server:
+        now[0] += 10
+        return Server("running")
+
+    monkeypatch.setattr("qedfs.cli.takeovers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qedfs.cli.image_job.POLL_SECONDS", 0)
+    monkeypatch.setattr("qedfs.cli.image_job.connect", next_server)
+    with pytest.raises(TimedOut, match="before they had answered"):
+        order(None).run(Server("running"), "disk.raw")  # type: ignore[arg-type]
+    assert now[0] == 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest.mock import Mock
 
 import pytest
@@ -130,3 +130,35 @@ def test_a_mount_that_has_ended_is_said_to_have_ended(monkeypatch: pytest.Monkey
     monkeypatch.setattr(takeovers, "is_between_servers", lambda _: False)
     with pytest.raises(Gone, match="the mount has ended"):
         Lasting(Gone("the mount has ended")).execute("block_resize", size=512)
+
+
+def test_servers_that_end_one_after_the_other_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    patience = takeovers.Patience()
+    patience.ended("/mnt")
+    now[0] += takeovers.GIVE_UP_SECONDS - 1
+    patience.ended("/mnt")
+    patience.answered()
+    now[0] += 2
+    patience.ended("/mnt")
+    now[0] += takeovers.GIVE_UP_SECONDS
+    with pytest.raises(TimedOut, match="for 60 s its servers have ended"):
+        patience.ended("/mnt")
+
+
+@pytest.mark.parametrize("command", [status.status, wait.wait])
+def test_a_command_ends_that_every_server_ends_on(
+    command: Callable[[str], None], clock: Iterator[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = next(clock)
+
+    def connected(*_: object, **__: object) -> Client:
+        now[0] += 10
+        raise Gone("the mount has ended")
+
+    for module in (status, wait):
+        monkeypatch.setattr(module, "is_between_servers", lambda _: True)
+        monkeypatch.setattr(module, "connect", connected)
+    with pytest.raises(TimedOut, match="before they had answered"):
+        command("/mnt")

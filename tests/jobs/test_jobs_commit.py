@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import trio
@@ -10,6 +11,7 @@ import trio.testing
 
 from qedfs.errors import NoSpace
 from qedfs.format.tables import MISSING
+from qedfs.image.commit_target import RawTarget
 from qedfs.image.image import Image
 from qedfs.jobs.commit import CommitJob
 from qedfs.jobs.state import ENDED, State
@@ -122,3 +124,36 @@ async def test_a_cancelled_one_gives_the_source_back(
         assert image.source is not held
         assert (image.committing_down, image.copy_on_read, job.state) == (False, True, State.OFF)
         assert bytes(await image.read(0, SIZE)) == wanted()
+
+
+@pytest.mark.expect_log("the commit waits: the file system of the backing")
+async def test_it_tells_that_the_backing_does_not_answer_also_when_it_has_been_told_to_end(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two, thawed = Two(await started()), trio.Event()
+    store = RawTarget.store
+
+    async def frozen(target: RawTarget, pos: int, view: memoryview) -> int:
+        with trio.CancelScope(shield=True):  # as a call in a thread
+            await thawed.wait()
+        return await store(target, pos, view)
+
+    monkeypatch.setattr(RawTarget, "store", frozen)
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        job = CommitJob(image)
+        nursery.start_soon(partial(job.run, once=True))
+        await trio.sleep(2)
+        assert (job.state, job.reason) == (State.RUNNING, "")
+        await trio.sleep(10)
+        waits = "the file system of the backing /base.raw does not answer: is it frozen?"
+        assert (job.state, job.reason) == (State.WAITING, waits)
+        job.cancel()
+        await trio.sleep(10)
+        assert (job.state, job.reason) == (State.WAITING, waits)
+        thawed.set()
+        await trio.sleep(1)
+        assert (job.state, job.reason) == (State.OFF, "")
+        again = CommitJob(image)
+        await again.run(once=True)
+        assert again.state is State.COMPLETE
+    assert bytes(two.backing.bytes) == wanted()

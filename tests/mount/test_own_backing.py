@@ -18,6 +18,7 @@ from qedfs.image.own_backing import OwnBacking
 from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
+from qedfs.mount.served import Served
 from qedfs.overlay.create import create_overlay
 from qedfs.source.policy import Policy
 
@@ -26,6 +27,11 @@ def alone(own: OwnBacking) -> bool:
     return not own.shared
 
 
+def named(images: Images, name: str) -> Served:
+    return next(served for served in images.registry.everything() if served.name == name)
+
+
+@pytest.mark.expect_log("is committed into it")
 async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(b"b" * 65536)
     options = Options(stream=False, policy=Policy((str(tmp_path),)))
@@ -46,6 +52,20 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         os.unlink(two.path)
         await images.registry.scan()
         assert alone(own)
+        # An overlay that appears while the backing is written is served afterwards, not meanwhile.
+        one.image.committing_down = True
+        create_overlay(str(tmp_path / "new.qed"), image_size=65536, backing=str(tmp_path / "base.raw"))
+        os.utime(tmp_path / "new.qed", (1, 1))
+        await images.registry.scan()
+        refusal = named(images, "new.raw").refusal
+        assert refusal is not None
+        assert "is being written: one.raw is committed into it" in str(refusal.error)
+        one.image.committing_down = False
+        await images.registry.scan()
+        new = named(images, "new.raw")
+        assert new.image is not None
+        os.unlink(new.path)
+        await images.registry.scan()
         fetch = await own.fetch()
         assert fetch.remote is not one.image.source
         assert await fetch.identity()

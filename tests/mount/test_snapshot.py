@@ -11,15 +11,16 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from qedfs.control.qmp.client import Client
-from qedfs.errors import InStandby, InUse, NoSpace, QedfsError, UsageError
+from qedfs.errors import InStandby, InUse, NoMemory, NoSpace, QedfsError, UsageError
 from qedfs.image.live_commit import LiveCommit
 from qedfs.mount import snapshot as module
 from qedfs.mount.images import Images
@@ -249,6 +250,26 @@ async def test_a_file_system_that_hangs_holds_no_writer_for_ever_and_leaves_no_c
         assert sorted(os.listdir(tmp_path)) == ["disk.qed", "journals"]
         monkeypatch.setattr(module, "SHARE_SECONDS", math.inf)
         await images.snapshots.take(served, str(target), mountpoint="/mnt")
+
+
+async def test_a_copy_for_which_there_is_no_thread_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, start = tmp_path / "snap.qed", trio.to_thread.run_sync
+
+    async def starts(function: Callable[..., object], *args: object, **options: Any) -> object:
+        if options:
+            raise RuntimeError("can't start new thread")
+        return await start(function, *args)
+
+    async with serving(tmp_path) as (images, served):
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(trio.to_thread, "run_sync", starts)
+        with pytest.raises(NoMemory, match="no thread can be started"):
+            await images.snapshots.take(served, str(target), mountpoint="/mnt")
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not images.snapshots._hanging
+        assert not target.exists()
 
 
 async def expect_hang(images: Images, served: Served, target: Path, text: str) -> None:

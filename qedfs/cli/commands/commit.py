@@ -64,7 +64,8 @@ def commit(
     """Write what OVERLAY has, and its backing has not, into the backing. Then OVERLAY is empty.
 
     The backing is a local raw file or QED overlay that nobody else has open. Zeros become holes. A backing that is
-    smaller than the image grows. Every other overlay over the same backing becomes useless.
+    smaller than the image grows. Every other overlay over the same backing becomes useless, and so does every snapshot
+    that was made of OVERLAY before: it names that backing.
 
     OVERLAY is not mounted. With MOUNTPOINT and IMAGE, the overlay of a mounted image is committed while guests use it,
     into a raw file. The stream must be off. What guests write meanwhile stays in the overlay, for another commit.

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qedfs.cli.served_images import connect
-from qedfs.cli.takeovers import is_between_servers
+from qedfs.cli.takeovers import Patience, is_between_servers
 from qedfs.cli.ui.output import console, echo, print_json, print_json_line, terminal_width
 from qedfs.cli.ui.status_lines import fitted_lines, status_lines
 from qedfs.control.qmp.client import Client, Gone
@@ -24,15 +24,16 @@ def status(mountpoint: str | None = None, *, as_json: bool = False, watch: bool 
         from qedfs.cli.found_mounts import mount_meant  # here, because whoever names the mount does not need it
 
         mountpoint = mount_meant(None)
-    place = mountpoint
+    place, patience = mountpoint, Patience()
     while True:
         try:
             with connect(place, deadline=time.monotonic() + ANSWER_SECONDS) as client:
                 if watch:
-                    _watch(client, as_json=as_json)
+                    _watch(client, patience, as_json=as_json)
                 found = _ask(client)
         except Gone:
             if is_between_servers(place):
+                patience.ended(place)
                 continue
             if watch:
                 return
@@ -50,8 +51,10 @@ def _ask(client: Client) -> dict[str, Any]:
     return found
 
 
-def _watch(client: Client, *, as_json: bool) -> None:
+def _watch(client: Client, patience: Patience, *, as_json: bool) -> None:
     """Go on until the server ends. Raises Gone then."""
+    _ask(client)
+    patience.answered()
     screen = console()
     if screen.is_terminal and not as_json:
         _watch_on(screen, client)

@@ -14,6 +14,7 @@ from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import remark
 from qedfs.control.qmp.client import Client, Gone, NotServed
 from qedfs.errors import InUse, TimedOut
+from qedfs.host.procfs import waits_for_disk
 from qedfs.host.runtime import RuntimeFolder, is_held, mount_places
 from qedfs.mount import exit_report
 from qedfs.mount.mountpoint import MountInfo, is_dead, unmount
@@ -211,7 +212,8 @@ def _wait_for_end(mountpoint: str, client: Client, process: int | None) -> None:
     """Wait until the overlays are closed, which is when the process ends. The connection ends a little earlier."""
     if process is not None:
         if not _has_ended(process, SILENCE_SECONDS):
-            remark(f"{mountpoint}: is unmounted; waiting for server pid {client.server_pid} to close the overlays")
+            why = ", for which a disk, or a frozen file system, does not answer" * waits_for_disk(client.server_pid)
+            remark(f"{mountpoint}: is unmounted; waiting for server pid {client.server_pid} to close the overlays{why}")
             select.select([process], [], [])
         return
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qedfs.cli.served_images import MOST_NAMED, Image, Released, connect, fetch
-from qedfs.cli.takeovers import is_between_servers
+from qedfs.cli.takeovers import Patience, is_between_servers
 from qedfs.cli.ui.layout import listed
 from qedfs.cli.ui.output import console, print_json, remark
 from qedfs.cli.ui.progress_lines import ProgressLines
@@ -83,6 +83,7 @@ def _wait_at(waiting: _Waiting) -> None:
             gone = exc
             if not is_between_servers(waiting.mountpoint):
                 raise
+            waiting.patience.ended(waiting.mountpoint)
         except NotMounted as exc:
             raise gone or exc from exc
 
@@ -102,6 +103,7 @@ class _Waiting:
         self.goal = goal
         self.deadline = float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._remarked: set[tuple[str, str]] = set()
+        self.patience = Patience()
 
     def run(self, client: Client) -> None:
         """Return when all images have reached the goal, including any that have just appeared in the folder."""
@@ -156,6 +158,7 @@ class _Waiting:
             self.images = fetch(client, self._image, self.mountpoint)
         except Released:
             return True  # it was complete, and nobody had it open
+        self.patience.answered()
         # Check all images, so that the failure of one is reported even if another is not ready.
         reached = [self.goal.reached(client, image) for image in self.images]
         return all(reached)
