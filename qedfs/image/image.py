@@ -223,6 +223,17 @@ class Image:
 
     # Write.
 
+    def write_now(self, pos: int, data: memoryview) -> bool:
+        """Write, if all of it is inside the image and need not wait. If it returns False, use `write`.
+
+        Raises what `write` raises. Keeps no reference to `data`.
+        """
+        if pos + len(data) > self.size or not self.overlay.write_now(pos, data):
+            return False
+        self.counters.written += len(data)
+        self.commits.soon()
+        return True
+
     async def write(self, pos: int, data: Buffer) -> int:
         """Write the part of `data` that lies inside the image. Returns its size.
 

@@ -91,6 +91,11 @@ class Operations(FileSystem):
         except Exception as exc:
             raise self._reply(exc, fh) from exc
 
+    def write_now(self, handle: int, pos: int, data: memoryview) -> bool:
+        """Write inside an image, if that need not wait. If this is False, or raises anything, use `write`."""
+        image = self._images.get(handle)
+        return image is not None and image.write_now(pos, data)
+
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Flush the image: data and entries together, whatever `datasync` is."""
         fuse_wait.next_request.late = True

@@ -4,16 +4,16 @@ Owns the way in which these handlers get into libfuse's table, and their replies
 
 pyfuse3 passes its table of handlers to libfuse in one call. The dynamic loader has put the address of that function
 into pyfuse3's data. For the time of `pyfuse3.init`, `offered` replaces this pointer by a function of ours, which calls
-the real one with a copy of the table that has two more entries, and another one for fsync. The order of the entries is
-libfuse's ABI (fuse_lowlevel.h: struct fuse_lowlevel_ops), which only grows. libfuse 3.17 calls the function by another
-name, with one more argument.
+the real one with a copy of the table that has two more entries, and others for fsync and write. The order of the
+entries is libfuse's ABI (fuse_lowlevel.h: struct fuse_lowlevel_ops), which only grows. libfuse 3.17 calls the function
+by another name, with one more argument.
 
 That is safe only if there is exactly one such pointer, and the two entries are empty. Otherwise nothing is changed, and
 the mount does without: the kernel then treats a file as all data, and refuses fallocate.
 
 An fsync waits for the disk in a thread, which then replies itself, as libfuse allows. Through the event loop, the reply
 would take two more turns of the loop, and on a busy host as many waits for a processor. If a flush takes more than one
-barrier, pyfuse3's own handler answers.
+barrier, pyfuse3's own handler answers. The handler for writes is in `write_handler.py`.
 
 The entry write_buf is emptied. With it, libfuse receives all requests through a pipe, if it may make one of more than
 1 MiB (CAP_SYS_RESOURCE, as root has): a splice and one or two reads instead of one read, and a copy more of what a
@@ -39,6 +39,7 @@ import pyfuse3
 import trio
 
 from qedfs.mount.library_memory import Pointer, address_of, memory_of, replaced
+from qedfs.mount.write_handler import write_handler
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ _NEW_SESSION: dict[str, Any] = {
 
 class Handlers(Protocol):
     """What answers the requests. Raises FUSEError; any other exception becomes EIO."""
+
+    def write_now(self, handle: int, pos: int, data: memoryview) -> bool:
+        """Write, if that need not wait. If this is False, or raises anything, pyfuse3's `write` is called instead."""
+        ...
 
     def fsync_now(self, inode: int, reply: Callable[[int], None]) -> bool:
         """Begin an fsync, and call `reply` once, in any thread, with 0 or an errno; or return False."""
@@ -159,8 +164,11 @@ class MoreOperations:
                 return real(arguments, table, size, *rest)  # type: ignore[no-any-return]
             real_fsync.append(_FSYNC_HANDLER(entries[_FSYNC] or 0))
             entries[_FSYNC] = ctypes.cast(fsync_entry, ctypes.c_void_p)
-            if entries[_WRITE]:
+            if pyfuse3s := entries[_WRITE]:
                 entries[_WRITE_BUF] = None
+                write_entry = write_handler(library, pyfuse3s, self._handlers.write_now)
+                self._kept.append(write_entry)
+                entries[_WRITE] = ctypes.cast(write_entry, ctypes.c_void_p)
             entries[_LSEEK] = ctypes.cast(lseek_entry, ctypes.c_void_p)
             entries[_FALLOCATE] = ctypes.cast(fallocate_entry, ctypes.c_void_p)
             self.missing = ""

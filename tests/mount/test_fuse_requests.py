@@ -111,6 +111,25 @@ async def test_an_image_is_found_opened_read_written_flushed_and_released(tmp_pa
         assert cast("Overlays", ops._registry).asked_to_close == ["disk.raw"]
 
 
+async def test_only_a_write_in_place_and_inside_the_image_is_done_without_an_await(tmp_path: Path) -> None:
+    async with operations(tmp_path) as ops:
+        handle = (await ops.open(pyfuse3.InodeT(INODE), os.O_RDWR, CONTEXT)).fh
+        counters = ops._image(INODE).counters
+        assert not ops.write_now(handle, 0, memoryview(b"x" * 10))  # the rest of the cluster is missing
+        await ops.write(handle, 0, b"x" * 10)
+        last = len(CONTENT) - CLUSTER
+        await ops.write(handle, last, b"y" * CLUSTER)
+        before = counters.written
+        assert ops.write_now(handle, 5, memoryview(b"z" * 10))
+        assert not ops.write_now(handle, len(CONTENT) - 4, memoryview(b"z" * 5))
+        assert ops.write_now(handle, len(CONTENT) - 4, memoryview(b"z" * 4))
+        assert counters.written == before + 14
+        assert bytes(await ops.read(handle, 0, 16)) == b"x" * 5 + b"z" * 10 + CONTENT[15:16]
+        assert bytes(await ops.read(handle, last, CLUSTER)) == b"y" * (CLUSTER - 4) + b"z" * 4
+        await ops.release(handle)
+        assert not ops.write_now(handle, 5, memoryview(b"late"))
+
+
 async def test_a_release_that_the_kernel_repeats_counts_once(tmp_path: Path) -> None:
     async with operations(tmp_path) as ops:
         (served,) = (one for one in ops._registry.images() if one.inode == INODE)

@@ -36,6 +36,9 @@ class Answers:
     def __init__(self) -> None:
         self.replies: list[Callable[[int], None]] = []  # of fsyncs that are under way
 
+    def write_now(self, handle: int, pos: int, data: memoryview) -> bool:
+        return False
+
     def fsync_now(self, inode: int, reply: Callable[[int], None]) -> bool:
         if inode == 1:
             return False
@@ -100,14 +103,15 @@ def test_a_new_session_gets_our_handlers_and_none_for_writes_through_a_pipe(func
         return 5
 
     kind = more_operations._NEW_SESSION[function]
-    library = SimpleNamespace(**{function: kind(new_session)}, fuse_reply_err=Replied(), fuse_reply_lseek=Replied())
+    replies = dict.fromkeys(("fuse_reply_err", "fuse_reply_lseek", "fuse_reply_write"), Replied())
+    library = SimpleNamespace(**{function: kind(new_session)}, **replies)
     more = MoreOperations(Answers())
     hook = kind(more._hook(cast("ctypes.PyDLL", library), library_memory.Pointer(0, True, function)))
     table = (ctypes.c_void_p * size)(*given)
     rest = [0] * (len(kind._argtypes_) - 3)
     assert hook(0, ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p)), size * WORD, *rest) == 5
     changed = {at for at, entry in enumerate(seen[0]) if entry != [*given, None][at]}
-    ours = {more_operations._FSYNC, more_operations._FALLOCATE, more_operations._LSEEK}
+    ours = {more_operations._FSYNC, more_operations._FALLOCATE, more_operations._LSEEK, more_operations._WRITE}
     assert changed == ours | {more_operations._WRITE_BUF}
     assert seen[0][more_operations._WRITE_BUF] is None
     assert more.missing == ""
