@@ -67,6 +67,24 @@ class FreePlaces:
         self._remove(number * BLOCK + at, 1)
         return (number * BLOCK + at) * self._cluster_size
 
+    def __bool__(self) -> bool:
+        return bool(self._order)
+
+    def take_lowest(self, most_rows: int, most: int) -> list[int]:
+        """Take the lowest rows of neighbours, so many at most, with at most `most` clusters in all. Ascending."""
+        taken: list[int] = []
+        for _ in range(most_rows):
+            if not self._order or len(taken) == most:
+                break
+            number = -self._order[-1]
+            bits = self._blocks[number]
+            at = (bits & -bits).bit_length() - 1
+            count = min(_ones_below(bits >> at), most - len(taken))
+            first = number * BLOCK + at
+            self._remove(first, count)
+            taken += range(first * self._cluster_size, (first + count) * self._cluster_size, self._cluster_size)
+        return taken
+
     def take_row(self, count: int, below: int) -> int | None:
         """Take `count` neighbours, the lowest that there are before offset `below`. Looks at LOOKED_AT blocks."""
         first = self._row(count, below // self._cluster_size)

@@ -13,6 +13,9 @@ Owns the order. The data of a cluster stays as it is until
 Then the space is punched out of the file, and the allocator may use it again. If the file system cannot punch, it holds
 old bytes, and is used only for clusters of which every byte is written. What earlier sessions have leaked follows.
 
+A punch costs a file system much the same for one cluster as for a thousand, some 100 us. So while an overlay is laid
+out anew, the punches may be put off (`put_off`): until then, many of the places have become neighbours.
+
 A session forgets what it has not used, nor punched. That is a leak, until a later session finds it.
 """
 
@@ -31,11 +34,14 @@ from qedfs.overlay.accesses import Accesses
 from qedfs.overlay.allocator import Allocator
 from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.clustermap import Freed
+from qedfs.overlay.free_places import FreePlaces
 from qedfs.overlay.references import References
 from qedfs.overlay.storage import Storage
 
 MOST_WAITING = 1 << 14  # clusters; more are committed, and their space is given back, before others are discarded
 MOST_DURABLE = 1 << 16  # clusters whose discard is durable, and whose space is not given back yet: some MiB of memory
+# Clusters whose punch is put off. If none has a neighbour, ext4 takes a second or two, and an end of the mount waits.
+MOST_PUT_OFF = 1 << 14
 SECONDS_AT_ONCE = 2.0  # how long one call gives space back. The caller has other work to do, such as commits.
 # What a thread punches before others get its lock: at most so many places, or clusters in them. 256 places take ext4
 # some ms.
@@ -51,6 +57,7 @@ class FreedClusters:
     ) -> None:
         self.accesses = Accesses()
         self.discards = 0  # changes when clusters are freed, so that what was looked up before may be out of date
+        self.put_off = False  # whether clusters that could be punched wait for their neighbours
         self.references = references
         self._storage = storage
         self._cluster_size = cluster_size
@@ -60,6 +67,8 @@ class FreedClusters:
         self._waiting_count = 0
         self._durable: deque[tuple[int, list[int]]] = deque()  # (the first access that cannot have looked them up, ...)
         self._durable_count = 0
+        self._put_off = FreePlaces(cluster_size)
+        self._put_off_count = 0
         self._leaks: Iterator[int] | None = None  # of earlier sessions, once they are known, until all are given back
         self._given = 0  # how many clusters were given back
         self._lock = trio.Lock()  # held while a thread punches
@@ -72,8 +81,15 @@ class FreedClusters:
 
     @property
     def any(self) -> bool:
-        """Whether there is, or may be, space that has not been given back."""
+        """Whether there is, or may be, space to give back. That whose punch is put off does not count."""
+        if self._put_off and not self.put_off:
+            return True
         return bool(self._waiting or self._durable or self._leaks is not None or not self.references.known)
+
+    @property
+    def put_off_bytes(self) -> int:
+        """How much space waits because its punch was put off."""
+        return self._put_off_count * self._cluster_size
 
     def add(self, freed: Freed) -> None:
         """Add clusters whose entries have just been set to zero in memory."""
@@ -140,24 +156,42 @@ class FreedClusters:
             if self.references.problem:
                 self._durable.clear()
                 self._durable_count = 0
+                self._put_off, self._put_off_count = FreePlaces(self._cluster_size), 0
             if not (offsets := self._next()):
                 break
+            if self.put_off and self._put_off_count < MOST_PUT_OFF:
+                self._put_off.add(offsets)
+                self._put_off_count += len(offsets)
+                self._forget(offsets)
+                await trio.lowlevel.checkpoint()
+                continue
             runs = list(_runs(offsets, self._cluster_size))
             try:
                 punched = await self._storage.in_thread(functools.partial(self._punch, runs))
             except QedfsError:
                 break  # the file was truncated, and nothing more is written to it
-            # Nobody else takes from the left, because we have the lock.
-            del self._durable[0][1][: len(offsets)]
-            self._durable_count -= len(offsets)
+            self._forget(offsets)
             if self._barriers.writable:
                 self._allocator.recycle(offsets, blank=punched)
                 self._given += len(offsets)
+
+    def _forget(self, offsets: list[int]) -> None:
+        """They are done, as `_next` has returned them. Nobody else takes from the left, because we have the lock."""
+        del self._durable[0][1][: len(offsets)]
+        self._durable_count -= len(offsets)
+
+    def _take_put_off(self, most: int) -> list[int]:
+        offsets = self._put_off.take_lowest(RUNS_AT_ONCE, most)
+        self._put_off_count -= len(offsets)
+        return offsets
 
     def _next(self) -> list[int]:
         """The clusters to punch next, in ascending order; none if all others have to wait."""
         while self._durable and not self._durable[0][1]:
             self._durable.popleft()
+        if not self._durable and not self.put_off and (offsets := self._take_put_off(CLUSTERS_AT_ONCE)):
+            self._durable.append((self.accesses.oldest, offsets))  # the accesses that mattered have ended before
+            self._durable_count += len(offsets)
         # Leaks come last. As with a discard, a barrier must have come between whatever made them leaks and the punch.
         if not self._durable and self._leaks is not None and self._barriers.count:
             if leaks := list(itertools.islice(self._leaks, CLUSTERS_AT_ONCE)):

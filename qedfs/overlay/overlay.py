@@ -399,7 +399,10 @@ class Overlay(OverlayState):
             if self.writable:
                 await self.flush()
                 in_order = True
+                self.relocation.punch_again()
                 await self.give_space_back()
+                while self.relocation.put_off_bytes and await self.give_space_back():
+                    pass
         finally:
             await self._ending.close(in_order=in_order)
         if self.storage.writable and self.storage.damage is not None:

@@ -18,9 +18,9 @@ from typing import BinaryIO
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.header import Header
 from qedfs.format.tables import encode_table
+from qedfs.host.fallocate import KEEP_SIZE, fallocate
 
 _ENTRIES_AT_ONCE = 1 << 16
-_KEEP_SIZE = 1  # <linux/falloc.h>
 
 
 class Preallocation(enum.StrEnum):
@@ -44,9 +44,6 @@ def write_tables(file: BinaryIO, header: Header) -> int:
 
 def reserve(fd: int, size: int) -> None:
     """Give the file space on the disk for its first `size` bytes. Its length stays. Raises OSError, like ENOSPC."""
-    import ctypes  # here, because loading it takes 4 ms
-
-    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    while fallocate(ctypes.c_int(fd), ctypes.c_int(_KEEP_SIZE), ctypes.c_int64(0), ctypes.c_int64(size)):
-        if (number := ctypes.get_errno()) != errno.EINTR:
+    while number := fallocate(fd, KEEP_SIZE, 0, size):
+        if number != errno.EINTR:
             raise OSError(number, os.strerror(number))

@@ -34,6 +34,7 @@ from qedfs.overlay.loop_writes import MOST_BYTES
 from qedfs.overlay.parts import Parts
 
 PIECE_BYTES = 128 << 10
+ROOM_BYTES = 1 << 30
 CROWDED_SECONDS = 0.05  # until a write on the event loop is tried again, if it could have waited for the disk
 
 
@@ -66,6 +67,23 @@ class Relocation:
     def problem(self) -> str:
         """Why the places that moves leave are not used again; "" if they are, as far as is known."""
         return self._freed.references.problem
+
+    async def put_off_punches(self) -> None:
+        """Punch old places later, when many are neighbours, as long as the file system has room for that meanwhile.
+
+        Up to half of the free space is used so, and ROOM_BYTES are left to others. Call this again and again.
+        """
+        free = await self._storage.in_thread(self._storage.free_bytes)
+        self._freed.put_off = free - self._freed.put_off_bytes >= ROOM_BYTES
+
+    def punch_again(self) -> None:
+        """Put off no more punches. `give_space_back` then has those that were."""
+        self._freed.put_off = False
+
+    @property
+    def put_off_bytes(self) -> int:
+        """How much space waits for a punch that was put off."""
+        return self._freed.put_off_bytes
 
     async def layout(self, first: int, count: int) -> Layout:
         """How the data of these clusters lies in the file. Raises BadOverlay for an invalid table."""

@@ -37,6 +37,7 @@ class Room:
 
         Raises ReadOnlyOverlay if a barrier has failed.
         """
+        self._freed.put_off = False
         if not self._freed.any:
             return False
         # If there is no space for the other entries, the discards are durable all the same.

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.host.fallocate import KEEP_SIZE, PUNCH_HOLE, fallocate
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.host.write_probe import WriteProbe
 from qedfs.overlay.length import Length
@@ -35,8 +36,6 @@ MARK_AGE_NS = 10**9
 # File systems whose leases a server grants.
 _SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _MOST_BUFFERS = 1024  # of one call: IOV_MAX
-_KEEP_SIZE = 1  # of fallocate(2)
-_PUNCH_HOLE = 2 | _KEEP_SIZE  # the second must go with it
 
 
 class FileExtent(NamedTuple):
@@ -99,6 +98,10 @@ class Storage(Protocol):
 
     def disk_usage(self) -> int:
         """Bytes that the file takes on disk; 0 if unknown. Raises nothing, because they are only for display."""
+        ...
+
+    def free_bytes(self) -> int:
+        """How much the file system has left for us; 0 if unknown. May wait for it, and raises nothing."""
         ...
 
     def read_now(self, offset: int, view: memoryview) -> bool:
@@ -314,6 +317,14 @@ class FileStorage(Threads):
         except OSError:
             return 0
 
+    def free_bytes(self) -> int:
+        """fstatvfs(3), without what only root may use."""
+        try:
+            found = os.fstatvfs(self._fd)
+        except OSError:
+            return 0
+        return found.f_bavail * found.f_frsize
+
     def read_now(self, offset: int, view: memoryview) -> bool:
         """One `preadv2` with RWF_NOWAIT: 1.1 us for 4 KiB in the page cache, while a worker thread would cost 70 us."""
         if not self._nowait:
@@ -447,23 +458,19 @@ class FileStorage(Threads):
 
     def punch(self, offset: int, size: int) -> bool:
         """fallocate with PUNCH_HOLE. Not all file systems can do that, and an error loses nothing."""
-        return not self._fallocate(_PUNCH_HOLE, offset, size)
+        return not self._fallocate(PUNCH_HOLE, offset, size)
 
     def reserve(self, offset: int, size: int) -> None:
         """fallocate without a change of the length."""
-        number = self._fallocate(_KEEP_SIZE, offset, size)
+        number = self._fallocate(KEEP_SIZE, offset, size)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise self._translated("reserve space", OSError(number, os.strerror(number)))
 
     def _fallocate(self, mode: int, offset: int, size: int) -> int:
         """fallocate(2). Returns 0, or the errno. Raises BadOverlay if the file was truncated."""
-        import ctypes  # here, because loading it takes 4 ms
-
         self._length.check()
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-        arguments = ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(size)
         try:
-            return ctypes.get_errno() if fallocate(ctypes.c_int(self._fd), *arguments) else 0
+            return fallocate(self._fd, mode, offset, size)
         finally:
             self._written = object()
 

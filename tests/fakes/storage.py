@@ -130,6 +130,7 @@ class MemoryStorage:
         self.owner_number = os.getuid()
         self.written_ns = 10**18  # the mtime of the file, which nobody moves here
         self.closed = False
+        self.left_bytes = 1 << 40  # of the file system; only told, never used up
         self.frozen = False  # until somebody waits for the thaw
         self.operations: Counter[str] = Counter()
         self.before_step: Callable[[], None] | None = None  # called before each operation of the overlay
@@ -190,6 +191,9 @@ class MemoryStorage:
 
     def disk_usage(self) -> int:
         return len(self.bytes)
+
+    def free_bytes(self) -> int:
+        return self.left_bytes
 
     def read_now(self, offset: int, view: memoryview) -> bool:
         # With a seed, one read in three is not in the page cache.

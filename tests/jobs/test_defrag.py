@@ -65,6 +65,46 @@ async def test_the_image_is_in_order_afterwards_and_the_file_no_longer(autojump_
         assert (again.state, again.moved_bytes) == (State.COMPLETE, 0)
 
 
+async def test_old_places_are_punched_in_long_rows(autojump_clock: trio.testing.MockClock) -> None:
+    async with scattered(40) as image:
+        await DefragJob(image).run()
+        assert storage_of(image).operations["punch"] <= 3
+        assert not image.overlay.relocation.put_off_bytes
+        assert not image.overlay.has_space_to_give_back
+
+
+async def test_when_it_is_cancelled_old_places_are_punched(autojump_clock: trio.testing.MockClock) -> None:
+    async with scattered(40) as image, trio.open_nursery() as nursery:
+        job = DefragJob(image, limit=4 * CLUSTER)
+        nursery.start_soon(lambda: job.run(once=True))
+        await trio.sleep(3)
+        await image.tend()
+        assert image.overlay.relocation.put_off_bytes
+        assert storage_of(image).operations["punch"] == 0
+        job.cancel()
+        await trio.sleep(1)
+        await image.tend()
+        assert not image.overlay.relocation.put_off_bytes
+        assert storage_of(image).operations["punch"] > 0
+
+
+async def test_on_a_full_disk_it_goes_on_with_the_room_of_old_places(autojump_clock: trio.testing.MockClock) -> None:
+    clusters = 2 * STRETCH
+    async with scattered(clusters) as image, trio.open_nursery() as nursery:
+        job = DefragJob(image, limit=STRETCH_BYTES)
+        nursery.start_soon(job.run)
+        await trio.sleep(0.8)
+        await image.tend()
+        assert image.overlay.relocation.put_off_bytes
+        storage_of(image).fail("write", NoSpace("the file system is full"))
+        with trio.fail_after(1000):
+            while job.state not in ENDED:  # noqa: ASYNC110
+                await trio.sleep(1)
+        assert (job.state, job.error) == (State.COMPLETE, None)
+        assert (await layout(image)).pieces <= 2
+        assert await is_right(image, clusters)
+
+
 async def test_it_stops_when_it_is_told_to_and_goes_on(autojump_clock: trio.testing.MockClock) -> None:
     async with scattered(20) as image, trio.open_nursery() as nursery:
         job = DefragJob(image, limit=4 * CLUSTER)

@@ -156,6 +156,10 @@ class Actors:
             await self.pause()
             first = self._rng.choice(self._focus)
             many = self._rng.randint(1, min(6, self._geometry.clusters - first))
+            if first % 3:
+                relocation.punch_again()
+            else:
+                await relocation.put_off_punches()
             with self._trouble_allowed():
                 low = self._rng.random() < 0.3
                 gathering = await (relocation.lower(first, many, 1 << 40) if low else relocation.gather(first, many))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -27,6 +28,13 @@ def test_all_is_as_a_set_would_have_it(monkeypatch: pytest.MonkeyPatch, seed: in
             taken = places.take()
             assert taken == min(model, default=None)
             model.discard(taken or 0)
+        elif kind < 0.75:
+            most_rows, most = rng.choice((1, 2, 5)), rng.choice((1, 3, 20))
+            lowest = places.take_lowest(most_rows, most)
+            assert lowest == sorted(model)[: len(lowest)]
+            assert bool(model) <= len(lowest) <= most
+            assert sum(after != before + C for before, after in itertools.pairwise(lowest)) < most_rows
+            model -= set(lowest)
         elif kind < 0.9:
             count, below = rng.choice((1, 2, 3, 4, 6, 12)), rng.randrange(61) * C
             rows = [range(at, at + count * C, C) for at in sorted(model)]
@@ -41,6 +49,7 @@ def test_all_is_as_a_set_would_have_it(monkeypatch: pytest.MonkeyPatch, seed: in
             assert places.beginning_at(end) == begin
             places.forget(begin, end)
             model -= set(range(begin, end, C))
+    assert bool(places) is bool(model)
     assert list(iter(places.take, None)) == sorted(model)
 
 

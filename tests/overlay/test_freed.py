@@ -9,13 +9,14 @@ from typing import TypeVar
 import pytest
 import trio
 
-from qedfs.errors import QedfsError
+from qedfs.errors import NoSpace, QedfsError
 from qedfs.format.tables import ZERO
 from qedfs.overlay import free_places, loop_writes
 from qedfs.overlay import freed as freed_module
 from qedfs.overlay.journal import Journal
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.relocation import ROOM_BYTES
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.images import empty, filled
 
@@ -301,3 +302,68 @@ async def test_places_are_used_from_the_lowest_on(blank: bool, monkeypatch: pyte
     for cluster in (20, 21, 22):
         await overlay.write(cluster * CLUSTER, b"w" * CLUSTER, no_fill)
     assert [await place_of(overlay, cluster) for cluster in (20, 21, 22)] == places
+
+
+async def test_punches_that_are_put_off_wait_for_their_neighbours() -> None:
+    storage, overlay = await opened()
+    await overlay.relocation.put_off_punches()
+    for cluster in (0, 2, 4):
+        await overlay.discard(cluster, 1)
+        await overlay.flush()
+        assert not await overlay.give_space_back()
+    assert (overlay.has_space_to_give_back, overlay.relocation.put_off_bytes) == (False, 3 * CLUSTER)
+    assert set(offsets(storage)) == set(DATA)
+    for cluster in (1, 3):
+        await overlay.discard(cluster, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    overlay.relocation.punch_again()
+    assert overlay.has_space_to_give_back
+    await overlay.give_space_back()
+    assert (set(offsets(storage)), storage.operations["punch"]) == ({5}, 1)
+    assert not overlay.relocation.put_off_bytes
+    size = storage.size()
+    for cluster in range(5):
+        await overlay.write((20 + cluster) * CLUSTER, b"w" * CLUSTER, no_fill)
+    await overlay.flush()
+    assert storage.size() == size
+
+
+async def test_as_much_is_put_off_as_an_end_of_the_mount_can_make_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_module, "MOST_PUT_OFF", 2)
+    storage, overlay = await opened()
+    await overlay.relocation.put_off_punches()
+    for cluster in (0, 2, 4):
+        await overlay.discard(cluster, 1)
+        await overlay.flush()
+        await overlay.give_space_back()
+    assert set(offsets(storage)) == {0, 1, 2, 3, 5}
+    await overlay.close()
+    assert set(offsets(storage)) == {1, 3, 5}
+
+
+async def test_a_disk_with_little_room_has_nothing_put_off() -> None:
+    storage, overlay = await opened()
+    storage.left_bytes = ROOM_BYTES + CLUSTER
+    for cluster in (0, 2):
+        await overlay.relocation.put_off_punches()
+        await overlay.discard(cluster, 1)
+        await overlay.flush()
+        await overlay.give_space_back()
+    await overlay.relocation.put_off_punches()
+    assert set(offsets(storage)) == set(DATA)
+    storage.left_bytes -= 2 * CLUSTER  # others have used it
+    await overlay.relocation.put_off_punches()
+    await overlay.give_space_back()
+    assert set(offsets(storage)) == {1, 3, 4, 5}
+
+
+async def test_a_write_that_finds_no_space_gets_what_was_put_off() -> None:
+    storage, overlay = await opened()
+    await overlay.relocation.put_off_punches()
+    await overlay.discard(2, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    storage.fail("write", NoSpace("full"))
+    await overlay.write(9 * CLUSTER, b"w" * CLUSTER, no_fill)
+    assert set(offsets(storage)) == {0, 1, 3, 4, 5}
