@@ -5,8 +5,9 @@ Must not know who controls it.
 
 An overlay that readers have filled has its clusters in the order in which they were asked for. Reading the image from
 start to end then jumps about in the file. The job walks the image in stretches. It moves one whose data is in more
-than one piece to the end of the file, in one piece. When it has passed the whole image, the first places are free. It
-moves the same stretches there, as far as they fit, and what is left free at the end of the file is cut off.
+than one piece to the end of the file, in one piece. When it has passed the whole image, the first places are free, and
+what earlier sessions have leaked is found. It moves the stretches there, as far as they fit, and what is left free at
+the end of the file is cut off.
 
 Room: what was moved and not committed yet is on the disk twice. That is up to COMMIT_BYTES, as a commit follows then,
 and the old places are given back to the file system. If there is much free space, they are given back later, in longer
@@ -52,8 +53,7 @@ class DefragJob(Job):
         self._finished = False
         self._clusters = image.overlay.geometry.clusters
         self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
-        self._gathered: list[tuple[int, int]] = []  # what was moved to the end of the file: first cluster, how many
-        self._lowered = 0  # how many of them have been looked at again
+        self._lowered = 0  # the first cluster that the second pass has not looked at
 
     @property
     def done(self) -> bool:
@@ -70,26 +70,25 @@ class DefragJob(Job):
         """How far it is in the image, in bytes: half of it when all has been moved once."""
         if self._finished or not self._clusters:
             return self.image.size
-        second = self._lowered / len(self._gathered) if self._gathered else 1.0
-        passed = self.cursor / self._clusters
-        return int(self.image.size * (passed / 2 + (second / 2 if passed >= 1 else 0)))
+        return int(self.image.size * (self.cursor + self._lowered) / (2 * self._clusters))
 
     async def work(self) -> bool:
         """Move what is not in order; see `Job.work`. A full disk ends the job: it is no reason to wait for room."""
         relocation = self.image.overlay.relocation
         if not relocation.most_clusters:
-            self.cursor = self._clusters  # such clusters are longer than any jump
+            self.cursor = self._lowered = self._clusters  # such clusters are longer than any jump
         try:
             while self.cursor < self._clusters:
                 if not self._goes_on():
                     return False
                 await self._gather()
             relocation.punch_again()
+            relocation.find_leaks()
             await self.image.overlay.commit_and_give_back()
-            while self._lowered < len(self._gathered):
+            while self._lowered < self._clusters:
                 if not self._goes_on():
                     return False
-                await self._lower(*self._gathered[self._lowered])
+                await self._lower()
         except NoSpace as exc:
             if relocation.put_off_bytes:
                 relocation.punch_again()
@@ -128,26 +127,29 @@ class DefragJob(Job):
         if (await overlay.relocation.layout(first, count)).pieces > 1:
             await overlay.relocation.put_off_punches()
             gathering = await overlay.relocation.gather(first, count)
-            if gathering is not None:
-                if not await self._move(gathering):
-                    # The rest follows. A job that is held off again and again would never end if it began anew.
-                    count = gathering.next - first
-                if count:
-                    self._gathered.append((first, count))
+            if gathering is not None and not await self._move(gathering):
+                # The rest follows. A job that is held off again and again would never end if it began anew.
+                count = gathering.next - first
         elif first // self._stretch % LOOKED_AT == 0:
             await trio.lowlevel.checkpoint()
         self.cursor = first + count
 
-    async def _lower(self, first: int, count: int) -> None:
-        """Move a stretch to a lower place, if there is one that is large enough."""
-        relocation = self.image.overlay.relocation
-        layout = await relocation.layout(first, count)
-        if layout.pieces == 1:
-            gathering = await relocation.lower(first, count, layout.first)
-            if gathering is not None and not await self._move(gathering):
-                self._gathered[self._lowered] = gathering.next, first + count - gathering.next
-                return  # the rest follows
-        self._lowered += 1
+    async def _lower(self) -> None:
+        """Move the next stretch to a lower place, if there is one that is large enough.
+
+        Also one that this job has not moved: an earlier one may have been killed after its first pass.
+        """
+        overlay, first = self.image.overlay, self._lowered
+        if gap := await overlay.gap(first):
+            self._lowered = min(self._clusters, first + gap)
+            await trio.lowlevel.checkpoint()
+            return
+        end = first + min(self._stretch - first % self._stretch, self._clusters - first)
+        layout = await overlay.relocation.layout(first, end - first)
+        gathering = await overlay.relocation.lower(first, end - first, layout.first) if layout.clusters else None
+        if gathering is not None and not await self._move(gathering):
+            end = gathering.next  # the rest follows
+        self._lowered = end
         await trio.lowlevel.checkpoint()
 
     async def _move(self, gathering: Gathering) -> bool:

@@ -80,6 +80,10 @@ class Relocation:
         """Put off no more punches. `give_space_back` then has those that were."""
         self._freed.put_off = False
 
+    def find_leaks(self) -> None:
+        """Let `give_space_back` have what earlier sessions have leaked, such as one that was killed during a move."""
+        self._freed.references.begin()
+
     @property
     def put_off_bytes(self) -> int:
         """How much space waits for a punch that was put off."""

@@ -65,6 +65,25 @@ async def test_the_image_is_in_order_afterwards_and_the_file_no_longer(autojump_
         assert (again.state, again.moved_bytes) == (State.COMPLETE, 0)
 
 
+async def test_what_an_earlier_one_has_left_at_the_end_of_the_file_goes_down(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scattered(20) as image:
+        size = image.overlay.file_size
+        gathering = await image.overlay.relocation.gather(0, 20)
+        assert gathering is not None
+        with gathering:
+            while not gathering.ended:
+                await gathering.step()
+        await image.overlay.commit_and_give_back()
+        assert (await layout(image)).pieces == 1
+        assert image.overlay.file_size == size + 20 * CLUSTER
+        job = DefragJob(image)
+        await job.run()
+        assert (image.overlay.file_size, job.moved_bytes) == (size, 20 * CLUSTER)
+        assert await is_right(image, 20)
+
+
 async def test_old_places_are_punched_in_long_rows(autojump_clock: trio.testing.MockClock) -> None:
     async with scattered(40) as image:
         await DefragJob(image).run()
