@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,43 +21,8 @@ from tests.harness.require import require, require_fuse
 from tests.harness.sample import sample
 
 from .committing import MIB, SIZE, commit, overlay_over, refused
+from .killing import kills
 from .test_json import printed
-
-# Each child does one commit, and is killed before the step that is its number. The same command then goes on.
-KILLS = """
-import os, signal, shutil, sys
-import qedfs.cli.commands.commit, qedfs.source.open, qedfs.image.commit_down, qedfs.fetch.queue
-from qedfs.cli.main import main
-from qedfs.overlay.storage import FileStorage
-
-def child(folder, at):
-    steps = 0
-    def killing(name):
-        step = getattr(FileStorage, name)
-        def counted(self, *args):
-            nonlocal steps
-            steps += 1
-            if steps == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *args)
-        setattr(FileStorage, name, counted)
-    for name in ("write", "resize", "punch", "barrier"):
-        killing(name)
-    sys.argv = ["qedfs", "commit", folder + "/disk.qed", "--allow-backing", folder, "--quiet"]
-    try:
-        main()
-    except SystemExit as exc:
-        os._exit(exc.code or 0)
-
-template, every = sys.argv[1], int(sys.argv[2])
-for at in range(1, 1000, every):
-    folder = f"{template}-{at}"
-    shutil.copytree(template, folder)
-    pid = os.fork() or child(folder, at)
-    if os.waitpid(pid, 0)[1] != signal.SIGKILL:
-        break
-    print(folder)
-"""
 
 
 def flat(overlay: Path) -> Path:
@@ -132,17 +96,10 @@ def test_what_a_killed_mount_had_not_written_to_the_overlay_comes_along(overlay:
     assert (overlay.parent / "base").read_bytes() == before
 
 
-def kills(overlay: Path, every: int) -> Iterator[Path]:
-    """The folders in which a commit was killed, each before another step."""
-    words: list[str | Path] = [sys.executable, "-c", KILLS, overlay.parent, str(every)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    yield from map(Path, done.stdout.split())
-
-
 def test_after_a_kill_the_image_reads_the_same_and_the_same_command_goes_on(overlay: Path, tmp_path: Path) -> None:
     require_fuse()
     before = flat(overlay)
-    killed = list(kills(overlay, sample(7, whole=1)))
+    killed = list(kills(overlay.parent, sample(7, whole=1), "commit", "FOLDER/disk.qed", "--allow-backing", "FOLDER"))
     assert len(killed) > 3
     states = set()
     for number, folder in enumerate(killed):
