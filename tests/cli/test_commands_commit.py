@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
+from qedfs.cli.commands.commit import _tell_of_silence
+from qedfs.cli.ui.copy_progress import CopyProgress
 from tests.harness.images import (
     first_difference,
     qemu_check,
@@ -126,3 +130,20 @@ def test_a_file_that_cannot_grow_stops_it_and_nothing_is_lost(overlay: Path) -> 
     assert commit(overlay).returncode == 0
     assert first_difference(overlay.parent / "base", before) is None
     assert qemu_info(overlay)["virtual-size"] == SIZE
+
+
+async def test_it_says_once_that_a_disk_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], autojump_clock: trio.testing.MockClock
+) -> None:
+    progress, waits = CopyProgress("disk.qed"), [False]
+    monkeypatch.setattr("qedfs.cli.commands.commit.waits_for_disk", lambda _: waits[0])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_tell_of_silence, "disk.qed", progress)
+        await trio.sleep(60)  # other work takes its time
+        waits[0] = True
+        for _ in range(60):  # a slow disk
+            progress.add(1)
+            await trio.sleep(1)
+        assert capsys.readouterr().err == ""
+        await trio.sleep(60)
+    assert "disk.qed: the commit waits for a disk, or for a file system that is frozen" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from qedfs.host.procfs import (
     mounts,
     outer_user,
     sockets,
+    waits_for_disk,
 )
 
 # Each byte that Python's text files, `splitlines` or `split` would take for the end of something, and the kernel's own.
@@ -106,3 +107,8 @@ def test_whether_setuid_programs_get_privileges() -> None:
     assert is_denied_privileges(b"Name:\tx NoNewPrivs:\t1\nCapEff:\t0\nNoNewPrivs:\t1\nSeccomp:\t2\n")
     assert not is_denied_privileges(b"Name:\tNoNewPrivs:\t1\nNoNewPrivs:\t0\nSeccomp:\t2\n")
     assert not is_denied_privileges(b"Name:\told kernel\n")
+
+
+def test_whether_a_process_waits_for_a_disk() -> None:
+    assert not waits_for_disk(os.getpid())  # it runs
+    assert not waits_for_disk(1 << 30)  # there is no such process

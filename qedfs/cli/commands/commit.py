@@ -18,11 +18,12 @@ from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import PLACE, RATE
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
-from qedfs.cli.ui.output import print_json
+from qedfs.cli.ui.output import print_json, remark
 from qedfs.cli.writable_backing import opened, place_of
 from qedfs.errors import InStandby, UsageError
 from qedfs.format.record import Pin
 from qedfs.format.tables import MISSING
+from qedfs.host.procfs import waits_for_disk
 from qedfs.image.commit_down import Committed, Pinning, commit_down, copy
 from qedfs.image.commit_target import RawTarget, Target
 from qedfs.image.pin import pin_for
@@ -34,6 +35,8 @@ from qedfs.units import format_size
 
 if TYPE_CHECKING:
     from qedfs.source.retrying import RetryingSource
+
+SILENT_SECONDS = 5.0
 
 
 @click.command(cls=GivenOnce, short_help="Write an overlay's own data into its backing.")
@@ -130,30 +133,48 @@ def _words(order: _Order, done: Committed, backing: str) -> str:
 
 async def _with_bar(order: _Order, progress: CopyProgress, quiet: bool) -> tuple[Committed, str]:
     """Returns what was done, and the path of the backing."""
-    async with drawn(progress, quiet=quiet):
-        with image_explained(order.path):
-            overlay = await open_overlay(order.path, writable=not order.dry_run)
-        mine = True  # to close
-        try:
-            location = _location(order, overlay)
-            runs = [run async for run in whole_map(overlay)]
-            progress.total = sum(run.size for run in runs if run.offset != MISSING)
-            asking = Asking(order.allow_backing)
-            async with opened(overlay, location, asking, dry=order.dry_run) as target:
-                if order.dry_run:
-                    done = Committed()
-                    await copy(overlay, runs, target, progress.add, done)
-                else:
-                    pinning = _pinning(overlay, location, asking, target)
-                    mine = False
-                    done = await commit_down(overlay, runs, target, pinning, progress.add, keep=order.keep)
-            return done, location.path or ""
-        finally:
+    async with drawn(progress, quiet=quiet), trio.open_nursery() as nursery:
+        if not quiet:
+            nursery.start_soon(_tell_of_silence, order.path, progress)
+        done = await _carried_out(order, progress)
+        nursery.cancel_scope.cancel()
+    return done
+
+
+async def _tell_of_silence(path: str, progress: CopyProgress) -> None:
+    """Say once if it goes no further because of a disk. Not even Ctrl-C ends such a wait."""
+    done = -1
+    while not (progress.done == done and waits_for_disk(os.getpid())):
+        done = progress.done
+        await trio.sleep(SILENT_SECONDS)
+    remark(f"{path}: the commit waits for a disk, or for a file system that is frozen, and can end only after that")
+
+
+async def _carried_out(order: _Order, progress: CopyProgress) -> tuple[Committed, str]:
+    """See `_with_bar`."""
+    with image_explained(order.path):
+        overlay = await open_overlay(order.path, writable=not order.dry_run)
+    mine = True  # to close
+    try:
+        location = _location(order, overlay)
+        runs = [run async for run in whole_map(overlay)]
+        progress.total = sum(run.size for run in runs if run.offset != MISSING)
+        asking = Asking(order.allow_backing)
+        async with opened(overlay, location, asking, dry=order.dry_run) as target:
             if order.dry_run:
-                overlay.close_now()
-            elif mine:
-                with trio.CancelScope(shield=True):
-                    await overlay.close()
+                done = Committed()
+                await copy(overlay, runs, target, progress.add, done)
+            else:
+                pinning = _pinning(overlay, location, asking, target)
+                mine = False
+                done = await commit_down(overlay, runs, target, pinning, progress.add, keep=order.keep)
+        return done, location.path or ""
+    finally:
+        if order.dry_run:
+            overlay.close_now()
+        elif mine:
+            with trio.CancelScope(shield=True):
+                await overlay.close()
 
 
 def _location(order: _Order, overlay: Overlay) -> Location:
