@@ -52,23 +52,12 @@ class CommitJob(Job):
         self._clusters = self._commit.clusters
         self._copied = self._dropped = 0  # how many clusters have been visited for either
         self._uncommitted = 0  # clusters that were dropped since
-        self._finished = False
         self._silence = ""  # what it was said to wait for
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended well."""
-        return self._finished
-
-    @property
-    def total(self) -> int:
-        """The size of the image in bytes."""
-        return self.image.size
 
     @property
     def progress(self) -> int:
         """How far it is in the image, in bytes: half of it when all has been copied."""
-        if self._finished or not self._clusters:
+        if self.finished or not self._clusters:
             return self.image.size
         passed = self._copied if self.keep else (self._copied + self._dropped) / 2
         return int(self.image.size * passed / self._clusters)
@@ -151,7 +140,6 @@ class CommitJob(Job):
     async def finish(self) -> None:
         """Let the file have all of it, and give the space back."""
         await self._give_back()
-        self._finished = True
         got, went = format_size(self.copied_bytes), format_size(self.dropped_bytes)
         log.info("%s: committed into its backing, %s compared, %s dropped", self.image.name, got, went)
 

@@ -4,8 +4,8 @@ Owns the loop of the job's task, pause and resume, the rate limit, the hold-off,
 and their transitions are in `state.py`. Must not know any kind of job, nor who controls one: commands call the methods,
 and a `Driver` is notified of changes and decides the policy.
 
-How to add a kind: derive from `Job`, give it a name (`kind`) and the hooks `done`, `progress`, `total`, `work` and
-`finish`, and name the class in `kinds.py`.
+How to add a kind: derive from `Job`, give it a name (`kind`) and the hooks `progress`, `work` and `finish`, and name
+the class in `kinds.py`. If others may do its work, too, define `done`; if it does not walk the image, `total`.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Job(abc.ABC):
         self.rate_limiter = RateLimiter(limit)
         self.error: QedfsError | None = None  # why it has stopped
         self.hold_off = hold_off
+        self.finished = False  # whether `finish` has ended well
         self.cursor = 0  # where the work continues; a failure that is not ignored resets it
         self.ignored: QedfsError | None = None  # the last failure that was ignored
         self._ignored_at = 0  # the cursor at that time
@@ -117,12 +118,19 @@ class Job(abc.ABC):
         self._poked = trio.Event()
         self._wait: trio.CancelScope | None = None
 
-    # To be implemented by each kind of job.
+    # Of most kinds of job.
 
     @property
-    @abc.abstractmethod
     def done(self) -> bool:
         """Whether nothing is left to do, no matter who did it."""
+        return self.finished
+
+    @property
+    def total(self) -> int:
+        """The number of bytes when the job is done."""
+        return self.image.size
+
+    # To be implemented by each kind of job.
 
     @property
     @abc.abstractmethod
@@ -133,11 +141,6 @@ class Job(abc.ABC):
     def moved(self) -> int:
         """The part of `progress` that the job has taken time for, plus a constant: what its rate is measured by."""
         return self.progress
-
-    @property
-    @abc.abstractmethod
-    def total(self) -> int:
-        """The number of bytes when the job is done."""
 
     @abc.abstractmethod
     async def work(self) -> bool:
@@ -294,6 +297,7 @@ class Job(abc.ABC):
             self.makes_progress()
             if await self._driver.may_finish(self):
                 await self.finish()
+                self.finished = True
         elif self.ignored is not None and self.allowed and not self.hold_off():
             # The work did not break off: all that is left is what was ignored.
             self.fail(self.ignored)

@@ -64,11 +64,6 @@ class StreamJob(Job):
         return self.image.complete
 
     @property
-    def total(self) -> int:
-        """The size of the image in bytes."""
-        return self.image.size
-
-    @property
     def progress(self) -> int:
         """How many bytes the source is no longer needed for."""
         skipped = self._missing.skipped - self.image.discarded_holes  # those are populated

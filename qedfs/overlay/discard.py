@@ -111,7 +111,7 @@ class Discards:
                 self._journal.append([(first, zero_run(count))])
             if not self._journal.outlived:
                 break
-            await self._give_up_journal()
+            await self._session.give_up_journal()
         # No await between the look-up and the change.
         freed, missing = self._map.discard(first, count, missing_too=missing_too)
         self._freed.add(freed)
@@ -128,12 +128,6 @@ class Discards:
             end = min(stop, (first // self._map.slice_entries + 1) * self._map.slice_entries)
             self._allocator.make_table(first, reserve=self._map.count_missing_in(first, end - first) and end - first)
             first = end
-
-    async def _give_up_journal(self) -> None:
-        """The journal takes no more entries, and those that it has must not outlive the discard."""
-        await self._committer.commit()
-        self._journal.void()
-        await self._session.note_no_journal()
 
 
 def _pieces(first: int, count: int) -> Iterator[Clusters]:

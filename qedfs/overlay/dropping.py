@@ -65,7 +65,6 @@ class Dropping:
     def __init__(self, parts: Parts) -> None:
         self._storage = parts.storage
         self._map = parts.clusters
-        self._committer = parts.committer
         self._barriers = parts.barriers
         self._journal = parts.journal
         self._session = parts.session
@@ -137,9 +136,7 @@ class Dropping:
             if self._pending.hold is not None:
                 await self._pending.hold.wait()  # the file is being copied
             elif self._journal.outlived:
-                await self._committer.commit()
-                self._journal.void()
-                await self._session.note_no_journal()
+                await self._session.give_up_journal()
             elif self._map.is_loaded(pos, size):
                 self._barriers.check_writable()
                 return

@@ -147,7 +147,7 @@ def _open(  # noqa: C901 - its steps
             references.begin()
     parts = Parts(
         storage=storage,
-        session=OpenSession(storage, session, committer, barriers, session_start),
+        session=OpenSession(storage, session, committer, barriers, journal, session_start),
         tables=tables,
         clusters=clusters,
         committer=committer,

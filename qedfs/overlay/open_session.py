@@ -21,6 +21,7 @@ from qedfs.overlay.barrier import Barriers
 from qedfs.overlay.commit import Committer
 from qedfs.overlay.dirty_pages import dirty_pages
 from qedfs.overlay.session import Session
+from qedfs.overlay.session_journal import SessionJournal
 from qedfs.overlay.session_start import SessionStart
 from qedfs.overlay.storage import MARK_AGE_NS, ChangeMark, Storage
 
@@ -36,6 +37,7 @@ class OpenSession:
         session: Session,
         committer: Committer,
         barriers: Barriers,
+        journal: SessionJournal,
         start: SessionStart | None,
     ) -> None:
         # Held during every change of the header or the record. Acquired before the committer's locks.
@@ -45,6 +47,7 @@ class OpenSession:
         self._session = session
         self._committer = committer
         self._barriers = barriers
+        self._journal = journal
         self._start = start
         self._in_order: ChangeMark | None = None  # the file when it was last found in order
         self._changes: list[Change] = []  # changes of the record that are being stored, or wait to be
@@ -130,6 +133,16 @@ class OpenSession:
             # say that a guest has written, its bytes would be dropped on a way back to standby.
             if standby is Standby.REVOCABLE:
                 raise
+
+    async def give_up_journal(self) -> None:
+        """Commit, and void a journal that takes no more entries: what it has must not outlive what it lacks.
+
+        A later session would otherwise believe it, against what this one is about to change. Raises what
+        `Committer.commit` raises.
+        """
+        await self._committer.commit()
+        self._journal.void()
+        await self.note_no_journal()
 
     async def note_no_journal(self) -> None:
         """Record that there is no journal for a later session to find: it was lost, but the file has its entries."""

@@ -172,7 +172,7 @@ class Relocation:
                 continue
             if self._journal.outlived:
                 # It would contradict the new entry, and take nothing that explains it.
-                await self._heed_journal()
+                await self._session.give_up_journal()
                 continue
             self._barriers.check_writable()
             data = [cluster for cluster in clusters if self._map.entry(cluster) > ZERO]
@@ -225,13 +225,6 @@ class Relocation:
         self._committer.note_data(len(entries) * self._cluster_size)
         self._freed.add(freed)
         return True
-
-    async def _heed_journal(self) -> None:
-        """Make the journal void if it takes no more entries. What it has must not outlive what it lacks."""
-        if self._journal.outlived:
-            await self._committer.commit()
-            self._journal.void()
-            await self._session.note_no_journal()
 
     def give_back(self, places: Iterable[int]) -> None:
         """Free what was allocated for a move and not used."""

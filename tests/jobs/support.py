@@ -27,11 +27,6 @@ class CountJob(Job):
         self.failures: dict[int, Exception] = {}
         self.counted: list[int] = []
         self.tried: list[tuple[float, int]] = []  # when, which step
-        self.finished = False
-
-    @property
-    def done(self) -> bool:
-        return self.finished
 
     @property
     def progress(self) -> int:
@@ -67,7 +62,7 @@ class CountJob(Job):
             self.makes_progress()
 
     async def finish(self) -> None:
-        self.finished = True
+        """Nothing is left to do."""
 
 
 class Told(Driver):
