@@ -6,7 +6,9 @@ I/O, no clock.
 The bytes in flight that keep a link busy are the product of its rate and its round trip. Both are measured: the rate as
 the best one over any interval, the round trip as the shortest time of a request. At first the window grows by the bytes
 that arrive, which doubles it every round trip, as long as the rate increases. After that it is a fixed multiple of the
-product, as in BBR (Cardwell et al., ACM Queue 2016). Now and then it tries a larger window, because links change.
+product, as in BBR (Cardwell et al., ACM Queue 2016). Now and then it tries a larger window, because links change. While
+it grows, it stays below a larger multiple (START_GAIN), since the rate shows only after some round trips that the link
+is full.
 
 On a slow link the round trip cannot be distinguished from the time that our own requests wait for one another. There
 the window is bounded by the time that a request takes, because a reader may have to wait behind it, and because each
@@ -26,6 +28,9 @@ REQUEST_SECONDS = 0.02  # transfer time of a request on such a link: 40 times ou
 MIN_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to finish
 GAIN = 2.0  # window / (rate x round trip): leaves room for jitter, and for answers that end in bursts
+# The same while the window grows. It doubles every round trip, and the rate is known as the average of some round
+# trips, so a smaller gain would slow it down.
+START_GAIN = 6.0
 GROWTH = 1.15  # the rate has grown if it is at least this many times the best one
 QUEUE_SECONDS = 5.0  # how long a request may take because of the bytes ahead of it
 PROBE_SECONDS = 3.0  # between two tries of a larger window
@@ -37,12 +42,13 @@ LATE_SECONDS = 1.0
 LATE_ROUND_TRIPS = 4.0
 LATE_TRANSFERS = 4.0
 # Bytes may gather in the kernel for GATHER_SECONDS, unless that is much of a round trip, or they become too many: to
-# receive GATHER_BYTES takes 0.1 ms, and the buffers of a few new connections hold them. If the time is shorter than
-# LEAST_GATHER_SECONDS, the link is so fast or so near that enough bytes gather while we work.
-GATHER_SECONDS = 0.004
-GATHER_ROUND_TRIPS = 0.25
-GATHER_BYTES = 512 << 10
-LEAST_GATHER_SECONDS = 0.001
+# receive GATHER_BYTES takes 0.2 ms, and the sockets' buffers, which the kernel enlarges while it is received from them,
+# hold them. If the time is shorter than LEAST_GATHER_SECONDS, the link is so fast or so near that enough bytes gather
+# while we work.
+GATHER_SECONDS = 0.008
+GATHER_ROUND_TRIPS = 0.4
+GATHER_BYTES = 1 << 20
+LEAST_GATHER_SECONDS = 0.002
 DECAY = 0.95  # factor for the best rate after an interval with a lower one, so that a slower link is noticed
 MEMORY_SECONDS = 10.0  # how long a measured round trip counts
 
@@ -114,7 +120,7 @@ class CongestionWindow:
         if self._shows_round_trip(seconds, ahead + size):
             self._remember(now, seconds)
         if self._starting:
-            self._bytes = min(MAX_BYTES, self._bytes + size)
+            self._bytes = min(self._multiple(START_GAIN) if self._best else MAX_BYTES, self._bytes + size)
         self._update_bound(size, seconds, ahead + size)
         received_bytes = received - self._interval_from
         if self._interval_start is None or received_bytes < 0:
@@ -141,13 +147,14 @@ class CongestionWindow:
         elif grown:
             self._starting, self._stalls = True, 0
         if now >= self._next_probe:
-            self._bytes = min(MAX_BYTES, int(self._target() * PROBE))
+            self._bytes = min(MAX_BYTES, int(self._multiple(GAIN) * PROBE))
             self._next_probe = now + PROBE_SECONDS
         else:
-            self._bytes = self._target()
+            self._bytes = self._multiple(GAIN)
 
-    def _target(self) -> int:
-        return int(max(MIN_BYTES, min(MAX_BYTES, GAIN * self._best * self.round_trip)))
+    def _multiple(self, gain: float) -> int:
+        """A multiple of the bytes that fill the link, within the bounds of the window."""
+        return int(max(MIN_BYTES, min(MAX_BYTES, gain * self._best * self.round_trip)))
 
     def _update_bound(self, size: int, seconds: float, queued: int) -> None:
         """Lower the bound if a request with `queued` bytes in flight took too long, raise it if it was fast.

@@ -19,9 +19,10 @@ def turns(*, rate: float, round_trip: float) -> Scheduler:
     return Scheduler(window, Budget())
 
 
+@pytest.mark.parametrize("round_trip", [0.02, 0.2])
 @pytest.mark.usefixtures("autojump_clock")
-async def test_requests_on_a_far_link_do_not_all_end_together() -> None:
-    far = turns(rate=1000 * MBIT, round_trip=0.2)
+async def test_requests_on_a_far_link_do_not_all_end_together(round_trip: float) -> None:
+    far = turns(rate=1000 * MBIT, round_trip=round_trip)
     assert {far.request_bytes() for _ in range(6)} == {MAX_REQUEST_BYTES >> part for part in range(2)}
 
 
@@ -29,6 +30,12 @@ async def test_requests_on_a_far_link_do_not_all_end_together() -> None:
 async def test_requests_on_a_near_link_are_as_large_as_they_may_be() -> None:
     near = turns(rate=10_000 * MBIT, round_trip=0.0005)
     assert {near.request_bytes() for _ in range(6)} == {MAX_REQUEST_BYTES}
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_requests_on_a_slow_link_are_not_enlarged() -> None:
+    slow = turns(rate=20 * MBIT, round_trip=0.02)
+    assert len({slow.request_bytes() for _ in range(6)}) == 1
 
 
 @pytest.mark.usefixtures("autojump_clock")
