@@ -88,7 +88,7 @@ def _own_stderr() -> TextIO:
     """Standard error by a descriptor of its own. What is printed to descriptor 2 while libfuse mounts is caught."""
     try:
         return open(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
-    except (OSError, ValueError):  # no descriptor is left, or it is no file
+    except (OSError, ValueError):  # no descriptor is left, or it is not a file
         return sys.stderr
 
 
@@ -100,6 +100,6 @@ def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> b
     """
     try:
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):  # closed, or no file
+    except (OSError, ValueError):  # closed, or not a file
         return False
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"

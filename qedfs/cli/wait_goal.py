@@ -48,7 +48,7 @@ class Unused:
         return not image["opens"]
 
     def held(self, image: Image) -> str | None:
-        """Says "is open" of an open image; None if it is closed."""
+        """The text "is open" if the image is open; None if it is closed."""
         return "is open" if image["opens"] else None
 
     lacking = held

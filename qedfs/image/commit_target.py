@@ -238,5 +238,5 @@ class QedTarget:
 
 
 async def _no_rest(cluster: int) -> Buffer:
-    """What is missing around a write. `QedTarget.check` sees to it that there is nothing."""
+    """What is missing around a write. `QedTarget.check` makes sure that there is nothing."""
     raise QedfsError(f"cluster {cluster} of the backing would have to be filled from elsewhere")

@@ -27,8 +27,8 @@ A holder serves on under later versions of the servers, so messages are only eve
 that cannot read them says so before it is `ready`, so that the one before it serves on.
 
 A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. A holder
-that is stopped (Ctrl-Z) reads nothing, and the kernel takes a few hundred packets only. What comes after these waits in
-this process, and stands as lines in the memory that the holder has: it reads them there if this process is killed.
+that is stopped (Ctrl-Z) reads nothing, and the kernel queues only a few hundred packets. Later ones wait in this
+process. They are also in the memory that the holder shares, one a line, where it reads them if this process is killed.
 Must not know what the values mean.
 """
 
@@ -152,7 +152,7 @@ class HolderLink:
             self._send(f"del {key}")
 
     def tell(self, message: str) -> None:
-        """Send one of the messages that have no more than text."""
+        """Send a message that is only text."""
         self._send(message)
 
     async def heard(self) -> str:

@@ -80,7 +80,7 @@ def _snapshot(client: Client, found: Image) -> tuple[str | None, str]:
         client.execute("x-qedfs-snapshot", device=stem(found["name"]), file=path)
     except Unanswered:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # that server has ended, so nobody makes it from now on
+            os.unlink(path)  # that server has ended, so no snapshot will appear later
         raise
     except NotMounted:
         raise

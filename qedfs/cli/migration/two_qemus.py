@@ -165,7 +165,7 @@ class TwoQemus:
     def has_failed(self) -> bool:
         """Whether the source has given the migration up. It lets the guest run on by itself then.
 
-        False if it has sent all of the guest, and so has no more say in what becomes of it.
+        False if it has sent all of the guest, and so can no longer decide what happens to it.
         """
         deadline = time.monotonic() + CANCEL_SECONDS
         with _within(deadline, self.source):
@@ -219,7 +219,7 @@ class TwoQemus:
         if there["running"]:
             self.resumed_at = time.monotonic()
         elif there["status"] != "inmigrate":
-            # It could not take over its disk, most often: a relative path after -daemonize, or a right that is missing.
+            # It could not take over its disk, most often: a relative path after -daemonize, or a missing permission.
             raise Lost(
                 f"{self.destination.peer}: has the guest, but did not start it ({there['status']}); its log says why"
             )

@@ -60,7 +60,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def terminal_width() -> int | None:
-    """The width of the terminal that stdout is; None if it is none. The user may set COLUMNS, as for `console`."""
+    """The width of the terminal if stdout is one; otherwise None. The user may set COLUMNS, as for `console`."""
     if not sys.stdout.isatty():
         return None
     named = os.environ.get("COLUMNS", "")

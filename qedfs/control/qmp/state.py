@@ -24,7 +24,7 @@ from qedfs.host.beat import next_beat
 
 # The version of QEMU whose QMP we implement. Some clients compare versions before they use a command.
 QEMU_VERSION = {"major": 7, "minor": 2, "micro": 0}
-IDLE_SECONDS = 1.0  # between two looks for images that have come, while all are complete
+IDLE_SECONDS = 1.0  # between two looks for new images, while all are complete
 
 
 class Control:
@@ -59,7 +59,7 @@ class Control:
         """Sample the progress of every image that is not complete every SAMPLE_SECONDS, until cancelled."""
         while True:
             self.jobs.sync()
-            # Of the others, which are most images of a large mount, nothing more will come.
+            # The others, which are most images of a large mount, make no more progress.
             lacking = [one for one in self.mount.everything() if one.image is not None and not one.image.complete]
             self._sample(lacking)
             self._outages.sync(lacking)
