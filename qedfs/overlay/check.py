@@ -21,6 +21,7 @@ punched elsewhere, where they stay leaks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import struct
 from array import array
@@ -117,9 +118,7 @@ def give_back_leaks(storage: Storage, header: Header) -> int:
 
 def _walked(storage: Storage, header: Header, told: Told, processes: int = 1) -> _Walk:
     """A walk that has ended and changed nothing."""
-    # A block that is freed tells glibc to keep as much memory (mallopt(3), M_MMAP_THRESHOLD). Otherwise the memory for
-    # the large numbers of each chunk comes from the kernel and goes back, which takes a third of the time of a check.
-    bytearray(KEPT_BYTES)
+    _keep_freed_memory()
     if processes > 1 and (shared := _shared_walk(storage, header, told, processes)):
         return shared
     walk = _Walk(storage, header, told, mark_scattered=True)
@@ -127,6 +126,16 @@ def _walked(storage: Storage, header: Header, told: Told, processes: int = 1) ->
         walk = _Walk(storage, header, told)
         walk.run()
     return walk
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Tell glibc, once in a process, to keep this much memory: a freed block does (mallopt(3), M_MMAP_THRESHOLD).
+
+    Otherwise the memory for the large numbers of each chunk comes from the kernel and goes back, which takes a third of
+    the time of a check.
+    """
+    bytearray(KEPT_BYTES)
 
 
 def _shared_walk(storage: Storage, header: Header, told: Told, processes: int) -> _Walk | None:
