@@ -6,12 +6,13 @@ environment, working folder, session, signals, exit status. What only a new inte
 is started the ordinary way. What else a process inherits is that of the starter: a test that changes its own limits or
 umask has to start the command itself.
 
-A message to the starter is one packet: JSON, and four descriptors, stdin, stdout, stderr and the report. Into the
-report the starter writes the process id, and the exit status when the process has ended.
+A message to the starter is one packet: a dict as Python writes it, and four descriptors, stdin, stdout, stderr and the
+report. Into the report the starter writes the process id, and the exit status when the process has ended.
 """
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import ctypes
@@ -20,7 +21,6 @@ import gc
 import importlib
 import io
 import itertools
-import json
 import os
 import pkgutil
 import select
@@ -80,7 +80,7 @@ class Forked:
         request["mounts_of"] = mounts_of
         self._report, theirs = os.pipe()
         try:
-            packet = json.dumps(request).encode()
+            packet = repr(request).encode()
             socket.send_fds(_starter(), [packet], [stdin, stdout, stderr, theirs])
         finally:
             os.close(theirs)
@@ -217,7 +217,7 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 
 class _Request(NamedTuple):
-    """A command to become: the request's JSON, and its stdin, stdout and stderr."""
+    """A command to become: the request's dict, and its stdin, stdout and stderr."""
 
     text: bytes
     streams: list[int]
@@ -263,7 +263,7 @@ def _tell(report: int, number: int) -> None:
 
 def _become(request: _Request) -> None:
     """Gives this process all that a new program would have been given."""
-    wanted = json.loads(request.text)
+    wanted = ast.literal_eval(request.text.decode())
     if wanted["mounts_of"] is not None:
         _share_mounts(wanted["mounts_of"])
     _take(wanted["words"], request.streams, wanted["env"], wanted["cwd"])
