@@ -15,9 +15,9 @@ import trio
 
 from qedfs.cli.asked_source import Asking, ask
 from qedfs.errors import UsageError
-from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_raw
-from qedfs.image.commit_target import QedTarget, RawTarget, Target
-from qedfs.overlay.open import open_overlay
+from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_qed, open_raw
+from qedfs.image.commit_target import RawTarget, Target
+from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location, parse_location
@@ -54,7 +54,7 @@ async def opened(overlay: Overlay, location: Location, asking: Asking, *, dry: b
     # Before we have it open: the question is whether anybody has.
     await check_unused(location, found)
     if found.qed:
-        target: Target = await _qed(overlay, location, found, dry=dry)
+        target: Target = await _qed(overlay, location, found, asking, dry=dry)
     else:
         target = await _raw(overlay, location, found, asking, dry=dry)
     try:
@@ -64,11 +64,12 @@ async def opened(overlay: Overlay, location: Location, asking: Asking, *, dry: b
             await target.close()
 
 
-async def _qed(overlay: Overlay, location: Location, found: BackingFile, *, dry: bool) -> QedTarget:
-    backing = await open_overlay(found.path, writable=not dry)
-    target = QedTarget(str(location), backing, dry=dry)
+async def _qed(overlay: Overlay, location: Location, found: BackingFile, asking: Asking, *, dry: bool) -> QedTarget:
+    target = await open_qed(location, found, dry=dry)
     try:
         target.check(overlay.cluster_size, overlay.image_size)
+        if target.pinned:
+            await ask(location, asking, functools.partial(_compare, overlay, location), raw=False)
         return target
     except BaseException:
         with trio.CancelScope(shield=True):

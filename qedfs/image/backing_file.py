@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import trio
 
-from qedfs.errors import Inaccessible, InUse, SourceError, UsageError
+from qedfs.errors import Inaccessible, InUse, QedfsError, SourceError, UsageError
 from qedfs.host.durable import sync_file
 from qedfs.host.lease import open_elsewhere
 from qedfs.image.commit_target import RawTarget
+from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.path import Held
 from qedfs.source.policy import Policy
@@ -83,15 +84,53 @@ async def open_raw(location: Location, file: BackingFile, *, dry: bool = False) 
         Inaccessible: it cannot be written to.
         InUse: somebody else has it open, or it is another file than the one that was found.
     """
+    storage = await _opened(location, file, writable=True)
     try:
-        storage = await trio.to_thread.run_sync(lambda: FileStorage.open(file.path, writable=True))
-    except Inaccessible as exc:
-        reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
-        raise Inaccessible(f"backing {location}: cannot be opened for writing: {reason}") from exc
-    try:
-        if not os.path.samestat(storage.stat(), file.status):
-            raise InUse(f"backing {location}: was replaced by another file meanwhile; try again")
         return await RawTarget.of(storage, functools.partial(sync_file, file.path), dry=dry)
     except BaseException:
         storage.close()
         raise
+
+
+async def open_qed(location: Location, file: BackingFile, *, dry: bool = False) -> QedTarget:
+    """Open and lock a QED image. Nothing in it changes before `QedTarget.begin`. `dry`: nor afterwards.
+
+    Raises what `open_raw` raises, and BadOverlay.
+    """
+    storage = await _opened(location, file, writable=not dry)
+    try:
+        return await QedTarget.of(str(location), storage, functools.partial(_reopened, location, file), dry=dry)
+    except BaseException:
+        storage.close()
+        raise
+
+
+async def _opened(location: Location, file: BackingFile, *, writable: bool) -> FileStorage:
+    try:
+        storage = await trio.to_thread.run_sync(lambda: FileStorage.open(file.path, writable=writable))
+    except Inaccessible as exc:
+        reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
+        raise Inaccessible(f"backing {location}: cannot be opened for writing: {reason}") from exc
+    if not os.path.samestat(storage.stat(), file.status):
+        storage.close()
+        raise InUse(f"backing {location}: was replaced by another file meanwhile; try again")
+    return storage
+
+
+def _reopened(location: Location, file: BackingFile) -> FileStorage:
+    """Make the file durable with its times, and open and lock it only for reading, unchanged since."""
+    try:
+        sync_file(file.path)
+        synced = os.stat(file.path)
+    except OSError as exc:
+        raise QedfsError(f"backing {location}: cannot sync: {exc.strerror}") from exc
+    storage = FileStorage.open(file.path, writable=False)
+    found = storage.stat()
+    if not os.path.samestat(found, file.status) or _version(found) != _version(synced):
+        storage.close()
+        raise InUse(f"backing {location}: another program has changed it meanwhile; try again")
+    return storage
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

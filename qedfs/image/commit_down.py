@@ -35,7 +35,6 @@ PIECE_BYTES = 4 << 20
 LOOKS = 32  # for samples, spread over what is missing
 LOOK_BYTES = BLOCK_BYTES * MOST_LOOKED_AT
 
-Read = Callable[[int, memoryview], Awaitable[object]]
 Renewed = Callable[[str], Awaitable[Pin]]
 
 
@@ -50,12 +49,11 @@ class Committed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pinning:
-    """How the overlay's pin follows a backing that qedfs can read. `read`: of the backing, inside its size.
+    """How the overlay's pin follows a backing that a mount can read.
 
     `renewed`: the pin of the backing as it is when this is called, with these samples.
     """
 
-    read: Read
     renewed: Renewed
 
 
@@ -120,14 +118,16 @@ async def _committed(
 ) -> tuple[Committed, Pin | None]:
     """Steps 1 to 3. Returns the pin of the backing for step 4."""
     await overlay.flush()
-    samples = "" if pinning is None else (await _samples(runs, target.size, pinning.read)).encode()
+    samples = "" if pinning is None else (await _samples(runs, target)).encode()
     known = None if pinning is None else Pin(digest(overlay.backing or ""), target.size, samples=samples)
     await overlay.change_record(lambda record: begun(record, known))
+    await target.begin()
     result = Committed()
     await copy(overlay, runs, target, progress, result)
     # After the reads: if another program has cut the overlay off, they were zeros.
     await overlay.inspect()
     await target.sync()
+    await target.rest()
     return result, None if pinning is None else await pinning.renewed(samples)
 
 
@@ -138,13 +138,11 @@ def begun(record: Record, pin: Pin | None) -> Record:
     return dataclasses.replace(record, pin=pin, committing=True, standby=standby)
 
 
-async def _samples(runs: Sequence[Run], size: int, read: Read) -> Samples:
-    """Samples of the first `size` bytes of the backing where the overlay has nothing."""
-    samples = Samples()
+async def _samples(runs: Sequence[Run], target: Target) -> Samples:
+    """Samples of the backing where the overlay has nothing."""
+    samples, size = Samples(), target.size
     for pos, length in _looks([(run.pos, min(run.size, size - run.pos)) for run in runs if run.offset == MISSING]):
-        data = memoryview(bytearray(length))
-        await read(pos, data)
-        samples.offer(pos, data)
+        await target.sample(pos, length, samples)
     return samples
 
 

@@ -1,7 +1,7 @@
 """The backing as a file that is written: where a commit puts the clusters of the overlay above it.
 
-Owns how bytes and zeros get into a raw file and into another QED overlay, and when they are durable. Must not know the
-overlay above it, nor the order of a commit (`commit_down.py`).
+Owns the interface, and how bytes and zeros get into a raw file, and when they are durable; `qed_target.py` does it with
+a QED image. Must not know the overlay above it, nor the order of a commit (`commit_down.py`).
 
 Only what differs is written into a raw file. So a commit that was interrupted goes on where it was, and what was only
 fetched from the backing keeps its blocks there. What is compared must be what the disk has, not what the page cache
@@ -13,23 +13,54 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, Self
 
-from qedfs.errors import InStandby, InUse, QedfsError, UsageError
-from qedfs.image.image import Image
-from qedfs.image.zero_range import make_zeros
+from qedfs.errors import InUse, QedfsError
+from qedfs.overlay.dropping import Below
 from qedfs.overlay.file_zeros import is_zero, write_zeros
-from qedfs.overlay.overlay import Overlay
-from qedfs.overlay.storage import Buffer, Storage
+from qedfs.overlay.storage import Storage
+from qedfs.source.samples import Samples
 
 BLOCK_BYTES = 64 << 10  # compared, and written if it differs
 ZEROS_AT_ONCE = 1 << 30
 
 
-class Target(Protocol):
-    """A backing that is open for writing. Sizes and positions are in bytes of its disk. Errors are QedfsErrors."""
+class Target(Below, Protocol):
+    """A backing that is open for writing. Sizes and positions are in bytes of its disk. Errors are QedfsErrors.
+
+    Nothing in the file changes before `begin`, nor after `rest`. Only then may the methods of `Below` be used.
+    """
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a mount reads such a backing, so that overlays over it have a pin."""
+        ...
 
     @property
     def size(self) -> int:
         """Bytes of the disk."""
+        ...
+
+    async def sample(self, pos: int, size: int, samples: Samples) -> dict[int, int]:
+        """Offer this part of the disk, before `begin`. Returns where in the file samples were taken, and of which pos.
+
+        The file keeps a sample as long as nothing is written to that pos.
+        """
+        ...
+
+    async def begin(self) -> None:
+        """From now on, the file changes. Its size and times may do so at once."""
+        ...
+
+    async def read(self, pos: int, view: memoryview) -> None:
+        """Fill `view`, inside the disk. At any time, also while others write."""
+        ...
+
+    async def read_file(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with bytes of the file. As `read` otherwise."""
+        ...
+
+    @property
+    def file_size(self) -> int:
+        """Length of the file."""
         ...
 
     async def grow(self, size: int) -> None:
@@ -45,7 +76,15 @@ class Target(Protocol):
         ...
 
     async def sync(self) -> None:
-        """Make everything durable, the times of the file included."""
+        """Make everything durable that was written. After an error, `refresh` must come before anything else."""
+        ...
+
+    async def refresh(self) -> None:
+        """Let the reads show what the disk has, after an error of `sync`. Raises that error if this is impossible."""
+        ...
+
+    async def rest(self) -> None:
+        """After this, the file does not change any more, and it is durable with its times. Again, it does nothing."""
         ...
 
     async def close(self) -> None:
@@ -55,6 +94,8 @@ class Target(Protocol):
 
 class RawTarget:
     """A raw file."""
+
+    pinned = True
 
     def __init__(self, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> None:
         """Takes over `storage`. `sync_times`: makes the times of the file durable, in a thread. `dry`: write nothing.
@@ -89,10 +130,33 @@ class RawTarget:
         """Length of the file."""
         return self._storage.size()
 
+    async def sample(self, pos: int, size: int, samples: Samples) -> dict[int, int]:
+        """See `Target.sample`."""
+        view = memoryview(bytearray(size))
+        await self.read(pos, view)
+        known = set(samples.places)
+        samples.offer(pos, view)
+        return {place: place for place in samples.places if place not in known}
+
+    async def begin(self) -> None:
+        """Nothing: the first write changes the file."""
+
+    async def rest(self) -> None:
+        """Nothing: what was written is durable after `sync`, and nobody writes any more."""
+
     async def grow(self, size: int) -> None:
         """ftruncate."""
         if not self._dry:
             await self._storage.in_thread(lambda: self._storage.resize(size))
+
+    @property
+    def file_size(self) -> int:
+        """The disk is the file."""
+        return self.size
+
+    async def read_file(self, offset: int, view: memoryview) -> None:
+        """See `read`."""
+        await self.read(offset, view)
 
     async def read(self, pos: int, view: memoryview) -> None:
         """Fill `view`."""
@@ -170,73 +234,3 @@ class RawTarget:
     async def close(self) -> None:
         """Close the file, which releases its locks. In a thread, as a file server has to answer."""
         await self._storage.in_thread(self._storage.close)
-
-
-class QedTarget:
-    """Another QED overlay. Everything is written, as what it lacks cannot be compared."""
-
-    def __init__(self, path: str, overlay: Overlay, *, dry: bool = False) -> None:
-        """Takes over `overlay`. `dry`: write nothing, so that it need not be writable."""
-        self._path = path
-        self._overlay = overlay
-        self._image = Image(path, overlay, None)
-        self._dry = dry
-
-    def check(self, cluster_size: int, image_size: int) -> None:
-        """Raise UsageError unless it takes a commit of an image with clusters of this size. Writes nothing."""
-        overlay = self._overlay
-        if overlay.backing is None:
-            return
-        if overlay.record.standby.waits:
-            raise InStandby(f"backing {self._path}: is in standby; qedfs activate ends that")
-        if overlay.cluster_size > cluster_size or (
-            overlay.image_size > image_size and image_size % overlay.cluster_size
-        ):
-            raise UsageError(
-                f"backing {self._path}: has clusters of {overlay.cluster_size} bytes over a backing of its own,"
-                " and the clusters of the overlay do not fill them; use qemu-img commit"
-            )
-        if overlay.image_size < image_size:
-            raise UsageError(
-                f"backing {self._path}: has {overlay.image_size} bytes, fewer than the {image_size} of the image, and a"
-                f" backing of its own; qedfs resize it to {image_size} bytes first"
-            )
-
-    @property
-    def size(self) -> int:
-        """Bytes of its image."""
-        return self._overlay.image_size
-
-    async def grow(self, size: int) -> None:
-        """See `Overlay.grow`."""
-        if not self._dry:
-            await self._overlay.grow(size)
-            self._image = Image(self._path, self._overlay, None)  # of the new size
-
-    async def store(self, pos: int, view: memoryview) -> int:
-        """Write all."""
-        if not self._dry:
-            await self._overlay.write(pos, view, _no_rest)
-        return len(view)
-
-    async def zero(self, pos: int, size: int) -> int:
-        """Whole clusters become zero clusters."""
-        if not self._dry:
-            await make_zeros(self._image, pos, size)
-        return size
-
-    async def sync(self) -> None:
-        """See `Overlay.flush`."""
-        await self._overlay.flush()
-
-    async def close(self) -> None:
-        """Close the overlay; one that was read only without a flush."""
-        if self._dry:
-            self._overlay.close_now()
-        else:
-            await self._overlay.close()
-
-
-async def _no_rest(cluster: int) -> Buffer:
-    """What is missing around a write. `QedTarget.check` makes sure that there is nothing."""
-    raise QedfsError(f"cluster {cluster} of the backing would have to be filled from elsewhere")

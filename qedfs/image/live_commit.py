@@ -5,9 +5,10 @@ controls it (`jobs/commit.py`). The order is that of `commit_down.py`, which say
 different:
 
 - The image reads its missing clusters from the file that we write to, by its own mtime another version all the time. So
-  it gets a source that reads through our descriptor (`written_backing.py`), and when all is written and durable, one
-  that compares versions again. An exchange is the end of all answers of the old source, and of what they would have
-  been kept for (`Image.exchange_source`).
+  it gets a source that reads through our descriptor (`written_backing.py`), and when all is written, durable and at
+  rest, one that compares versions again. (A QED image is changed by the end of its session, too: `qed_target.py`.) An
+  exchange is the end of all answers of the old source, and of what they would have been kept for
+  (`Image.exchange_source`).
 - Nothing that is read is kept until then: after an adoption from the time before, a cluster would be what the backing
   was, not what a guest has written and we have committed.
 - The clusters with samples are left alone to the end, also if a guest writes to them meanwhile. After a kill, the next
@@ -34,15 +35,15 @@ from qedfs.errors import InStandby, InUse, QedfsError, ReadOnlyOverlay, SourceCh
 from qedfs.format.record import Pin, digest
 from qedfs.format.tables import MISSING, ZERO
 from qedfs.host.durable import sync_file
-from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_raw
+from qedfs.image.backing_file import BackingFile, check_unused, find_file, open_qed, open_raw
 from qedfs.image.commit_down import LOOK_BYTES, LOOKS, begun
-from qedfs.image.commit_target import RawTarget
+from qedfs.image.commit_target import Target
 from qedfs.image.image import Image
 from qedfs.image.own_backing import OwnBacking
 from qedfs.image.pin import pin_for, store_pin
 from qedfs.image.written_backing import WrittenBacking
 from qedfs.source.base import Source
-from qedfs.source.local import LocalSource
+from qedfs.source.local import local_file
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.samples import Samples
 from qedfs.source.url import Location
@@ -67,7 +68,7 @@ class LiveCommit:
         self._sampled: list[int] = []  # the clusters that they are in
         self._ready = trio.Event()  # set when the backing can be read through our descriptor
         self._held: RetryingSource | None = None  # the source that does it
-        self._target: RawTarget | None = None
+        self._target: Target | None = None
         self._file: BackingFile | None = None  # that it is on
         self._doubtful = False  # whether the disk lacks what the page cache of the backing shows
         self.asked_since: float | None = None  # when its file system was told to do what it has not done yet
@@ -110,13 +111,13 @@ class LiveCommit:
         file = await self._found()
         await overlay.flush()
         target = self._target = await self._taken(file)
-        self._samples = await self._sample(target)
-        self._sampled = [place // overlay.cluster_size for place in self._samples.places]
+        self._samples, self._sampled = await self._sample(target)
         # Before the first byte: from then on, a mount that knows only the pin of before would refuse the backing.
         pin = Pin(digest(overlay.backing or ""), target.size, samples=self._samples.encode())
         await overlay.change_record(lambda record: begun(record, pin))
-        if target.size < overlay.image_size:
-            with self._asking():
+        with self._asking():
+            await target.begin()
+            if target.size < overlay.image_size:
                 await target.grow(overlay.image_size)
         self._ready.set()
 
@@ -126,11 +127,6 @@ class LiveCommit:
         file = await find_file(self._location, self._own.policy, probes=overlay.probes_backing)
         if os.path.samestat(file.status, overlay.file_status()):
             raise UsageError(f"backing {self._location}: is the overlay itself")
-        if file.qed:
-            raise UsageError(
-                f"backing {self._location}: is a QED overlay, which a mount does not read; unmount first, then"
-                " qedfs commit OVERLAY"
-            )
         await image.source_size()
         self._check_file(image.source, file, "the mount has opened it")
         # While readers go on: in `_taken` they wait, and a file that was just copied takes a while.
@@ -143,11 +139,11 @@ class LiveCommit:
 
     def _check_file(self, remote: RetryingSource | None, file: BackingFile, since: str) -> None:
         """Raise SourceChanged if this source has another file open."""
-        source = None if remote is None else remote.connected
-        if not isinstance(source, LocalSource) or not source.is_on(file.status):
+        source = None if remote is None else local_file(remote.connected)
+        if source is None or not source.is_on(file.status):
             raise SourceChanged(f"backing {self._location}: was replaced by another file since {since}")
 
-    async def _taken(self, file: BackingFile) -> RawTarget:
+    async def _taken(self, file: BackingFile) -> Target:
         """Take the file over from the source of the image, so that nobody else has it open, and open it for writing."""
         image = self._image
         if self._own.shared:
@@ -161,7 +157,19 @@ class LiveCommit:
         await self._unused(file)
         self._file = file
         with self._asking():
+            return await self._opened(file)
+
+    async def _opened(self, file: BackingFile) -> Target:
+        if not file.qed:
             return await open_raw(self._location, file)
+        target = await open_qed(self._location, file)
+        try:
+            target.check_settled()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await target.close()
+            raise
+        return target
 
     async def _unused(self, file: BackingFile) -> None:
         """Raise InUse if somebody else has the file open. A read of the old source may still be under way, and has."""
@@ -180,9 +188,10 @@ class LiveCommit:
         assert self._target is not None  # noqa: S101 - for the type checker
         return WrittenBacking(self._target, self._location)
 
-    async def _sample(self, target: RawTarget) -> Samples:
-        """Samples of the backing where the overlay has nothing, spread over the image."""
+    async def _sample(self, target: Target) -> tuple[Samples, list[int]]:
+        """Samples of the backing where the overlay has nothing, spread over the image, and the clusters they are in."""
         overlay, samples = self._image.overlay, Samples()
+        taken: dict[int, int] = {}
         for number in range(LOOKS):
             found = await overlay.next_missing(number * self._clusters // LOOKS, LOOK_BYTES // 4096)
             if found is None:
@@ -190,10 +199,9 @@ class LiveCommit:
             pos = found[0] * overlay.cluster_size
             size = min(LOOK_BYTES, found[1] * overlay.cluster_size, target.size - pos)
             if size > 0:
-                view = memoryview(bytearray(size))
-                await target.read(pos, view)
-                samples.offer(pos, view)
-        return Samples.decode(samples.encode())  # as many as the record has room for
+                taken.update(await target.sample(pos, size, samples))
+        kept = Samples.decode(samples.encode())  # as many as the record has room for
+        return kept, sorted(taken[place] // overlay.cluster_size for place in kept.places)
 
     async def copy(self, first: int, most: int) -> tuple[int, int]:
         """Step 2, for up to `most` clusters from `first` on. Returns the next one, and how many bytes were compared."""
@@ -253,6 +261,9 @@ class LiveCommit:
         except QedfsError:
             self._doubtful = True
             raise
+        # Before a source looks at the times.
+        with self._asking():
+            await target.rest()
         fetch = await self._own.fetch()
         try:
             identity = await fetch.remote.connect()
@@ -282,6 +293,12 @@ class LiveCommit:
         image.overlay.dropping.forbid()
         if self._held is not None and image.source is self._held and not image.closed:
             try:
+                if self._target is not None:
+                    with self._asking():
+                        await self._target.rest()  # before a source looks at the times
+            except QedfsError as exc:
+                log.error("%s: its backing: %s", image.name, exc)
+            try:
                 fetch = await self._own.fetch()
             except (QedfsError, OSError) as exc:
                 log.error("%s: its backing cannot be opened again: %s", image.name, exc)
@@ -292,10 +309,13 @@ class LiveCommit:
         if self._held is not None:
             await self._own.release(self._held)
             self._held = None
-        if self._target is not None:
-            with self._asking():
-                await self._target.close()
-            self._target = None
+        target, self._target = self._target, None
+        if target is not None:
+            try:
+                with self._asking():
+                    await target.close()
+            except QedfsError as exc:
+                log.error("%s: its backing: %s", image.name, exc)
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -306,7 +326,7 @@ class LiveCommit:
         finally:
             self.asked_since = None
 
-    def _open_target(self) -> RawTarget:
+    def _open_target(self) -> Target:
         assert self._target is not None  # noqa: S101 - for the type checker; `begin` has opened it
         return self._target
 

@@ -19,7 +19,7 @@ from qedfs.format.record import Pin, Record, digest, shortened, shortened_name
 from qedfs.image.condition import Cause, Condition
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.base import Identity, Sameness
-from qedfs.source.local import LocalSource
+from qedfs.source.local import local_file
 from qedfs.source.pinning import By, Pinning
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.samples import Samples
@@ -136,7 +136,7 @@ class SourceVersion:
                     return identity
         # Even without copy-on-read: the stream and partial writes keep what they fetch.
         if overlay.writable and not overlay.record.standby.waits:
-            if overlay.record.committing and isinstance(source := remote.connected, LocalSource):
+            if overlay.record.committing and (source := local_file(remote.connected)) is not None:
                 # A commit that was interrupted has not done it. Otherwise a power cut could take the time back that the
                 # pin has, and the backing would be refused from then on.
                 await self._ask(source.sync)

@@ -1,4 +1,4 @@
-"""A raw backing as a source while this process writes to it. Its times move all the time, so they tell no version.
+"""A backing as a source while this process writes to it. Its times move all the time, so they tell no version.
 
 Owns nothing but the reads that are under way. Must not know who writes, nor what. The file is locked, and nobody else
 had it open before, so that all changes are our own.
@@ -6,24 +6,26 @@ had it open before, so that all changes are our own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import outcome
 import trio
 
 from qedfs.errors import QedfsError, SourceUnreachable
-from qedfs.image.commit_target import RawTarget
+from qedfs.image.commit_target import Target
 from qedfs.source.base import Extent, Identity, check_range
 from qedfs.source.url import Location
 
+Read = Callable[[int, memoryview], Awaitable[None]]
 
-class WrittenBacking:
-    """A `Source`. Whoever made it closes the file, after `aclose`."""
 
-    def __init__(self, target: RawTarget, location: Location) -> None:
-        self.identity = Identity(target.size, name=str(location))
+class _Written:
+    """A `Source` of some of its bytes."""
+
+    def __init__(self, read: Read, size: int, location: Location) -> None:
+        self.identity = Identity(size, name=str(location))
         self.received = 0
-        self._target = target
+        self._read_from = read
         self._location = location
         self._reads = 0
         self._closed = False
@@ -48,13 +50,13 @@ class WrittenBacking:
         self.received += len(buffer)
 
     async def _read(self, pos: int, size: int) -> bytearray:
-        """As `RawTarget.read`. If the caller is cancelled, the read goes on, and nobody gets its bytes."""
+        """As `read`, of a `Target`. If the caller is cancelled, the read goes on, and nobody gets its bytes."""
         found, ended = bytearray(size), trio.Event()
         result: outcome.Outcome[None] | None = None
 
         async def read() -> None:
             nonlocal result
-            result = await outcome.acapture(self._target.read, pos, memoryview(found))
+            result = await outcome.acapture(self._read_from, pos, memoryview(found))
             ended.set()
 
         trio.lowlevel.spawn_system_task(read)
@@ -79,3 +81,17 @@ class WrittenBacking:
 
     def _gone(self) -> SourceUnreachable:
         return SourceUnreachable(f"backing {self._location}: closed")
+
+
+class WrittenBacking(_Written):
+    """A `Source`. Whoever made it closes the file, after `aclose`."""
+
+    def __init__(self, target: Target, location: Location) -> None:
+        super().__init__(target.read, target.size, location)
+        self.file = _Written(target.read_file, target.file_size, location)
+        """See `HasFile`. Its length is that of the beginning, before which all samples are."""
+
+    async def aclose(self) -> None:
+        """See `Source.aclose`. Reads of the file end, too."""
+        await super().aclose()
+        await self.file.aclose()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
-from qedfs.source.base import Extent, Identity, check_range
+from qedfs.source.base import Extent, HasFile, Identity, Source, check_range
 from qedfs.source.path import Held, in_thread
 from qedfs.source.pinning import USUAL, Pinning
 from qedfs.source.policy import Policy
@@ -154,6 +154,12 @@ class LocalSource:
         # If `open` was abandoned at its deadline, its thread may still return this object, but nobody receives it.
         if self._fd >= 0:
             os.close(self._fd)
+
+
+def local_file(source: Source | None) -> LocalSource | None:
+    """The source of the local file that `source` is, or decodes; None if it is another one."""
+    file = source.file if isinstance(source, HasFile) else source
+    return file if isinstance(file, LocalSource) else None
 
 
 def _modified(status: os.stat_result) -> str | None:

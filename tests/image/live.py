@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -17,9 +18,11 @@ from qedfs.image.backing_file import BackingFile
 from qedfs.image.commit_target import RawTarget
 from qedfs.image.image import Image
 from qedfs.image.live_commit import LiveCommit
+from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.open import open_storage
-from qedfs.source.base import Identity
+from qedfs.source.base import Identity, Source
 from qedfs.source.policy import Policy
+from qedfs.source.qed import QedSource
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.source import FakeSource
@@ -59,9 +62,10 @@ class Own:
         modified = "old" if self._two.backing.bytes == self._two.backing.start else "new"
         disk = Disk(lambda: bytes(self._two.backing.bytes), modified)
 
-        async def opened() -> Disk:
+        async def opened() -> Source:
             disk.identity = Identity(len(self._two.backing.bytes), last_modified=modified)
-            return disk
+            disk.content = bytes(self._two.backing.bytes)
+            return await QedSource.open(disk, "/base") if self._two.qed else disk
 
         return RetryingSource(LOCATION, opened, samples=disk.samples)
 
@@ -79,14 +83,21 @@ async def image_of(two: Two, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[I
 
     async def found(self: LiveCommit) -> BackingFile:
         await self._image.source_size()
-        return cast("BackingFile", None)
+        return BackingFile("/base", os.stat("/"), two.qed)
 
     async def unused(*_: object) -> None: ...
+
+    async def qed(*_: object) -> QedTarget:
+        target = await two.target()
+        assert isinstance(target, QedTarget)
+        return target
 
     async def raw(*_: object) -> RawTarget:
         return await RawTarget.of(two.backing, lambda: None)
 
     monkeypatch.setattr(LiveCommit, "_found", found)
+    monkeypatch.setattr(LiveCommit, "_check_file", lambda *_: None)
+    monkeypatch.setattr(live_commit, "open_qed", qed)
     monkeypatch.setattr(live_commit, "check_unused", unused)
     monkeypatch.setattr(live_commit, "open_raw", raw)
     monkeypatch.setattr(RawTarget, "close", unused)

@@ -17,15 +17,28 @@ from qedfs.errors import QedfsError
 from qedfs.format.record import Standby, digest
 from qedfs.format.tables import MISSING
 from qedfs.image.commit_down import LOOKS, Committed, _looks, commit_down, copy
-from qedfs.image.commit_target import QedTarget, RawTarget
+from qedfs.image.commit_target import RawTarget
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session
 from qedfs.source.samples import BLOCK_BYTES
 from tests.fakes.storage import MemoryStorage, RecordingStorage
-from tests.image.commits import BASE, CHANGED, CLUSTER, DATA, SIZE, ZEROS, Two, differs, runs_of, started, wanted
-from tests.overlay.examine import Broken, read_content
-from tests.overlay.images import BACKING, empty, filled
+from tests.image.commits import (
+    BASE,
+    CHANGED,
+    DATA,
+    SIZE,
+    ZEROS,
+    Two,
+    differs,
+    disk_of,
+    qed_base,
+    runs_of,
+    started,
+    wanted,
+)
+from tests.overlay.examine import Broken
+from tests.overlay.images import BACKING, empty
 from tests.overlay.scenario import read_all
 
 
@@ -87,18 +100,29 @@ async def test_after_a_cut_the_image_reads_the_same_and_the_pin_counts() -> None
     assert seen == {(False, "old"), (True, None), (False, "new")}
 
 
-async def test_after_a_cut_over_another_overlay_the_image_reads_the_same() -> None:
-    """Of a QED backing nothing is pinned, as a mount does not read it."""
-    parts: dict[int, bytes | int] = {n: BASE[n * CLUSTER : (n + 1) * CLUSTER] for n in range(len(BASE) // CLUSTER)}
-    two = Two(await started(), bytes(filled(parts, image_size=len(BASE), backing=b"").data))
-    overlay, target = await open_storage(two.overlay), QedTarget("base", await open_storage(two.backing))
-    await commit_down(overlay, await runs_of(overlay), target, None, lambda _: None, keep=False)
-    await target.close()
+@pytest.mark.parametrize("pinned", [True, False])
+async def test_after_a_cut_over_a_qed_image_the_image_reads_the_same(pinned: bool) -> None:
+    """A mount reads it, unless it has a backing itself. Then nothing is pinned."""
+    two = Two(await started(), qed_base(), qed=True)
+    if pinned:
+        await two.commit()
+    else:
+        overlay, target = await open_storage(two.overlay), await two.target()
+        await commit_down(overlay, await runs_of(overlay), target, None, lambda _: None, keep=False)
+        await target.close()
     for top, below in [*two.states(random.Random(7)), (bytes(two.overlay.bytes), bytes(two.backing.bytes))]:
-        backing = await read_content(below, bytes(SIZE))
-        assert await read_all(await open_storage(MemoryStorage(top)), backing.ljust(SIZE, b"\0")) == wanted()
-    assert backing == wanted()
-    assert (await open_storage(MemoryStorage(top))).record.pin is None
+        opened, disk = await open_storage(MemoryStorage(top)), await disk_of(below)
+        assert await read_all(opened, disk.ljust(SIZE, b"\0")) == wanted()
+        pin = opened.record.pin
+        if not pinned:
+            assert pin is None or pin.last_modified == "old"
+        elif pin is None or pin.last_modified is None:
+            assert pin is not None
+            assert opened.record.committing
+            assert not await differs(pin, below)
+        else:
+            assert below == {"old": qed_base(), "new": bytes(two.backing.bytes)}[pin.last_modified]
+    assert (disk, pin is None) == (wanted(), not pinned)
 
 
 async def test_a_note_of_a_commit_ends_with_the_backing() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qedfs.errors import InUse, NoSpace, QedfsError, UsageError
-from qedfs.image.commit_target import BLOCK_BYTES, QedTarget, RawTarget, Target
-from qedfs.overlay.open import open_storage
+from qedfs.image.commit_target import BLOCK_BYTES, RawTarget, Target
+from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.storage import FileStorage, Storage
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Written
 from tests.overlay.examine import read_content
@@ -38,7 +38,7 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Target
     size = 4096 if request.param == "QED" else 64 * KIB
     parts: dict[int, bytes | int] = {n: OLD[n * size : (n + 1) * size] for n in range(SIZE // size)}
     qed = MemoryStorage(filled(parts, cluster_size=size, image_size=SIZE, backing=b"").data)
-    return QedTarget("disk", await open_storage(qed)), lambda: MemoryStorage(qed.bytes)
+    return await QedTarget.of("disk", qed, lambda: qed), lambda: MemoryStorage(qed.bytes)
 
 
 async def content(target: Target, again: Callable[[], Storage]) -> bytes:
@@ -51,6 +51,7 @@ async def content(target: Target, again: Callable[[], Storage]) -> bytes:
 async def test_it_has_what_was_stored(opened: tuple[Target, Callable[[], Storage]]) -> None:
     target, again = opened
     assert target.size == SIZE
+    await target.begin()
     await target.grow(2 * SIZE)
     assert await target.store(4096, memoryview(NEW)[: 100 * KIB]) == 100 * KIB
     assert await target.store(SIZE + 64 * KIB, memoryview(NEW)[: 8 * KIB]) == 8 * KIB
@@ -144,15 +145,16 @@ async def test_an_overlay_over_a_backing_of_its_own_is_not_filled_from_there(
     cluster_size: int, image_size: int, text: str
 ) -> None:
     made = empty(cluster_size=cluster_size, image_size=image_size)
-    target = QedTarget("disk", await open_storage(MemoryStorage(made.data)))
+    target = await QedTarget.of("disk", storage := MemoryStorage(made.data), lambda: storage)
     with pytest.raises(UsageError, match=text):
         target.check(4096, SIZE)
 
 
 async def test_an_overlay_over_a_backing_gets_whole_clusters_and_zeros_that_hide_it() -> None:
     storage = MemoryStorage(empty(cluster_size=4096, image_size=SIZE).data)
-    target = QedTarget("disk", await open_storage(storage))
+    target = await QedTarget.of("disk", storage, lambda: storage)
     target.check(64 * KIB, SIZE)
+    await target.begin()
     await target.store(64 * KIB, memoryview(NEW)[: 64 * KIB])
     await target.zero(256 * KIB, 64 * KIB)
     await target.close()
@@ -160,7 +162,8 @@ async def test_an_overlay_over_a_backing_gets_whole_clusters_and_zeros_that_hide
     wanted[64 * KIB : 128 * KIB] = NEW[: 64 * KIB]
     wanted[256 * KIB : 320 * KIB] = bytes(64 * KIB)
     assert await read_content(storage.bytes, OLD) == wanted
-    odd = QedTarget("disk", await open_storage(MemoryStorage(empty(cluster_size=4096, image_size=SIZE).data)))
+    storage = MemoryStorage(empty(cluster_size=4096, image_size=SIZE).data)
+    odd = await QedTarget.of("disk", storage, lambda: storage)
     with pytest.raises(UsageError, match="do not fill them"):
         odd.check(64 * KIB, SIZE - 512)
 
@@ -168,7 +171,8 @@ async def test_an_overlay_over_a_backing_gets_whole_clusters_and_zeros_that_hide
 async def test_a_dry_run_writes_nothing() -> None:
     raw = MemoryStorage(OLD, writable=False)
     qed = MemoryStorage(empty(cluster_size=4096, image_size=SIZE).data, writable=False)
-    for target in (RawTarget(raw, lambda: None, dry=True), QedTarget("disk", await open_storage(qed), dry=True)):
+    for target in (RawTarget(raw, lambda: None, dry=True), await QedTarget.of("disk", qed, lambda: qed, dry=True)):
+        await target.begin()
         await target.grow(2 * SIZE)
         assert await target.store(0, memoryview(NEW)[: 64 * KIB]) == 64 * KIB
         assert await target.zero(64 * KIB, 64 * KIB) == 64 * KIB

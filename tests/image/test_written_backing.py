@@ -43,13 +43,13 @@ async def test_a_disk_that_fails_is_a_source_that_is_away() -> None:
 
 
 async def test_its_end_waits_for_the_reads_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, _, target = await opened()
+    source, _, _ = await opened()
     go_on = trio.Event()
 
     async def slow(*_: object) -> None:
         await go_on.wait()
 
-    monkeypatch.setattr(target, "read", slow)
+    monkeypatch.setattr(source, "_read_from", slow)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.read, 0, memoryview(bytearray(512)))
         await trio.testing.wait_all_tasks_blocked()

@@ -70,8 +70,8 @@ def commit(
     smaller than the image grows. Every other overlay over the same backing becomes useless, and so does every snapshot
     that was made of OVERLAY before: it names that backing.
 
-    OVERLAY is not mounted. With MOUNTPOINT and IMAGE, the overlay of a mounted image is committed while guests use it,
-    into a raw file. The stream must be off. What guests write meanwhile stays in the overlay, for another commit.
+    OVERLAY is not mounted. With MOUNTPOINT and IMAGE, the overlay of a mounted image is committed while guests use it.
+    The stream must be off. What guests write meanwhile stays in the overlay, for another commit.
 
     If the command is interrupted, the image reads as before, and the same command goes on.
     """
@@ -186,15 +186,16 @@ def _location(order: _Order, overlay: Overlay) -> Location:
 
 
 def _pinning(overlay: Overlay, location: Location, asking: Asking, target: Target) -> Pinning | None:
-    """How the pin follows a raw backing. A mount does not read another QED overlay, so nothing is pinned there."""
-    if not isinstance(target, RawTarget):
+    """How the pin follows the backing. A mount does not read a QED image with a backing, so nothing is pinned there."""
+    if not target.pinned:
         return None
+    raw = isinstance(target, RawTarget)
 
     async def renewed(samples: str) -> Pin:
         async def told(remote: RetryingSource, _: trio.Nursery) -> Pin:
             identity = await remote.connect()
             return pin_for(overlay.backing or "", remote, identity, Samples.decode(samples))
 
-        return await ask(location, asking, told, raw=True)
+        return await ask(location, asking, told, raw=raw)
 
-    return Pinning(target.read, renewed)
+    return Pinning(renewed)
