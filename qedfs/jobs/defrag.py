@@ -50,25 +50,14 @@ class DefragJob(Job):
         """See `Job`."""
         super().__init__(image, **options)
         self.moved_bytes = 0  # in all
-        self._finished = False
         self._clusters = image.overlay.geometry.clusters
         self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
         self._lowered = 0  # the first cluster that the second pass has not looked at
 
     @property
-    def done(self) -> bool:
-        """Whether it has ended well."""
-        return self._finished
-
-    @property
-    def total(self) -> int:
-        """The size of the image in bytes."""
-        return self.image.size
-
-    @property
     def progress(self) -> int:
         """How far it is in the image, in bytes: half of it when all has been moved once."""
-        if self._finished or not self._clusters:
+        if self.finished or not self._clusters:
             return self.image.size
         return int(self.image.size * (self.cursor + self._lowered) / (2 * self._clusters))
 
@@ -108,7 +97,6 @@ class DefragJob(Job):
     async def finish(self) -> None:
         """Make all of it durable, and give the old places back."""
         await self.image.overlay.commit_and_give_back()
-        self._finished = True
         log.info("%s: laid out in order, %s were moved", self.image.name, format_size(self.moved_bytes))
 
     def _goes_on(self) -> bool:
