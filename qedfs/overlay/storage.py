@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import signal
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, Self, TypeVar
 
 from qedfs.errors import BadOverlay, InUse, NoSpace, QedfsError, ReadOnlyOverlay
 from qedfs.format.geometry import MAX_FILE_SIZE
+from qedfs.host import lease
 from qedfs.host.fallocate import KEEP_SIZE, PUNCH_HOLE, fallocate
 from qedfs.host.procfs import TMPFS_TYPES, filesystem_type, outer_user
 from qedfs.host.write_probe import WriteProbe
@@ -33,8 +32,6 @@ ChangeMark = tuple[int, int, int]  # length, mtime and ctime of a file
 # in steps of up to 10 ms (a tick).
 MARK_AGE_NS = 10**9
 
-# File systems whose leases a server grants.
-_SERVED_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3"})
 _MOST_BUFFERS = 1024  # of one call: IOV_MAX
 
 
@@ -234,23 +231,8 @@ class FileStorage(Threads):
         return cls(fd, path, writable=writable, locked=locked)
 
     def open_for_writing(self) -> bool | None:
-        """Whether any process has the file open for writing; None if unknown. Only for files that we opened read-only.
-
-        The kernel grants a read lease only if no process has the file open for writing (fcntl(2), F_SETLEASE); we
-        release the lease at once. This process must be the file's owner or have CAP_LEASE, and the file system must be
-        local, because a server may refuse a lease for other reasons.
-        """
-        if self._kind in _SERVED_TYPES:
-            return None
-        try:
-            # If a process opens the file for writing during the lease, the kernel sends us a signal. The default SIGIO
-            # would kill us; SIGURG is ignored (signal(7)).
-            fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGURG)
-            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        except OSError as exc:
-            return True if exc.errno == errno.EAGAIN else None
-        return False
+        """Whether any process has the file open for writing; None if unknown. Only for a file opened read-only."""
+        return lease.open_for_writing(self._fd)
 
     def name(self) -> str:
         """The inode number. It survives renames, and differs from that of any copy on the same file system.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -307,63 +305,6 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     path.write_bytes(b"x")
     yield path
     path.unlink()
-
-
-def test_who_has_a_file_open_for_writing_is_noticed(path: Path) -> None:
-    storage = FileStorage.open(str(path), writable=False)
-    assert storage.open_for_writing() is False
-    with path.open("rb"):
-        assert storage.open_for_writing() is False
-    with path.open("ab"):
-        assert storage.open_for_writing() is True
-    assert storage.open_for_writing() is False
-    storage.close()
-
-
-def test_who_opens_it_meanwhile_does_not_end_us(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel tells the holder of a lease by a signal; the default one ends a process that does not expect it."""
-    signals: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGIO, signal.SIGURG)
-    }
-    real = fcntl.fcntl
-
-    def interrupted(fd: int, command: int, argument: int = 0) -> int:
-        result = real(fd, command, argument)
-        if (command, argument) == (fcntl.F_SETLEASE, fcntl.F_RDLCK):
-            with pytest.raises(BlockingIOError):
-                os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        return result
-
-    monkeypatch.setattr(fcntl, "fcntl", interrupted)
-    storage = FileStorage.open(str(path), writable=False, locked=False)
-    try:
-        assert storage.open_for_writing() is False
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert signals == [signal.SIGURG]
-    with path.open("ab"):
-        assert storage.open_for_writing() is True
-    storage.close()
-
-
-def test_where_nobody_can_tell_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server refuses a lease for its own reasons, and only the owner may ask for one."""
-    path = tmp_path / "file"
-    path.write_bytes(b"x")
-    monkeypatch.setattr("qedfs.overlay.storage.filesystem_type", lambda _: "nfs4")
-    storage = FileStorage.open(str(path), writable=False)
-    with path.open("ab"):
-        assert storage.open_for_writing() is None
-    storage.close()
-    monkeypatch.undo()
-    storage = FileStorage.open(str(path), writable=False)
-    monkeypatch.setattr(fcntl, "fcntl", lambda *_: _raise(OSError(errno.EACCES, "Permission denied")))
-    assert storage.open_for_writing() is None
-    monkeypatch.undo()
-    storage.close()
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
