@@ -1,7 +1,7 @@
 """Whether another source has the bytes of a version that was read before: compares sampled blocks.
 
 Owns the question whether samples can be compared at all. Samples are of the file on the server (`samples.py`). So those
-of a raw disk can be compared with any format, those of a qcow2 file only with another copy of that file.
+of a raw disk can be compared with any format, those of a qcow2 or QED file only with another copy of that file.
 """
 
 from __future__ import annotations

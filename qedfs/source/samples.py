@@ -1,7 +1,7 @@
 """Samples of a version: the digests of a few of its blocks, to check later whether the source still serves it.
 
 Owns the choice of blocks and their encoding as text. Must not know where bytes come from, nor what follows from a
-difference. The blocks are those of the file on the server: of the qcow2 file, not of the disk inside it.
+difference. The blocks are those of the file on the server: of the qcow2 or QED file, not of the disk inside it.
 
 Taking samples costs no request, because they come from data that was read anyway. The overlay has usually kept these
 blocks, and the blocks that a guest needs first (boot sector, superblocks) are among them. The samples are spread evenly

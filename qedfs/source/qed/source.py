@@ -1,11 +1,13 @@
 """QedSource: the virtual disk of a QED image as a read-only source, over the source that has the file.
 
 Owns the order of reads: first L2 tables, then data. Must not know where the file is. `format.py` knows what an entry
-means and what is refused. Nothing of the file is locked or changed, nor is its private record looked at, if qedfs has
-made it: as for QEMU, which opens it only for reading, the tables in the file count.
+means and what is refused. Nothing of the file is locked or changed. As for QEMU, which opens it only for reading, the
+tables in the file count.
 
 An image that is marked as not cleanly closed (NEED_CHECK) is read as it is, as QEMU does when it opens one only for
-reading. Its entries may refer to clusters that the file does not have; reading those is an error.
+reading. Its entries may refer to clusters that the file does not have; reading those is an error. An image that qedfs
+serves, or served when it was killed, is read as it is, too, though the journal of that mount may have entries that the
+tables lack. Both are told, since an overlay that takes everything from such an image has the same gaps.
 
 Concurrency. Any number of tasks may read. They share the tables, whose rules are in `tables/cache.py`, and no other
 mutable state.
@@ -18,7 +20,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from qedfs.errors import SourceUnreachable
-from qedfs.format.header import HEADER_BYTES, Header
+from qedfs.format.header import HEADER_BYTES, UNTOUCHED, Header
+from qedfs.format.record import SLOT_BYTES, decode_record, slot_offsets
 from qedfs.format.tables import decode_table
 from qedfs.source.base import Extent, Identity, Source, check_range
 from qedfs.source.qed.format import decode_header, plan_read, reads_zero, table_offset
@@ -57,6 +60,12 @@ class QedSource:
             header = decode_header(bytes(head), file_size)
         if header.dirty:
             log.warning("backing %s was not closed cleanly; it is read as it is, see qemu-img check", name)
+        if await _in_session(inner, header):
+            log.warning(
+                "backing %s is mounted itself, or was when that mount was killed; it is read as it is, which may lack"
+                " the last writes; unmount it, or mount it once, before an overlay takes anything from it",
+                name,
+            )
         return cls(inner, name, header, await TwoLevels.load(inner, name, _layout(header, file_size), bytes(head)))
 
     @property
@@ -123,6 +132,17 @@ class QedSource:
         check_range(pos, size, self._identity.size)
         if self._closed:
             raise SourceUnreachable(f"backing {self._name}: closed")
+
+
+async def _in_session(inner: Source, header: Header) -> bool:
+    """Whether a mount of the image has begun, has not ended, and keeps a journal. No read unless qedfs wrote last."""
+    slots = slot_offsets(header)
+    if slots is None or not header.autoclear_features & UNTOUCHED:
+        return False
+    data = bytearray(2 * SLOT_BYTES)  # one after the other
+    await inner.read(slots[0], memoryview(data))
+    record = decode_record((bytes(data[:SLOT_BYTES]), bytes(data[SLOT_BYTES:])))
+    return record is not None and bool(record.session and record.journal)
 
 
 def _layout(header: Header, file_size: int) -> Layout:

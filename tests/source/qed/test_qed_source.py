@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 
@@ -10,6 +11,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfs.errors import SourceChanged, SourceError, SourceUnreachable
+from qedfs.format.header import UNTOUCHED
+from qedfs.format.record import SLOT_BYTES, Record, encode_record
 from qedfs.source.base import HasFile, Identity, KnowsZeros, Sameness
 from qedfs.source.qed import QedSource
 from qedfs.source.samples import Samples
@@ -146,3 +149,18 @@ async def test_what_was_not_closed_cleanly_is_read_and_told(caplog: pytest.LogCa
     assert [record.getMessage() for record in caplog.records] == [
         "backing disk.qed was not closed cleanly; it is read as it is, see qemu-img check"
     ]
+
+
+@pytest.mark.parametrize("untouched", [True, False])
+async def test_an_image_whose_mount_has_not_ended_is_read_and_told(
+    caplog: pytest.LogCaptureFixture, untouched: bool
+) -> None:
+    journal = Record(session="5" * 32, journal="1000.7.abc", sequence=3)
+    for record in (journal, dataclasses.replace(journal, journal=""), Record(sequence=4)):
+        caplog.clear()
+        clusters = {DATA: b"d" * CLUSTER, CLUSTER - SLOT_BYTES: encode_record(record)}
+        file = image({L1: [L2], L2: [DATA]}, clusters, autoclear=UNTOUCHED if untouched else 0)
+        source, _ = await opened(file)
+        assert await read(source, 0, CLUSTER) == b"d" * CLUSTER
+        told = [message for message in caplog.messages if "or was when that mount was killed" in message]
+        assert len(told) == (untouched and record is journal)
