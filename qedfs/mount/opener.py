@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import stat
 from collections.abc import Callable
 
@@ -28,13 +29,14 @@ from qedfs.mount.fuse_init import background_limit
 from qedfs.mount.late_records import LateRecords
 from qedfs.mount.open_images import OpenImages
 from qedfs.mount.options import Options
-from qedfs.mount.overlay_folder import OverlayFolder
+from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
 from qedfs.mount.own_backing import ImageBacking
 from qedfs.mount.request_timeout import most_wait_seconds
 from qedfs.mount.settling import check_settled
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
+from qedfs.source.url import Location
 from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ class Opener:
                     standby = through, gate
                 else:
                     fetch = await self._sources.fetch_for(overlay, overlays=overlays)
-                    await self._check_not_written(path, fetch)
+                    await self._check_backing(path, fetch)
         except BaseException:
             # Even if cancelled: the locks of an open descriptor would keep the overlay in use.
             with trio.CancelScope(shield=True):
@@ -116,17 +118,37 @@ class Opener:
         self._images.add(image)
         return image, ImageJobs(stream)
 
-    async def _check_not_written(self, path: str, fetch: FetchQueue | None) -> None:
-        """Raise InUse while another image is committed into this backing, which is another version all the time."""
-        writer = None if fetch is None else self._images.committing_into(fetch.remote.location.secret_url)
-        if fetch is None or writer is None:
+    async def _check_backing(self, path: str, fetch: FetchQueue | None) -> None:
+        """Raise InUse if this mount itself changes the backing, which is another version then."""
+        if fetch is None:
+            return
+        location = fetch.remote.location
+        writer = self._images.committing_into(location.secret_url)
+        if writer is not None:
+            why = (
+                f"is being written: {writer.name} is committed into it, after which overlays that were made before are"
+            )
+            why += " useless"
+        elif self._serves(location):
+            why = "is in the mounted folder, so that the mount serves it as an image, and changes it; keep it elsewhere"
+        else:
             return
         if not self._images.need(fetch.remote):
             await self._sources.release(fetch.remote)
-        raise InUse(
-            f"{path}: its backing {fetch.remote.location} is being written: {writer.name} is committed into it, after"
-            " which overlays that were made before are useless"
-        )
+        raise InUse(f"{path}: its backing {location} {why}")
+
+    def _serves(self, location: Location) -> bool:
+        """Whether a backing is an overlay of the mounted folder, and served for writing: that alone moves its mtime."""
+        path = os.path.normpath(location.path or "")
+        root, name = os.path.split(path)
+        folder = self._folder
+        if location.kind != "file" or folder.single or root != folder.root or not name.endswith(SUFFIX):
+            return False
+        try:
+            regular = stat.S_ISREG(folder.lstat(name).st_mode)
+            return regular and not self._options.read_only and os.access(name, os.W_OK, dir_fd=folder.fd)
+        except OSError:
+            return False  # the source says what is wrong
 
     async def _open_overlay(self, path: str, *, is_new: bool) -> Overlay:
         check_room(len(self._images) + self._opening, self._sources.count)

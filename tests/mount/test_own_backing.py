@@ -77,6 +77,32 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.expect_log("so that the mount serves it as an image")
+async def test_an_overlay_over_another_one_of_the_folder_is_refused_unless_that_is_only_read(tmp_path: Path) -> None:
+    base, elsewhere = tmp_path / "d" / "base.qed", tmp_path / "base.qed"
+    base.parent.mkdir()
+    for place in (base, elsewhere):
+        create_overlay(str(place), image_size=65536, backing=None)
+        os.utime(place, (1, 1))
+    for name, backing in (("after", "base.qed"), ("aside", str(elsewhere))):
+        overlay = base.parent / f"{name}.qed"
+        create_overlay(str(overlay), image_size=65536, backing=backing, raw_backing=False)
+        os.utime(overlay, (1, 1))
+    for read_only in (False, True):
+        async with trio.open_nursery() as nursery:
+            options = Options(stream=False, read_only=read_only, policy=Policy((str(tmp_path),)))
+            images = Images(str(base.parent), options, nursery)
+            await images.registry.scan()
+            refusal = named(images, "after.raw").refusal
+            assert (refusal is None) is read_only
+            assert refusal is None or f"its backing {base} is in the mounted folder" in str(refusal.error)
+            assert named(images, "base.raw").image is not None
+            assert named(images, "aside.raw").image is not None
+            with trio.CancelScope(shield=True):
+                await images.close()
+            nursery.cancel_scope.cancel()
+
+
 @contextlib.asynccontextmanager
 async def image_over(base: Path) -> AsyncIterator[Image]:
     """An image with one cluster of its own, over a backing of four, without a mount."""
