@@ -1,8 +1,9 @@
 """What an image reads from in standby, while another program may still change the source.
 
 Owns the pass-through: each read asks the source, and nothing of the answer is kept. Two readers of the same bytes ask
-twice, because the later one may see bytes that were written after the first one had asked. Must not know the overlay,
-nor when the standby ends.
+twice, because the later one may see bytes that were written after the first one had asked. The reader of a disk image
+format keeps its tables, so each read of such a source gets a new one. Must not know the overlay, nor when the standby
+ends.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import trio
+
 from qedfs.errors import QedfsError, SourceChanged
+from qedfs.source.base import HasFile
 from qedfs.source.retrying import RetryingSource
 
 log = logging.getLogger(__name__)
@@ -19,6 +23,7 @@ log = logging.getLogger(__name__)
 # Programs that probe a disk (QEMU) go on after such an error.
 DEADLINE_SECONDS = 1.0
 TRIES = 3  # of a read whose source becomes another version meanwhile
+DECODED_AT_ONCE = 4  # reads, and so connections, of a disk image
 
 
 class PassThrough:
@@ -28,6 +33,7 @@ class PassThrough:
         """`make`: a source that connects when it is first read. `release`: called when one is no longer needed."""
         self._make = make
         self._release = release
+        self._few = trio.CapacityLimiter(DECODED_AT_ONCE)
         self.remote = make()
 
     async def read(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
@@ -38,7 +44,7 @@ class PassThrough:
         for _ in range(TRIES):
             remote = self.remote
             try:
-                await _read(remote, pieces)
+                await self._read(remote, pieces)
             except QedfsError as exc:
                 error = exc.fresh()
                 if remote is self.remote:
@@ -51,12 +57,28 @@ class PassThrough:
                 return
         raise error
 
+    async def _read(self, remote: RetryingSource, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        async with remote.reader():
+            await remote.connect()
+            keeps_tables = isinstance(remote.connected, HasFile)
+            if keeps_tables:
+                await self._read_anew(pieces)
+            else:
+                await _fill(remote, pieces)
 
-async def _read(remote: RetryingSource, pieces: Sequence[tuple[int, memoryview]]) -> None:
-    async with remote.reader():
-        size = (await remote.connect()).size
-        for pos, view in pieces:
-            wanted = max(0, min(len(view), size - pos))
-            if wanted:
-                await remote.read(pos, view[:wanted], urgent=True)
-            view[wanted:] = bytes(len(view) - wanted)
+    async def _read_anew(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        async with self._few:
+            own = self._make()
+            try:
+                await _fill(own, pieces)
+            finally:
+                self._release(own)
+
+
+async def _fill(remote: RetryingSource, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    size = (await remote.connect()).size
+    for pos, view in pieces:
+        wanted = max(0, min(len(view), size - pos))
+        if wanted:
+            await remote.read(pos, view[:wanted], urgent=True)
+        view[wanted:] = bytes(len(view) - wanted)

@@ -216,5 +216,5 @@ class SourcePool:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for remote in self._remotes.values():
+        for remote in list(self._remotes.values()):  # others may be released meanwhile
             await remote.aclose()

@@ -10,9 +10,11 @@ import trio
 from qedfs.errors import SourceUnreachable
 from qedfs.image.standby import DEADLINE_SECONDS, PassThrough
 from qedfs.source.base import Identity
+from qedfs.source.qed import QedSource
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
 from tests.fakes.source import FakeSource, remote
+from tests.source.qed import support as qed
 
 CONTENT = random.Random(5).randbytes(1 << 20)
 
@@ -86,3 +88,24 @@ async def test_another_version_after_a_reconnect_is_read_and_no_error(autojump_c
     first._source = None
     assert await read(through, 0, 512) == source.content[:512]
     assert released == [first]
+
+
+async def test_the_tables_of_a_disk_image_are_read_anew_each_time(autojump_clock: trio.testing.MockClock) -> None:
+    cluster = qed.CLUSTER
+    clusters = {qed.DATA: b"d" * cluster}
+    file = FakeSource(qed.image({qed.L1: [qed.L2], qed.L2: [0]}, clusters))
+    released: list[RetryingSource] = []
+
+    async def connect() -> QedSource:
+        file.is_closed = False
+        return await QedSource.open(file, "disk.qed")
+
+    def make() -> RetryingSource:
+        return RetryingSource(parse_location("nbd://fake"), connect, deadline_seconds=DEADLINE_SECONDS)
+
+    through = PassThrough(make, released.append)
+    assert await read(through, 0, 2 * cluster) == bytes(2 * cluster)
+    file.content = qed.image({qed.L1: [qed.L2], qed.L2: [0, qed.DATA]}, clusters)  # another program has written
+    assert await read(through, 0, 2 * cluster) == bytes(cluster) + clusters[qed.DATA]
+    assert len(released) == 2
+    assert through.remote not in released
