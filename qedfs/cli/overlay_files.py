@@ -1,10 +1,14 @@
-"""Access of commands to the images of overlay files without a mount. Of the file alone: `locked_file.py`."""
+"""Access of commands to the images of overlay files without a mount. Of the file alone: `locked_file.py`.
+
+Owns how they open an overlay to look at it, and where Ctrl-C may interrupt one that changes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar, TypeVarTuple, Unpack
 
 import trio
 
@@ -15,6 +19,17 @@ from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 
 SUFFIX = ".qed"
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+def run_changing(command: Callable[[Unpack[Ts]], Awaitable[T]], *args: *Ts) -> T:
+    """Run a command that changes an overlay, and return its result. Ctrl-C interrupts it only where it awaits.
+
+    An overlay relies on that nothing comes between two awaits. Otherwise, an interrupted move of a cluster would give
+    back the place that an entry refers to already, and the close that follows would commit this entry.
+    """
+    return trio.run(command, *args, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ from .test_json import printed
 SIZE = 3 << 20
 CLUSTER = 1 << 16
 ORDER = (5, 2, 40, 3, 17, 4, 31, 6)  # of the writes to a part of a cluster each
+# Runs the command in a process that gets SIGINT in the middle of a move, whose first entry has just been set.
+INTERRUPTED = """
+import os, signal, sys
+from qedfs.cli.entry import main
+from qedfs.overlay.clustermap import ClusterMap
+
+def move(self, *args):
+    moved(self, *args)
+    ClusterMap.move = moved
+    os.kill(os.getpid(), signal.SIGINT)
+
+moved, ClusterMap.move = ClusterMap.move, move
+sys.argv = ["qedfs", "defrag", sys.argv[1]]
+main()
+"""
 
 
 @pytest.fixture
@@ -75,6 +91,14 @@ def test_after_a_kill_the_image_reads_the_same_and_the_same_command_goes_on(over
         assert qemu_check(folder / "disk.qed") == (0, 0)
         assert json.loads(qedfs("info", folder / "disk.qed", "--json").stdout)["pieces"] == 1
         shutil.rmtree(folder)
+
+
+def test_ctrl_c_interrupts_no_move_and_leaves_no_entry_without_its_data(overlay: Path) -> None:
+    before = flat(overlay)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, overlay], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert qemu_check(overlay).corruptions == 0
+    assert qemu_same(overlay, before)
 
 
 def test_a_file_that_cannot_grow_stops_it_and_nothing_is_lost(overlay: Path) -> None:

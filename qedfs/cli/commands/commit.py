@@ -16,6 +16,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.image_job import JobOrder
 from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import PLACE, RATE
+from qedfs.cli.overlay_files import run_changing
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json, remark
@@ -98,7 +99,7 @@ def commit(
         raise UsageError("--limit, --no-wait, --pause, --resume and --cancel are for a mounted image: MOUNTPOINT IMAGE")
     progress = CopyProgress(os.path.basename(overlay))
     order = _Order(overlay, allow_backing, keep, dry_run)
-    done, backing = trio.run(_with_bar, order, progress, quiet)
+    done, backing = run_changing(_with_bar, order, progress, quiet)
     if as_json:
         print_json(
             {

@@ -14,7 +14,7 @@ from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.image_job import JobOrder
 from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import PLACE, RATE
-from qedfs.cli.overlay_files import peeked
+from qedfs.cli.overlay_files import peeked, run_changing
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
@@ -63,7 +63,7 @@ def defrag(
     if image is None:
         if no_wait or command:
             raise UsageError("--no-wait, --pause, --resume and --cancel are for a mounted image: MOUNTPOINT IMAGE")
-        done = trio.run(_look, overlay) if dry_run else trio.run(_in_file, overlay, limit or 0, quiet)
+        done = trio.run(_look, overlay) if dry_run else run_changing(_in_file, overlay, limit or 0, quiet)
         if as_json:
             print_json({"overlay": os.path.abspath(overlay), "dry_run": dry_run, **dataclasses.asdict(done)})
         elif not quiet:

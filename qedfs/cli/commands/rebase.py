@@ -16,6 +16,7 @@ from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.overlay_files import run_changing
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import InStandby, QedfsError, UsageError
@@ -75,7 +76,7 @@ def rebase(
     encode_backing_name(backing)  # raises for a bad name before a server is contacted
     asking = Asking(_allowed(location), read(credentials), source_timeout)
     how = _How(force=force, unsafe=unsafe)
-    trio.run(_rebase, overlay, backing, location, asking, how)
+    run_changing(_rebase, overlay, backing, location, asking, how)
     shown = None if location is None else str(location)
     if as_json:
         print_json({"overlay": os.path.abspath(overlay), "backing": shown, "compared": bool(backing) and not unsafe})

@@ -15,6 +15,7 @@ from qedfs.cli.credentials_option import credentials_option
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.locked_file import image_explained
 from qedfs.cli.option_types import DURATION, PLACE
+from qedfs.cli.overlay_files import run_changing
 from qedfs.cli.served_images import check_served, fetch
 from qedfs.cli.takeovers import lasting_client
 from qedfs.cli.ui.output import print_json, remark
@@ -69,7 +70,7 @@ def resize(
     image: str | None = None
     if len(size) == 1:
         asking = Asking(allow_backing, read(credentials), source_timeout)
-        before, made = trio.run(_resize_file, overlay, size[0], shrink, asking, quiet)
+        before, made = run_changing(_resize_file, overlay, size[0], shrink, asking, quiet)
     elif len(size) == 2:
         if shrink:
             raise UsageError("--shrink is for an overlay that is not mounted")
