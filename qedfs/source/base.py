@@ -97,6 +97,8 @@ class Identity:
             if difference or self.strong_etag:
                 return difference
         if self.last_modified and shown.last_modified:
+            if self.last_modified.startswith(LAYOUTS) and shown.last_modified.endswith(f" of {self.last_modified}"):
+                return ""  # of the same image file, whose date was not told or did not count before
             return _difference("Last-Modified", self.last_modified, shown.last_modified)
         return ""
 

@@ -78,6 +78,9 @@ def test_every_kind_against_every_kind(pinned: str) -> None:
         # A qcow2 image's tables stand in the place of a date, and not for its data.
         (Identity(1, None, "qcow2 file of 9 bytes"), Identity(1, None, "qcow2 file of 9 bytes"), PRESUMED),
         (Identity(1, None, "qcow2 file of 9 bytes"), Identity(1, None, "qcow2 file of 8 bytes"), CHANGED),
+        (Identity(1, None, "QED file of 9 bytes"), Identity(1, None, "today of QED file of 9 bytes"), PRESUMED),
+        (Identity(1, None, "QED file of 9 bytes"), Identity(1, None, "today of QED file of 8 bytes"), CHANGED),
+        (Identity(1, None, "today of QED file of 9 bytes"), Identity(1, None, "QED file of 9 bytes"), CHANGED),
     ],
 )
 def test_digests_and_places(known: Identity, shown: Identity, sameness: Sameness) -> None:

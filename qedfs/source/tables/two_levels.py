@@ -210,7 +210,7 @@ def disk_identity(file: Identity, size: int, kind: str, stamp: str) -> Identity:
 
     Two versions of a file can have the same virtual size, and an NBD server has no validators. The mark, which is the
     length of the file and a digest of its header and L1 table, takes the place of the date. So it is compared even if
-    there is nothing else to compare. If a server without ETags sends a date only now and then, that looks like a
+    there is nothing else to compare. If a server without ETags does not send its date any more, that looks like a
     change, which errs on the safe side.
     """
     mark = layout_mark(kind, file.size, stamp)
