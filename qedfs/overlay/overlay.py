@@ -194,7 +194,8 @@ class Overlay(OverlayState):
     def write_now(self, pos: int, data: Buffer) -> bool:
         """Write in place if that is one piece of data clusters and need not wait. If it returns False, use `write`.
 
-        Raises what `write` raises.
+        So do if there is no space, for a hole in a cluster or for a copy on write: `write` then makes room. A part may
+        have been written. Raises what else `write` raises.
         """
         if not self._barriers.writable or not self.times.may_move:
             return False
@@ -205,6 +206,8 @@ class Overlay(OverlayState):
             return False
         try:
             self.storage.write(offset, (data,))
+        except NoSpace:
+            return False
         finally:
             # After the write, even if it fails: the final mtime must not be earlier than the new bytes.
             self.times.move()

@@ -367,3 +367,19 @@ async def test_a_write_that_finds_no_space_gets_what_was_put_off() -> None:
     storage.fail("write", NoSpace("full"))
     await overlay.write(9 * CLUSTER, b"w" * CLUSTER, no_fill)
     assert set(offsets(storage)) == {0, 1, 3, 4, 5}
+
+
+async def test_a_write_in_place_that_finds_no_space_gets_it_too() -> None:
+    """Into a hole of a cluster, or where the file system never overwrites in place."""
+    storage, overlay = await opened()
+    await overlay.relocation.put_off_punches()
+    await overlay.discard(2, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    await overlay.write(3 * CLUSTER, b"w" * 512, no_fill)
+    for nth in (1, 2):
+        storage.fail("write", NoSpace("full"), nth=nth)
+    assert not overlay.write_now(3 * CLUSTER, b"x" * 512)
+    await overlay.write(3 * CLUSTER, b"x" * 512, no_fill)
+    assert 2 not in offsets(storage)
+    assert overlay.write_now(3 * CLUSTER, b"y" * 512)
