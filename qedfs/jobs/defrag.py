@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 STRETCH_BYTES = 8 << 20  # of the image. A disk with heads reads as much in the time of some seeks.
 GUEST_SECONDS = 0.02
 PACE_SECONDS = 0.25
+STILL_SECONDS = 10.0  # a job that has been held off for so long no longer has punches put off
 LOOKED_AT = 64  # stretches without anything to do, before other tasks get their turn
 
 
@@ -53,6 +54,8 @@ class DefragJob(Job):
         self._clusters = image.overlay.geometry.clusters
         self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
         self._lowered = 0  # the first cluster that the second pass has not looked at
+        self._no_room = False  # whether the disk has been full, whatever free space it tells
+        self._still_since: float | None = None  # while the job does not work
 
     @property
     def progress(self) -> int:
@@ -64,6 +67,7 @@ class DefragJob(Job):
     async def work(self) -> bool:
         """Move what is not in order; see `Job.work`. A full disk ends the job: it is no reason to wait for room."""
         relocation = self.image.overlay.relocation
+        self._still_since = None
         if not relocation.most_clusters:
             self.cursor = self._lowered = self._clusters  # such clusters are longer than any jump
         try:
@@ -80,6 +84,9 @@ class DefragJob(Job):
                 await self._lower()
         except NoSpace as exc:
             if relocation.put_off_bytes:
+                # Not put off again: a user's quota is no part of what the file system tells of its free space. It could
+                # be too small for a stretch, and the job would move the first clusters of that again and again.
+                self._no_room = True
                 relocation.punch_again()
                 with contextlib.suppress(NoSpace):
                     await self.image.overlay.commit_and_give_back()
@@ -90,8 +97,13 @@ class DefragJob(Job):
         return True
 
     def stand_still(self) -> None:
-        """Let old places be punched at once, unless it goes on soon by itself."""
-        if not self.allowed:
+        """Let old places be punched at once, unless it goes on soon by itself.
+
+        While it is held off, as outside its hours, nobody looks at the free space, which others may use up.
+        """
+        now = trio.current_time()
+        self._still_since = now if self._still_since is None else self._still_since
+        if not self.allowed or now - self._still_since >= STILL_SECONDS:
             self.image.overlay.relocation.punch_again()
 
     async def finish(self) -> None:
@@ -113,7 +125,8 @@ class DefragJob(Job):
             return
         count = min(self._stretch - first % self._stretch, self._clusters - first)
         if (await overlay.relocation.layout(first, count)).pieces > 1:
-            await overlay.relocation.put_off_punches()
+            if not self._no_room:
+                await overlay.relocation.put_off_punches()
             gathering = await overlay.relocation.gather(first, count)
             if gathering is not None and not await self._move(gathering):
                 # The rest follows. A job that is held off again and again would never end if it began anew.

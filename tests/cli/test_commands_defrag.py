@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
 
+from qedfs.cli.commands.defrag import _in_file
+from qedfs.errors import NoSpace
+from qedfs.jobs.defrag import DefragJob
+from qedfs.jobs.job import Job
 from tests.harness.images import qemu_check, qemu_io, qemu_same, random_image
 from tests.harness.mounts import qedfs
 from tests.harness.require import require
@@ -108,6 +114,18 @@ def test_a_file_that_cannot_grow_stops_it_and_nothing_is_lost(overlay: Path) -> 
     refused(done, 6, "what is in order stays so, and the rest needs 128 MiB of free space")
     assert qemu_same(overlay, before)
     assert qemu_check(overlay).corruptions == 0
+
+
+def test_a_disk_that_is_full_at_its_end_ends_it_instead_of_a_wait_that_nobody_sees(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(job: DefragJob) -> None:
+        raise NoSpace("the file system is full")
+
+    monkeypatch.setattr(DefragJob, "finish", full)
+    monkeypatch.setattr(logging.getLogger(Job.__module__), "filters", [])  # to which the command adds one
+    with pytest.raises(NoSpace, match="the file system is full"):
+        trio.run(_in_file, str(overlay), 0, True)
 
 
 def test_an_overlay_that_is_in_use_is_left_alone(overlay: Path) -> None:

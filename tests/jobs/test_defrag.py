@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import trio
@@ -11,10 +11,11 @@ import trio.testing
 
 from qedfs.errors import BadOverlay, NoSpace
 from qedfs.image.image import Image
-from qedfs.jobs.defrag import GUEST_SECONDS, STRETCH_BYTES, DefragJob
+from qedfs.jobs.defrag import GUEST_SECONDS, STILL_SECONDS, STRETCH_BYTES, DefragJob
 from qedfs.jobs.state import ENDED, State
 from qedfs.overlay.fragments import Fragments, fragments
 from qedfs.overlay.relocation import PIECE_BYTES
+from qedfs.overlay.storage import Buffer
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import MemoryStorage
 from tests.served import CLUSTER, served
@@ -122,6 +123,54 @@ async def test_on_a_full_disk_it_goes_on_with_the_room_of_old_places(autojump_cl
         assert (job.state, job.error) == (State.COMPLETE, None)
         assert (await layout(image)).pieces <= 2
         assert await is_right(image, clusters)
+
+
+async def test_with_a_quota_smaller_than_a_stretch_it_comes_to_its_end(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system tells of much free space, and punches make room for a few clusters each time."""
+    async with scattered(STRETCH) as image, trio.open_nursery() as nursery:
+        storage, write = storage_of(image), storage_of(image).write
+        blocks = set(range(storage.size() // CLUSTER))
+        most = len(blocks) + STRETCH // 2
+
+        def written(offset: int, data: Sequence[Buffer]) -> None:
+            new = set(range(offset // CLUSTER, -(-(offset + sum(map(len, data))) // CLUSTER))) - blocks
+            if len(blocks) + len(new) > most:
+                raise NoSpace("the quota is exceeded")
+            blocks.update(new)
+            write(offset, data)
+
+        def punched(offset: int, size: int) -> bool:
+            blocks.difference_update(range(offset // CLUSTER, (offset + size) // CLUSTER))
+            return True
+
+        monkeypatch.setattr(storage, "write", written)
+        monkeypatch.setattr(storage, "punch", punched)
+        job = DefragJob(image, limit=16 * CLUSTER)
+        nursery.start_soon(lambda: job.run(once=True))
+        with trio.fail_after(200):
+            while job.state not in ENDED:
+                await trio.sleep(1)
+                await image.tend()
+        assert (job.state, (await layout(image)).pieces) == (State.COMPLETE, 1)
+        assert not image.overlay.relocation.put_off_bytes
+        assert await is_right(image, STRETCH)
+
+
+async def test_outside_its_hours_old_places_are_punched(autojump_clock: trio.testing.MockClock) -> None:
+    reason = ""
+    async with scattered(40) as image, trio.open_nursery() as nursery:
+        nursery.start_soon(DefragJob(image, limit=4 * CLUSTER, hold_off=lambda: reason).run)
+        await trio.sleep(3)
+        reason = "outside its hours"
+        await trio.sleep(STILL_SECONDS / 2)
+        await image.tend()
+        assert image.overlay.relocation.put_off_bytes
+        await trio.sleep(STILL_SECONDS)
+        await image.tend()
+        assert not image.overlay.relocation.put_off_bytes
+        nursery.cancel_scope.cancel()
 
 
 async def test_it_stops_when_it_is_told_to_and_goes_on(autojump_clock: trio.testing.MockClock) -> None:

@@ -18,10 +18,10 @@ from qedfs.cli.overlay_files import peeked, run_changing
 from qedfs.cli.ui.copy_progress import CopyProgress, drawn
 from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
-from qedfs.errors import UsageError
+from qedfs.errors import QedfsError, UsageError
 from qedfs.image.image import Image
 from qedfs.jobs.defrag import DefragJob
-from qedfs.jobs.job import Job
+from qedfs.jobs.job import Action, Driver, Job
 from qedfs.overlay.open import open_overlay
 from qedfs.units import format_size
 
@@ -104,6 +104,13 @@ def _pieces(count: int) -> str:
     return f"{count} piece{'s' if count != 1 else ''}"
 
 
+class _Stopping(Driver):
+    """Ends the job with its first error: nobody would see for what it waits."""
+
+    def judge(self, job: Job, error: QedfsError) -> Action:
+        return Action.STOP
+
+
 async def _look(path: str) -> _Done:
     async with peeked(path) as overlay:
         found = await overlay.fragments()
@@ -118,7 +125,7 @@ async def _in_file(path: str, limit: int, quiet: bool) -> _Done:
         overlay = await open_overlay(path, writable=True)
     try:
         before = await overlay.fragments()
-        job = DefragJob(Image(os.path.basename(path), overlay, None), limit=limit)
+        job = DefragJob(Image(os.path.basename(path), overlay, None), limit=limit, driver=_Stopping())
         progress = CopyProgress(os.path.basename(path))
         progress.total = job.total
         async with drawn(progress, quiet=quiet), trio.open_nursery() as nursery:
