@@ -10,6 +10,7 @@ from qedfs.image.standby_record import check_size, put_in_standby, record_active
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 
 CLUSTER = 1 << 16
@@ -148,7 +149,3 @@ async def test_a_write_that_comes_after_the_way_back_has_begun_is_refused() -> N
     await record_emptying("disk.raw", overlay)
     with pytest.raises(InStandby):
         await overlay.write(0, bytes(CLUSTER), no_fill)
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(cluster)

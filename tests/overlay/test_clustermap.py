@@ -12,6 +12,7 @@ from qedfs.overlay.clustermap import Run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import SPAN, Built, empty, filled, many_tables
 
 CLUSTER = 4096
@@ -182,10 +183,6 @@ async def test_a_stretch_without_table_is_missing() -> None:
     assert await overlay.clusters.next_missing(3, 10_000) == (3, 512 - 3)
     await overlay.count_missing()
     assert overlay.missing == 2048
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 @pytest.mark.parametrize("entry", [2, 0x200, 0x1000, 0x1200, 1 << 40, (1 << 64) - 4096])

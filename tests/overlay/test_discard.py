@@ -15,13 +15,10 @@ from qedfs.overlay.journal import Journal, run_count, zero_run
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty, filled
 
 CLUSTER = 4096
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 async def entries(overlay: Overlay, *clusters: int) -> list[int]:

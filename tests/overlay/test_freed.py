@@ -18,15 +18,12 @@ from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.relocation import ROOM_BYTES
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty, filled
 
 T = TypeVar("T")
 CLUSTER = 4096
 DATA = {cluster: bytes([65 + cluster]) * CLUSTER for cluster in range(6)}
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 def offsets(storage: MemoryStorage) -> dict[int, int]:

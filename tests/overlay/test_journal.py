@@ -16,6 +16,7 @@ from qedfs.host.runtime import RuntimeFolder
 from qedfs.overlay.journal import Journal, Pair, moved_to, read_journal
 from qedfs.overlay.open import open_storage
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 
 T = TypeVar("T")
@@ -24,10 +25,6 @@ CLUSTER = 4096
 SESSION = "5" * 32
 DEVICE = 77
 HEADER_SIZE = 128
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 def created(folder: Path) -> Journal:

@@ -33,16 +33,13 @@ from qedfs.overlay.session import Session, read_header, read_record
 from tests.fakes.storage import MemoryStorage
 from tests.harness.alone import alone_with
 from tests.harness.require import require_root
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
 SESSION = "5" * 32
 ALICE, BOB = 61_001, 61_002
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 @pytest.fixture

@@ -12,14 +12,11 @@ from qedfs.overlay.loop_writes import MOST_BYTES, REST, SLOW_SECONDS, WATCHED, L
 from qedfs.overlay.open import open_storage
 from qedfs.overlay.storage import Buffer
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import filled
 
 T = TypeVar("T")
 CLUSTER = 4096
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"nothing is missing of cluster {cluster}")
 
 
 def never() -> bool:

@@ -16,6 +16,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage, RecordingStorage
 from tests.overlay.cuts import Disk
+from tests.overlay.guest import no_fill
 from tests.overlay.images import SPAN, Built, filled
 
 CLUSTER = 4096
@@ -55,10 +56,6 @@ async def whole(storage: MemoryStorage) -> bytes:
     """What the next session shows of this file, which is sound."""
     checked(storage)
     return await shown(await open_storage(MemoryStorage(bytes(storage.bytes), writable=False)))
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 @pytest.mark.parametrize("new", [OLD + 512, 6 * CLUSTER, 7 * CLUSTER, SPAN, SPAN + CLUSTER, 2 * SPAN + 512, 3 * SPAN])

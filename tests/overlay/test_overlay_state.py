@@ -7,13 +7,10 @@ import pytest
 from qedfs.errors import BadOverlay, QedfsError, ReadOnlyOverlay
 from qedfs.overlay.open import open_storage
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 
 CLUSTER = 4096
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 async def test_a_write_is_uncommitted_until_a_commit() -> None:

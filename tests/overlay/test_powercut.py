@@ -19,6 +19,7 @@ from tests.harness.sample import sample
 from tests.model import SectorModel
 from tests.overlay.cuts import Disk, Piece, Truncation
 from tests.overlay.examine import Broken, examine
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 from tests.overlay.mutants import MOVES, MUTANTS, Mutant, mutated
 from tests.overlay.powercut import Failure, Tally, replay, reproduce
@@ -233,10 +234,6 @@ async def test_a_write_beside_a_barrier_is_not_covered_by_it() -> None:
     disk.advance(len(storage.log))
     assert len(storage.log) == 3
     assert disk.pending() == [1]
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} is there")
 
 
 async def flushed_in_place() -> tuple[History, int]:

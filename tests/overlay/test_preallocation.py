@@ -20,13 +20,10 @@ from qedfs.overlay.preallocation import Preallocation
 from qedfs.overlay.session import read_header
 from tests.harness.images import qemu_check, qemu_info, qemu_io
 from tests.harness.mounts import qedfs
+from tests.overlay.guest import no_fill
 
 MIB = 1 << 20
 SIZE = (3 << 30) + 512  # two tables map 2 GiB each
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 def l1_of(path: Path) -> list[int]:

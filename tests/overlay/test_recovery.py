@@ -21,15 +21,12 @@ from qedfs.overlay.create import create_overlay
 from qedfs.overlay.open import open_overlay, open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
 ELSEWHERE = 5  # the device of a snapshot
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 async def opened(image: bytes | bytearray, folder: Path, *, device: int = 0) -> tuple[Overlay, MemoryStorage]:

@@ -15,14 +15,11 @@ from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import Built, filled
 
 CLUSTER = 4096
 DATA = {cluster: bytes([65 + cluster]) * CLUSTER for cluster in range(6)}
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 async def place_of(overlay: Overlay, cluster: int) -> int:

@@ -19,14 +19,11 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.relocation import PIECE_BYTES, Layout
 from qedfs.overlay.sectors import SECTOR_ENTRIES
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 from tests.overlay.scenario import read_all
 
 CLUSTER = 4096
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 def no_room(*_: object) -> None:

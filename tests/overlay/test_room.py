@@ -20,6 +20,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from qedfs.overlay.storage import Buffer
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import filled
 
 CLUSTER = 4096
@@ -62,10 +63,6 @@ class SmallDisk(MemoryStorage):
         self.free += len(gone)
         self.pages -= gone
         super().resize(size)
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 async def opened(journals: Path | None, *, data: dict[int, bytes] = DATA) -> tuple[SmallDisk, Overlay]:

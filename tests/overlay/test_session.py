@@ -18,6 +18,7 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import Session, read_header, read_record
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Resized, Written
 from tests.overlay.cuts import Disk
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 from tests.overlay.mutants import Mutant, mutated
 
@@ -185,10 +186,6 @@ async def test_a_session_whose_barrier_failed_does_not_end_in_order() -> None:
     with pytest.raises(ReadOnlyOverlay):
         await overlay.close()
     assert not ended(storage)
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} is written whole")
 
 
 def ended(storage: MemoryStorage) -> bool:

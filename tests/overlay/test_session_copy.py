@@ -12,13 +12,10 @@ from qedfs.overlay.open import open_storage
 from qedfs.overlay.session import read_header, read_record
 from qedfs.overlay.session_copy import end_session
 from tests.fakes.storage import MemoryStorage
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty
 
 CLUSTER = 4096
-
-
-async def no_fill(_: int) -> bytes:
-    raise AssertionError("nothing has to be fetched")
 
 
 @pytest.mark.parametrize("paused", [False, True])

@@ -19,16 +19,13 @@ from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header, read_record
 from tests.fakes.source import FakeSource
 from tests.fakes.storage import BarrierEnded, MemoryStorage, RecordingStorage, Written
+from tests.overlay.guest import no_fill
 from tests.overlay.images import empty, filled
 from tests.served import CLUSTER as SERVED_CLUSTER
 from tests.served import served, tended
 
 CLUSTER = 4096
 PIN = Pin("0" * 32, 4096, etag='"e"')
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 def pinned(record: Record) -> Record:

@@ -11,6 +11,7 @@ from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from tests.fakes.storage import MemoryStorage
 from tests.harness.hang import HANG_SECONDS
+from tests.overlay.guest import no_fill
 from tests.overlay.images import SPAN, empty, many_tables
 
 CLUSTER = 4096
@@ -20,10 +21,6 @@ CLUSTER = 4096
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight slices to a table of 512 entries."""
     monkeypatch.setattr("qedfs.overlay.table_slices.SLICE_ENTRIES", 64)
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 @pytest.mark.usefixtures("small_slices")

@@ -15,13 +15,10 @@ from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.storage import Buffer, FileStorage
 from tests.harness.hang import HANG_SECONDS
+from tests.overlay.guest import no_fill
 
 MIB = 1 << 20
 READERS = 8
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"nothing is missing of cluster {cluster}")
 
 
 async def write(overlay: Overlay, pos: int, data: bytes) -> None:

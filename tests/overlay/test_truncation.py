@@ -12,14 +12,11 @@ from qedfs.overlay.open import open_storage
 from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.session import read_header
 from tests.fakes.storage import BarrierBegun, BarrierEnded, Entry, MemoryStorage, RecordingStorage, Resized, Written
+from tests.overlay.guest import no_fill
 from tests.overlay.images import filled
 
 CLUSTER = 4096
 SPAN = 512 * CLUSTER  # of one table
-
-
-async def no_fill(cluster: int) -> bytes:
-    raise AssertionError(f"cluster {cluster} was asked for")
 
 
 async def states(overlay: Overlay, *clusters: int) -> list[bytes | int | None]:
