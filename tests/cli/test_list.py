@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -82,8 +83,10 @@ def test_one_that_is_dead_and_one_that_is_silent(tmp_path: Path, monkeypatch: py
         os.kill(pids[2], signal.SIGSTOP)
         try:
             wait_for(lambda: not is_running(pids[1]), "its end")
-            alive, dead, silent = listed(inside)
-            shown = inside.qedfs("list").stdout
+            with ThreadPoolExecutor() as threads:  # both wait for the silent one
+                asked = threads.submit(listed, inside)
+                shown = inside.qedfs("list").stdout
+            alive, dead, silent = asked.result()
         finally:
             os.kill(pids[2], signal.SIGCONT)
         assert (alive["state"], alive["pid"], alive["error"]) == ("served", pids[0], None)

@@ -154,14 +154,19 @@ async def test_a_client_that_never_reads_its_events_is_dropped(tmp_path: Path, m
             await deaf.reply()  # it never comes; the connection ends instead
 
 
-async def has_ended(talk: Talk) -> bool:
-    """Whether the server has hung up; all that was sent to the client has been read."""
-    with trio.move_on_after(0.05):
-        try:
+async def assert_ended(*talks: Talk) -> None:
+    """The server hangs up; all that was sent to these clients has been read."""
+    for talk in talks:
+        with pytest.raises(EOFError):
             await talk.line()
-        except EOFError:
-            return True
-    return False
+
+
+async def assert_open(*talks: Talk) -> None:
+    """The server has not hung up."""
+    for talk in talks:
+        with trio.move_on_after(0.05) as silence:
+            await talk.line()
+        assert silence.cancelled_caught
 
 
 @contextlib.asynccontextmanager
@@ -187,7 +192,8 @@ async def test_a_client_too_many_takes_the_place_of_the_oldest_without_negotiati
         talking(path),
     ):
         assert "return" in await newcomer.ask("query-version")
-        assert [await has_ended(talk) for talk in talks[:4]] == [False, True, True, False]
+        await assert_ended(*talks[1:3])
+        await assert_open(talks[0], talks[3])
 
 
 async def test_a_client_too_many_takes_the_place_of_the_one_that_was_silent_longest(
@@ -208,7 +214,8 @@ async def test_a_client_too_many_takes_the_place_of_the_one_that_was_silent_long
         await speaking.get("query-version")
         async with talking(path) as newcomer:
             assert "return" in await newcomer.ask("query-version")
-            assert [await has_ended(talk) for talk in (at_work, speaking, silent)] == [False, False, True]
+            await assert_ended(silent)
+            await assert_open(at_work, speaking)
             source.gate.set()
             assert "return" in await at_work.reply()
 

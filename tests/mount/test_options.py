@@ -22,8 +22,10 @@ from tests.harness.images import qemu_check
 from tests.harness.mounts import is_mounted, mounted, qedfs
 from tests.harness.process import wait_for
 from tests.harness.require import require, require_fuse, require_root, unavailable
+from tests.harness.starter import popen
 
 from .support import CLUSTER_SIZE, MIB, assert_same, assert_whole, create, mounted_over, opened, origin, read_direct
+from .test_release import is_watched
 
 SIZE = 16 * MIB
 NOBODY = 65534
@@ -118,8 +120,11 @@ def test_until_streamed_waits_for_the_last_close(tmp_path: Path) -> None:
 def test_wait_returns_when_until_streamed_has_ended_the_mount(tmp_path: Path) -> None:
     with origin(tmp_path, SIZE) as source:
         create(tmp_path / "disk.qed", source.url)
-        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--until-streamed", "--limit", "3M") as mount:
-            mount.wait()
+        with mounted(tmp_path / "disk.qed", tmp_path / "mnt", "--until-streamed", "--limit", "16K") as mount:
+            with popen(["wait", mount.mountpoint, "--timeout", HANG_OPTION]) as waiting:
+                wait_for(lambda: is_watched(mount), "somebody who waits")
+                qedfs("stream", "limit", mount.mountpoint, "0")
+                assert waiting.wait(HANG_SECONDS) == 0
             assert mount.wait_exit() == 0
 
 

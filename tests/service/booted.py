@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.harness.hang import HANG_SECONDS
 from tests.harness.process import Child, wait_for
 from tests.harness.require import require, require_root, unavailable
 
@@ -22,8 +23,7 @@ TARGETS = (
     *("systemd-poweroff.service", "systemd-user-sessions.service"),
 )
 WANTED = ("remote-fs.target", "systemd-user-sessions.service")
-# Longer than any unit of a test takes, much shorter than pytest's watchdog.
-COMMAND_SECONDS = 60.0
+COMMAND_SECONDS = HANG_SECONDS
 
 
 class Booted:

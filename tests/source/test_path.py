@@ -144,9 +144,11 @@ async def test_a_connection_goes_to_the_socket_that_was_judged(
         replace_by_link(folder / "socket", folder.parent / "outside")
 
     monkeypatch.setattr(Policy, "check_path", check_and_swap)
-    with trio.move_on_after(0.05):  # nobody shakes hands
-        async with trio.open_nursery() as nursery:
-            await NbdSource.open(socket_at(folder / "socket"), policy, nursery)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(NbdSource.open, socket_at(folder / "socket"), policy, nursery)
+        with trio.fail_after(HANG_SECONDS):
+            await trio.lowlevel.wait_readable(inside)
+        nursery.cancel_scope.cancel()  # nobody shakes hands
     inside.accept()[0].close()
     with pytest.raises(BlockingIOError):
         outside.accept()

@@ -20,7 +20,7 @@ from tests.fakes.http_server import FakeHttpServer
 from tests.harness.mounts import qedfs
 from tests.source.http.conftest import CONTENT
 
-DEADLINE_SECONDS = 9.0  # so that a silent mirror costs three
+DEADLINE_SECONDS = 6.0  # so that a silent mirror costs two
 
 
 @pytest.fixture
