@@ -45,13 +45,13 @@ async def opened(overlay: Overlay, location: Location, asking: Asking, *, dry: b
         Refused: the policy does not allow it.
         InUse: somebody has it open.
         SourceChanged: it is not the version that the overlay was started from.
-        SourceError, UsageError: it is not there, or in a format that is not written.
+        SourceError, UsageError: it is not there, or in a format that cannot be written.
         Inaccessible: it cannot be written to.
     """
     found = await find_file(location, Policy(asking.allow_backing), probes=overlay.probes_backing)
     if os.path.samestat(found.status, overlay.file_status()):
         raise UsageError(f"backing {location}: is the overlay itself")
-    # Before we have it open: the question is whether anybody has.
+    # Before we open it, because the kernel is asked whether anybody has it open.
     await check_unused(location, found)
     if found.qed:
         target: Target = await _qed(overlay, location, found, asking, dry=dry)

@@ -3,8 +3,8 @@
 Owns what a read, a write and a flush of the image do, and the exchange of its source and of its overlay. When it
 commits is in `commit_schedule.py`, what it does with fetched bytes in `consumer.py`. Must not know FUSE or sockets.
 
-Tasks. Any task on the event loop may read and write. Somebody calls `tend` every COMMIT_SECONDS, one call at a time, to
-commit changes that have become old.
+Tasks. Any task on the event loop may read and write. The owner of the image calls `tend` every COMMIT_SECONDS, one
+call at a time, to commit changes that have become old.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Image:
     ) -> None:
         """`fetch`: None for an overlay without backing, and in standby. `copy_on_read`: keep what readers ask for.
 
-        `standby`: what it reads from, and what becomes of writes, until it is activated.
+        `standby`: what it reads from, and the gate that holds or refuses writes, until it is activated.
         """
         self.name = name
         self.overlay = overlay
@@ -246,7 +246,7 @@ class Image:
             if inside <= 0:
                 raise NoSpace(f"{self.name}: write past the end of the image")
             data = memoryview(data)[:inside]
-        if not self.overlay.write_now(pos, data):  # which it never does in standby, as there the times may not move
+        if not self.overlay.write_now(pos, data):  # always False in standby, as the times must not move then
             if self.gate is not None:
                 await self.gate.passed()
             taken = RmwReservation(self._rmw_budget)

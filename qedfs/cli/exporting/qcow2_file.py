@@ -1,7 +1,7 @@
 """A raw file -> a qcow2 file, by QEMU's own program, qemu-img.
 
-qemu-img gets a raw file, not the overlay. Of an overlay that is not complete it would ask the backing itself, without
-our pin and policy; it does not know the journal of a killed mount; and it cannot open every overlay that is valid, such
+qemu-img gets a raw file, not the overlay. If an overlay is not complete, it would open the backing itself, without our
+pin and policy; it does not know the journal of a killed mount; and it cannot open every overlay that is valid, such
 as one whose tables take one cluster.
 
 Owns the call, the progress that qemu-img prints, and what its failures mean. Must not know where the raw file comes
@@ -52,8 +52,8 @@ async def convert(program: str, raw: int, target: int, name: str, progress: Copy
         stderr=subprocess.PIPE,
         check=False,
         pass_fds=(raw, target),
-        # Its messages are understood in English. And Ctrl-C is meant for us: if it also ended qemu-img at that moment,
-        # this would look like a failure.
+        # Its messages are parsed, so they must be English. And Ctrl-C is meant for us: if it also ended qemu-img, that
+        # would look like a failure.
         env={**os.environ, "LC_ALL": "C"},
         process_group=0,
     )

@@ -78,8 +78,8 @@ class Handover:
     def move(self, deadline: float, show: Show, again: Callable[[], None]) -> None:
         """Move the guest. On any failure before the last step it runs on at the source.
 
-        `again`: starts the server of a disk anew that is not raw. Such a format has tables, and a server that has read
-        them while they still changed remembers old ones.
+        `again`: restarts the server of a disk that is not raw. Such a format has tables, and a server that read them
+        while they still changed has old ones in its cache.
         """
         self._began = time.monotonic()
         with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ class Handover:
                 self._qemus.prepare()
                 self._qemus.start()
                 self._qemus.wait_stopped(deadline, show)
-                # The guest stands still, and belongs to one of two: Ctrl-C comes too late, or waits for the way back.
+                # The guest stands still, and only one of the two may resume it. Ctrl-C waits until that is decided.
                 stack.enter_context(_undisturbed())
             except BaseException:
                 with _undisturbed():  # a second signal must not leave the guest standing still
@@ -130,7 +130,7 @@ class Handover:
         if self._qemus.has_failed():
             self._qemus.cancel()
             self.outcome.guest = "source"
-            # It may have got all of the guest in spite of that.
+            # The destination may have received the whole guest nevertheless.
             if not self._qemus.end_destination():
                 self._say("it is not certain that the guest does not run at the destination, too: end its QEMU")
             self._way_back()
@@ -157,7 +157,7 @@ class Handover:
         except Lost:
             self.outcome.guest = "stopped"
             raise
-        # While the QEMU is there, nobody else can have come in between: it gave up its locks a moment ago.
+        # Before the QEMU ends. It gave up its locks a moment ago, so hardly anybody else can have taken them since.
         if self._export is not None:
             self._export.guard()
         self._qemus.quit_source()
@@ -187,7 +187,7 @@ class Handover:
 def _undisturbed() -> Iterator[None]:
     """Signals that would end this command are heeded only afterwards.
 
-    They are not blocked: a server that is started meanwhile would inherit that, and nothing but SIGKILL could end it.
+    They are not blocked: a server that is started meanwhile would inherit the mask, and only SIGKILL could end it.
     """
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in ENDS}

@@ -1,7 +1,7 @@
 """The figures of a mount as Prometheus metrics.
 
 Owns the names of the metrics. Reads the live objects at each scrape and keeps nothing, so reads and writes of the mount
-cost nothing here. Must not know how the text is served. Needs the package prometheus_client.
+are not slowed down. Must not know how the text is served. Needs the package prometheus_client.
 
 The label `image` is a file name inside the mount; bytes that are not UTF-8 are escaped as in `status`. The label
 `source` is a backing without its secrets. Backings that look the same without them are added up, because a label must
@@ -46,7 +46,7 @@ _IMAGE_COUNTERS: tuple[tuple[str, str, Callable[[Image], float]], ...] = (
 _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, Job], float]], ...] = (
     ("size_bytes", "Size of the image.", lambda image, job: job.total),
     ("populated_bytes", "Bytes of the image that need no source.", lambda image, job: job.progress),
-    ("disk_usage_bytes", "Bytes of disk under the overlay.", lambda image, job: image.overlay.disk_usage),
+    ("disk_usage_bytes", "Bytes that the overlay file takes on disk.", lambda image, job: image.overlay.disk_usage),
     ("limit_bytes_per_second", "Limit of the stream, 0 for none.", lambda image, job: job.rate_limiter.limit),
     ("stalled_requests", "Requests that wait for a source that is away.", lambda image, job: image.stalls.count),
     ("read_only", "1 if nothing can be kept or written.", lambda image, job: not image.writable),
@@ -63,7 +63,7 @@ _IMAGE_GAUGES: tuple[tuple[str, str, Callable[[Image, Job], float]], ...] = (
 )
 # The last element combines the values of several queues for one source.
 _SOURCE_GAUGES: tuple[tuple[str, str, Callable[[FetchQueue], float], Callable[[Iterable[float]], float]], ...] = (
-    ("requests_in_flight", "Requests that have left and are not dealt with.", lambda fetch: len(fetch.flights()), sum),
+    ("requests_in_flight", "Requests that were sent and are not finished.", lambda fetch: len(fetch.flights()), sum),
     ("background_bytes_in_flight", "Bytes in flight that nobody waits for.", lambda fetch: fetch.background_bytes, sum),
     ("waiting_readers", "Readers that wait for bytes of the source.", lambda fetch: fetch.readers, sum),
     ("window_bytes", "Bytes that may be in flight in the background.", lambda fetch: fetch.window.bytes, sum),
@@ -136,7 +136,7 @@ def _limit_metrics(total: TotalLimit) -> Iterator[Metric]:
 
 
 def _states(everything: Sequence[ServedImage]) -> Metric:
-    metric = GaugeMetricFamily("qedfs_image_state", "1 for the state that it is in.", labels=["image", "state"])
+    metric = GaugeMetricFamily("qedfs_image_state", "1 for the state that the image is in.", labels=["image", "state"])
     for found in everything:
         now = state_of(found)
         for state in STATES:
@@ -174,7 +174,7 @@ def _image_metrics(served: Sequence[Served]) -> Iterator[Metric]:
 
 
 def _job_metrics(everything: Sequence[ServedImage]) -> Iterator[Metric]:
-    """How far the jobs beside the streams are."""
+    """How far the jobs other than streams are."""
     done = GaugeMetricFamily("qedfs_image_job_done_bytes", "How far a job is.", labels=["image", "type"])
     total = GaugeMetricFamily("qedfs_image_job_total_bytes", "Where it ends.", labels=["image", "type"])
     for found in everything:
@@ -192,7 +192,7 @@ def _source_metrics(fetches: Sequence[FetchQueue]) -> Iterator[Metric]:
     fetched = CounterMetricFamily("qedfs_source_fetched_bytes", "Bytes fetched.", labels=["source"])
     retries = CounterMetricFamily(
         "qedfs_source_retries",
-        "Tries that failed in a way that may pass, by what stood in the way.",
+        "Attempts that failed for a reason that may pass, by reason.",
         labels=["source", "reason"],
     )
     for source, group in sources.items():

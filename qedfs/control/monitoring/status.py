@@ -134,10 +134,10 @@ def _job(jobs: ImageJobs | None) -> dict[str, Any] | None:
 
 
 def away(image: Image, job: Job) -> str:
-    """What a stream waits for whose source is away; "" if it is not, or if the stream would not work anyway.
+    """Why a stream makes no progress while its source is away; "" if it is not, or if the stream would not work anyway.
 
-    The job itself finds that out after the whole deadline, as it is the source that retries. People want to know
-    sooner.
+    The job itself gets an error only after the whole deadline, because the source retries until then. People want to
+    know sooner.
     """
     error = image.condition.noted(Cause.SOURCE_AWAY)
     if error is None or image.complete or not (job.state is State.RUNNING or job.hindered):

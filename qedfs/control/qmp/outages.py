@@ -1,6 +1,6 @@
 """The events about sources that are away: one when an image's source goes, one when it is back.
 
-Owns which images' clients have been told. Must not know how it is noticed (`image/outage.py`), nor the clients.
+Owns the list of outages that were reported. Must not know how they are noticed (`image/outage.py`), nor the clients.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qedfs.image.image import Image
 
 
 class Outages:
-    """The outages that were told."""
+    """The outages that were reported, and not their end."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._told: dict[Image, float] = {}  # since when
+        self._told: dict[Image, float] = {}  # since when, in seconds since 1970
 
     def sync(self, everything: Iterable[ServedImage]) -> None:
         """Send the events that are due. An image that has left the mount, or is complete, needs no second event."""
