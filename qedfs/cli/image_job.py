@@ -21,7 +21,7 @@ from qedfs.errors import QedfsError, UsageError
 
 POLL_SECONDS = 0.2
 REMARK_SECONDS = 10.0
-CANCEL_SECONDS = 2.0  # most jobs end at once
+CANCEL_SECONDS = 2.0  # how long to wait for a job to end; most end at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class JobOrder:
             elif self.no_wait:
                 self._start(client, found["name"])
             else:
-                with connect(self.mountpoint) as one:  # the end of its server is the end of the job
+                with connect(self.mountpoint) as one:  # not lasting: the job ends with its server
                     self.run(one, found["name"])
         with connect(self.mountpoint) as client:  # perhaps to another server
             found = fetch(client, self.image, self.mountpoint)[0]

@@ -1,11 +1,11 @@
-"""Work that several processes share: this one, and others that it forks.
+"""Divides work among several processes: this one, and others that it forks.
 
-Owns the processes, and who does which part. Must not know what the work is. For work in Python that one processor would
-do alone otherwise, because threads of Python take turns.
+Owns the processes, and who does which part. Must not know what the work is. It is for computation in Python, which
+threads would do on one processor, because they share the interpreter's lock.
 
 Each process has a copy of all memory as it was, and the same open files. So call this before there are threads, whose
-locks would stay locked in the copies. A process takes the next part when it has done one, so that one that gets less of
-its processor does less.
+locks would stay locked in the copies. A process takes the next part when it has done one, so a process that is given
+less processor time does fewer parts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Work = Callable[[Iterator[int]], bytes]
 
 
 def share_out(parts: Sequence[int], processes: int, work: Work) -> list[bytes] | None:
-    """Call `work` in each of `processes`, this one included, with the parts that it shall do.
+    """Call `work` in each of `processes`, this one included, with the parts that are its share.
 
     Returns what the calls have returned, this process's first; None if another process has failed, in any way. If no
-    more processes can be made, those that there are do everything. Raises what `work` raises here.
+    more processes can be made, those that exist do everything. Raises what `work` raises here.
 
-    `parts`: numbers below 256, since each is a byte in a pipe. Each is told once, in order.
+    `parts`: numbers below 256, since each is a byte in a pipe. Each is handed out once, in order.
     """
     numbers, to_tell = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -48,7 +48,7 @@ def _told(numbers: int) -> Iterator[int]:
 
 
 class _Other:
-    """Another process. At the end of the block there is none."""
+    """Another process, which is killed at the end of the block if it still runs."""
 
     def __init__(self, work: Work, numbers: int) -> None:
         parent = os.getpid()
@@ -80,7 +80,7 @@ class _Other:
 
 
 def _until_orphaned(numbers: int, parent: int) -> Iterator[int]:
-    """The numbers of parts, as long as there is somebody who waits for the result. Open files keep their locks."""
+    """The numbers of parts. Ends this process if its parent has ended: it would keep the locks of the open files."""
     for number in _told(numbers):
         if os.getppid() != parent:
             os._exit(1)
@@ -88,10 +88,10 @@ def _until_orphaned(numbers: int, parent: int) -> Iterator[int]:
 
 
 def _be_other(work: Work, numbers: Iterator[int], to_write: int) -> None:
-    """Do the work of another process, and end. Nothing of this process's copy is closed, flushed or told."""
+    """Do the work of another process, and end. Nothing that was copied by the fork is closed or flushed."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the first process, which tells it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process handles Ctrl-C, and then kills this one
         result = memoryview(work(numbers))
         while result:
             result = result[os.write(to_write, result) :]

@@ -1,7 +1,7 @@
 """When an image commits: after so much new data, after so much time, and at once if adoption runs ahead of the disk.
 
-Owns these bounds, and what becomes of a commit that fails: it is counted, and logged once. Must not know what a commit
-writes (`overlay/commit.py`), nor who asks for durability (`Image.flush`).
+Owns these bounds, and what follows if a commit fails: the failure is counted, and logged once. Must not know what a
+commit writes (`overlay/commit.py`), nor who asks for durability (`Image.flush`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CommitSchedule:
             self.soon()
 
     async def commit(self) -> None:
-        """Commit. Errors are recorded, not raised: the entries stay for the next commit, and `flush` would tell."""
+        """Commit. Errors are recorded, not raised: the entries stay for the next commit. A flush raises its own."""
         image = self._image
         self.running = True
         try:

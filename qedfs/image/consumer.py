@@ -1,6 +1,6 @@
 """What an image does with the bytes that its fetch queue brings: they are adopted, if they are of the right version.
 
-Owns the adoptions under way, the pause after a full disk, and what becomes of an adoption that fails. Must not know
+Owns the adoptions under way, the pause after a full disk, and what follows if an adoption fails. Must not know
 requests or flights (`fetch/queue.py`), nor how clusters are stored (`overlay/adoption.py`).
 
 Bytes arrive in tasks of the fetch queue, several at a time.
@@ -126,7 +126,7 @@ class ImageConsumer:
     def _too_full(self) -> bool:
         if trio.current_time() - self._full_at >= NO_SPACE_RETRY_SECONDS:
             return False
-        # A commit that finds space clears both. Then the stream fetches again, and what it fetches must be stored.
+        # A commit that finds space clears both errors. The stream then fetches again, and those bytes must be stored.
         return self._image.full is not None or isinstance(self._image.overlay.commit_error, NoSpace)
 
     def met_full_disk(self) -> None:

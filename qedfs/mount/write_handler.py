@@ -3,16 +3,16 @@
 Owns how the bytes of a write get from libfuse to the images. Must not know images, nor how a handler gets into the
 table (`more_operations.py`).
 
-pyfuse3's handler copies what a guest writes into a `bytes` object, and makes coroutines for each write. Most writes
-need neither: they go into the page cache, without an await.
+pyfuse3's handler copies what a guest writes into a `bytes` object, and creates coroutines for each write. Most writes
+need neither: they go to the page cache, without an await.
 
 The buffer is valid until the handler returns, so its view is released then. All other writes are left to pyfuse3's
 handler, which copies. So is one that fails: pyfuse3's handler repeats it, which puts the same bytes in the same place,
 and replies with the error. So each write has exactly one reply.
 
 libfuse passes the handle of the open file in struct fuse_file_info (fuse_common.h). The kernel sends it in front of the
-bytes, in struct fuse_write_in (<linux/fuse.h>). The first write compares the two. If they differ, libfuse has another
-layout, and all writes are left to pyfuse3.
+bytes, in struct fuse_write_in (<linux/fuse.h>). The first write compares the two handles. If they differ, libfuse has
+another layout, and all writes are left to pyfuse3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HANDLER = ctypes.PYFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
 )
 _HANDLE_IN_FILE = 16  # in struct fuse_file_info: after the flags, in 64 bits
-_HANDLE_BEFORE_BYTES = 40  # in struct fuse_write_in, whose first member it is: the size of that
+_HANDLE_BEFORE_BYTES = 40  # the size of struct fuse_write_in, whose first member it is
 _READ_ONLY = 0x100  # PyBUF_READ
 
 WriteNow = Callable[[int, int, memoryview], bool]  # handle, position, bytes

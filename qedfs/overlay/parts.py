@@ -1,6 +1,6 @@
 """The parts of one open overlay, which `open.py` makes and everything that reads or changes the overlay shares.
 
-Owns the list of them. Has no logic. Each class takes from here, in its first lines, the parts that it works with.
+Owns the list of them. Has no logic. The constructor of each class takes the parts that it works with from here.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Owns the entries that it expects, as bytes of the file, so that thousands are compared by one memcmp: 5 us for 256 KiB,
 where `table_rows.py` takes 70 us for 64 KiB. Pure. Must not know which offsets are valid.
 
-What is expected are the entries of a period: so many clusters that their offsets differ from those of the next period
-in whole bytes, the highest ones. For another period only these bytes are replaced.
+The expected entries are those of one period. Its number of clusters is such that the entries of another period differ
+only in their highest bytes, and in the same way. So for another period only these bytes are replaced.
 """
 
 from __future__ import annotations

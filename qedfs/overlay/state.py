@@ -1,4 +1,4 @@
-"""What an open overlay tells of itself: sizes, counters, what is missing, and what is wrong with it.
+"""The state of an open overlay, as others may ask for it: sizes, counters, what is missing, and what is wrong.
 
 Owns these answers, which the status, the metrics and the jobs ask for. Nothing here waits, reads clusters or changes
 anything. Must not know how the overlay is read and written (`overlay.py`).
@@ -55,7 +55,7 @@ class OverlayState:
         return self._session.mark()
 
     def marks(self) -> tuple[str, ...]:
-        """The beginnings of `found_mark` at the next opening, if nobody else has written to the overlay until then."""
+        """What `found_mark` can begin with at the next opening, if nobody else writes to the overlay until then."""
         return self._session.marks()
 
     @property

@@ -34,7 +34,7 @@ MUTANTS = (
         first=13,
     ),
     Mutant(
-        "commit: tables are written behind the barrier, not before it",
+        "commit: tables are written after the barrier, not before it",
         "commit:Committer._write",
         "self._barriers.barrier()\n"
         "        try:\n            for offset, data in group.sectors:\n                storage.write(offset, [data])\n",
@@ -65,7 +65,7 @@ MUTANTS = (
         first=14,
     ),
     Mutant(
-        "flush: a second barrier behind the entries",
+        "flush: a second barrier after the entries",
         "commit:Committer._write",
         "if durable:",
         "if durable and not (group.dirty or group.tables):",
@@ -93,7 +93,7 @@ MUTANTS = (
         first=14,
     ),
     Mutant(
-        "discard: its space is used again behind a barrier for its entries",
+        "discard: its space is used again after a barrier for its entries",
         "commit:Committer._run_group",
         "durable = durable or bool(group.freed)",
         "pass",
@@ -107,7 +107,7 @@ MUTANTS = (
         first=66,
     ),
     Mutant(
-        "discard: its space counts as zeros behind the punch, not before it",
+        "discard: its space counts as zeros after the punch, not before it",
         "freed:FreedClusters._give_back",
         "punched = await self._storage.in_thread(functools.partial(self._punch, runs))",
         "punched = True",
@@ -122,7 +122,7 @@ MUTANTS = (
         first=57,
     ),
     Mutant(
-        "detach: a barrier behind the header",
+        "detach: a barrier after the header",
         "session:Session.detach",
         "self._barrier()\n    # The name",
         "pass\n    # The name",
@@ -130,7 +130,7 @@ MUTANTS = (
         first=36,
     ),
     Mutant(
-        "record: a barrier behind each",
+        "record: a barrier after each",
         "session:Session.store",
         "self._barrier()",
         "pass",
@@ -216,7 +216,7 @@ MOVES = (
         first=9,
     ),
     Mutant(
-        "move: the old place is used again behind a barrier for the new entry",
+        "move: the old place is used again after a barrier for the new entry",
         "relocation:Relocation._publish",
         "self._freed.add(freed)",
         "self._freed.landed(freed)",

@@ -119,7 +119,7 @@ async def _look(path: str) -> _Done:
 
 async def _in_file(path: str, limit: int, quiet: bool) -> _Done:
     """The job of a mounted image, without a mount and without guests. It never reads what is missing."""
-    # The command itself says why it has failed. Only a bug has more to tell.
+    # The command itself prints why it has failed. Of the job's log, only the traceback of a bug is more.
     logging.getLogger(Job.__module__).addFilter(lambda record: record.exc_info is not None)
     with image_explained(path):
         overlay = await open_overlay(path, writable=True)

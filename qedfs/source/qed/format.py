@@ -1,4 +1,4 @@
-"""What the header and the entries of a QED image mean for who only reads it, and which of them are refused.
+"""What the header and the entries of a QED image mean to a reader, and which of them are refused.
 
 Owns these rules; the layout of the bytes is that of every overlay (`qedfs/format`). Pure: no I/O, no trio; must not
 know who fetched the bytes or who wants them. All input is considered hostile: every offset is checked against the size

@@ -1,13 +1,13 @@
 """QedSource: the virtual disk of a QED image as a read-only source, over the source that has the file.
 
 Owns the order of reads: first L2 tables, then data. Must not know where the file is. `format.py` knows what an entry
-means and what is refused. Nothing of the file is locked or changed. As for QEMU, which opens it only for reading, the
-tables in the file count.
+means and what is refused. The file is neither locked nor changed. Only the tables in the file count, as for
+a QEMU that opens the image read-only.
 
-An image that is marked as not cleanly closed (NEED_CHECK) is read as it is, as QEMU does when it opens one only for
-reading. Its entries may refer to clusters that the file does not have; reading those is an error. An image that qedfs
+An image that is marked as not cleanly closed (NEED_CHECK) is read as it is, as QEMU does when it opens one
+read-only. Its entries may refer to clusters that the file does not have; reading those is an error. An image that qedfs
 serves, or served when it was killed, is read as it is, too, though the journal of that mount may have entries that the
-tables lack. Both are told, since an overlay that takes everything from such an image has the same gaps.
+tables lack. Both are logged, since an overlay that takes everything from such an image lacks the same writes.
 
 Concurrency. Any number of tasks may read. They share the tables, whose rules are in `tables/cache.py`, and no other
 mutable state.
