@@ -43,8 +43,8 @@ class Size(IntParam):
 class Rate(Size):
     """Bytes per second, written like a size; 0 is no limit.
 
-    20 is an oversight of somebody who means 20M, as other programs count in KiB or MiB. At that rate a cluster of 64
-    KiB takes an hour.
+    A rate below LEAST_RATE is refused: whoever writes 20 means 20M, as other programs count in KiB or MiB. At 20 bytes
+    per second a cluster of 64 KiB takes an hour.
     """
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:

@@ -24,7 +24,7 @@ MIN_BYTES = 8 << 20
 MAX_BYTES = 64 << 20  # bounds the memory for one source's clusters in flight
 REQUESTS = 16  # how many requests make up a full window
 FEWEST_REQUESTS = 4  # the same on a fast link, where our own work per request matters
-REQUEST_SECONDS = 0.02  # transfer time of a request on such a link: 40 times our work for it, 0.5 ms of a CPU
+REQUEST_SECONDS = 0.02  # transfer time of a request on such a link: 40 times the 0.5 ms of a CPU that it costs us
 MIN_REQUEST_BYTES = 256 << 10
 MAX_REQUEST_BYTES = 2 << 20  # a reader on a shared link may have to wait for one of these to finish
 GAIN = 2.0  # window / (rate x round trip): leaves room for jitter, and for answers that end in bursts
@@ -41,10 +41,10 @@ QUEUE_MARGIN = 1.25  # a request that takes less than this times its queueing ti
 LATE_SECONDS = 1.0
 LATE_ROUND_TRIPS = 4.0
 LATE_TRANSFERS = 4.0
-# Bytes may gather in the kernel for GATHER_SECONDS, unless that is much of a round trip, or they become too many: to
-# receive GATHER_BYTES takes 0.2 ms, and the sockets' buffers, which the kernel enlarges while it is received from them,
-# hold them. If the time is shorter than LEAST_GATHER_SECONDS, the link is so fast or so near that enough bytes gather
-# while we work.
+# Bytes may gather in the kernel for GATHER_SECONDS, unless that is much of a round trip, or they become too many:
+# receiving GATHER_BYTES takes 0.2 ms, and so many bytes fit into the sockets' buffers, which the kernel enlarges while
+# we receive from them. If the time is shorter than LEAST_GATHER_SECONDS, the link is so fast or so near that enough
+# bytes gather while we work.
 GATHER_SECONDS = 0.008
 GATHER_ROUND_TRIPS = 0.4
 GATHER_BYTES = 1 << 20

@@ -67,7 +67,7 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def remove_dead(mountpoint: str) -> None:
-    """Take a mount of ours away whose connection to the kernel nobody has open any more. Others stay."""
+    """Unmount a mount of ours whose connection to the kernel nobody has open any more. Leave all other mounts alone."""
     found = known_at(mountpoint)
     if found is not None and found.kind == "fuse.qedfs" and is_dead(mountpoint):
         unmount(mountpoint, lazy=True)
@@ -115,7 +115,7 @@ def known_at(mountpoint: str) -> MountInfo | None:
     """What is mounted there, as `mount_info_at`; None also if the table of mounts cannot be read."""
     try:
         return mount_info_at(place_of(mountpoint))
-    except (OSError, ValueError, LookupError):  # without a table the mount will tell
+    except (OSError, ValueError, LookupError):  # then the attempt to mount will show it
         return None
 
 

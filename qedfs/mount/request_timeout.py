@@ -1,7 +1,8 @@
 """The kernel's limit on how long a request of a FUSE mount may remain unanswered (Linux 6.15).
 
-Owns the look at it and the margin below it. The kernel cuts the whole mount, for all images, if a single answer is
-later than that. So it bounds every wait for a source or an activation, whatever the user has asked for.
+Owns how the limit is read, and the margin below it. If a single answer is later than the limit, the kernel aborts the
+connection of the whole mount, with all its images. So the limit bounds every wait for a source or an activation,
+whatever the user has asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MARGIN_SECONDS = 5.0  # for the answer itself, on a machine that is busy
 
 
 def kernel_limit(folder: Path = FOLDER) -> int | None:
-    """Seconds after which the kernel cuts a mount; None if it never does.
+    """Seconds after which the kernel aborts the connection of a mount; None if it never does.
 
     A server may ask for a limit of its own when it mounts; we do not. Then the default counts, up to the maximum.
     """
@@ -42,7 +43,7 @@ def remark_on_limit(longest_seconds: float, folder: Path = FOLDER) -> str:
 
 
 def remark_on_watchdog(silence_seconds: float, folder: Path = FOLDER) -> str:
-    """What to tell a user whose hanging server is replaced after so long a silence; "" if that is early enough."""
+    """What to tell a user whose server is replaced once it has hung for so long; "" if that is early enough."""
     limit = kernel_limit(folder)
     if limit is None or silence_seconds <= limit - TAKEOVER_SECONDS:
         return ""

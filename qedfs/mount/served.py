@@ -43,7 +43,7 @@ class Served:
     releases: int = 0  # how many times an open() has ended
     releasing: bool = False  # it leaves the mount once nobody has it open
     unused: trio.Event | None = None  # set when nobody has it open any more, if somebody waits for that
-    recording: trio.Event | None = None  # while a cut-over, or its way back, is being recorded: until that has ended
+    recording: trio.Event | None = None  # set when the recording of a cut-over, or of its way back, has ended
     cut_over: trio.Lock = dataclasses.field(default_factory=trio.Lock)  # held while it is activated, or the reverse
     scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)  # of the image's tasks
 

@@ -1,7 +1,7 @@
 """How many clusters of an overlay are missing: counted once, from the start to the end, and exact from then on.
 
-Owns the count, how far it has come, and what a failed barrier means for it. Must not know who asks, nor what a cluster
-that is not missing has. `clustermap.py` reports each change of an entry (`less`), between two awaits.
+Owns the count, how far it has come, and what a failed barrier means for it. Must not know who asks, nor where the
+clusters are that are not missing. `clustermap.py` reports each change of an entry (`less`), between two awaits.
 """
 
 from __future__ import annotations

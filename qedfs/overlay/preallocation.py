@@ -2,7 +2,7 @@
 
 Owns where the tables lie, and how space is reserved. Must not know when (`create.py`).
 
-All L2 tables follow the L1 table, in the order of the image. So no write allocates a table, and whoever walks the map
+All L2 tables follow the L1 table, in the order of the image. So no write allocates a table, and a walk over the map
 reads one stretch of the file. The tables are holes of the file until they have entries: a range of the image without
 data costs nothing but its L1 entry. The space for data is reserved past the end of the file, where new clusters go.
 """
