@@ -1,7 +1,7 @@
 """The process that serves a mount: from the arguments to the mount's end, with bars, remarks and the log.
 
-Imports FUSE, libcurl and trio, which take longer than all else that a command does; so `cli/commands/mount.py` imports
-this module after it knows that its own process serves.
+Imports FUSE, libcurl and trio, which take longer to load than all else that a command does; so `cli/commands/mount.py`
+imports this module after it knows that its own process serves.
 """
 
 from __future__ import annotations

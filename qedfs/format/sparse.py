@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.tables import empty_table
 
-PAGE_ENTRIES = 512  # 4 KiB, the block size of most file systems, of which the hole in a sparse file is a multiple
+PAGE_ENTRIES = 512  # 4 KiB, the block size of most file systems: a hole in a sparse file is a multiple of it
 PAGE_BYTES = PAGE_ENTRIES * ENTRY_SIZE
 _SHIFT = PAGE_ENTRIES.bit_length() - 1
 _MASK = PAGE_ENTRIES - 1

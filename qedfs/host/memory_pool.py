@@ -105,7 +105,7 @@ class Share:
 
 
 FETCHED = Pool(MOST_FETCHED_BYTES)  # requested from a source, or received and not yet adopted
-TABLES = Pool(MOST_TABLES_BYTES)  # tables of overlays and of qcow2 images
+TABLES = Pool(MOST_TABLES_BYTES)  # tables of overlays, and of sources in qcow2 or QED format
 PARTIAL_WRITES = Pool(MOST_PARTIAL_WRITES_BYTES)  # the rest of clusters that a guest writes in part
 ALONE = Pool(MOST_ALONE_BYTES)  # fetched straight into a reader's own buffer, because FETCHED was full
 

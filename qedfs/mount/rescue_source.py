@@ -1,8 +1,8 @@
 """Opens another copy of an image's source, which the user of the mount names in a command.
 
-Owns the checks of what is named. Must not know what is done with it. Only the user of the mount and root reach the
-control socket, so naming a file or a server here allows it, as on the command line of `create`. What a redirect or a
-host name leads to is checked as for any backing.
+Owns the checks of the named file or server. Must not know what the copy is used for. Only the user of the mount and
+root reach the control socket, so naming a file or a server here allows it, as on the command line of `create`. What a
+redirect or a host name leads to is checked as for any backing.
 """
 
 from __future__ import annotations

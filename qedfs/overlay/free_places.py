@@ -1,8 +1,8 @@
 """Free clusters of the overlay file, of which the lowest is used first.
 
-Owns the set of them: a bit for each cluster, in blocks of which only those exist that have some. Must not know why a
-cluster is free, nor what it contains. Many scattered clusters, which random discards or a defragmentation leave, take
-as much memory as long rows of them. The number of blocks is bounded, and so is the memory.
+Owns the set of them: one bit per cluster, in blocks. Only blocks with a free cluster exist. Must not know why a cluster
+is free, nor what it contains. Many scattered clusters, which random discards or a defragmentation leave, take as much
+memory as long rows of them. The number of blocks is bounded, and so is the memory.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FreePlaces:
         return bool(self._order)
 
     def take_lowest(self, most_rows: int, most: int) -> list[int]:
-        """Take the lowest rows of neighbours, so many at most, with at most `most` clusters in all. Ascending."""
+        """Take the lowest rows of neighbours: at most `most_rows`, with at most `most` clusters in all. Ascending."""
         taken: list[int] = []
         for _ in range(most_rows):
             if not self._order or len(taken) == most:
@@ -86,7 +86,7 @@ class FreePlaces:
         return taken
 
     def take_row(self, count: int, below: int) -> int | None:
-        """Take `count` neighbours, the lowest that there are before offset `below`. Looks at LOOKED_AT blocks."""
+        """Take the lowest `count` neighbours before offset `below`; None if the first LOOKED_AT blocks have none."""
         first = self._row(count, below // self._cluster_size)
         if first is None:
             return None
@@ -149,7 +149,7 @@ def _ones_below(bits: int) -> int:
 
 
 def _ones_above(bits: int, width: int) -> int:
-    """Likewise, of the highest ones of `width` bits."""
+    """How many of the highest of `width` bits are set, without one in between that is not."""
     return width - (bits ^ (1 << width) - 1).bit_length()
 
 

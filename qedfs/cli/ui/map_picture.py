@@ -1,7 +1,7 @@
 """The cells of a map -> a self-explanatory PNG: a grid of squares with a legend below it.
 
-Above the grid stand the overlay's name and the date, left of it where in the image its rows begin. Pure. The grid runs
-like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of two.
+Above the grid are the overlay's name and the date; to its left is where in the image each row begins. Pure. The grid
+runs like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of two.
 """
 
 from __future__ import annotations
