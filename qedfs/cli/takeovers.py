@@ -27,6 +27,7 @@ C = TypeVar("C", bound=Client)
 REPEATABLE = frozenset(
     {
         *("x-qedfs-status", "x-qedfs-missing", "x-qedfs-next-missing", "x-qedfs-profile", "x-qedfs-ready"),
+        "x-qedfs-dry-run",
         *("query-block-jobs", "query-jobs", "x-qedfs-rescan", "x-qedfs-step"),
         *(
             "x-qedfs-start",

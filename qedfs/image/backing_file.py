@@ -16,7 +16,7 @@ import trio
 from qedfs.errors import Inaccessible, InUse, QedfsError, SourceError, UsageError
 from qedfs.host.durable import sync_file
 from qedfs.host.lease import open_elsewhere
-from qedfs.image.commit_target import RawTarget
+from qedfs.image.commit_target import RawTarget, Target
 from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.storage import FileStorage
 from qedfs.source.path import Held
@@ -71,10 +71,13 @@ def _is_qed(location: Location, path: str, size: int) -> bool:
 async def check_unused(location: Location, file: BackingFile) -> None:
     """Raise InUse if anybody has the file open, this process included, as far as the file system tells."""
     if await trio.to_thread.run_sync(open_elsewhere, file.path):
-        raise InUse(
-            f"backing {location}: another program has it open, such as a mount of an overlay over it; close it there"
-            " first"
-        )
+        raise _in_use(location)
+
+
+def _in_use(location: Location) -> InUse:
+    return InUse(
+        f"backing {location}: another program has it open, such as a mount of an overlay over it; close it there first"
+    )
 
 
 async def open_raw(location: Location, file: BackingFile, *, dry: bool = False) -> RawTarget:
@@ -100,6 +103,29 @@ async def open_qed(location: Location, file: BackingFile, *, dry: bool = False) 
     storage = await _opened(location, file, writable=not dry)
     try:
         return await QedTarget.of(str(location), storage, functools.partial(_reopened, location, file), dry=dry)
+    except BaseException:
+        storage.close()
+        raise
+
+
+async def open_to_look(location: Location, file: BackingFile) -> Target:
+    """Open a file only for reading, to count what a commit would write. Its page cache stays, which readers use.
+
+    That others read it without a lock is not noticed: the image that is committed has it open itself.
+
+    Raises what `open_raw` and `open_qed` raise.
+    """
+    if not await trio.to_thread.run_sync(lambda: os.access(file.path, os.W_OK, effective_ids=True)):
+        raise Inaccessible(
+            f"backing {location}: cannot be opened for writing: this user must not, or its file system is read-only"
+        )
+    storage = await _opened(location, file, writable=False)
+    try:
+        if await storage.in_thread(storage.open_for_writing):
+            raise _in_use(location)
+        if file.qed:
+            return await QedTarget.of(str(location), storage, functools.partial(_reopened, location, file), dry=True)
+        return RawTarget(storage, functools.partial(sync_file, file.path), dry=True)
     except BaseException:
         storage.close()
         raise

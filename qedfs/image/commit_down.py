@@ -40,11 +40,15 @@ Renewed = Callable[[str], Awaitable[Pin]]
 
 @dataclasses.dataclass(slots=True)
 class Committed:
-    """Bytes of the overlay: of its data and of its zero clusters. `written`: of the backing, where it was different."""
+    """Bytes of the overlay: of its data and of its zero clusters. `written`: of the backing, where it was different.
+
+    `grown`: by how much the disk of the backing became longer.
+    """
 
     data: int = 0
     zeros: int = 0
     written: int = 0
+    grown: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,11 +64,12 @@ class Pinning:
 async def copy(
     overlay: Overlay, runs: Sequence[Run], target: Target, progress: Callable[[int], None], result: Committed
 ) -> None:
-    """Step 2. `runs`: all of the image, of which missing ones are left out. `result` is counted up.
+    """Step 2. `runs`: the image, or a part of it, of which missing ones are left out. `result` is counted up.
 
     Raises QedfsError: of either file.
     """
     if target.size < overlay.image_size:
+        result.grown = overlay.image_size - target.size
         await target.grow(overlay.image_size)
     buffer = bytearray(PIECE_BYTES)
     for run in runs:

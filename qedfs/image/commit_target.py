@@ -186,9 +186,11 @@ class RawTarget:
         if self._old == view:
             return 0
         written = 0
-        for at in range(0, len(view), BLOCK_BYTES):
-            block = view[at : at + BLOCK_BYTES]
-            if self._old[at : at + BLOCK_BYTES] != block:
+        # Blocks of the file, so that it does not matter in how many calls a part comes.
+        for start in range(pos - pos % BLOCK_BYTES, pos + len(view), BLOCK_BYTES):
+            at, end = max(0, start - pos), start - pos + BLOCK_BYTES
+            block = view[at:end]
+            if self._old[at:end] != block:
                 if not self._dry:
                     self._storage.write(pos + at, [block])
                 written += len(block)

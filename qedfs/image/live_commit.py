@@ -60,7 +60,7 @@ class LiveCommit:
     def __init__(self, image: Image) -> None:
         """Raise a QedfsError if the image, as it is, cannot be committed."""
         self._image = image
-        self._own, self._location = _way(image)
+        self._own, self._location = way_of(image)
         self._clusters = image.overlay.geometry.clusters  # those that a growth adds stay in the overlay
         self._size = image.overlay.image_size  # what the backing has past that is not the image's
         self._keeps = image.copy_on_read
@@ -331,7 +331,7 @@ class LiveCommit:
         return self._target
 
 
-def _way(image: Image) -> tuple[OwnBacking, Location]:
+def way_of(image: Image) -> tuple[OwnBacking, Location]:
     """How to get at the backing. Raises a QedfsError if that is nothing that can be written."""
     if image.complete:
         raise UsageError(f"{image.name}: is complete, and has no backing")

@@ -112,10 +112,18 @@ class SourceVersion:
             await self._looks.result()
         return self.identity
 
+    async def compare(self) -> Identity:
+        """As `check`, for a look that leaves the overlay as it is: nothing is stored, so `check` looks again."""
+        if (changed := self.changed) is not None:
+            raise changed.fresh()
+        identity, _ = await self._compared()
+        return identity
+
     async def _look_at_source(self) -> None:
         self.identity = await self._pinned()
 
-    async def _pinned(self) -> Identity:
+    async def _compared(self) -> tuple[Identity, Pin | None]:
+        """The source's identity, and the pin to store; None if the overlay has it."""
         identity = await self._ask(self._fetch.identity)
         overlay, remote = self._overlay, self._fetch.remote
         backing = digest(overlay.backing or "")
@@ -133,9 +141,14 @@ class SourceVersion:
                 remote.samples.take_over(pin.samples)
                 found = _joined(pin, found, remote.pinning)
                 if found == pin:
-                    return identity
+                    return identity, None
+        return identity, found
+
+    async def _pinned(self) -> Identity:
+        identity, found = await self._compared()
+        overlay, remote = self._overlay, self._fetch.remote
         # Even without copy-on-read: the stream and partial writes keep what they fetch.
-        if overlay.writable and not overlay.record.standby.waits:
+        if found is not None and overlay.writable and not overlay.record.standby.waits:
             if overlay.record.committing and (source := local_file(remote.connected)) is not None:
                 # A commit that was interrupted has not done it. Otherwise a power cut could take the time back that the
                 # pin has, and the backing would be refused from then on.

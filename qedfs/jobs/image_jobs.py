@@ -44,16 +44,20 @@ class ImageJobs:
             InUse: another job is active.
             KeyError: there is no such kind.
         """
-        if (other := self.at_work) is not None:
-            raise InUse(f"{self.stream.image.name}: its {other.kind} is at work; an image has one job at a time")
-        if KINDS[kind].writes_source and self.populate is not None and self.populate.active:
-            raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location}")
+        self.check_free(kind)
         job = KINDS[kind](self.stream.image, limit=limit, hold_off=self.stream.hold_off)
         self._begun.append(job)
         self.other = job
         if self._nursery is not None:
             self._nursery.start_soon(self._run_begun, job)
         return job
+
+    def check_free(self, kind: str) -> None:
+        """Raise InUse if the image cannot have a job of this kind now."""
+        if (other := self.at_work) is not None:
+            raise InUse(f"{self.stream.image.name}: its {other.kind} is at work; an image has one job at a time")
+        if KINDS[kind].writes_source and self.populate is not None and self.populate.active:
+            raise InUse(f"{self.stream.image.name}: is being populated from {self.populate.copy.location}")
 
     def begin_populate(self, copy: RetryingSource, *, force: bool) -> None:
         """Populate the image from another copy of its source; see `Populate`. Raises InUse if that is under way."""

@@ -159,3 +159,19 @@ async def test_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
         await mount.add("whole", None)
         await talk.get("x-qedfs-populate", device="whole", **{"from": "/backup"})
         assert len(mount.populated) == 1
+
+
+async def test_a_dry_run_is_refused_what_the_job_would_be(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as (mount, path), talking(path) as talk:
+        served = await mount.add("disk", MemorySource(b"x" * CLUSTER))
+        assert served.jobs is not None
+
+        async def error(**arguments: object) -> str:
+            return (await talk.error("x-qedfs-dry-run", device="disk", **arguments))[1]
+
+        assert "Parameter 'type'" in await error()
+        assert "does not accept value 'stream'" in await error(type="stream")
+        assert "non-negative" in await error(type="commit", offset=-1)
+        assert "has no source" in await error(type="commit")  # as no local file is known here
+        served.jobs.begin("defrag")
+        assert "in use by block job: defrag" in await error(type="commit")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qedfs.errors import InUse, Refused, SourceError, UsageError
-from qedfs.image.backing_file import check_unused, find_file, open_raw
+from qedfs.errors import Inaccessible, InUse, Refused, SourceError, UsageError
+from qedfs.image.backing_file import check_unused, find_file, open_raw, open_to_look
 from qedfs.source.policy import Policy
 from qedfs.source.url import parse_location
 
@@ -48,3 +48,27 @@ async def test_what_is_not_written_is_refused(tmp_path: Path) -> None:
         await find_file(parse_location(str(tmp_path)), policy, probes=True)
     with pytest.raises(Refused):
         await find_file(parse_location("/etc/hostname"), policy, probes=True)
+
+
+async def test_a_look_is_refused_what_a_commit_would_be_and_leaves_the_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "base"
+    path.write_bytes(b"x" * 4096)
+    before = path.stat()
+    location = parse_location(str(path))
+    found = await find_file(location, Policy((str(tmp_path),)), probes=True)
+    with path.open("rb"):  # as the image that is about to be committed has it
+        target = await open_to_look(location, found)
+        assert (await target.store(0, memoryview(b"y" * 4096)), path.read_bytes()) == (4096, b"x" * 4096)
+        await target.close()
+    assert (path.stat().st_mtime_ns, path.stat().st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    with path.open("r+b"), pytest.raises(InUse, match="another program has it open"):
+        await open_to_look(location, found)
+    writing = await open_raw(location, found)  # with QEMU's locks
+    with pytest.raises(InUse):
+        await open_to_look(location, found)
+    await writing.close()
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write to any file
+    with pytest.raises(Inaccessible, match="cannot be opened for writing"):
+        await open_to_look(location, found)

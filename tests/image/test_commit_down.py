@@ -62,7 +62,7 @@ async def judge(overlay: bytes, backing: bytes) -> Overlay:
 
 async def test_the_backing_gets_what_the_overlay_has_and_the_overlay_is_empty() -> None:
     two = Two(await started())
-    assert await two.commit() == Committed(DATA, ZEROS, CHANGED)
+    assert await two.commit() == Committed(DATA, ZEROS, CHANGED, SIZE - len(BASE))
     assert bytes(two.backing.bytes) == wanted()
     opened = await judge(bytes(two.overlay.bytes), bytes(two.backing.bytes))
     assert [run.offset for run in await runs_of(opened)] == [MISSING]
@@ -197,7 +197,7 @@ async def test_a_dry_run_counts_and_writes_nothing() -> None:
     overlay = await open_storage(MemoryStorage(await started(), writable=False))
     target, result, steps = RawTarget(storage, lambda: None, dry=True), Committed(), list[int]()
     await copy(overlay, await runs_of(overlay), target, steps.append, result)
-    assert (result, sum(steps)) == (Committed(DATA, ZEROS, CHANGED), DATA + ZEROS)
+    assert (result, sum(steps)) == (Committed(DATA, ZEROS, CHANGED, SIZE - len(BASE)), DATA + ZEROS)
     assert storage.bytes == BASE
 
 

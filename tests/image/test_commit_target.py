@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,16 @@ async def test_only_blocks_that_differ_are_written() -> None:
     assert await target.store(0, memoryview(data)) == 0
     writes = [entry for entry in storage.log if isinstance(entry, Written)]
     assert [(entry.offset, len(entry.data)) for entry in writes] == [(3 * BLOCK_BYTES, BLOCK_BYTES)]
+
+
+async def test_what_differs_does_not_depend_on_the_calls_it_comes_in() -> None:
+    data = bytearray(OLD)
+    for pos in (5 * KIB, 64 * KIB, 300 * KIB):
+        data[pos] ^= 1
+    target = RawTarget(MemoryStorage(OLD, writable=False), lambda: None, dry=True)
+    for bounds in ((4 * KIB, SIZE), (4 * KIB, 64 * KIB, 192 * KIB, SIZE)):
+        parts = itertools.pairwise(bounds)
+        assert sum([await target.store(at, memoryview(data)[at:end]) for at, end in parts]) == 3 * BLOCK_BYTES - 4 * KIB
 
 
 async def test_zeros_become_holes_and_holes_stay_so(tmp_path: Path) -> None:

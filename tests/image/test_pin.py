@@ -362,3 +362,19 @@ async def test_a_backing_that_a_commit_has_changed_in_part_is_known_by_its_sampl
     assert record.pin.last_modified == (TUESDAY if same else None)
     # From now on, the date counts again.
     assert await is_same(MemoryStorage(storage.bytes), content, KINDS["date"]) is False
+
+
+async def test_a_comparison_stores_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    storage = new_overlay()
+    async with served(source(OLD, KINDS["date"]), storage=storage) as image:
+        assert image.version is not None
+        before = bytes(storage.bytes)
+        assert (await image.version.compare()).last_modified == MONDAY
+        assert (image.overlay.record.pin, image.version.identity, bytes(storage.bytes)) == (None, None, before)
+        await image.read(0, CLUSTER)
+        assert image.overlay.record.pin is not None
+    async with served(source(NEW, OTHERS["date"]), storage=MemoryStorage(storage.bytes)) as image:
+        assert image.version is not None
+        for _ in range(2):
+            with pytest.raises(SourceChanged, match="not the version"):
+                await image.version.compare()

@@ -12,6 +12,7 @@ import trio
 from qedfs.cli.asked_source import Asking, ask
 from qedfs.cli.commands.map import whole_map
 from qedfs.cli.completion import images, mountpoints
+from qedfs.cli.dry_run import looked_at
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.image_job import JobOrder
 from qedfs.cli.locked_file import image_explained
@@ -45,7 +46,7 @@ SILENT_SECONDS = 5.0
 @click.argument("image", required=False, shell_complete=images)
 @click.option("--allow-backing", multiple=True, metavar="PREFIX", help="As for mount: where the backing may be.")
 @click.option("--keep", is_flag=True, help="Leave the data in the overlay, too.")
-@click.option("--dry-run", is_flag=True, help="Say how much would be written, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say how much would be written, and write nothing, mounted or not.")
 @click.option("--limit", type=RATE, metavar="SIZE", help="Of a mounted IMAGE: at most SIZE bytes per second.")
 @click.option("--no-wait", is_flag=True, help="Of a mounted IMAGE: return as soon as it has begun.")
 @click.option("--pause", "command", flag_value="pause", help="Of a mounted IMAGE: pause the commit that runs.")
@@ -77,10 +78,15 @@ def commit(
     If the command is interrupted, the image reads as before, and the same command goes on.
     """
     if image is not None:
-        if allow_backing or dry_run:
-            raise UsageError("--allow-backing and --dry-run are for an overlay that is not mounted")
+        if allow_backing:
+            raise UsageError("--allow-backing is for an overlay that is not mounted; a mount has its own")
         if command and keep:
             raise UsageError(f"--{command} goes without --keep")
+        if dry_run:
+            if limit is not None or no_wait or command:
+                raise UsageError("--dry-run goes without --limit, --no-wait, --pause, --resume and --cancel")
+            _tell(_of_mounted(overlay, image, quiet), dry_run=True, kept=True, quiet=quiet, as_json=as_json)
+            return
         JobOrder(
             overlay,
             image,
@@ -100,18 +106,42 @@ def commit(
     progress = CopyProgress(os.path.basename(overlay))
     order = _Order(overlay, allow_backing, keep, dry_run)
     done, backing = run_changing(_with_bar, order, progress, quiet)
+    found = _Found(overlay, overlay, backing, done)
+    _tell(found, dry_run=dry_run, kept=keep or dry_run, quiet=quiet, as_json=as_json)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """What was done, or would be. `name`: of the overlay or image, for people."""
+
+    name: str
+    overlay: str
+    backing: str
+    done: Committed
+
+
+def _of_mounted(mountpoint: str, image: str, quiet: bool) -> _Found:
+    """A dry run of a mounted image."""
+    found, parts = looked_at(mountpoint, image, "commit", quiet=quiet)
+    data, zeros, written = (sum(part[key] for part in parts) for key in ("data", "zeros", "written"))
+    done = Committed(data, zeros, written, max(part["grown"] for part in parts))
+    return _Found(found["name"], found["overlay"], found["backing"], done)
+
+
+def _tell(found: _Found, *, dry_run: bool, kept: bool, quiet: bool, as_json: bool) -> None:
+    """Print the result."""
     if as_json:
         print_json(
             {
-                "overlay": os.path.abspath(overlay),
-                "backing": backing,
-                **dataclasses.asdict(done),
-                "kept": keep or dry_run,
+                "overlay": os.path.abspath(found.overlay),
+                "backing": found.backing,
+                **dataclasses.asdict(found.done),
+                "kept": kept,
                 "dry_run": dry_run,
             }
         )
     elif not quiet:
-        click.echo(printable(_words(order, done, backing)))
+        click.echo(printable(_words(found, dry_run=dry_run, kept=kept)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,12 +154,14 @@ class _Order:
     dry_run: bool
 
 
-def _words(order: _Order, done: Committed, backing: str) -> str:
+def _words(found: _Found, *, dry_run: bool, kept: bool) -> str:
+    done = found.done
     has = f"{format_size(done.data)} of data and {format_size(done.zeros)} of zeros"
-    if order.dry_run:
-        return f"{order.path}: has {has}; {format_size(done.written)} differ from {backing}"
-    what = "still has its data" if order.keep else "is empty now"
-    return f"{backing}: got {format_size(done.written)}, of {has}; {order.path} {what}"
+    if dry_run:
+        grows = f", which would grow by {format_size(done.grown)}" if done.grown else ""
+        return f"{found.name}: has {has}; {format_size(done.written)} differ from {found.backing}{grows}"
+    what = "still has its data" if kept else "is empty now"
+    return f"{found.backing}: got {format_size(done.written)}, of {has}; {found.name} {what}"
 
 
 async def _with_bar(order: _Order, progress: CopyProgress, quiet: bool) -> tuple[Committed, str]:

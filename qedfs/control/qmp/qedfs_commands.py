@@ -3,6 +3,10 @@
 - `x-qedfs-status`: what `qedfs status --json` prints.
 - `x-qedfs-start {device, limit?, type?, keep?}`: stream, or run a job of another type; waits while the source is
   unreachable or the disk is full. `keep`: the overlay keeps what a job of the type `commit` writes into its backing.
+- `x-qedfs-dry-run {device, type, offset?}`: what a job of the type `commit` would write, of the image from `offset` on;
+  changes nothing. Returns `{data, zeros, written, grown, next}`: bytes of data and of zeros that the overlay has, those
+  that differ from the backing, by how many the backing would grow, and where to go on, or null. An error says what
+  would keep the job from beginning.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device, type?}`: repeating one is not an error. `type`: of a job
   beside the stream, which must be active.
 - `x-qedfs-limit {device, limit, type?}`: bytes per second, 0 for no limit; works even while nothing streams.
@@ -34,6 +38,7 @@ Their errors also have `x-qedfs-exit-code`: the exit status of the command line 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from qedfs.control.monitoring.status import mount_status
@@ -45,6 +50,7 @@ from qedfs.control.qmp.job_commands import Nothing, begin_stream, check_active, 
 from qedfs.control.qmp.jobs import SUFFIX, device_name
 from qedfs.control.qmp.state import Call
 from qedfs.errors import InStandby, ReadOnlyOverlay
+from qedfs.image import commit_look
 from qedfs.image.image import Image
 from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
 from qedfs.image.source_rule import set_source_errors
@@ -100,6 +106,19 @@ def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit
     if isinstance(job, CommitJob):
         job.keep = keep
     jobs.begin(job, name, jobs.free_id(name), Wishes())
+
+
+@our_commands("x-qedfs-dry-run", Arg("device"), Arg("type", ("commit",)), Arg("offset", "integer", optional=True))
+async def _dry_run(call: Call, arguments: Arguments) -> dict[str, Any]:
+    served, image, _ = find_served(call, arguments["device"])
+    pos = _not_negative(arguments, "offset")
+    check_active(served, image)
+    _check_writable(served, image)
+    call.control.jobs.check_free(image, device_name(served))
+    if served.jobs is not None:
+        served.jobs.check_free(arguments["type"])
+    found, following = await commit_look.look(image, pos)
+    return {**dataclasses.asdict(found), "next": following}
 
 
 _TYPE = Arg("type", "string", optional=True)
