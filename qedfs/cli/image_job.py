@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from qedfs.cli.served_images import Image, check_served, connect, fetch
-from qedfs.cli.takeovers import LastingClient, Patience, lasting_client
+from qedfs.cli.takeovers import GIVE_UP_SECONDS, LastingClient, Patience, lasting_client
 from qedfs.cli.ui.output import print_json, remark
 from qedfs.control.qmp.client import Client, Gone, error_of
 from qedfs.errors import QedfsError, UsageError
@@ -116,13 +116,15 @@ class JobOrder:
 
     def _watch(self, client: Client, name: str, patience: Patience) -> None:
         """Wait until it has ended. Raises the error with which it has failed."""
-        said, begun = time.monotonic(), None
+        said = served_since = time.monotonic()
+        begun = None
         while True:
             job = fetch(client, name, self.mountpoint)[0]["job"] or {"state": "off"}
             if job["state"] == "complete":
                 return
             begun = job["done"] if begun is None else begun
-            if job["done"] > begun:
+            # A job that is paused, or waits, gets no further, although its server is well.
+            if job["done"] > begun or time.monotonic() - served_since >= GIVE_UP_SECONDS:
                 patience.answered()
             if job["state"] in ("failed", "source-changed"):
                 raise error_of(job["exit_code"], f"{name}: {job['error']}")

@@ -24,12 +24,15 @@ def share_out(parts: Sequence[int], processes: int, work: Work) -> list[bytes] |
     """Call `work` in each of `processes`, this one included, with the parts that are its share.
 
     Returns what the calls have returned, this process's first; None if another process has failed, in any way. If no
-    more processes can be made, those that exist do everything. Raises what `work` raises here.
+    more processes can be made, those that exist do everything. Raises what `work` raises here. For the main thread.
 
     `parts`: numbers below 256, since each is a byte in a pipe. Each is handed out once, in order.
     """
     numbers, to_tell = os.pipe()
     with contextlib.ExitStack() as stack:
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # inherited; waitpid(2) would not tell how they end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            stack.callback(signal.signal, signal.SIGCHLD, signal.SIG_IGN)
         stack.callback(os.close, numbers)
         with open(to_tell, "wb", buffering=0) as file:
             file.write(bytes(parts))

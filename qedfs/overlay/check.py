@@ -139,9 +139,13 @@ def _keep_freed_memory() -> None:
 
 
 def _shared_walk(storage: Storage, header: Header, told: Told, processes: int) -> _Walk | None:
-    """A walk that several processes have shared, if all is well; otherwise None."""
+    """A walk that several processes have shared, if all is well; otherwise None.
+
+    None, too, if the file claims so many clusters that each process would need much memory for its own bits of them.
+    """
     whole = _Walk(storage, header, told, mark_scattered=True)
-    marks = whole.share_marks()
+    if (marks := whole.share_marks()) is None:
+        return None
     whole.claim_l1()
     done = 0
     while done < PARTS and whole.looked_at < SHARED_FROM:
@@ -227,10 +231,13 @@ class _Walk:
         return self._used.settle(header_clusters)
 
     def share_marks(self) -> Marks | None:
-        """Marks for walks of parts, which this one has, too. None if there are too many clusters."""
+        """Marks for walks of parts, which this one has, too. None if there are too many clusters, or no memory."""
         if not self._mark_scattered:
             return None
-        marks = shared_marks(self._clusters)
+        try:
+            marks = shared_marks(self._clusters)
+        except OSError:
+            return None
         self._used = UsedClusters(self._clusters, marks)
         return marks
 

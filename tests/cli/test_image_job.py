@@ -108,3 +108,25 @@ def test_it_is_given_up_if_it_gets_no_further_with_any_server(monkeypatch: pytes
     with pytest.raises(TimedOut, match="before they had answered"):
         order(None).run(Server("running"), "disk.raw")  # type: ignore[arg-type]
     assert now[0] == 60
+
+
+class Slow(Server):
+    """A server that takes 30 s for each answer, but gives them."""
+
+    def __init__(self, now: list[float], *states: str) -> None:
+        super().__init__(*states)
+        self._now = now
+
+    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self._now[0] += 30
+        return super().execute(command, **arguments)
+
+
+def test_a_paused_one_is_not_given_up_because_of_an_upgrade_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    servers = iter([Slow(now, *["paused"] * 4), Slow(now, *["paused"] * 4), Slow(now, "paused", "complete")])
+    monkeypatch.setattr("qedfs.cli.takeovers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("qedfs.cli.image_job.POLL_SECONDS", 0)
+    monkeypatch.setattr("qedfs.cli.image_job.connect", lambda _: next(servers))
+    order(None).run(Slow(now, *["paused"] * 4), "disk.raw")  # type: ignore[arg-type]
+    assert next(servers, None) is None

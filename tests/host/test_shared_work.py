@@ -43,6 +43,16 @@ def test_each_part_is_done_once(processes: int) -> None:
     assert sorted(b"".join(found)) == list(range(3, 256))
 
 
+def test_they_are_waited_for_although_the_program_was_started_to_ignore_children() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        found = share_out(range(9), 3, all_of)
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert sorted(b"".join(found or [])) == list(range(9))
+
+
 def test_results_may_be_long() -> None:
     found = share_out(range(2), 2, lambda numbers: bytes(3 << 20) + bytes(numbers))
     assert found is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from array import array
+from unittest.mock import Mock
 
 import pytest
 
@@ -243,6 +245,16 @@ def test_a_table_that_another_process_cannot_read_is_told(monkeypatch: pytest.Mo
     monkeypatch.setattr(storage, "read", lambda *_: _failing())
     with pytest.raises(QedfsError, match="fails for all"):
         check(storage, header, processes=2)
+
+
+@pytest.mark.parametrize("lacking", ["MAX_SCATTERED", "shared_marks"])
+def test_a_walk_for_which_memory_lacks_is_not_shared(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qedfs.overlay.check.SHARED_FROM", 0)
+    few, none = 40, Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory"))
+    monkeypatch.setattr(f"qedfs.overlay.check.{lacking}", few if lacking == "MAX_SCATTERED" else none)
+    monkeypatch.setattr("os.fork", Mock(side_effect=AssertionError("shared")))
+    storage = MemoryStorage(many_tables(40).data)
+    assert check(storage, read_header(storage)[0], processes=2).allocated == 40
 
 
 def _failing() -> None:
