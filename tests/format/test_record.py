@@ -71,12 +71,12 @@ def test_what_is_written_is_read(record: Record) -> None:
     assert decode_record((encoded, EMPTY)) == record
 
 
-@pytest.mark.parametrize("size", [0, 255, 256, 510, 511, 5000])
 @pytest.mark.parametrize("character", ["a", '"', "é", "\x01", "\udcff", "😀"])
-def test_two_long_validators_fit(character: str, size: int) -> None:
-    validator = shortened(character * size)
-    record = dataclasses.replace(FULL, pin=dataclasses.replace(PIN, etag=validator, last_modified=validator))
-    assert decode_record((encode_record(record), EMPTY)) == record
+def test_two_long_validators_fit(character: str) -> None:
+    for size in (0, 255, 256, 510, 511, 5000):
+        validator = shortened(character * size)
+        record = dataclasses.replace(FULL, pin=dataclasses.replace(PIN, etag=validator, last_modified=validator))
+        assert decode_record((encode_record(record), EMPTY)) == record, f"{size} characters"
 
 
 def test_shortened_validators_still_differ() -> None:
@@ -108,13 +108,12 @@ def test_a_torn_record_leaves_the_one_before(kept: int) -> None:
         assert found.sequence == 1
 
 
-@pytest.mark.parametrize("byte", range(24 + 60))
-def test_every_flipped_bit_is_noticed(byte: int) -> None:
+def test_every_flipped_bit_is_noticed() -> None:
     encoded = bytearray(encode_record(FULL))
-    for bit in range(8):
-        encoded[byte] ^= 1 << bit
-        assert decode_record((bytes(encoded), EMPTY)) is None
-        encoded[byte] ^= 1 << bit
+    for bit in range(8 * (24 + 60)):
+        encoded[bit // 8] ^= 1 << bit % 8
+        assert decode_record((bytes(encoded), EMPTY)) is None, f"bit {bit}"
+        encoded[bit // 8] ^= 1 << bit % 8
 
 
 @pytest.mark.parametrize(

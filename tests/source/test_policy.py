@@ -160,16 +160,24 @@ def test_private_addresses_are_allowed_directly(address: str) -> None:
         "fec0::1",
     ],
 )
-@pytest.mark.parametrize("source", ["93.184.216.34", "2606:2800::1", "64:ff9b::93.184.216.34", "name.example"])
-def test_a_redirect_does_not_lead_from_public_to_private(source: str, target: str) -> None:
-    with pytest.raises(Refused, match="redirected"):
+def test_a_redirect_does_not_lead_from_public_to_private(target: str) -> None:
+    for source in ("93.184.216.34", "2606:2800::1", "64:ff9b::93.184.216.34", "name.example"):
+        assert "redirected" in refusal(target, source), source
+
+
+def refusal(target: str, source: str) -> str:
+    """What is said of a redirect between these addresses; nothing if it is allowed."""
+    try:
         Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
+    except Refused as exc:
+        return str(exc)
+    return ""
 
 
 @pytest.mark.parametrize("source", ["10.9.9.9", "100.64.9.9", "fd00::9", "fec0::9"])
-@pytest.mark.parametrize("target", ["127.0.0.1", "10.1.2.3", "fd00::1", "8.8.8.8"])
-def test_a_redirect_leads_from_private_to_anywhere(source: str, target: str) -> None:
-    Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
+def test_a_redirect_leads_from_private_to_anywhere(source: str) -> None:
+    for target in ("127.0.0.1", "10.1.2.3", "fd00::1", "8.8.8.8"):
+        Policy().check_address(target, parse_location("http://host/a"), redirected_from=source)
 
 
 # 8.8.8.8 by NAT64 with /48, SIIT, Teredo, 6to4, ISATAP.
