@@ -21,6 +21,7 @@ processor, and the interpreter's lock twice for each: 500 of 1,100 slow reads wa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from typing import ClassVar, Unpack
 
@@ -30,6 +31,7 @@ from qedfs.errors import BadOverlay, NoSpace
 from qedfs.image.commit_schedule import COMMIT_BYTES
 from qedfs.image.image import Image
 from qedfs.jobs.job import Job, JobOptions
+from qedfs.overlay.overlay import Overlay
 from qedfs.overlay.relocation import Gathering
 from qedfs.units import format_size
 
@@ -42,6 +44,40 @@ STILL_SECONDS = 10.0  # a job that has been held off for so long no longer has p
 LOOKED_AT = 64  # stretches without anything to do, before other tasks get their turn
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Disorder:
+    """How far an overlay is from the order of its image, in bytes and pieces of its file.
+
+    `to_move`: the data of all stretches that are in more than one piece. A job moves most of it twice.
+    """
+
+    data: int
+    pieces: int
+    longest_piece: int
+    to_move: int
+
+
+async def disorder(overlay: Overlay) -> Disorder:
+    """Look at all tables, and change nothing. Raises BadOverlay for an invalid one."""
+    found = await overlay.fragments()
+    clusters, stretch, cluster, scattered = overlay.geometry.clusters, _stretch_of(overlay), 0, 0
+    while cluster < clusters and overlay.relocation.most_clusters:
+        if gap := await overlay.gap(cluster):
+            cluster += gap
+            continue
+        count = min(stretch - cluster % stretch, clusters - cluster)
+        layout = await overlay.relocation.layout(cluster, count)
+        scattered += layout.clusters if layout.pieces > 1 else 0
+        cluster += count
+        await trio.lowlevel.checkpoint()
+    return Disorder(found.data, found.pieces, found.longest, scattered * overlay.cluster_size)
+
+
+def _stretch_of(overlay: Overlay) -> int:
+    """Clusters of one stretch."""
+    return max(1, STRETCH_BYTES // overlay.cluster_size)
+
+
 class DefragJob(Job):
     """The defragmentation of one image. It exists from a command until it has ended."""
 
@@ -52,7 +88,7 @@ class DefragJob(Job):
         super().__init__(image, **options)
         self.moved_bytes = 0  # in all
         self._clusters = image.overlay.geometry.clusters
-        self._stretch = max(1, STRETCH_BYTES // image.overlay.cluster_size)
+        self._stretch = _stretch_of(image.overlay)
         self._lowered = 0  # the first cluster that the second pass has not looked at
         self._no_room = False  # whether the disk has been full, whatever free space it tells
         self._still_since: float | None = None  # while the job does not work

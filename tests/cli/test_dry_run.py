@@ -46,6 +46,25 @@ def test_a_commit_of_a_mounted_image_tells_the_same_as_of_its_overlay(fmt: str, 
     assert said.partition(":")[2] == qedfs("commit", overlay, *allow, "--dry-run").stdout.removeprefix(f"{overlay}:")
 
 
+def test_a_defragmentation_of_a_mounted_image_tells_the_same_as_of_its_overlay(tmp_path: Path) -> None:
+    require("qemu-img")
+    require_fuse()
+    overlay, place = overlay_over(tmp_path / "disks"), tmp_path / "mnt"
+    with mounted(overlay, place, "--no-stream", "--allow-backing", str(overlay.parent)) as mount:
+        with mount.path("disk.raw").open("r+b", buffering=0) as image:
+            for at in (9, 3, 6, 4):
+                image.seek(at << 20)
+                image.write(b"guest" * 10_000)
+            os.fsync(image.fileno())
+        before = overlay.read_bytes(), overlay.stat().st_mtime_ns, overlay.stat().st_ctime_ns
+        found = printed("defrag", place, "disk", "--dry-run")
+        assert (overlay.read_bytes(), overlay.stat().st_mtime_ns, overlay.stat().st_ctime_ns) == before
+        assert qedfs("defrag", place, "disk", "--dry-run").stdout.startswith("disk.raw: ")
+        assert mount.unmount() == 0
+    assert found == printed("defrag", overlay, "--dry-run")
+    assert (found["dry_run"], found["moved"], 0 < found["to_move"] <= found["data"]) == (True, 0, True)
+
+
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     for option in ("--limit=1M", "--no-wait", "--pause"):
         refused(qedfs("commit", tmp_path, "disk", "--dry-run", option, check=False), 2, "--dry-run goes without")

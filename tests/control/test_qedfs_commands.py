@@ -173,5 +173,12 @@ async def test_a_dry_run_is_refused_what_the_job_would_be(tmp_path: Path) -> Non
         assert "does not accept value 'stream'" in await error(type="stream")
         assert "non-negative" in await error(type="commit", offset=-1)
         assert "has no source" in await error(type="commit")  # as no local file is known here
+        assert await talk.get("x-qedfs-dry-run", device="disk", type="defrag") == {
+            "data": 0,
+            "pieces": 0,
+            "longest_piece": 0,
+            "to_move": 0,
+            "next": None,
+        }
         served.jobs.begin("defrag")
         assert "in use by block job: defrag" in await error(type="commit")

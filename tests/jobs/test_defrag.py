@@ -11,7 +11,7 @@ import trio.testing
 
 from qedfs.errors import BadOverlay, NoSpace
 from qedfs.image.image import Image
-from qedfs.jobs.defrag import GUEST_SECONDS, STILL_SECONDS, STRETCH_BYTES, DefragJob
+from qedfs.jobs.defrag import GUEST_SECONDS, STILL_SECONDS, STRETCH_BYTES, DefragJob, Disorder, disorder
 from qedfs.jobs.state import ENDED, State
 from qedfs.overlay.fragments import Fragments, fragments
 from qedfs.overlay.relocation import PIECE_BYTES
@@ -54,10 +54,12 @@ async def test_the_image_is_in_order_afterwards_and_the_file_no_longer(autojump_
     async with scattered(clusters) as image:
         size = image.overlay.file_size
         assert (await layout(image)).pieces == clusters
+        assert await disorder(image.overlay) == Disorder(clusters * CLUSTER, clusters, CLUSTER, clusters * CLUSTER)
         job = DefragJob(image)
         await job.run()
         assert (job.state, job.progress, job.total) == (State.COMPLETE, image.size, image.size)
         assert (await layout(image)).pieces == 1
+        assert await disorder(image.overlay) == Disorder(clusters * CLUSTER, 1, clusters * CLUSTER, 0)
         assert image.overlay.file_size == size
         assert await is_right(image, clusters)
         # Once more: nothing is moved.

@@ -10,6 +10,7 @@ import click
 import trio
 
 from qedfs.cli.completion import images, mountpoints
+from qedfs.cli.dry_run import looked_at
 from qedfs.cli.given_once import GivenOnce
 from qedfs.cli.image_job import JobOrder
 from qedfs.cli.locked_file import image_explained
@@ -20,7 +21,7 @@ from qedfs.cli.ui.layout import printable
 from qedfs.cli.ui.output import print_json
 from qedfs.errors import QedfsError, UsageError
 from qedfs.image.image import Image
-from qedfs.jobs.defrag import DefragJob
+from qedfs.jobs.defrag import DefragJob, disorder
 from qedfs.jobs.job import Action, Driver, Job
 from qedfs.overlay.open import open_overlay
 from qedfs.units import format_size
@@ -31,7 +32,7 @@ LOOK_SECONDS = 0.2
 @click.command(cls=GivenOnce, short_help="Lay an overlay out in the order of its image.")
 @click.argument("overlay", metavar="OVERLAY|MOUNTPOINT", type=PLACE, shell_complete=mountpoints)
 @click.argument("image", required=False, shell_complete=images)
-@click.option("--dry-run", is_flag=True, help="Of an OVERLAY: say in how many pieces it is, and move nothing.")
+@click.option("--dry-run", is_flag=True, help="Say in how many pieces it is, and move nothing.")
 @click.option("--limit", type=RATE, metavar="SIZE", help="At most SIZE bytes per second, 0 for no limit.")
 @click.option("--no-wait", is_flag=True, help="Of a mounted IMAGE: return as soon as it has begun.")
 @click.option("--pause", "command", flag_value="pause", help="Of a mounted IMAGE: pause the one that runs.")
@@ -64,13 +65,15 @@ def defrag(
         if no_wait or command:
             raise UsageError("--no-wait, --pause, --resume and --cancel are for a mounted image: MOUNTPOINT IMAGE")
         done = trio.run(_look, overlay) if dry_run else run_changing(_in_file, overlay, limit or 0, quiet)
-        if as_json:
-            print_json({"overlay": os.path.abspath(overlay), "dry_run": dry_run, **dataclasses.asdict(done)})
-        elif not quiet:
-            click.echo(printable(_words(overlay, done, dry_run=dry_run)))
+        _tell(overlay, overlay, done, dry_run=dry_run, quiet=quiet, as_json=as_json)
         return
     if dry_run:
-        raise UsageError("--dry-run is for an overlay that is not mounted; qedfs info tells the same of a mounted one")
+        if limit is not None or no_wait or command:
+            raise UsageError("--dry-run goes without --limit, --no-wait, --pause, --resume and --cancel")
+        found, (part,) = looked_at(overlay, image, "defrag", quiet=quiet)
+        done = _Done(part["data"], part["pieces"], part["pieces"], part["longest_piece"], part["to_move"])
+        _tell(found["name"], found["overlay"], done, dry_run=True, quiet=quiet, as_json=as_json)
+        return
     JobOrder(
         overlay,
         image,
@@ -87,17 +90,29 @@ def defrag(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Done:
-    """What was found and done, in bytes and pieces."""
+    """What was found and done, in bytes and pieces. `to_move`: see `Disorder`."""
 
     data: int
     pieces_before: int
     pieces: int
+    longest_piece: int
+    to_move: int
     moved: int = 0
 
 
-def _words(path: str, done: _Done, *, dry_run: bool) -> str:
-    has = f"{path}: {format_size(done.data)} of data in {_pieces(done.pieces)}"
-    return has if dry_run else f"{has}, before in {_pieces(done.pieces_before)}; moved {format_size(done.moved)}"
+def _tell(name: str, overlay: str, done: _Done, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Print the result. `name`: of the overlay or image, for people."""
+    if as_json:
+        print_json({"overlay": os.path.abspath(overlay), "dry_run": dry_run, **dataclasses.asdict(done)})
+    elif not quiet:
+        click.echo(printable(_words(name, done, dry_run=dry_run)))
+
+
+def _words(name: str, done: _Done, *, dry_run: bool) -> str:
+    has = f"{name}: {format_size(done.data)} of data in {_pieces(done.pieces)}"
+    if dry_run:
+        return f"{has}, the longest {format_size(done.longest_piece)}; {format_size(done.to_move)} not in order"
+    return f"{has}, before in {_pieces(done.pieces_before)}; moved {format_size(done.moved)}"
 
 
 def _pieces(count: int) -> str:
@@ -113,8 +128,8 @@ class _Stopping(Driver):
 
 async def _look(path: str) -> _Done:
     async with peeked(path) as overlay:
-        found = await overlay.fragments()
-    return _Done(found.data, found.pieces, found.pieces)
+        found = await disorder(overlay)
+    return _Done(found.data, found.pieces, found.pieces, found.longest_piece, found.to_move)
 
 
 async def _in_file(path: str, limit: int, quiet: bool) -> _Done:
@@ -134,8 +149,8 @@ async def _in_file(path: str, limit: int, quiet: bool) -> _Done:
             nursery.cancel_scope.cancel()
         if job.error is not None:
             raise job.error.fresh()
-        after = await overlay.fragments()
-        return _Done(after.data, before.pieces, after.pieces, job.moved_bytes)
+        after = await disorder(overlay)
+        return _Done(after.data, before.pieces, after.pieces, after.longest_piece, after.to_move, job.moved_bytes)
     finally:
         with trio.CancelScope(shield=True):
             await overlay.close()

@@ -6,7 +6,8 @@
 - `x-qedfs-dry-run {device, type, offset?}`: what a job of the type `commit` would write, of the image from `offset` on;
   changes nothing. Returns `{data, zeros, written, grown, next}`: bytes of data and of zeros that the overlay has, those
   that differ from the backing, by how many the backing would grow, and where to go on, or null. An error says what
-  would keep the job from beginning.
+  would keep the job from beginning. Of the type `defrag`, of the whole image, `{data, pieces, longest_piece, to_move,
+  next}`: bytes of data, in how many pieces they are, and how many of them are not in order.
 - `x-qedfs-pause`, `x-qedfs-resume`, `x-qedfs-cancel {device, type?}`: repeating one is not an error. `type`: of a job
   beside the stream, which must be active.
 - `x-qedfs-limit {device, limit, type?}`: bytes per second, 0 for no limit; works even while nothing streams.
@@ -55,6 +56,7 @@ from qedfs.image.image import Image
 from qedfs.image.source_errors import MOST_BOUND_SECONDS, OnSourceError
 from qedfs.image.source_rule import set_source_errors
 from qedfs.jobs.commit import CommitJob
+from qedfs.jobs.defrag import DefragJob, disorder
 from qedfs.jobs.job import Job
 from qedfs.jobs.kinds import KINDS
 from qedfs.jobs.missing import MissingRuns
@@ -108,7 +110,9 @@ def _start_other(call: Call, served: ServedImage, image: Image, kind: str, limit
     jobs.begin(job, name, jobs.free_id(name), Wishes())
 
 
-@our_commands("x-qedfs-dry-run", Arg("device"), Arg("type", ("commit",)), Arg("offset", "integer", optional=True))
+@our_commands(
+    "x-qedfs-dry-run", Arg("device"), Arg("type", ("commit", "defrag")), Arg("offset", "integer", optional=True)
+)
 async def _dry_run(call: Call, arguments: Arguments) -> dict[str, Any]:
     served, image, _ = find_served(call, arguments["device"])
     pos = _not_negative(arguments, "offset")
@@ -117,6 +121,8 @@ async def _dry_run(call: Call, arguments: Arguments) -> dict[str, Any]:
     call.control.jobs.check_free(image, device_name(served))
     if served.jobs is not None:
         served.jobs.check_free(arguments["type"])
+    if arguments["type"] == DefragJob.kind:
+        return {**dataclasses.asdict(await disorder(image.overlay)), "next": None}
     found, following = await commit_look.look(image, pos)
     return {**dataclasses.asdict(found), "next": following}
 
