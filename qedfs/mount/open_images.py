@@ -38,10 +38,14 @@ class OpenImages:
         """Whether an image that is not complete uses this source."""
         return any(image.source is source and not image.complete for image in self._images)
 
+    def committing(self) -> list[Image]:
+        """The images that are being committed into their backings."""
+        return [image for image in self._images if image.committing_down]
+
     def committing_into(self, place: str) -> Image | None:
         """The image that is being committed into the file at this place, the secret URL of a source; None if none."""
-        for image in self._images:
-            if image.committing_down and image.source is not None and image.source.location.secret_url == place:
+        for image in self.committing():
+            if image.source is not None and image.source.location.secret_url == place:
                 return image
         return None
 

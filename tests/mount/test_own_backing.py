@@ -52,19 +52,24 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         os.unlink(two.path)
         await images.registry.scan()
         assert alone(own)
-        # An overlay that appears while the backing is written is served afterwards, not meanwhile.
+        # An overlay that appears while the backing is written is served afterwards, not meanwhile. It may name a link.
+        (tmp_path / "link.raw").symlink_to("base.raw")
+        (tmp_path / "hard.raw").hardlink_to(tmp_path / "base.raw")
         one.image.committing_down = True
-        create_overlay(str(tmp_path / "new.qed"), image_size=65536, backing=str(tmp_path / "base.raw"))
-        os.utime(tmp_path / "new.qed", (1, 1))
+        for name in ("base", "link", "hard"):
+            create_overlay(str(tmp_path / f"{name}.qed"), image_size=65536, backing=str(tmp_path / f"{name}.raw"))
+            os.utime(tmp_path / f"{name}.qed", (1, 1))
         await images.registry.scan()
-        refusal = named(images, "new.raw").refusal
-        assert refusal is not None
-        assert "is being written: one.raw is committed into it" in str(refusal.error)
+        for name in ("base.raw", "link.raw", "hard.raw"):
+            refusal = named(images, name).refusal
+            assert refusal is not None
+            assert "is being written: one.raw is committed into it" in str(refusal.error)
         one.image.committing_down = False
         await images.registry.scan()
-        new = named(images, "new.raw")
-        assert new.image is not None
-        os.unlink(new.path)
+        for name in ("base.raw", "link.raw", "hard.raw"):
+            new = named(images, name)
+            assert new.image is not None
+            os.unlink(new.path)
         await images.registry.scan()
         fetch = await own.fetch()
         assert fetch.remote is not one.image.source
