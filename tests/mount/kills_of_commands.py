@@ -29,8 +29,8 @@ LATER, EARLIER = 1.02, 1.1  # the next one: so much after a kill; so many times 
 class Commands:
     """One command for one overlay, that is killed again and again.
 
-    `words`: of the command, asked for each time. `options`: of the mounts. `backing`: what the source serves, or a raw
-    backing. `named`: what the overlay may name as its backing after a kill.
+    `words`: of the command, asked for each time. `options`: of the mounts. `backing`: what the source serves, or a
+    backing of this format. `named`: what the overlay may name as its backing after a kill.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class Commands:
         backing: Path,
         *options: str | Path,
         named: Callable[[], Sequence[str]],
+        fmt: str = "raw",
     ) -> None:
+        self.backing = backing
         self.ended = 0  # how many came to their end
         self.kills = 0
         self._overlay = overlay
         self._words = words
-        self._backing = backing
+        self._format = fmt
         self._options = options
         self._named = named
         self._longest = LONGEST_SECONDS
@@ -107,7 +109,7 @@ class Commands:
         node = {
             "driver": "qed",
             "file": {"driver": "file", "filename": str(path)},
-            "backing": {"driver": "raw", "file": {"driver": "file", "filename": str(self._backing)}},
+            "backing": {"driver": self._format, "file": {"driver": "file", "filename": str(self.backing)}},
         }
         argv = [require("qemu-img"), "compare", "-F", "raw", f"json:{json.dumps(node)}", str(self._overlay.expected)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
