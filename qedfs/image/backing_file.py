@@ -76,7 +76,8 @@ async def check_unused(location: Location, file: BackingFile) -> None:
 
 def _in_use(location: Location) -> InUse:
     return InUse(
-        f"backing {location}: another program has it open, such as a mount of an overlay over it; close it there first"
+        f"backing {location}: another program has it open, such as a mount of it, or of an overlay over it; close it"
+        " there first"
     )
 
 

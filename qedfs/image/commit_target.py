@@ -79,6 +79,11 @@ class Target(Below, Protocol):
         """Make everything durable that was written. After an error, `refresh` must come before anything else."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether it takes no writes any more, so that `refresh` must come, because a barrier has failed."""
+        ...
+
     async def refresh(self) -> None:
         """Let the reads show what the disk has, after an error of `sync`. Raises that error if this is impossible."""
         ...
@@ -96,6 +101,7 @@ class RawTarget:
     """A raw file."""
 
     pinned = True
+    failed = False  # `sync` raises an error, and that is all
 
     def __init__(self, storage: Storage, sync_times: Callable[[], None], *, dry: bool = False) -> None:
         """Takes over `storage`. `sync_times`: makes the times of the file durable, in a thread. `dry`: write nothing.

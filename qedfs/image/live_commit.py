@@ -236,20 +236,25 @@ class LiveCommit:
         return stop, done
 
     async def doubted(self) -> bool:
-        """Whether all must be copied again, because the barrier of `settle` has failed. The reads show the disk then.
+        """Whether all must be copied again, because a barrier has failed. The reads show the disk then.
 
-        The kernel tells once of bytes that the disk did not take. The page cache may keep them, so that they do not
-        differ from the overlay's, and the next barrier succeeds without them.
+        If they cannot, the commit is not `open` any more. The kernel tells once of bytes that the disk did not take.
+        The page cache may keep them, so that they do not differ from the overlay's, and the next barrier succeeds
+        without them.
         """
-        doubtful = self._doubtful
+        doubtful = self._doubtful or (self._target is not None and self._target.failed)
         if doubtful:
-            with self._asking():
-                await self._open_target().refresh()
+            try:
+                with self._asking():
+                    await self._open_target().refresh()
+            except QedfsError as exc:
+                log.warning("%s: the commit begins anew: %s", self._image.name, exc)
+                await self.leave()
             self._doubtful = False
         return doubtful
 
     async def settle(self) -> None:
-        """Steps 3 and 4. After an error it may be called again, after a look at `doubted`."""
+        """Steps 3 and 4. After an error it may be called again, after a look at `doubted` and at `open`."""
         image, overlay, target = self._image, self._image.overlay, self._open_target()
         # After the reads: if another program has cut the overlay off, they were zeros.
         await overlay.inspect()
@@ -262,8 +267,14 @@ class LiveCommit:
             self._doubtful = True
             raise
         # Before a source looks at the times.
-        with self._asking():
-            await target.rest()
+        try:
+            with self._asking():
+                await target.rest()
+        except QedfsError:
+            # It cannot be read any more, and nobody may come for long, if the job waits for a user.
+            with trio.CancelScope(shield=True):
+                await self.leave()
+            raise
         fetch = await self._own.fetch()
         try:
             identity = await fetch.remote.connect()
@@ -288,7 +299,10 @@ class LiveCommit:
         return await self._image.overlay.dropping.drop(first, count, self._open_target())
 
     async def leave(self) -> None:
-        """Give the backing back, at whichever step. What was not dropped is in the overlay, as before."""
+        """Give the backing back, at whichever step. What was not dropped is in the overlay, as before.
+
+        `begin` may come again.
+        """
         image = self._image
         image.overlay.dropping.forbid()
         if self._held is not None and image.source is self._held and not image.closed:
@@ -309,6 +323,8 @@ class LiveCommit:
         if self._held is not None:
             await self._own.release(self._held)
             self._held = None
+        if self.open:
+            self._ready = trio.Event()
         target, self._target = self._target, None
         if target is not None:
             try:

@@ -24,7 +24,7 @@ from typing import Self
 
 import trio
 
-from qedfs.errors import BadOverlay, InStandby, InUse, NoMemory, QedfsError, UsageError
+from qedfs.errors import BadOverlay, InStandby, InUse, NoMemory, QedfsError, SourceUnreachable, UsageError
 from qedfs.format.geometry import ENTRY_SIZE
 from qedfs.format.header import Header
 from qedfs.format.record import Record
@@ -39,6 +39,7 @@ from qedfs.source.qed.format import Plan, plan_read, table_offset
 from qedfs.source.samples import Samples
 from qedfs.source.tables.faults import faults
 
+_WAY_OUT = "unmount the image, and use qedfs commit OVERLAY, which recovers it first"
 LOOK_SECONDS = 0.001  # between two looks whether reads have ended
 Read = Callable[[int, memoryview], bool]
 """Fills a buffer with the bytes at an offset of the file. False if it does not want to wait for the disk."""
@@ -192,13 +193,14 @@ class QedTarget:
         """Raise UsageError if an opening for writing would change what it reads as: it was not closed in order.
 
         A mount reads the tables as they are. A repair, or the journal of a mount of it that was killed, would change
-        missing clusters of the overlay above under its guests.
+        missing clusters of the overlay above under its guests. If the user repaired it,
+        it would be another version than the overlay's. The command without a mount compares it before it recovers it.
         """
         record = self._record
         if self._header.dirty:
-            raise UsageError(f"backing {self._name}: was not closed cleanly; qemu-img check -r all repairs it")
+            raise UsageError(f"backing {self._name}: was not closed cleanly; {_WAY_OUT}")
         if record is not None and record.session and record.journal:
-            raise UsageError(f"backing {self._name}: a mount of it was killed; mount it once, which recovers it")
+            raise UsageError(f"backing {self._name}: a mount of it was killed; {_WAY_OUT}")
 
     @property
     def size(self) -> int:
@@ -293,6 +295,11 @@ class QedTarget:
         if self._overlay is not None:
             await self._overlay.flush()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a barrier of the session has failed."""
+        return self._overlay is not None and self._overlay.failure is not None
+
     async def refresh(self) -> None:
         """A session whose barrier has failed takes no writes any more, so its error is raised again."""
         if self._overlay is not None and self._overlay.failure is not None:
@@ -359,7 +366,8 @@ class QedTarget:
 
     def _resting(self) -> StillQed:
         if self._lost is not None:
-            raise self._lost.fresh()
+            # An error that is retried: readers that have waited for the end of `rest` are about to get another source.
+            raise SourceUnreachable(f"backing {self._name}: {self._lost}")
         assert self._still is not None  # noqa: S101 - before `begin` or after `rest`
         return self._still
 

@@ -91,10 +91,11 @@ class CommitJob(Job):
 
     async def work(self) -> bool:
         """See `Job.work`. An error keeps what was reached."""
-        if not self._commit.open:
-            await self._commit.begin()
         if await self._commit.doubted():
             self._copied = 0
+        if not self._commit.open:
+            self._copied = 0
+            await self._commit.begin()
         if not await self._copy():
             return False
         if not self._commit.settled:

@@ -28,7 +28,7 @@ def test_whoever_reads_the_backing_is_not_surprised(overlay: Path, tmp_path: Pat
     before = (overlay.parent / "base").read_bytes()
     with mounted(other, tmp_path / "mnt", "--no-stream", "--allow-backing", overlay.parent) as mount:
         mount.path("other.raw").read_bytes()[:1]
-        refused(commit(overlay), 8, "another program has it open, such as a mount of an overlay over it")
+        refused(commit(overlay), 8, "another program has it open, such as a mount of it, or of an overlay over it")
         assert mount.unmount() == 0
     with mounted(overlay, tmp_path / "mnt", "--no-stream", "--allow-backing", overlay.parent):
         refused(commit(overlay), 8, "is mounted at")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import trio
 
 from qedfs.errors import QedfsError, SourceChanged, UsageError
 from qedfs.format.header import NEED_CHECK
@@ -241,13 +242,57 @@ async def test_a_disk_that_fails_costs_nothing(kind: str, which: str, monkeypatc
             assert found == wanted()
 
 
+class _Fails:
+    """Takes the place of a step that fails once."""
+
+    def __init__(self, step: Callable[..., Any], error: QedfsError) -> None:
+        self._step, self._error = step, error
+        self._failed = False
+
+    def __call__(self, *arguments: object) -> object:
+        if self._failed:
+            return self._step(*arguments)
+        self._failed = True
+        raise self._error
+
+
+async def read_on(image: Image) -> None:
+    while True:
+        assert bytes(await image.read(0, SIZE)) == wanted()
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.expect_log("disk.raw: its backing: cannot sync")
+async def test_if_the_end_of_the_session_fails_readers_do_not_notice_and_it_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two = await started_over_qed()
+    monkeypatch.setattr(two, "_reopened", _Fails(two._reopened, QedfsError("cannot sync")))
+    async with image_of(two, monkeypatch) as image:
+        commit = LiveCommit(image)
+        await commit.begin()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_on, image)
+            with pytest.raises(QedfsError, match="cannot sync"):
+                await steps(commit, image)
+            assert bytes(await image.read(0, SIZE)) == wanted()
+            nursery.cancel_scope.cancel()
+        assert (commit.open, image.copy_on_read) == (False, True)
+        await commit.begin()
+        await steps(commit, image)
+        await commit.leave()
+        assert [run.offset for run in await runs_of(image.overlay)] == [MISSING]
+        assert bytes(await image.read(0, SIZE)) == wanted()
+    assert await disk_of(bytes(two.backing.bytes)) == wanted()
+
+
 @pytest.mark.expect_log("was not closed cleanly; it is read as it is")
 async def test_a_backing_that_an_opening_would_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     dirty = bytearray(qed_base())
     dirty[16] |= NEED_CHECK
     two = await started_over_qed(bytes(dirty))
     async with image_of(two, monkeypatch) as image:
-        with pytest.raises(UsageError, match=r"/base: was not closed cleanly; qemu-img check -r all"):
+        with pytest.raises(UsageError, match=r"/base: was not closed cleanly; unmount the image"):
             await LiveCommit(image).begin()
         assert bytes(await image.read(0, SIZE)) == wanted()
         assert (bytes(two.backing.bytes), image.overlay.record.committing) == (bytes(dirty), False)

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import InUse, QedfsError, SourceError, UsageError
+from qedfs.errors import InUse, QedfsError, SourceError, SourceUnreachable, UsageError
 from qedfs.format.record import Record
 from qedfs.image.backing_file import find_file, open_qed
 from qedfs.image.qed_target import QedTarget, StillQed
@@ -146,9 +146,11 @@ async def test_what_fails_on_the_way_to_rest_is_told_each_time() -> None:
 
     target = await QedTarget.of("/base", MemoryStorage(built().data), fails)
     await target.begin()
-    for ask in (target.rest, target.rest, lambda: target.read(0, memoryview(bytearray(1)))):
+    for _ in range(2):
         with pytest.raises(QedfsError, match="cannot sync"):
-            await ask()
+            await target.rest()
+    with pytest.raises(SourceUnreachable, match="backing /base: cannot sync"):
+        await target.read(0, memoryview(bytearray(1)))
     await target.close()
 
 
@@ -186,7 +188,10 @@ async def test_who_changes_the_file_while_nobody_has_it_locked_is_noticed(tmp_pa
     [
         (Record(sequence=1), ""),
         (Record(sequence=1, session="ab" * 8), ""),  # a commit that was killed: it has no journal
-        (Record(sequence=1, session="ab" * 8, journal="x"), "a mount of it was killed; mount it once"),
+        (
+            Record(sequence=1, session="ab" * 8, journal="x"),
+            "a mount of it was killed; unmount the image, and use qedfs commit OVERLAY",
+        ),
     ],
 )
 async def test_a_file_that_an_opening_would_change_is_told(record: Record, told: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import NoSpace
+from qedfs.errors import NoSpace, QedfsError
 from qedfs.format.tables import MISSING
 from qedfs.image.commit_target import RawTarget
 from qedfs.image.image import Image
 from qedfs.jobs.commit import CommitJob
 from qedfs.jobs.state import ENDED, State
-from tests.image.commits import CLUSTER, DATA, SIZE, ZEROS, Two, runs_of, started, wanted
+from tests.image.commits import CLUSTER, DATA, SIZE, ZEROS, Two, disk_of, runs_of, started, started_over_qed, wanted
 from tests.image.live import image_of
 
 
@@ -103,6 +103,25 @@ async def test_what_the_disk_did_not_take_is_copied_again(
         assert await offsets(image) == {MISSING}
     two.backing.refresh()  # without what only the page cache has
     assert bytes(two.backing.bytes) == wanted()
+
+
+@pytest.mark.expect_log("the commit has stopped", "the commit begins anew", "disk.raw: its backing")
+async def test_a_qed_session_whose_barrier_has_failed_gives_way_to_another_one(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = await started_over_qed()
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        job = CommitJob(image)
+        two.backing.fail("barrier", QedfsError("the disk is broken"), nth=6)
+        nursery.start_soon(job.run)
+        await trio.sleep(1)
+        assert (job.state, job.copied_bytes > 0) == (State.FAILED, True)
+        assert bytes(await image.read(0, SIZE)) == wanted()
+        job.start()
+        await trio.sleep(10)
+        assert job.state is State.COMPLETE
+        assert await offsets(image) == {MISSING}
+    assert await disk_of(bytes(two.backing.bytes)) == wanted()
 
 
 async def test_a_cancelled_one_gives_the_source_back(
