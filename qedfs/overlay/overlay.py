@@ -37,6 +37,8 @@ from __future__ import annotations
 
 import contextlib
 
+import trio
+
 from qedfs.errors import NoSpace, ReadOnlyOverlay
 from qedfs.format.record import Pin
 from qedfs.format.tables import MISSING, ZERO
@@ -59,6 +61,8 @@ from qedfs.overlay.stillness import Stillness
 from qedfs.overlay.storage import Buffer, Storage
 
 MAX_READ_BYTES = 1 << 20  # the maximal size of a FUSE read
+# How long a close gives space back. The rest is left to a later session: on a file server, a punch takes a round trip.
+PUNCH_SECONDS = 10.0
 # The buffer for reads on the event loop, for all overlays. A caller passes on its view of it before the next read.
 _SCRATCH = memoryview(bytearray(MAX_READ_BYTES))
 
@@ -403,9 +407,10 @@ class Overlay(OverlayState):
                 await self.flush()
                 in_order = True
                 self.relocation.punch_again()
-                await self.give_space_back()
-                while self.relocation.put_off_bytes and await self.give_space_back():
-                    pass
+                with trio.move_on_after(PUNCH_SECONDS):
+                    await self.give_space_back()
+                    while self.relocation.put_off_bytes and await self.give_space_back():
+                        pass
         finally:
             await self._ending.close(in_order=in_order)
         if self.storage.writable and self.storage.damage is not None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pytest
 import trio
+import trio.testing
 
 from qedfs.errors import NoSpace, QedfsError
 from qedfs.format.tables import ZERO
@@ -15,7 +16,7 @@ from qedfs.overlay import free_places, loop_writes
 from qedfs.overlay import freed as freed_module
 from qedfs.overlay.journal import Journal
 from qedfs.overlay.open import open_storage
-from qedfs.overlay.overlay import Overlay
+from qedfs.overlay.overlay import PUNCH_SECONDS, Overlay
 from qedfs.overlay.relocation import ROOM_BYTES
 from tests.fakes.storage import MemoryStorage
 from tests.overlay.guest import no_fill
@@ -337,6 +338,34 @@ async def test_as_much_is_put_off_as_an_end_of_the_mount_can_make_up_for(monkeyp
     assert set(offsets(storage)) == {0, 1, 2, 3, 5}
     await overlay.close()
     assert set(offsets(storage)) == {1, 3, 5}
+
+
+async def test_a_close_does_not_wait_for_all_punches_of_a_slow_file_server(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freed_module, "RUNS_AT_ONCE", 1)
+    storage = MemoryStorage(filled(dict.fromkeys(range(40), b"d" * CLUSTER)).data, name="disk")
+    overlay = await open_storage(storage)
+    await overlay.relocation.put_off_punches()
+    for cluster in range(0, 40, 2):
+        await overlay.discard(cluster, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    real = storage.in_thread
+
+    async def slow(function: Callable[[], T]) -> T:
+        before = storage.operations["punch"]
+        result = await real(function)
+        with trio.CancelScope(shield=True):  # a thread cannot be interrupted
+            await trio.sleep(storage.operations["punch"] - before)
+        return result
+
+    monkeypatch.setattr(storage, "in_thread", slow)
+    await overlay.close()
+    assert 0 < storage.operations["punch"] <= PUNCH_SECONDS + 1
+    again = await open_storage(MemoryStorage(storage.bytes))
+    for cluster in range(40):
+        assert bool(await place_of(again, cluster) > ZERO) == bool(cluster % 2)
 
 
 async def test_a_disk_with_little_room_has_nothing_put_off() -> None:
