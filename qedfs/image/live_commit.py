@@ -109,6 +109,8 @@ class LiveCommit:
     async def _begin(self) -> None:
         overlay = self._image.overlay
         file = await self._found()
+        if await self._own.linked():  # an image that has not read yet, so that `_unused` finds nobody
+            raise _shared(self._image, self._location)
         await overlay.flush()
         target = self._target = await self._taken(file)
         self._samples, self._sampled = await self._sample(target)

@@ -25,6 +25,10 @@ class OwnBacking(Protocol):
         """Whether another image of the mount has the same source."""
         ...
 
+    async def linked(self) -> bool:
+        """Whether another image of the mount has the same file as its source, also under another name of that file."""
+        ...
+
     async def fetch(self) -> FetchQueue:
         """A new queue with a new source for the backing, not connected yet. Raises QedfsError, or OSError (EMFILE)."""
         ...

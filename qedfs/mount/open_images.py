@@ -5,8 +5,17 @@ They include images whose overlay was removed from the folder, until they are cl
 
 from __future__ import annotations
 
+import contextlib
+import os
+
+import trio
+
 from qedfs.image.image import Image
+from qedfs.source.path import in_thread
 from qedfs.source.retrying import RetryingSource
+from qedfs.source.url import Location
+
+SAME_FILE_SECONDS = 5.0  # a file server may be dead
 
 
 class OpenImages:
@@ -49,6 +58,15 @@ class OpenImages:
                 return image
         return None
 
+    async def link(self, image: Image) -> bool:
+        """Whether another image that is not complete has the same file as its source, by a link or another name."""
+        for other in list(self._images):
+            if other is image or other.complete or other.source is None or image.source is None:
+                continue
+            if await same_file(other.source.location, image.source.location):
+                return True
+        return False
+
     def share(self, image: Image) -> bool:
         """Whether another image that is not complete has the same place as its source."""
         if image.source is None:
@@ -56,3 +74,13 @@ class OpenImages:
         place = image.source.location.secret_url
         others = (other for other in self._images if other is not image and not other.complete)
         return any(other.source is not None and other.source.location.secret_url == place for other in others)
+
+
+async def same_file(one: Location, other: Location) -> bool:
+    """Whether two places are one file, as by a link. False if that cannot be found out within SAME_FILE_SECONDS."""
+    first, second = one.path, other.path
+    if first is None or second is None or not one.kind == other.kind == "file":
+        return False
+    with trio.move_on_after(SAME_FILE_SECONDS), contextlib.suppress(OSError):
+        return await in_thread(second, lambda: os.path.samefile(first, second))
+    return False

@@ -6,7 +6,6 @@ Must not know the inodes of the mount, nor when overlays appear and disappear.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -28,7 +27,7 @@ from qedfs.jobs.image_jobs import ImageJobs
 from qedfs.jobs.stream import StreamJob
 from qedfs.mount.fuse_init import background_limit
 from qedfs.mount.late_records import LateRecords
-from qedfs.mount.open_images import OpenImages
+from qedfs.mount.open_images import OpenImages, same_file
 from qedfs.mount.options import Options
 from qedfs.mount.overlay_folder import SUFFIX, OverlayFolder
 from qedfs.mount.own_backing import ImageBacking
@@ -37,12 +36,10 @@ from qedfs.mount.settling import check_settled
 from qedfs.mount.source_pool import SourcePool
 from qedfs.overlay.open import open_overlay
 from qedfs.overlay.overlay import Overlay
-from qedfs.source.path import in_thread
 from qedfs.source.url import Location
 from qedfs.units import format_size
 
 log = logging.getLogger(__name__)
-SAME_FILE_SECONDS = 5.0  # a file server may be dead
 
 
 class Opener:
@@ -142,7 +139,7 @@ class Opener:
     async def _writer(self, location: Location) -> Image | None:
         """The image that is being committed into the file of a backing, whichever of its names that backing has."""
         for image in self._images.committing():
-            if image.source is not None and await _same_file(image.source.location, location):
+            if image.source is not None and await same_file(image.source.location, location):
                 return image
         # Last: no other task runs between this and the end of the opening, so no commit begins unnoticed.
         return self._images.committing_into(location.secret_url)
@@ -212,13 +209,3 @@ class Opener:
         """Close the connections to the source of an image, unless an image still needs that source."""
         if image.source is not None and not self._images.need(image.source):
             await self._sources.release(image.source)
-
-
-async def _same_file(one: Location, other: Location) -> bool:
-    """Whether two places are one file, as by a link. False if that cannot be found out within SAME_FILE_SECONDS."""
-    first, second = one.path, other.path
-    if first is None or second is None or not one.kind == other.kind == "file":
-        return False
-    with trio.move_on_after(SAME_FILE_SECONDS), contextlib.suppress(OSError):
-        return await in_thread(second, lambda: os.path.samefile(first, second))
-    return False

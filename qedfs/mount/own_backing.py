@@ -28,6 +28,10 @@ class ImageBacking:
         """See `OwnBacking`."""
         return self._images.share(self._image)
 
+    async def linked(self) -> bool:
+        """See `OwnBacking`."""
+        return await self._images.link(self._image)
+
     async def fetch(self) -> FetchQueue:
         """See `OwnBacking`."""
         return await self._sources.own_fetch_for(self._image.overlay, overlays=len(self._images))

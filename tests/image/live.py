@@ -49,11 +49,15 @@ class Own:
 
     policy = Policy(())
     shared = False
+    is_linked = False
 
     def __init__(self, two: Two, nursery: trio.Nursery) -> None:
         self._two = two
         self._nursery = nursery
         self.released: list[RetryingSource] = []
+
+    async def linked(self) -> bool:
+        return self.is_linked
 
     async def fetch(self) -> FetchQueue:
         return self.fetch_from(self.source())

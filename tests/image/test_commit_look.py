@@ -37,6 +37,9 @@ class Own:
         self.policy = Policy((str(folder),))
         self.shared = False
 
+    async def linked(self) -> bool:
+        return False
+
     async def fetch(self) -> FetchQueue:
         raise AssertionError("a look needs no source of its own")
 

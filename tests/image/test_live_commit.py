@@ -214,6 +214,10 @@ async def test_what_cannot_be_committed_is_refused(monkeypatch: pytest.MonkeyPat
             patch.setattr(image.fetch.remote, "location", parse_location("http://server/base.raw"))
             with pytest.raises(UsageError, match="is on a server, and only read"):
                 LiveCommit(image)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(own), "is_linked", True)
+            with pytest.raises(InUse, match="another image of this mount has it"):
+                await LiveCommit(image).begin()
         monkeypatch.setattr(type(own), "shared", True)
         with pytest.raises(InUse, match="another image of this mount has it"):
             LiveCommit(image)

@@ -69,7 +69,10 @@ async def test_an_image_whose_source_another_one_has_is_not_committed(tmp_path: 
         for name in ("base.raw", "link.raw", "hard.raw"):
             new = named(images, name)
             assert new.image is not None
+            assert await own.linked()
             os.unlink(new.path)
+            await images.registry.scan()
+        assert not await own.linked()
         await images.registry.scan()
         fetch = await own.fetch()
         assert fetch.remote is not one.image.source
