@@ -1,8 +1,9 @@
 """The exceptions of qedfs, each with the errno that a reader gets and the exit code of a command.
 
-Imports nothing of the project. Every error that a user can meet is a `QedfsError`. Exceptions of libraries are
-translated where they arise, with `from`. The message is one line that names what failed and, if possible, the remedy.
-It never contains a credential: sources name themselves by their redacted URL.
+Owns the classes and their codes. Must not know how an error is shown: `cli/exit_status.py` prints it,
+`mount/fuse_errors.py` answers the kernel. Imports nothing of the project. Every error that a user can meet is a
+`QedfsError`. Exceptions of libraries are translated where they arise, with `from`. The message is one line that names
+what failed and, if possible, the remedy. It never contains a credential: sources name themselves by their redacted URL.
 
 Exit codes (see contrib/docs): 1 other, 2 usage (of the command line, and nothing else), 3 bad overlay, 4 source
 unreachable, 5 source changed, 6 no space, 7 timed out, 8 in use, 9 refused by policy, 10 no mount there.

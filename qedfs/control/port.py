@@ -1,4 +1,8 @@
-"""The interface through which control sees a mount. `mount/` implements it and starts the servers of this room."""
+"""The interface through which control sees a mount.
+
+Owns the protocols, and has no logic. `mount/` implements them and starts the servers of this room, which must not know
+`mount/`: whatever a command needs of it is declared here.
+"""
 
 from __future__ import annotations
 

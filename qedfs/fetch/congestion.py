@@ -1,7 +1,7 @@
 """The congestion window of one source: how many background bytes may be in flight to fill the link, and not more.
 
-Owns the estimate of the link's rate and round trip. Pure: the caller reports what was sent and what has arrived. No
-I/O, no clock.
+Owns the estimate of the link's rate and round trip. Must not know which request is sent next, nor who waits for it
+(`scheduler.py`). Pure: the caller reports what was sent and what has arrived. No I/O, no clock.
 
 The bytes in flight that keep a link busy are the product of its rate and its round trip. Both are measured: the rate as
 the best one over any interval, the round trip as the shortest time of a request. At first the window grows by the bytes

@@ -1,4 +1,7 @@
-"""A rate limiter in bytes per second: a token bucket on trio's clock. Must not know what it limits."""
+"""A rate limiter in bytes per second: a token bucket on trio's clock.
+
+Owns the account of what was sent too early. Must not know what it limits, nor send anything.
+"""
 
 from __future__ import annotations
 

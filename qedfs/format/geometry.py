@@ -1,6 +1,7 @@
 """The geometry of a QED image: cluster, table and image sizes, and the numbers that follow from them.
 
-Pure arithmetic on bytes and counts. No I/O.
+Owns the limits of the format and the check of the three sizes. Must not know the other fields of a header
+(`header.py`). Pure arithmetic on bytes and counts.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 fsync(2) of a file covers its contents but not its directory entry. A command that creates, replaces or removes a file
 must therefore sync the folder, too, before it reports success. Otherwise a power cut can undo the change after the
 command has ended with 0. The file comes first, then the folder: in the other order, a name could lead to a file whose
-contents are lost. Imports nothing of the project.
+contents are lost. Imports nothing of the project. The barriers of an open overlay are in `overlay/barrier.py`.
 """
 
 from __future__ import annotations

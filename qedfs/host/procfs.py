@@ -1,9 +1,10 @@
 """Parsers for /proc: the mount table, the file system of an open file, Unix sockets, the uid map, the boot id.
 
-Works on bytes, because the names in these files come from other users and have no known encoding. Only a single space
-ends a field and only a line feed ends a record. (Python's text files also end lines at carriage returns, and
-`str.split` splits at some twenty more characters. Any user can put such a character into the path of a mount, which
-would break the parsing of the whole table.) Imports nothing of the project.
+Owns the syntax of these files. Must not know which mounts and sockets are ours: the callers choose. Works on bytes,
+because the names in these files come from other users and have no known encoding. Only a single space ends a field and
+only a line feed ends a record. (Python's text files also end lines at carriage returns, and `str.split` splits at some
+twenty more characters. Any user can put such a character into the path of a mount, which would break the parsing of the
+whole table.) Imports nothing of the project.
 """
 
 from __future__ import annotations

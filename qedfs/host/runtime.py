@@ -1,10 +1,11 @@
 """The runtime folders: where qedfs keeps control sockets, logs and session journals, all of which a reboot may delete.
 
-Imports only errors and procfs. Every folder is created with mode 0700 and must belong to us. The first choice is not
-always available: /run may be missing or read-only, may belong to the root of another user namespace, or may be on a
-disk, and another user may have taken a name in a shared folder. So each kind of folder has several candidates, tried in
-order. A search looks into all of them, because the process that created the folder may have run as another user or with
-another environment.
+Owns the places, the checks of their owners, and the removal of folders that no server holds. Must not know what the
+files contain. Imports only errors and procfs. Every folder is created with mode 0700 and must belong to us. The first
+choice is not always available: /run may be missing or read-only, may belong to the root of another user namespace, or
+may be on a disk, and another user may have taken a name in a shared folder. So each kind of folder has several
+candidates, tried in order. A search looks into all of them, because the process that created the folder may have run as
+another user or with another environment.
 
 Users are identified by the uid outside our user namespace, so the root of a container is not uid 0 here.
 """

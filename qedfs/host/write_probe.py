@@ -9,6 +9,7 @@ write has locked the file.
 
 A probe costs 1.3 us of processor time. Between it and the write that follows is about 1 us, in which a freeze may still
 begin. If the kernel has no io_uring, or does not allow it (a container, kernel.io_uring_disabled), probes know nothing.
+Owns the one io_uring of the process. Must not know what a caller does with the answer (`overlay/loop_writes.py`).
 Imports nothing of the project.
 """
 

@@ -1,7 +1,8 @@
 """Boot profiles: the ranges that readers of an image had to wait for, in order, so that a later boot can prefetch them.
 
 Owns the list and its file format: a first line that names the format, then lines of `pos size` in bytes, and comment
-lines that start with `#`. A profile is a hint: a wrong one costs requests, but never a byte of the image.
+lines that start with `#`. Must not know files or sources: `cli/profile_file.py` reads a profile, `jobs/prefetch.py`
+fetches its ranges. A profile is a hint: a wrong one costs requests, but never a byte of the image.
 """
 
 from __future__ import annotations

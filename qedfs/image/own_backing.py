@@ -1,6 +1,6 @@
 """How one image gets sources of its own for its backing, under the rules of its mount.
 
-Owns the interface; `mount/own_backing.py` implements it.
+Owns the interface; `mount/own_backing.py` implements it, because an image must not know the other images of its mount.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Read-ahead: detects sequential readers of one image, and advises how far to fetch ahead of them.
 
-Owns the state of the last few readers. Pure: positions in, a range out. As in the kernel's read-ahead, the window
-doubles with every request that continues the last one, and is reset when the pattern breaks.
+Owns the state of the last few readers. Must not know which bytes are missing, nor fetch them. Pure: positions in, a
+range out. As in the kernel's read-ahead, the window doubles with every request that continues the last one, and is
+reset when the pattern breaks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Decides when a stream holds off: a time window, a delay after the start, active readers, other load of the machine.
 
-Owns the measurements for the rules of `jobs/rules.py`. The 2010 proposal left open who detects that a machine is
-idle, because a process only sees its own requests. Today the kernel reports how long tasks of the whole system have
-waited for I/O or a CPU (pressure stall information, Documentation/accounting/psi.rst). So the load of other virtual
-machines on the same host counts, too. The share of our own barriers is subtracted.
+Owns the measurements for the rules of `jobs/rules.py`. Must not know jobs or images: it is given functions that tell
+the guests' activity and the time of our barriers. The 2010 proposal left open who detects that a machine is idle,
+because a process only sees its own requests. Today the kernel reports how long tasks of the whole system have waited
+for I/O or a CPU (pressure stall information, Documentation/accounting/psi.rst). So the load of other virtual machines
+on the same host counts, too. The share of our own barriers is subtracted.
 
 The I/O class of our threads (ioprio_set(2)) is not changed. Streamed data goes into the page cache, and threads of the
 kernel write it to the disk, in their own class. Our threads only wait for barriers. A guest's flush waits for the same

@@ -1,7 +1,7 @@
 """Finds the missing clusters of an image that have to be fetched, and skips the holes of the source.
 
-Finds the holes of the source, and which absent L2 tables lie in one (`Image.source_holes`). Must not know when
-a request may be sent.
+Owns the extents that the source has told, as far as this walk needs them. Notes in `Image.source_holes`, for all walks,
+which absent L2 tables lie in a hole. Must not know when a request may be sent.
 
 Where the source has a hole, missing clusters get zero entries, and nothing is fetched. A range without an L2 table over
 a hole is skipped: after the detach it reads as zeros anyway.

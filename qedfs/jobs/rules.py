@@ -1,6 +1,7 @@
 """The user's rules for when a stream holds off, and how they are written on the command line.
 
-Pure. `jobs/idle.py` applies them. Loads no trio: a command line is checked before anything is served.
+Owns the fields and their spelling. Must not know when a rule holds: `jobs/idle.py` applies them. Pure. Loads no trio: a
+command line is checked before anything is served.
 """
 
 from __future__ import annotations

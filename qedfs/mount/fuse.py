@@ -1,4 +1,7 @@
-"""The FUSE adapter: maps the kernel's requests to images of the registry. No cluster arithmetic.
+"""The FUSE adapter: maps the kernel's requests to images of the registry.
+
+Owns the handles of open images, and what each kind of request may do: none creates, removes, renames or resizes
+anything. Must not know clusters or sources.
 
 pyfuse3 replies to a request only if its handler returns or raises FUSEError; after any other exception the caller hangs
 and pyfuse3's main loop ends, for all images. So each handler turns every exception into an errno.

@@ -1,4 +1,7 @@
-"""The errno and the log line of a request that has failed. Must not know requests or images."""
+"""The errno and the log line of a request that has failed.
+
+Owns the choice of the errno, and how often the same error is logged. Must not know requests or images.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ descriptor before it waits. Random 4 KiB reads at depth 16, in one run: 63,000 p
 this lock. At depth 1, 22,000 without polling and 38,000 with it. Nor does the lock wake another task for a request that
 is answered at once: a turn of the event loop less for each request that comes later than polling waits.
 
-The first request after the mount passes through `fuse_init.py`.
+The first request after the mount passes through `fuse_init.py`. Must not know what a request asks for: the handlers say
+in `next_request` whether the next one is likely to come late.
 
 Fairness: the scheduler runs at least once every `REQUESTS_PER_YIELD` requests, so that timers, sockets and worker
 threads are served too.

@@ -1,8 +1,9 @@
 """Activations that were given up because the overlay's disk hung, as the next server of the mount has to know them.
 
-Owns what is told of them (`held.py`). Whoever asked for such an activation was told that the image stays in standby,
-and the guest goes on at the source. This server takes the record back once the disk has it (`CutOver`). If it is killed
-before that, the disk may have the record all the same: then the next server takes it back, before it serves the image.
+Owns what is told of them (`held.py`). Must not know how an activation proceeds (`cut_over.py`). Whoever asked for such
+an activation was told that the image stays in standby, and the guest goes on at the source. This server takes the
+record back once the disk has it (`CutOver`). If it is killed before that, the disk may have the record all the same:
+then the next server takes it back, before it serves the image.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """The open images of a mount as a whole: their number, their load, and the sources that they still need.
 
 They include images whose overlay was removed from the folder, until they are closed.
+
+Owns the set, and the comparison of sources. Must not know names or the folder (`registry.py`), nor when an image is
+opened or closed (`opener.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Gives one image of the mount sources of its own for its backing. See `image/own_backing.py`."""
+"""Gives one image of the mount sources of its own for its backing.
+
+Implements `image/own_backing.py`. Has no logic: `source_pool.py` makes the sources, `open_images.py` knows what other
+images use.
+"""
 
 from __future__ import annotations
 

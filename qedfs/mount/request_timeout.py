@@ -1,8 +1,8 @@
 """The kernel's limit on how long a request of a FUSE mount may remain unanswered (Linux 6.15).
 
-Owns how the limit is read, and the margin below it. If a single answer is later than the limit, the kernel aborts the
-connection of the whole mount, with all its images. So the limit bounds every wait for a source or an activation,
-whatever the user has asked for.
+Owns how the limit is read, and the margin below it. Must not know what waits: whoever sets a deadline asks here. If a
+single answer is later than the limit, the kernel aborts the connection of the whole mount, with all its images. So the
+limit bounds every wait for a source or an activation, whatever the user has asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One overlay file of the mount: its name and inode, its image if it can be served, and how many times it is open.
 
-Must not know FUSE requests, nor other overlays.
+Owns the counts of what the kernel has reported of open files. Must not know FUSE requests, nor other overlays.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Serves one mount from start to stop.
 
-Owns the nursery and the order of starting and stopping. Start: the overlays are opened, the file system is mounted, the
-control socket listens, `ready` is called. Stop: the file system is unmounted, so that no more requests arrive; each
-overlay is flushed and closed; the connections to sources are closed.
+Owns the nursery and the order of starting and stopping. Must not know how a request is answered (`fuse.py`), how an
+image is opened (`opener.py`) or what a command does (`control/`). Start: the overlays are opened, the file system is
+mounted, the control socket listens, `ready` is called. Stop: the file system is unmounted, so that no more requests
+arrive; each overlay is flushed and closed; the connections to sources are closed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether a file in the folder is complete, or still being copied there.
 
-Owns the rule. A file that appears while the mount serves is left alone until one second after its last change, since
-most copies write more often than that. Any file is left alone while a program has it open for writing, as `cp` does
-until it ends, even if it stalls. Where the file system cannot tell who has a file open, a new file must be as long as
-its tables say.
+Owns the rule. Must not know when a file is looked at again (`registry.py`), nor how it is served. A file that appears
+while the mount serves is left alone until one second after its last change, since most copies write more often than
+that. Any file is left alone while a program has it open for writing, as `cp` does until it ends, even if it stalls.
+Where the file system cannot tell who has a file open, a new file must be as long as its tables say.
 """
 
 from __future__ import annotations

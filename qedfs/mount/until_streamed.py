@@ -1,4 +1,8 @@
-"""`--until-streamed`: waits until every overlay is complete or has failed, and no image is open."""
+"""`--until-streamed`: waits until every overlay is complete or has failed, and no image is open.
+
+Owns the rule about which errors keep an overlay from becoming complete. Must not know how a mount ends: `server.py`
+ends it with the result.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Owns the definition of a corruption, which is the same as in QEMU's check. Leaks are counted as there, but with the
 right number of clusters: QEMU divides the length of the file by cluster_size - 1, and so reports leaks that do not
-exist. No other program may have the file open. Synchronous. The time is proportional to the entries that exist, because
-holes in the tables are skipped.
+exist. Must not know the record, the journal or the backing. No other program may have the file open. Synchronous. The
+time is proportional to the entries that exist, because holes in the tables are skipped.
 
 A part of a table that is one row is compared with the row that it should be (`row_template.py`). Rows in other parts
 are found, and judged each as a whole (`table_rows.py`). Scattered clusters are marked as used without a look whether

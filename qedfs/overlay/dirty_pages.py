@@ -1,5 +1,8 @@
 """Detects whether a write to the page cache may block, because the host has nearly as many dirty pages as it allows.
 
+Owns the estimate, one for all overlays. Must not know overlays, nor what the callers do with it (`loop_writes.py`,
+`open_session.py`).
+
 Below the midpoint of the kernel's two thresholds a buffered write returns at once. Above it, the kernel makes the
 writer sleep (balance_dirty_pages). On the event loop this would stall every image of the mount, so writes then go to a
 worker thread. The kernel's counters are read a few times per second, which takes 60 us.

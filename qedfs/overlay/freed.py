@@ -1,6 +1,6 @@
 """The space of discarded clusters, on its way back: to the file system, and to the allocator.
 
-Owns the order. The data of a cluster stays as it is until
+Owns the order. Must not know why a cluster was freed, nor change any entry. The data of a cluster stays as it is until
 
 1. a barrier has made the entry durable that no longer refers to it. After a power cut, the old entry would otherwise
    show what has taken the place;

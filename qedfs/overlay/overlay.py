@@ -1,8 +1,9 @@
-"""An open QED overlay: map, read, write, discard, adopt, move, drop, grow, flush, detach, empty. No network here.
+"""An open QED overlay: map, read, write, discard, adopt, move, drop, grow, flush, detach, empty.
 
 Owns the rule that decides whose bytes win when a guest writes to a cluster that is being fetched. `pending.py` tracks
 such clusters, `cluster_writer.py` allocates and writes, `adoption.py` stores fetched clusters, `open_session.py` has
-the header and the record, `state.py` tells how the overlay is. The caller supplies the contents of missing clusters.
+the header and the record, `state.py` tells how the overlay is. Must not know sources or the network: the caller
+supplies the contents of missing clusters.
 
 Concurrency protocol
 --------------------

@@ -1,6 +1,7 @@
 """The header and the private record of an open overlay, as they are in the file.
 
-Owns them, and the order in which changes to them are written.
+Owns them, and the order in which changes to them are written. Must not know when a change is due, nor what the table
+entries say.
 """
 
 from __future__ import annotations

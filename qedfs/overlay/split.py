@@ -1,4 +1,8 @@
-"""Splits requests and fetched buffers at cluster borders. Pure: views of bytes in, views of bytes out."""
+"""Splits requests and fetched buffers at cluster borders.
+
+Owns this arithmetic. Must not know entries: the callers have looked up the places in the file. Pure: views of bytes in,
+views of bytes out.
+"""
 
 from __future__ import annotations
 

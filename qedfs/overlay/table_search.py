@@ -1,6 +1,7 @@
 """Searches entries of a table for data and for holes. Pure: entries in, an index out. Takes at most 0.5 ms for 64 KiB.
 
-A hole is a zero cluster and, if the caller says so, a missing one.
+Must not know where the table lies, nor which clusters its entries are of. A hole is a zero cluster and, if the caller
+says so, a missing one.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ multicast and unspecified ones, and those at which clouds serve credentials; it 
 A redirect may not lead from a public address to a private or loopback one, nor from https to http. If the user allows
 any prefix, nothing outside the allowed prefixes is opened. A service that mounts other people's overlays needs this.
 
-Opens and connects nothing itself. The callers pass the very address or file that they are about to use, so a name that
-resolves differently at a second look-up cannot get around a check.
+Owns these rules and the words of a refusal. Must not know how a source is reached. Opens and connects nothing itself.
+The callers pass the very address or file that they are about to use, so a name that resolves differently at a second
+look-up cannot get around a check.
 """
 
 from __future__ import annotations

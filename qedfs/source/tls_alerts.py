@@ -1,6 +1,7 @@
 """Explains TLS alerts: what the server objects to, in our words instead of the TLS library's.
 
-Owns the words. Pure. No part of the library's text is passed on, because it may contain a URL.
+Owns the words. Must not know whether HTTP or NBD has connected. Pure. No part of the library's text is passed on,
+because it may contain a URL.
 """
 
 from __future__ import annotations

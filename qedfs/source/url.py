@@ -1,7 +1,8 @@
 """Parses and redacts backing names: URL or path to a `Location` whose str and repr contain no credential.
 
-No I/O. Parsing is strict and has no fall-back. A text in none of the known forms is an error, and is never taken for a
-file name instead (QEMU's `json:` and `file:` forms are refused).
+Owns the forms that are accepted, and what is left out of a redacted text. Must not know which locations are allowed
+(`policy.py`). No I/O. Parsing is strict and has no fall-back. A text in none of the known forms is an error, and is
+never taken for a file name instead (QEMU's `json:` and `file:` forms are refused).
 """
 
 from __future__ import annotations

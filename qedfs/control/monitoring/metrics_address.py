@@ -1,7 +1,8 @@
 """Where a mount serves its metrics: an address of the machine or a Unix socket, as text and as a value.
 
-Pure, but for the question whether the package for metrics is installed. Loads no trio: a command line is checked before
-anything is served.
+Owns the spelling of `--metrics`; `metrics_server.py` listens there. Must not know what is served there. Pure, but for
+the question whether the package for metrics is installed. Loads no trio: a command line is checked before anything is
+served.
 """
 
 from __future__ import annotations

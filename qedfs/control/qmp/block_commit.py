@@ -1,5 +1,8 @@
 """QMP's `block-commit`: the overlay of an image into its backing.
 
+Owns its arguments and QEMU's messages for those that it refuses. Must not know how bytes get into the backing
+(`jobs/commit.py`).
+
 Unlike QEMU's commit of an active layer, the job ends by itself, without BLOCK_JOB_READY and `block-job-complete`: the
 image does not become its backing, but stays what it is, and the overlay keeps what guests have written meanwhile.
 """

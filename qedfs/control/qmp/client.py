@@ -1,6 +1,7 @@
 """The QMP client of the command line: synchronous, one request at a time.
 
-Owns the connection, the negotiation and the matching of replies to requests. Turns error replies into QedfsErrors.
+Owns the connection, the negotiation and the matching of replies to requests. Turns error replies into QedfsErrors. Must
+not know what a command does, nor print anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The table of all QMP commands of a mount, and the commands about QMP itself (`query-commands`, `quit`, ...)."""
+"""The table of all QMP commands of a mount, and the commands about QMP itself (`query-commands`, `quit`, ...).
+
+Owns the look-up, and what precedes each handler: the check of the arguments, and block jobs for images that have
+appeared. Must not know what the commands of other modules do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The QMP commands for jobs: `block-stream`, `job-*`, `block-job-*` and the queries, with QEMU's messages."""
+"""The QMP commands for jobs: `block-stream`, `job-*`, `block-job-*` and the queries, with QEMU's messages.
+
+Owns QEMU's rules for their arguments, and what other commands share: how a client names an image (`find_served`), and
+which images are refused. The block jobs themselves are in `jobs.py`. Must not know how a job does its work.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The block jobs of a mount: their ids, and which `Job` of an image each of them presents.
 
-Owns the ids, and QEMU's rule that an image has one block job at a time. A stream exists as long as its image. A block
-job exists while it has something to do, and then until it is dismissed, if the client has asked to do that itself. A
-job that starts by itself, with the mount, has the image's name as its id.
+Owns the ids, and QEMU's rule that an image has one block job at a time. Must not know what a job does to its image, nor
+which command asks. A stream exists as long as its image. A block job exists while it has something to do, and then
+until it is dismissed, if the client has asked to do that itself. A job that starts by itself, with the mount, has the
+image's name as its id.
 """
 
 from __future__ import annotations

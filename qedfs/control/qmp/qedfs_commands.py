@@ -1,5 +1,8 @@
 """The commands `x-qedfs-*`, for what QMP lacks. They name an image rather than a job.
 
+Owns their arguments and results. Must not know how the work is done: a handler calls the mount (`control/port.py`), an
+image or a job.
+
 - `x-qedfs-status`: what `qedfs status --json` prints.
 - `x-qedfs-start {device, limit?, type?, keep?}`: stream, or run a job of another type; waits while the source is
   unreachable or the disk is full. `keep`: the overlay keeps what a job of the type `commit` writes into its backing.

@@ -1,6 +1,8 @@
 """`query-qmp-schema`: commands, arguments and events, for clients that check what is available before they use it.
 
-Every return type is `any`: clients look up commands and arguments here, not results.
+Owns the encoding and the table of events, which is kept by hand: it has to list every event that a module of this
+folder emits. Must not know what a command does. Every return type is `any`: clients look up commands and arguments
+here, not results.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The state behind one control socket: the mount, its clients, the progress rates, the jobs.
 
-Owns the task that samples progress, and the delivery of events to all clients.
+Owns the task that samples progress, and the delivery of events to all clients. Must not know any command; a command
+gets this state as a part of its `Call`.
 """
 
 from __future__ import annotations

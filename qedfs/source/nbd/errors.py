@@ -1,7 +1,8 @@
 """Translates the failures of an NBD connection into errors of qedfs.
 
-Owns the wording, and the choice between transient (SourceUnreachable) and permanent errors (SourceError). Every message
-is one line that begins with the redacted location.
+Owns the wording, and the choice between transient (SourceUnreachable) and permanent errors (SourceError). Must not know
+whether a request is tried again (`source/retrying.py`). Every message is one line that begins with the redacted
+location.
 """
 
 from __future__ import annotations
