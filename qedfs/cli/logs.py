@@ -1,4 +1,7 @@
-"""The log of a mount, as text or as JSON, on stderr. While progress bars are drawn, log lines appear above them."""
+"""The log of a mount, as text or as JSON, on stderr. While progress bars are drawn, log lines appear above them.
+
+Owns the form of a line, the level, and where lines go. Must not know who logs, nor what.
+"""
 
 from __future__ import annotations
 

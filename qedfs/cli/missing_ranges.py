@@ -1,4 +1,8 @@
-"""`qedfs map --missing`: the parts of an image that need its backing, of a mount or of an overlay file."""
+"""`qedfs map --missing`: the parts of an image that need its backing, of a mount or of an overlay file.
+
+Owns the form of the list, which is the same for both. Must not look tables up: `cli/commands/map.py` does that for a
+file, and the server for a mount.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """`-o key=value,...` as mount(8) and fstab write it, and short forms -> the long options of `qedfs mount`.
 
-Pure. Every long option can be written this way. `_` and `-` are the same, and `ro` means `read_only`. Common fstab
-options that are meant for other programs are ignored, so that a mount helper can pass its options on unchanged.
+Pure. Owns this spelling, and which options are ignored. Must not know what an option does. Every long option can be
+written this way. `_` and `-` are the same, and `ro` means `read_only`. Common fstab options that are meant for other
+programs are ignored, so that a mount helper can pass its options on unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Queries about mounts: what is mounted at a path, why no server answers, who keeps it busy, and where copies are."""
+"""Queries about mounts: what is mounted at a path, why no server answers, who keeps it busy, and where copies are.
+
+Owns the reason that a message gives, and the way out, if a mount does not answer or cannot be unmounted. Must not
+change a mount.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Types of command-line options: sizes with K M G T (1024), durations with s m h, mountpoints."""
+"""Types of command-line options: sizes with K M G T (1024), durations with s m h, mountpoints.
+
+Owns the message about a value that cannot be read, and limits that hold for every option of a type. Must not know which
+option has the type, nor how a text is parsed (`units.py`).
+"""
 
 from __future__ import annotations
 

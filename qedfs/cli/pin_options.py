@@ -1,4 +1,7 @@
-"""The options `--pin` and `--identity` of all commands that fetch: what counts as another version of a backing."""
+"""The options `--pin` and `--identity` of all commands that fetch: what counts as another version of a backing.
+
+Owns their wording and defaults. Must not know how they change a comparison (`source/pinning.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The images of a mount as its server reports them, and how a user names one."""
+"""The images of a mount as its server reports them, and how a user names one.
+
+Owns which image a name means (disk, disk.raw and disk.qed are one), and the error for an image that is not served. Must
+not know what a command is about to do with it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The process that serves a mount: from the arguments to the mount's end, with bars, remarks and the log.
 
-Imports FUSE, libcurl and trio, which take longer to load than all else that a command does; so `cli/commands/mount.py`
-imports this module after it knows that its own process serves.
+Owns how arguments become the settings of a server, and what the user sees of it. Must not know how requests are
+answered, nor when a server ends (`mount/server.py`). Imports FUSE, libcurl and trio, which take longer to load than all
+else that a command does; so `cli/commands/mount.py` imports this module after it knows that its own process serves.
 """
 
 from __future__ import annotations

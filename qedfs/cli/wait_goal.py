@@ -1,4 +1,8 @@
-"""The goals of `qedfs wait --for`, and how the status of an image shows that one is reached."""
+"""The goals of `qedfs wait --for`, and how the status of an image shows that one is reached.
+
+Owns which state ends the wait for a goal with an error. Must not know deadlines, nor what is printed meanwhile
+(`cli/plain/wait.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Encoding of L1 and L2 tables: arrays of u64 in memory, little-endian in the file.
 
-An L2 entry of 0 means that the cluster is missing, 1 that it reads as zeros. Anything else is the offset of its data.
+Pure. Owns the encoding, and the entries that are no offset: MISSING and ZERO. Must not know which cluster an entry is
+of. An L2 entry of 0 means that the cluster is missing, 1 that it reads as zeros. Anything else is the offset of its
+data.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Owns what counts as a hole: zero clusters, and missing ones that are known to read as zeros. Those are all of an image
 without a backing, those past the end of the source, and those where the source has told of a hole. All others may be
-data. The last cluster may end past the image's end; there, the end of the image counts as a hole.
+data. The last cluster may end past the image's end; there, the end of the image counts as a hole. Must not fetch, nor
+know FUSE.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The reads of one image that wait for its source.
+"""The requests of one image that wait: for its source, for memory, or in standby for the activation (`write_gate.py`).
 
-Owns since when they wait, and how a wait ends early: a read is ended because nobody needs it, or because its time is
-up; or it is run again because the image has another source. Must not know what they wait for.
+Owns since when they wait, and how a wait ends early: one is ended because nobody needs it, or because its time is up;
+or it is run again because the image has another source. Must not know what they wait for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The table of all kinds of background jobs. A new kind needs a module with a subclass of `Job`, and a name here."""
+"""The kinds of `Job`, by the type that QMP has for each. A new kind needs a module with a subclass, and a name here.
+
+Owns the list. Must not know what the kinds do. `populate.py` and `prefetch.py` work in the background, too, but are no
+`Job`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The attributes of an image and of the folder, for the kernel. Changes nothing."""
+"""The attributes of an image and of the folder, for the kernel.
+
+Owns what the kernel is told, for how long it may keep that, and which setattr changes something. Must not change
+anything.
+"""
 
 from __future__ import annotations
 

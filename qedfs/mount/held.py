@@ -1,6 +1,7 @@
 """A server's connection to the holder of its mount (`holder.py`), and what one server tells the next one.
 
-Owns the messages. Each is one packet of text; its first word says what it is:
+Owns the messages. Must not know what the values mean, but for `format` and `paused`. Each is one packet of text; its
+first word says what it is:
 
 | from the server | |
 |---|---|
@@ -29,7 +30,6 @@ that cannot read them says so before it is `ready`, so that the one before it se
 A packet that was sent is in the kernel, so it arrives even if the server is killed at the next instruction. A holder
 that is stopped (Ctrl-Z) reads nothing, and the kernel queues only a few hundred packets. Later ones wait in this
 process. They are also in the memory that the holder shares, one a line, where it reads them if this process is killed.
-Must not know what the values mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Discards: turn whole clusters into zero clusters, whatever they were, so that what was missing is never fetched.
 
-Owns the order of a discard and the session journal. Must not know what asks for it, nor parts of clusters. The protocol
-is at the top of `overlay.py`.
+Owns the order of a discard: space, journal, map. Must not know what asks for it, nor parts of clusters. The protocol is
+at the top of `overlay.py`.
 
 The journal gets the discard before the map does. A session that is killed thus restores it in its order among writes.
 If the journal takes nothing more, all of its entries are committed first, and it becomes void: it could otherwise bring

@@ -1,4 +1,7 @@
-"""A set of integers, stored as ranges: takes memory per gap, not per number. Imports nothing of the project."""
+"""A set of integers, stored as ranges: takes memory per gap, not per number.
+
+Pure. Owns their order and merging. Must not know what the numbers mean.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Recovery after a kill: decides whether a journal fits this overlay, and applies its entries to the map.
 
-Owns that decision. A journal is found by the session id in the overlay. But a copy of the overlay has the same id, such
-as a copy in a snapshot of the file system, or a restored older state. If a copy got an entry from the journal of its
-original, the entry would refer to data that the copy does not have. So a journal is used as a whole or not at all, and
-only if
+Owns that decision. Must not know how a journal is searched for or encoded (`journal_search.py`, `journal.py`). A
+journal is found by the session id in the overlay. But a copy of the overlay has the same id, such as a copy in a
+snapshot of the file system, or a restored older state. If a copy got an entry from the journal of its original, the
+entry would refer to data that the copy does not have. So a journal is used as a whole or not at all, and only if
 
 - the file has the last entry that the session committed (the witness), which an older state lacks, or one that followed
   it;

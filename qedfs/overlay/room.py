@@ -1,6 +1,6 @@
 """Room on a full disk: discarded clusters give their space back before a write or a commit fails for want of it.
 
-Owns that order. Must not know what needs the space.
+Owns that order. Must not know what needs the space. Who needs it waits for a commit and for the punches (`freed.py`).
 """
 
 from __future__ import annotations

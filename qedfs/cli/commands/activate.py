@@ -1,4 +1,8 @@
-"""`qedfs activate`: ends the standby of images."""
+"""`qedfs activate`: ends the standby of images.
+
+Owns the options, and that without IMAGE only those images are activated that are served. The server activates an image
+(`mount/cut_over.py`). Must not contact a source.
+"""
 
 from __future__ import annotations
 

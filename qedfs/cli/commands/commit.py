@@ -1,4 +1,9 @@
-"""`qedfs commit`: an overlay's own data -> its backing, a local file."""
+"""`qedfs commit`: an overlay's own data -> its backing, a local file.
+
+Owns the options, the words of the result, and, if nothing is mounted, the opening of the overlay and the progress bar.
+Must not know in which order bytes are written (`image/commit_down.py`), nor how the job of a mounted image is followed
+(`cli/image_job.py`).
+"""
 
 from __future__ import annotations
 

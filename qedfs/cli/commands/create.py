@@ -1,4 +1,8 @@
-"""`qedfs create`: a new overlay over a backing, which is looked at first."""
+"""`qedfs create`: a new overlay over a backing, which is looked at first.
+
+Owns which options go together, the size that follows from them, and what the user is warned of. Must not know how the
+file is laid out (`overlay/create.py`), nor how a backing is looked at (`source/look.py`).
+"""
 
 from __future__ import annotations
 

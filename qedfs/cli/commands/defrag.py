@@ -1,4 +1,8 @@
-"""`qedfs defrag`: lays the data of an overlay, in a file or mounted, out in the order of its image."""
+"""`qedfs defrag`: lays the data of an overlay, in a file or mounted, out in the order of its image.
+
+Owns the options, the words of the result, and the run of the job on an overlay that is not mounted. Must not know what
+is moved where (`jobs/defrag.py`), nor how the job of a mounted image is followed (`cli/image_job.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`qedfs doctor`: whether this machine, and the server of a backing, have what qedfs needs."""
+"""`qedfs doctor`: whether this machine, and the server of a backing, have what qedfs needs.
+
+Owns the order of the checks, the form of their findings, and the exit code. Must not know what a check looks at
+(`cli/doctor/`), nor import at its head what may be broken: libcurl, trio, idna.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`qedfs export`: an image -> a raw or qcow2 file, or a pipe."""
+"""`qedfs export`: an image -> a raw or qcow2 file, or a pipe.
+
+Owns the options, and where the bytes go: into a new file, into a pipe, or into a raw file of which qemu-img makes
+another. Must not know how they are read and copied (`cli/exporting/`).
+"""
 
 from __future__ import annotations
 

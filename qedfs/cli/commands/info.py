@@ -1,4 +1,8 @@
-"""`qedfs info`: the properties of an overlay file."""
+"""`qedfs info`: the properties of an overlay file.
+
+Owns the keys of `info --json`, and the same for people. Must not ask a source, nor the server of a mount: what it tells
+is what the file holds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""`qedfs list`: the mounts of this user, for root of all users, and what each is doing."""
+"""`qedfs list`: the mounts of this user, for root of all users, and what each is doing.
+
+Owns the keys of `list --json`, the state of a mount whose server does not answer, and that such a mount delays no
+other. Must not know how mounts are found (`cli/found_mounts.py`), nor how the list is laid out
+(`cli/ui/list_lines.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`qedfs map`: shows which parts of an image are data, zeros or missing, as JSON, as text or as a PNG."""
+"""`qedfs map`: shows which parts of an image are data, zeros or missing, as JSON, as text or as a PNG.
+
+Owns the walk over the map of an overlay file, its JSON, and the picture on a terminal. Must not ask the server of a
+mount, nor draw pixels: `cli/missing_ranges.py` and `cli/ui/map_picture.py` do.
+"""
 
 from __future__ import annotations
 

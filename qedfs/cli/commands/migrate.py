@@ -1,4 +1,8 @@
-"""`qedfs migrate`: moves a running guest to another QEMU at once; its disk follows."""
+"""`qedfs migrate`: moves a running guest to another QEMU at once; its disk follows.
+
+Owns the options, the connections, the order of the steps for the user, and what is said of each. Must not send QMP
+commands, nor know how a step is undone (`cli/migration/`).
+"""
 
 from __future__ import annotations
 

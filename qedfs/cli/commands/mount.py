@@ -1,6 +1,8 @@
 """`qedfs mount`: checks the options, then serves in this process or starts the one that does.
 
-Must not import what only the serving process needs (`cli/serving.py`): the parent of a daemon starts nothing but that.
+Owns the options and their help, and which process serves. Must not know what an option does to an image
+(`mount/options.py`). Must not import what only the serving process needs (`cli/serving.py`): the parent of a daemon
+starts nothing but that.
 """
 
 from __future__ import annotations

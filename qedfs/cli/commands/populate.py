@@ -1,4 +1,8 @@
-"""`qedfs populate`: fills what an image lacks from another copy of its source."""
+"""`qedfs populate`: fills what an image lacks from another copy of its source.
+
+Owns the options, the wait for the end, and that an interrupted command cancels the work. The server opens the copy and
+takes from it what is missing (`jobs/populate.py`). Must not open the copy.
+"""
 
 from __future__ import annotations
 

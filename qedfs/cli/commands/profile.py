@@ -1,4 +1,8 @@
-"""`qedfs profile`: records which ranges readers waited for, so that a later mount can prefetch them."""
+"""`qedfs profile`: records which ranges readers waited for, so that a later mount can prefetch them.
+
+Owns what is printed, and that no file is replaced but a profile. Must not know how a profile is written
+(`image/boot_profile.py`), nor what the server counts as a wait.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""`qedfs rebase`: an overlay that is not mounted names its backing at another place."""
+"""`qedfs rebase`: an overlay that is not mounted names its backing at another place.
+
+Owns the order: refuse an overlay that cannot be moved, compare, then change it. Must not know what is compared
+(`image/known_blocks.py`), nor how the header is written (`overlay/session.py`). Of a mounted image,
+`mount/source_move.py` does the same.
+"""
 
 from __future__ import annotations
 

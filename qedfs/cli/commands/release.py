@@ -1,4 +1,8 @@
-"""`qedfs release`: a complete image leaves a mount, and its overlay is free."""
+"""`qedfs release`: a complete image leaves a mount, and its overlay is free.
+
+Owns the wait, what is said of it, and when it is in vain. The server carries the order out (`mount/release.py`). Must
+not open the overlay.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`qedfs resize`: another size for an image, in an overlay file or in a mount."""
+"""`qedfs resize`: another size for an image, in an overlay file or in a mount.
+
+Owns the meaning of SIZE, the choice between a file and a mount, and what the user is told before the change. Must not
+know tables (`overlay/resize.py`), nor the rule about larger backings (`image/growth.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`qedfs snapshot`: a copy of the overlay of a mounted image, as it is at one moment."""
+"""`qedfs snapshot`: a copy of the overlay of a mounted image, as it is at one moment.
+
+Owns the options and the words of the result. The server makes the copy (`mount/snapshot.py`). Must not open the
+overlay.
+"""
 
 from __future__ import annotations
 

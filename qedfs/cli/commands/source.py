@@ -1,4 +1,8 @@
-"""`qedfs source ...`: what a mount does about the sources of its images."""
+"""`qedfs source ...`: what a mount does about the sources of its images.
+
+Owns the options of `on-error` and `set`. Must not know how a request waits by such a rule (`image/stalls.py`), nor how
+an image gets another address (`mount/source_move.py`).
+"""
 
 from __future__ import annotations
 

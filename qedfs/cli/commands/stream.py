@@ -1,4 +1,8 @@
-"""`qedfs stream ...`: drives the streams of a mount."""
+"""`qedfs stream ...`: drives the streams of a mount.
+
+Owns the subcommands. Each of them is one QMP command for each image that is meant. Must not know what the stream does
+with it (`jobs/stream.py`).
+"""
 
 from __future__ import annotations
 

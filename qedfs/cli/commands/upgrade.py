@@ -1,4 +1,8 @@
-"""`qedfs upgrade`: lets a server of the installed version take a mount over."""
+"""`qedfs upgrade`: lets a server of the installed version take a mount over.
+
+Owns the wait until the next server answers. Must not know how one server follows another (`mount/holder.py`,
+`mount/takeover.py`).
+"""
 
 from __future__ import annotations
 

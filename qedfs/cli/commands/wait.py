@@ -1,4 +1,7 @@
-"""`qedfs wait`: returns when all images have reached a goal, such as being complete."""
+"""`qedfs wait`: returns when all images have reached a goal, such as being complete.
+
+Owns the options and their help. `cli/plain/wait.py` waits, also for callers without click. Must not ask a server.
+"""
 
 from __future__ import annotations
 

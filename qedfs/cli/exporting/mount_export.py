@@ -4,7 +4,7 @@
    exported as any overlay, then removed. Guests write on.
 2. Otherwise the file in the mount is read (`image_export.py`), which fails if anybody writes to it meanwhile.
 
-Owns that choice, and the name and the end of the snapshot.
+Owns that choice, and the name and the end of the snapshot. Must not know how bytes are copied.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 QEMU's programs tell each other by byte-range locks what they do with an image (block/file-posix.c). A qemu-nbd that
 only reads takes the one of a reader, and keeps nobody from writing. So the command opens the file as well, and qemu-nbd
 inherits that open file: a lock on it stays for as long as qemu-nbd lives, whatever becomes of the command.
+
+Owns the command line of qemu-nbd, its start and end, and that lock. Must not know QMP, nor when the source has stopped
+writing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which disk of a running QEMU moves, as its monitor tells it. Knows query-block, and nothing of migration."""
+"""Which disk of a running QEMU moves, as its monitor tells it.
+
+Owns the choice of the disk, and the reading of query-block. Must not know the steps of a migration (`handover.py`).
+"""
 
 from __future__ import annotations
 

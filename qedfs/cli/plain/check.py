@@ -1,4 +1,8 @@
-"""What `qedfs check` does, without click."""
+"""What `qedfs check` does, without click.
+
+Owns the order of a check: lock, walk, repair, barrier, report; and the keys of `check --json`. Must not know what a
+walk finds wrong (`overlay/check.py`).
+"""
 
 from __future__ import annotations
 

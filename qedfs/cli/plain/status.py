@@ -1,4 +1,8 @@
-"""What `qedfs status` does, without click."""
+"""What `qedfs status` does, without click.
+
+Owns how it is printed (text, JSON, again and again with `--watch`), and that the next server is asked if one ends. Must
+not know the fields (`control/monitoring/status.py`), nor their layout (`cli/ui/status_lines.py`).
+"""
 
 from __future__ import annotations
 

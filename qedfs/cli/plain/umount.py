@@ -1,4 +1,8 @@
-"""What `qedfs umount` does, without click."""
+"""What `qedfs umount` does, without click.
+
+Owns the order: note which process serves, unmount, wait for its end, exit with its error; and the ways out if there is
+no such process, or if the mount is busy. Must not know how a server closes its images (`mount/server.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What `qedfs wait` does, without click."""
+"""What `qedfs wait` does, without click.
+
+Owns the deadline, what is shown meanwhile, and what an end of the mount means for the result. Must not know by which
+fields an image shows that it is there (`cli/wait_goal.py`).
+"""
 
 from __future__ import annotations
 

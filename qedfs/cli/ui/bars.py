@@ -1,4 +1,7 @@
-"""Progress bars of many images, fitted into the size of a terminal. Pure: images as in `status` -> lines."""
+"""Progress bars of many images, fitted into the size of a terminal. Pure: images as in `status` -> lines.
+
+Owns how name, bar, percentage and note share a line. Must not know when lines are drawn (`screen.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Reduces a map to a picture: runs -> cells of equal size, each of one kind.
 
-Pure, and shared by all pictures. A table only tells data, zeros and missing. It does not record whether a guest wrote
-the data or qedfs fetched it, so no picture can show that.
+Pure, and shared by all pictures. Owns the size of a cell, and its kind if its runs differ. Must not know how a cell is
+drawn. A table only tells data, zeros and missing. It does not record whether a guest wrote the data or qedfs fetched
+it, so no picture can show that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Text layout for terminals: escaping, shortening, wrapping, columns.
 
-Pure. Widths are in terminal cells; a Chinese character takes two.
+Pure. Owns which characters are escaped, and how wide a text is. Must not know what it says. Widths are in terminal
+cells; a Chinese character takes two.
 """
 
 from __future__ import annotations

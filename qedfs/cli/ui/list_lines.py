@@ -1,4 +1,7 @@
-"""The list of mounts for people: a table and troubles. Pure: entries of `qedfs list --json` -> lines of text."""
+"""The list of mounts for people: a table and troubles. Pure: entries of `qedfs list --json` -> lines of text.
+
+Owns the columns. Must not know how mounts are found or asked (`cli/commands/list.py`).
+"""
 
 from __future__ import annotations
 

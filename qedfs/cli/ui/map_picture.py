@@ -1,6 +1,7 @@
 """The cells of a map -> a self-explanatory PNG: a grid of squares with a legend below it.
 
-Above the grid are the overlay's name and the date; to its left is where in the image each row begins. Pure. The grid
+Above the grid are the overlay's name and the date; to its left is where in the image each row begins. Pure. Owns the
+layout, the colours and the legend. Must not know tables (`cells.py`), nor the encoding of a PNG (`png.py`). The grid
 runs like text, from left to right and from top to bottom. The sizes of a cell and of a row are powers of two.
 """
 

@@ -1,4 +1,7 @@
-"""The output of commands: JSON for programs, lines and tables for people. Results go to stdout, remarks to stderr."""
+"""The output of commands: JSON for programs, lines and tables for people. Results go to stdout, remarks to stderr.
+
+Owns the choice of the stream, when it is flushed, and the width of a line. Must not know what is printed.
+"""
 
 from __future__ import annotations
 

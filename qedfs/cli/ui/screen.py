@@ -1,4 +1,7 @@
-"""Lines at the bottom of a terminal, redrawn when they change. Log lines scroll above them."""
+"""Lines at the bottom of a terminal, redrawn when they change. Log lines scroll above them.
+
+Owns when the terminal is written to, and that a Ctrl-C leaves it in order. Must not know what the lines say.
+"""
 
 from __future__ import annotations
 

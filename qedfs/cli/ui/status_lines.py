@@ -1,4 +1,8 @@
-"""The status of a mount for people: a table, troubles, a summary. Pure: status -> lines of text."""
+"""The status of a mount for people: a table, troubles, a summary. Pure: status -> lines of text.
+
+Owns the words and columns, and what is left out if there is little room. Must not know bars and colours (`bars.py`),
+nor how the status was obtained.
+"""
 
 from __future__ import annotations
 

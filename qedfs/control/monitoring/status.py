@@ -1,4 +1,7 @@
-"""The status of a mount as plain values for JSON. Reads the images, changes nothing."""
+"""The status of a mount as plain values for JSON.
+
+Owns the keys of `status --json`, and what each state is called. Must not change an image, nor know who asks.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The images of a mount as QEMU would list them: `query-block`, `query-named-block-nodes`; and what is done to them.
+"""The images of a mount as block nodes of a QEMU: listed, resized, made active or inactive.
 
-An image disk.raw is the device `disk` with the node `disk`, driver qed.
+Owns the commands `query-block`, `query-named-block-nodes`, `blockdev-set-active` and `block_resize`. Must not know how
+the mount carries them out (`control/port.py`). An image disk.raw is the device `disk` with the node `disk`, driver qed.
 """
 
 from __future__ import annotations

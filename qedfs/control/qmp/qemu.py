@@ -1,7 +1,8 @@
 """QMP over an address that the user names: a QEMU's monitor, or the control socket of a mount of another host.
 
-Owns the spelling of such an address: the path of a Unix socket, or HOST:PORT. Who answers there is not checked: whoever
-may connect to a monitor of QEMU may do anything to it, so the user has to guard it.
+Owns the spelling of such an address (the path of a Unix socket, or HOST:PORT), and the proof that a QEMU has ended.
+Must not know commands. Who answers there is not checked: whoever may connect to a monitor of QEMU may do anything to
+it, so the user has to guard it.
 """
 
 from __future__ import annotations

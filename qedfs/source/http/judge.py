@@ -1,7 +1,8 @@
 """The validation of HTTP answers: from status and header alone, decides whether the body may be used.
 
-Pure: no I/O, no clock. Owns every rule by which an answer is accepted or refused, the class of the error for a refusal,
-and which part of a body is the requested range. Must not know libcurl, connections or redirects.
+Pure: no I/O, no clock. Owns every rule by which status and header are accepted or refused, the class of the error for a
+refusal, and which part of a body is the requested range. How long a body is, is checked in `exchange.py`. Must not know
+libcurl, connections or redirects.
 
 A wrong byte that is accepted here would stay in an overlay for ever. So an answer must be exactly the requested range
 of exactly the pinned version; anything else is an error. There are three kinds of error: `SourceChanged` (another
