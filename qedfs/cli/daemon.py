@@ -1,7 +1,7 @@
 """`mount --daemon`: starts the same command again in a new session, and waits for its report over a pipe.
 
 Owns the pipe, the log file and the start of the child. The child is a new process, not a fork of this one, so it
-inherits no thread, no lock and no descriptor of the terminal.
+inherits no thread, no lock and no descriptor of the terminal. Must not know what the child serves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Access of commands to the file of an overlay, without its image.
 
-Must not know how an image is read, nor import what does: that is most of the start of a command.
+Owns the message for a path that is not an overlay but an image of a mount. Must not know how an image is read, nor
+import what does: that is most of the start of a command.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Atomic creation of files: a file gets its name only when it is complete.
 
-Owns the temporary name and its removal, the rules for replacing a file, and the error messages.
+Owns the temporary name and its removal, the rules for replacing a file, and the error messages. Must not know what is
+written.
 """
 
 from __future__ import annotations

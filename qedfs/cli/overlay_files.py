@@ -1,6 +1,7 @@
 """Access of commands to the images of overlay files without a mount. Of the file alone: `locked_file.py`.
 
-Owns how they open an overlay to look at it, and where Ctrl-C may interrupt one that changes it.
+Owns how they open an overlay to look at it, and where Ctrl-C may interrupt one that changes it. Must not ask the server
+of a mount.
 """
 
 from __future__ import annotations

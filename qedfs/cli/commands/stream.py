@@ -1,7 +1,7 @@
 """`qedfs stream ...`: drives the streams of a mount.
 
-Owns the subcommands. Each of them is one QMP command for each image that is meant. Must not know what the stream does
-with it (`jobs/stream.py`).
+Owns the subcommands. Most are one QMP command for each image that is meant. Must not know what the stream does with it
+(`jobs/stream.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A new raw file: zeros become holes, and its digest is taken while it is written.
 
-The digest is that of the file itself, part by part after each was written. So the bytes come from the page cache, and
-the file is not read again when it is complete. Must not know where the bytes come from.
+Owns the size of a hole, and how far the file is hashed. The digest is that of the file itself, part by part after each
+was written. So the bytes come from the page cache, and the file is not read again when it is complete. Must not know
+where the bytes come from.
 """
 
 from __future__ import annotations

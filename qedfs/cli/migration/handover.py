@@ -2,7 +2,8 @@
 
 Owns who has the disk at each moment. The source has it until the destination's mount is cut over, and gets it back only
 if the mount agrees to return to standby, which it refuses once a guest has written. So after the last step has failed,
-the guest runs on at the source only if it was certainly nowhere else.
+the guest runs on at the source only if it was certainly nowhere else. Must not know QMP: `two_qemus.py` and
+`moved_image.py` speak it.
 """
 
 from __future__ import annotations
