@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from qedfs.control import qmp
 from qedfs.control.monitoring.metrics import exposition
 from qedfs.errors import SourceError
 from qedfs.source.url import parse_location
@@ -172,6 +174,20 @@ async def test_commands_are_listed_and_described(tmp_path: Path) -> None:
     types = {m["type"] for entry in schema.values() for m in entry.get("members", [])}
     types |= {entry[key] for entry in schema.values() for key in ("arg-type", "ret-type") if key in entry}
     assert types <= schema.keys()
+
+
+def sent_events() -> set[str]:
+    """The names of events in the sources of the server."""
+    sources = [module.read_text() for module in Path(qmp.__path__[0]).glob("*.py")]
+    return set(re.findall(r'self\._(?:emit|send)\("([A-Z_]+)"', "".join(sources)))
+
+
+async def test_every_event_that_is_sent_is_described(tmp_path: Path) -> None:
+    sent = sent_events()
+    assert "BLOCK_JOB_COMPLETED" in sent, "the search finds how events are sent"
+    async with controlled(tmp_path) as (_, path), talking(path) as talk:
+        schema = await talk.get("query-qmp-schema")
+    assert {entry["name"] for entry in schema if entry["meta-type"] == "event"} == sent
 
 
 async def test_images_are_block_nodes(tmp_path: Path) -> None:

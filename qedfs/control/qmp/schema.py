@@ -24,6 +24,7 @@ _EVENTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "BLOCK_JOB_PENDING": (("type", "str"), ("id", "str")),
     "X_QEDFS_SOURCE_AWAY": (("device", "str"), ("backing", "str"), ("since", "number"), ("error", "str")),
     "X_QEDFS_SOURCE_BACK": (("device", "str"), ("backing", "str"), ("since", "number")),
+    "X_QEDFS_RELEASED": (("device", "str"), ("overlay", "str")),
 }
 _OPTIONAL_IN_EVENTS = frozenset({"error"})
 
