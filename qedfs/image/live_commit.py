@@ -240,7 +240,8 @@ class LiveCommit:
     async def doubted(self) -> bool:
         """Whether all must be copied again, because a barrier has failed. The reads show the disk then.
 
-        If they cannot, the commit is not `open` any more. The kernel tells once of bytes that the disk did not take.
+        If they cannot, the commit is not `open` any more. If it cannot be left either, the error of the target is
+        raised, and the next call tries both again. The kernel tells once of bytes that the disk did not take.
         The page cache may keep them, so that they do not differ from the overlay's, and the next barrier succeeds
         without them.
         """
@@ -249,9 +250,12 @@ class LiveCommit:
             try:
                 with self._asking():
                     await self._open_target().refresh()
+                self._image.overlay.dropping.allow()  # again, if it could not be left the last time
             except QedfsError as exc:
-                log.warning("%s: the commit begins anew: %s", self._image.name, exc)
                 await self.leave()
+                if self.open:
+                    raise  # no other source can be had yet, and no target whose reads show the disk: the doubt stays
+                log.warning("%s: the commit begins anew: %s", self._image.name, exc)
             self._doubtful = False
         return doubtful
 

@@ -297,11 +297,13 @@ class QedTarget:
 
     @property
     def failed(self) -> bool:
-        """Whether a barrier of the session has failed."""
-        return self._overlay is not None and self._overlay.failure is not None
+        """Whether a barrier of the session has failed, or the end of the session."""
+        return self._lost is not None or (self._overlay is not None and self._overlay.failure is not None)
 
     async def refresh(self) -> None:
-        """A session whose barrier has failed takes no writes any more, so its error is raised again."""
+        """A session whose barrier or end has failed takes no writes any more, so its error is raised again."""
+        if self._lost is not None:
+            raise self._lost.fresh()
         if self._overlay is not None and self._overlay.failure is not None:
             raise self._overlay.failure.fresh()
 

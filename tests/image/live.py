@@ -81,6 +81,20 @@ class Own:
         await remote.aclose()
 
 
+class Fails:
+    """Takes the place of a step that fails once."""
+
+    def __init__(self, step: Callable[..., Any], error: Exception) -> None:
+        self._step, self._error = step, error
+        self.failed = False
+
+    def __call__(self, *arguments: object) -> object:
+        if self.failed:
+            return self._step(*arguments)
+        self.failed = True
+        raise self._error
+
+
 @contextlib.asynccontextmanager
 async def image_of(two: Two, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Image]:
     """The image of both, whose commit works on the recording disk."""

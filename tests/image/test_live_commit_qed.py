@@ -37,7 +37,7 @@ from tests.image.commits import (
     started_over_qed,
     wanted,
 )
-from tests.image.live import commit_beside, image_of, steps
+from tests.image.live import Fails, commit_beside, image_of, steps
 from tests.image.test_live_commit import change_record, changed_but_not_begun
 from tests.model import SectorModel
 from tests.overlay.examine import Broken
@@ -242,20 +242,6 @@ async def test_a_disk_that_fails_costs_nothing(kind: str, which: str, monkeypatc
             assert found == wanted()
 
 
-class _Fails:
-    """Takes the place of a step that fails once."""
-
-    def __init__(self, step: Callable[..., Any], error: QedfsError) -> None:
-        self._step, self._error = step, error
-        self._failed = False
-
-    def __call__(self, *arguments: object) -> object:
-        if self._failed:
-            return self._step(*arguments)
-        self._failed = True
-        raise self._error
-
-
 async def read_on(image: Image) -> None:
     while True:
         assert bytes(await image.read(0, SIZE)) == wanted()
@@ -267,7 +253,7 @@ async def test_if_the_end_of_the_session_fails_readers_do_not_notice_and_it_begi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     two = await started_over_qed()
-    monkeypatch.setattr(two, "_reopened", _Fails(two._reopened, QedfsError("cannot sync")))
+    monkeypatch.setattr(two, "_reopened", Fails(two._reopened, QedfsError("cannot sync")))
     async with image_of(two, monkeypatch) as image:
         commit = LiveCommit(image)
         await commit.begin()

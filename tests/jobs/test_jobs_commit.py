@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from functools import partial
 
@@ -9,14 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from qedfs.errors import NoSpace, QedfsError
+from qedfs.errors import InUse, NoSpace, QedfsError
 from qedfs.format.tables import MISSING
 from qedfs.image.commit_target import RawTarget
 from qedfs.image.image import Image
 from qedfs.jobs.commit import CommitJob
 from qedfs.jobs.state import ENDED, State
 from tests.image.commits import CLUSTER, DATA, SIZE, ZEROS, Two, disk_of, runs_of, started, started_over_qed, wanted
-from tests.image.live import image_of
+from tests.image.live import Fails, image_of
 
 
 async def offsets(image: Image) -> set[int]:
@@ -122,6 +123,39 @@ async def test_a_qed_session_whose_barrier_has_failed_gives_way_to_another_one(
         assert job.state is State.COMPLETE
         assert await offsets(image) == {MISSING}
     assert await disk_of(bytes(two.backing.bytes)) == wanted()
+
+
+@pytest.mark.expect_log("the commit has stopped", "cannot be opened again", "begins anew", "disk.raw: its backing:")
+@pytest.mark.parametrize("kind", ["raw", "qed"])
+async def test_if_no_other_source_can_be_had_the_doubt_about_the_disk_stays(
+    kind: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    two = await started_over_qed() if kind == "qed" else Two(await started())
+    async with image_of(two, monkeypatch) as image, trio.open_nursery() as nursery:
+        assert image.own_backing is not None
+        fetch = Fails(image.own_backing.fetch, OSError(errno.EMFILE, "Too many open files"))
+        monkeypatch.setattr(image.own_backing, "fetch", fetch)
+        if kind == "qed":
+            two.backing.fail("barrier", QedfsError("the disk is broken"), nth=6)
+        else:
+            two.backing.lose_at(1, random.Random(1), lambda: None)
+        job = CommitJob(image)
+        nursery.start_soon(job.run)
+        await trio.sleep(1)
+        assert (job.state, fetch.failed) == (State.FAILED, False)
+        if kind == "raw":
+            two.backing.fail("refresh", InUse("another program keeps pages"))
+        job.start()
+        await trio.sleep(10)
+        assert (job.state, fetch.failed) == (State.FAILED, True)
+        job.start()
+        await trio.sleep(10)
+        assert job.state is State.COMPLETE
+        assert await offsets(image) == {MISSING}
+        if kind == "raw":
+            two.backing.refresh()  # without what only the page cache has
+    backing = bytes(two.backing.bytes)
+    assert (await disk_of(backing) if kind == "qed" else backing) == wanted()
 
 
 async def test_a_cancelled_one_gives_the_source_back(
