@@ -58,9 +58,14 @@ def server_pid(mountpoint: Path) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process has not ended; a zombie that nobody has waited for has."""
+    """Whether the process has not ended; a zombie that nobody has waited for has, once its other threads have.
+
+    Until the last thread has ended, the files of the process are open, and its sockets take connections.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            return True
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
 
