@@ -145,11 +145,12 @@ class SourcePool:
         """What an overlay in standby reads from, shared with nobody. Raises what `fetch_for` raises."""
         location = await self._location(overlay)
         check_room(overlays, self.count + 1)
+        told: set[str] = set()
 
         def make() -> RetryingSource:
             place = (location.secret_url, not overlay.probes_backing, next(self._own))
             seconds = min(self._deadline_seconds, DEADLINE_SECONDS)
-            made = self._remotes[place] = self._source(location, overlay, seconds, Pinning(By.NONE))
+            made = self._remotes[place] = self._source(location, overlay, seconds, Pinning(By.NONE), told)
             return made
 
         return PassThrough(make, self.release_soon)
@@ -175,7 +176,12 @@ class SourcePool:
         return location
 
     def _source(
-        self, location: Location, overlay: Overlay, deadline_seconds: float, pinning: Pinning
+        self,
+        location: Location,
+        overlay: Overlay,
+        deadline_seconds: float,
+        pinning: Pinning,
+        told: set[str] | None = None,
     ) -> RetryingSource:
         return remote_source(
             location,
@@ -186,6 +192,7 @@ class SourcePool:
             pinning=pinning,
             slots=self._slots,
             credentials=self._credentials,
+            told=told,
         )
 
     def _fetch(self, place: Place, overlay: Overlay) -> FetchQueue:

@@ -41,6 +41,7 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
     pinning: Pinning = USUAL,
     slots: ReaderSlots | None = None,
     credentials: Credentials = NO_CREDENTIALS,
+    told: set[str] | None = None,
 ) -> RetryingSource:
     """A source for `location` that connects when it is first needed.
 
@@ -50,13 +51,14 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
     refused, and everything else is raw. `expected`: the format that the user has named ("raw", "qcow2" or "qed"); if
     the probe finds another one, connecting raises SourceError. `say_raw`: how the user can say that the backing is
     raw, for the message of a refusal. `pinning`: what counts as another version. `credentials`: which credentials go
-    to which server.
+    to which server. `told`: the warnings about the image that were logged, which are not repeated; sources that take
+    turns at one place share it.
 
     The policy is consulted twice: first for the location (`allowed`), then for the file, socket or address to which its
     path or host name has been resolved, before that is used.
     """
 
-    samples = Samples()
+    samples, told = Samples(), set() if told is None else told
     shown = credentials.entry_for(location)
 
     async def connect() -> Source:
@@ -64,7 +66,7 @@ def remote_source(  # noqa: PLR0913 - what a user may say about a backing
         if raw:
             return source
         try:
-            return await _in_its_format(source, location, expected, say_raw)
+            return await _in_its_format(source, location, expected, say_raw, told)
         except BaseException:
             await source.aclose()
             raise
@@ -109,7 +111,9 @@ async def allowed(location: Location, policy: Policy) -> None:
     )
 
 
-async def _in_its_format(source: Source, location: Location, expected: str | None, say_raw: str) -> Source:
+async def _in_its_format(
+    source: Source, location: Location, expected: str | None, say_raw: str, told: set[str]
+) -> Source:
     """Probe the format of the backing, and wrap the source in a reader for that format.
 
     QED does not store the name of a format, only the bit NO_PROBE, "the backing is raw". Without the bit, the format
@@ -127,7 +131,7 @@ async def _in_its_format(source: Source, location: Location, expected: str | Non
     if found is QCOW2:
         return await Qcow2Source.open(source, str(location))
     if found is QED:
-        return await QedSource.open(source, str(location))
+        return await QedSource.open(source, str(location), told)
     if found is not RAW:
         raise SourceError(
             f"{_place(source, location)} looks like {found.name} (its {found.at} bytes), not like a disk;"

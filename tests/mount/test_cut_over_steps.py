@@ -61,7 +61,12 @@ class Pool(SourcePool):
     source: FakeSource
 
     def _source(
-        self, location: Location, overlay: Overlay, deadline_seconds: float, pinning: Pinning
+        self,
+        location: Location,
+        overlay: Overlay,
+        deadline_seconds: float,
+        pinning: Pinning,
+        told: set[str] | None = None,
     ) -> RetryingSource:
         return remote(self.source, deadline_seconds=deadline_seconds, pinning=pinning)
 

@@ -1,8 +1,9 @@
-"""The first look at the place of a backing: what is refused is listed at once, and what hangs holds up nobody."""
+"""The first look at the place of a backing: refusals are listed at once, hangs hold up nobody. And standby sources."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,14 +12,18 @@ import pytest
 import trio
 
 from qedfs.errors import Refused
+from qedfs.format.header import NEED_CHECK, UNTOUCHED
+from qedfs.format.record import SLOT_BYTES, Record, encode_record
 from qedfs.mount import source_pool
 from qedfs.mount.images import Images
 from qedfs.mount.options import Options
 from qedfs.mount.registry import Registry
-from qedfs.mount.source_pool import CHECK_SECONDS
+from qedfs.mount.source_pool import CHECK_SECONDS, SourcePool
 from qedfs.overlay.create import create_overlay
+from qedfs.overlay.open import open_overlay
 from qedfs.source.policy import Policy
 from qedfs.source.url import Location
+from tests.source.qed import support as qed
 
 OVERLAYS = 20
 
@@ -100,3 +105,26 @@ async def test_the_next_scan_checks_again(
         disk, new = registry.everything()
         assert disk.image is not None
         assert isinstance(new.error, Refused)
+
+
+async def test_what_is_wrong_with_an_image_is_told_once_in_standby(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, journal = tmp_path / "base", Record(sequence=1, session="5" * 32, journal="1000.7.abc")
+    clusters = {qed.CLUSTER - SLOT_BYTES: encode_record(journal)}
+    base.write_bytes(qed.image({qed.L1: [0]}, clusters, features=NEED_CHECK, autoclear=UNTOUCHED))
+    create_overlay(str(tmp_path / "disk.qed"), image_size=65536, backing=str(base), raw_backing=False)
+    overlay = await open_overlay(str(tmp_path / "disk.qed"), writable=False)
+    async with trio.open_nursery() as nursery:
+        pool = SourcePool(str(tmp_path), Policy((str(tmp_path),)), 30, nursery)
+        through = await pool.pass_through_for(overlay, overlays=1)
+        with caplog.at_level(logging.DEBUG, "qedfs.source.qed"):
+            for _ in range(3):
+                buffer = bytearray(b"\xee" * 4096)
+                await through.read([(0, memoryview(buffer))])
+                assert buffer == bytes(4096)
+        await pool.aclose()
+    await overlay.close()
+    for text in ("was not closed cleanly", "is mounted itself"):
+        levels = [record.levelno for record in caplog.records if text in record.getMessage()]
+        assert levels == [logging.WARNING] + 3 * [logging.DEBUG]  # `remote`, and one of its own for each read

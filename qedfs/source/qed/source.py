@@ -46,8 +46,10 @@ class QedSource:
         self._closed = False
 
     @classmethod
-    async def open(cls, inner: Source, name: str) -> QedSource:
+    async def open(cls, inner: Source, name: str, told: set[str] | None = None) -> QedSource:
         """Read the header and the L1 table. `name` names the image in messages. `inner` stays open on failure.
+
+        `told`: the warnings that users have had of this image. They are not repeated, and new ones are added.
 
         Raises:
             SourceError: not a QED image, or one that cannot be served, see `format.py`.
@@ -58,13 +60,14 @@ class QedSource:
         await inner.read(0, memoryview(head))
         with faults(name):
             header = decode_header(bytes(head), file_size)
+        told = set() if told is None else told
         if header.dirty:
-            log.warning("backing %s was not closed cleanly; it is read as it is, see qemu-img check", name)
+            _warn(f"backing {name} was not closed cleanly; it is read as it is, see qemu-img check", told)
         if await _in_session(inner, header):
-            log.warning(
-                "backing %s is mounted itself, or was when that mount was killed; it is read as it is, which may lack"
-                " the last writes; unmount it, or mount it once, before an overlay takes anything from it",
-                name,
+            _warn(
+                f"backing {name} is mounted itself, or was when that mount was killed; it is read as it is, which may"
+                " lack the last writes; unmount it, or mount it once, before an overlay takes anything from it",
+                told,
             )
         return cls(inner, name, header, await TwoLevels.load(inner, name, _layout(header, file_size), bytes(head)))
 
@@ -132,6 +135,11 @@ class QedSource:
         check_range(pos, size, self._identity.size)
         if self._closed:
             raise SourceUnreachable(f"backing {self._name}: closed")
+
+
+def _warn(text: str, told: set[str]) -> None:
+    log.log(logging.DEBUG if text in told else logging.WARNING, "%s", text)
+    told.add(text)
 
 
 async def _in_session(inner: Source, header: Header) -> bool:
