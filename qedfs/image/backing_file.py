@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import stat
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -19,10 +20,13 @@ from qedfs.host.lease import open_elsewhere
 from qedfs.image.commit_target import RawTarget, Target
 from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.storage import FileStorage
-from qedfs.source.path import Held
+from qedfs.source.path import Held, in_thread
 from qedfs.source.policy import Policy
 from qedfs.source.probe import HEAD_BYTES, QCOW2, QED, RAW, TAIL_BYTES, probe
 from qedfs.source.url import Location
+
+T = TypeVar("T")
+S = TypeVar("S", bound=FileStorage)
 
 
 class BackingFile(NamedTuple):
@@ -36,23 +40,30 @@ class BackingFile(NamedTuple):
 async def find_file(location: Location, policy: Policy, *, probes: bool) -> BackingFile:
     """Look the file up, and at its first bytes if it is not recorded that it is raw (`probes`).
 
+    If the caller is cancelled, it does not wait for a dead file server.
+
     Raises:
         Refused: the policy does not allow it.
         SourceError, UsageError: it is not there, or in a format that is not written.
     """
-    return await trio.to_thread.run_sync(lambda: _found(location, policy, probes=probes))
+    return await _abandonable(f"backing {location}", lambda: _found(location, policy, probes=probes))
+
+
+async def _abandonable(name: str, function: Callable[[], T]) -> T:
+    """See `in_thread`. `name`: of the file, for messages."""
+    try:
+        return await in_thread(name, function)
+    except OSError as exc:
+        raise SourceError(f"{name}: {exc.strerror}") from exc
 
 
 def _found(location: Location, policy: Policy, *, probes: bool) -> BackingFile:
     policy.check_location(location)
-    try:
-        with Held(location, policy) as held:
-            path, status = os.readlink(held.path), os.stat(held.path)
-            if not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"backing {location}: is not a regular file; qemu-img commit writes to devices")
-            return BackingFile(path, status, probes and _is_qed(location, held.path, status.st_size))
-    except OSError as exc:
-        raise SourceError(f"backing {location}: {exc.strerror}") from exc
+    with Held(location, policy) as held:
+        path, status = os.readlink(held.path), os.stat(held.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"backing {location}: is not a regular file; qemu-img commit writes to devices")
+        return BackingFile(path, status, probes and _is_qed(location, held.path, status.st_size))
 
 
 def _is_qed(location: Location, path: str, size: int) -> bool:
@@ -112,15 +123,12 @@ async def open_qed(location: Location, file: BackingFile, *, dry: bool = False) 
 async def open_to_look(location: Location, file: BackingFile) -> Target:
     """Open a file only for reading, to count what a commit would write. Its page cache stays, which readers use.
 
-    That others read it without a lock is not noticed: the image that is committed has it open itself.
+    That others read it without a lock is not noticed: the image that is committed has it open itself. If the caller is
+    cancelled, here or in a call of the target, it does not wait for a dead file server.
 
     Raises what `open_raw` and `open_qed` raise.
     """
-    if not await trio.to_thread.run_sync(lambda: os.access(file.path, os.W_OK, effective_ids=True)):
-        raise Inaccessible(
-            f"backing {location}: cannot be opened for writing: this user must not, or its file system is read-only"
-        )
-    storage = await _opened(location, file, writable=False)
+    storage = await _abandonable(f"backing {location}", lambda: _open_to_look(location, file))
     try:
         if await storage.in_thread(storage.open_for_writing):
             raise _in_use(location)
@@ -132,9 +140,51 @@ async def open_to_look(location: Location, file: BackingFile) -> Target:
         raise
 
 
+class _LookedAt(FileStorage):
+    """A file that is only read, and that nobody else writes to, so that its attributes stay."""
+
+    _abandoned = False
+
+    def __init__(self, fd: int, path: str, *, writable: bool, locked: bool = False) -> None:
+        super().__init__(fd, path, writable=writable, locked=locked)
+        self._status = super().stat()
+
+    def stat(self) -> os.stat_result:
+        """The attributes at the opening: the event loop does not wait for a file server."""
+        return self._status
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Run a call that changes nothing. If the caller is cancelled, the thread is abandoned."""
+        try:
+            return await _abandonable(self.path, function)
+        except trio.Cancelled:
+            self._abandoned = True
+            raise
+
+    def close(self) -> None:
+        """Close the file. A thread that was abandoned may still read from it, and then it is the one that closes it."""
+        if not self._abandoned:
+            super().close()
+
+    def __del__(self) -> None:
+        super().close()
+
+
+def _open_to_look(location: Location, file: BackingFile) -> _LookedAt:
+    if not os.access(file.path, os.W_OK, effective_ids=True):
+        raise Inaccessible(
+            f"backing {location}: cannot be opened for writing: this user must not, or its file system is read-only"
+        )
+    return _open(_LookedAt, location, file, writable=False)
+
+
 async def _opened(location: Location, file: BackingFile, *, writable: bool) -> FileStorage:
+    return await trio.to_thread.run_sync(lambda: _open(FileStorage, location, file, writable=writable))
+
+
+def _open(kind: type[S], location: Location, file: BackingFile, *, writable: bool) -> S:
     try:
-        storage = await trio.to_thread.run_sync(lambda: FileStorage.open(file.path, writable=writable))
+        storage = kind.open(file.path, writable=writable)
     except Inaccessible as exc:
         reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
         raise Inaccessible(f"backing {location}: cannot be opened for writing: {reason}") from exc

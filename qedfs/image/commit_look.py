@@ -4,7 +4,8 @@ Owns the figures of one part of the image, and what is refused without an attemp
 nor how a commit is done (`live_commit.py`).
 
 The overlay's entries come from memory, so nothing has to be committed to its file first. Guests go on, so each part
-tells what it was at its moment. No version is stored that the overlay does not know yet.
+tells what it was at its moment. No version is stored that the overlay does not know yet. A look that is cancelled ends
+even if the file server of the backing is dead, because the end of the mount waits for that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qedfs.source.local import local_file
 PIECE_BYTES = 1 << 20  # looked up and compared at once
 PART_BYTES = 64 << 20  # of the overlay's own, in one call
 MOST_PIECES = 2048  # in one call, most of which may have nothing
+CLOSE_SECONDS = 1.0  # until a thread closes the file alone, as its server does not answer
 
 
 async def look(image: Image, pos: int) -> tuple[Committed, int | None]:
@@ -43,8 +45,7 @@ async def look(image: Image, pos: int) -> tuple[Committed, int | None]:
     try:
         return await _counted(image.overlay, target, pos)
     finally:
-        with trio.CancelScope(shield=True):
-            await target.close()
+        await _close(target)
 
 
 async def _opened(image: Image) -> Target:
@@ -64,10 +65,14 @@ async def _opened(image: Image) -> Target:
         try:
             target.check_settled()
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await target.close()
+            await _close(target)
             raise
     return target
+
+
+async def _close(target: Target) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
+        await target.close()
 
 
 async def _counted(overlay: Overlay, target: Target, pos: int) -> tuple[Committed, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 import trio
 
 from qedfs.errors import SourceError, SourceUnreachable
+from qedfs.image import backing_file
+from qedfs.jobs.image_jobs import ImageJobs
+from qedfs.jobs.stream import StreamJob
+from tests.fakes.dead_server import DeadServer
+from tests.image.test_commit_look import image_over
 
-from .support import CLUSTER, MemorySource, controlled, talking
+from .support import CLUSTER, MemorySource, Served, controlled, talking
 
 MIB = 1 << 20
 
@@ -182,3 +188,18 @@ async def test_a_dry_run_is_refused_what_the_job_would_be(tmp_path: Path) -> Non
         }
         served.jobs.begin("defrag")
         assert "in use by block job: defrag" in await error(type="commit")
+
+
+async def test_a_dry_run_over_a_dead_file_server_does_not_keep_the_server_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DeadServer() as dead_server:
+        monkeypatch.setattr(backing_file, "_found", dead_server.under(backing_file._found))
+        command = {"execute": "x-qedfs-dry-run", "arguments": {"device": "disk", "type": "commit"}}
+        async with image_over(tmp_path) as image, controlled(tmp_path) as (mount, path), talking(path) as talk:
+            job = StreamJob(image, enabled=False)
+            mount.served.append(Served("disk.raw", str(tmp_path / "disk.qed"), image, job, ImageJobs(job)))
+            await talk.send(json.dumps(command))
+            await dead_server.asked()
+            mount.nursery.cancel_scope.cancel()
+        assert dead_server.waiting

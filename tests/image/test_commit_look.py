@@ -13,9 +13,10 @@ import trio
 from qedfs.errors import InUse, SourceChanged, UsageError
 from qedfs.fetch.queue import FetchQueue
 from qedfs.format.header import BACKING_FILE, NEED_CHECK
-from qedfs.image import commit_look
+from qedfs.image import backing_file, commit_look
 from qedfs.image.commit_down import Committed
 from qedfs.image.commit_look import look
+from qedfs.image.commit_target import RawTarget
 from qedfs.image.image import Image
 from qedfs.overlay.open import open_overlay
 from qedfs.source.base import Source
@@ -24,6 +25,8 @@ from qedfs.source.policy import Policy
 from qedfs.source.qed import QedSource
 from qedfs.source.retrying import RetryingSource
 from qedfs.source.url import parse_location
+from tests.fakes.dead_server import DeadServer
+from tests.harness.hang import HANG_SECONDS
 from tests.image.commits import BASE, CHANGED, CLUSTER, DATA, OWN, SIZE, ZEROS, qed_base
 from tests.overlay.images import filled
 
@@ -145,3 +148,31 @@ async def test_what_the_commit_would_refuse_is_refused(tmp_path: Path) -> None:
         os.link(tmp_path / "disk.qed", tmp_path / "base.raw")
         with pytest.raises(UsageError, match="is the overlay itself"):
             await look(image, 0)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(backing_file, "_found"), (os, "access"), (RawTarget, "_store")])
+async def test_a_look_at_a_dead_file_server_ends_when_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    async with image_over(tmp_path) as image:
+        with DeadServer() as dead_server, monkeypatch.context() as patched:
+            patched.setattr(owner, name, dead_server.under(getattr(owner, name)))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look, image, 0)
+                await dead_server.asked()
+                nursery.cancel_scope.cancel()
+            assert dead_server.waiting
+        with trio.fail_after(HANG_SECONDS):
+            while str(tmp_path / "base.raw") in locked_files():  # noqa: ASYNC110 - a thread closes it
+                await trio.sleep(0.001)
+        assert await look(image, 0) == (Committed(DATA, ZEROS, CHANGED, GROWN), None)
+
+
+def locked_files() -> list[str]:
+    """The files that this process has open as a look does. (The image's own source has its file open without locks.)"""
+    found = []
+    for info in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "OFDLCK" in info.read_text():
+                found.append(os.readlink(f"/proc/self/fd/{info.name}"))
+    return found
