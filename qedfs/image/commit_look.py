@@ -20,7 +20,7 @@ from qedfs.image.backing_file import find_file, open_to_look
 from qedfs.image.commit_down import Committed, copy
 from qedfs.image.commit_target import Target
 from qedfs.image.image import Image
-from qedfs.image.live_commit import way_of
+from qedfs.image.live_commit import shared_error, way_of
 from qedfs.image.qed_target import QedTarget
 from qedfs.overlay.overlay import Overlay
 from qedfs.source.local import local_file
@@ -41,15 +41,18 @@ async def look(image: Image, pos: int) -> tuple[Committed, int | None]:
         UsageError: it is of a kind that a mount does not write.
         QedfsError: as `LiveCommit`, or a file failed.
     """
-    target = await _opened(image)
+    target = await _opened(image, first=not pos)
     try:
         return await _counted(image.overlay, target, pos)
     finally:
         await _close(target)
 
 
-async def _opened(image: Image) -> Target:
-    """The backing, only for reading, after everything that can be refused."""
+async def _opened(image: Image, *, first: bool) -> Target:
+    """The backing, only for reading, after everything that can be refused.
+
+    `first`: this is the first part, in which other images are asked, once, as each may have to look at its source.
+    """
     own, location = way_of(image)
     overlay = image.overlay
     file = await find_file(location, own.policy, probes=overlay.probes_backing)
@@ -60,6 +63,8 @@ async def _opened(image: Image) -> Target:
     source = None if image.source is None else local_file(image.source.connected)
     if source is None or not source.is_on(file.status):
         raise SourceChanged(f"backing {location}: was replaced by another file since the mount has opened it")
+    if first and await own.linked():
+        raise shared_error(image, location)
     target = await open_to_look(location, file)
     if isinstance(target, QedTarget):
         try:
@@ -76,7 +81,8 @@ async def _close(target: Target) -> None:
 
 
 async def _counted(overlay: Overlay, target: Target, pos: int) -> tuple[Committed, int | None]:
-    found = Committed()
+    # Also if there is nothing to copy: a commit begins with it.
+    found = Committed(grown=max(0, overlay.image_size - target.size))
     cluster_size = overlay.cluster_size
     pos -= pos % cluster_size
     for _ in range(MOST_PIECES):

@@ -110,7 +110,7 @@ class LiveCommit:
         overlay = self._image.overlay
         file = await self._found()
         if await self._own.linked():  # an image that has not read yet, so that `_unused` finds nobody
-            raise _shared(self._image, self._location)
+            raise shared_error(self._image, self._location)
         await overlay.flush()
         target = self._target = await self._taken(file)
         self._samples, self._sampled = await self._sample(target)
@@ -149,7 +149,7 @@ class LiveCommit:
         """Take the file over from the source of the image, so that nobody else has it open, and open it for writing."""
         image = self._image
         if self._own.shared:
-            raise _shared(image, self._location)
+            raise shared_error(image, self._location)
         self._held = RetryingSource(self._location, self._through)
         image.copy_on_read = False
         old = image.exchange_source(self._own.fetch_from(self._held))
@@ -370,11 +370,12 @@ def way_of(image: Image) -> tuple[OwnBacking, Location]:
             " the whole image to a file"
         )
     if image.own_backing.shared:
-        raise _shared(image, location)
+        raise shared_error(image, location)
     return image.own_backing, location
 
 
-def _shared(image: Image, location: Location) -> InUse:
+def shared_error(image: Image, location: Location) -> InUse:
+    """The error of a commit that would make another image of the mount useless."""
     return InUse(
         f"backing {location}: another image of this mount has it, too, and would become useless; {image.name} is not"
         " committed"

@@ -39,9 +39,10 @@ class Own:
     def __init__(self, folder: Path) -> None:
         self.policy = Policy((str(folder),))
         self.shared = False
+        self.others = False  # whether another image has the file under another name
 
     async def linked(self) -> bool:
-        return False
+        return self.others
 
     async def fetch(self) -> FetchQueue:
         raise AssertionError("a look needs no source of its own")
@@ -54,24 +55,29 @@ class Own:
 
 
 @contextlib.asynccontextmanager
-async def image_over(folder: Path, backing: bytes = BASE, *, qed: bool = False) -> AsyncIterator[Image]:
-    """The image of an overlay and a backing in real files, disk.qed and base.raw, which has no pin yet."""
+async def image_over(
+    folder: Path, backing: bytes = BASE, *, qed: bool = False, own: dict[int, bytes | int] = OWN
+) -> AsyncIterator[Image]:
+    """The image of an overlay and a backing in real files, disk.qed and base.raw, which has no pin yet.
+
+    `own`: the clusters that the overlay has.
+    """
     base, overlay = folder / "base.raw", folder / "disk.qed"
     base.write_bytes(backing)
-    built = filled(OWN, image_size=SIZE)
+    built = filled(own, image_size=SIZE)
     if qed:
         built.replace(features=BACKING_FILE)  # the format is found out
     overlay.write_bytes(built.data)
-    location, own = parse_location(str(base)), Own(folder)
+    location, own_backing = parse_location(str(base)), Own(folder)
 
     async def opened() -> Source:
-        file = await LocalSource.open(location, own.policy)
+        file = await LocalSource.open(location, own_backing.policy)
         return await QedSource.open(file, str(base)) if qed else file
 
     async with trio.open_nursery() as nursery:
         fetch = FetchQueue(RetryingSource(location, opened), CLUSTER, nursery)
         image = Image("disk.raw", await open_overlay(str(overlay), writable=True, journal_folder=folder), fetch)
-        image.own_backing = own
+        image.own_backing = own_backing
         yield image
         await image.close()
         nursery.cancel_scope.cancel()
@@ -89,6 +95,11 @@ async def test_it_tells_what_the_commit_would_and_changes_nothing(tmp_path: Path
         assert await look(image, 0) == (Committed(DATA, ZEROS, CHANGED, GROWN), None)
         assert image.overlay.record.pin is None
         assert state(tmp_path) == before
+
+
+async def test_the_backing_would_grow_also_if_there_is_nothing_to_copy(tmp_path: Path) -> None:
+    async with image_over(tmp_path, own={}) as image:
+        assert await look(image, 0) == (Committed(grown=GROWN), None)
 
 
 async def test_what_no_commit_has_written_to_the_overlay_file_counts(tmp_path: Path) -> None:
@@ -140,6 +151,10 @@ async def test_what_the_commit_would_refuse_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InUse, match="another image of this mount"):
             await look(image, 0)
         image.own_backing.shared = False
+        image.own_backing.others = True
+        with pytest.raises(InUse, match="another image of this mount"):
+            await look(image, 0)
+        image.own_backing.others = False
         os.replace(tmp_path / "base.raw", tmp_path / "old")
         (tmp_path / "base.raw").write_bytes(BASE)
         with pytest.raises(SourceChanged, match="was replaced by another file"):
