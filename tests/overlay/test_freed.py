@@ -327,6 +327,25 @@ async def test_punches_that_are_put_off_wait_for_their_neighbours() -> None:
     assert storage.size() == size
 
 
+async def test_no_write_takes_a_place_before_its_punch_that_was_put_off() -> None:
+    """The punch would make zeros of what was written there."""
+    storage, overlay = await opened()
+    await overlay.relocation.put_off_punches()
+    place = await place_of(overlay, 2)
+    await overlay.discard(2, 1)
+    await overlay.flush()
+    await overlay.give_space_back()
+    await overlay.write(20 * CLUSTER, b"w" * CLUSTER, no_fill)
+    assert await place_of(overlay, 20) != place
+    overlay.relocation.punch_again()
+    await overlay.give_space_back()
+    assert storage.operations["punch"] == 1
+    await overlay.write(21 * CLUSTER, b"v" * CLUSTER, no_fill)
+    assert await place_of(overlay, 21) == place, "once"
+    await overlay.write(22 * CLUSTER, b"u" * CLUSTER, no_fill)
+    assert len({await place_of(overlay, cluster) for cluster in (20, 21, 22)}) == 3
+
+
 async def test_as_much_is_put_off_as_an_end_of_the_mount_can_make_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freed_module, "MOST_PUT_OFF", 2)
     storage, overlay = await opened()
