@@ -181,3 +181,17 @@ async def steps(commit: LiveCommit, image: Image, *, keep: bool = False) -> None
             await image.overlay.give_space_back()
     await image.overlay.commit()
     await image.overlay.give_space_back()
+
+
+async def read_after_a_failure(two: Two, which: str, kind: str, nth: int, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """What the image reads as after a commit during which the nth operation of one disk has failed."""
+    async with image_of(two, monkeypatch) as image:
+        commit = LiveCommit(image)
+        getattr(two, which).fail(kind, QedfsError("the disk is broken"), nth=nth)
+        with contextlib.suppress(QedfsError):
+            await commit.begin()
+            await steps(commit, image)
+        await commit.leave()
+        with contextlib.suppress(QedfsError):  # a failure that has not been met yet
+            return bytes(await image.read(0, SIZE))
+        return bytes(await image.read(0, SIZE))

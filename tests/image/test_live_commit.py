@@ -23,7 +23,7 @@ from qedfs.source.url import parse_location
 from tests.fakes.storage import MemoryStorage
 from tests.harness.sample import sample
 from tests.image.commits import BASE, CLUSTER, OWN, SIZE, Two, differs, runs_of, started, wanted
-from tests.image.live import commit_beside, guest, image_of, steps
+from tests.image.live import commit_beside, guest, image_of, read_after_a_failure, steps
 from tests.model import SectorModel
 from tests.overlay.examine import Broken
 from tests.overlay.images import BACKING
@@ -185,21 +185,7 @@ async def test_a_disk_that_fails_costs_nothing(kind: str, which: str, monkeypatc
     made = await started()
     for nth in range(1, 8):
         two = Two(made)
-        async with image_of(two, monkeypatch) as image:
-            commit = LiveCommit(image)
-            getattr(two, which).fail(kind, QedfsError("the disk is broken"), nth=nth)
-            try:
-                await commit.begin()
-                await steps(commit, image)
-            except QedfsError:
-                pass
-            await commit.leave()
-            for _ in range(2):  # a failure that has not been met yet
-                try:
-                    found = bytes(await image.read(0, SIZE))
-                except QedfsError:
-                    continue
-            assert found == wanted()
+        assert await read_after_a_failure(two, which, kind, nth, monkeypatch) == wanted()
 
 
 async def test_what_cannot_be_committed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

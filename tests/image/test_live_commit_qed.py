@@ -37,7 +37,7 @@ from tests.image.commits import (
     started_over_qed,
     wanted,
 )
-from tests.image.live import Fails, commit_beside, image_of, steps
+from tests.image.live import Fails, commit_beside, image_of, read_after_a_failure, steps
 from tests.image.test_live_commit import change_record, changed_but_not_begun
 from tests.model import SectorModel
 from tests.overlay.examine import Broken
@@ -225,21 +225,7 @@ async def test_a_disk_that_fails_costs_nothing(kind: str, which: str, monkeypatc
     made = await started_over_qed()
     for nth in range(1, 8):
         two = Two(made.overlay.start, made.backing.start, qed=True)
-        async with image_of(two, monkeypatch) as image:
-            commit = LiveCommit(image)
-            getattr(two, which).fail(kind, QedfsError("the disk is broken"), nth=nth)
-            try:
-                await commit.begin()
-                await steps(commit, image)
-            except QedfsError:
-                pass
-            await commit.leave()
-            for _ in range(2):  # a failure that has not been met yet
-                try:
-                    found = bytes(await image.read(0, SIZE))
-                except QedfsError:
-                    continue
-            assert found == wanted()
+        assert await read_after_a_failure(two, which, kind, nth, monkeypatch) == wanted()
 
 
 async def read_on(image: Image) -> None:
